@@ -1,0 +1,1 @@
+"""Gradient compressors for PyTorch's DistributedDataParallel, with and without the DeAR schedule."""

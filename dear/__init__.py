@@ -1,0 +1,1 @@
+"""Decoupled all-reduce for PyTorch's DistributedDataParallel: reduce-scatter under backward, all-gather under forward."""
