@@ -189,12 +189,13 @@ class RingTransfer {
 
   size_t inbound_bytes() const { return static_cast<size_t>(plan_.inbound[received_].bytes); }
 
-  // What must have arrived before it is worth waking up: the rest of this piece, with the header of the next one,
-  // which saves a system call per piece. The last piece of an exchange has no successor to wait for.
+  size_t frame_bytes() const { return sizeof(FrameHeader) + inbound_bytes(); }
+
+  // What must have arrived before it is worth waking up: the rest of the frame. Only the first header of an exchange
+  // is looked at on its own: a neighbour that is in another collective may never send as much.
   size_t wanted() const {
-    if (in_offset_ < sizeof(FrameHeader)) return sizeof(FrameHeader) - in_offset_;
-    const size_t rest = inbound_bytes() - (in_offset_ - sizeof(FrameHeader));
-    return received_ + 1 < plan_.inbound.size() ? rest + sizeof(FrameHeader) : rest;
+    if (received_ == 0 && in_offset_ < sizeof(FrameHeader)) return sizeof(FrameHeader) - in_offset_;
+    return frame_bytes() - in_offset_;
   }
 
   void set_low_water(size_t bytes) {
@@ -205,16 +206,14 @@ class RingTransfer {
   }
 
   void receive_some() {
+    const size_t before = in_offset_;
     iovec blocks[2];
     int count = 0;
-    FrameHeader following;
-    const bool in_payload = in_offset_ >= sizeof(FrameHeader);
-    if (in_payload) {
-      const size_t done = in_offset_ - sizeof(FrameHeader);
-      blocks[count++] = {inbound_data() + done, inbound_bytes() - done};
-      if (received_ + 1 < plan_.inbound.size()) blocks[count++] = {&following, sizeof(following)};
+    if (before < sizeof(FrameHeader)) {
+      blocks[count++] = {reinterpret_cast<char*>(&in_header_) + before, sizeof(FrameHeader) - before};
+      blocks[count++] = {inbound_data(), inbound_bytes()};
     } else {
-      blocks[count++] = {reinterpret_cast<char*>(&in_header_) + in_offset_, sizeof(FrameHeader) - in_offset_};
+      blocks[count++] = {inbound_data() + (before - sizeof(FrameHeader)), frame_bytes() - before};
     }
     msghdr message{};
     message.msg_iov = blocks;
@@ -225,57 +224,50 @@ class RingTransfer {
       blame(prev_, got == 0 ? "closed its connection (its process has ended, or it has failed or detached)"
                             : std::string("lost its connection (") + std::strerror(errno) + ")");
     }
-    progressed();
-    size_t left = static_cast<size_t>(got);
-    if (in_payload) {
-      const size_t rest = inbound_bytes() - (in_offset_ - sizeof(FrameHeader));
-      const size_t mine = std::min(left, rest);
-      in_offset_ += mine;
-      left -= mine;
-      if (mine < rest) return;
-      take_piece();
-      in_offset_ = 0;
-      if (left > 0) std::memcpy(&in_header_, &following, left);
-    }
-    in_offset_ += left;
-    if (in_offset_ == sizeof(FrameHeader)) take_header();
-  }
-
-  void take_header() {
-    if (in_header_.magic != kMagic) blame(prev_, "sent bytes that are not this library's: the stream is corrupt");
-    if (in_header_.type == FrameType::kFailure) take_failure();
-    if (in_header_.type == FrameType::kWaiting) {
-      in_offset_ = 0;
-      if (in_header_.sequence == context_.sequence && in_header_.blamed != context_.rank) {
-        blamed_ = in_header_.blamed;
-        starved_told_ = -1;  // pass it on
-      }
+    in_offset_ += static_cast<size_t>(got);
+    if (before < sizeof(FrameHeader) && in_offset_ >= sizeof(FrameHeader)) check_header();
+    if (in_offset_ < frame_bytes()) {
+      if (in_header_.type == FrameType::kData) progressed();
       return;
     }
-    if (in_header_.sequence != context_.sequence || in_header_.signature != plan_.signature ||
-        in_header_.bytes != inbound_bytes()) {
-      blame(prev_, "is in another collective, or in one of other sizes or dtypes: every rank must make the same "
-                   "calls in the same order");
+    in_offset_ = 0;
+    if (in_header_.type == FrameType::kData) {
+      progressed();
+      take_piece();
+    } else if (in_header_.blamed != context_.rank && in_header_.blamed != blamed_) {
+      blamed_ = in_header_.blamed;
+      starved_told_ = -1;  // pass it on
     }
   }
 
-  // Another rank has failed: its words become ours.
+  void check_header() {
+    if (in_header_.magic != kMagic) blame(prev_, "sent bytes that are not this library's: the stream is corrupt");
+    if (in_header_.type == FrameType::kFailure) take_failure();
+    if (in_header_.sequence != context_.sequence || in_header_.signature != plan_.signature ||
+        in_header_.bytes != inbound_bytes()) {
+      blame(prev_,
+            "is in another collective, or in one of other sizes or dtypes (every rank must make the same calls in "
+            "the same order)");
+    }
+  }
+
+  // Another rank has failed: its words become ours. The first of them came with the header.
   void take_failure() {
-    std::string text(std::min<uint64_t>(in_header_.bytes, kLongestNews), '\0');
-    size_t have = 0;
+    const size_t length = std::min<uint64_t>(in_header_.bytes, kLongestNews);
+    std::string text(inbound_data(), std::min(length, in_offset_ - sizeof(FrameHeader)));
+    char more[kLongestNews];
     set_low_water(1);
     const auto deadline = Clock::now() + milliseconds(1000);
-    while (have < text.size() && Clock::now() < deadline) {
-      const ssize_t got = ::recv(context_.links->from_prev(), text.data() + have, text.size() - have, MSG_DONTWAIT);
+    while (text.size() < length && Clock::now() < deadline) {
+      const ssize_t got = ::recv(context_.links->from_prev(), more, length - text.size(), MSG_DONTWAIT);
       if (got == 0) break;
       if (got > 0) {
-        have += static_cast<size_t>(got);
+        text.append(more, static_cast<size_t>(got));
         continue;
       }
       pollfd entry{context_.links->from_prev(), POLLIN, 0};
       ::poll(&entry, 1, 100);
     }
-    text.resize(have);
     blamed_ = in_header_.blamed;
     throw std::runtime_error(text);
   }
@@ -346,7 +338,8 @@ class RingTransfer {
     }
     if (starved_told_ != blamed_ && out_offset_ == 0 && sent_ < plan_.outbound.size() && !next_lost_) {
       starved_told_ = blamed_;
-      send_control(FrameType::kWaiting, blamed_, "");
+      // As long as the frame it stands in for, since the receiver sleeps until so much has come.
+      send_control(FrameType::kWaiting, blamed_, std::string(static_cast<size_t>(plan_.outbound[sent_].bytes), '\0'));
     } else {
       starved_told_ = blamed_;
     }
