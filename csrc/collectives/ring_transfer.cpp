@@ -16,11 +16,11 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 // Note [Who is to blame]
-// In a ring a rank that waits sees only its neighbour wait, and would blame it. So a rank that is starved for a
-// quarter of the timeout tells the next one for whom it waits (kWaiting), and a rank that fails tells the next one
-// why (kFailure); both pass it on. The ring without the dead rank is a line, along which the news reaches all.
-// Frames are sent only when their whole content is at hand, so that such news never has to wait inside a frame
-// behind data that does not come.
+// In a ring a rank that waits sees only its neighbour wait, and would blame it. So a rank that is starved for
+// a quarter of the timeout tells the next one for whom it waits (kWaiting), and a rank that fails tells the
+// next one why (kFailure); both pass it on. The ring without the dead rank is a line, along which the news
+// reaches all. Frames are sent only when their whole content is at hand, so that such news never has to wait
+// inside a frame behind data that does not come.
 enum class FrameType : uint16_t { kData = 1, kWaiting = 2, kFailure = 3 };
 
 constexpr uint32_t kMagic = 0x52414544;  // "DEAR"
@@ -29,7 +29,7 @@ constexpr size_t kLongestNews = 1024;
 struct FrameHeader {
   uint32_t magic;
   FrameType type;
-  uint16_t blamed;     // kWaiting: the rank for whom the sender waits, in the end
+  uint16_t blamed;  // kWaiting: the rank for whom the sender waits, in the end
   uint32_t sequence;
   uint32_t signature;
   uint64_t bytes;
@@ -38,16 +38,18 @@ struct FrameHeader {
 class RingTransfer {
  public:
   RingTransfer(const Exchange& exchange, const RingPlan& plan, const RingContext& context)
-      : exchange_(exchange), plan_(plan), context_(context),
+      : exchange_(exchange),
+        plan_(plan),
+        context_(context),
         next_((context.rank + 1) % context.world),
         prev_((context.rank + context.world - 1) % context.world),
         blamed_(prev_),
         forwards_(exchange.phase() == Phase::kAllGather),
         divisor_(exchange.reduction() == Reduction::kAverage ? context.world : 1) {
     // Note [Enough slots]
-    // Partial sums wait in slots until they are sent on. One slot more than a chunk has pieces can never lock the
-    // ring: were all slots of all ranks full, each rank would have received one piece more than it has sent, and
-    // yet no rank can have received what its neighbour has not sent.
+    // Partial sums wait in slots until they are sent on. One slot more than a chunk has pieces can never lock
+    // the ring: were all slots of all ranks full, each rank would have received one piece more than it has
+    // sent, and yet no rank can have received what its neighbour has not sent.
     if (!forwards_) {
       slots_ = context.world == 2 ? 1 : plan.largest_chunk + 2;
       const size_t need = slots_ * static_cast<size_t>(plan.largest_piece);
@@ -79,7 +81,8 @@ class RingTransfer {
   }
 
   bool next_piece_ready() const {
-    return sent_ < plan_.outbound.size() && (sent_ < plan_.first_chunk || received_ > sent_ - plan_.first_chunk);
+    return sent_ < plan_.outbound.size() &&
+           (sent_ < plan_.first_chunk || received_ > sent_ - plan_.first_chunk);
   }
 
   const char* outbound_data() {
@@ -91,14 +94,19 @@ class RingTransfer {
   bool send_some() {
     if (out_offset_ == 0) {
       if (!next_piece_ready()) return false;
-      out_header_ = {kMagic, FrameType::kData, 0, context_.sequence, plan_.signature,
+      out_header_ = {kMagic,
+                     FrameType::kData,
+                     0,
+                     context_.sequence,
+                     plan_.signature,
                      static_cast<uint64_t>(plan_.outbound[sent_].bytes)};
     }
     const size_t bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
     iovec blocks[2];
     int count = 0;
     if (out_offset_ < sizeof(FrameHeader)) {
-      blocks[count++] = {reinterpret_cast<char*>(&out_header_) + out_offset_, sizeof(FrameHeader) - out_offset_};
+      blocks[count++] = {reinterpret_cast<char*>(&out_header_) + out_offset_,
+                         sizeof(FrameHeader) - out_offset_};
       blocks[count++] = {const_cast<char*>(outbound_data()), bytes};
     } else {
       const size_t done = out_offset_ - sizeof(FrameHeader);
@@ -134,8 +142,8 @@ class RingTransfer {
 
   void send_control(FrameType type, int blamed, const std::string& text) {
     std::vector<char> frame(sizeof(FrameHeader) + text.size());
-    const FrameHeader header{kMagic, type, static_cast<uint16_t>(blamed), context_.sequence, plan_.signature,
-                             text.size()};
+    const FrameHeader header{kMagic,          type,       static_cast<uint16_t>(blamed), context_.sequence,
+                             plan_.signature, text.size()};
     std::memcpy(frame.data(), &header, sizeof(header));
     std::memcpy(frame.data() + sizeof(header), text.data(), text.size());
     push(frame.data(), frame.size(), milliseconds(1000));
@@ -183,16 +191,14 @@ class RingTransfer {
     return received_ < freed + slots_ || received_ >= passed_on + slots_;
   }
 
-  char* inbound_data() {
-    return forwards_ ? plan_.inbound[received_].out : slot(received_);
-  }
+  char* inbound_data() { return forwards_ ? plan_.inbound[received_].out : slot(received_); }
 
   size_t inbound_bytes() const { return static_cast<size_t>(plan_.inbound[received_].bytes); }
 
   size_t frame_bytes() const { return sizeof(FrameHeader) + inbound_bytes(); }
 
-  // What must have arrived before it is worth waking up: the rest of the frame. Only the first header of an exchange
-  // is looked at on its own: a neighbour that is in another collective may never send as much.
+  // What must have arrived before it is worth waking up: the rest of the frame. Only the first header of an
+  // exchange is looked at on its own: a neighbour that is in another collective may never send as much.
   size_t wanted() const {
     if (received_ == 0 && in_offset_ < sizeof(FrameHeader)) return sizeof(FrameHeader) - in_offset_;
     return frame_bytes() - in_offset_;
@@ -241,12 +247,14 @@ class RingTransfer {
   }
 
   void check_header() {
-    if (in_header_.magic != kMagic) blame(prev_, "sent bytes that are not this library's: the stream is corrupt");
+    if (in_header_.magic != kMagic)
+      blame(prev_, "sent bytes that are not this library's: the stream is corrupt");
     if (in_header_.type == FrameType::kFailure) take_failure();
     if (in_header_.sequence != context_.sequence || in_header_.signature != plan_.signature ||
         in_header_.bytes != inbound_bytes()) {
       blame(prev_,
-            "is in another collective, or in one of other sizes or dtypes (every rank must make the same calls in "
+            "is in another collective, or in one of other sizes or dtypes (every rank must make the same "
+            "calls in "
             "the same order)");
     }
   }
@@ -277,7 +285,8 @@ class RingTransfer {
     if (!forwards_) {
       const bool last = received_ >= plan_.inbound.size() - plan_.last_chunk;
       char* partial = slot(received_);
-      accumulate(piece.type, last ? piece.out : partial, partial, piece.own, piece.count, last ? divisor_ : 1);
+      accumulate(piece.type, last ? piece.out : partial, partial, piece.own, piece.count,
+                 last ? divisor_ : 1);
     }
     ++received_;
   }
@@ -299,7 +308,8 @@ class RingTransfer {
                          {context_.wake_fd, POLLIN, 0}};
     if (sending && !send_blocked_) return;  // a piece became ready meanwhile
     const int events = ::poll(entries, 3, patience());
-    if (events < 0 && errno != EINTR) blame(context_.rank, std::string("could not poll: ") + std::strerror(errno));
+    if (events < 0 && errno != EINTR)
+      blame(context_.rank, std::string("could not poll: ") + std::strerror(errno));
     if (entries[2].revents != 0) {
       const std::string reason = context_.abort_reason();
       if (!reason.empty()) throw std::runtime_error(reason);
@@ -339,7 +349,8 @@ class RingTransfer {
     if (starved_told_ != blamed_ && out_offset_ == 0 && sent_ < plan_.outbound.size() && !next_lost_) {
       starved_told_ = blamed_;
       // As long as the frame it stands in for, since the receiver sleeps until so much has come.
-      send_control(FrameType::kWaiting, blamed_, std::string(static_cast<size_t>(plan_.outbound[sent_].bytes), '\0'));
+      send_control(FrameType::kWaiting, blamed_,
+                   std::string(static_cast<size_t>(plan_.outbound[sent_].bytes), '\0'));
     } else {
       starved_told_ = blamed_;
     }
@@ -357,13 +368,13 @@ class RingTransfer {
   const RingContext& context_;
   const int next_;
   const int prev_;
-  int blamed_;          // who holds us up, as far as we know
+  int blamed_;  // who holds us up, as far as we know
   const bool forwards_;
   const int divisor_;
   size_t slots_ = 1;
 
-  size_t sent_ = 0;         // pieces
-  size_t out_offset_ = 0;   // bytes of the current frame, header included
+  size_t sent_ = 0;        // pieces
+  size_t out_offset_ = 0;  // bytes of the current frame, header included
   FrameHeader out_header_{};
   bool send_blocked_ = false;
   bool next_lost_ = false;
