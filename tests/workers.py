@@ -163,7 +163,7 @@ class WorkerPool:
             if expect_dead is not None and all(w.rank in expected for w in pending.values()):
                 deadline = min(deadline, time.monotonic() + 0.5)  # only those left that are to die or to stall
             for connection in wait(list(pending), max(0.0, deadline - time.monotonic())):
-                worker = pending.pop(connection)  # type: ignore[arg-type]
+                worker = pending.pop(connection)  # type: ignore[call-overload]
                 ok, value = worker.receive()
                 outcomes[worker.rank] = value
                 if not ok and expect_dead is None and first is None:
@@ -255,6 +255,9 @@ class _Worker:
         try:
             ok, payload, text = pickle.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionResetError):
+            # Its number stays its own until it is waited for, so the group can be killed safely: children it left.
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            self.kill()
             return False, WorkerDied(self.rank, self.process.wait(), self.output())
         if not ok:
             payload.__cause__ = RemoteTraceback(f"in worker {self.rank}:\n{text}{_quoted(self.output())}")
