@@ -1,0 +1,1 @@
+"""Measurements: collectives, compressors, training, and the emulated network they run on."""
