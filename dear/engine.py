@@ -401,6 +401,9 @@ class Engine:
         """Called after every forward of the DDP module, also after one that raised."""
         if self._watch is not None:
             self._watch.close()
+        # Groups that no module has asked for in this pass (a branch not taken): backward may write to their buckets.
+        if self._to_update or self._scheduler.gathering():
+            self.synchronize()
 
     def settle(self, groups: list[int]) -> None:
         """Finishes these fusion groups: waits, and applies what step() left to do."""
@@ -433,7 +436,7 @@ class Engine:
         self._optimizer.step = types.MethodType(dear_step, self._optimizer)  # type: ignore[method-assign]
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        if [p for g in self._optimizer.param_groups for p in g["params"]] != self._managed and not self._same_params():
+        if not self._same_params():
             raise RuntimeError(
                 "The optimizer's parameters have changed since dear.attach(): detach, change them, and attach again."
             )

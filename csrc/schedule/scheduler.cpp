@@ -53,6 +53,7 @@ void Scheduler::set_layout(std::vector<BucketBuffers> buffers,
   buffers_ = std::move(buffers);
   stand_ins_ = std::move(stand_ins);
   groups_.clear();
+  gather_order_.clear();
 }
 
 void Scheduler::set_groups(const std::vector<size_t>& sizes, std::vector<size_t> gather_order) {
@@ -155,6 +156,7 @@ void Scheduler::check_untouched() const {
 void Scheduler::wait_gathered(size_t index) {
   Group& group = groups_.at(index);
   if (!group.gathering) return;
+  if (gather_gradients_) wait_reduced(index);
   timed_wait(group.gather, &waits_.all_gather_ns, [&] { group.gather->wait(); });
   group.gathering = false;
   --gathering_;
