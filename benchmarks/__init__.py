@@ -1,1 +1,1 @@
-"""What this library measures, and how: the emulated network, training, collectives, and the reports drawn from them."""
+"""Measurements: collectives, compressors, training, and the emulated network they run on."""

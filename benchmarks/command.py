@@ -5,6 +5,8 @@ import re
 import sys
 from typing import NoReturn
 
+from rich.console import Console
+
 UNLIMITED = "unlimited"
 _RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -22,6 +24,12 @@ def fail(message: str) -> NoReturn:
     """Ends the command with one sentence on stderr."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def terminal() -> Console:
+    """Where tables go: as wide as the terminal, or, into a file or pipe, wide enough that no column is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def rate_bits(rate: str) -> float | None:

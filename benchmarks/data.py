@@ -20,9 +20,7 @@ class ByteText:
     held_out: Tensor
     digest: str
 
-    def batch(
-        self, step: int, *, rank: int, world: int, batch: int, sequence: int, seed: int
-    ) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, *, rank: int, world: int, batch: int, sequence: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 [batch, sequence], for one rank and step.
 
         The text is cut into windows that do not overlap, shuffled anew in each epoch by (seed, epoch). The step takes
@@ -77,6 +75,4 @@ def standard_library(root: Path | None = None) -> ByteText:
             "use a Python whose .py files are installed."
         )
     digest = hashlib.sha256(bytes(train) + bytes(held_out)).hexdigest()[:16]
-    return ByteText(
-        torch.frombuffer(train, dtype=torch.uint8), torch.frombuffer(held_out, dtype=torch.uint8), digest
-    )
+    return ByteText(torch.frombuffer(train, dtype=torch.uint8), torch.frombuffer(held_out, dtype=torch.uint8), digest)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.crew import Crew, bytes_sent
@@ -145,7 +146,7 @@ class Measurement:
         trainer.synchronize()
         sent_after = bytes_sent()
         return {
-            "ms": [round((end - start) * 1e3, 3) for start, end in zip(marks, marks[1:], strict=False)],
+            "ms": [round((end - start) * 1e3, 3) for start, end in pairwise(marks)],
             "cpu_ms_per_step": round(cpu_ms / self.plan.steps, 3),
             "sent_bytes_per_step": None if sent is None else ((sent_after or 0) - sent) // self.plan.steps,
             "engine": engine,

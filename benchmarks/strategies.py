@@ -74,7 +74,7 @@ def _local_bytes(value: Any) -> int:
 def optimizer_factory(name: str) -> OptimizerFactory:
     """torch's own defaults (foreach included) for every strategy alike, so that none is handed a faster update."""
     factories: dict[str, OptimizerFactory] = {
-        "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.02),
         "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
     }
     return factories[name]

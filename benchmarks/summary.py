@@ -1,10 +1,12 @@
-"""Turns the raw JSON of the training benchmark into the rows of its table. Pure: the report and the tests use it too."""
+"""Turns the raw JSON of the training benchmark into rows and a table. Pure, so the report can use it too."""
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import UNLIMITED, rate_bits, show_size
@@ -18,8 +20,8 @@ class Row:
     name: str
     failure: str | None = None
     median: float | None = None  # of the rounds' medians
-    p10: float | None = None  # of all timed steps
-    p90: float | None = None
+    p10: float = 0.0  # of all timed steps
+    p90: float = 0.0
     speedup: float | None = None  # best plain DDP's time / ours, paired by round
     exposed: float | None = None  # ours - compute floor, paired by round
     cpu: float | None = None  # process CPU time, mean over ranks
@@ -102,28 +104,45 @@ def table(cell: dict[str, Any]) -> Table:
     shown = Table(
         title=f"{limit} · {cell['workers']} workers · {cell['network']} · {plan['optimizer']} · "
         f"{plan['rounds']} rounds of {plan['steps']} steps",
-        caption="best DDP is marked *; exposed = step - compute floor; bound = max(compute floor measured here, "
-        "communication computed from payload bytes and rate); loss is held-out, after the same number of steps",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    columns = ["strategy", "ms/step", "p10", "p90", "× best DDP", "exposed ms", "CPU ms", "sent", "comm. ms (computed)"]
-    for number, column in enumerate([*columns, "% of bound", "loss", "optimizer state"]):
-        shown.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
+    columns = ["ms/step\nmedian", "p10-p90", "× best\nDDP", "exposed\nms", "CPU ms", "sent", "% of\nbound"]
+    shown.add_column("strategy", no_wrap=True)
+    for column in [*columns, "held-out\nloss", "optimizer\nstate"]:
+        shown.add_column(column, justify="right")
     for row in summarise(cell):
         if row.failure:
-            shown.add_row(row.name, f"[red]{row.failure}[/red]")
+            shown.add_row(row.name, "[red]failed[/red]")
             continue
         shown.add_row(
-            row.name + (" *" if row.is_best_ddp else ""),
-            _show(row.median, ".0f"),
-            _show(row.p10, ".0f"),
-            _show(row.p90, ".0f"),
+            f"{row.name} *" if row.is_best_ddp else row.name,
+            _show(row.median, ".1f"),
+            f"{row.p10:.0f}-{row.p90:.0f}",
             _show(row.speedup, ".3f"),
-            _show(row.exposed, ".0f"),
+            _show(row.exposed, ".1f"),
             _show(row.cpu, ".0f"),
             show_size(row.sent) if row.sent else "",
-            _show(row.computed_communication, ".0f"),
             _show(row.of_bound, ".0f"),
             _show(row.loss, ".4f"),
             show_size(row.state_bytes) if row.state_bytes is not None else "",
         )
     return shown
+
+
+def show(cell: dict[str, Any], console: Console) -> None:
+    """The table, then why rows failed, then how to read it."""
+    console.print(table(cell))
+    rows = summarise(cell)
+    for row in rows:
+        if row.failure:
+            console.print(f"{row.name} failed: {row.failure}", style="red", highlight=False)
+    dense = max((row.computed_communication or 0 for row in rows), default=0)
+    communication = f", computed communication (dense: {dense:.0f} ms at this rate)" if dense else ""
+    console.print(
+        "* best DDP of this run, by median. × best DDP: its time / ours, median over rounds; above 1 is faster. "
+        "exposed: step - compute floor (none). CPU: process time per step and worker. sent: measured on the "
+        f"interface. bound: max(compute floor{communication}). loss: all after the same number of steps.\n",
+        style="dim",
+        highlight=False,
+    )
