@@ -1,7 +1,7 @@
 """Starts a benchmark's workers on the lab, follows their progress, and brings back what rank 0 measured.
 
-Workers and command talk through a folder: plan.json goes in, events.jsonl grows while they work, result.json comes out.
-Files reach into network namespaces, whatever the rate is set to, and take nothing from the link that is measured.
+The plan goes in and the result comes out as files, which reach into network namespaces whatever the rate is set to and
+take nothing from the link that is measured; progress comes as marked lines on rank 0's standard output.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.crew import Crew
 from benchmarks.results import ROOT
 
-POLL_SECONDS = 0.1
+PROGRESS = "@progress "
 
 Report = Callable[[int, int, str], None]  # done, in all, what is being done
 
@@ -41,61 +40,40 @@ def run_workers(lab: Any, module: str, plan: Any, report: Report, timeout: float
     `plan` is a dataclass of plain values. Raises WorkersFailed when the workers end, or are ended after `timeout`
     seconds, without a result.
     """
+    doing = ""
+
+    def follow(rank: int, line: str) -> None:
+        nonlocal doing
+        if rank == 0 and line.startswith(PROGRESS):
+            done, total, doing = json.loads(line.removeprefix(PROGRESS))
+            report(done, total, doing)
+
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with tempfile.TemporaryDirectory(prefix="dear-bench-") as folder:
-        spool = Path(folder)
-        (spool / "plan.json").write_text(json.dumps(dataclasses.asdict(plan)))
-        failures: list[BaseException] = []
-        environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-
-        def work() -> None:
-            try:
-                lab.run([sys.executable, "-m", module, "--worker", folder], env=environment, timeout=timeout)
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=work, name="lab", daemon=True)
-        thread.start()
-        events = _Events(spool / "events.jsonl")
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            for event in events.new():
-                report(*event)
-        for event in events.new():
-            report(*event)
-        result = spool / "result.json"
-        if failures or not result.exists():
-            raise WorkersFailed(str(failures[0]) if failures else "rank 0 wrote no result", events.doing)
-        return json.loads(result.read_text())
+        (Path(folder) / "plan.json").write_text(json.dumps(dataclasses.asdict(plan)))
+        try:
+            lab.run(
+                [sys.executable, "-m", module, "--worker", folder], env=environment, timeout=timeout, on_line=follow
+            )
+            return json.loads((Path(folder) / "result.json").read_text())
+        except (RuntimeError, TimeoutError, FileNotFoundError) as error:
+            raise WorkersFailed(_short(str(error)), doing) from error
 
 
-class _Events:
-    """Reads whole lines as they are appended to a file that may not exist yet."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.position, self.doing = path, 0, ""
-
-    def new(self) -> Iterator[tuple[int, int, str]]:
-        if not self.path.exists():
-            return
-        with open(self.path) as lines:
-            lines.seek(self.position)
-            while (line := lines.readline()).endswith("\n"):
-                self.position = lines.tell()
-                done, total, self.doing = json.loads(line)
-                yield done, total, self.doing
+def _short(text: str) -> str:
+    """First and last line of a report that ends in somebody's standard error: what happened, and what it said."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ... ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else "no reason given"
 
 
 def worker(spool: Path, measure: Callable[[Crew, dict[str, Any], Report], dict[str, Any]]) -> None:
     """The other end of run_workers: what a worker module does when it is run with --worker and the spool folder."""
     crew = Crew()
-    with open(spool / "events.jsonl", "a") as events:
 
-        def report(done: int, total: int, doing: str) -> None:
-            if crew.rank == 0:
-                events.write(json.dumps([done, total, doing]) + "\n")
-                events.flush()
+    def report(done: int, total: int, doing: str) -> None:
+        print(PROGRESS + json.dumps([done, total, doing]), flush=True)
 
-        result = measure(crew, json.loads((spool / "plan.json").read_text()), report)
+    result = measure(crew, json.loads((spool / "plan.json").read_text()), report)
     if crew.rank == 0:
         (spool / "result.json").write_text(json.dumps(result))
     crew.leave()

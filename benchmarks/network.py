@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.command import UNLIMITED, positive, rates
+from benchmarks.netlab import Lab, Loopback, NetworkUnavailable, open_lab
 
 AS_LAUNCHED = "as launched"  # under torchrun: whatever connects the processes
-NAMESPACES = "namespaces"
+EMULATED = "netns"
 LOOPBACK = "loopback"
 
 
@@ -19,36 +19,39 @@ class NetworkError(RuntimeError):
 
 @dataclass
 class Network:
-    """An open network: `lab` starts workers on it (benchmarks.netlab's Lab or Loopback)."""
+    """An open network, whose lab starts workers on it."""
 
-    lab: Any
-    name: str
+    lab: Lab | Loopback
+
+    @property
+    def name(self) -> str:
+        """What the tables and the JSON call it."""
+        return "emulated network" if self.lab.emulated else LOOPBACK
 
     @property
     def description(self) -> str:
-        if self.name == LOOPBACK:
-            return "Network: loopback of this machine, no rate limit. An emulated network needs root and iproute2."
-        return "Network: emulated, one namespace per worker, every port limited to the rate given."
+        if self.lab.emulated:
+            return "Network: emulated, one namespace per worker, every port limited to the rate given."
+        return "Network: loopback of this machine, no rate limit. An emulated network needs root and iproute2."
 
     def possible(self, wanted: list[str]) -> list[str]:
         """The rates this network can have: loopback has one, without a limit."""
-        return wanted if self.name == NAMESPACES else [UNLIMITED]
+        return wanted if self.lab.emulated else [UNLIMITED]
 
     def set_rate(self, rate: str) -> None:
-        if self.name == NAMESPACES:
-            self.lab.set_rate(None if rate == UNLIMITED else rate)
+        self.lab.set_rate(None if rate == UNLIMITED else rate)
 
 
 def network_options(parser: argparse.ArgumentParser) -> None:
     """The options that every benchmark on the lab takes."""
     parser.add_argument("--workers", type=_several, default=[2], help="how many, or several such as 2,4")
     parser.add_argument("--rates", type=rates, default=["1gbit"], help="such as 500mbit,1gbit,unlimited")
-    parser.add_argument(
-        "--network",
-        choices=["auto", NAMESPACES, LOOPBACK],
-        default="auto",
-        help="auto: the emulated network where it can be built, else loopback",
-    )
+    network_choice(parser)
+
+
+def network_choice(parser: argparse.ArgumentParser) -> None:
+    """The option that says which network; netns fails where it cannot be had, auto then takes loopback."""
+    parser.add_argument("--network", choices=["auto", EMULATED, LOOPBACK], default="auto")
 
 
 def _several(text: str) -> list[int]:
@@ -59,19 +62,12 @@ def _several(text: str) -> list[int]:
 
 
 @contextmanager
-def open_network(kind: str, workers: int, rate: str) -> Iterator[Network]:
-    """Opens the network and tears it down. `kind` is one of the --network choices."""
-    from benchmarks import netlab
-
-    limit = None if rate == UNLIMITED else rate
+def open_network(kind: str, workers: int) -> Iterator[Network]:
+    """Opens the network, with no rate set, and tears it down. `kind` is one of the --network choices."""
     try:
-        if kind == "auto":
-            lab = netlab.open_lab(workers, limit)
-        elif kind == LOOPBACK:
-            lab = netlab.Loopback(workers)
-        else:
-            lab = netlab.Lab(workers=workers, rate=limit)
-    except RuntimeError as error:
-        raise NetworkError(str(error)) from error
+        lab = open_lab(workers, None, kind)
+    except NetworkUnavailable as error:
+        sentence = str(error).rstrip(".")
+        raise NetworkError(f"{sentence[:1].upper()}{sentence[1:]}.") from error
     with lab:
-        yield Network(lab, LOOPBACK if isinstance(lab, netlab.Loopback) else NAMESPACES)
+        yield Network(lab)

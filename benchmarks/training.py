@@ -86,7 +86,7 @@ def main() -> None:
         return
     try:
         for workers in given.workers:
-            with open_network(given.network, workers, given.rates[0]) as network:
+            with open_network(given.network, workers) as network:
                 console.print(network.description)
                 for rate in network.possible(given.rates):
                     network.set_rate(rate)
