@@ -1,0 +1,74 @@
+#include "collectives/exchange.h"
+
+namespace dear {
+
+const char* phase_name(Phase phase) { return phase == Phase::kReduceScatter ? "reduce-scatter" : "all-gather"; }
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+Exchange::Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label)
+    : phase_(phase), reduction_(reduction), parts_(std::move(parts)), label_(std::move(label)) {
+  for (const Part& part : parts_) {
+    TORCH_CHECK(part.full.dim() == 1 && part.full.is_contiguous(),
+                "A collective needs flat contiguous tensors, and one of shape ", part.full.sizes(),
+                " was given: pass tensor.contiguous().view(-1).");
+    TORCH_CHECK(!part.full.is_complex(), "A collective over complex tensors is not supported: pass "
+                                         "torch.view_as_real(tensor).view(-1).");
+    TORCH_CHECK(part.full.layout() == at::kStrided,
+                "A collective over sparse tensors is not supported: pass tensor.to_dense().view(-1).");
+    if (phase_ == Phase::kReduceScatter) {
+      TORCH_CHECK(part.shard.dim() == 1 && part.shard.is_contiguous() &&
+                      part.shard.scalar_type() == part.full.scalar_type() &&
+                      part.shard.device() == part.full.device(),
+                  "The output of a reduce-scatter must be flat, contiguous, and of the input's dtype and device.");
+    }
+  }
+}
+
+void Exchange::begin() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  TORCH_CHECK(!in_flight_, label_, " was submitted again while its ", phase_name(phase_),
+              " was still in flight: wait for it first.");
+  in_flight_ = true;
+  error_ = nullptr;
+}
+
+void Exchange::started() { start_ns_ = now_ns(); }
+
+void Exchange::finish() {
+  end_ns_ = now_ns();
+  // Notified under the lock: a waiter may destroy the exchange as soon as it is let go.
+  std::lock_guard<std::mutex> lock(mutex_);
+  in_flight_ = false;
+  ended_.notify_all();
+}
+
+void Exchange::fail(std::exception_ptr error) {
+  end_ns_ = now_ns();
+  std::lock_guard<std::mutex> lock(mutex_);
+  error_ = std::move(error);
+  in_flight_ = false;
+  ended_.notify_all();
+}
+
+void Exchange::wait() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  ended_.wait(lock, [this] { return !in_flight_; });
+  if (error_) std::rethrow_exception(error_);
+}
+
+bool Exchange::done() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return !in_flight_;
+}
+
+int64_t Exchange::bytes() const {
+  int64_t total = 0;
+  for (const Part& part : parts_) total += static_cast<int64_t>(part.full.nbytes());
+  return total;
+}
+
+}  // namespace dear

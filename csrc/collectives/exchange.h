@@ -1,0 +1,90 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "collectives/shard.h"
+
+namespace dear {
+
+enum class Phase { kReduceScatter, kAllGather };
+enum class Reduction { kSum, kAverage };
+
+const char* phase_name(Phase phase);
+
+// Nanoseconds of the monotonic clock, the one Python calls time.perf_counter_ns().
+int64_t now_ns();
+
+// One buffer of an exchange. `full` has every rank's chunk, `shard` is this rank's; both are flat and
+// contiguous. A reduce-scatter reads `full` and writes `shard`; an all-gather writes `full`, where this rank's
+// chunk must already stand (`shard` is then unused). `shard` may alias this rank's chunk of `full`.
+struct Part {
+  at::Tensor full;
+  at::Tensor shard;
+};
+
+// One half of an all-reduce, over one or more buffers moved together. Built once for a fusion group and
+// submitted every step, so that steady state allocates nothing.
+//
+// Threads: submitted and waited on by the training thread; the lane's thread moves the data and calls
+// finish() or fail(). A backend lane overrides wait().
+class Exchange {
+ public:
+  Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label);
+  virtual ~Exchange() = default;
+
+  Phase phase() const { return phase_; }
+  Reduction reduction() const { return reduction_; }
+  const std::vector<Part>& parts() const { return parts_; }
+  // Names the exchange in errors and traces: "fusion group 3".
+  const std::string& label() const { return label_; }
+
+  // Blocks until the exchange has ended (for device tensors: until the current stream is ordered behind it) and
+  // rethrows its failure. Returns at once when it was never submitted. Must be called without the GIL.
+  virtual void wait();
+  // True once nothing is in flight, also after a failure.
+  virtual bool done();
+
+  int64_t bytes() const;
+  int64_t start_ns() const { return start_ns_; }
+  int64_t end_ns() const { return end_ns_; }
+
+  void begin();                          // at submission
+  void started();                        // at the first byte
+  void finish();                         // at the last byte
+  void fail(std::exception_ptr error);   // instead of finish()
+
+ protected:
+  Phase phase_;
+  Reduction reduction_;
+  std::vector<Part> parts_;
+  std::string label_;
+  std::mutex mutex_;
+  std::condition_variable ended_;
+  bool in_flight_ = false;
+  std::exception_ptr error_;
+  int64_t start_ns_ = 0;
+  int64_t end_ns_ = 0;
+};
+
+// A queue of exchanges that run one after another, in the same order on every rank.
+class Lane {
+ public:
+  virtual ~Lane() = default;
+  virtual std::shared_ptr<Exchange> make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,
+                                                  std::string label) = 0;
+  virtual void submit(const std::shared_ptr<Exchange>& exchange) = 0;
+  // Makes every exchange in flight and to come fail with `reason`.
+  virtual void abort(const std::string& reason) = 0;
+  virtual int rank() const = 0;
+  virtual int world() const = 0;
+};
+
+}  // namespace dear

@@ -1,0 +1,395 @@
+#include "collectives/ring_transfer.h"
+
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "collectives/accumulate.h"
+
+namespace dear {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+// Note [Who is to blame]
+// In a ring a rank that waits sees only its neighbour wait, and would blame it. So a rank that is starved for a
+// quarter of the timeout tells the next one for whom it waits (kWaiting), and a rank that fails tells the next one
+// why (kFailure); both pass it on. The ring without the dead rank is a line, along which the news reaches all.
+// Frames are sent only when their whole content is at hand, so that such news never has to wait inside a frame
+// behind data that does not come.
+enum class FrameType : uint16_t { kData = 1, kWaiting = 2, kFailure = 3 };
+
+constexpr uint32_t kMagic = 0x52414544;  // "DEAR"
+constexpr size_t kLongestNews = 1024;
+
+struct FrameHeader {
+  uint32_t magic;
+  FrameType type;
+  uint16_t blamed;     // kWaiting: the rank for whom the sender waits, in the end
+  uint32_t sequence;
+  uint32_t signature;
+  uint64_t bytes;
+};
+
+class RingTransfer {
+ public:
+  RingTransfer(const Exchange& exchange, const RingPlan& plan, const RingContext& context)
+      : exchange_(exchange), plan_(plan), context_(context),
+        next_((context.rank + 1) % context.world),
+        prev_((context.rank + context.world - 1) % context.world),
+        blamed_(prev_),
+        forwards_(exchange.phase() == Phase::kAllGather),
+        divisor_(exchange.reduction() == Reduction::kAverage ? context.world : 1) {
+    // Note [Enough slots]
+    // Partial sums wait in slots until they are sent on. One slot more than a chunk has pieces can never lock the
+    // ring: were all slots of all ranks full, each rank would have received one piece more than it has sent, and
+    // yet no rank can have received what its neighbour has not sent.
+    if (!forwards_) {
+      slots_ = context.world == 2 ? 1 : plan.largest_chunk + 2;
+      const size_t need = slots_ * static_cast<size_t>(plan.largest_piece);
+      if (context.scratch->size() < need) context.scratch->resize(need);
+    }
+  }
+
+  void run() {
+    try {
+      progressed();
+      while (received_ < plan_.inbound.size() || sent_ < plan_.outbound.size()) {
+        while (!send_blocked_ && send_some()) {
+        }
+        wait_for_network();
+      }
+    } catch (const std::exception& error) {
+      tell_next(error.what());
+      ::shutdown(context_.links->to_next(), SHUT_RDWR);
+      ::shutdown(context_.links->from_prev(), SHUT_RDWR);
+      throw;
+    }
+  }
+
+ private:
+  // --- sending ---
+
+  char* slot(size_t inbound_index) {
+    return context_.scratch->data() + (inbound_index % slots_) * static_cast<size_t>(plan_.largest_piece);
+  }
+
+  bool next_piece_ready() const {
+    return sent_ < plan_.outbound.size() && (sent_ < plan_.first_chunk || received_ > sent_ - plan_.first_chunk);
+  }
+
+  const char* outbound_data() {
+    const Piece& piece = plan_.outbound[sent_];
+    return forwards_ || sent_ < plan_.first_chunk ? piece.own : slot(sent_ - plan_.first_chunk);
+  }
+
+  // Sends as much of the current frame as the socket takes; false when there is nothing to send or no room.
+  bool send_some() {
+    if (out_offset_ == 0) {
+      if (!next_piece_ready()) return false;
+      out_header_ = {kMagic, FrameType::kData, 0, context_.sequence, plan_.signature,
+                     static_cast<uint64_t>(plan_.outbound[sent_].bytes)};
+    }
+    const size_t bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
+    iovec blocks[2];
+    int count = 0;
+    if (out_offset_ < sizeof(FrameHeader)) {
+      blocks[count++] = {reinterpret_cast<char*>(&out_header_) + out_offset_, sizeof(FrameHeader) - out_offset_};
+      blocks[count++] = {const_cast<char*>(outbound_data()), bytes};
+    } else {
+      const size_t done = out_offset_ - sizeof(FrameHeader);
+      blocks[count++] = {const_cast<char*>(outbound_data()) + done, bytes - done};
+    }
+    msghdr message{};
+    message.msg_iov = blocks;
+    message.msg_iovlen = static_cast<size_t>(count);
+    const ssize_t put = ::sendmsg(context_.links->to_next(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (put < 0) {
+      if (errno == EINTR) return true;
+      send_blocked_ = true;
+      if (errno != EAGAIN) lost_next(errno);
+      return false;
+    }
+    progressed();
+    out_offset_ += static_cast<size_t>(put);
+    if (out_offset_ == sizeof(FrameHeader) + bytes) {
+      out_offset_ = 0;
+      ++sent_;
+    } else {
+      send_blocked_ = true;
+    }
+    return true;
+  }
+
+  // The next rank is gone, or it gave up because of somebody else: in that case the news is on its way round.
+  void lost_next(int error) {
+    next_lost_ = true;
+    next_lost_error_ = error;
+    next_lost_deadline_ = Clock::now() + std::min<milliseconds>(context_.timeout / 4, milliseconds(2000));
+  }
+
+  void send_control(FrameType type, int blamed, const std::string& text) {
+    std::vector<char> frame(sizeof(FrameHeader) + text.size());
+    const FrameHeader header{kMagic, type, static_cast<uint16_t>(blamed), context_.sequence, plan_.signature,
+                             text.size()};
+    std::memcpy(frame.data(), &header, sizeof(header));
+    std::memcpy(frame.data() + sizeof(header), text.data(), text.size());
+    push(frame.data(), frame.size(), milliseconds(1000));
+  }
+
+  // Writes all of it, or gives up after `patience`.
+  bool push(const char* data, size_t size, milliseconds patience) {
+    const auto deadline = Clock::now() + patience;
+    while (size > 0) {
+      const ssize_t put = ::send(context_.links->to_next(), data, size, MSG_NOSIGNAL | MSG_DONTWAIT);
+      if (put > 0) {
+        data += put;
+        size -= static_cast<size_t>(put);
+        continue;
+      }
+      if (put < 0 && errno != EAGAIN && errno != EINTR) return false;
+      pollfd entry{context_.links->to_next(), POLLOUT, 0};
+      const auto left = std::chrono::duration_cast<milliseconds>(deadline - Clock::now()).count();
+      if (left <= 0 || ::poll(&entry, 1, static_cast<int>(left)) == 0) return false;
+    }
+    return true;
+  }
+
+  void tell_next(const std::string& reason) {
+    if (next_lost_) return;
+    if (out_offset_ > 0) {  // finish the frame that is under way; its content no longer matters
+      const size_t bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
+      if (out_offset_ < sizeof(FrameHeader)) {
+        const char* rest = reinterpret_cast<const char*>(&out_header_) + out_offset_;
+        if (!push(rest, sizeof(FrameHeader) - out_offset_, milliseconds(2000))) return;
+        out_offset_ = sizeof(FrameHeader);
+      }
+      const size_t done = out_offset_ - sizeof(FrameHeader);
+      if (!push(outbound_data() + done, bytes - done, milliseconds(2000))) return;
+    }
+    send_control(FrameType::kFailure, blamed_, reason.substr(0, kLongestNews));
+  }
+
+  // --- receiving ---
+
+  bool slot_free() const {
+    if (forwards_ || plan_.inbound.size() == plan_.last_chunk) return true;
+    const size_t passed_on = plan_.inbound.size() - plan_.last_chunk;  // inbound pieces that must be sent on
+    const size_t freed = sent_ > plan_.first_chunk ? sent_ - plan_.first_chunk : 0;
+    return received_ < freed + slots_ || received_ >= passed_on + slots_;
+  }
+
+  char* inbound_data() {
+    return forwards_ ? plan_.inbound[received_].out : slot(received_);
+  }
+
+  size_t inbound_bytes() const { return static_cast<size_t>(plan_.inbound[received_].bytes); }
+
+  // What must have arrived before it is worth waking up: the rest of this piece, with the header of the next one,
+  // which saves a system call per piece. The last piece of an exchange has no successor to wait for.
+  size_t wanted() const {
+    if (in_offset_ < sizeof(FrameHeader)) return sizeof(FrameHeader) - in_offset_;
+    const size_t rest = inbound_bytes() - (in_offset_ - sizeof(FrameHeader));
+    return received_ + 1 < plan_.inbound.size() ? rest + sizeof(FrameHeader) : rest;
+  }
+
+  void set_low_water(size_t bytes) {
+    const int value = static_cast<int>(bytes);
+    if (value == low_water_) return;
+    low_water_ = value;
+    ::setsockopt(context_.links->from_prev(), SOL_SOCKET, SO_RCVLOWAT, &value, sizeof(value));
+  }
+
+  void receive_some() {
+    iovec blocks[2];
+    int count = 0;
+    FrameHeader following;
+    const bool in_payload = in_offset_ >= sizeof(FrameHeader);
+    if (in_payload) {
+      const size_t done = in_offset_ - sizeof(FrameHeader);
+      blocks[count++] = {inbound_data() + done, inbound_bytes() - done};
+      if (received_ + 1 < plan_.inbound.size()) blocks[count++] = {&following, sizeof(following)};
+    } else {
+      blocks[count++] = {reinterpret_cast<char*>(&in_header_) + in_offset_, sizeof(FrameHeader) - in_offset_};
+    }
+    msghdr message{};
+    message.msg_iov = blocks;
+    message.msg_iovlen = static_cast<size_t>(count);
+    const ssize_t got = ::recvmsg(context_.links->from_prev(), &message, MSG_DONTWAIT);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (got <= 0) {
+      blame(prev_, got == 0 ? "closed its connection (its process has ended, or it has failed or detached)"
+                            : std::string("lost its connection (") + std::strerror(errno) + ")");
+    }
+    progressed();
+    size_t left = static_cast<size_t>(got);
+    if (in_payload) {
+      const size_t rest = inbound_bytes() - (in_offset_ - sizeof(FrameHeader));
+      const size_t mine = std::min(left, rest);
+      in_offset_ += mine;
+      left -= mine;
+      if (mine < rest) return;
+      take_piece();
+      in_offset_ = 0;
+      if (left > 0) std::memcpy(&in_header_, &following, left);
+    }
+    in_offset_ += left;
+    if (in_offset_ == sizeof(FrameHeader)) take_header();
+  }
+
+  void take_header() {
+    if (in_header_.magic != kMagic) blame(prev_, "sent bytes that are not this library's: the stream is corrupt");
+    if (in_header_.type == FrameType::kFailure) take_failure();
+    if (in_header_.type == FrameType::kWaiting) {
+      in_offset_ = 0;
+      if (in_header_.sequence == context_.sequence && in_header_.blamed != context_.rank) {
+        blamed_ = in_header_.blamed;
+        starved_told_ = -1;  // pass it on
+      }
+      return;
+    }
+    if (in_header_.sequence != context_.sequence || in_header_.signature != plan_.signature ||
+        in_header_.bytes != inbound_bytes()) {
+      blame(prev_, "is in another collective, or in one of other sizes or dtypes: every rank must make the same "
+                   "calls in the same order");
+    }
+  }
+
+  // Another rank has failed: its words become ours.
+  void take_failure() {
+    std::string text(std::min<uint64_t>(in_header_.bytes, kLongestNews), '\0');
+    size_t have = 0;
+    set_low_water(1);
+    const auto deadline = Clock::now() + milliseconds(1000);
+    while (have < text.size() && Clock::now() < deadline) {
+      const ssize_t got = ::recv(context_.links->from_prev(), text.data() + have, text.size() - have, MSG_DONTWAIT);
+      if (got == 0) break;
+      if (got > 0) {
+        have += static_cast<size_t>(got);
+        continue;
+      }
+      pollfd entry{context_.links->from_prev(), POLLIN, 0};
+      ::poll(&entry, 1, 100);
+    }
+    text.resize(have);
+    blamed_ = in_header_.blamed;
+    throw std::runtime_error(text);
+  }
+
+  void take_piece() {
+    const Piece& piece = plan_.inbound[received_];
+    if (!forwards_) {
+      const bool last = received_ >= plan_.inbound.size() - plan_.last_chunk;
+      char* partial = slot(received_);
+      accumulate(piece.type, last ? piece.out : partial, partial, piece.own, piece.count, last ? divisor_ : 1);
+    }
+    ++received_;
+  }
+
+  // --- waiting ---
+
+  void progressed() {
+    last_progress_ = Clock::now();
+    starved_told_ = -1;
+  }
+
+  void wait_for_network() {
+    const bool receiving = received_ < plan_.inbound.size() && slot_free();
+    const bool sending = !next_lost_ && (out_offset_ > 0 || next_piece_ready());
+    if (!receiving && !sending && received_ == plan_.inbound.size() && sent_ == plan_.outbound.size()) return;
+    if (receiving) set_low_water(wanted());
+    pollfd entries[3] = {{receiving ? context_.links->from_prev() : -1, POLLIN, 0},
+                         {sending && send_blocked_ ? context_.links->to_next() : -1, POLLOUT, 0},
+                         {context_.wake_fd, POLLIN, 0}};
+    if (sending && !send_blocked_) return;  // a piece became ready meanwhile
+    const int events = ::poll(entries, 3, patience());
+    if (events < 0 && errno != EINTR) blame(context_.rank, std::string("could not poll: ") + std::strerror(errno));
+    if (entries[2].revents != 0) {
+      const std::string reason = context_.abort_reason();
+      if (!reason.empty()) throw std::runtime_error(reason);
+    }
+    if (entries[1].revents != 0) send_blocked_ = false;
+    if (entries[0].revents != 0) receive_some();
+    check_deadlines();
+  }
+
+  milliseconds since_progress() const {
+    return std::chrono::duration_cast<milliseconds>(Clock::now() - last_progress_);
+  }
+
+  // Milliseconds until the next deadline: telling the next rank, giving up, or giving up on news.
+  int patience() const {
+    auto left = context_.timeout - since_progress();
+    if (starved_told_ != blamed_) left = std::min(left, context_.timeout / 4 - since_progress());
+    if (next_lost_) {
+      left = std::min(left, std::chrono::duration_cast<milliseconds>(next_lost_deadline_ - Clock::now()));
+    }
+    return static_cast<int>(std::clamp<int64_t>(left.count() + 1, 1, 60'000));
+  }
+
+  void check_deadlines() {
+    if (next_lost_ && Clock::now() >= next_lost_deadline_) {
+      blame(next_, std::string("closed its connection (") + std::strerror(next_lost_error_) + ")");
+    }
+    const auto quiet = since_progress();
+    if (quiet < context_.timeout / 4) return;
+    const bool waits_for_prev = received_ < plan_.inbound.size() && !send_blocked_;
+    const int culprit = waits_for_prev || blamed_ != prev_ ? blamed_ : next_;
+    if (quiet >= context_.timeout) {
+      blamed_ = culprit;
+      blame(culprit, "sent or took nothing for " + std::to_string(context_.timeout.count()) +
+                         " ms (it has stalled, or is not in this collective)");
+    }
+    if (starved_told_ != blamed_ && out_offset_ == 0 && sent_ < plan_.outbound.size() && !next_lost_) {
+      starved_told_ = blamed_;
+      send_control(FrameType::kWaiting, blamed_, "");
+    } else {
+      starved_told_ = blamed_;
+    }
+  }
+
+  [[noreturn]] void blame(int rank, const std::string& what) {
+    blamed_ = rank;
+    throw std::runtime_error("Rank " + std::to_string(rank) + " " + what + " during the " +
+                             phase_name(exchange_.phase()) + " of " + exchange_.label() + ", as rank " +
+                             std::to_string(context_.rank) + " saw it.");
+  }
+
+  const Exchange& exchange_;
+  const RingPlan& plan_;
+  const RingContext& context_;
+  const int next_;
+  const int prev_;
+  int blamed_;          // who holds us up, as far as we know
+  const bool forwards_;
+  const int divisor_;
+  size_t slots_ = 1;
+
+  size_t sent_ = 0;         // pieces
+  size_t out_offset_ = 0;   // bytes of the current frame, header included
+  FrameHeader out_header_{};
+  bool send_blocked_ = false;
+  bool next_lost_ = false;
+  int next_lost_error_ = 0;
+  Clock::time_point next_lost_deadline_;
+
+  size_t received_ = 0;
+  size_t in_offset_ = 0;
+  FrameHeader in_header_{};
+  int low_water_ = -1;
+
+  Clock::time_point last_progress_;
+  int starved_told_ = -1;  // the rank we last told the next one about in this silence
+};
+
+}  // namespace
+
+void run_ring_transfer(const Exchange& exchange, const RingPlan& plan, const RingContext& context) {
+  RingTransfer(exchange, plan, context).run();
+}
+
+}  // namespace dear

@@ -1,0 +1,209 @@
+"""The halves of an all-reduce on their own, and the lanes they move in.
+
+A flat tensor of n elements is cut among P ranks into chunks of ceil(n / P); rank r owns chunk r, and the last chunks
+are short or empty (:func:`shard_range`). Two algorithms move it: ``"native"`` is the backend's own collective
+(NCCL, MPI, UCC), ``"ring"`` is this library's segmented ring over TCP, for host tensors under gloo, which has no real
+reduce-scatter. Without a choice, the ring is taken for host tensors of a gloo group and native otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from dear import _C
+
+Algorithm = Literal["ring", "native"]
+_REDUCTIONS = {"sum": _C.Reduction.sum, "avg": _C.Reduction.average}
+_ring_numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = weakref.WeakKeyDictionary()
+_shared_lanes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, _C.Lane]] = weakref.WeakKeyDictionary()
+
+
+class Work:
+    """A collective under way. The tensors it was given must not be touched before :meth:`wait` has returned."""
+
+    def __init__(self, exchanges: list[_C.Exchange], result: torch.Tensor) -> None:
+        self._exchanges = exchanges
+        self._result = result
+
+    def wait(self) -> torch.Tensor:
+        """Blocks until the result stands (device tensors: until the current stream is ordered behind it); returns it.
+
+        Raises:
+            RuntimeError: a peer has died, stalled for the group's timeout, or made another call; the sentence names
+                the rank and the phase.
+        """
+        for exchange in self._exchanges:
+            exchange.wait()
+        return self._result
+
+    def is_completed(self) -> bool:
+        """True once nothing is in flight any more, also after a failure."""
+        return all(exchange.done() for exchange in self._exchanges)
+
+
+def shard_range(numel: int, world_size: int, rank: int) -> tuple[int, int]:
+    """The half-open range of elements of a flat tensor of ``numel`` that ``rank`` owns."""
+    return _C.shard_range(numel, world_size, rank)
+
+
+def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """The timeout the process group was made with."""
+    return group._get_backend(device).options._timeout
+
+
+def choose_algorithm(group: dist.ProcessGroup, device: torch.device, algorithm: str | None) -> Algorithm:
+    """The algorithm for tensors on ``device``: the one asked for, else by backend.
+
+    Raises:
+        ValueError: an unknown name, or a ring of device tensors.
+    """
+    if algorithm not in (None, "ring", "native"):
+        raise ValueError(f'algorithm must be "ring", "native" or None, not {algorithm!r}.')
+    if algorithm == "ring" and device.type != "cpu":
+        raise ValueError(f'algorithm "ring" moves host tensors and these are on {device}: use "native".')
+    if algorithm is None:
+        gloo = device.type == "cpu" and group._get_backend(device).name() == "gloo"
+        return "ring" if gloo else "native"
+    return "ring" if algorithm == "ring" else "native"
+
+
+def make_lane(group: dist.ProcessGroup, name: str, algorithm: Algorithm, timeout: timedelta) -> _C.Lane:
+    """A new lane over the ranks of ``group``; every rank of it must make the same call in the same order."""
+    if algorithm == "native":
+        ranks = dist.get_process_group_ranks(group)
+        own = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc=f"dear {name}")
+        return _C.NativeLane(own)
+    number = next(_ring_numbers.setdefault(group, itertools.count()))
+    store = c10d._get_process_group_store(group)
+    return _C.RingLane(store, f"{name}/{number}", group.rank(), group.size(), timeout)
+
+
+def _lane(group: dist.ProcessGroup | None, device: torch.device, algorithm: str | None) -> _C.Lane:
+    """The lane that the functions below share, one for each group and algorithm."""
+    if not dist.is_initialized():
+        raise RuntimeError("The default process group is not initialised: call dear.init_process_group() first.")
+    group = group if group is not None else c10d._get_default_group()
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("This rank is not a member of the process group it passed: only members may call.")
+    chosen = choose_algorithm(group, device, algorithm)
+    lanes = _shared_lanes.setdefault(group, {})
+    if chosen not in lanes:
+        if chosen == "native":
+            lanes[chosen] = _C.NativeLane(group)
+        else:
+            lanes[chosen] = make_lane(group, "calls", chosen, group_timeout(group, device))
+    return lanes[chosen]
+
+
+def _reduction(op: str) -> _C.Reduction:
+    if op not in _REDUCTIONS:
+        raise ValueError(f'op must be "sum" or "avg", not {op!r}.')
+    return _REDUCTIONS[op]
+
+
+def _flat(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"The {what} of a collective must be dense, not {tensor.layout}: pass tensor.to_dense().")
+    if tensor.is_complex():
+        raise ValueError(f"The {what} of a collective must not be complex: pass torch.view_as_real(tensor).")
+    if not tensor.is_contiguous():
+        raise ValueError(f"The {what} of a collective must be contiguous: pass tensor.contiguous().")
+    return tensor.detach().view(-1)
+
+
+def reduce_scatter(
+    input: torch.Tensor,
+    output: torch.Tensor | None = None,
+    op: str = "sum",
+    group: dist.ProcessGroup | None = None,
+    algorithm: str | None = None,
+) -> Work:
+    """Sums (or averages) ``input`` over the ranks and leaves each rank its chunk. Asynchronous.
+
+    Args:
+        input: any shape and length, dense and contiguous; float64, float32, float16, bfloat16 or an integer type.
+            The same shape on every rank. 16-bit types are added in float32 and rounded at every hop; integers wrap,
+            and their average is rounded towards zero. It is left as it was.
+        output: flat, ``shard_range(input.numel(), P, rank)`` long; may be that very range of ``input``. Made when
+            not given.
+        op: ``"sum"`` or ``"avg"``.
+        group: the default group when None.
+        algorithm: ``"ring"``, ``"native"``, or None to choose by backend.
+
+    Returns:
+        A :class:`Work` whose ``wait()`` returns ``output``.
+
+    Raises:
+        ValueError: an argument is not of this form; the sentence says which and what to pass.
+    """
+    reduction = _reduction(op)
+    full = _flat(input, "input")
+    lane = _lane(group, full.device, algorithm)
+    begin, end = shard_range(full.numel(), lane.world, lane.rank)
+    shard = full.new_empty(end - begin) if output is None else _flat(output, "output")
+    if shard.numel() != end - begin:
+        raise ValueError(f"The output of this reduce-scatter must have {end - begin} elements, not {shard.numel()}.")
+    return Work([lane.submit(_C.Phase.reduce_scatter, reduction, [(full, shard)], "a call")], shard)
+
+
+def all_gather(
+    input: torch.Tensor,
+    output: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    algorithm: str | None = None,
+) -> Work:
+    """Collects every rank's chunk into ``output``. Asynchronous.
+
+    Args:
+        input: this rank's chunk, ``shard_range(output.numel(), P, rank)`` long; may be that very range of ``output``.
+        output: any shape and length, dense and contiguous, of ``input``'s dtype; the same shape on every rank.
+        group: the default group when None.
+        algorithm: ``"ring"``, ``"native"``, or None to choose by backend.
+
+    Returns:
+        A :class:`Work` whose ``wait()`` returns ``output``.
+
+    Raises:
+        ValueError: an argument is not of this form; the sentence says which and what to pass.
+    """
+    shard, full = _flat(input, "input"), _flat(output, "output")
+    lane = _lane(group, full.device, algorithm)
+    begin, end = shard_range(full.numel(), lane.world, lane.rank)
+    if shard.numel() != end - begin or shard.dtype != full.dtype:
+        raise ValueError(
+            f"The input of this all-gather must be {end - begin} elements of {full.dtype}, "
+            f"not {shard.numel()} of {shard.dtype}."
+        )
+    mine = full[begin:end]
+    if shard.data_ptr() != mine.data_ptr():
+        mine.copy_(shard)
+    return Work([lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(full, mine)], "a call")], output)
+
+
+def all_reduce(
+    tensor: torch.Tensor,
+    op: str = "sum",
+    group: dist.ProcessGroup | None = None,
+    algorithm: str | None = None,
+) -> Work:
+    """Sums (or averages) ``tensor`` over the ranks in place: a reduce-scatter, then an all-gather. Asynchronous.
+
+    Args, returns and raises as :func:`reduce_scatter`; ``wait()`` returns ``tensor``.
+    """
+    reduction = _reduction(op)
+    full = _flat(tensor, "tensor")
+    lane = _lane(group, full.device, algorithm)
+    begin, end = shard_range(full.numel(), lane.world, lane.rank)
+    pair = [(full, full[begin:end])]
+    first = lane.submit(_C.Phase.reduce_scatter, reduction, pair, "a call")
+    if isinstance(lane, _C.NativeLane):
+        first.wait()  # the second half reads what the first one wrote
+    second = lane.submit(_C.Phase.all_gather, _C.Reduction.sum, pair, "a call")
+    return Work([first, second], tensor)
