@@ -8,10 +8,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import UNLIMITED, rate_bits, show_size
+from benchmarks.command import rate_bits, show_rate, show_size
 from benchmarks.results import paired_ratio, percentile, slowest_rank
 
 BASELINE = "all_reduce"
+NATIVE = "native"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Row:
     bus_bandwidth: float = 0.0  # what one link carries each way: halves * (P-1)/P of the algorithm bandwidth
     of_rate: float | None = None  # bus bandwidth in percent of the link's rate
     speedup: float | None = None  # the backend's all_reduce's time / ours, paired by round
+    over_native: float | None = None  # the same for the backend's own reduce_scatter + all_gather
     sent: float | None = None  # bytes that left one worker's interface per run, measured
     wrong: int = 0
     best: bool = False  # the fastest whole all-reduce at this size
@@ -39,7 +41,7 @@ def rows(size: dict[str, Any], workers: int, rate: str) -> list[Row]:
     medians = {one["name"]: percentile(_times(one), 50) for one in finished}
     whole = [one["name"] for one in finished if one["halves"] == 2]
     best = min(whole, key=lambda name: medians[name], default=None)
-    baseline = next((one for one in finished if one["name"] == BASELINE), None)
+    rivals = {one["name"]: _rounds(one) for one in finished if one["name"] in (BASELINE, NATIVE)}
     bits = rate_bits(rate)
     made = []
     for one in size["methods"]:
@@ -49,6 +51,7 @@ def rows(size: dict[str, Any], workers: int, rate: str) -> list[Row]:
         p50 = medians[one["name"]]
         bandwidth = size["bytes"] / (p50 / 1e6)
         bus = one["halves"] * (workers - 1) / workers * bandwidth
+        against = rivals if one["halves"] == 2 else {}  # a half compared with a whole would flatter it
         sent = [each for block in one["blocks"] for each in block["sent_bytes"] if each]
         made.append(
             Row(
@@ -60,7 +63,8 @@ def rows(size: dict[str, Any], workers: int, rate: str) -> list[Row]:
                 algorithm_bandwidth=bandwidth,
                 bus_bandwidth=bus,
                 of_rate=100 * bus * 8 / bits if bits else None,
-                speedup=paired_ratio(_rounds(one), _rounds(baseline)) if baseline and one["halves"] == 2 else None,
+                speedup=paired_ratio(_rounds(one), against[BASELINE]) if BASELINE in against else None,
+                over_native=paired_ratio(_rounds(one), against[NATIVE]) if NATIVE in against else None,
                 sent=statistics.median(sent) if sent else None,
                 wrong=one["wrong"],
                 best=one["name"] == best,
@@ -80,9 +84,8 @@ def _rounds(method: dict[str, Any]) -> list[float]:
 def show(cell: dict[str, Any], console: Console) -> None:
     """The table of one cell, then why rows failed, then how to read it."""
     plan = cell["plan"]
-    limit = "no rate limit" if cell["rate"] == UNLIMITED else cell["rate"]
     shown = Table(
-        title=f"{limit} · {cell['workers']} workers · {cell['network']} · {plan['rounds']} rounds of "
+        title=f"{show_rate(cell['rate'])} · {cell['workers']} workers · {cell['network']} · {plan['rounds']} rounds of "
         f"{plan['iterations']} runs",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -96,6 +99,7 @@ def show(cell: dict[str, Any], console: Console) -> None:
         "busbw\nGB/s",
         "% of\nrate",
         "× all_\nreduce",
+        "×\nnative",
         "CPU ms",
     ):
         shown.add_column(name, justify="right")
@@ -112,9 +116,10 @@ def show(cell: dict[str, Any], console: Console) -> None:
     for name, failure in failures.items():
         console.print(f"{name} failed: {failure}", style="red", highlight=False)
     console.print(
-        "-rs, -ag: one half alone. time: the slowest rank's. busbw: what a link carries each way. "
-        "× all_reduce: its time / this one's, median over rounds; above 1 is faster. CPU: process time per run and "
-        "worker. wrong: elements, all ranks. BEST: fastest whole all-reduce at its size.\n",
+        "native: the backend's own reduce_scatter + all_gather. -rs, -ag: one half alone. time: the slowest rank's. "
+        "busbw: what a link carries each way. × all_reduce, × native: their time / this one's, median over rounds; "
+        "above 1 is faster. CPU: process time per run and worker. wrong: elements, all ranks. BEST: fastest whole "
+        "all-reduce at its size.\n",
         style="dim",
         highlight=False,
     )
@@ -131,6 +136,7 @@ def _cells(row: Row) -> list[str]:
         f"{row.bus_bandwidth / 1e9:.3f}",
         "" if row.of_rate is None else f"{row.of_rate:.1f}",
         "" if row.speedup is None else f"{row.speedup:.3f}",
+        "" if row.over_native is None else f"{row.over_native:.2f}",
         f"{row.cpu_ms:.1f}",
         f"[red]{row.wrong}[/red]" if row.wrong else "0",
     ]

@@ -42,6 +42,15 @@ def rate_bits(rate: str) -> float | None:
     return float(found[1]) * _RATE_UNITS[found[2]]
 
 
+def show_rate(rate: str) -> str:
+    """A rate for people: 500 Mbit/s, no rate limit."""
+    bits = rate_bits(rate)
+    if bits is None:
+        return "no rate limit"
+    unit, name = next((unit, name) for unit, name in ((1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")) if bits >= unit)
+    return f"{bits / unit:g} {name}"
+
+
 def rates(text: str) -> list[str]:
     """A comma-separated list of rates."""
     found = [rate.strip().lower() for rate in text.split(",") if rate.strip()]

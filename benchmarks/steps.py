@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.crew import Crew, bytes_sent
 from benchmarks.data import ByteText, standard_library
 from benchmarks.gpt import GPTConfig, build_gpt
@@ -41,6 +43,7 @@ class Contestant:
     payload_bytes_per_step: int = 0
     blocks: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)  # this rank's, every step from the first
+    clock: list[float] = field(default_factory=list)  # ms each of these steps took on this rank
     held_out_loss: float | None = None
     optimizer_state_bytes: list[int] = field(default_factory=list)
 
@@ -63,14 +66,35 @@ class Measurement:
         self.done = 0
 
     def run(self) -> dict[str, Any]:
+        """Everything, in order."""
+        self.build()
+        self.play()
+        self.evaluate()
+        return self.finish()
+
+    def build(self) -> None:
+        """Builds every strategy and tries it."""
         for contestant in self.contestants:
             self._build(contestant)
+
+    def play(self) -> None:
+        """All rounds: each strategy in turn, the order rotated from round to round."""
         for number in range(self.plan.rounds):
             first = number % len(self.contestants)
             for contestant in self.contestants[first:] + self.contestants[:first]:
                 self._block(contestant, number)
+
+    def evaluate(self) -> None:
+        """Held-out loss and optimizer memory of every strategy."""
         for contestant in self.contestants:
-            self._finish(contestant)
+            self._evaluate(contestant)
+
+    def finish(self) -> dict[str, Any]:
+        """Closes every strategy; returns all that was measured."""
+        for contestant in self.contestants:
+            if (trainer := contestant.running) is not None:
+                _, contestant.failure = self.crew.attempt(trainer.close)
+                contestant.trainer = None
         return {
             "plan": asdict(self.plan),
             "workers": self.crew.world,
@@ -96,16 +120,17 @@ class Measurement:
         def build_and_try() -> Trainer:
             trainer = contestant.strategy.build(net, optimizer_factory(self.plan.optimizer), group)
             for _ in range(TRIAL_STEPS):
-                self._step(contestant, trainer)
-            trainer.synchronize()
+                self.step(contestant, trainer)
+            self._drain(contestant, trainer)
             return trainer
 
         contestant.trainer, failure = self.crew.attempt(build_and_try)
         contestant.failure = failure
         self._progress(TRIAL_STEPS, f"building {name}")
 
-    def _step(self, contestant: Contestant, trainer: Trainer) -> None:
-        inputs, targets = self.text.batch(
+    def next_batch(self, contestant: Contestant) -> tuple[Tensor, Tensor]:
+        """What the contestant trains on next: the same text in the same order for every one of them."""
+        return self.text.batch(
             len(contestant.losses),
             rank=self.crew.rank,
             world=self.crew.world,
@@ -113,7 +138,17 @@ class Measurement:
             sequence=self.sequence,
             seed=self.plan.seed,
         )
-        contestant.losses.append(trainer.step(inputs, targets))
+
+    def step(self, contestant: Contestant, trainer: Trainer) -> None:
+        start = time.perf_counter()
+        contestant.losses.append(trainer.step(*self.next_batch(contestant)))
+        contestant.clock.append((time.perf_counter() - start) * 1e3)
+
+    def _drain(self, contestant: Contestant, trainer: Trainer) -> None:
+        """Waits for what is in flight, on the last step's account: else its cost would be in no step."""
+        start = time.perf_counter()
+        trainer.synchronize()
+        contestant.clock[-1] += (time.perf_counter() - start) * 1e3
 
     def _block(self, contestant: Contestant, number: int) -> None:
         """Warm-up steps, then timed ones. DeAR's last gather belongs to the block's end, its first to a warm-up step.
@@ -135,15 +170,15 @@ class Measurement:
 
     def _timed_steps(self, contestant: Contestant, trainer: Trainer) -> dict[str, Any]:
         for _ in range(self.plan.warmup):
-            self._step(contestant, trainer)
+            self.step(contestant, trainer)
         sent, cpu = bytes_sent(), time.process_time()
         marks = [time.perf_counter()]
         for _ in range(self.plan.steps):
-            self._step(contestant, trainer)
+            self.step(contestant, trainer)
             marks.append(time.perf_counter())
         cpu_ms = (time.process_time() - cpu) * 1e3
         engine = trainer.stats()
-        trainer.synchronize()
+        self._drain(contestant, trainer)
         sent_after = bytes_sent()
         return {
             "ms": [round((end - start) * 1e3, 3) for start, end in pairwise(marks)],
@@ -152,30 +187,27 @@ class Measurement:
             "engine": engine,
         }
 
-    def _finish(self, contestant: Contestant) -> None:
+    def _evaluate(self, contestant: Contestant) -> None:
         trainer = contestant.running
         if trainer is None:
             return
         inputs, targets = self.text.held_out_batch(HELD_OUT_BATCH, self.sequence)
 
-        def finish() -> tuple[float, int]:
+        def evaluate() -> tuple[float, int]:
             trainer.synchronize()
-            result = trainer.evaluate(inputs, targets), trainer.optimizer_state_bytes()
-            trainer.close()
-            return result
+            return trainer.evaluate(inputs, targets), trainer.optimizer_state_bytes()
 
         self._progress(0, f"evaluating {contestant.strategy.name}")
-        result, failure = self.crew.attempt(finish)
+        result, failure = self.crew.attempt(evaluate)
         if failure or result is None:
             contestant.failure = f"at the end: {failure}"
             return
         contestant.held_out_loss = result[0]
         contestant.optimizer_state_bytes = self.crew.gather(result[1])
-        contestant.trainer = None
 
     def _account(self, contestant: Contestant) -> dict[str, Any]:
-        losses = self.crew.gather(contestant.losses)
-        together = [sum(step) / len(step) for step in zip(*losses, strict=False)]
+        losses = [sum(step) / len(step) for step in zip(*self.crew.gather(contestant.losses), strict=False)]
+        clock = [max(step) for step in zip(*self.crew.gather(contestant.clock), strict=False)]
         return {
             "name": contestant.strategy.name,
             "failure": contestant.failure,
@@ -183,5 +215,6 @@ class Measurement:
             "held_out_loss": contestant.held_out_loss,
             "optimizer_state_bytes": contestant.optimizer_state_bytes,
             "blocks": contestant.blocks,
-            "losses": [round(loss, 6) for loss in together],
+            "losses": [round(loss, 6) for loss in losses],  # training loss, mean over ranks, every step
+            "clock_ms": [round(ms, 3) for ms in clock],  # what each of them took, trial and warm-up steps included
         }

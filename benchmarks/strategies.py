@@ -222,3 +222,8 @@ def _size(rest: list[str], unknown: StrategyError) -> float | None:
     if not 0 < size < float("inf"):
         raise unknown
     return size
+
+
+def is_dear(strategy: Strategy) -> bool:
+    """Whether the strategy is this library's, so that its trainer has an engine to trace."""
+    return isinstance(strategy, Dear)

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import UNLIMITED, rate_bits, show_size
+from benchmarks.command import rate_bits, show_rate, show_size
 from benchmarks.results import paired_ratio, percentile, slowest_rank
 
 
@@ -100,9 +100,8 @@ def _show(value: float | None, form: str) -> str:
 def table(cell: dict[str, Any]) -> Table:
     """The table a person reads, for one cell."""
     plan = cell["plan"]
-    limit = "no rate limit" if cell["rate"] == UNLIMITED else cell["rate"]
     shown = Table(
-        title=f"{limit} · {cell['workers']} workers · {cell['network']} · {plan['optimizer']} · "
+        title=f"{show_rate(cell['rate'])} · {cell['workers']} workers · {cell['network']} · {plan['optimizer']} · "
         f"{plan['rounds']} rounds of {plan['steps']} steps",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
