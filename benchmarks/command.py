@@ -7,8 +7,9 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from benchmarks.netns import format_rate, parse_rate
+
 UNLIMITED = "unlimited"
-_RATE_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -36,19 +37,15 @@ def rate_bits(rate: str) -> float | None:
     """Bits per second of a rate such as "500mbit" or "2.5gbit"; None for "unlimited"."""
     if rate == UNLIMITED:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", rate)
-    if found is None or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{rate!r} is not a rate: write it like 500mbit, 2.5gbit or {UNLIMITED}")
-    return float(found[1]) * _RATE_UNITS[found[2]]
+    try:
+        return parse_rate(rate)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or {UNLIMITED}") from error
 
 
 def show_rate(rate: str) -> str:
     """A rate for people: 500 Mbit/s, no rate limit."""
-    bits = rate_bits(rate)
-    if bits is None:
-        return "no rate limit"
-    unit, name = next((unit, name) for unit, name in ((1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")) if bits >= unit)
-    return f"{bits / unit:g} {name}"
+    return format_rate(rate_bits(rate))
 
 
 def rates(text: str) -> list[str]:

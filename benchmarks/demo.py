@@ -129,7 +129,9 @@ def draw(result: dict[str, Any], out: Path) -> None:
     if curves:
         pictures.loss_against_time(curves, f"Same model, same text, same steps\n{where}", out / "loss.png")
     if result["trace"]:
-        pictures.step_timeline(result["trace"], f"One step of {label(dear['name'])}, rank 0 ({where})", out / "timeline.png")
+        pictures.step_timeline(
+            result["trace"], f"One step of {label(dear['name'])}, rank 0 ({where})", out / "timeline.png"
+        )
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -187,8 +189,9 @@ def about_the_network(result: dict[str, Any]) -> str:
     backward = backward_ms(result["trace"])
     measured = f"; it took {backward:.0f} ms here" if backward else ""
     return (
-        f"At {show_rate(training['rate'])} an all-reduce takes {all_reduce:.0f} ms (computed from bytes and rate), about "
-        f"twice the backward pass{measured}: this is DeAR's best case. Faster and slower networks leave less to gain."
+        f"At {show_rate(training['rate'])} an all-reduce takes {all_reduce:.0f} ms (computed from bytes and rate), "
+        f"about twice the backward pass{measured}: this is DeAR's best case. Faster and slower networks leave less "
+        "to gain."
     )
 
 

@@ -39,7 +39,9 @@ def loss_against_time(curves: Sequence[tuple[str, dict[str, Any]]], title: str, 
             ha="right",
             color=colour,
         )
-    axes.set(xlabel="training time, each on its own clock (seconds)", ylabel="training loss (nats per byte)", title=title)
+    axes.set(
+        xlabel="training time, each on its own clock (seconds)", ylabel="training loss (nats per byte)", title=title
+    )
     axes.legend(title=f"thick: mean of {SMOOTHED_OVER} steps", frameon=False)
     _plain(axes)
     _save(figure, path)
