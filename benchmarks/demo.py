@@ -7,7 +7,7 @@ steps so that whatever else the machine does hits both alike; each keeps its own
 import argparse
 import statistics
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +15,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import pictures, results, summary
+from benchmarks import duel, pictures, results, summary
 from benchmarks.command import Parser, fail, positive, rate_bits, show_rate, terminal
-from benchmarks.crew import Crew
-from benchmarks.gpt import GPT
-from benchmarks.launch import Report, WorkersFailed, progress_bar, run_workers, worker
+from benchmarks.launch import WorkersFailed, progress_bar, run_workers, worker
 from benchmarks.network import NetworkError, network_choice, open_network
-from benchmarks.steps import TRIAL_STEPS, Measurement, Plan
-from benchmarks.strategies import Trainer, is_dear
-from benchmarks.timeline import STEPS, record
 
 WORKERS = 2
 RATE = "500mbit"
-CANDIDATES = ["ddp:1", "ddp:2", "ddp:4", "ddp:8", "ddp:25"]
-TUNING_WARMUP, TUNING_STEPS = 1, 2
-TURN_WARMUP, TURN_STEPS = 1, 5
 WORKERS_SECONDS = 1200
-
-
-@dataclass(frozen=True)
-class DemoPlan:
-    """What the workers do."""
-
-    dear: str  # the strategy that competes with the best of CANDIDATES
-    optimizer: str
-    rounds: int
-    seed: int = 1
-
-
-def measure(crew: Crew, given: dict[str, Any], report: Report) -> dict[str, Any]:
-    """A worker's part: tune DDP, let it and DeAR and the compute floor train in turns, trace a step of DeAR."""
-    demo = DemoPlan(**given)
-    tuning_plan = Plan(CANDIDATES, demo.optimizer, 1, TUNING_WARMUP, TUNING_STEPS, seed=demo.seed)
-    plan = Plan(["none", "ddp", demo.dear], demo.optimizer, demo.rounds, TURN_WARMUP, TURN_STEPS, seed=demo.seed)
-    tuning_total = len(CANDIDATES) * (TRIAL_STEPS + TUNING_WARMUP + TUNING_STEPS)
-    total = tuning_total + len(plan.strategies) * (TRIAL_STEPS + plan.rounds * (TURN_WARMUP + TURN_STEPS))
-
-    tuning = Measurement(crew, tuning_plan, lambda done, _, doing: report(done, total, f"tuning DDP, {doing}")).run()
-    best = summary.best_ddp(tuning["strategies"])
-    if best is None:
-        raise RuntimeError(f"No DDP bucket size could be measured: {tuning['strategies'][0]['failure']}")
-    plan = replace(plan, strategies=["none", best["name"], demo.dear])
-    training = Measurement(crew, plan, lambda done, _, doing: report(tuning_total + done, total, f"training, {doing}"))
-    training.build()
-    training.play()
-    training.evaluate()  # before the trace, whose steps would give DeAR more training than DDP
-    trace, why_not = crew.attempt(lambda: _trace(training))
-    return {"tuning": tuning, "training": training.finish(), "trace": trace, "trace_failure": why_not}
-
-
-def _trace(training: Measurement) -> dict[str, Any] | None:
-    """A few more steps of DeAR under trace; None where DeAR itself failed."""
-    contestant = next(one for one in training.contestants if is_dear(one.strategy))
-    trainer: Trainer | None = contestant.running
-    if trainer is None:
-        return None
-    net = trainer.model.module
-    assert isinstance(net, GPT)
-    return record(trainer, net, [training.next_batch(contestant)] * STEPS)
 
 
 def arguments() -> argparse.Namespace:
@@ -87,6 +37,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
+    plan = duel.DuelPlan(given.dear, given.optimizer, given.rounds)
     console = terminal()
     console.print(
         f"Training a byte-level GPT (10.9 M parameters) on Python's standard library with {WORKERS} workers, "
@@ -98,40 +49,33 @@ def main() -> None:
             rate = network.possible([RATE])[0]
             network.set_rate(rate)
             with progress_bar(console, "demo") as report:
-                result = run_workers(network.lab, "benchmarks.demo", plan_of(given), report, WORKERS_SECONDS)
+                result = run_workers(network.lab, "benchmarks.demo", plan, report, WORKERS_SECONDS)
     except (NetworkError, WorkersFailed) as error:
         fail(str(error))
-    network_name = network.name
     for part in ("tuning", "training"):
-        result[part].update(rate=rate, network=network_name)
-    payload = {**results.header("demo", asdict(plan_of(given))), **result}
-    results.write(given.out / "demo.json", payload)
-    draw(result, given.out)
+        result[part].update(rate=rate, network=network.name)
+    results.write(given.out / "demo.json", {**results.header("demo", asdict(plan)), **result})
+    drawn = draw(result, given.out)
     show(result, console)
-    for name in ("loss.png", "timeline.png"):
-        if (given.out / name).exists():
-            console.print(f"Picture: {given.out / name}")
+    for path in drawn:
+        console.print(f"Picture: {path}")
     console.print(f"Raw times: {given.out / 'demo.json'}")
 
 
-def plan_of(given: argparse.Namespace) -> DemoPlan:
-    return DemoPlan(given.dear, given.optimizer, given.rounds)
-
-
-def draw(result: dict[str, Any], out: Path) -> None:
-    """The two pictures, as far as there is something to draw; older ones are removed, lest they pass for new."""
+def draw(result: dict[str, Any], out: Path) -> list[Path]:
+    """The pictures, as far as there is something to draw; older ones are removed, lest they pass for new."""
     training = result["training"]
     where = f"{training['workers']} workers, {training['network']}, {show_rate(training['rate'])}"
-    for name in ("loss.png", "timeline.png"):
-        (out / name).unlink(missing_ok=True)
-    _, ddp, dear = training["strategies"]
-    curves = [(label(one["name"]), one) for one in (ddp, dear) if not one["failure"]]
+    loss, timeline = out / "loss.png", out / "timeline.png"
+    for path in (loss, timeline):
+        path.unlink(missing_ok=True)
+    curves = [(label(one["name"]), one) for one in training["strategies"][1:] if not one["failure"]]
+    traces = [(label(name), trace) for name, trace in result["traces"].items()]
     if curves:
-        pictures.loss_against_time(curves, f"Same model, same text, same steps\n{where}", out / "loss.png")
-    if result["trace"]:
-        pictures.step_timeline(
-            result["trace"], f"One step of {label(dear['name'])}, rank 0 ({where})", out / "timeline.png"
-        )
+        pictures.loss_against_time(curves, f"Same model, same text, same steps\n{where}", loss)
+    if traces:
+        pictures.step_timeline(traces, f"One step of rank 0 ({where})", timeline)
+    return [path for path in (loss, timeline) if path.exists()]
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -161,8 +105,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     for row in rows:
         if row.failure:
             console.print(f"{row.name} failed: {row.failure}", style="red", highlight=False)
-    if result["trace_failure"]:
-        console.print(f"No timeline: {result['trace_failure']}", style="red", highlight=False)
+    for name, failure in result["trace_failures"].items():
+        console.print(f"No timeline of {name}: {failure}", style="red", highlight=False)
     tuned = [f"{row.name} {row.median:.0f} ms" for row in summary.summarise(result["tuning"]) if row.median]
     console.print(f"DDP was tuned first: {', '.join(tuned)}.", highlight=False)
     console.print(about_the_network(result), highlight=False)
@@ -186,7 +130,7 @@ def about_the_network(result: dict[str, Any]) -> str:
     if bits is None:
         return "Without a rate limit DDP hides most of its communication: there is little for DeAR to gain here."
     all_reduce = training["strategies"][1]["payload_bytes_per_step"] * 8 / bits * 1e3
-    backward = backward_ms(result["trace"])
+    backward = next((backward_ms(trace) for trace in result["traces"].values()), None)
     measured = f"; it took {backward:.0f} ms here" if backward else ""
     return (
         f"At {show_rate(training['rate'])} an all-reduce takes {all_reduce:.0f} ms (computed from bytes and rate), "
@@ -195,16 +139,17 @@ def about_the_network(result: dict[str, Any]) -> str:
     )
 
 
-def backward_ms(trace: dict[str, Any] | None) -> float | None:
-    """How long the backward pass of the traced step took."""
-    if not trace:
-        return None
+def backward_ms(trace: dict[str, Any]) -> float:
+    """How long the backward pass of the traced step computed, its waits left out."""
     spans = [span for span in trace["compute"] if span["step"] == 1 and span["phase"] == "backward"]
-    return sum(span["end"] - span["start"] for span in spans) / 1e6
+    begin, end = spans[0]["start"], spans[-1]["end"]
+    waits = [span for span in trace["lanes"] if span["lane"] == "wait"]
+    waited = sum(max(0, min(span["end"], end) - max(span["start"], begin)) for span in waits)
+    return (end - begin - waited) / 1e6
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        worker(Path(sys.argv[2]), measure)
+        worker(Path(sys.argv[2]), duel.measure)
     else:
         main()

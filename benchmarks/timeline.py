@@ -1,9 +1,12 @@
-"""Records what one worker computes during a few steps, next to what the engine says moves at the same time."""
+"""Records what one worker computes during a few steps, next to what moves at the same time."""
 
 import time
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from benchmarks.gpt import GPT, language_loss
@@ -47,13 +50,50 @@ class ComputeMarks:
         return [{**mark, "end": after["start"]} for mark, after in pairs if mark["phase"] != "end"]
 
 
-def record(trainer: Trainer, net: GPT, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Trains one step per batch under trace; times are perf_counter_ns.
+class AllReduceTrace:
+    """Plain DDP with a communication hook that does what DDP does without one, and notes when.
 
-    Returns {"compute": spans with step, phase, name, start, end; "lanes": the engine's own spans}.
+    Same calls as the engine's trace: start_trace, stop_trace. A bucket is taken to move from when it is handed over,
+    or from when the bucket before it is done if that is later, until it is done. Register before the first step.
+    """
+
+    def __init__(self, model: DistributedDataParallel, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.buckets: list[dict[str, int]] = []
+        model.register_comm_hook(self, AllReduceTrace.hook)
+
+    @staticmethod
+    def hook(trace: "AllReduceTrace", bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        note = {"handed": time.perf_counter_ns()}
+        trace.buckets.append(note)
+        gradients = bucket.buffer().div_(trace.group.size())
+
+        def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+            note["done"] = time.perf_counter_ns()
+            return future.value()[0]
+
+        work = dist.all_reduce(gradients, group=trace.group, async_op=True)
+        return work.get_future().then(done)
+
+    def start_trace(self) -> None:
+        self.buckets.clear()
+
+    def stop_trace(self) -> list[dict[str, Any]]:
+        lanes, free = [], 0
+        for number, bucket in enumerate(self.buckets):
+            start = max(bucket["handed"], free)
+            free = max(bucket["done"], start)
+            lanes.append({"lane": "all-reduce", "name": f"bucket {number}", "start": start, "end": free})
+        return lanes
+
+
+def record(trainer: Trainer, net: GPT, batches: list[tuple[Tensor, Tensor]], tracer: Any) -> dict[str, Any]:
+    """Trains one step per batch under trace; times are perf_counter_ns. `tracer` is an engine or an AllReduceTrace.
+
+    Returns {"compute": spans with step, phase, name, start, end; "lanes": spans with lane, name, start, end}.
     """
     compute = ComputeMarks(net)
-    trainer.engine.start_trace()
+    tracer.start_trace()
     try:
         for compute.step, (inputs, targets) in enumerate(batches):
             compute.mark("forward", "embedding")
@@ -67,5 +107,15 @@ def record(trainer: Trainer, net: GPT, batches: list[tuple[Tensor, Tensor]]) -> 
         trainer.synchronize()
     finally:
         compute.remove()
-        lanes = trainer.engine.stop_trace()
-    return {"compute": compute.spans(), "lanes": lanes}
+        lanes = tracer.stop_trace()
+    spans = compute.spans()
+    if isinstance(tracer, AllReduceTrace):
+        lanes += [_ddp_wait(spans, tracer, step) for step in range(len(batches))]
+    return {"compute": spans, "lanes": lanes}
+
+
+def _ddp_wait(spans: list[dict[str, Any]], tracer: AllReduceTrace, step: int) -> dict[str, Any]:
+    """Once the last bucket of a step is handed over nothing is left to compute: from there backward only waits."""
+    end = max(span["end"] for span in spans if span["step"] == step and span["phase"] == "backward")
+    start = max((bucket["handed"] for bucket in tracer.buckets if bucket["handed"] < end), default=end)
+    return {"lane": "wait", "name": "all-reduce", "start": start, "end": end}

@@ -168,15 +168,18 @@ def test_demo_table_and_pictures(cell: dict[str, Any], tmp_path: Path) -> None:
             spans.append({"step": step, "phase": phase, "name": name, "start": now, "end": now + 10**8})
             lanes.append({"lane": "all-gather", "name": "group 0", "start": now, "end": now + 10**7})
             now += 10**8
-    lanes.append({"lane": "wait", "name": "block 1", "start": 3 * 10**8, "end": 4 * 10**8})
-    result = {"tuning": cell, "training": cell, "trace": {"compute": spans, "lanes": lanes}, "trace_failure": None}
+    lanes.append({"lane": "wait", "name": "block 1", "start": 45 * 10**7, "end": 55 * 10**7})  # half in backward
+    trace = {"compute": spans, "lanes": lanes}
+    traces, failures = {"ddp:1": trace, "dear:sharded": trace}, {"ddp:1": "rank 0: no trace"}
+    result = {"tuning": cell, "training": cell, "traces": traces, "trace_failures": failures}
     demo.draw(result, tmp_path)
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("loss.png", "timeline.png"))
     console = Console(width=120, record=True, file=io.StringIO())
     demo.show(result, console)
     text = console.export_text()
     assert "DeAR (sharded)" in text and "DDP (tuned, 1 MiB buckets)" in text and "500 Mbit/s" in text
-    assert demo.backward_ms(result["trace"]) == 100  # type: ignore[arg-type]
+    assert "No timeline of ddp:1: rank 0: no trace" in text
+    assert demo.backward_ms(trace) == 50
 
 
 def test_smoothing_starts_with_what_there_is() -> None:
