@@ -1,6 +1,8 @@
 """The ranks of one benchmark seen from inside one of them: how they start, agree and exchange measurements."""
 
 import os
+import re
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +17,10 @@ CANDIDATE_TIMEOUT = timedelta(seconds=60)
 CONTROL_TIMEOUT = timedelta(minutes=15)
 
 
+# What gloo puts before its messages: where they stand in its source.
+_SOURCE_LINE = re.compile(r"\[[^\]\s]*:\d+\] ?")
+
+
 class Crew:
     """All ranks of a benchmark. Control messages use the default group; each candidate gets groups of its own.
 
@@ -24,7 +30,8 @@ class Crew:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.had_failure = False
@@ -43,21 +50,22 @@ class Crew:
         return values
 
     def attempt(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
-        """Runs the action on every rank; returns its result, or, on all ranks alike, the first rank's failure.
+        """Runs the action on every rank; returns its result, or, on all ranks alike, the failure that came first.
 
-        Every rank must call this together: it is where they agree whether to go on.
+        Every rank must call this together: it is where they agree whether to go on. The first failure in time is the
+        cause; those after it are ranks that waited in vain.
         """
         result, failure = None, None
         try:
             result = action()
         except Exception as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            failure = f"rank {self.rank}: {type(error).__name__}: {first_line}"
-        failures = [text for text in self.gather(failure) if text]
+            first_line = (_SOURCE_LINE.sub("", str(error)).strip() or "no message").splitlines()[0]
+            failure = time.time(), f"rank {self.rank}: {type(error).__name__}: {first_line}"
+        failures = [each for each in self.gather(failure) if each]
         if not failures:
             return result, None
         self.had_failure = True
-        return None, failures[0]
+        return None, min(failures)[1]
 
     def leave(self) -> None:
         """Ends the worker. After a failure, at once: a broken group may block in its destructor."""

@@ -72,7 +72,7 @@ def step_timeline(traces: Sequence[tuple[str, dict[str, Any]]], title: str, path
     panels[-1, 0].set_xlabel("milliseconds since the step began")
     panels[0, 0].set_xlim(0, max(_extent(trace) for _, trace in traces))
     entries = [Patch(color=colour, label=phase) for phase, colour in PHASE_COLOURS.items()]
-    waits = Patch(facecolor="none", edgecolor=WAIT_COLOUR, hatch="////", linewidth=0, label="training thread waits")
+    waits = Patch(facecolor="white", edgecolor=WAIT_COLOUR, hatch="////", linewidth=0, label="training thread waits")
     figure.legend(handles=[*entries, waits], loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title)
     _save(figure, path)
@@ -115,7 +115,7 @@ def _one_step(axes: Axes, trace: dict[str, Any], label: str) -> None:
         draw("compute", span, PHASE_COLOURS[span["phase"]], span["name"].replace("block ", "b"))
     for span in trace["lanes"]:
         if span["lane"] == "wait":
-            draw("compute", span, "none", hatch="////", edgecolor=WAIT_COLOUR, linewidth=0)
+            draw("compute", span, "white", hatch="////", edgecolor=WAIT_COLOUR, linewidth=0, zorder=4)
         else:
             draw(span["lane"], span, LANE_COLOURS[span["lane"]])
     step = (border - begin) / 1e6

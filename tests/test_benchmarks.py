@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from workers import WorkerPool
 
 from benchmarks import collectives_table, demo, pictures, results, summary, training
 from benchmarks.command import show_size, size
-from benchmarks.data import standard_library
+from benchmarks.crew import Crew
+from benchmarks.data import ByteText, _window_order, standard_library
 from benchmarks.gpt import build_gpt, language_loss
 from benchmarks.launch import WorkersFailed
 from benchmarks.methods import DTYPES, local_values, summed_values, wrong
@@ -208,8 +210,6 @@ def test_text_is_the_same_every_time_and_no_window_is_read_twice() -> None:
     assert inputs.shape == (4, 128) and torch.equal(inputs[:, 1:], targets[:, :-1])
     assert torch.equal(inputs, two.batch(3, rank=1, **shape)[0])
     assert not torch.equal(inputs, one.batch(3, rank=1, **{**shape, "seed": 2})[0])
-    from benchmarks.data import _window_order
-
     order = _window_order((len(one.train) - 1) // 128, 1, 0)
     assert len(order.unique()) == len(order)
     held, _ = one.held_out_batch(8, 128)
@@ -217,8 +217,6 @@ def test_text_is_the_same_every_time_and_no_window_is_read_twice() -> None:
 
 
 def test_text_starts_over_in_another_order_after_an_epoch() -> None:
-    from benchmarks.data import ByteText
-
     text = ByteText(torch.arange(101, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8), "")
     shape = {"world": 1, "batch": 5, "sequence": 10, "seed": 3}
     epochs = [torch.cat([text.batch(step, rank=0, **shape)[0] for step in steps])[:, 0] for steps in [(0, 1), (2, 3)]]
@@ -287,6 +285,22 @@ def test_a_wrong_argument_gets_one_sentence(module: str, arguments: list[str], s
     done = run(module, *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert says in done.stderr and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def attempts(rank: int, world_size: int) -> list[Any]:
+    crew = Crew()
+
+    def only_rank_1_fails() -> int:
+        if rank == 1:
+            raise ValueError("[/somewhere/in/gloo/pair.cc:42] boom\nand more")
+        return rank
+
+    return [crew.attempt(lambda: rank * 10), crew.attempt(only_rank_1_fails), crew.had_failure]
+
+
+def test_ranks_agree_on_a_failure(pool2: WorkerPool) -> None:
+    failure = "rank 1: ValueError: boom"
+    assert pool2.run(attempts) == [[(0, None), (None, failure), True], [(10, None), (None, failure), True]]
 
 
 def test_a_strategy_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
