@@ -3,6 +3,7 @@
 import hashlib
 import sysconfig
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ def _cut(text: Tensor, starts: Tensor, sequence: int) -> tuple[Tensor, Tensor]:
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
+@cache
 def standard_library(root: Path | None = None) -> ByteText:
     """Reads every .py file of the standard library in sorted order, without its tests and installed packages."""
     root = root or Path(sysconfig.get_paths()["stdlib"])

@@ -37,7 +37,10 @@ def measure(crew: Crew, given: dict[str, Any], report: Report) -> dict[str, Any]
     before = len(CANDIDATES) * (TRIAL_STEPS + TUNING_WARMUP + TUNING_STEPS)
     total = before + 3 * (TRIAL_STEPS + duel.rounds * (TURN_WARMUP + TURN_STEPS))
 
-    tuning = Measurement(crew, tuning_plan, lambda done, _, doing: report(done, total, f"tuning DDP, {doing}")).run()
+    trial = Measurement(crew, tuning_plan, lambda done, _, doing: report(done, total, f"tuning DDP, {doing}"))
+    trial.build()
+    trial.play()
+    tuning = trial.finish()
     best = summary.best_ddp(tuning["strategies"])
     if best is None:
         raise RuntimeError(f"No bucket size of DDP could be measured: {tuning['strategies'][0]['failure']}")

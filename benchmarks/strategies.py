@@ -57,6 +57,9 @@ class Trainer:
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of tensor state the optimizer keeps on this rank, scalars such as Adam's step count included."""
+        counted = self.stats().get("optimizer_state_bytes")  # the engine's: sharded state is not in the optimizer
+        if counted is not None:
+            return int(counted)
         return sum(_local_bytes(value) for state in self.optimizer.state.values() for value in state.values())
 
     def close(self) -> None:
@@ -150,7 +153,8 @@ class DDPPowerSGD(DDP):
         for parameter in net.parameters():
             rows, columns = parameter.shape[0], parameter.numel() // parameter.shape[0]
             low_rank = (rows + columns) * min(POWERSGD_RANK, rows, columns)
-            sent += min(parameter.numel(), low_rank) * parameter.element_size()
+            # The hook leaves a tensor dense unless that at least halves it.
+            sent += (low_rank if 2 * low_rank < parameter.numel() else parameter.numel()) * parameter.element_size()
         return 2 * (world - 1) * sent // world
 
 
