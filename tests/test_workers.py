@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -147,3 +148,15 @@ def test_workers_die_with_the_test_process() -> None:
     owner.wait()
     owner.stdout.close()
     assert gone(pids)
+
+
+def hold_exit_if_it_fails(rank: int, world_size: int) -> None:
+    if rank == 1:
+        os._exit(1)
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    raise OSError("and a thread that does not end")
+
+
+def test_survivor_that_cannot_end_is_a_failure() -> None:
+    with pytest.raises(WorkerTimeout, match="at exit: worker 0"):
+        run_workers(hold_exit_if_it_fails, 2, expect_dead={1}, timeout=5.0)

@@ -82,7 +82,8 @@ def run_workers(
     timeout, group_timeout: seconds for the whole run, and of the process group (what its collectives wait at most).
     expect_dead: None raises the first failure of any rank, with the worker's traceback as its cause. A set of ranks
         collects instead: the list then holds, per rank, its result, the exception it raised, or `WorkerDied`. Those
-        in the set must not return: they die, or are killed when all others are done. The others must not die.
+        in the set must not return: they die, or are killed when all others are done. The others must not die, and
+        must be able to exit cleanly after what they went through.
     backend: None leaves the process group to `fn`.
     env: added to the workers' environment.
 
@@ -135,7 +136,9 @@ class WorkerPool:
             outcomes = self._collect(deadline, expect_dead)
             # Groups are left only when every rank is through: one leaving early would fail another's last collective.
             self._leave_groups(outcomes, deadline)
-            clean = not any(isinstance(outcome, BaseException) for outcome in outcomes)
+            if any(isinstance(outcome, BaseException) for outcome in outcomes):
+                self.exit_cleanly(max(5.0, deadline - time.monotonic()))  # survivors, too, must be able to end
+            clean = True
         finally:
             if not clean:
                 self.kill()
@@ -199,12 +202,13 @@ class WorkerPool:
                 raise value
 
     def exit_cleanly(self, timeout: float = 10.0) -> None:
-        """Ends the processes, which must exit with 0 by themselves (a thread left behind must not hold them)."""
+        """Ends the living, who must exit with 0 by themselves within `timeout` seconds: no thread may hold them."""
         deadline = time.monotonic() + timeout
+        living = [worker for worker in self._workers if worker.process.returncode is None]
         try:
-            for worker in self._workers:
+            for worker in living:
                 worker.connection.close()
-            for worker in self._workers:
+            for worker in living:
                 try:
                     exitcode = worker.process.wait(max(0.1, deadline - time.monotonic()))
                 except subprocess.TimeoutExpired:

@@ -27,13 +27,13 @@ inline T add_scaled(T a, T b, int divisor) {
   }
 }
 
-#define DEAR_ADD(NAME, T)                                                                   \
-  DEAR_MULTIARCH void NAME(T* out, const T* a, const T* b, int64_t count, int divisor) {    \
-    if (divisor == 1) {                                                                     \
-      for (int64_t i = 0; i < count; ++i) out[i] = add_scaled<T>(a[i], b[i], 1);            \
-    } else {                                                                                \
-      for (int64_t i = 0; i < count; ++i) out[i] = add_scaled<T>(a[i], b[i], divisor);      \
-    }                                                                                       \
+#define DEAR_ADD(NAME, T)                                                                \
+  DEAR_MULTIARCH void NAME(T* out, const T* a, const T* b, int64_t count, int divisor) { \
+    if (divisor == 1) {                                                                  \
+      for (int64_t i = 0; i < count; ++i) out[i] = add_scaled<T>(a[i], b[i], 1);         \
+    } else {                                                                             \
+      for (int64_t i = 0; i < count; ++i) out[i] = add_scaled<T>(a[i], b[i], divisor);   \
+    }                                                                                    \
   }
 DEAR_ADD(add_double, double)
 DEAR_ADD(add_float, float)
@@ -59,14 +59,16 @@ inline uint16_t narrow(float value) {
   return value != value ? static_cast<uint16_t>(0x7fc0) : static_cast<uint16_t>(rounded);
 }
 
-DEAR_MULTIARCH void add_bfloat16(uint16_t* out, const uint16_t* a, const uint16_t* b, int64_t count, int divisor) {
+DEAR_MULTIARCH void add_bfloat16(uint16_t* out, const uint16_t* a, const uint16_t* b, int64_t count,
+                                 int divisor) {
   const float by = static_cast<float>(divisor);
   for (int64_t i = 0; i < count; ++i) out[i] = narrow((widen(a[i]) + widen(b[i])) / by);
 }
 
 #ifdef __FLT16_MAX__
 // The compiler's own half type converts eight or sixteen at a time where the machine can.
-DEAR_MULTIARCH void add_half(_Float16* out, const _Float16* a, const _Float16* b, int64_t count, int divisor) {
+DEAR_MULTIARCH void add_half(_Float16* out, const _Float16* a, const _Float16* b, int64_t count,
+                             int divisor) {
   const float by = static_cast<float>(divisor);
   for (int64_t i = 0; i < count; ++i) {
     out[i] = static_cast<_Float16>((static_cast<float>(a[i]) + static_cast<float>(b[i])) / by);

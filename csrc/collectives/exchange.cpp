@@ -2,10 +2,13 @@
 
 namespace dear {
 
-const char* phase_name(Phase phase) { return phase == Phase::kReduceScatter ? "reduce-scatter" : "all-gather"; }
+const char* phase_name(Phase phase) {
+  return phase == Phase::kReduceScatter ? "reduce-scatter" : "all-gather";
+}
 
 int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
 
@@ -15,15 +18,17 @@ Exchange::Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, st
     TORCH_CHECK(part.full.dim() == 1 && part.full.is_contiguous(),
                 "A collective needs flat contiguous tensors, and one of shape ", part.full.sizes(),
                 " was given: pass tensor.contiguous().view(-1).");
-    TORCH_CHECK(!part.full.is_complex(), "A collective over complex tensors is not supported: pass "
-                                         "torch.view_as_real(tensor).view(-1).");
+    TORCH_CHECK(!part.full.is_complex(),
+                "A collective over complex tensors is not supported: pass "
+                "torch.view_as_real(tensor).view(-1).");
     TORCH_CHECK(part.full.layout() == at::kStrided,
                 "A collective over sparse tensors is not supported: pass tensor.to_dense().view(-1).");
     if (phase_ == Phase::kReduceScatter) {
-      TORCH_CHECK(part.shard.dim() == 1 && part.shard.is_contiguous() &&
-                      part.shard.scalar_type() == part.full.scalar_type() &&
-                      part.shard.device() == part.full.device(),
-                  "The output of a reduce-scatter must be flat, contiguous, and of the input's dtype and device.");
+      TORCH_CHECK(
+          part.shard.dim() == 1 && part.shard.is_contiguous() &&
+              part.shard.scalar_type() == part.full.scalar_type() &&
+              part.shard.device() == part.full.device(),
+          "The output of a reduce-scatter must be flat, contiguous, and of the input's dtype and device.");
     }
   }
 }

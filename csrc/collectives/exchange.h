@@ -23,8 +23,8 @@ const char* phase_name(Phase phase);
 int64_t now_ns();
 
 // One buffer of an exchange. `full` has every rank's chunk, `shard` is this rank's; both are flat and
-// contiguous. A reduce-scatter reads `full` and writes `shard`; an all-gather writes `full`, where this rank's
-// chunk must already stand (`shard` is then unused). `shard` may alias this rank's chunk of `full`.
+// contiguous. A reduce-scatter reads `full` and writes `shard`; an all-gather writes `full`, where this
+// rank's chunk must already stand (`shard` is then unused). `shard` may alias this rank's chunk of `full`.
 struct Part {
   at::Tensor full;
   at::Tensor shard;
@@ -46,26 +46,33 @@ class Exchange {
   // Names the exchange in errors and traces: "fusion group 3".
   const std::string& label() const { return label_; }
 
-  // Blocks until the exchange has ended (for device tensors: until the current stream is ordered behind it) and
-  // rethrows its failure. Returns at once when it was never submitted. Must be called without the GIL.
+  // Blocks until the exchange has ended (for device tensors: until the current stream is ordered behind it)
+  // and rethrows its failure. Returns at once when it was never submitted. Must be called without the GIL.
   virtual void wait();
   // True once nothing is in flight, also after a failure.
   virtual bool done();
+
+  // Another exchange whose result this one moves on: it is waited for before the first byte is sent.
+  void set_prerequisite(std::shared_ptr<Exchange> exchange) { prerequisite_ = std::move(exchange); }
+  void await_prerequisite() {
+    if (prerequisite_) prerequisite_->wait();
+  }
 
   int64_t bytes() const;
   int64_t start_ns() const { return start_ns_; }
   int64_t end_ns() const { return end_ns_; }
 
-  void begin();                          // at submission
-  void started();                        // at the first byte
-  void finish();                         // at the last byte
-  void fail(std::exception_ptr error);   // instead of finish()
+  void begin();                         // at submission
+  void started();                       // at the first byte
+  void finish();                        // at the last byte
+  void fail(std::exception_ptr error);  // instead of finish()
 
  protected:
   Phase phase_;
   Reduction reduction_;
   std::vector<Part> parts_;
   std::string label_;
+  std::shared_ptr<Exchange> prerequisite_;
   std::mutex mutex_;
   std::condition_variable ended_;
   bool in_flight_ = false;

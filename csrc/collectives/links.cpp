@@ -162,13 +162,14 @@ struct Published {
 
 }  // namespace
 
-RingLinks::RingLinks(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
-                     std::chrono::milliseconds timeout) {
+RingLinks::RingLinks(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank,
+                     int world, std::chrono::milliseconds timeout) {
   const auto deadline = Clock::now() + timeout;
   const int next = (rank + 1) % world;
   const int prev = (rank + world - 1) % world;
 
-  Published self{local_address(), (static_cast<uint64_t>(std::random_device{}()) << 32) | std::random_device{}()};
+  Published self{local_address(),
+                 (static_cast<uint64_t>(std::random_device{}()) << 32) | std::random_device{}()};
   Socket listener(::socket(self.address.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (listener.get() < 0 || ::bind(listener.get(), self.address.get(), self.address.length) != 0 ||
       ::listen(listener.get(), 16) != 0) {

@@ -1,9 +1,8 @@
 #pragma once
 
-#include <torch/csrc/distributed/c10d/Store.hpp>
-
 #include <chrono>
 #include <string>
+#include <torch/csrc/distributed/c10d/Store.hpp>
 
 namespace dear {
 
@@ -12,9 +11,10 @@ namespace dear {
 // (GLOO_SOCKET_IFNAME, else the address of the host name, else loopback). Closed by the destructor.
 //
 // Note [Why sockets, and not the backend's send/recv]
-// Gloo's send/recv wakes two threads for every segment and delivers it to memory before it can be summed. A lane
-// that owns its sockets needs one thread, one wake-up per piece, sums out of the cache, sees a dead peer at once,
-// and can say on the wire who is to blame. On a machine that is busy computing, that CPU time is training time.
+// Gloo's send/recv wakes two threads for every segment and delivers it to memory before it can be summed. A
+// lane that owns its sockets needs one thread, one wake-up per piece, sums out of the cache, sees a dead peer
+// at once, and can say on the wire who is to blame. On a machine that is busy computing, that CPU time is
+// training time.
 class RingLinks {
  public:
   // Throws one sentence when a neighbour cannot be reached within `timeout`.

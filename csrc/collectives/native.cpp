@@ -35,10 +35,12 @@ c10::intrusive_ptr<c10d::Work> call_all_gather(Group& group, at::Tensor& out, at
   }
 }
 
-// The backend wants equal chunks. A buffer that does not divide goes through padded staging buffers, made once.
+// The backend wants equal chunks. A buffer that does not divide goes through padded staging buffers, made
+// once.
 class NativeExchange : public Exchange {
  public:
-  NativeExchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label, int rank, int world)
+  NativeExchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label, int rank,
+                 int world)
       : Exchange(phase, reduction, std::move(parts), std::move(label)), rank_(rank), world_(world) {
     for (const Part& part : parts_) {
       const Shards shards{part.full.numel(), world};
@@ -71,7 +73,8 @@ class NativeExchange : public Exchange {
         if (buffers.staged) buffers.full.narrow(0, 0, parts_[i].full.numel()).copy_(parts_[i].full);
         works_.push_back(call_reduce_scatter(group, buffers.shard, buffers.full, options));
       } else {
-        if (buffers.staged) mine(buffers.full.narrow(0, 0, parts_[i].full.numel())).copy_(mine(parts_[i].full));
+        if (buffers.staged)
+          mine(buffers.full.narrow(0, 0, parts_[i].full.numel())).copy_(mine(parts_[i].full));
         works_.push_back(call_all_gather(group, buffers.full, buffers.shard));
       }
     }
@@ -88,9 +91,9 @@ class NativeExchange : public Exchange {
       for (size_t i = 0; i < parts_.size(); ++i) settle(parts_[i], buffers_[i]);
     } catch (const std::exception& error) {
       works_.clear();
-      fail(std::make_exception_ptr(std::runtime_error("The " + std::string(phase_name(phase_)) + " of " + label_ +
-                                                      " failed on rank " + std::to_string(rank_) + ": " +
-                                                      error.what())));
+      fail(std::make_exception_ptr(std::runtime_error("The " + std::string(phase_name(phase_)) + " of " +
+                                                      label_ + " failed on rank " + std::to_string(rank_) +
+                                                      ": " + error.what())));
       std::rethrow_exception(error_);
     }
     works_.clear();
@@ -144,13 +147,15 @@ NativeLane::NativeLane(c10::intrusive_ptr<c10d::ProcessGroup> group) : group_(st
 
 std::shared_ptr<Exchange> NativeLane::make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,
                                                     std::string label) {
-  return std::make_shared<NativeExchange>(phase, reduction, std::move(parts), std::move(label), rank(), world());
+  return std::make_shared<NativeExchange>(phase, reduction, std::move(parts), std::move(label), rank(),
+                                          world());
 }
 
 void NativeLane::submit(const std::shared_ptr<Exchange>& exchange) {
   exchange->begin();
   try {
     TORCH_CHECK(abort_reason_.empty(), abort_reason_);
+    exchange->await_prerequisite();
     static_cast<NativeExchange&>(*exchange).issue(*group_);
   } catch (const std::exception& error) {
     exchange->fail(std::make_exception_ptr(std::runtime_error(error.what())));

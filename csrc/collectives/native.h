@@ -1,16 +1,15 @@
 #pragma once
 
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-
 #include <atomic>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "collectives/exchange.h"
 
 namespace dear {
 
-// A lane that calls the backend's own reduce-scatter and all-gather, on a process group of its own. Nothing here
-// blocks the host for a stream-ordered backend: submit() is ordered behind the caller's current stream, and
-// wait() orders the caller's current stream behind the result.
+// A lane that calls the backend's own reduce-scatter and all-gather, on a process group of its own. Nothing
+// here blocks the host for a stream-ordered backend: submit() is ordered behind the caller's current stream,
+// and wait() orders the caller's current stream behind the result.
 //
 // Threads: submit() and wait() on the training thread only.
 class NativeLane : public Lane {

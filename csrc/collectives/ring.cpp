@@ -12,8 +12,10 @@ namespace {
 
 class RingExchange : public Exchange {
  public:
-  RingExchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label, int rank, int world)
-      : Exchange(phase, reduction, std::move(parts), std::move(label)), plan_(make_ring_plan(*this, rank, world)) {}
+  RingExchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label, int rank,
+               int world)
+      : Exchange(phase, reduction, std::move(parts), std::move(label)),
+        plan_(make_ring_plan(*this, rank, world)) {}
   const RingPlan& plan() const { return plan_; }
 
  private:
@@ -109,12 +111,14 @@ void RingLane::run() {
       exchange = std::move(queue_.front());
       queue_.pop_front();
     }
-    exchange->started();
     try {
+      exchange->await_prerequisite();
+      exchange->started();
       const auto& plan = static_cast<const RingExchange&>(*exchange).plan();
       if (world_ == 1) {
         for (const Part& part : exchange->parts()) {
-          if (part.shard.defined() && part.shard.data_ptr() != part.full.data_ptr()) part.shard.copy_(part.full);
+          if (part.shard.defined() && part.shard.data_ptr() != part.full.data_ptr())
+            part.shard.copy_(part.full);
         }
       } else if (!plan.inbound.empty() || !plan.outbound.empty()) {
         run_ring_transfer(*exchange, plan,

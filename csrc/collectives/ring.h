@@ -15,8 +15,8 @@ namespace dear {
 // destructor lets the exchange in flight fail, joins the thread and closes the connections.
 class RingLane : public Lane {
  public:
-  // `key` must be the same on all ranks and new for every ring on this store. A peer from which nothing comes for
-  // `timeout` is given up.
+  // `key` must be the same on all ranks and new for every ring on this store. A peer from which nothing comes
+  // for `timeout` is given up.
   RingLane(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
            std::chrono::milliseconds timeout);
   ~RingLane() override;

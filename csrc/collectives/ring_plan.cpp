@@ -27,14 +27,16 @@ void append_chunk(const Exchange& exchange, int chunk, int rank, int world, std:
     char* shard = gather ? nullptr : static_cast<char*>(part.shard.data_ptr());
     for (int64_t at = shards.begin(chunk); at < shards.end(chunk); at += step) {
       const int64_t count = std::min(step, shards.end(chunk) - at);
-      char* out = gather ? full + at * size : (chunk == rank ? shard + (at - shards.begin(rank)) * size : nullptr);
+      char* out =
+          gather ? full + at * size : (chunk == rank ? shard + (at - shards.begin(rank)) * size : nullptr);
       pieces->push_back({full + at * size, out, count, count * size, part.full.scalar_type()});
     }
   }
 }
 
 uint32_t mix(uint32_t hash, uint64_t value) {  // FNV-1a over eight bytes
-  for (int shift = 0; shift < 64; shift += 8) hash = (hash ^ static_cast<uint8_t>(value >> shift)) * 16777619u;
+  for (int shift = 0; shift < 64; shift += 8)
+    hash = (hash ^ static_cast<uint8_t>(value >> shift)) * 16777619u;
   return hash;
 }
 
@@ -57,7 +59,8 @@ RingPlan make_ring_plan(const Exchange& exchange, int rank, int world) {
   hash = mix(hash, exchange.phase() == Phase::kReduceScatter ? 1 : 2);
   hash = mix(hash, exchange.reduction() == Reduction::kSum ? 1 : 2);
   for (const Part& part : exchange.parts()) {
-    hash = mix(mix(hash, static_cast<uint64_t>(part.full.numel())), static_cast<uint64_t>(part.full.scalar_type()));
+    hash = mix(mix(hash, static_cast<uint64_t>(part.full.numel())),
+               static_cast<uint64_t>(part.full.scalar_type()));
   }
   plan.signature = hash;
   return plan;

@@ -16,11 +16,11 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 // Note [Who is to blame]
-// In a ring a rank that waits sees only its neighbour wait, and would blame it. So a rank that is starved for a
-// quarter of the timeout tells the next one for whom it waits (kWaiting), and a rank that fails tells the next one
-// why (kFailure); both pass it on. The ring without the dead rank is a line, along which the news reaches all.
-// Frames are sent only when their whole content is at hand, so that such news never has to wait inside a frame
-// behind data that does not come.
+// In a ring a rank that waits sees only its neighbour wait, and would blame it. So a rank that is starved for
+// a quarter of the timeout tells the next one for whom it waits (kWaiting), and a rank that fails tells the
+// next one why (kFailure); both pass it on. The ring without the dead rank is a line, along which the news
+// reaches all. Frames are sent only when their whole content is at hand, so that such news never has to wait
+// inside a frame behind data that does not come.
 enum class FrameType : uint16_t { kData = 1, kWaiting = 2, kFailure = 3 };
 
 constexpr uint32_t kMagic = 0x52414544;  // "DEAR"
@@ -29,7 +29,7 @@ constexpr size_t kLongestNews = 1024;
 struct FrameHeader {
   uint32_t magic;
   FrameType type;
-  uint16_t blamed;     // kWaiting: the rank for whom the sender waits, in the end
+  uint16_t blamed;  // kWaiting: the rank for whom the sender waits, in the end
   uint32_t sequence;
   uint32_t signature;
   uint64_t bytes;
@@ -38,16 +38,18 @@ struct FrameHeader {
 class RingTransfer {
  public:
   RingTransfer(const Exchange& exchange, const RingPlan& plan, const RingContext& context)
-      : exchange_(exchange), plan_(plan), context_(context),
+      : exchange_(exchange),
+        plan_(plan),
+        context_(context),
         next_((context.rank + 1) % context.world),
         prev_((context.rank + context.world - 1) % context.world),
         blamed_(prev_),
         forwards_(exchange.phase() == Phase::kAllGather),
         divisor_(exchange.reduction() == Reduction::kAverage ? context.world : 1) {
     // Note [Enough slots]
-    // Partial sums wait in slots until they are sent on. One slot more than a chunk has pieces can never lock the
-    // ring: were all slots of all ranks full, each rank would have received one piece more than it has sent, and
-    // yet no rank can have received what its neighbour has not sent.
+    // Partial sums wait in slots until they are sent on. One slot more than a chunk has pieces can never lock
+    // the ring: were all slots of all ranks full, each rank would have received one piece more than it has
+    // sent, and yet no rank can have received what its neighbour has not sent.
     if (!forwards_) {
       slots_ = context.world == 2 ? 1 : plan.largest_chunk + 2;
       const size_t need = slots_ * static_cast<size_t>(plan.largest_piece);
@@ -79,7 +81,8 @@ class RingTransfer {
   }
 
   bool next_piece_ready() const {
-    return sent_ < plan_.outbound.size() && (sent_ < plan_.first_chunk || received_ > sent_ - plan_.first_chunk);
+    return sent_ < plan_.outbound.size() &&
+           (sent_ < plan_.first_chunk || received_ > sent_ - plan_.first_chunk);
   }
 
   const char* outbound_data() {
@@ -91,14 +94,19 @@ class RingTransfer {
   bool send_some() {
     if (out_offset_ == 0) {
       if (!next_piece_ready()) return false;
-      out_header_ = {kMagic, FrameType::kData, 0, context_.sequence, plan_.signature,
+      out_header_ = {kMagic,
+                     FrameType::kData,
+                     0,
+                     context_.sequence,
+                     plan_.signature,
                      static_cast<uint64_t>(plan_.outbound[sent_].bytes)};
     }
     const size_t bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
     iovec blocks[2];
     int count = 0;
     if (out_offset_ < sizeof(FrameHeader)) {
-      blocks[count++] = {reinterpret_cast<char*>(&out_header_) + out_offset_, sizeof(FrameHeader) - out_offset_};
+      blocks[count++] = {reinterpret_cast<char*>(&out_header_) + out_offset_,
+                         sizeof(FrameHeader) - out_offset_};
       blocks[count++] = {const_cast<char*>(outbound_data()), bytes};
     } else {
       const size_t done = out_offset_ - sizeof(FrameHeader);
@@ -134,8 +142,8 @@ class RingTransfer {
 
   void send_control(FrameType type, int blamed, const std::string& text) {
     std::vector<char> frame(sizeof(FrameHeader) + text.size());
-    const FrameHeader header{kMagic, type, static_cast<uint16_t>(blamed), context_.sequence, plan_.signature,
-                             text.size()};
+    const FrameHeader header{kMagic,          type,       static_cast<uint16_t>(blamed), context_.sequence,
+                             plan_.signature, text.size()};
     std::memcpy(frame.data(), &header, sizeof(header));
     std::memcpy(frame.data() + sizeof(header), text.data(), text.size());
     push(frame.data(), frame.size(), milliseconds(1000));
@@ -183,18 +191,17 @@ class RingTransfer {
     return received_ < freed + slots_ || received_ >= passed_on + slots_;
   }
 
-  char* inbound_data() {
-    return forwards_ ? plan_.inbound[received_].out : slot(received_);
-  }
+  char* inbound_data() { return forwards_ ? plan_.inbound[received_].out : slot(received_); }
 
   size_t inbound_bytes() const { return static_cast<size_t>(plan_.inbound[received_].bytes); }
 
-  // What must have arrived before it is worth waking up: the rest of this piece, with the header of the next one,
-  // which saves a system call per piece. The last piece of an exchange has no successor to wait for.
+  size_t frame_bytes() const { return sizeof(FrameHeader) + inbound_bytes(); }
+
+  // What must have arrived before it is worth waking up: the rest of the frame. Only the first header of an
+  // exchange is looked at on its own: a neighbour that is in another collective may never send as much.
   size_t wanted() const {
-    if (in_offset_ < sizeof(FrameHeader)) return sizeof(FrameHeader) - in_offset_;
-    const size_t rest = inbound_bytes() - (in_offset_ - sizeof(FrameHeader));
-    return received_ + 1 < plan_.inbound.size() ? rest + sizeof(FrameHeader) : rest;
+    if (received_ == 0 && in_offset_ < sizeof(FrameHeader)) return sizeof(FrameHeader) - in_offset_;
+    return frame_bytes() - in_offset_;
   }
 
   void set_low_water(size_t bytes) {
@@ -205,16 +212,14 @@ class RingTransfer {
   }
 
   void receive_some() {
+    const size_t before = in_offset_;
     iovec blocks[2];
     int count = 0;
-    FrameHeader following;
-    const bool in_payload = in_offset_ >= sizeof(FrameHeader);
-    if (in_payload) {
-      const size_t done = in_offset_ - sizeof(FrameHeader);
-      blocks[count++] = {inbound_data() + done, inbound_bytes() - done};
-      if (received_ + 1 < plan_.inbound.size()) blocks[count++] = {&following, sizeof(following)};
+    if (before < sizeof(FrameHeader)) {
+      blocks[count++] = {reinterpret_cast<char*>(&in_header_) + before, sizeof(FrameHeader) - before};
+      blocks[count++] = {inbound_data(), inbound_bytes()};
     } else {
-      blocks[count++] = {reinterpret_cast<char*>(&in_header_) + in_offset_, sizeof(FrameHeader) - in_offset_};
+      blocks[count++] = {inbound_data() + (before - sizeof(FrameHeader)), frame_bytes() - before};
     }
     msghdr message{};
     message.msg_iov = blocks;
@@ -225,57 +230,52 @@ class RingTransfer {
       blame(prev_, got == 0 ? "closed its connection (its process has ended, or it has failed or detached)"
                             : std::string("lost its connection (") + std::strerror(errno) + ")");
     }
-    progressed();
-    size_t left = static_cast<size_t>(got);
-    if (in_payload) {
-      const size_t rest = inbound_bytes() - (in_offset_ - sizeof(FrameHeader));
-      const size_t mine = std::min(left, rest);
-      in_offset_ += mine;
-      left -= mine;
-      if (mine < rest) return;
-      take_piece();
-      in_offset_ = 0;
-      if (left > 0) std::memcpy(&in_header_, &following, left);
-    }
-    in_offset_ += left;
-    if (in_offset_ == sizeof(FrameHeader)) take_header();
-  }
-
-  void take_header() {
-    if (in_header_.magic != kMagic) blame(prev_, "sent bytes that are not this library's: the stream is corrupt");
-    if (in_header_.type == FrameType::kFailure) take_failure();
-    if (in_header_.type == FrameType::kWaiting) {
-      in_offset_ = 0;
-      if (in_header_.sequence == context_.sequence && in_header_.blamed != context_.rank) {
-        blamed_ = in_header_.blamed;
-        starved_told_ = -1;  // pass it on
-      }
+    in_offset_ += static_cast<size_t>(got);
+    if (before < sizeof(FrameHeader) && in_offset_ >= sizeof(FrameHeader)) check_header();
+    if (in_offset_ < frame_bytes()) {
+      if (in_header_.type == FrameType::kData) progressed();
       return;
     }
-    if (in_header_.sequence != context_.sequence || in_header_.signature != plan_.signature ||
-        in_header_.bytes != inbound_bytes()) {
-      blame(prev_, "is in another collective, or in one of other sizes or dtypes: every rank must make the same "
-                   "calls in the same order");
+    in_offset_ = 0;
+    if (in_header_.type == FrameType::kData) {
+      progressed();
+      take_piece();
+    } else if (in_header_.blamed != context_.rank && in_header_.blamed != blamed_) {
+      blamed_ = in_header_.blamed;
+      starved_told_ = -1;  // pass it on
     }
   }
 
-  // Another rank has failed: its words become ours.
+  void check_header() {
+    if (in_header_.magic != kMagic)
+      blame(prev_, "sent bytes that are not this library's: the stream is corrupt");
+    if (in_header_.type == FrameType::kFailure) take_failure();
+    if (in_header_.sequence != context_.sequence || in_header_.signature != plan_.signature ||
+        in_header_.bytes != inbound_bytes()) {
+      blame(prev_,
+            "is in another collective, or in one of other sizes or dtypes (every rank must make the same "
+            "calls in "
+            "the same order)");
+    }
+  }
+
+  // Another rank has failed: its words become ours. The first of them came with the header.
   void take_failure() {
-    std::string text(std::min<uint64_t>(in_header_.bytes, kLongestNews), '\0');
-    size_t have = 0;
+    const size_t length = std::min<uint64_t>(in_header_.bytes, kLongestNews);
+    std::string text(inbound_data(), std::min(length, in_offset_ - sizeof(FrameHeader)));
+    char more[kLongestNews];
     set_low_water(1);
     const auto deadline = Clock::now() + milliseconds(1000);
-    while (have < text.size() && Clock::now() < deadline) {
-      const ssize_t got = ::recv(context_.links->from_prev(), text.data() + have, text.size() - have, MSG_DONTWAIT);
+    while (text.size() < length && Clock::now() < deadline) {
+      const ssize_t got = ::recv(context_.links->from_prev(), more, length - text.size(), MSG_DONTWAIT);
       if (got == 0) break;
       if (got > 0) {
-        have += static_cast<size_t>(got);
+        text.append(more, static_cast<size_t>(got));
         continue;
       }
       pollfd entry{context_.links->from_prev(), POLLIN, 0};
       ::poll(&entry, 1, 100);
     }
-    text.resize(have);
     blamed_ = in_header_.blamed;
     throw std::runtime_error(text);
   }
@@ -285,7 +285,8 @@ class RingTransfer {
     if (!forwards_) {
       const bool last = received_ >= plan_.inbound.size() - plan_.last_chunk;
       char* partial = slot(received_);
-      accumulate(piece.type, last ? piece.out : partial, partial, piece.own, piece.count, last ? divisor_ : 1);
+      accumulate(piece.type, last ? piece.out : partial, partial, piece.own, piece.count,
+                 last ? divisor_ : 1);
     }
     ++received_;
   }
@@ -307,7 +308,8 @@ class RingTransfer {
                          {context_.wake_fd, POLLIN, 0}};
     if (sending && !send_blocked_) return;  // a piece became ready meanwhile
     const int events = ::poll(entries, 3, patience());
-    if (events < 0 && errno != EINTR) blame(context_.rank, std::string("could not poll: ") + std::strerror(errno));
+    if (events < 0 && errno != EINTR)
+      blame(context_.rank, std::string("could not poll: ") + std::strerror(errno));
     if (entries[2].revents != 0) {
       const std::string reason = context_.abort_reason();
       if (!reason.empty()) throw std::runtime_error(reason);
@@ -346,7 +348,9 @@ class RingTransfer {
     }
     if (starved_told_ != blamed_ && out_offset_ == 0 && sent_ < plan_.outbound.size() && !next_lost_) {
       starved_told_ = blamed_;
-      send_control(FrameType::kWaiting, blamed_, "");
+      // As long as the frame it stands in for, since the receiver sleeps until so much has come.
+      send_control(FrameType::kWaiting, blamed_,
+                   std::string(static_cast<size_t>(plan_.outbound[sent_].bytes), '\0'));
     } else {
       starved_told_ = blamed_;
     }
@@ -364,13 +368,13 @@ class RingTransfer {
   const RingContext& context_;
   const int next_;
   const int prev_;
-  int blamed_;          // who holds us up, as far as we know
+  int blamed_;  // who holds us up, as far as we know
   const bool forwards_;
   const int divisor_;
   size_t slots_ = 1;
 
-  size_t sent_ = 0;         // pieces
-  size_t out_offset_ = 0;   // bytes of the current frame, header included
+  size_t sent_ = 0;        // pieces
+  size_t out_offset_ = 0;  // bytes of the current frame, header included
   FrameHeader out_header_{};
   bool send_blocked_ = false;
   bool next_lost_ = false;

@@ -1,0 +1,187 @@
+#include "schedule/scheduler.h"
+
+#include <torch/csrc/autograd/engine.h>
+
+namespace dear {
+
+Scheduler::Scheduler(std::shared_ptr<Lane> reduce_lane, std::shared_ptr<Lane> gather_lane,
+                     bool gather_gradients)
+    : reduce_lane_(std::move(reduce_lane)),
+      gather_lane_(std::move(gather_lane)),
+      gather_gradients_(gather_gradients) {}
+
+bool Scheduler::same_layout(size_t index, const Bucket& bucket) const {
+  return !groups_.empty() && index < buckets_.size() &&
+         buckets_[index].buffer.unsafeGetTensorImpl() == bucket.buffer.unsafeGetTensorImpl();
+}
+
+void Scheduler::on_bucket(size_t index, Bucket bucket, bool last) {
+  if (index == 0) {
+    synchronize();
+    layout_is_new_ = !same_layout(0, bucket);
+    has_gradients_ = true;
+  }
+  if (!layout_is_new_) {
+    // DDP rebuilds all of its buckets or none, so the first one has told.
+    TORCH_CHECK(same_layout(index, bucket), "DDP changed bucket ", index,
+                " in the middle of a backward pass.");
+    const size_t group = group_of_bucket_[index];
+    if (index + 1 == groups_[group].last) submit_reduce(group);
+  } else {
+    if (index == 0) incoming_.clear();
+    incoming_.push_back(std::move(bucket));
+  }
+  if (last) {
+    if (!layout_is_new_ && gather_gradients_) submit_gathers_in_order();
+    // Queued twice over, to come after the callback in which DDP finishes its own work.
+    auto& engine = torch::autograd::Engine::get_default_engine();
+    engine.queue_callback([this, &engine] { engine.queue_callback([this] { finish_backward(); }); });
+  }
+}
+
+void Scheduler::finish_backward() {
+  if (ended_) ended_(layout_is_new_);
+  layout_is_new_ = false;
+  for (auto& [param, stand_in] : stand_ins_) param.mutable_grad() = stand_in;
+}
+
+void Scheduler::set_layout(std::vector<BucketBuffers> buffers,
+                           std::vector<std::pair<at::Tensor, at::Tensor>> stand_ins) {
+  TORCH_CHECK(buffers.size() == incoming_.size(), "A layout needs one pair of buffers for each bucket.");
+  synchronize();
+  buckets_ = std::exchange(incoming_, {});
+  buffers_ = std::move(buffers);
+  stand_ins_ = std::move(stand_ins);
+  groups_.clear();
+}
+
+void Scheduler::set_groups(const std::vector<size_t>& sizes, std::vector<size_t> gather_order) {
+  synchronize();
+  groups_.clear();
+  group_of_bucket_.clear();
+  for (const size_t size : sizes) {
+    Group group;
+    group.first = group_of_bucket_.size();
+    group.last = group.first + size;
+    TORCH_CHECK(size > 0 && group.last <= buffers_.size(), "Fusion groups must cover the buckets exactly.");
+    std::vector<Part> to_reduce;
+    std::vector<Part> to_gather;
+    for (size_t i = group.first; i < group.last; ++i) {
+      to_reduce.push_back({buckets_[i].buffer.view(-1), buffers_[i].shard});
+      to_gather.push_back({buffers_[i].full, buffers_[i].shard});
+    }
+    const std::string label = "fusion group " + std::to_string(groups_.size());
+    group.reduce =
+        reduce_lane_->make_exchange(Phase::kReduceScatter, Reduction::kAverage, std::move(to_reduce), label);
+    group.gather =
+        gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum, std::move(to_gather), label);
+    if (gather_gradients_) group.gather->set_prerequisite(group.reduce);
+    group_of_bucket_.resize(group.last, groups_.size());
+    groups_.push_back(std::move(group));
+  }
+  TORCH_CHECK(group_of_bucket_.size() == buffers_.size() && gather_order.size() == groups_.size(),
+              "Fusion groups must cover the buckets exactly.");
+  gather_order_ = std::move(gather_order);
+}
+
+void Scheduler::submit_all() {
+  for (size_t group = 0; group < groups_.size(); ++group) submit_reduce(group);
+  if (gather_gradients_) submit_gathers_in_order();
+}
+
+void Scheduler::submit_reduce(size_t index) {
+  Group& group = groups_[index];
+  group.versions.clear();
+  for (size_t i = group.first; i < group.last; ++i) group.versions.push_back(buckets_[i].buffer._version());
+  group.reducing = true;
+  const int world = reduce_lane_->world();
+  bytes_sent_ += group.reduce->bytes() * (world - 1) / world;
+  reduce_lane_->submit(group.reduce);
+}
+
+void Scheduler::submit_gathers_in_order() {
+  for (const size_t group : gather_order_) submit_gather(group);
+}
+
+void Scheduler::submit_gather(size_t index) {
+  Group& group = groups_.at(index);
+  if (group.gathering) wait_gathered(index);
+  group.gathering = true;
+  ++gathering_;
+  const int world = gather_lane_->world();
+  bytes_sent_ += group.gather->bytes() * (world - 1) / world;
+  gather_lane_->submit(group.gather);
+}
+
+template <typename Wait>
+void Scheduler::timed_wait(const std::shared_ptr<Exchange>& exchange, int64_t* total, Wait wait) {
+  const int64_t start = now_ns();
+  wait();
+  const int64_t end = now_ns();
+  *total += end - start;
+  if (!tracing_) return;
+  const std::string name = exchange->label();
+  trace(phase_name(exchange->phase()), name, exchange->start_ns(), exchange->end_ns());
+  if (end - start > 50'000)
+    trace("wait", std::string(phase_name(exchange->phase())) + " of " + name, start, end);
+}
+
+void Scheduler::wait_reduced(size_t index) {
+  Group& group = groups_.at(index);
+  if (!group.reducing) return;
+  timed_wait(group.reduce, &waits_.reduce_scatter_ns, [&] { group.reduce->wait(); });
+  group.reducing = false;
+  TORCH_CHECK(untouched(group), "Gradients of fusion group ", index,
+              " were written to while they were being "
+              "reduced: call engine.synchronize() before a second backward pass, or run the first ones under "
+              "model.no_sync().");
+}
+
+bool Scheduler::untouched(const Group& group) const {
+  for (size_t i = 0; i < group.versions.size(); ++i) {
+    if (buckets_[group.first + i].buffer._version() != group.versions[i]) return false;
+  }
+  return true;
+}
+
+void Scheduler::check_untouched() const {
+  for (const Group& group : groups_) {
+    TORCH_CHECK(untouched(group),
+                "Gradients were written to after the backward pass that sent them: the last "
+                "backward pass before optimizer.step() must be the one outside model.no_sync().");
+  }
+}
+
+void Scheduler::wait_gathered(size_t index) {
+  Group& group = groups_.at(index);
+  if (!group.gathering) return;
+  timed_wait(group.gather, &waits_.all_gather_ns, [&] { group.gather->wait(); });
+  group.gathering = false;
+  --gathering_;
+  if (gather_gradients_) return;
+  // Parameters changed under autograd's eyes: whoever saved one of them too early is told so in backward().
+  for (size_t i = group.first; i < group.last; ++i) {
+    for (const at::Tensor& param : buckets_[i].params) param.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+void Scheduler::synchronize() {
+  for (size_t group = 0; group < groups_.size(); ++group) wait_reduced(group);
+  for (const size_t group : gather_order_) wait_gathered(group);
+}
+
+std::vector<TraceEvent> Scheduler::stop_trace() {
+  tracing_ = false;
+  return std::exchange(events_, {});
+}
+
+void Scheduler::trace(const std::string& lane, const std::string& name, int64_t start_ns, int64_t end_ns) {
+  if (tracing_) events_.push_back({lane, name, start_ns, end_ns});
+}
+
+void Scheduler::abort(const std::string& reason) {
+  reduce_lane_->abort(reason);
+  gather_lane_->abort(reason);
+}
+
+}  // namespace dear

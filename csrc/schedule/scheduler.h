@@ -1,0 +1,139 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "collectives/exchange.h"
+#include "schedule/trace.h"
+
+namespace dear {
+
+// A bucket as DDP's reducer handed it over: the flat local gradients and the parameters in it.
+struct Bucket {
+  at::Tensor buffer;
+  std::vector<at::Tensor> params;
+  std::vector<at::Tensor> grads;  // views of `buffer`
+};
+
+// What this library keeps for a bucket. The reduce-scatter reads DDP's buffer and writes `shard`; the
+// all-gather completes `full`. With update="sharded", `full` holds the parameters and `shard` the gradient of
+// this rank's chunk; with update="replicated", `full` holds the averaged gradients and `shard` is this rank's
+// chunk of it.
+struct BucketBuffers {
+  at::Tensor shard;
+  at::Tensor full;
+};
+
+// Decides when each half of each fusion group moves.
+//
+// Note [Local gradients stay whole]
+// The reduce-scatter does not write into DDP's bucket. So .grad keeps the local gradient, gradients
+// accumulate as in plain DDP, and a write to them that races with the reduction shows in the bucket's version
+// counter.
+//
+// Threads: all calls come from the training thread, or from the autograd thread while the training thread
+// waits in backward(). None takes or needs the GIL.
+class Scheduler {
+ public:
+  // `gather_gradients`: the all-gather is of gradients, and follows the reduce-scatter without being asked
+  // for.
+  Scheduler(std::shared_ptr<Lane> reduce_lane, std::shared_ptr<Lane> gather_lane, bool gather_gradients);
+  // Ends what is in flight first: the gather lane may be waiting for the other one.
+  ~Scheduler() {
+    abort("The engine was dropped while an exchange was in flight: call engine.detach() first.");
+  }
+
+  // --- from DDP's hook ---
+
+  // Takes a bucket that is ready to be reduced; `last` ends the backward pass. Buckets come in order of
+  // `index`.
+  void on_bucket(size_t index, Bucket bucket, bool last);
+  // Called once when gradients have been delivered and DDP has finished with them; `layout_is_new` tells that
+  // the buckets differ from those of set_layout() and nothing has been submitted.
+  void set_backward_ended(std::function<void(bool layout_is_new)> callback) { ended_ = std::move(callback); }
+
+  // --- layout; at a step boundary, or from the callback above ---
+
+  const std::vector<Bucket>& incoming() const { return incoming_; }
+  // Adopts the incoming buckets with these buffers. `stand_ins` become the .grad of their parameters after
+  // every backward pass: tensors that know that they are not finished.
+  void set_layout(std::vector<BucketBuffers> buffers,
+                  std::vector<std::pair<at::Tensor, at::Tensor>> stand_ins);
+  // Fusion groups of consecutive buckets, by the number of buckets in each; `gather_order` lists groups.
+  // Waits for what is in flight.
+  void set_groups(const std::vector<size_t>& sizes, std::vector<size_t> gather_order);
+  // Reduces the buckets that were delivered while the layout was unknown.
+  void submit_all();
+
+  // --- the step ---
+
+  // A backward pass has delivered gradients that no step has used.
+  bool has_gradients() const { return has_gradients_; }
+  // Throws if gradients were written to after the backward pass that sent them.
+  void check_untouched() const;
+  void gradients_used() { has_gradients_ = false; }
+  bool reduced(size_t group) { return groups_.at(group).reduce->done(); }
+  void wait_reduced(size_t group);
+  void submit_gather(size_t group);
+  void wait_gathered(size_t group);
+  bool gathering() const { return gathering_ > 0; }
+  // Everything in flight has ended, and its failures are thrown.
+  void synchronize();
+
+  // --- looking on ---
+
+  WaitTimes take_wait_times() { return std::exchange(waits_, WaitTimes{}); }
+  int64_t bytes_sent() const { return bytes_sent_; }
+  void start_trace() { tracing_ = true; }
+  std::vector<TraceEvent> stop_trace();
+  void trace(const std::string& lane, const std::string& name, int64_t start_ns, int64_t end_ns);
+  // Makes both lanes fail with `reason`, so that no peer waits for us longer than it must.
+  void abort(const std::string& reason);
+
+ private:
+  struct Group {
+    size_t first = 0;  // bucket
+    size_t last = 0;   // one past
+    std::shared_ptr<Exchange> reduce;
+    std::shared_ptr<Exchange> gather;
+    bool reducing = false;
+    bool gathering = false;
+    std::vector<uint32_t> versions;  // of the buckets' buffers when they were submitted
+  };
+
+  bool same_layout(size_t index, const Bucket& bucket) const;
+  bool untouched(const Group& group) const;
+  void submit_reduce(size_t group);
+  void submit_gathers_in_order();
+  void finish_backward();
+  template <typename Wait>
+  void timed_wait(const std::shared_ptr<Exchange>& exchange, int64_t* total, Wait wait);
+
+  std::shared_ptr<Lane> reduce_lane_;
+  std::shared_ptr<Lane> gather_lane_;
+  const bool gather_gradients_;
+  std::function<void(bool)> ended_;
+
+  std::vector<Bucket> incoming_;  // buckets that DDP has changed, until set_layout()
+  std::vector<Bucket> buckets_;   // empty until the first layout
+  std::vector<BucketBuffers> buffers_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> stand_ins_;
+  std::vector<Group> groups_;
+  std::vector<size_t> group_of_bucket_;
+  std::vector<size_t> gather_order_;
+  bool layout_is_new_ = false;
+  bool has_gradients_ = false;
+  int gathering_ = 0;
+
+  WaitTimes waits_;
+  int64_t bytes_sent_ = 0;
+  bool tracing_ = false;
+  std::vector<TraceEvent> events_;
+};
+
+}  // namespace dear
