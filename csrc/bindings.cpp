@@ -53,6 +53,7 @@ void bind_collectives(py::module_& m) {
   py::class_<dear::NativeLane, Lane, std::shared_ptr<dear::NativeLane>>(m, "NativeLane")
       .def(py::init<c10::intrusive_ptr<c10d::ProcessGroup>>(), py::arg("group"));
 
+  m.def("now_ns", &dear::now_ns);
   m.def("shard_range", [](int64_t numel, int world, int rank) {
     const dear::Shards shards{numel, world};
     return std::make_pair(shards.begin(rank), shards.end(rank));

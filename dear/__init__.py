@@ -1,1 +1,21 @@
-"""Decoupled all-reduce for PyTorch's DistributedDataParallel: reduce-scatter under backward, all-gather under forward."""
+"""Decoupled all-reduce for PyTorch's DistributedDataParallel.
+
+The reduce-scatter runs under the backward pass, the all-gather under the next forward pass.
+"""
+
+import torch  # noqa: F401 - the native module links against it
+
+from dear.collectives import Work, all_gather, all_reduce, reduce_scatter, shard_range
+from dear.engine import Engine, attach
+from dear.launch import init_process_group
+
+__all__ = [
+    "Engine",
+    "Work",
+    "all_gather",
+    "all_reduce",
+    "attach",
+    "init_process_group",
+    "reduce_scatter",
+    "shard_range",
+]

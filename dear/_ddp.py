@@ -1,0 +1,143 @@
+"""What this library needs of a DistributedDataParallel module beyond its public interface, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim import Optimizer
+
+from dear import _C
+
+HOOK_NAME = "dear"
+ENGINE = "_dear_engine"  # the attribute that marks a module and an optimizer as taken
+
+
+def check(model: Any, optimizer: Any, group: dist.ProcessGroup | None) -> None:
+    """Refuses what cannot work, before anything is changed.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: one sentence that says what is wrong and what to do.
+    """
+    if not isinstance(model, DDP):
+        raise TypeError(
+            f"dear.attach() needs a DistributedDataParallel module, not {type(model).__name__}: wrap the model in "
+            "torch.nn.parallel.DistributedDataParallel first."
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"dear.attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+    if getattr(model, ENGINE, None) or getattr(optimizer, ENGINE, None):
+        raise RuntimeError("This model or optimizer is attached already: call engine.detach() on the first engine.")
+    if has_hook(model):
+        raise RuntimeError(
+            "This DDP module has a communication hook already, and DDP takes only one: attach to a module on which "
+            "register_comm_hook() was not called."
+        )
+    if model.mixed_precision is not None:
+        raise ValueError(
+            "DDP's own mixed_precision uses the communication hook's place: leave it out and use torch.autocast, or "
+            "keep the parameters in 16 bits."
+        )
+    if model._use_python_reducer or torch._dynamo.config.optimize_ddp in ("python_reducer",):
+        raise ValueError(
+            'With torch._dynamo.config.optimize_ddp="python_reducer" DDP never calls a native hook: set it to '
+            '"ddp_optimizer" before the model is wrapped.'
+        )
+    if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(model.process_group):
+        raise ValueError("process_group must have the ranks of the DDP module's own group: build DDP on that group.")
+    _check_parameters(model, optimizer)
+
+
+def _check_parameters(model: DDP, optimizer: Optimizer) -> None:
+    names = {param: name for name, param in model.module.named_parameters()}
+    if hasattr(torch.optim, "SparseAdam") and isinstance(optimizer, torch.optim.SparseAdam):
+        raise ValueError("SparseAdam wants sparse gradients, which cannot be reduced in shards: use Adam.")
+    sparse = [name for name, module in model.module.named_modules() if getattr(module, "sparse", False)]
+    if sparse:
+        raise ValueError(
+            f"The module {sparse[0]} makes sparse gradients, which cannot be reduced in shards: build it with "
+            "sparse=False."
+        )
+    trained = [param for param in names if param.requires_grad]
+    if not trained:
+        raise ValueError("No parameter of this model requires a gradient: there is nothing to communicate.")
+    for param in trained:
+        if param.is_complex():
+            raise ValueError(
+                f"The parameter {names[param]} is complex, which the collectives do not sum: hold it as a real tensor "
+                "with torch.view_as_real."
+            )
+        if hasattr(param, "_in_backward_optimizers"):
+            raise ValueError(
+                f"The parameter {names[param]} is updated in backward by _apply_optimizer_in_backward(), before its "
+                "gradient is reduced: use an ordinary optimizer."
+            )
+    devices = sorted({str(param.device) for param in trained})
+    if len(devices) > 1:
+        raise ValueError(f"The model's parameters lie on {' and '.join(devices)}: put the model on one device.")
+    strangers = sum(param not in names for group in optimizer.param_groups for param in group["params"])
+    if strangers:
+        raise ValueError(
+            f"The optimizer holds {strangers} parameters that are not in the DDP module, so nobody would reduce their "
+            "gradients: give them an optimizer of their own, or put them into the module."
+        )
+
+
+def has_hook(model: DDP) -> bool:
+    """Whether somebody's communication hook is registered."""
+    return bool(getattr(model, "_comm_hooks", None) or model._get_ddp_logging_data().get("comm_hook"))
+
+
+def bucket_bytes(model: DDP) -> int:
+    """The size in bytes at which DDP closes a bucket."""
+    return int(model.bucket_bytes_cap)
+
+
+def rebuild_reducer(model: DDP, cap: int, first: int | None = None) -> int:
+    """Gives ``model`` a new reducer without a hook, with buckets of ``cap`` bytes; returns the first bucket's former
+    size, which together with ``bucket_bytes`` puts things back."""
+    model._remove_autograd_hooks()
+    model.bucket_bytes_cap = cap
+    config = getattr(model, "_bucket_config", None)
+    if config is not None:
+        former = config.first_bucket_bytes_cap
+        first = min(former, cap) if first is None else first
+        model._bucket_config = dataclasses.replace(
+            config, bucket_bytes_cap=cap, per_bucket_bytes_caps=(), first_bucket_bytes_cap=first
+        )
+    else:  # torch before 2.13
+        former = dist._DEFAULT_FIRST_BUCKET_BYTES if model.bucket_bytes_cap_default else cap
+        model.bucket_bytes_cap_default = cap > dist._DEFAULT_FIRST_BUCKET_BYTES
+    model.bucket_bytes_cap_list = []
+    parameters, sparse = model._build_params_for_reducer()
+    names = model._build_debug_param_to_name_mapping(parameters)
+    model._ddp_init_helper(parameters, sparse, names, model.static_graph)
+    if model.static_graph:
+        model.reducer._set_static_graph()
+        model.logger._set_static_graph()
+    return former
+
+
+def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:
+    """Makes ``scheduler`` the module's communication hook."""
+    calls = _C.HookCalls()
+    _C.register_scheduler(model.reducer, scheduler, calls)
+    model.logger._set_comm_hook_name(HOOK_NAME)
+    return calls
+
+
+def tracks_unused(model: DDP) -> bool:
+    """Whether a parameter may go without a gradient, so that DDP keeps count."""
+    return bool(model.find_unused_parameters or model.static_graph)
+
+
+def used_parameters(model: DDP) -> set[torch.nn.Parameter] | None:
+    """The parameters that some rank has used in the last backward pass, or None when DDP does not count (all have)."""
+    if not tracks_unused(model):
+        return None
+    parameters, _ = model._build_params_for_reducer()
+    used = model.reducer._get_local_used_map().cpu()
+    return {param for param, count in zip(parameters, used.tolist(), strict=True) if count}

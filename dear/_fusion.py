@@ -1,0 +1,49 @@
+"""Tensor fusion: which consecutive buckets travel together, and in which order the groups are gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+MIB = 1 << 20
+
+
+def ddp_bucket_bytes(group_bytes: int) -> int:
+    """The size DDP's buckets should have for fusion groups of ``group_bytes``: finer, so that groups can be cut well.
+
+    One MiB is fine enough: below it DDP's own work per bucket shows.
+    """
+    return min(group_bytes, max(MIB, group_bytes // 8))
+
+
+def fuse(bucket_bytes: Sequence[int], group_bytes: int) -> list[int]:
+    """Numbers of consecutive buckets, in backward order, that make groups of about ``group_bytes``.
+
+    The last bucket belongs to the first layers: its reduce-scatter ends the backward pass and its all-gather begins
+    the forward pass, and nothing hides either. So it stays a group of its own.
+
+    >>> fuse([1, 1, 1, 1, 1], 2)
+    [2, 2, 1]
+    """
+    sizes: list[int] = []
+    size = total = 0
+    for index, nbytes in enumerate(bucket_bytes):
+        alone = index == len(bucket_bytes) - 1
+        if size and (alone or total + nbytes > group_bytes):
+            sizes.append(size)
+            size = total = 0
+        size += 1
+        total += nbytes
+    if size:
+        sizes.append(size)
+    return sizes
+
+
+def gather_order(
+    groups: Sequence[Sequence[torch.nn.Parameter]], position: dict[torch.nn.Parameter, int]
+) -> list[int]:
+    """The groups in the order the forward pass first reads one of their parameters; those it never reads come last."""
+    late = len(position)
+    first = [min((position.get(param, late) for param in group), default=late) for group in groups]
+    return sorted(range(len(groups)), key=lambda index: (first[index], -index))

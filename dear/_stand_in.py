@@ -1,0 +1,99 @@
+"""Tensors that take the place of ``.grad`` while a gradient is not, or not yet, what plain DDP would show there.
+
+Wrong order is never silent: code that reads a gradient which is only one worker's own gets a sentence that says so,
+and code that reads one which is still on its way waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+# What Optimizer.zero_grad() and DDP do with a gradient without looking at its values.
+_HARMLESS = {
+    torch.Tensor.zero_,
+    torch.Tensor.detach_,
+    torch.Tensor.requires_grad_,
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.stride,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.Tensor.data_ptr,
+    torch.Tensor.untyped_storage,
+    torch.Tensor.storage_offset,
+    torch.Tensor.as_subclass,
+    torch._foreach_zero_,
+}
+_METADATA = {
+    "shape",
+    "dtype",
+    "device",
+    "layout",
+    "grad_fn",
+    "requires_grad",
+    "is_sparse",
+    "is_cuda",
+    "is_cpu",
+    "is_leaf",
+    "is_quantized",
+    "is_meta",
+    "ndim",
+    "itemsize",
+    "nbytes",
+    "_version",
+    "_backward_hooks",
+    "grad",
+    "names",
+}
+_HARMLESS |= {getattr(torch.Tensor, name).__get__ for name in _METADATA if hasattr(torch.Tensor, name)}
+
+
+class LocalGrad(torch.Tensor):
+    """This worker's own gradient, under ``update="sharded"``: the average exists only in shards."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _HARMLESS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__repr__:
+            return "<this worker's own gradient; the average is held in shards>"
+        raise RuntimeError(
+            f"{getattr(func, '__name__', func)} was called on a .grad that is this worker's own, because with "
+            'update="sharded" the average exists only in shards: use engine.clip_grad_norm_() to clip, or '
+            'dear.attach(..., update="replicated") to read, scale or change gradients.'
+        )
+
+
+class PendingGrad(torch.Tensor):
+    """An averaged gradient that may still be on its way, under ``update="replicated"``; touching it waits for it."""
+
+    settle: Callable[[], None]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func not in _HARMLESS or func in (torch.Tensor.zero_, torch._foreach_zero_):
+
+                def settled(value: Any) -> Any:
+                    if isinstance(value, PendingGrad):
+                        value.settle()
+                        return value.as_subclass(torch.Tensor)
+                    return value
+
+                args, kwargs = tree_map(settled, args), tree_map(settled, kwargs)
+            return func(*args, **kwargs)
+
+
+def pending_grad(view: torch.Tensor, settle: Callable[[], None]) -> PendingGrad:
+    """``view`` as a gradient that calls ``settle`` before its values are read or written."""
+    grad = view.as_subclass(PendingGrad)
+    grad.settle = settle
+    return grad

@@ -1,0 +1,100 @@
+"""Optimizer state between its two forms: sharded (flat segments) and full (by parameter, as torch saves it)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dear import _C
+from dear._layout import Layout, Segment
+from dear.collectives import shard_range
+
+FullState = dict[torch.nn.Parameter, dict[str, Any]]
+
+# State that is one number for a parameter, also where the parameter has just one element itself.
+_SCALARS = {"step", "eta", "mu", "mu_product"}
+
+
+def _elementwise(key: str, value: Any, param: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and key not in _SCALARS and value.shape == param.shape
+
+
+def kind(state: dict[str, Any]) -> Hashable:
+    """What must be equal for two parameters' states to live in one segment."""
+    scalars = tuple((key, float(value)) for key, value in sorted(state.items()) if key in _SCALARS)
+    return tuple(sorted(state)), scalars
+
+
+def scatter(full: FullState, segments: list[Segment]) -> dict[torch.Tensor, dict[str, Any]]:
+    """This rank's part of a full state, keyed by the segments' tensors."""
+    sharded: dict[torch.Tensor, dict[str, Any]] = {}
+    for segment in segments:
+        example = full.get(segment.places[0].param)
+        if not example:
+            continue
+        state: dict[str, Any] = {}
+        for key, value in example.items():
+            if not _elementwise(key, value, segment.places[0].param):
+                state[key] = value.clone() if isinstance(value, torch.Tensor) else value
+                continue
+            runs = []
+            for place in segment.places:
+                flat = place.flatten(full[place.param][key])
+                start, stop = max(segment.start, place.start), min(segment.stop, place.stop)
+                runs.append(flat[start - place.start : stop - place.start])
+            state[key] = torch.cat(runs)
+        sharded[segment.tensor] = state
+    return sharded
+
+
+def gather(
+    sharded: dict[torch.Tensor, dict[str, Any]],
+    segments: list[Segment],
+    layout: Layout,
+    lane: _C.Lane,
+    group: dist.ProcessGroup,
+) -> FullState:
+    """The full state on every rank. Collective: every rank of ``group`` must call it."""
+    position = {place.param: index for index, place in enumerate(layout.places)}
+    # Which parameters have which state; a rank knows it of those it owns a part of.
+    mine: dict[int, dict[str, Any]] = {}
+    for segment in segments:
+        state = sharded.get(segment.tensor)
+        if not state:
+            continue
+        facts = {
+            key: ("flat", value.dtype)
+            if isinstance(value, torch.Tensor) and value.dim() == 1
+            else ("same", value.cpu() if isinstance(value, torch.Tensor) else value)
+            for key, value in state.items()
+        }
+        for place in segment.places:
+            mine[position[place.param]] = facts
+    everyone: list[dict[int, dict[str, Any]]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(everyone, mine, group=group)
+    facts_of = {index: facts for facts in everyone for index, facts in facts.items()}
+
+    full: FullState = {}
+    for index, facts in sorted(facts_of.items()):
+        full[layout.places[index].param] = {key: value for key, (how, value) in facts.items() if how == "same"}
+    for bucket, buffer in enumerate(layout.full):
+        here = [(place, facts_of[position[place.param]]) for place in layout.in_bucket(bucket)
+                if position[place.param] in facts_of]  # fmt: skip
+        flat_keys = {(key, value) for _, facts in here for key, (how, value) in facts.items() if how == "flat"}
+        for key, dtype in sorted(flat_keys, key=str):
+            flat = torch.zeros(buffer.numel(), dtype=dtype, device=buffer.device)
+            for segment in segments:
+                value = sharded.get(segment.tensor, {}).get(key)
+                if segment.bucket == bucket and value is not None:
+                    flat[segment.start : segment.stop] = value
+            begin, end = shard_range(flat.numel(), lane.world, lane.rank)
+            part = [(flat, flat[begin:end])]
+            lane.submit(_C.Phase.all_gather, _C.Reduction.sum, part, f"optimizer state {key}").wait()
+            for place, facts in here:
+                if key in facts:
+                    value = torch.empty_strided(place.param.size(), place.stride, dtype=dtype, device=buffer.device)
+                    full[place.param][key] = value.copy_(place.view(flat))
+    return full
