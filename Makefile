@@ -34,5 +34,12 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
+demo: build
+	$(BIN)/python -m benchmarks.demo
+
+bench: build
+	$(BIN)/python -m benchmarks.collectives -n 3 --rounds 3 --rates 1gbit --json out/collectives.json
+	$(BIN)/python -m benchmarks.training --rounds 2 --steps 4 --rates 500mbit,1gbit --json out/training.json
+
 clean:
 	rm -rf build out $(VENV)/.built dear/_C*.so

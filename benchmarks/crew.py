@@ -1,0 +1,89 @@
+"""The ranks of one benchmark seen from inside one of them: how they start, agree and exchange measurements."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# A candidate that hangs must fail here, and long before the group on which the ranks then agree to drop it.
+CANDIDATE_TIMEOUT = timedelta(seconds=60)
+CONTROL_TIMEOUT = timedelta(minutes=15)
+
+
+# What gloo puts before its messages: where they stand in its source.
+_SOURCE_LINE = re.compile(r"\[[^\]\s]*:\d+\] ?")
+
+
+class Crew:
+    """All ranks of a benchmark. Control messages use the default group; each candidate gets groups of its own.
+
+    A collective that fails leaves a gloo group unusable. With one group per candidate, a failure costs that candidate
+    and nothing else. One thread per worker: more workers than cores would otherwise measure the scheduler.
+    """
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        self.had_failure = False
+
+    def group(self) -> dist.ProcessGroup:
+        """A new process group over all ranks, for one candidate."""
+        return dist.new_group(timeout=CANDIDATE_TIMEOUT)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def attempt(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
+        """Runs the action on every rank; returns its result, or, on all ranks alike, the failure that came first.
+
+        Every rank must call this together: it is where they agree whether to go on. The first failure in time is the
+        cause; those after it are ranks that waited in vain.
+        """
+        result, failure = None, None
+        try:
+            result = action()
+        except Exception as error:
+            first_line = (_SOURCE_LINE.sub("", str(error)).strip() or "no message").splitlines()[0]
+            failure = time.time(), f"rank {self.rank}: {type(error).__name__}: {first_line}"
+        failures = [each for each in self.gather(failure) if each]
+        if not failures:
+            return result, None
+        self.had_failure = True
+        return None, min(failures)[1]
+
+    def leave(self) -> None:
+        """Ends the worker. After a failure, at once: a broken group may block in its destructor."""
+        self.barrier()
+        if self.had_failure:
+            os._exit(0)
+        dist.destroy_process_group()
+
+
+def bytes_sent() -> int | None:
+    """Bytes that left this network namespace's interfaces since it began, loopback left out; None where unknown.
+
+    Every worker of the emulated network has a namespace of its own, so there this is what one worker sent, with all
+    protocol headers. On a shared machine it counts other programs too, and on loopback nothing.
+    """
+    try:
+        with open("/proc/net/dev") as table:
+            rows = [line.split(":") for line in table if ":" in line]
+    except OSError:
+        return None
+    return sum(int(counters.split()[8]) for name, counters in rows if name.strip() != "lo")

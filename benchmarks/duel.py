@@ -1,0 +1,95 @@
+"""Inside the demo's workers: tune DDP, let it and DeAR train in turns, then record one step of each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks import summary
+from benchmarks.crew import Crew
+from benchmarks.gpt import GPT, build_gpt
+from benchmarks.launch import Report
+from benchmarks.steps import TRIAL_STEPS, Measurement, Plan
+from benchmarks.strategies import is_dear, optimizer_factory, parse_strategy
+from benchmarks.timeline import STEPS, AllReduceTrace, record
+
+CANDIDATES = ["ddp:1", "ddp:2", "ddp:4", "ddp:8", "ddp:25"]
+TUNING_WARMUP, TUNING_STEPS = 1, 2
+TURN_WARMUP, TURN_STEPS = 1, 5
+
+
+@dataclass(frozen=True)
+class DuelPlan:
+    """What the workers do."""
+
+    dear: str  # the strategy that competes with the best of CANDIDATES
+    optimizer: str
+    rounds: int
+    seed: int = 1
+
+
+def measure(crew: Crew, given: dict[str, Any], report: Report) -> dict[str, Any]:
+    """A worker's part; rank 0's is the result: "tuning" and "training" as of steps.py, "traces" and their failures."""
+    duel = DuelPlan(**given)
+    tuning_plan = Plan(CANDIDATES, duel.optimizer, 1, TUNING_WARMUP, TUNING_STEPS, seed=duel.seed)
+    before = len(CANDIDATES) * (TRIAL_STEPS + TUNING_WARMUP + TUNING_STEPS)
+    total = before + 3 * (TRIAL_STEPS + duel.rounds * (TURN_WARMUP + TURN_STEPS))
+
+    trial = Measurement(crew, tuning_plan, lambda done, _, doing: report(done, total, f"tuning DDP, {doing}"))
+    trial.build()
+    trial.play()
+    tuning = trial.finish()
+    best = summary.best_ddp(tuning["strategies"])
+    if best is None:
+        raise RuntimeError(f"No bucket size of DDP could be measured: {tuning['strategies'][0]['failure']}")
+    plan = replace(
+        tuning_plan,
+        strategies=["none", best["name"], duel.dear],
+        rounds=duel.rounds,
+        warmup=TURN_WARMUP,
+        steps=TURN_STEPS,
+    )
+    training = Measurement(crew, plan, lambda done, _, doing: report(before + done, total, f"training, {doing}"))
+    training.build()
+    training.play()
+    training.evaluate()  # before the traces, whose steps would give DeAR more training than DDP
+
+    if crew.rank == 0:
+        report(total, total, "recording a step of each")
+    group = crew.group()
+    recordings: dict[str, Callable[[], dict[str, Any] | None]] = {
+        best["name"]: lambda: _record_ddp(training, best["name"], group),
+        duel.dear: lambda: _record_dear(training),
+    }
+    attempts = {name: crew.attempt(recording) for name, recording in recordings.items()}
+    return {
+        "tuning": tuning,
+        "training": training.finish(),
+        "traces": {name: trace for name, (trace, _) in attempts.items() if trace},
+        "trace_failures": {name: failure for name, (_, failure) in attempts.items() if failure},
+    }
+
+
+def _record_dear(training: Measurement) -> dict[str, Any] | None:
+    """A few more steps of DeAR; None where DeAR itself failed."""
+    contestant = next(one for one in training.contestants if is_dear(one.strategy))
+    trainer = contestant.running
+    if trainer is None:
+        return None
+    net = trainer.model.module
+    assert isinstance(net, GPT)
+    return record(trainer, net, [training.next_batch(contestant)] * STEPS, trainer.engine)
+
+
+def _record_ddp(training: Measurement, name: str, group: dist.ProcessGroup) -> dict[str, Any]:
+    """A few steps of a DDP built for the purpose: the one that is timed carries no hook."""
+    net = build_gpt(training.plan.seed)
+    trainer = parse_strategy(name).build(net, optimizer_factory(training.plan.optimizer), group)
+    assert isinstance(trainer.model, DistributedDataParallel)
+    tracer = AllReduceTrace(trainer.model, group)
+    batch = training.next_batch(training.contestants[0])
+    for _ in range(TRIAL_STEPS):
+        trainer.step(*batch)
+    return record(trainer, net, [batch] * STEPS, tracer)

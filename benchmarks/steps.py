@@ -1,0 +1,220 @@
+"""Inside a worker: holds every strategy's model at once and times their steps in turn, so that drift cancels."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.crew import Crew, bytes_sent
+from benchmarks.data import ByteText, standard_library
+from benchmarks.gpt import GPTConfig, build_gpt
+from benchmarks.strategies import Strategy, Trainer, optimizer_factory, parse_strategy
+
+TRIAL_STEPS = 3  # DDP rebuilds its buckets in the second step and torch's PowerSGD starts in the third
+HELD_OUT_BATCH = 32
+
+Report = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one cell (one rate, one number of workers) measures."""
+
+    strategies: list[str]
+    optimizer: str = "sgd"
+    rounds: int = 8
+    warmup: int = 2
+    steps: int = 6
+    batch: int = 4  # sequences per worker and step
+    seed: int = 1
+    excluded: dict[str, str] = field(default_factory=dict)  # strategy: why it is not run
+
+
+@dataclass
+class Contestant:
+    """A strategy, its trainer while it lives, and everything measured of it."""
+
+    strategy: Strategy
+    trainer: Trainer | None = None
+    failure: str | None = None
+    payload_bytes_per_step: int = 0
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # this rank's, every step from the first
+    clock: list[float] = field(default_factory=list)  # ms each of these steps took on this rank
+    held_out_loss: float | None = None
+    optimizer_state_bytes: list[int] = field(default_factory=list)
+
+    @property
+    def running(self) -> Trainer | None:
+        """The trainer, unless it failed. A failed one is kept but never touched: its shutdown may block."""
+        return None if self.failure else self.trainer
+
+
+class Measurement:
+    """One cell. Every rank makes the same calls in the same order."""
+
+    def __init__(self, crew: Crew, plan: Plan, report: Report) -> None:
+        self.crew, self.plan, self.report = crew, plan, report
+        self.text: ByteText = standard_library()
+        self.sequence = GPTConfig().sequence
+        self.contestants = [Contestant(parse_strategy(name)) for name in plan.strategies]
+        block = plan.warmup + plan.steps
+        self.total = len(self.contestants) * (TRIAL_STEPS + plan.rounds * block)
+        self.done = 0
+
+    def run(self) -> dict[str, Any]:
+        """Everything, in order."""
+        self.build()
+        self.play()
+        self.evaluate()
+        return self.finish()
+
+    def build(self) -> None:
+        """Builds every strategy and tries it."""
+        for contestant in self.contestants:
+            self._build(contestant)
+
+    def play(self) -> None:
+        """All rounds: each strategy in turn, the order rotated from round to round."""
+        for number in range(self.plan.rounds):
+            first = number % len(self.contestants)
+            for contestant in self.contestants[first:] + self.contestants[:first]:
+                self._block(contestant, number)
+
+    def evaluate(self) -> None:
+        """Held-out loss and optimizer memory of every strategy."""
+        for contestant in self.contestants:
+            self._evaluate(contestant)
+
+    def finish(self) -> dict[str, Any]:
+        """Closes every strategy; returns all that was measured."""
+        for contestant in self.contestants:
+            if (trainer := contestant.running) is not None:
+                _, contestant.failure = self.crew.attempt(trainer.close)
+                contestant.trainer = None
+        return {
+            "plan": asdict(self.plan),
+            "workers": self.crew.world,
+            "text": {"bytes": len(self.text.train), "digest": self.text.digest},
+            "strategies": [self._account(contestant) for contestant in self.contestants],
+        }
+
+    def _progress(self, steps: int, doing: str) -> None:
+        self.done += steps
+        if self.crew.rank == 0:
+            self.report(self.done, self.total, doing)
+
+    def _build(self, contestant: Contestant) -> None:
+        name = contestant.strategy.name
+        self._progress(0, f"building {name}")
+        if name in self.plan.excluded:
+            contestant.failure = self.plan.excluded[name]
+            return
+        group = self.crew.group()
+        net = build_gpt(self.plan.seed)
+        contestant.payload_bytes_per_step = contestant.strategy.payload_bytes(net, self.crew.world)
+
+        def build_and_try() -> Trainer:
+            trainer = contestant.strategy.build(net, optimizer_factory(self.plan.optimizer), group)
+            for _ in range(TRIAL_STEPS):
+                self.step(contestant, trainer)
+            self._drain(contestant, trainer)
+            return trainer
+
+        contestant.trainer, failure = self.crew.attempt(build_and_try)
+        contestant.failure = failure
+        self._progress(TRIAL_STEPS, f"building {name}")
+
+    def next_batch(self, contestant: Contestant) -> tuple[Tensor, Tensor]:
+        """What the contestant trains on next: the same text in the same order for every one of them."""
+        return self.text.batch(
+            len(contestant.losses),
+            rank=self.crew.rank,
+            world=self.crew.world,
+            batch=self.plan.batch,
+            sequence=self.sequence,
+            seed=self.plan.seed,
+        )
+
+    def step(self, contestant: Contestant, trainer: Trainer) -> None:
+        start = time.perf_counter()
+        contestant.losses.append(trainer.step(*self.next_batch(contestant)))
+        contestant.clock.append((time.perf_counter() - start) * 1e3)
+
+    def _drain(self, contestant: Contestant, trainer: Trainer) -> None:
+        """Waits for what is in flight, on the last step's account: else its cost would be in no step."""
+        start = time.perf_counter()
+        trainer.synchronize()
+        contestant.clock[-1] += (time.perf_counter() - start) * 1e3
+
+    def _block(self, contestant: Contestant, number: int) -> None:
+        """Warm-up steps, then timed ones. DeAR's last gather belongs to the block's end, its first to a warm-up step.
+
+        So each timed step is a steady-state one: it pays for exactly one reduce-scatter and one all-gather.
+        """
+        trainer, name = contestant.running, contestant.strategy.name
+        if trainer is not None:
+            self.crew.barrier()
+            measured, failure = self.crew.attempt(lambda: self._timed_steps(contestant, trainer))
+            if failure:
+                contestant.failure = f"round {number + 1}: {failure}"
+            else:
+                ranks = self.crew.gather(measured)
+                block = {key: [one[key] for one in ranks if one] for key in ("ms", "cpu_ms_per_step", "engine")}
+                block["sent_bytes_per_step"] = [one["sent_bytes_per_step"] for one in ranks if one]
+                contestant.blocks.append({"round": number, **block})
+        self._progress(self.plan.warmup + self.plan.steps, f"round {number + 1} of {self.plan.rounds}: {name}")
+
+    def _timed_steps(self, contestant: Contestant, trainer: Trainer) -> dict[str, Any]:
+        for _ in range(self.plan.warmup):
+            self.step(contestant, trainer)
+        sent, cpu = bytes_sent(), time.process_time()
+        marks = [time.perf_counter()]
+        for _ in range(self.plan.steps):
+            self.step(contestant, trainer)
+            marks.append(time.perf_counter())
+        # Before the drain: the first timed step sent what the last warm-up step had left, and so it is with the last.
+        cpu_ms, sent_after = (time.process_time() - cpu) * 1e3, bytes_sent()
+        engine = trainer.stats()
+        self._drain(contestant, trainer)
+        return {
+            "ms": [round((end - start) * 1e3, 3) for start, end in pairwise(marks)],
+            "cpu_ms_per_step": round(cpu_ms / self.plan.steps, 3),
+            "sent_bytes_per_step": None if sent is None else ((sent_after or 0) - sent) // self.plan.steps,
+            "engine": engine,
+        }
+
+    def _evaluate(self, contestant: Contestant) -> None:
+        trainer = contestant.running
+        if trainer is None:
+            return
+        inputs, targets = self.text.held_out_batch(HELD_OUT_BATCH, self.sequence)
+
+        def evaluate() -> tuple[float, int]:
+            trainer.synchronize()
+            return trainer.evaluate(inputs, targets), trainer.optimizer_state_bytes()
+
+        self._progress(0, f"evaluating {contestant.strategy.name}")
+        result, failure = self.crew.attempt(evaluate)
+        if failure or result is None:
+            contestant.failure = f"at the end: {failure}"
+            return
+        contestant.held_out_loss = result[0]
+        contestant.optimizer_state_bytes = self.crew.gather(result[1])
+
+    def _account(self, contestant: Contestant) -> dict[str, Any]:
+        losses = [sum(step) / len(step) for step in zip(*self.crew.gather(contestant.losses), strict=False)]
+        clock = [max(step) for step in zip(*self.crew.gather(contestant.clock), strict=False)]
+        return {
+            "name": contestant.strategy.name,
+            "failure": contestant.failure,
+            "payload_bytes_per_step": contestant.payload_bytes_per_step,
+            "held_out_loss": contestant.held_out_loss,
+            "optimizer_state_bytes": contestant.optimizer_state_bytes,
+            "blocks": contestant.blocks,
+            "losses": [round(loss, 6) for loss in losses],  # training loss, mean over ranks, every step
+            "clock_ms": [round(ms, 3) for ms in clock],  # what each of them took, trial and warm-up steps included
+        }

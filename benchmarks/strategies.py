@@ -1,0 +1,233 @@
+"""The training strategies that are compared: each builds a model, an optimizer and the step a user would write."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.gpt import language_loss
+
+ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in one bucket
+POWERSGD_RANK = 4
+FORMS = "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd, fsdp2, dear[:sharded|replicated|auto[:MIB]]"
+
+OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+class StrategyError(ValueError):
+    """A strategy was named in a form that is not known; the message says which forms are."""
+
+
+@dataclass
+class Trainer:
+    """A strategy built on this rank, ready to step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    engine: Any = None  # dear's Engine, where the strategy has one
+
+    def step(self, inputs: Tensor, targets: Tensor) -> float:
+        """One training step as a user writes it; returns this rank's loss."""
+        loss = language_loss(self.model(inputs), targets)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def synchronize(self) -> None:
+        """Waits for what the last step left in flight."""
+        if self.engine is not None:
+            self.engine.synchronize()
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's own account of its last step; empty for strategies that keep none."""
+        return dict(self.engine.stats()) if self.engine is not None else {}
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
+        """Loss on given text, without training on it."""
+        self.model.eval()
+        loss = language_loss(self.model(inputs), targets).item()
+        self.model.train()
+        return loss
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of tensor state the optimizer keeps on this rank, scalars such as Adam's step count included."""
+        counted = self.stats().get("optimizer_state_bytes")  # the engine's: sharded state is not in the optimizer
+        if counted is not None:
+            return int(counted)
+        return sum(_local_bytes(value) for state in self.optimizer.state.values() for value in state.values())
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.detach()
+
+
+def _local_bytes(value: Any) -> int:
+    if not isinstance(value, Tensor):
+        return 0
+    local = value.to_local() if hasattr(value, "to_local") else value  # FSDP2 keeps DTensors
+    return local.numel() * local.element_size()
+
+
+def optimizer_factory(name: str) -> OptimizerFactory:
+    """torch's own defaults (foreach included) for every strategy alike, so that none is handed a faster update."""
+    factories: dict[str, OptimizerFactory] = {
+        "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.02),
+        "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+    }
+    return factories[name]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What is compared. `name` is how the command line and the tables call it."""
+
+    name: str
+    bucket_cap_mb: float | None = None  # None: the rival's own default
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        raise NotImplementedError
+
+    def payload_bytes(self, net: nn.Module, world: int) -> int:
+        """Bytes one rank must send per step by the ring algorithm: 2 (P-1)/P of the gradients. Computed."""
+        gradients = sum(p.numel() * p.element_size() for p in net.parameters())
+        return 2 * (world - 1) * gradients // world
+
+
+class Floor(Strategy):
+    """No communication: each rank trains alone. What every strategy would cost on an infinitely fast network."""
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        return Trainer(net, optimizer(net))
+
+    def payload_bytes(self, net: nn.Module, world: int) -> int:
+        return 0
+
+
+class DDP(Strategy):
+    """torch's DistributedDataParallel as its own documentation tunes it: gradients as bucket views."""
+
+    def wrap(self, net: nn.Module, group: dist.ProcessGroup) -> DistributedDataParallel:
+        return DistributedDataParallel(
+            net, process_group=group, bucket_cap_mb=self.bucket_cap_mb, gradient_as_bucket_view=True
+        )
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        model = self.wrap(net, group)
+        return Trainer(model, optimizer(model))
+
+
+class DDPHalf(DDP):
+    """DDP with torch's fp16 compression hook: half the bytes, the usual first thing to try on a slow network."""
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+        model = self.wrap(net, group)
+        model.register_comm_hook(group, fp16_compress_hook)
+        return Trainer(model, optimizer(model))
+
+    def payload_bytes(self, net: nn.Module, world: int) -> int:
+        return super().payload_bytes(net, world) // 2
+
+
+class DDPPowerSGD(DDP):
+    """DDP with torch's own PowerSGD hook, in one bucket: with several it hangs or aborts on gloo."""
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+        model = self.wrap(net, group)
+        # 2 is the earliest start the hook allows together with error feedback.
+        state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=2)
+        model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        return Trainer(model, optimizer(model))
+
+    def payload_bytes(self, net: nn.Module, world: int) -> int:
+        sent = 0
+        for parameter in net.parameters():
+            rows, columns = parameter.shape[0], parameter.numel() // parameter.shape[0]
+            low_rank = (rows + columns) * min(POWERSGD_RANK, rows, columns)
+            # The hook leaves a tensor dense unless that at least halves it.
+            sent += (low_rank if 2 * low_rank < parameter.numel() else parameter.numel()) * parameter.element_size()
+        return 2 * (world - 1) * sent // world
+
+
+class FSDP2(Strategy):
+    """fully_shard per block and at the root; parameters stay gathered after forward (ZeRO-2 traffic)."""
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = DeviceMesh.from_group(group, "cpu")
+        for block in net.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh, reshard_after_forward=False)
+        fully_shard(net, mesh=mesh, reshard_after_forward=False)
+        return Trainer(net, optimizer(net))
+
+
+@dataclass(frozen=True)
+class Dear(DDP):
+    """This library on a DDP module; without a size, the library's default fusion size."""
+
+    update: str = "auto"
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        import dear  # here, so that torch's strategies can be measured where the extension is not built
+
+        model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
+        own = optimizer(model)
+        size = {} if self.bucket_cap_mb is None else {"bucket_cap_mb": self.bucket_cap_mb}
+        return Trainer(model, own, dear.attach(model, own, update=self.update, **size))
+
+
+def parse_strategies(text: str) -> list[Strategy]:
+    """A comma-separated list of the FORMS, each at most once."""
+    found = [parse_strategy(name.strip()) for name in text.split(",") if name.strip()]
+    names = [strategy.name for strategy in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None or not found:
+        problem = f"Strategy {twice!r} is named twice" if twice else "No strategy is named"
+        raise StrategyError(f"{problem}: give a list such as none,ddp:1,dear:sharded:1.")
+    return found
+
+
+def parse_strategy(name: str) -> Strategy:
+    kind, *rest = name.split(":")
+    unknown = StrategyError(f"Strategy {name!r} is not known: the forms are {FORMS}.")
+    plain: dict[str, Callable[..., Strategy]] = {"none": Floor, "fsdp2": FSDP2}
+    sized: dict[str, Callable[..., Strategy]] = {"ddp": DDP, "ddp+fp16": DDPHalf}
+    if kind in plain and not rest:
+        return plain[kind](name)
+    if kind == "ddp+powersgd" and not rest:
+        return DDPPowerSGD(name, ONE_BUCKET_MIB)
+    if kind in sized and len(rest) <= 1:
+        return sized[kind](name, _size(rest, unknown))
+    if kind == "dear" and len(rest) <= 2:
+        update = rest[0] if rest else "auto"
+        if update in ("sharded", "replicated", "auto"):
+            return Dear(name, _size(rest[1:], unknown), update=update)
+    raise unknown
+
+
+def _size(rest: list[str], unknown: StrategyError) -> float | None:
+    if not rest:
+        return None
+    try:
+        size = float(rest[0])
+    except ValueError:
+        raise unknown from None
+    if not 0 < size < float("inf"):
+        raise unknown
+    return size
+
+
+def is_dear(strategy: Strategy) -> bool:
+    """Whether the strategy is this library's, so that its trainer has an engine to trace."""
+    return isinstance(strategy, Dear)

@@ -1,0 +1,121 @@
+"""Records what one worker computes during a few steps, next to what moves at the same time."""
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from benchmarks.gpt import GPT, language_loss
+from benchmarks.strategies import Trainer
+
+STEPS = 3  # one to fill the pipeline, one to show, one whose forward receives what the shown one sent
+
+
+class ComputeMarks:
+    """Marks where each part of a GPT step begins; a part lasts until the next mark.
+
+    Forward parts are marked by module hooks. Backward parts by hooks on the parts' outputs: the gradient of an output
+    arrives when the backward of that part begins. (Module backward hooks would change the graph that is measured.)
+    """
+
+    def __init__(self, net: GPT) -> None:
+        self.marks: list[dict[str, Any]] = []
+        self.step = 0
+        self._handles: list[RemovableHandle] = []
+        for number, block in enumerate(net.blocks, start=1):
+            self._watch(block, f"block {number}", "embedding" if number == 1 else f"block {number - 1}")
+        self._watch(net.norm, "head", f"block {len(net.blocks)}")
+
+    def _watch(self, module: nn.Module, name: str, before: str) -> None:
+        def entered(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.mark("forward", name)
+            inputs[0].register_hook(lambda gradient: self.mark("backward", before))
+
+        self._handles.append(module.register_forward_pre_hook(entered))
+
+    def mark(self, phase: str, name: str) -> None:
+        self.marks.append({"step": self.step, "phase": phase, "name": name, "start": time.perf_counter_ns()})
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def spans(self) -> list[dict[str, Any]]:
+        """The parts with their ends, in order, the marks that only end a step left out."""
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        return [{**mark, "end": after["start"]} for mark, after in pairs if mark["phase"] != "end"]
+
+
+class AllReduceTrace:
+    """Plain DDP with a communication hook that does what DDP does without one, and notes when.
+
+    Same calls as the engine's trace: start_trace, stop_trace. A bucket is taken to move from when it is handed over,
+    or from when the bucket before it is done if that is later, until it is done. Register before the first step.
+    """
+
+    def __init__(self, model: DistributedDataParallel, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.buckets: list[dict[str, int]] = []
+        model.register_comm_hook(self, AllReduceTrace.hook)
+
+    @staticmethod
+    def hook(trace: "AllReduceTrace", bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        note = {"handed": time.perf_counter_ns()}
+        trace.buckets.append(note)
+        gradients = bucket.buffer().div_(trace.group.size())
+
+        def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+            note["done"] = time.perf_counter_ns()
+            return future.value()[0]
+
+        work = dist.all_reduce(gradients, group=trace.group, async_op=True)
+        return work.get_future().then(done)
+
+    def start_trace(self) -> None:
+        self.buckets.clear()
+
+    def stop_trace(self) -> list[dict[str, Any]]:
+        lanes, free = [], 0
+        for number, bucket in enumerate(self.buckets):
+            start = max(bucket["handed"], free)
+            free = max(bucket["done"], start)
+            lanes.append({"lane": "all-reduce", "name": f"bucket {number}", "start": start, "end": free})
+        return lanes
+
+
+def record(trainer: Trainer, net: GPT, batches: list[tuple[Tensor, Tensor]], tracer: Any) -> dict[str, Any]:
+    """Trains one step per batch under trace; times are perf_counter_ns. `tracer` is an engine or an AllReduceTrace.
+
+    Returns {"compute": spans with step, phase, name, start, end; "lanes": spans with lane, name, start, end}.
+    """
+    compute = ComputeMarks(net)
+    tracer.start_trace()
+    try:
+        for compute.step, (inputs, targets) in enumerate(batches):
+            compute.mark("forward", "embedding")
+            loss = language_loss(trainer.model(inputs), targets)
+            compute.mark("backward", "head")
+            loss.backward()
+            compute.mark("update", "update")
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            compute.mark("end", "")
+        trainer.synchronize()
+    finally:
+        compute.remove()
+        lanes = tracer.stop_trace()
+    spans = compute.spans()
+    if isinstance(tracer, AllReduceTrace):
+        lanes += [_ddp_wait(spans, tracer, step) for step in range(len(batches))]
+    return {"compute": spans, "lanes": lanes}
+
+
+def _ddp_wait(spans: list[dict[str, Any]], tracer: AllReduceTrace, step: int) -> dict[str, Any]:
+    """Once the last bucket of a step is handed over nothing is left to compute: from there backward only waits."""
+    end = max(span["end"] for span in spans if span["step"] == step and span["phase"] == "backward")
+    start = max((bucket["handed"] for bucket in tracer.buckets if bucket["handed"] < end), default=end)
+    return {"lane": "wait", "name": "all-reduce", "start": start, "end": end}

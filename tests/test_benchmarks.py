@@ -1,0 +1,355 @@
+"""The measuring part: statistics, tables from canned results, the workload, the command lines, two tiny real runs."""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from workers import WorkerPool
+
+from benchmarks import collectives_table, demo, pictures, results, summary, training
+from benchmarks.command import show_size, size
+from benchmarks.crew import Crew
+from benchmarks.data import ByteText, _window_order, standard_library
+from benchmarks.gpt import build_gpt, language_loss
+from benchmarks.launch import WorkersFailed
+from benchmarks.methods import DTYPES, local_values, summed_values, wrong
+from benchmarks.steps import Plan
+from benchmarks.strategies import FORMS, Dear, StrategyError, optimizer_factory, parse_strategies
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+# Statistics
+
+
+def test_percentile_interpolates_between_neighbours() -> None:
+    assert results.percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
+    assert results.percentile([10.0], 99) == 10.0
+    assert results.percentile(list(range(101)), 90) == 90
+    with pytest.raises(ValueError, match="no values"):
+        results.percentile([], 50)
+
+
+def test_a_step_is_as_long_as_its_slowest_rank() -> None:
+    assert results.slowest_rank([[1.0, 5.0], [2.0, 3.0]]) == [2.0, 5.0]
+
+
+def test_paired_ratio_cancels_drift() -> None:
+    """The machine slows down threefold between rounds; ours stays 1.25 times as fast."""
+    ours, theirs = [80.0, 160.0, 240.0], [100.0, 200.0, 300.0]
+    assert results.paired_ratio(ours, theirs) == 1.25
+
+
+def test_written_json_is_whole_and_keeps_series_on_one_line(tmp_path: Path) -> None:
+    payload = {"ms": [[1.5, -2e-05], [3.0, 4.0]], "names": ["a", "b"], "empty": []}
+    results.write(tmp_path / "deep" / "x.json", payload)
+    text = (tmp_path / "deep" / "x.json").read_text()
+    assert json.loads(text) == payload
+    assert "[ 1.5, -2e-05 ]" in text
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_header_names_versions_and_no_place() -> None:
+    header = results.header("training", {"workers": [2]})
+    assert header["versions"]["torch"] == torch.__version__
+    assert header["machine"]["cores"] >= 1
+    assert str(Path.home()) not in json.dumps(header) and str(ROOT) not in json.dumps(header["machine"])
+
+
+# Tables, from canned results
+
+
+def strategy(name: str, rounds: list[list[float]], **more: Any) -> dict[str, Any]:
+    """Two ranks, the second always 1 ms slower."""
+    blocks = [
+        {
+            "round": number,
+            "ms": [times, [ms + 1 for ms in times]],
+            "cpu_ms_per_step": [50.0, 70.0],
+            "sent_bytes_per_step": [2**20, 2**20],
+            "engine": [{}, {}],
+        }
+        for number, times in enumerate(rounds)
+    ]
+    plain = {"failure": None, "payload_bytes_per_step": 12_500_000, "held_out_loss": 3.0}
+    series = {"losses": [5.0, 4.0, 3.0], "clock_ms": [100.0, 100.0, 100.0]}
+    return {"name": name, "blocks": blocks, "optimizer_state_bytes": [8, 10], **plain, **series, **more}
+
+
+@pytest.fixture
+def cell() -> dict[str, Any]:
+    return {
+        "rate": "500mbit",
+        "network": "emulated network",
+        "workers": 2,
+        "plan": {"optimizer": "sgd", "rounds": 2, "steps": 2},
+        "strategies": [
+            strategy("none", [[99.0, 99.0], [199.0, 199.0]], payload_bytes_per_step=0),
+            strategy("ddp:1", [[249.0, 249.0], [449.0, 449.0]]),
+            strategy("ddp:25", [[299.0, 299.0], [499.0, 499.0]]),
+            strategy("ddp+fp16", [[149.0, 149.0], [249.0, 249.0]], payload_bytes_per_step=6_250_000),
+            strategy("dear:sharded", [[199.0, 199.0], [399.0, 399.0]]),
+            strategy("fsdp2", [], failure="rank 1: RuntimeError: no luck"),
+        ],
+    }
+
+
+def test_summary_compares_with_the_best_plain_ddp(cell: dict[str, Any]) -> None:
+    rows = {row.name: row for row in summary.summarise(cell)}
+    assert [name for name, row in rows.items() if row.is_best_ddp] == ["ddp:1"]
+    dear = rows["dear:sharded"]
+    assert dear.median == 300
+    assert dear.speedup == pytest.approx((250 / 200 + 450 / 400) / 2)
+    assert dear.exposed == 150  # rounds: 200 - 100, 400 - 200
+    assert dear.computed_communication == pytest.approx(200)  # 12.5 MB at 500 Mbit/s
+    assert dear.of_bound == pytest.approx(100 * 200 / 300)
+    assert (dear.cpu, dear.sent, dear.state_bytes) == (60, 2**20, 10)
+    assert rows["none"].exposed is None
+    assert rows["fsdp2"].failure == "rank 1: RuntimeError: no luck"
+
+
+def test_summary_without_ddp_floor_or_limit(cell: dict[str, Any]) -> None:
+    cell["rate"], cell["strategies"] = "unlimited", cell["strategies"][4:]
+    dear, failed = summary.summarise(cell)
+    assert (dear.speedup, dear.exposed, dear.of_bound, dear.computed_communication) == (None,) * 4
+    assert failed.failure
+
+
+def test_training_table_shows_every_strategy_and_why_one_failed(cell: dict[str, Any]) -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    summary.show(cell, console)
+    text = console.export_text()
+    assert all(one["name"] in text for one in cell["strategies"])
+    assert "fsdp2 failed: rank 1: RuntimeError: no luck" in text
+    assert "ddp:1 *" in text and "500 Mbit/s" in text
+
+
+def test_collectives_rows() -> None:
+    def method(name: str, halves: int, us: float, failure: str | None = None, bad: int = 0) -> dict[str, Any]:
+        block = {"us": [[us, us], [us - 1, us - 1]], "cpu_ms": [1.0, 3.0], "sent_bytes": [5, 5]}
+        blocks = [] if failure else [block, block]
+        return {"name": name, "halves": halves, "failure": failure, "wrong": bad, "blocks": blocks}
+
+    methods = [
+        method("all_reduce", 2, 1000),
+        method("native", 2, 2000, bad=3),
+        method("ring", 2, 800),
+        method("ring-rs", 1, 500),
+        method("ring-ag", 1, 0, failure="rank 0: RuntimeError: no"),
+    ]
+    found = {row.name: row for row in collectives_table.rows({"bytes": 100_000, "methods": methods}, 4, "1gbit")}
+    ring = found["ring"]
+    assert ring.best and not found["all_reduce"].best
+    assert ring.speedup == pytest.approx(1.25) and ring.over_native == pytest.approx(2.5)
+    assert ring.algorithm_bandwidth == pytest.approx(1.25e8)
+    assert ring.bus_bandwidth == pytest.approx(1.25e8 * 1.5)  # 2 (P-1)/P
+    assert ring.of_rate == pytest.approx(150)  # 1.5 Gbit/s on a link of 1: canned numbers need not be possible
+    assert found["ring-rs"].bus_bandwidth == pytest.approx(2e8 * 0.75) and found["ring-rs"].speedup is None
+    assert found["native"].wrong == 3 and ring.cpu_ms == 2
+    assert found["ring-ag"].failure
+
+
+def test_demo_table_and_pictures(cell: dict[str, Any], tmp_path: Path) -> None:
+    cell["strategies"] = [cell["strategies"][index] for index in (0, 1, 4)]
+    spans, lanes, now = [], [], 0
+    for step in range(3):
+        for phase, name in [("forward", "block 1"), ("backward", "block 1"), ("update", "update")]:
+            spans.append({"step": step, "phase": phase, "name": name, "start": now, "end": now + 10**8})
+            lanes.append({"lane": "all-gather", "name": "group 0", "start": now, "end": now + 10**7})
+            now += 10**8
+    lanes.append({"lane": "wait", "name": "block 1", "start": 45 * 10**7, "end": 55 * 10**7})  # half in backward
+    trace = {"compute": spans, "lanes": lanes}
+    traces, failures = {"ddp:1": trace, "dear:sharded": trace}, {"ddp:1": "rank 0: no trace"}
+    result = {"tuning": cell, "training": cell, "traces": traces, "trace_failures": failures}
+    demo.draw(result, tmp_path)
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("loss.png", "timeline.png"))
+    console = Console(width=120, record=True, file=io.StringIO())
+    demo.show(result, console)
+    text = console.export_text()
+    assert "DeAR (sharded)" in text and "DDP (tuned, 1 MiB buckets)" in text and "500 Mbit/s" in text
+    assert "No timeline of ddp:1: rank 0: no trace" in text
+    assert demo.backward_ms(trace) == 50
+
+
+def test_smoothing_starts_with_what_there_is() -> None:
+    assert pictures.smoothed([4.0, 2.0, 0.0])[:3] == [4.0, 3.0, 2.0]
+
+
+# Workload
+
+
+def test_gpt_has_the_stated_size_and_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    net = build_gpt(1)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(10.9e6, rel=0.01)
+    torch.manual_seed(6)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), build_gpt(1).parameters(), strict=True))
+    text = torch.zeros(2, 16, dtype=torch.long)
+    assert language_loss(net(text), text).item() == pytest.approx(5.55, abs=0.5)  # ln 256
+
+
+def test_text_is_the_same_every_time_and_no_window_is_read_twice() -> None:
+    one = standard_library()
+    standard_library.cache_clear()
+    two = standard_library()
+    assert one.digest == two.digest and len(one.train) > 1_000_000
+    shape = {"world": 2, "batch": 4, "sequence": 128, "seed": 1}
+    batches = {(step, rank): one.batch(step, rank=rank, **shape) for step in range(20) for rank in range(2)}
+    inputs, targets = batches[3, 1]
+    assert inputs.shape == (4, 128) and torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert torch.equal(inputs, two.batch(3, rank=1, **shape)[0])
+    assert not torch.equal(inputs, one.batch(3, rank=1, **{**shape, "seed": 2})[0])
+    order = _window_order((len(one.train) - 1) // 128, 1, 0)
+    assert len(order.unique()) == len(order)
+    held, _ = one.held_out_batch(8, 128)
+    assert torch.equal(held, two.held_out_batch(8, 128)[0])
+
+
+def test_text_starts_over_in_another_order_after_an_epoch() -> None:
+    text = ByteText(torch.arange(101, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8), "")
+    shape = {"world": 1, "batch": 5, "sequence": 10, "seed": 3}
+    epochs = [torch.cat([text.batch(step, rank=0, **shape)[0] for step in steps])[:, 0] for steps in [(0, 1), (2, 3)]]
+    assert epochs[0].sort()[0].tolist() == epochs[1].sort()[0].tolist() == list(range(0, 100, 10))
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_predicted_sums_are_exact(name: str, world: int) -> None:
+    dtype, count = DTYPES[name], 23
+    total = sum(local_values(count, rank, torch.float64) for rank in range(world))
+    assert isinstance(total, torch.Tensor)
+    expected = summed_values(count, world, dtype)
+    assert wrong(total.to(dtype), expected) == 0 and torch.equal(expected.double(), total)
+    expected[3] += 1
+    assert wrong(total.to(dtype), expected) == 1
+    assert wrong(total[:-1].to(dtype), expected) == count
+
+
+# Command lines
+
+
+def test_strategies_are_parsed() -> None:
+    found = parse_strategies("none, ddp, ddp:2.5,ddp+fp16:1,ddp+powersgd,fsdp2,dear,dear:replicated:4")
+    assert [one.bucket_cap_mb for one in found] == [None, None, 2.5, 1.0, 4096.0, None, None, 4.0]
+    assert isinstance(found[-1], Dear) and found[-1].update == "replicated"
+    for wrong_name in ("ddp:x", "ddp:0", "ddp:-1", "dear:both", "dear:sharded:1:2", "none:1", "zero", "ddp:nan"):
+        with pytest.raises(StrategyError, match="the forms are"):
+            parse_strategies(f"none,{wrong_name}")
+    with pytest.raises(StrategyError, match="twice"):
+        parse_strategies("ddp:1,ddp:1")
+    with pytest.raises(StrategyError, match="No strategy"):
+        parse_strategies(" , ")
+    assert "dear" in FORMS
+
+
+def test_payload_counts_what_a_ring_sends() -> None:
+    net = build_gpt(1)
+    dense, half = parse_strategies("ddp:1,ddp+fp16")
+    gradients = 4 * sum(p.numel() for p in net.parameters())
+    assert dense.payload_bytes(net, 4) == gradients * 6 // 4
+    assert half.payload_bytes(net, 2) == gradients // 2
+    assert isinstance(optimizer_factory("adamw")(net), torch.optim.AdamW)
+
+
+def test_sizes() -> None:
+    assert [size(text) for text in ("4096", "64K", "16m", "1G")] == [4096, 65536, 2**24, 2**30]
+    assert [show_size(count) for count in (10, 2048, 2**24, 2**30)] == ["10 B", "2 KiB", "16 MiB", "1 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "says"),
+    [
+        ("training", ["--strategies", "sgd"], "'sgd' is not known"),
+        ("training", ["--rates", "fast"], "'fast' is not understood"),
+        ("training", ["--workers", "1"], "give 2 or more"),
+        ("training", ["--rounds", "0"], "at least 1"),
+        ("collectives", ["-b", "1X"], "'1X' is not a size"),
+        ("collectives", ["-b", "2M", "-e", "1M"], "must not exceed"),
+        ("collectives", ["--methods", "magic"], "'magic' is not known"),
+        ("demo", ["--optimizer", "lion"], "'lion'"),
+    ],
+)
+def test_a_wrong_argument_gets_one_sentence(module: str, arguments: list[str], says: str) -> None:
+    done = run(module, *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def attempts(rank: int, world_size: int) -> list[Any]:
+    crew = Crew()
+
+    def only_rank_1_fails() -> int:
+        if rank == 1:
+            raise ValueError("[/somewhere/in/gloo/pair.cc:42] boom\nand more")
+        return rank
+
+    return [crew.attempt(lambda: rank * 10), crew.attempt(only_rank_1_fails), crew.had_failure]
+
+
+def test_ranks_agree_on_a_failure(pool2: WorkerPool) -> None:
+    failure = "rank 1: ValueError: boom"
+    assert pool2.run(attempts) == [[(0, None), (None, failure), True], [(10, None), (None, failure), True]]
+
+
+def test_a_strategy_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def run_workers(lab: Any, module: str, plan: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        tried.append(plan.excluded)
+        if "ddp+powersgd" not in plan.excluded:
+            raise WorkersFailed("exit code -6", "building ddp+powersgd")
+        if len(tried) == 3:
+            raise WorkersFailed("exit code -9", "")  # nobody to blame
+        return {"done": True}
+
+    monkeypatch.setattr(training, "run_workers", run_workers)
+    plan = Plan(["none", "ddp+powersgd"])
+    network: Any = SimpleNamespace(lab=None)
+    assert training.run_cell(network, plan, lambda *_: None) == {"done": True}
+    assert tried == [{}, {"ddp+powersgd": "took its worker down while building ddp+powersgd: exit code -6"}]
+    with pytest.raises(WorkersFailed, match="while starting: exit code -9"):
+        training.run_cell(network, replace(plan, excluded=tried[1]), lambda *_: None)
+
+
+# Real runs, as small as they get
+
+
+def test_collectives_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    done = run(
+        *("collectives", "-b", "4K", "-e", "8K", "-f", "2", "-n", "2", "--rounds", "2", "--network", "loopback"),
+        *("--methods", "all_reduce,native", "--json", str(path)),
+    )
+    assert done.returncode == 0, done.stderr
+    payload = json.loads(path.read_text())
+    sizes = payload["cells"][0]["sizes"]
+    assert [each["count"] for each in sizes] == [1024, 2048]
+    assert all(one["wrong"] == 0 and not one["failure"] and len(one["blocks"]) == 2 for one in sizes[0]["methods"])
+    assert "BEST" in done.stdout
+
+
+def test_training_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    done = run(
+        *("training", "--strategies", "none,ddp:4,ddp+fp16", "--rounds", "1", "--warmup", "1", "--steps", "1"),
+        *("--batch", "1", "--network", "loopback", "--json", str(path)),
+    )
+    assert done.returncode == 0, done.stderr
+    floor, ddp, half = json.loads(path.read_text())["cells"][0]["strategies"]
+    assert floor["failure"] is None and len(ddp["blocks"][0]["ms"]) == 2
+    assert len(ddp["losses"]) == len(ddp["clock_ms"]) == 5
+    assert ddp["losses"][0] == half["losses"][0] and ddp["held_out_loss"] > 0
