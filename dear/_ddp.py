@@ -91,26 +91,38 @@ def has_hook(model: DDP) -> bool:
     return bool(getattr(model, "_comm_hooks", None) or model._get_ddp_logging_data().get("comm_hook"))
 
 
-def bucket_bytes(model: DDP) -> int:
-    """The size in bytes at which DDP closes a bucket."""
-    return int(model.bucket_bytes_cap)
+@dataclasses.dataclass(frozen=True)
+class ReducerOptions:
+    """How DDP's reducer is built: bucket sizes in bytes, and whether .grad is a view of the bucket."""
+
+    cap: int
+    first: int
+    views: bool
 
 
-def rebuild_reducer(model: DDP, cap: int, first: int | None = None) -> int:
-    """Gives ``model`` a new reducer without a hook, with buckets of ``cap`` bytes; returns the first bucket's former
-    size, which together with ``bucket_bytes`` puts things back."""
+def reducer_options(model: DDP) -> ReducerOptions:
+    """The options of the module's reducer as it stands."""
+    config = getattr(model, "_bucket_config", None)
+    if config is not None:
+        first = config.first_bucket_bytes_cap
+    else:  # torch before 2.13
+        first = dist._DEFAULT_FIRST_BUCKET_BYTES if model.bucket_bytes_cap_default else model.bucket_bytes_cap
+    return ReducerOptions(int(model.bucket_bytes_cap), int(first), model.gradient_as_bucket_view)
+
+
+def rebuild_reducer(model: DDP, options: ReducerOptions) -> None:
+    """Gives ``model`` a new reducer, without a hook."""
     model._remove_autograd_hooks()
+    cap = options.cap
+    model.gradient_as_bucket_view = options.views
     model.bucket_bytes_cap = cap
     config = getattr(model, "_bucket_config", None)
     if config is not None:
-        former = config.first_bucket_bytes_cap
-        first = min(former, cap) if first is None else first
         model._bucket_config = dataclasses.replace(
-            config, bucket_bytes_cap=cap, per_bucket_bytes_caps=(), first_bucket_bytes_cap=first
+            config, bucket_bytes_cap=cap, per_bucket_bytes_caps=(), first_bucket_bytes_cap=options.first
         )
-    else:  # torch before 2.13
-        former = dist._DEFAULT_FIRST_BUCKET_BYTES if model.bucket_bytes_cap_default else cap
-        model.bucket_bytes_cap_default = cap > dist._DEFAULT_FIRST_BUCKET_BYTES
+    else:
+        model.bucket_bytes_cap_default = options.first < cap
     model.bucket_bytes_cap_list = []
     parameters, sparse = model._build_params_for_reducer()
     names = model._build_debug_param_to_name_mapping(parameters)
@@ -118,7 +130,6 @@ def rebuild_reducer(model: DDP, cap: int, first: int | None = None) -> int:
     if model.static_graph:
         model.reducer._set_static_graph()
         model.logger._set_static_graph()
-    return former
 
 
 def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:

@@ -139,9 +139,12 @@ class Engine:
         me = weakref.ref(self)
         self._scheduler.set_backward_ended(lambda new: me()._backward_ended(new), _ddp.tracks_unused(model))  # type: ignore[union-attr]
 
-        self._ddp_bytes = _ddp.bucket_bytes(model)
-        wanted = min(self._ddp_bytes, ddp_bucket_bytes(self._group_bytes))
-        self._ddp_first = _ddp.rebuild_reducer(model, wanted)
+        self._reducer_options = _ddp.reducer_options(model)
+        cap = min(self._reducer_options.cap, ddp_bucket_bytes(self._group_bytes))
+        first = min(self._reducer_options.first, cap)
+        # Local gradients stay in the buckets when nobody else may read them: a copy less.
+        views = self._reducer_options.views or mode == "sharded"
+        _ddp.rebuild_reducer(model, _ddp.ReducerOptions(cap, first, views))
         self._hook_calls = _ddp.register(model, self._scheduler)
 
         self._original_step = optimizer.step
@@ -284,7 +287,7 @@ class Engine:
         self._release()
         for param in self._params:
             param.grad = None
-        _ddp.rebuild_reducer(self._model, self._ddp_bytes, self._ddp_first)
+        _ddp.rebuild_reducer(self._model, self._reducer_options)
 
     def __enter__(self) -> Engine:
         return self

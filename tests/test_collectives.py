@@ -1,0 +1,167 @@
+"""The halves of an all-reduce: exact sums at any length and dtype, failures that name who failed, misuse refused."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from workers import WorkerDied, run_workers
+
+import dear
+
+LENGTHS = [0, 1, 2, 3, 7, 1000, 100_003]
+TYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+]
+
+
+def inputs_of(rank, length, dtype):
+    """Small whole numbers: their sums are exact in every type."""
+    return torch.randint(0, 8, (length,), generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+def halves_are_exact(rank, world, algorithm):
+    for dtype in TYPES:
+        if algorithm == "native" and dtype == torch.int16:
+            continue  # gloo has no such type
+        for length in LENGTHS:
+            everyone = [inputs_of(r, length, dtype) for r in range(world)]
+            total = torch.stack(everyone).sum(0).to(dtype)
+            begin, end = dear.shard_range(length, world, rank)
+            mine = everyone[rank].clone()
+            shard = dear.reduce_scatter(mine, algorithm=algorithm).wait()
+            assert torch.equal(shard, total[begin:end]), (dtype, length)
+            assert torch.equal(mine, everyone[rank]), "the input was changed"
+            gathered = torch.full_like(total, 9)
+            assert torch.equal(dear.all_gather(shard, gathered, algorithm=algorithm).wait(), total), (dtype, length)
+            # In place: the output is this rank's part of the input.
+            dear.reduce_scatter(mine, mine[begin:end], algorithm=algorithm).wait()
+            assert torch.equal(mine[begin:end], total[begin:end]), (dtype, length)
+            average = dear.all_reduce(everyone[rank].clone(), op="avg", algorithm=algorithm).wait()
+            if dtype.is_floating_point:
+                assert torch.equal(average, (total.double() / world).to(dtype)), (dtype, length)
+            else:
+                assert torch.equal(average, total.div(world, rounding_mode="trunc")), (dtype, length)
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "native"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_halves_are_exact(world, algorithm, pool2, pool4):
+    (pool2 if world == 2 else pool4).run(halves_are_exact, algorithm)
+
+
+def test_halves_are_exact_on_three_ranks_and_on_one():
+    run_workers(halves_are_exact, 3, "ring")
+    run_workers(halves_are_exact, 1, "ring")
+
+
+def many_at_once(rank, world):
+    tensors = [torch.full((5000 + i,), float(rank + i)) for i in range(40)]
+    works = [dear.all_reduce(tensor) for tensor in tensors]
+    for i, work in enumerate(reversed(works)):  # waited for in another order than they were started
+        want = float(sum(r + 39 - i for r in range(world)))
+        assert torch.all(work.wait() == want)
+        assert work.is_completed()
+
+
+def test_many_at_once(pool4):
+    pool4.run(many_at_once)
+
+
+def large_values(rank, world):
+    everyone = [torch.randn(300_000, generator=torch.Generator().manual_seed(r)) for r in range(world)]
+    for dtype, tolerance in ((torch.float32, 3e-7), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+        exact = torch.stack([tensor.to(dtype) for tensor in everyone]).double().sum(0)
+        have = dear.all_reduce(everyone[rank].to(dtype, copy=True)).wait().double()
+        assert (have - exact).abs().max() <= tolerance * exact.abs().max(), dtype
+    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e-45, 3e38])
+    have = dear.all_reduce(special.clone()).wait()
+    assert torch.equal(have.isnan(), special.isnan()) and torch.isinf(have[:2]).all() and torch.isinf(have[4])
+    half = dear.all_reduce(torch.full((100,), float("nan"), dtype=torch.bfloat16)).wait()
+    assert half.isnan().all(), "rounding must not turn NaN into a number"
+
+
+def test_rounding_and_special_values(pool4):
+    pool4.run(large_values)
+
+
+def part_of_the_world(rank, world):
+    members = [1, 3]
+    group = dist.new_group(members)
+    if rank in members:
+        tensor = torch.full((10,), float(rank))
+        assert torch.all(dear.all_reduce(tensor, group=group).wait() == 4.0)
+    else:
+        with pytest.raises(ValueError, match="not a member"):
+            dear.all_reduce(torch.zeros(3), group=group)
+
+
+def test_part_of_the_world(pool4):
+    pool4.run(part_of_the_world)
+
+
+def misuse(rank, world):
+    x = torch.zeros(10)
+    for call, message in [
+        (lambda: dear.reduce_scatter(x, op="max"), 'op must be "sum" or "avg"'),
+        (lambda: dear.reduce_scatter(x, algorithm="tree"), 'algorithm must be "ring"'),
+        (lambda: dear.reduce_scatter(x, torch.zeros(3)), "must have 5 elements, not 3"),
+        (lambda: dear.reduce_scatter(x.to(torch.complex64)), "must not be complex"),
+        (lambda: dear.reduce_scatter(torch.zeros(4, 4).t()), "must be contiguous"),
+        (lambda: dear.reduce_scatter(torch.zeros(4).to_sparse()), "must be dense"),
+        (lambda: dear.all_gather(torch.zeros(4), x), "must be 5 elements"),
+        (lambda: dear.all_gather(torch.zeros(5, dtype=torch.float64), x), "must be 5 elements"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(RuntimeError, match="cannot sum tensors of dtype Bool"):
+        dear.reduce_scatter(torch.zeros(4, dtype=torch.bool))
+
+
+def test_misuse_is_one_sentence(pool2):
+    pool2.run(misuse)
+
+
+def one_is_missing(rank, world, how, where):
+    x = torch.ones(2_000_000)
+    dear.all_reduce(x).wait()
+    if rank == where:
+        if how == "dies":
+            os._exit(7)
+        time.sleep(1000)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        dear.all_reduce(x).wait()
+    assert time.monotonic() - start < 10
+    with pytest.raises(RuntimeError):  # and so does everything after it, at once
+        dear.all_reduce(x).wait()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["dies", "stalls"])
+@pytest.mark.parametrize(("world", "where"), [(2, 1), (4, 2)])
+def test_every_survivor_names_the_missing_rank(world, where, how):
+    outcomes = run_workers(one_is_missing, world, how, where, group_timeout=4, expect_dead={where})
+    assert isinstance(outcomes[where], WorkerDied)
+    for rank, outcome in enumerate(outcomes):
+        if rank != where:
+            assert isinstance(outcome, str), outcome
+            assert f"Rank {where} " in outcome and "reduce-scatter" in outcome, outcome
+
+
+def other_sizes(rank, world):
+    with pytest.raises(RuntimeError, match="another collective|closed its connection"):
+        dear.all_reduce(torch.ones(10 if rank else 100_000)).wait()
+
+
+def test_other_sizes_are_noticed_at_once():
+    run_workers(other_sizes, 2, group_timeout=20, timeout=15)
