@@ -180,7 +180,7 @@ SelectCounts topk_select(const void* grad, GradType type, float* error, int64_t 
   int64_t found = 0;
   int64_t ties_left = ties;
   for (int64_t owner = 0; owner < owners; ++owner) {
-    const int64_t first = std::min(n, owner * shard_numel) / kBlock;
+    const int64_t first = std::min(blocks, owner * shard_numel / kBlock);
     const int64_t last = owner + 1 == owners ? blocks : std::min(blocks, (owner + 1) * shard_numel / kBlock);
     int64_t position = 0;
     for (int64_t block = first; block < last; ++block) {
