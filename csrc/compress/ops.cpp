@@ -31,24 +31,53 @@ TORCH_LIBRARY(dear, m) {
   m.def("orthogonalize(Tensor(a!) matrices, Tensor(b!) workspace) -> ()");
 }
 
-// Nothing is returned and no shape depends on data: on meta tensors an operator is its checks.
+namespace {
+
+using at::Tensor;
+using Optional = OptionalTensor;
+
+bool symbolic(const Tensor& tensor) { return tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides(); }
+bool symbolic(const Optional& tensor) { return tensor && symbolic(*tensor); }
+template <typename T>
+bool symbolic(const T&) {
+  return false;
+}
+
+// Nothing is returned and no shape depends on data: on meta tensors an operator is its checks. Symbolic
+// sizes, which a compiler traces with, are left to the checks of the real call.
+template <auto check, typename... Args>
+void meta(Args... args) {
+  if (!(symbolic(args) || ...)) check(args...);
+}
+
+// Operators with arguments that no check looks at.
+void check_encode(const Tensor& grad, const Optional& error, const Tensor& payload, const Optional& dropped,
+                  bool) {
+  check_sign_encode(grad, error, payload, dropped);
+}
+void check_accumulate(const Tensor& payloads, const Tensor& dense, double) {
+  check_topk_accumulate(payloads, dense);
+}
+void check_decode(const Tensor& payloads, const Tensor& out, int64_t shard_numel, double) {
+  check_topk_decode(payloads, out, shard_numel);
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(dear, Meta, m) {
-  m.impl("error_correct", check_error_correct);
+  m.impl("error_correct", meta<check_error_correct, const Tensor&, const Tensor&, const Optional&>);
   m.impl("sign_encode",
-         [](const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& payload,
-            const OptionalTensor& dropped, bool) { check_sign_encode(grad, error, payload, dropped); });
-  m.impl("sign_vote", check_sign_vote);
-  m.impl("sign_average", check_sign_average);
-  m.impl("sign_decode", check_sign_decode);
-  m.impl("topk_threshold", check_topk_threshold);
-  m.impl("topk_select", check_topk_select);
-  m.impl("topk_accumulate", [](const at::Tensor& payloads, const at::Tensor& dense, double) {
-    check_topk_accumulate(payloads, dense);
-  });
-  m.impl("topk_decode", [](const at::Tensor& payloads, const at::Tensor& out, int64_t shard_numel, double) {
-    check_topk_decode(payloads, out, shard_numel);
-  });
-  m.impl("orthogonalize", check_orthogonalize);
+         meta<check_encode, const Tensor&, const Optional&, const Tensor&, const Optional&, bool>);
+  m.impl("sign_vote", meta<check_sign_vote, const Tensor&, const Tensor&, int64_t>);
+  m.impl("sign_average", meta<check_sign_average, const Tensor&, const Optional&, const Tensor&, int64_t>);
+  m.impl("sign_decode", meta<check_sign_decode, const Tensor&, const Tensor&>);
+  m.impl("topk_threshold", meta<check_topk_threshold, const Optional&, const Tensor&, int64_t, const Tensor&,
+                                const Tensor&, const Tensor&>);
+  m.impl("topk_select", meta<check_topk_select, const Optional&, const Tensor&, const Tensor&,
+                             const Optional&, int64_t, const Tensor&, const Tensor&, const Tensor&>);
+  m.impl("topk_accumulate", meta<check_accumulate, const Tensor&, const Tensor&, double>);
+  m.impl("topk_decode", meta<check_decode, const Tensor&, const Tensor&, int64_t, double>);
+  m.impl("orthogonalize", meta<check_orthogonalize, const Tensor&, const Tensor&>);
 }
 
 namespace ops {
