@@ -140,7 +140,8 @@ def topk_decode(payloads: Tensor, out: Tensor, shard: int, alpha: float = 1.0) -
 
 def orthogonalize_workspace_numel(batch: int, rows: int, columns: int) -> int:
     """float64 elements of workspace: a Gram matrix for every 1024 rows, and a status, for each matrix."""
-    return batch * (-(-rows // 1024) * columns * columns + 1)
+    stride = -(-columns // 4) * 4
+    return batch * (-(-rows // 1024) * stride * stride + 1)
 
 
 def orthogonalize(matrices: Tensor, workspace: Tensor) -> None:

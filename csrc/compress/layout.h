@@ -34,6 +34,9 @@ constexpr int64_t kHistogramWords = 3 * kHistogramBins + 16;
 constexpr int64_t kGramRows = 1024;
 constexpr int64_t kMaxRank = 256;
 
+// Gram matrices are stored with their rows padded to whole vectors of four.
+constexpr int64_t padded_rank(int64_t columns) { return (columns + 3) / 4 * 4; }
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t block_count(int64_t numel) { return ceil_div(numel, kBlock); }
 

@@ -149,7 +149,7 @@ void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {
 int64_t topk_workspace(int64_t numel) { return block_count(numel) * (kBlockWords + 2) + kHistogramWords; }
 
 int64_t orthogonalize_workspace(int64_t batch, int64_t rows, int64_t columns) {
-  return batch * (ceil_div(rows, kGramRows) * columns * columns + 1);
+  return batch * (ceil_div(rows, kGramRows) * padded_rank(columns) * padded_rank(columns) + 1);
 }
 
 }  // namespace ops

@@ -9,6 +9,7 @@
 // Sanitizers run their own start-up code after the loader has resolved the clones: they get the plain loop.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define DEAR_HAS_CLONES 1
 #define DEAR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define DEAR_CLONES
