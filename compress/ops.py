@@ -25,6 +25,11 @@ def shard_numel(numel: int, owners: int) -> int:
     return max(1, -(-numel // (owners * BLOCK))) * BLOCK
 
 
+def kernel_threads() -> int:
+    """How many threads the CPU kernels run on: torch's number, or 1 where the extension was built without OpenMP."""
+    return int(_ops.kernel_threads())
+
+
 def error_correct(grad: Tensor, error: Tensor, dropped: Tensor | None = None) -> None:
     """``error += grad``. ``grad`` [n], ``error`` [n] float32, ``dropped`` int32 [1] counter or None."""
     _ops.error_correct(grad, error, dropped)
@@ -139,9 +144,9 @@ def topk_decode(payloads: Tensor, out: Tensor, shard: int, alpha: float = 1.0) -
 
 
 def orthogonalize_workspace_numel(batch: int, rows: int, columns: int) -> int:
-    """float64 elements of workspace: a Gram matrix for every 1024 rows, and a status, for each matrix."""
+    """float64 elements of workspace: a Gram matrix for every 1024 rows, one more, and a status, for each matrix."""
     stride = -(-columns // 4) * 4
-    return batch * (-(-rows // 1024) * stride * stride + 1)
+    return batch * ((-(-rows // 1024) + 1) * stride * stride + 1)
 
 
 def orthogonalize(matrices: Tensor, workspace: Tensor) -> None:

@@ -116,3 +116,9 @@ def test_works_under_compile_with_the_eager_backend() -> None:
     assert torch.equal(actual, expected)
     assert torch.equal(errors[0], errors[1])
     assert torch.equal(payloads[0], payloads[1])
+
+
+def test_the_kernels_are_built_to_run_on_torchs_threads() -> None:
+    if ops.kernel_threads() == 1 and torch.get_num_threads() > 1:
+        pytest.skip("the extension was built without OpenMP: the kernels run on one thread")
+    assert ops.kernel_threads() == torch.get_num_threads()

@@ -1,6 +1,7 @@
 // The operators' names and types, what they do on meta tensors, and the way to them from C++.
 #include "compress/ops.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -8,6 +9,20 @@
 #include "compress/ops_checks.h"
 
 namespace dear::compress {
+
+namespace {
+
+// at::parallel_for is a template: without OpenMP at the build of this module it runs on one thread, and says
+// nothing.
+int64_t kernel_threads() {
+#ifdef INTRA_OP_PARALLEL
+  return at::get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
 
 TORCH_LIBRARY(dear, m) {
   m.def("error_correct(Tensor grad, Tensor(a!) error, Tensor(b!)? dropped) -> ()");
@@ -29,6 +44,8 @@ TORCH_LIBRARY(dear, m) {
   m.def("topk_decode(Tensor payloads, Tensor(a!) out, int shard_numel, float alpha) -> ()");
 
   m.def("orthogonalize(Tensor(a!) matrices, Tensor(b!) workspace) -> ()");
+
+  m.def("kernel_threads() -> int", &kernel_threads);
 }
 
 namespace {
@@ -149,7 +166,7 @@ void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {
 int64_t topk_workspace(int64_t numel) { return block_count(numel) * (kBlockWords + 2) + kHistogramWords; }
 
 int64_t orthogonalize_workspace(int64_t batch, int64_t rows, int64_t columns) {
-  return batch * (ceil_div(rows, kGramRows) * padded_rank(columns) * padded_rank(columns) + 1);
+  return batch * ((ceil_div(rows, kGramRows) + 1) * padded_rank(columns) * padded_rank(columns) + 1);
 }
 
 }  // namespace ops
