@@ -12,8 +12,8 @@ nowhere else. Per element, with float32 gradients g and error feedback e, one bi
     top-k decode               read d entries of 8, write g 4
 
 A copy of the same number of elements reads 4 and writes 4; the memory also reads the lines that a copy is about to
-overwrite, which an update in place needs not, so a kernel can exceed 100% of it. Kernels, plain torch and the copy take turns in every
-round, so that a noisy machine is equally noisy to all; the figures are medians over the rounds.
+overwrite, which an update in place needs not, so a kernel can exceed 100% of it. Kernels, plain torch and the copy
+take turns in every round, so that a noisy machine is equally noisy to all; the figures are medians over the rounds.
 
     python -m benchmarks.compressors --json benchmarks/results/compressors.json
 """

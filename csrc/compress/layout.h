@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define DEAR_HOST_DEVICE __host__ __device__
+#else
+#define DEAR_HOST_DEVICE
+#endif
+
 namespace dear::compress {
 
 // Every elementwise family works on blocks of this many elements: a block of gradient and a block of error
@@ -23,7 +29,7 @@ constexpr int64_t kSignRecord = 1 + kBlockWords;
 // A sparse payload is one slot per owner: the count, then `capacity` indices relative to the owner's shard,
 // in rising order, then `capacity` float32 values. What lies behind `count` entries is not written.
 constexpr int64_t kSlotHeader = 1;
-constexpr int64_t slot_words(int64_t capacity) { return kSlotHeader + 2 * capacity; }
+DEAR_HOST_DEVICE constexpr int64_t slot_words(int64_t capacity) { return kSlotHeader + 2 * capacity; }
 
 // Workspace of the top-k kernels behind the masks and counts of the blocks: one histogram per radix digit,
 // and the state of the selection. Only the CUDA kernels need it.
@@ -35,10 +41,10 @@ constexpr int64_t kGramRows = 1024;
 constexpr int64_t kMaxRank = 256;
 
 // Gram matrices are stored with their rows padded to whole vectors of four.
-constexpr int64_t padded_rank(int64_t columns) { return (columns + 3) / 4 * 4; }
+DEAR_HOST_DEVICE constexpr int64_t padded_rank(int64_t columns) { return (columns + 3) / 4 * 4; }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t block_count(int64_t numel) { return ceil_div(numel, kBlock); }
+DEAR_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DEAR_HOST_DEVICE constexpr int64_t block_count(int64_t numel) { return ceil_div(numel, kBlock); }
 
 // The gradient types. Error feedback and arithmetic are float32 always.
 enum class GradType : int { kFloat32, kFloat16, kBFloat16 };
