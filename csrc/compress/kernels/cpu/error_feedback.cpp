@@ -27,8 +27,7 @@ DEAR_CLONES int64_t correct_block(const float* grad, const float* error, float* 
   for (int64_t part = 0; part < n; part += kSumPart) {
     const int64_t end = std::min(n, part + kSumPart);
     float total = 0;
-    // The pragma allows the sum to run in separate lanes: without it, it would run one by one.
-#pragma omp simd reduction(+ : total, count)
+    DEAR_SIMD_SUM(total, count)
     for (int64_t i = part; i < end; ++i) {
       const float kept = error[i];
       const float sum = grad[i] + kept;

@@ -15,6 +15,14 @@
 #define DEAR_CLONES
 #endif
 
+// Lets the sums named run in separate lanes, which the rules of float addition otherwise forbid.
+#define DEAR_PRAGMA(text) _Pragma(#text)
+#ifdef _OPENMP
+#define DEAR_SIMD_SUM(...) DEAR_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
+#else
+#define DEAR_SIMD_SUM(...)
+#endif
+
 namespace dear::compress::cpu {
 
 constexpr uint32_t kSignBit = 0x80000000u;
