@@ -1,0 +1,165 @@
+"""The compression kernels as torch operators, on CPU and CUDA: the typed Python face of ``torch.ops.dear``.
+
+Every operator writes into buffers that its caller owns, allocates nothing, waits for no device, and returns None.
+Gradients (``grad``) are float32, float16 or bfloat16; error feedback is float32; payloads are int32 words. All are
+contiguous, on one device. Shapes are checked before anything is written: a mismatch raises ValueError, a wrong type
+TypeError. :mod:`compress.reference` says in plain torch what each computes.
+
+Bad gradients: where gradient + error is not finite, the error stands, the gradient element is dropped, and a counter
+is raised. The error feedback is never poisoned.
+
+Counters are added to, not overwritten: zero them once per step and share them among groups.
+"""
+
+import dear._C  # noqa: F401  (loading it registers the operators)
+import torch
+from torch import Tensor
+
+from .reference import BLOCK, RECORD
+
+_ops = torch.ops.dear
+
+
+def shard_numel(numel: int, owners: int) -> int:
+    """Elements per owner when ``numel`` elements are shared out in whole blocks; the last shards may be short."""
+    return max(1, -(-numel // (owners * BLOCK))) * BLOCK
+
+
+def kernel_threads() -> int:
+    """How many threads the CPU kernels run on: torch's number, or 1 where the extension was built without OpenMP."""
+    return int(_ops.kernel_threads())
+
+
+def error_correct(grad: Tensor, error: Tensor, dropped: Tensor | None = None) -> None:
+    """``error += grad``. ``grad`` [n], ``error`` [n] float32, ``dropped`` int32 [1] counter or None."""
+    _ops.error_correct(grad, error, dropped)
+
+
+# --- Sign -------------------------------------------------------------------------------------------------------------
+
+
+def sign_payload_numel(numel: int) -> int:
+    """int32 words of the sign payload of ``numel`` elements: one scale and 128 words of bits per 4096 elements.
+
+    A range of whole blocks of elements is a contiguous range of the payload, so the payload of a group of
+    ``owners * shard_numel(n, owners)`` elements splits evenly by owner.
+    """
+    return -(-numel // BLOCK) * RECORD
+
+
+def sign_encode(
+    grad: Tensor, error: Tensor | None, payload: Tensor, dropped: Tensor | None = None, scaled: bool = True
+) -> None:
+    """Packs ``grad + error`` [n] to one bit per element and a scale per block; ``error`` becomes what is not sent.
+
+    ``payload`` may be longer than ``sign_payload_numel(n)``: further blocks become zero. The scale is ``mean |c|`` of
+    the block, or 1 where not ``scaled``. A bit is set where the sign bit of ``c`` is clear. Without ``error`` (None)
+    non-finite elements count as 0.
+    """
+    _ops.sign_encode(grad, error, payload, dropped, scaled)
+
+
+def sign_vote(payloads: Tensor, out: Tensor, tie_breaker: int = 0) -> None:
+    """Majority vote of ``payloads`` [voters, words] into ``out`` [words], on packed words.
+
+    When exactly half of the voters set a bit, the bit of voter ``tie_breaker`` wins (pass step % voters to favour
+    none). The scale is the mean of the voters' scales.
+    """
+    _ops.sign_vote(payloads, out, tie_breaker)
+
+
+def sign_average(payloads: Tensor, error: Tensor | None, out: Tensor, numel: int) -> None:
+    """The mean of the decoded ``payloads`` [voters, words] plus the owner's ``error`` [numel], packed into ``out``.
+
+    ``numel`` is how many elements of the shard exist; ``error`` becomes what ``out`` does not say.
+    """
+    _ops.sign_average(payloads, error, out, numel)
+
+
+def sign_decode(payload: Tensor, out: Tensor) -> None:
+    """``out`` [n] of a gradient type: plus or minus the block's scale."""
+    _ops.sign_decode(payload, out)
+
+
+# --- Top-k ------------------------------------------------------------------------------------------------------------
+
+
+def topk_slot_numel(capacity: int) -> int:
+    """int32 words of one owner's slot: the count, ``capacity`` indices, ``capacity`` float32 values."""
+    return 1 + 2 * capacity
+
+
+def topk_workspace_numel(numel: int) -> int:
+    """int32 elements of workspace for the selection among ``numel`` elements."""
+    return -(-numel // BLOCK) * (BLOCK // 32 + 2) + 3 * 2048 + 16
+
+
+def topk_threshold(
+    grad: Tensor | None, error: Tensor, k: int, threshold: Tensor, ties: Tensor, workspace: Tensor
+) -> None:
+    """The exact k-th largest ``|grad + error|`` into ``threshold`` (float32 [1]), by radix selection.
+
+    ``ties`` (int32 [1]) becomes the number of elements of exactly that magnitude that belong to the k. ``grad`` None
+    selects in ``error`` alone. Nothing but these two and the workspace is written.
+    """
+    _ops.topk_threshold(grad, error, k, threshold, ties, workspace)
+
+
+def topk_select(
+    grad: Tensor | None,
+    error: Tensor,
+    threshold: Tensor,
+    ties: Tensor | None,
+    shard: int,
+    payload: Tensor,
+    stats: Tensor,
+    workspace: Tensor,
+) -> None:
+    """``error += grad``, then elements with ``|error| >= threshold`` move to their owners' slots, leaving zeros.
+
+    ``payload`` [owners, topk_slot_numel(capacity)]; owner s holds elements [s * shard, (s + 1) * shard), and ``shard``
+    is a multiple of 4096 unless there is one owner. A slot lists indices within the shard in rising order; what
+    does not fit stays in ``error``. With ``ties`` only that many elements equal to the threshold are taken, lowest
+    indices first: with both results of :func:`topk_threshold` exactly k are selected. ``stats`` (int32 [2]) is
+    raised by the number selected before capacities, and the number dropped as not finite.
+    """
+    _ops.topk_select(grad, error, threshold, ties, shard, payload, stats, workspace)
+
+
+def topk_accumulate(payloads: Tensor, dense: Tensor, alpha: float) -> None:
+    """``dense`` [shard] float32 += ``alpha`` * value for every entry of ``payloads`` [lists, slot words], in order.
+
+    The owner's merge: with ``dense`` its error feedback and ``alpha`` 1 / ranks, a :func:`topk_select` on the result
+    with ``grad`` None compresses the mean again. Entries outside the shard are ignored.
+    """
+    _ops.topk_accumulate(payloads, dense, alpha)
+
+
+def topk_decode(payloads: Tensor, out: Tensor, shard: int, alpha: float = 1.0) -> None:
+    """``out`` [n] of a gradient type: zero, and ``alpha`` * value at the entries of the owners' slots."""
+    _ops.topk_decode(payloads, out, shard, alpha)
+
+
+# --- Low rank ---------------------------------------------------------------------------------------------------------
+
+
+def orthogonalize_workspace_numel(batch: int, rows: int, columns: int) -> int:
+    """float64 elements of workspace: a Gram matrix for every 1024 rows, one more, and a status, for each matrix."""
+    stride = -(-columns // 4) * 4
+    return batch * ((-(-rows // 1024) + 1) * stride * stride + 1)
+
+
+def orthogonalize(matrices: Tensor, workspace: Tensor) -> None:
+    """Replaces each matrix of ``matrices`` [batch, rows, columns] float32 by an orthonormal basis of its columns.
+
+    Cholesky-QR with a Gram matrix in float64, R with a positive diagonal; a second pass where the condition number
+    asks for it, Gram-Schmidt where columns depend on each other (those become unit vectors made orthogonal, so zero
+    matrices are fine too). Non-finite entries count as 0. Same input, same bits, whatever the number of threads.
+    1 <= columns <= min(rows, 256).
+    """
+    _ops.orthogonalize(matrices, workspace)
+
+
+def low_rank_residual(error: Tensor, p: Tensor, q: Tensor) -> None:
+    """``error`` [batch, n, m] -= ``p`` [batch, n, r] @ ``q`` [batch, m, r]^T, in place, float32."""
+    error.baddbmm_(p, q.mT, alpha=-1)

@@ -1,0 +1,101 @@
+#include "compress/kernels/cpu/cast.h"
+
+#include <c10/util/Half.h>
+
+#include <cstring>
+
+#include "compress/kernels/cpu/isa.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DEAR_F16C 1
+#include <immintrin.h>
+#endif
+
+namespace dear::compress::cpu {
+
+DEAR_CLONES void bfloat16_to_float(const uint16_t* source, int64_t n, float* target) {
+  for (int64_t i = 0; i < n; ++i) target[i] = bits_float(static_cast<uint32_t>(source[i]) << 16);
+}
+
+DEAR_CLONES void float_to_bfloat16(const float* source, int64_t n, uint16_t* target) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = float_bits(source[i]);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const bool is_nan = (bits & ~kSignBit) > kInfinity;
+    target[i] = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
+  }
+}
+
+void half_to_float_plain(const uint16_t* source, int64_t n, float* target) {
+  for (int64_t i = 0; i < n; ++i) target[i] = c10::detail::fp16_ieee_to_fp32_value(source[i]);
+}
+
+void float_to_half_plain(const float* source, int64_t n, uint16_t* target) {
+  for (int64_t i = 0; i < n; ++i) target[i] = c10::detail::fp16_ieee_from_fp32_value(source[i]);
+}
+
+#ifdef DEAR_F16C
+// The compiler does not find these conversions in a plain loop, so they are named.
+__attribute__((target("avx,f16c"))) void half_to_float_f16c(const uint16_t* source, int64_t n,
+                                                            float* target) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
+    _mm256_storeu_ps(target + i, _mm256_cvtph_ps(half));
+  }
+  for (; i < n; ++i) target[i] = _cvtsh_ss(source[i]);
+}
+
+__attribute__((target("avx,f16c"))) void float_to_half_f16c(const float* source, int64_t n,
+                                                            uint16_t* target) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), half);
+  }
+  for (; i < n; ++i) target[i] = _cvtss_sh(source[i], _MM_FROUND_TO_NEAREST_INT);
+}
+
+bool has_f16c() {
+  static const bool has = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
+  return has;
+}
+#endif
+
+const float* load_block(const void* source, GradType type, int64_t n, float* scratch) {
+  if (type == GradType::kFloat32) return static_cast<const float*>(source);
+  const auto* words = static_cast<const uint16_t*>(source);
+  if (type == GradType::kBFloat16) {
+    bfloat16_to_float(words, n, scratch);
+    return scratch;
+  }
+#ifdef DEAR_F16C
+  if (has_f16c()) {
+    half_to_float_f16c(words, n, scratch);
+    return scratch;
+  }
+#endif
+  half_to_float_plain(words, n, scratch);
+  return scratch;
+}
+
+void store_block(const float* source, GradType type, int64_t n, void* target) {
+  if (type == GradType::kFloat32) {
+    std::memcpy(target, source, n * sizeof(float));
+    return;
+  }
+  auto* words = static_cast<uint16_t*>(target);
+  if (type == GradType::kBFloat16) {
+    float_to_bfloat16(source, n, words);
+    return;
+  }
+#ifdef DEAR_F16C
+  if (has_f16c()) {
+    float_to_half_f16c(source, n, words);
+    return;
+  }
+#endif
+  float_to_half_plain(source, n, words);
+}
+
+}  // namespace dear::compress::cpu

@@ -1,0 +1,68 @@
+#include "compress/kernels/cpu/error_feedback.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+
+#include "compress/kernels/cpu/cast.h"
+#include "compress/kernels/cpu/isa.h"
+
+namespace dear::compress::cpu {
+
+namespace {
+constexpr int64_t kGrainBlocks = 8;
+
+// A float32 sum of this many magnitudes, in 4 lanes or more, is good to 4e-6 at worst; float64 adds the
+// parts.
+constexpr int64_t kSumPart = 256;
+}  // namespace
+
+DEAR_CLONES int64_t correct_block(const float* grad, const float* error, float* corrected, int64_t n,
+                                  double* magnitude) {
+  double sum_of_parts = 0;
+  uint32_t count = 0;
+  for (int64_t part = 0; part < n; part += kSumPart) {
+    const int64_t end = std::min(n, part + kSumPart);
+    float total = 0;
+    DEAR_SIMD_SUM(total, count)
+    for (int64_t i = part; i < end; ++i) {
+      const float kept = error[i];
+      const float sum = grad[i] + kept;
+      const bool finite = is_finite(sum);
+      const float value = finite ? sum : kept;
+      count += finite ? 0u : 1u;
+      total += std::fabs(value);
+      corrected[i] = value;
+    }
+    sum_of_parts += total;
+  }
+  *magnitude = sum_of_parts;
+  if (!(sum_of_parts <= FLT_MAX)) {
+    // Values near the largest float: rare enough to be added again, in float64.
+    *magnitude = 0;
+    for (int64_t i = 0; i < n; ++i) *magnitude += std::fabs(static_cast<double>(corrected[i]));
+  }
+  return count;
+}
+
+int64_t error_correct(const void* grad, GradType type, float* error, int64_t n) {
+  std::atomic<int64_t> dropped{0};
+  at::parallel_for(0, block_count(n), kGrainBlocks, [&](int64_t first, int64_t last) {
+    float scratch[kBlock];
+    double magnitude;
+    int64_t count = 0;
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t offset = block * kBlock;
+      const int64_t length = std::min(kBlock, n - offset);
+      const float* values = load_block(element(grad, type, offset), type, length, scratch);
+      count += correct_block(values, error + offset, error + offset, length, &magnitude);
+    }
+    dropped.fetch_add(count, std::memory_order_relaxed);
+  });
+  return dropped.load();
+}
+
+}  // namespace dear::compress::cpu

@@ -1,0 +1,21 @@
+// Error feedback: adding what was not sent before to what is to be sent now.
+//
+// One rule for bad input holds in every family: where gradient + error is not finite, the error stands and
+// the gradient element is dropped and counted. So the error feedback can never be poisoned, and the caller,
+// who sees the count, decides whether to raise or to skip the step.
+#pragma once
+
+#include <cstdint>
+
+#include "compress/layout.h"
+
+namespace dear::compress::cpu {
+
+// One block: corrected = grad + error, or error where that is not finite. `corrected` may be `error`.
+// Returns how many elements were dropped, and in *magnitude the sum of |corrected|.
+int64_t correct_block(const float* grad, const float* error, float* corrected, int64_t n, double* magnitude);
+
+// error += grad over n elements of any gradient type, threaded. Returns how many elements were dropped.
+int64_t error_correct(const void* grad, GradType type, float* error, int64_t n);
+
+}  // namespace dear::compress::cpu

@@ -1,0 +1,269 @@
+#include "compress/kernels/cpu/topk.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <mutex>
+
+#include "compress/kernels/cpu/cast.h"
+#include "compress/kernels/cpu/error_feedback.h"
+#include "compress/kernels/cpu/isa.h"
+
+namespace dear::compress::cpu {
+
+namespace {
+
+constexpr int64_t kGrainBlocks = 8;
+
+// The 31 bits of a magnitude, in the digits of the radix selection, most significant first.
+constexpr int kDigitShift[] = {20, 10, 0};
+constexpr int kDigitBits[] = {11, 10, 10};
+using Histogram = std::array<uint32_t, kHistogramBins>;
+
+uint32_t magnitude_bits(float value) { return float_bits(value) & ~kSignBit; }
+
+// One slot of a payload, wherever it lies.
+struct Slot {
+  const int32_t* words;
+  int64_t capacity;
+
+  // Clamped, so that no payload off the wire can make us read or write out of bounds.
+  int64_t count() const { return std::clamp<int64_t>(words[0], 0, capacity); }
+  const int32_t* indices() const { return words + kSlotHeader; }
+  float value(int64_t entry) const {
+    return bits_float(static_cast<uint32_t>(words[kSlotHeader + capacity + entry]));
+  }
+  int64_t first_at_or_after(int64_t index) const {
+    return std::lower_bound(indices(), indices() + count(), index) - indices();
+  }
+};
+
+}  // namespace
+
+// Magnitudes of grad + error as integers, whose order is the order of the floats.
+DEAR_CLONES void magnitudes_of_sum(const float* grad, const float* error, int64_t n, uint32_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float sum = grad[i] + error[i];
+    out[i] = float_bits(is_finite(sum) ? sum : error[i]) & ~kSignBit;
+  }
+}
+
+DEAR_CLONES void magnitudes(const float* values, int64_t n, uint32_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = float_bits(values[i]) & ~kSignBit;
+}
+
+// One mask bit per element: |value| >= threshold. Returns how many are set.
+DEAR_CLONES int64_t mask_words(const float* values, int64_t words, uint32_t threshold, int32_t* masks) {
+  int64_t count = 0;
+  for (int64_t word = 0; word < words; ++word) {
+    uint32_t mask = 0;
+    for (int bit = 0; bit < kWordBits; ++bit) {
+      const uint32_t magnitude = float_bits(values[word * kWordBits + bit]) & ~kSignBit;
+      mask |= static_cast<uint32_t>(magnitude >= threshold) << bit;
+    }
+    masks[word] = static_cast<int32_t>(mask);
+    count += __builtin_popcount(mask);
+  }
+  return count;
+}
+
+DEAR_CLONES int64_t count_equal(const float* values, int64_t n, uint32_t threshold) {
+  uint32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += (float_bits(values[i]) & ~kSignBit) == threshold;
+  return count;
+}
+
+namespace {
+
+// Counts the next digit of every magnitude whose higher digits equal `prefix`.
+void count_digit(const uint32_t* values, int64_t n, int digit, uint32_t prefix, Histogram* histograms) {
+  const int shift = kDigitShift[digit];
+  const uint32_t mask = (1u << kDigitBits[digit]) - 1;
+  if (digit == 0) {
+    // Neighbouring gradients fall in the same bins: two histograms halve the wait on the last increment.
+    for (int64_t i = 0; i + 2 <= n; i += 2) {
+      ++histograms[0][values[i] >> shift];
+      ++histograms[1][values[i + 1] >> shift];
+    }
+    if (n % 2 != 0) ++histograms[0][values[n - 1] >> shift];
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    if (values[i] >> (shift + kDigitBits[digit]) == prefix) ++histograms[0][(values[i] >> shift) & mask];
+  }
+}
+
+Histogram histogram_of_digit(const void* grad, GradType type, const float* error, int64_t n, int digit,
+                             uint32_t prefix) {
+  Histogram total{};
+  std::mutex mutex;
+  at::parallel_for(0, block_count(n), kGrainBlocks, [&](int64_t first, int64_t last) {
+    Histogram local[2] = {};
+    float scratch[kBlock];
+    uint32_t bits[kBlock];
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t offset = block * kBlock;
+      const int64_t length = std::min(kBlock, n - offset);
+      if (grad == nullptr) {
+        magnitudes(error + offset, length, bits);
+      } else {
+        const float* values = load_block(element(grad, type, offset), type, length, scratch);
+        magnitudes_of_sum(values, error + offset, length, bits);
+      }
+      count_digit(bits, length, digit, prefix, local);
+    }
+    const std::lock_guard<std::mutex> guard(mutex);
+    for (int64_t bin = 0; bin < kHistogramBins; ++bin) total[bin] += local[0][bin] + local[1][bin];
+  });
+  return total;
+}
+
+}  // namespace
+
+void topk_threshold(const void* grad, GradType type, const float* error, int64_t n, int64_t k,
+                    float* threshold, int32_t* ties) {
+  uint32_t prefix = 0;
+  int64_t wanted = k;  // rank of the k-th largest among the elements that share `prefix`
+  for (int digit = 0; digit < 3; ++digit) {
+    const Histogram histogram = histogram_of_digit(grad, type, error, n, digit, prefix);
+    int64_t bin = (int64_t{1} << kDigitBits[digit]) - 1;
+    while (bin > 0 && static_cast<int64_t>(histogram[bin]) < wanted) wanted -= histogram[bin--];
+    prefix = prefix << kDigitBits[digit] | static_cast<uint32_t>(bin);
+  }
+  *threshold = bits_float(prefix);
+  *ties = static_cast<int32_t>(wanted);
+}
+
+SelectCounts topk_select(const void* grad, GradType type, float* error, int64_t n, float threshold,
+                         int32_t ties, int64_t shard_numel, int64_t owners, int64_t capacity,
+                         int32_t* payload, int32_t* masks, int32_t* counts) {
+  const int64_t blocks = block_count(n);
+  const uint32_t limit = magnitude_bits(threshold);
+  const bool all_ties = ties < 0;
+
+  // 1. Correct the error in place; note what passes the threshold, one bit each, and how many per block.
+  std::atomic<int64_t> dropped{0};
+  at::parallel_for(0, blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
+    float scratch[kBlock];
+    int64_t bad = 0;
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t offset = block * kBlock;
+      const int64_t length = std::min(kBlock, n - offset);
+      float* values = error + offset;
+      if (grad != nullptr) {
+        double magnitude;
+        const float* source = load_block(element(grad, type, offset), type, length, scratch);
+        bad += correct_block(source, values, values, length, &magnitude);
+      }
+      int32_t* block_masks = masks + block * kBlockWords;
+      const int64_t whole = length / kWordBits;
+      int64_t count = mask_words(values, whole, limit, block_masks);
+      if (length % kWordBits != 0) {
+        uint32_t mask = 0;
+        for (int64_t i = whole * kWordBits; i < length; ++i) {
+          mask |= static_cast<uint32_t>(magnitude_bits(values[i]) >= limit) << (i % kWordBits);
+        }
+        block_masks[whole] = static_cast<int32_t>(mask);
+        count += __builtin_popcount(mask);
+      }
+      counts[2 * block] = static_cast<int32_t>(count);
+      counts[2 * block + 1] =
+          all_ties || count == 0 ? 0 : static_cast<int32_t>(count_equal(values, length, limit));
+    }
+    dropped.fetch_add(bad, std::memory_order_relaxed);
+  });
+
+  // 2. Where each block's entries start in its owner's slot, and how many ties it may still take.
+  int64_t found = 0;
+  int64_t ties_left = ties;
+  for (int64_t owner = 0; owner < owners; ++owner) {
+    const int64_t first = std::min(blocks, owner * shard_numel / kBlock);
+    const int64_t last = owner + 1 == owners ? blocks : std::min(blocks, (owner + 1) * shard_numel / kBlock);
+    int64_t position = 0;
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t count = counts[2 * block];
+      const int64_t equal = counts[2 * block + 1];
+      const int64_t taken_ties = all_ties ? 0 : std::min(equal, ties_left);
+      const int64_t taken = all_ties ? count : count - equal + taken_ties;
+      ties_left -= taken_ties;
+      // Reuse the two words: where to write, and how many ties to take (negative: no need to look).
+      counts[2 * block] = taken == 0 ? -1 : static_cast<int32_t>(std::min(position, capacity));
+      counts[2 * block + 1] = taken_ties == equal ? -1 : static_cast<int32_t>(taken_ties);
+      position += taken;
+    }
+    payload[owner * slot_words(capacity)] = static_cast<int32_t>(std::min(position, capacity));
+    found += position;
+  }
+
+  // 3. Move the entries. Few cache lines are touched, because few elements were selected.
+  at::parallel_for(0, blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      int64_t position = counts[2 * block];
+      if (position < 0) continue;
+      int64_t tie_quota = counts[2 * block + 1];
+      const int64_t offset = block * kBlock;
+      const int64_t owner = owners == 1 ? 0 : offset / shard_numel;
+      int32_t* indices = payload + owner * slot_words(capacity) + kSlotHeader;
+      int32_t* values = indices + capacity;
+      const int64_t base = offset - owner * shard_numel;
+      const int64_t words = ceil_div(std::min(kBlock, n - offset), kWordBits);
+      for (int64_t word = 0; word < words && position < capacity; ++word) {
+        uint32_t mask = static_cast<uint32_t>(masks[block * kBlockWords + word]);
+        for (; mask != 0 && position < capacity; mask &= mask - 1) {
+          const int64_t i = word * kWordBits + __builtin_ctz(mask);
+          const float value = error[offset + i];
+          if (tie_quota >= 0 && magnitude_bits(value) == limit && tie_quota-- == 0) {
+            tie_quota = 0;
+            continue;
+          }
+          indices[position] = static_cast<int32_t>(base + i);
+          values[position] = static_cast<int32_t>(float_bits(value));
+          error[offset + i] = 0;
+          ++position;
+        }
+      }
+    }
+  });
+  return {found, dropped.load()};
+}
+
+void topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity, float alpha, float* dense,
+                     int64_t n) {
+  // Threads own ranges of the result, and lists are sorted: no two threads meet, and every sum runs in list
+  // order.
+  at::parallel_for(0, n, kGrainBlocks * kBlock, [&](int64_t first, int64_t last) {
+    for (int64_t list = 0; list < lists; ++list) {
+      const Slot slot{payloads + list * slot_words(capacity), capacity};
+      const int64_t count = slot.count();
+      const int32_t* indices = slot.indices();
+      for (int64_t entry = slot.first_at_or_after(first); entry < count && indices[entry] < last; ++entry) {
+        if (indices[entry] >= first) dense[indices[entry]] += alpha * slot.value(entry);
+      }
+    }
+  });
+}
+
+void topk_decode(const int32_t* payloads, int64_t owners, int64_t capacity, int64_t shard_numel, float alpha,
+                 GradType type, void* out, int64_t n) {
+  at::parallel_for(0, n, kGrainBlocks * kBlock, [&](int64_t first, int64_t last) {
+    std::memset(element(out, type, first), 0, (last - first) * grad_bytes(type));
+    for (int64_t owner = first / shard_numel; owner < owners && owner * shard_numel < last; ++owner) {
+      const int64_t base = owner * shard_numel;
+      const int64_t low = std::max(first - base, int64_t{0});
+      const int64_t high = std::min(last - base, shard_numel);
+      const Slot slot{payloads + owner * slot_words(capacity), capacity};
+      const int64_t count = slot.count();
+      const int32_t* indices = slot.indices();
+      for (int64_t entry = slot.first_at_or_after(low); entry < count && indices[entry] < high; ++entry) {
+        if (indices[entry] < low) continue;
+        const float value = alpha * slot.value(entry);
+        store_block(&value, type, 1, element(out, type, base + indices[entry]));
+      }
+    }
+  });
+}
+
+}  // namespace dear::compress::cpu

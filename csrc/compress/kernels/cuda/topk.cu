@@ -1,0 +1,340 @@
+#include "compress/kernels/cuda/common.cuh"
+#include "compress/kernels/cuda/topk.h"
+
+namespace dear::compress::cuda {
+
+namespace {
+
+// The 31 bits of a magnitude in three digits, most significant first.
+template <int kDigit>
+struct Digit {
+  static constexpr int kShift = kDigit == 0 ? 20 : kDigit == 1 ? 10 : 0;
+  static constexpr int kBits = kDigit == 0 ? 11 : 10;
+};
+
+constexpr int kScanThreads = 1024;
+
+__device__ __forceinline__ uint32_t magnitude_bits(float value) { return __float_as_uint(value) & ~kSignBit; }
+
+// --- Exact threshold
+// ---------------------------------------------------------------------------------------------
+
+template <typename T, int kDigit>
+__global__ __launch_bounds__(kThreads) void histogram_kernel(const T* grad, const float* error, int64_t n,
+                                                             const uint32_t* state, uint32_t* histogram) {
+  using D = Digit<kDigit>;
+  __shared__ uint32_t local[1 << D::kBits];
+  for (int bin = threadIdx.x; bin < 1 << D::kBits; bin += kThreads) local[bin] = 0;
+  __syncthreads();
+  const uint32_t prefix = kDigit == 0 ? 0 : state[0];
+  const bool grad_aligned = vector_aligned(grad);
+  const bool error_aligned = vector_aligned(error);
+  for (int64_t start = blockIdx.x * kBlock; start < n; start += gridDim.x * kBlock) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const int64_t offset = start + group_offset(group);
+      float values[4];
+      load_four(error, offset, n, error_aligned, values);
+      if (grad != nullptr) {
+        float own[4];
+        load_four(grad, offset, n, grad_aligned, own);
+        correct_four(own, values, values);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bits = magnitude_bits(values[i]);
+        const bool counts = kDigit == 0 || bits >> (D::kShift + D::kBits) == prefix;
+        if (counts && offset + i < n) atomicAdd(&local[(bits >> D::kShift) & ((1u << D::kBits) - 1)], 1u);
+      }
+    }
+  }
+  __syncthreads();
+  for (int bin = threadIdx.x; bin < 1 << D::kBits; bin += kThreads) {
+    if (local[bin] != 0) atomicAdd(&histogram[bin], local[bin]);
+  }
+}
+
+// One thread block: the bin in which the wanted rank falls, counted from the largest, becomes the next digit.
+template <int kDigit>
+__global__ __launch_bounds__(kScanThreads) void pick_kernel(const uint32_t* histogram, uint32_t k,
+                                                            uint32_t* state, float* threshold,
+                                                            int32_t* ties) {
+  using D = Digit<kDigit>;
+  constexpr int kPerThread = (1 << D::kBits) / kScanThreads;
+  const uint32_t wanted = kDigit == 0 ? k : state[1];
+  const uint32_t prefix = kDigit == 0 ? 0 : state[0];
+  int own = 0;
+  const int top = (1 << D::kBits) - 1 - static_cast<int>(threadIdx.x) * kPerThread;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) own += static_cast<int>(histogram[top - i]);
+  int total;
+  auto above = static_cast<uint32_t>(block_exclusive_scan<kScanThreads>(own, &total));
+  if (above >= wanted || above + own < wanted) return;  // the scan has synchronised: state was read by all
+  for (int i = 0; i < kPerThread; ++i) {
+    const uint32_t count = histogram[top - i];
+    if (above + count >= wanted) {
+      const uint32_t found = prefix << D::kBits | static_cast<uint32_t>(top - i);
+      state[0] = found;
+      state[1] = wanted - above;
+      if (kDigit == 2) {
+        *threshold = __uint_as_float(found);
+        *ties = static_cast<int32_t>(wanted - above);
+      }
+      return;
+    }
+    above += count;
+  }
+}
+
+// --- Selection
+// ---------------------------------------------------------------------------------------------------
+
+// Step 1: correct the error, note what passes the threshold, count.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void mark_kernel(const T* grad, float* error, int64_t n,
+                                                        const float* threshold, const int32_t* ties,
+                                                        int32_t* masks, int32_t* counts, int32_t* stats) {
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlock;
+  const uint32_t limit = magnitude_bits(*threshold);
+  const bool grad_aligned = vector_aligned(grad);
+  const bool error_aligned = vector_aligned(error);
+  int bad = 0;
+  int above_or_equal = 0;
+  int equal = 0;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int64_t offset = start + group_offset(group);
+    float values[4];
+    load_four(error, offset, n, error_aligned, values);
+    if (grad != nullptr) {
+      float own[4];
+      load_four(grad, offset, n, grad_aligned, own);
+      bad += correct_four(own, values, values);
+      store_four(values, error, offset, n, error_aligned);
+    }
+    uint32_t nibble = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bits = magnitude_bits(values[i]);
+      if (offset + i >= n || bits < limit) continue;
+      nibble |= 1u << i;
+      ++above_or_equal;
+      equal += bits == limit ? 1 : 0;
+    }
+    const uint32_t word = gather_word(nibble);
+    if (threadIdx.x % 8 == 0) {
+      masks[blockIdx.x * kBlockWords + group_offset(group) / kWordBits] = static_cast<int32_t>(word);
+    }
+  }
+  if (bad != 0) atomicAdd(&stats[1], bad);
+  above_or_equal = block_sum<kThreads>(above_or_equal);
+  equal = ties == nullptr ? 0 : block_sum<kThreads>(equal);
+  if (threadIdx.x == 0) {
+    counts[2 * blockIdx.x] = above_or_equal - equal;
+    counts[2 * blockIdx.x + 1] = equal;
+  }
+}
+
+// Step 2, one thread block: how many ties each block takes, and how many entries lie before it in the whole
+// group. counts become that number, and the ties to take (negative: all, so nobody needs to look). Then the
+// slots' headers.
+__global__ __launch_bounds__(kScanThreads) void scan_kernel(int64_t blocks, const int32_t* ties,
+                                                            int64_t shard_blocks, int64_t owners,
+                                                            int64_t capacity, int32_t* counts,
+                                                            int32_t* payload, int32_t* stats) {
+  int ties_left = ties == nullptr ? 0 : *ties;
+  int before = 0;
+  for (int64_t base = 0; base < blocks; base += kScanThreads) {
+    const int64_t block = base + threadIdx.x;
+    const int above = block < blocks ? counts[2 * block] : 0;
+    const int equal = block < blocks ? counts[2 * block + 1] : 0;
+    int all_equal;
+    const int equal_before = block_exclusive_scan<kScanThreads>(equal, &all_equal);
+    const int taken_ties = min(equal, max(0, ties_left - equal_before));
+    int all_taken;
+    const int taken_before = block_exclusive_scan<kScanThreads>(above + taken_ties, &all_taken);
+    if (block < blocks) {
+      counts[2 * block] = before + taken_before;
+      counts[2 * block + 1] = taken_ties == equal ? -1 : taken_ties;
+    }
+    ties_left = max(0, ties_left - all_equal);
+    before += all_taken;
+  }
+  __syncthreads();
+  for (int64_t owner = threadIdx.x; owner < owners; owner += kScanThreads) {
+    const int64_t first = owner * shard_blocks;
+    const int64_t last = owner + 1 == owners ? blocks : first + shard_blocks;
+    const int begin = first < blocks ? counts[2 * first] : before;
+    const int end = last < blocks ? counts[2 * last] : before;
+    payload[owner * slot_words(capacity)] =
+        static_cast<int32_t>(min(static_cast<int64_t>(end - begin), capacity));
+  }
+  if (threadIdx.x == 0) stats[0] += before;
+}
+
+// Step 3: move the entries. One thread per word of the mask.
+__global__ __launch_bounds__(kBlockWords) void move_kernel(float* error, int64_t n, const float* threshold,
+                                                           int64_t shard_blocks, int64_t owners,
+                                                           int64_t capacity, const int32_t* masks,
+                                                           const int32_t* counts, int32_t* payload) {
+  const int64_t block = blockIdx.x;
+  const int64_t first = block * kBlock + threadIdx.x * kWordBits;
+  uint32_t mask = static_cast<uint32_t>(masks[block * kBlockWords + threadIdx.x]);
+  const int quota = counts[2 * block + 1];
+  int total;
+  if (quota >= 0) {
+    const uint32_t limit = magnitude_bits(*threshold);
+    uint32_t equal = 0;
+    for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+      const int bit = __ffs(static_cast<int>(rest)) - 1;
+      if (magnitude_bits(error[first + bit]) == limit) equal |= 1u << bit;
+    }
+    int ties_before = block_exclusive_scan<kBlockWords>(__popc(equal), &total);
+    for (uint32_t rest = equal; rest != 0; rest &= rest - 1) {
+      if (ties_before++ >= quota) mask &= ~(rest & (~rest + 1));
+    }
+  }
+  const int within = block_exclusive_scan<kBlockWords>(__popc(mask), &total);
+  const int64_t owner = owners == 1 ? 0 : block / shard_blocks;
+  const int64_t owner_first = owner * shard_blocks;
+  int64_t position = counts[2 * block] - counts[2 * owner_first] + within;
+  int32_t* indices = payload + owner * slot_words(capacity) + kSlotHeader;
+  for (; mask != 0 && position < capacity; mask &= mask - 1, ++position) {
+    const int64_t i = first + __ffs(static_cast<int>(mask)) - 1;
+    indices[position] = static_cast<int32_t>(i - owner_first * kBlock);
+    indices[capacity + position] = __float_as_int(error[i]);
+    error[i] = 0;
+  }
+}
+
+// --- Merge and decode
+// --------------------------------------------------------------------------------------------
+
+__device__ int64_t slot_count(const int32_t* slot, int64_t capacity) {
+  return min(max(static_cast<int64_t>(slot[0]), int64_t{0}), capacity);
+}
+
+// The first entry whose index is at least `index`; entries are sorted.
+__device__ int64_t lower_bound(const int32_t* indices, int64_t count, int64_t index) {
+  int64_t low = 0;
+  while (low < count) {
+    const int64_t middle = (low + count) / 2;
+    if (indices[middle] < index) {
+      low = middle + 1;
+    } else {
+      count = middle;
+    }
+  }
+  return low;
+}
+
+// Calls visit(index, value) for the entries of a slot with first <= index < last, whatever the slot holds.
+template <typename Visit>
+__device__ void for_entries(const int32_t* slot, int64_t capacity, int64_t first, int64_t last,
+                            const Visit& visit) {
+  const int32_t* indices = slot + kSlotHeader;
+  const int64_t count = slot_count(slot, capacity);
+  const int64_t end = lower_bound(indices, count, last);
+  for (int64_t entry = lower_bound(indices, count, first) + threadIdx.x; entry < end; entry += blockDim.x) {
+    const int64_t index = indices[entry];
+    if (index >= first && index < last) visit(index, __int_as_float(indices[capacity + entry]));
+  }
+}
+
+__global__ __launch_bounds__(kThreads) void accumulate_kernel(const int32_t* payloads, int64_t lists,
+                                                              int64_t capacity, float alpha, float* dense,
+                                                              int64_t n) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlock;
+  const int64_t last = min(first + kBlock, n);
+  for (int64_t list = 0; list < lists; ++list) {
+    // Indices are unique within a list, and lists are kept apart: every sum runs in list order.
+    for_entries(payloads + list * slot_words(capacity), capacity, first, last,
+                [&](int64_t index, float value) { dense[index] += alpha * value; });
+    __syncthreads();
+  }
+}
+
+template <typename T>
+__global__ __launch_bounds__(kThreads) void scatter_kernel(const int32_t* payloads, int64_t owners,
+                                                           int64_t capacity, int64_t shard_numel, float alpha,
+                                                           T* out, int64_t n) {
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlock;
+  const bool aligned = vector_aligned(out);
+  const float zeros[4] = {};
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group)
+    store_four(zeros, out, start + group_offset(group), n, aligned);
+  __syncthreads();
+  const int64_t owner = owners == 1 ? 0 : start / shard_numel;
+  const int64_t base = owner * shard_numel;
+  T* shard = out + base;
+  for_entries(payloads + owner * slot_words(capacity), capacity, start - base, min(start + kBlock, n) - base,
+              [&](int64_t index, float value) { from_float(alpha * value, &shard[index]); });
+}
+
+template <typename T, int kDigit>
+void launch_digit(const T* grad, const float* error, int64_t n, int64_t k, float* threshold, int32_t* ties,
+                  const TopkWorkspace& space, cudaStream_t stream) {
+  // Enough thread blocks to fill any device; each flushes its histogram once.
+  const auto grid = static_cast<unsigned>(block_count(n) < 1024 ? block_count(n) : 1024);
+  uint32_t* histogram = space.histogram + kDigit * kHistogramBins;
+  histogram_kernel<T, kDigit><<<grid, kThreads, 0, stream>>>(grad, error, n, space.state, histogram);
+  pick_kernel<kDigit>
+      <<<1, kScanThreads, 0, stream>>>(histogram, static_cast<uint32_t>(k), space.state, threshold, ties);
+}
+
+}  // namespace
+
+void topk_threshold(const void* grad, GradType type, const float* error, int64_t n, int64_t k,
+                    float* threshold, int32_t* ties, int32_t* workspace, cudaStream_t stream) {
+  const TopkWorkspace space(workspace, n);
+  cudaMemsetAsync(space.histogram, 0, 3 * kHistogramBins * sizeof(uint32_t), stream);
+  dispatch(type, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    const auto* values = static_cast<const T*>(grad);
+    launch_digit<T, 0>(values, error, n, k, threshold, ties, space, stream);
+    launch_digit<T, 1>(values, error, n, k, threshold, ties, space, stream);
+    launch_digit<T, 2>(values, error, n, k, threshold, ties, space, stream);
+  });
+}
+
+void topk_select(const void* grad, GradType type, float* error, int64_t n, const float* threshold,
+                 const int32_t* ties, int64_t shard_numel, int64_t owners, int64_t capacity, int32_t* payload,
+                 int32_t* stats, int32_t* workspace, cudaStream_t stream) {
+  const TopkWorkspace space(workspace, n);
+  const int64_t blocks = block_count(n);
+  const int64_t shard_blocks = owners == 1 ? blocks : shard_numel / kBlock;
+  const auto grid = static_cast<unsigned>(blocks);
+  if (blocks > 0) {
+    dispatch(type, [&](auto* tag) {
+      using T = std::remove_pointer_t<decltype(tag)>;
+      mark_kernel<T><<<grid, kThreads, 0, stream>>>(static_cast<const T*>(grad), error, n, threshold, ties,
+                                                    space.masks, space.counts, stats);
+    });
+  }
+  scan_kernel<<<1, kScanThreads, 0, stream>>>(blocks, ties, shard_blocks, owners, capacity, space.counts,
+                                              payload, stats);
+  if (blocks > 0) {
+    move_kernel<<<grid, static_cast<unsigned>(kBlockWords), 0, stream>>>(
+        error, n, threshold, shard_blocks, owners, capacity, space.masks, space.counts, payload);
+  }
+}
+
+void topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity, float alpha, float* dense,
+                     int64_t n, cudaStream_t stream) {
+  if (n == 0) return;
+  accumulate_kernel<<<static_cast<unsigned>(block_count(n)), kThreads, 0, stream>>>(payloads, lists, capacity,
+                                                                                    alpha, dense, n);
+}
+
+void topk_decode(const int32_t* payloads, int64_t owners, int64_t capacity, int64_t shard_numel, float alpha,
+                 GradType type, void* out, int64_t n, cudaStream_t stream) {
+  if (n == 0) return;
+  dispatch(type, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    scatter_kernel<T><<<static_cast<unsigned>(block_count(n)), kThreads, 0, stream>>>(
+        payloads, owners, capacity, shard_numel, alpha, static_cast<T*>(out), n);
+  });
+}
+
+}  // namespace dear::compress::cuda

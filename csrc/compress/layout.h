@@ -1,0 +1,54 @@
+// The layout of the compressed payloads, shared by the CPU kernels, the CUDA kernels and the operators.
+// This header includes nothing of torch: nvcc reads it too.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define DEAR_HOST_DEVICE __host__ __device__
+#else
+#define DEAR_HOST_DEVICE
+#endif
+
+namespace dear::compress {
+
+// Every elementwise family works on blocks of this many elements: a block of gradient and a block of error
+// stay in a CPU's first-level cache, and fit the registers of one CUDA thread block, so that values are read
+// from memory once although the scale of a block is known only after all of it was seen.
+constexpr int64_t kBlock = 4096;
+
+// Sign bits of 32 elements make one word. Bit j of word w belongs to element 32 * w + j of the block; it is
+// set where the sign bit of the float is clear (+0 counts as positive, -0 as negative).
+constexpr int64_t kWordBits = 32;
+constexpr int64_t kBlockWords = kBlock / kWordBits;
+
+// A sign payload is one record per block: the float32 scale, then the words. So the payload of any range of
+// whole blocks is contiguous, and an all-to-all can cut it by owner without repacking.
+constexpr int64_t kSignRecord = 1 + kBlockWords;
+
+// A sparse payload is one slot per owner: the count, then `capacity` indices relative to the owner's shard,
+// in rising order, then `capacity` float32 values. What lies behind `count` entries is not written.
+constexpr int64_t kSlotHeader = 1;
+DEAR_HOST_DEVICE constexpr int64_t slot_words(int64_t capacity) { return kSlotHeader + 2 * capacity; }
+
+// Workspace of the top-k kernels behind the masks and counts of the blocks: one histogram per radix digit,
+// and the state of the selection. Only the CUDA kernels need it.
+constexpr int64_t kHistogramBins = 2048;
+constexpr int64_t kHistogramWords = 3 * kHistogramBins + 16;
+
+// Rows of one partial Gram matrix: enough parts to share one tall matrix among threads.
+constexpr int64_t kGramRows = 1024;
+constexpr int64_t kMaxRank = 256;
+
+// Gram matrices are stored with their rows padded to whole vectors of four.
+DEAR_HOST_DEVICE constexpr int64_t padded_rank(int64_t columns) { return (columns + 3) / 4 * 4; }
+
+DEAR_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DEAR_HOST_DEVICE constexpr int64_t block_count(int64_t numel) { return ceil_div(numel, kBlock); }
+
+// The gradient types. Error feedback and arithmetic are float32 always.
+enum class GradType : int { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int64_t grad_bytes(GradType type) { return type == GradType::kFloat32 ? 4 : 2; }
+
+}  // namespace dear::compress

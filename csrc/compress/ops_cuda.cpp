@@ -1,0 +1,148 @@
+// The operators on CUDA tensors: checks, then the kernel on the current stream. Nothing here waits for the
+// device.
+#ifdef DEAR_WITH_CUDA
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "compress/kernels/cuda/error_feedback.h"
+#include "compress/kernels/cuda/orthogonalize.h"
+#include "compress/kernels/cuda/sign.h"
+#include "compress/kernels/cuda/topk.h"
+#include "compress/ops_checks.h"
+
+namespace dear::compress {
+
+namespace {
+
+// Makes the tensor's device current, names the stream to launch on, and reports a launch that failed.
+class Launch {
+ public:
+  explicit Launch(const at::Tensor& tensor)
+      : guard_(tensor.device()), stream_(c10::cuda::getCurrentCUDAStream(tensor.device().index())) {}
+  cudaStream_t stream() const { return stream_; }
+  void check() const { C10_CUDA_KERNEL_LAUNCH_CHECK(); }
+
+ private:
+  c10::cuda::CUDAGuard guard_;
+  c10::cuda::CUDAStream stream_;
+};
+
+int32_t* words(const at::Tensor& tensor) { return tensor.mutable_data_ptr<int32_t>(); }
+int32_t* words_or_null(const OptionalTensor& tensor) { return tensor ? words(*tensor) : nullptr; }
+float* floats(const at::Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
+float* floats_or_null(const OptionalTensor& tensor) { return tensor ? floats(*tensor) : nullptr; }
+const void* data_or_null(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+GradType type_or_float(const OptionalTensor& grad) { return grad ? grad_type(*grad) : GradType::kFloat32; }
+int64_t capacity_of(const at::Tensor& payload) { return (payload.size(1) - kSlotHeader) / 2; }
+
+void error_correct(const at::Tensor& grad, const at::Tensor& error, const OptionalTensor& dropped) {
+  check_error_correct(grad, error, dropped);
+  const Launch launch(grad);
+  cuda::error_correct(grad.const_data_ptr(), grad_type(grad), floats(error), grad.numel(),
+                      words_or_null(dropped), launch.stream());
+  launch.check();
+}
+
+void sign_encode(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& payload,
+                 const OptionalTensor& dropped, bool scaled) {
+  check_sign_encode(grad, error, payload, dropped);
+  const Launch launch(grad);
+  cuda::sign_encode(grad.const_data_ptr(), grad_type(grad), floats_or_null(error), grad.numel(),
+                    words(payload), payload.numel() / kSignRecord, scaled, words_or_null(dropped),
+                    launch.stream());
+  launch.check();
+}
+
+void sign_vote(const at::Tensor& payloads, const at::Tensor& out, int64_t tie_breaker) {
+  check_sign_vote(payloads, out, tie_breaker);
+  const Launch launch(out);
+  cuda::sign_vote(payloads.const_data_ptr<int32_t>(), payloads.size(0), payloads.stride(0),
+                  out.numel() / kSignRecord, tie_breaker, words(out), launch.stream());
+  launch.check();
+}
+
+void sign_average(const at::Tensor& payloads, const OptionalTensor& error, const at::Tensor& out,
+                  int64_t numel) {
+  check_sign_average(payloads, error, out, numel);
+  const Launch launch(out);
+  cuda::sign_average(payloads.const_data_ptr<int32_t>(), payloads.size(0), payloads.stride(0),
+                     out.numel() / kSignRecord, floats_or_null(error), numel, words(out), launch.stream());
+  launch.check();
+}
+
+void sign_decode(const at::Tensor& payload, const at::Tensor& out) {
+  check_sign_decode(payload, out);
+  const Launch launch(out);
+  cuda::sign_decode(payload.const_data_ptr<int32_t>(), out.numel(), grad_type(out), out.mutable_data_ptr(),
+                    launch.stream());
+  launch.check();
+}
+
+void topk_threshold(const OptionalTensor& grad, const at::Tensor& error, int64_t k,
+                    const at::Tensor& threshold, const at::Tensor& ties, const at::Tensor& workspace) {
+  check_topk_threshold(grad, error, k, threshold, ties, workspace);
+  const Launch launch(error);
+  cuda::topk_threshold(data_or_null(grad), type_or_float(grad), error.const_data_ptr<float>(), error.numel(),
+                       k, floats(threshold), words(ties), words(workspace), launch.stream());
+  launch.check();
+}
+
+void topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
+                 const OptionalTensor& ties, int64_t shard_numel, const at::Tensor& payload,
+                 const at::Tensor& stats, const at::Tensor& workspace) {
+  check_topk_select(grad, error, threshold, ties, shard_numel, payload, stats, workspace);
+  const Launch launch(error);
+  cuda::topk_select(data_or_null(grad), type_or_float(grad), floats(error), error.numel(),
+                    threshold.const_data_ptr<float>(), ties ? ties->const_data_ptr<int32_t>() : nullptr,
+                    shard_numel, payload.size(0), capacity_of(payload), words(payload), words(stats),
+                    words(workspace), launch.stream());
+  launch.check();
+}
+
+void topk_accumulate(const at::Tensor& payloads, const at::Tensor& dense, double alpha) {
+  check_topk_accumulate(payloads, dense);
+  const Launch launch(dense);
+  cuda::topk_accumulate(payloads.const_data_ptr<int32_t>(), payloads.size(0), capacity_of(payloads),
+                        static_cast<float>(alpha), floats(dense), dense.numel(), launch.stream());
+  launch.check();
+}
+
+void topk_decode(const at::Tensor& payloads, const at::Tensor& out, int64_t shard_numel, double alpha) {
+  check_topk_decode(payloads, out, shard_numel);
+  const Launch launch(out);
+  cuda::topk_decode(payloads.const_data_ptr<int32_t>(), payloads.size(0), capacity_of(payloads), shard_numel,
+                    static_cast<float>(alpha), grad_type(out), out.mutable_data_ptr(), out.numel(),
+                    launch.stream());
+  launch.check();
+}
+
+void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {
+  check_orthogonalize(matrices, workspace);
+  const Launch launch(matrices);
+  cuda::orthogonalize(floats(matrices), matrices.size(0), matrices.size(1), matrices.size(2),
+                      workspace.mutable_data_ptr<double>(), launch.stream());
+  launch.check();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dear, CUDA, m) {
+  m.impl("error_correct", error_correct);
+  m.impl("sign_encode", sign_encode);
+  m.impl("sign_vote", sign_vote);
+  m.impl("sign_average", sign_average);
+  m.impl("sign_decode", sign_decode);
+  m.impl("topk_threshold", topk_threshold);
+  m.impl("topk_select", topk_select);
+  m.impl("topk_accumulate", topk_accumulate);
+  m.impl("topk_decode", topk_decode);
+  m.impl("orthogonalize", orthogonalize);
+}
+
+}  // namespace dear::compress
+
+#endif  // DEAR_WITH_CUDA

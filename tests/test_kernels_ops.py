@@ -1,0 +1,124 @@
+"""The operators as torch sees them: schemas that tell what is written, fake kernels, compilation, no allocation."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_cases import DEVICES, counter
+from torch import Tensor
+
+from compress import ops, reference
+
+on_devices = pytest.mark.parametrize("device", DEVICES)
+N = 4096 + 10
+WORDS = 2 * reference.RECORD
+
+
+def arguments(name: str, device: str) -> tuple[object, ...]:
+    """Valid arguments of each operator."""
+    grad, error = torch.randn(N, device=device), torch.randn(N, device=device)
+    one, ties, stats = torch.ones(1, device=device), counter(1, device), counter(2, device)
+    payload, ballots = counter(WORDS, device), counter(3 * WORDS, device).view(3, WORDS)
+    slots = counter(2 * ops.topk_slot_numel(50), device).view(2, -1)
+    scratch = counter(ops.topk_workspace_numel(N), device)
+    return {
+        "error_correct": (grad, error, ties),
+        "sign_encode": (grad, error, payload, ties, True),
+        "sign_vote": (ballots, payload, 1),
+        "sign_average": (ballots, error, payload, N),
+        "sign_decode": (payload, grad),
+        "topk_threshold": (grad, error, 40, one, ties, scratch),
+        "topk_select": (grad, error, one, None, 4096, slots, stats, scratch),
+        "topk_accumulate": (slots, error, 0.5),
+        "topk_decode": (slots, grad, 4096, 1.0),
+        "orthogonalize": (
+            torch.randn(2, 20, 3, device=device),
+            torch.zeros(ops.orthogonalize_workspace_numel(2, 20, 3), dtype=torch.float64, device=device),
+        ),
+    }[name]
+
+
+NAMES = [
+    *("error_correct", "sign_encode", "sign_vote", "sign_average", "sign_decode"),
+    *("topk_threshold", "topk_select", "topk_accumulate", "topk_decode", "orthogonalize"),
+]
+
+
+@on_devices
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, device: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.dear, name).default, arguments(name, device))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_tensors_are_checked_like_real_ones(name: str) -> None:
+    operator = getattr(torch.ops.dear, name)
+    args = [arg.to("meta") if isinstance(arg, Tensor) else arg for arg in arguments(name, "cpu")]
+    assert operator(*args) is None
+    for position, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            wrong = arg.double() if arg.dtype != torch.float64 else arg.float()
+            with pytest.raises(TypeError):
+                operator(*[wrong if i == position else other for i, other in enumerate(args)])
+
+
+@on_devices
+def test_error_feedback_may_be_left_out(device: str) -> None:
+    torch.library.opcheck(
+        torch.ops.dear.sign_encode.default, (torch.randn(N, device=device), None, counter(WORDS, device), None, False)
+    )
+
+
+def test_workspace_sizes_agree_with_the_kernels() -> None:
+    """The sizes that Python hands out are exactly those the kernels ask for: one element less is refused."""
+    for n in (1, 4096, 4097):
+        error, one = torch.zeros(n), torch.zeros(1)
+        size = ops.topk_workspace_numel(n)
+        ops.topk_threshold(None, error, 1, one, counter(1, "cpu"), counter(size, "cpu"))
+        with pytest.raises(ValueError, match="workspace"):
+            ops.topk_threshold(None, error, 1, one, counter(1, "cpu"), counter(size - 1, "cpu"))
+    for batch, rows, columns in ((1, 1, 1), (3, 1024, 5), (2, 1025, 4)):
+        size = ops.orthogonalize_workspace_numel(batch, rows, columns)
+        matrices = torch.zeros(batch, rows, columns)
+        ops.orthogonalize(matrices, torch.zeros(size, dtype=torch.float64))
+        with pytest.raises(ValueError, match="workspace"):
+            ops.orthogonalize(matrices, torch.zeros(size - 1, dtype=torch.float64))
+
+
+def test_shards_are_whole_blocks_and_cover_the_group() -> None:
+    for n in (0, 1, 4096, 4097, 100_000):
+        for owners in (1, 2, 3, 8):
+            shard = ops.shard_numel(n, owners)
+            assert shard % reference.BLOCK == 0
+            assert owners * shard >= n
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steady_state_allocates_nothing(name: str) -> None:
+    operator, args = getattr(torch.ops.dear, name), arguments(name, "cpu")
+    operator(*args)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        operator(*args)
+    assert all(event.self_cpu_memory_usage <= 0 for event in profile.key_averages() if event.key != "[memory]")
+
+
+def test_works_under_compile_with_the_eager_backend() -> None:
+    def step(grad: Tensor, error: Tensor, payload: Tensor) -> Tensor:
+        ops.sign_encode(grad, error, payload)
+        out = torch.empty_like(grad)
+        ops.sign_decode(payload, out)
+        return out
+
+    compiled: Callable[..., Tensor] = torch.compile(step, backend="aot_eager", fullgraph=True)
+    grad = torch.randn(N)
+    errors, payloads = [torch.zeros(N), torch.zeros(N)], [counter(WORDS, "cpu"), counter(WORDS, "cpu")]
+    expected, actual = step(grad, errors[0], payloads[0]), compiled(grad, errors[1], payloads[1])
+    assert torch.equal(actual, expected)
+    assert torch.equal(errors[0], errors[1])
+    assert torch.equal(payloads[0], payloads[1])
+
+
+def test_the_kernels_are_built_to_run_on_torchs_threads() -> None:
+    if ops.kernel_threads() == 1 and torch.get_num_threads() > 1:
+        pytest.skip("the extension was built without OpenMP: the kernels run on one thread")
+    assert ops.kernel_threads() == torch.get_num_threads()
