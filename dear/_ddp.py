@@ -55,7 +55,8 @@ def _check_parameters(model: DDP, optimizer: Optimizer) -> None:
     names = {param: name for name, param in model.module.named_parameters()}
     if hasattr(torch.optim, "SparseAdam") and isinstance(optimizer, torch.optim.SparseAdam):
         raise ValueError("SparseAdam wants sparse gradients, which cannot be reduced in shards: use Adam.")
-    sparse = [name for name, module in model.module.named_modules() if getattr(module, "sparse", False)]
+    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    sparse = [n for n, module in model.module.named_modules() if isinstance(module, embeddings) and module.sparse]
     if sparse:
         raise ValueError(
             f"The module {sparse[0]} makes sparse gradients, which cannot be reduced in shards: build it with "
@@ -145,10 +146,15 @@ def tracks_unused(model: DDP) -> bool:
     return bool(model.find_unused_parameters or model.static_graph)
 
 
-def used_parameters(model: DDP) -> set[torch.nn.Parameter] | None:
-    """The parameters that some rank has used in the last backward pass, or None when DDP does not count (all have)."""
+def reducer_parameters(model: DDP) -> list[torch.nn.Parameter]:
+    """The parameters in the order in which the reducer numbers them."""
+    return list(model._build_params_for_reducer()[0])
+
+
+def used_parameters(model: DDP, parameters: list[torch.nn.Parameter]) -> set[torch.nn.Parameter] | None:
+    """Those of :func:`reducer_parameters` that some rank has used in the last backward pass, or None when DDP does
+    not count (all have)."""
     if not tracks_unused(model):
         return None
-    parameters, _ = model._build_params_for_reducer()
     used = model.reducer._get_local_used_map().cpu()
     return {param for param, count in zip(parameters, used.tolist(), strict=True) if count}

@@ -42,10 +42,11 @@ class _Reads(TorchDispatchMode):
 
 
 class ForwardWatch:
-    """Watches one forward pass of ``root``. ``finished`` tells when it is over."""
+    """Watches one forward pass of ``root``. ``finished`` tells when it is over, ``complete`` that it did not fail."""
 
     def __init__(self, root: torch.nn.Module, params: Iterable[torch.nn.Parameter]) -> None:
         self.finished = False
+        self.complete = False  # the pass went through to its end
         self.order: dict[torch.nn.Parameter, int] = {}
         self.reads: dict[torch.nn.Module, set[torch.nn.Parameter]] = {}
         self._root = root
@@ -70,6 +71,7 @@ class ForwardWatch:
         while self._stack and self._stack.pop() is not module:
             pass
         if module is self._root:
+            self.complete = output is not None
             self.close()
 
     def close(self) -> None:

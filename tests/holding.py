@@ -1,0 +1,59 @@
+"""Rank 1 held back at a chosen place until rank 0 lets it go, so that what rank 0 does meanwhile is surely too early."""
+
+import time
+from datetime import timedelta
+
+import training
+from torch.distributed import distributed_c10d as c10d
+
+PATIENCE = timedelta(seconds=10)  # a test in which nobody lets go fails, and does not hang
+HEAD_START = 0.05  # seconds that rank 0 has to go wrong in after it has let go
+
+
+def hold(tag):
+    """Blocks until another rank calls ``release(tag)``, and a little longer."""
+    c10d._get_default_store().wait([f"holding/{tag}"], PATIENCE)
+    time.sleep(HEAD_START)
+
+
+def release(tag):
+    """Lets go whoever is held at ``tag``."""
+    c10d._get_default_store().set(f"holding/{tag}", "go")
+
+
+def step_ahead(rank, model, optimizer, engine, step, tag):
+    """One training step that rank 0 leaves while none of its all-gathers can have ended: rank 1 is held at ``tag``.
+
+    With sharded updates the all-gathers need rank 1's step; with replicated ones they need its backward.
+    """
+    loss = training.loss_of(model, rank, step)
+    if rank == 1 and engine.update == "replicated":
+        hold(tag)
+    loss.backward()
+    if rank == 1 and engine.update == "sharded":
+        hold(tag)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def hold_updates(engine, groups, tag):
+    """Sharded: this rank's next step is held at ``tag`` before it updates and gathers the first of ``groups``."""
+    run = engine._run_sharded
+
+    def held(indices, name):
+        if groups & set(indices):
+            del engine._run_sharded
+            hold(tag)
+        run(indices, name)
+
+    engine._run_sharded = held
+
+
+def parameters_of_plain_ddp(rank, model, steps, optimizer=training.SGD, ddp=None):
+    """The parameters of plain DDP before any step and after each of ``steps`` steps, by name."""
+    wrapped, opt = training.build(model, optimizer, ddp or {})
+    history = [{name: value.clone() for name, value in wrapped.module.state_dict().items()}]
+    for step in range(steps):
+        training.plain_step(wrapped, opt, rank, step)
+        history.append({name: value.clone() for name, value in wrapped.module.state_dict().items()})
+    return history
