@@ -140,12 +140,12 @@ def about_the_network(result: dict[str, Any]) -> str:
 
 
 def backward_ms(trace: dict[str, Any]) -> float:
-    """How long the backward pass of the traced step computed, its waits left out."""
-    spans = [span for span in trace["compute"] if span["step"] == 1 and span["phase"] == "backward"]
-    begin, end = spans[0]["start"], spans[-1]["end"]
+    """How long the backward pass of the shown step computed, its waits left out."""
+    step = pictures.typical_step(trace)
+    spans = [span for span in trace["compute"] if span["step"] == step and span["phase"] == "backward"]
+    backward = {"start": spans[0]["start"], "end": spans[-1]["end"]}
     waits = [span for span in trace["lanes"] if span["lane"] == "wait"]
-    waited = sum(max(0, min(span["end"], end) - max(span["start"], begin)) for span in waits)
-    return (end - begin - waited) / 1e6
+    return (backward["end"] - backward["start"] - pictures.overlap(backward, waits)) / 1e6
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ class Dear(DDP):
 
         model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
         own = optimizer(model)
-        size = {} if self.bucket_cap_mb is None else {"bucket_cap_mb": self.bucket_cap_mb}
+        size: dict[str, Any] = {} if self.bucket_cap_mb is None else {"bucket_cap_mb": self.bucket_cap_mb}
         return Trainer(model, own, dear.attach(model, own, update=self.update, **size))
 
 

@@ -184,6 +184,12 @@ def test_demo_table_and_pictures(cell: dict[str, Any], tmp_path: Path) -> None:
     assert demo.backward_ms(trace) == 50
 
 
+def test_the_typical_step_is_the_one_of_median_length() -> None:
+    begins = [0, 100, 400, 550, 1550, 1560]  # steps 1 to 4 take 300, 150, 1000 and 10
+    spans = [{"step": step, "start": start} for step, start in enumerate(begins)]
+    assert pictures.typical_step({"compute": spans}) == 2
+
+
 def test_smoothing_starts_with_what_there_is() -> None:
     assert pictures.smoothed([4.0, 2.0, 0.0])[:3] == [4.0, 3.0, 2.0]
 
