@@ -118,7 +118,7 @@ def _one_step(axes: Axes, trace: dict[str, Any], label: str) -> None:
             return
         style = {"edgecolor": "white", "linewidth": 0.6, **style}
         axes.barh(row[lane], stop - start, left=start, height=0.74, color=colour, **style)
-        if stop - start > 0.0085 * len(text) * (end - begin) / 1e6:
+        if stop - start > 0.006 * len(text) * (end - begin) / 1e6:
             backed = {"boxstyle": "round,pad=0.15", "facecolor": colour, "edgecolor": "none"}
             middle = (start + stop) / 2, row[lane]
             axes.text(*middle, text, ha="center", va="center", fontsize=8, zorder=6, bbox=backed)

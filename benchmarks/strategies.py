@@ -78,7 +78,7 @@ def optimizer_factory(name: str) -> OptimizerFactory:
     """torch's own defaults (foreach included) for every strategy alike, so that none is handed a faster update."""
     factories: dict[str, OptimizerFactory] = {
         "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.02),
-        "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=5e-4),
     }
     return factories[name]
 
