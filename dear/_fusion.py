@@ -49,9 +49,7 @@ def fuse(bucket_bytes: Sequence[int], group_bytes: int) -> list[int]:
     return sizes
 
 
-def gather_order(
-    groups: Sequence[Sequence[torch.nn.Parameter]], position: dict[torch.nn.Parameter, int]
-) -> list[int]:
+def gather_order(groups: Sequence[Sequence[torch.nn.Parameter]], position: dict[torch.nn.Parameter, int]) -> list[int]:
     """The groups in the order the forward pass first reads one of their parameters; those it never reads come last."""
     late = len(position)
     first = [min((position.get(param, late) for param in group), default=late) for group in groups]

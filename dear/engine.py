@@ -569,9 +569,7 @@ class Engine:
 
     def _gathered_state(self) -> _state.FullState:
         assert self._layout is not None
-        full = _state.gather(
-            self._sharded.state, self._sharded.segments, self._layout, self._gather_lane, self._group
-        )
+        full = _state.gather(self._sharded.state, self._sharded.segments, self._layout, self._gather_lane, self._group)
         return defaultdict(dict, full)
 
     @contextlib.contextmanager
