@@ -75,6 +75,16 @@ class Crew:
         dist.destroy_process_group()
 
 
+def user_seconds() -> tuple[float, float] | None:
+    """CPU time in user mode since the start, of the whole machine and of this process; None where unknown."""
+    try:
+        with open("/proc/stat") as table:
+            user, nice = table.readline().split()[1:3]
+    except OSError:
+        return None
+    return (int(user) + int(nice)) / os.sysconf("SC_CLK_TCK"), os.times().user
+
+
 def bytes_sent() -> int | None:
     """Bytes that left this network namespace's interfaces since it began, loopback left out; None where unknown.
 

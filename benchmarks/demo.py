@@ -5,6 +5,7 @@ steps so that whatever else the machine does hits both alike; each keeps its own
 """
 
 import argparse
+import os
 import statistics
 import sys
 from dataclasses import asdict
@@ -107,6 +108,12 @@ def show(result: dict[str, Any], console: Console) -> None:
             console.print(f"{row.name} failed: {row.failure}", style="red", highlight=False)
     for name, failure in result["trace_failures"].items():
         console.print(f"No timeline of {name}: {failure}", style="red", highlight=False)
+    others = summary.taken_by_others(training, os.cpu_count() or 1)
+    if others is not None and others > summary.BUSY:
+        console.print(
+            f"Other programs took {100 * others:.0f}% of this machine's CPU meanwhile, which blurs these numbers.",
+            style="yellow",
+        )
     tuned = [f"{row.name} {row.median:.0f} ms" for row in summary.summarise(result["tuning"]) if row.median]
     console.print(f"DDP was tuned first: {', '.join(tuned)}.", highlight=False)
     console.print(about_the_network(result), highlight=False)
@@ -140,12 +147,12 @@ def about_the_network(result: dict[str, Any]) -> str:
 
 
 def backward_ms(trace: dict[str, Any]) -> float:
-    """How long the backward pass of the traced step computed, its waits left out."""
-    spans = [span for span in trace["compute"] if span["step"] == 1 and span["phase"] == "backward"]
-    begin, end = spans[0]["start"], spans[-1]["end"]
+    """How long the backward pass of the shown step computed, its waits left out."""
+    step = pictures.typical_step(trace)
+    spans = [span for span in trace["compute"] if span["step"] == step and span["phase"] == "backward"]
+    backward = {"start": spans[0]["start"], "end": spans[-1]["end"]}
     waits = [span for span in trace["lanes"] if span["lane"] == "wait"]
-    waited = sum(max(0, min(span["end"], end) - max(span["start"], begin)) for span in waits)
-    return (end - begin - waited) / 1e6
+    return (backward["end"] - backward["start"] - pictures.overlap(backward, waits)) / 1e6
 
 
 if __name__ == "__main__":

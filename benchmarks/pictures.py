@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 DDP_COLOUR, DEAR_COLOUR = "#7f7f7f", "#1f77b4"
 PHASE_COLOURS = {"forward": "#8fbcdb", "backward": "#f3b37c", "update": "#9bcf9b"}
 # In the order of the lanes from top to bottom, below "compute".
-LANE_COLOURS = {"update": "#5aa35a", "all-reduce": "#8e6bb0", "reduce-scatter": "#d9822b", "all-gather": "#2b7bba"}
+LANE_COLOURS = {"all-reduce": "#8e6bb0", "reduce-scatter": "#d9822b", "all-gather": "#2b7bba"}
 WAIT_COLOUR = "#c0392b"
 SMOOTHED_OVER = 9  # steps: single batches of a few hundred bytes are noisy
 
@@ -78,11 +78,20 @@ def step_timeline(traces: Sequence[tuple[str, dict[str, Any]]], title: str, path
     _save(figure, path)
 
 
+def typical_step(trace: dict[str, Any]) -> int:
+    """Of the steps with one before and one after them, the one of median length: no lucky one, and no unlucky one."""
+    begins: dict[int, int] = {}
+    for span in trace["compute"]:
+        begins.setdefault(span["step"], span["start"])
+    lengths = {step: begins[step + 1] - begin for step, begin in begins.items() if step > 0 and step + 1 in begins}
+    return sorted(lengths, key=lambda step: lengths[step])[(len(lengths) - 1) // 2]
+
+
 def _shown(trace: dict[str, Any]) -> list[dict[str, Any]]:
     """The compute spans of the shown step and of the forward pass after it."""
-    return [
-        span for span in trace["compute"] if span["step"] == 1 or (span["step"] == 2 and span["phase"] == "forward")
-    ]
+    step = typical_step(trace)
+    after = [span for span in trace["compute"] if span["step"] == step + 1 and span["phase"] == "forward"]
+    return [span for span in trace["compute"] if span["step"] == step] + after
 
 
 def _extent(trace: dict[str, Any]) -> float:
@@ -99,7 +108,8 @@ def _lanes(trace: dict[str, Any]) -> list[str]:
 def _one_step(axes: Axes, trace: dict[str, Any], label: str) -> None:
     shown, lanes = _shown(trace), _lanes(trace)
     begin, end = shown[0]["start"], shown[-1]["end"]
-    border = next(span["start"] for span in shown if span["step"] == 2)
+    border = next(span["start"] for span in shown if span["step"] > shown[0]["step"])
+    waits = [span for span in trace["lanes"] if span["lane"] == "wait"]
     row = {lane: len(lanes) - 1 - index for index, lane in enumerate(lanes)}
 
     def draw(lane: str, span: dict[str, Any], colour: str, text: str = "", **style: Any) -> None:
@@ -108,14 +118,20 @@ def _one_step(axes: Axes, trace: dict[str, Any], label: str) -> None:
             return
         style = {"edgecolor": "white", "linewidth": 0.6, **style}
         axes.barh(row[lane], stop - start, left=start, height=0.74, color=colour, **style)
-        if stop - start > 0.0085 * len(text) * (end - begin) / 1e6:
-            axes.text((start + stop) / 2, row[lane], text, ha="center", va="center", fontsize=8)
+        if stop - start > 0.006 * len(text) * (end - begin) / 1e6:
+            backed = {"boxstyle": "round,pad=0.15", "facecolor": colour, "edgecolor": "none"}
+            middle = (start + stop) / 2, row[lane]
+            axes.text(*middle, text, ha="center", va="center", fontsize=8, zorder=6, bbox=backed)
 
     for span in shown:
-        draw("compute", span, PHASE_COLOURS[span["phase"]], span["name"].replace("block ", "b"))
+        computes = overlap(span, waits) < 0.8 * (span["end"] - span["start"])
+        name = span["name"].replace("block ", "b") if computes else ""
+        draw("compute", span, PHASE_COLOURS[span["phase"]], name)
     for span in trace["lanes"]:
         if span["lane"] == "wait":
             draw("compute", span, "white", hatch="////", edgecolor=WAIT_COLOUR, linewidth=0, zorder=4)
+        elif span["lane"] == "update":  # of one fusion group, on the training thread
+            draw("compute", span, PHASE_COLOURS["update"], zorder=5, linewidth=0)
         else:
             draw(span["lane"], span, LANE_COLOURS[span["lane"]])
     step = (border - begin) / 1e6
@@ -125,6 +141,11 @@ def _one_step(axes: Axes, trace: dict[str, Any], label: str) -> None:
     axes.set_ylim(-0.55, len(lanes) - 0.2)
     axes.set_title(label, loc="left", fontsize=11, fontweight="bold")
     _plain(axes)
+
+
+def overlap(span: dict[str, Any], others: Sequence[dict[str, Any]]) -> int:
+    """Nanoseconds of the span that the others, which do not overlap each other, cover."""
+    return sum(max(0, min(span["end"], each["end"]) - max(span["start"], each["start"])) for each in others)
 
 
 def _plain(axes: Axes) -> None:

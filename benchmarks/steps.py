@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.crew import Crew, bytes_sent
+from benchmarks.crew import Crew, bytes_sent, user_seconds
 from benchmarks.data import ByteText, standard_library
 from benchmarks.gpt import GPTConfig, build_gpt
 from benchmarks.strategies import Strategy, Trainer, optimizer_factory, parse_strategy
 
 TRIAL_STEPS = 3  # DDP rebuilds its buckets in the second step and torch's PowerSGD starts in the third
 HELD_OUT_BATCH = 32
+
+_PER_RANK = ("ms", "cpu_ms_per_step", "sent_bytes_per_step", "user_s", "engine")
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
 
@@ -163,21 +165,21 @@ class Measurement:
                 contestant.failure = f"round {number + 1}: {failure}"
             else:
                 ranks = self.crew.gather(measured)
-                block = {key: [one[key] for one in ranks if one] for key in ("ms", "cpu_ms_per_step", "engine")}
-                block["sent_bytes_per_step"] = [one["sent_bytes_per_step"] for one in ranks if one]
+                block = {key: [one[key] for one in ranks if one] for key in _PER_RANK}
                 contestant.blocks.append({"round": number, **block})
         self._progress(self.plan.warmup + self.plan.steps, f"round {number + 1} of {self.plan.rounds}: {name}")
 
     def _timed_steps(self, contestant: Contestant, trainer: Trainer) -> dict[str, Any]:
         for _ in range(self.plan.warmup):
             self.step(contestant, trainer)
-        sent, cpu = bytes_sent(), time.process_time()
+        sent, cpu, user = bytes_sent(), time.process_time(), user_seconds()
         marks = [time.perf_counter()]
         for _ in range(self.plan.steps):
             self.step(contestant, trainer)
             marks.append(time.perf_counter())
         # Before the drain: the first timed step sent what the last warm-up step had left, and so it is with the last.
         cpu_ms, sent_after = (time.process_time() - cpu) * 1e3, bytes_sent()
+        user_after = user_seconds()
         engine = trainer.stats()
         self._drain(contestant, trainer)
         return {
@@ -185,6 +187,8 @@ class Measurement:
             "cpu_ms_per_step": round(cpu_ms / self.plan.steps, 3),
             "sent_bytes_per_step": None if sent is None else ((sent_after or 0) - sent) // self.plan.steps,
             "engine": engine,
+            # User-mode CPU seconds of the block: the machine's, this worker's. What is left over, others have taken.
+            "user_s": [round(b - a, 2) for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
         }
 
     def _evaluate(self, contestant: Contestant) -> None:

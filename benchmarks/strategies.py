@@ -78,7 +78,7 @@ def optimizer_factory(name: str) -> OptimizerFactory:
     """torch's own defaults (foreach included) for every strategy alike, so that none is handed a faster update."""
     factories: dict[str, OptimizerFactory] = {
         "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.02),
-        "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=5e-4),
     }
     return factories[name]
 
@@ -183,7 +183,7 @@ class Dear(DDP):
 
         model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
         own = optimizer(model)
-        size = {} if self.bucket_cap_mb is None else {"bucket_cap_mb": self.bucket_cap_mb}
+        size: dict[str, Any] = {} if self.bucket_cap_mb is None else {"bucket_cap_mb": self.bucket_cap_mb}
         return Trainer(model, own, dear.attach(model, own, update=self.update, **size))
 
 

@@ -1,5 +1,6 @@
 """Turns the raw JSON of the training benchmark into rows and a table. Pure, so the report can use it too."""
 
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from rich.table import Table
 
 from benchmarks.command import rate_bits, show_rate, show_size
 from benchmarks.results import paired_ratio, percentile, slowest_rank
+
+BUSY = 0.05  # share of the CPU taken by others from which on a table says so
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,19 @@ def best_ddp(strategies: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _finished(strategy: dict[str, Any]) -> bool:
     return not strategy["failure"] and bool(strategy["blocks"])
+
+
+def taken_by_others(cell: dict[str, Any], cores: int) -> float | None:
+    """Share of the machine's CPU that programs other than the workers took while steps were timed, 0 to 1."""
+    machine = workers = wall = 0.0
+    for block in (block for one in cell["strategies"] for block in one["blocks"]):
+        ranks = block.get("user_s") or [None]
+        if None in ranks:
+            return None
+        machine += ranks[0][0]
+        workers += sum(own for _, own in ranks)
+        wall += sum(slowest_rank(block["ms"])) / 1e3
+    return max(0.0, machine - workers) / (wall * cores) if wall else None
 
 
 def summarise(cell: dict[str, Any]) -> list[Row]:
@@ -136,6 +152,12 @@ def show(cell: dict[str, Any], console: Console) -> None:
     for row in rows:
         if row.failure:
             console.print(f"{row.name} failed: {row.failure}", style="red", highlight=False)
+    others = taken_by_others(cell, os.cpu_count() or 1)
+    if others is not None and others > BUSY:
+        console.print(
+            f"Other programs took {100 * others:.0f}% of this machine's CPU meanwhile: repeat this on a quiet machine.",
+            style="yellow",
+        )
     dense = max((row.computed_communication or 0 for row in rows), default=0)
     communication = f", computed communication (dense: {dense:.0f} ms at this rate)" if dense else ""
     console.print(

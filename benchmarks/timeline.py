@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from benchmarks.gpt import GPT, language_loss
 from benchmarks.strategies import Trainer
 
-STEPS = 3  # one to fill the pipeline, one to show, one whose forward receives what the shown one sent
+# One to fill the pipeline, several of which the most typical is shown, one whose forward receives what the last sent.
+STEPS = 7
 
 
 class ComputeMarks:

@@ -9,6 +9,15 @@ import torch
 MIB = 1 << 20
 
 
+def default_group_bytes(gradient_bytes: int) -> int:
+    """The size of a fusion group when the user names none: a sixteenth of the gradients, from 1 to 25 MiB.
+
+    What cannot be hidden is about one group at each end of a pass, so groups should be few per cent of the model; they
+    need not be smaller than what keeps the cost per message small.
+    """
+    return min(25 * MIB, max(MIB, gradient_bytes // 16))
+
+
 def ddp_bucket_bytes(group_bytes: int) -> int:
     """The size DDP's buckets should have for fusion groups of ``group_bytes``: finer, so that groups can be cut well.
 
@@ -40,9 +49,7 @@ def fuse(bucket_bytes: Sequence[int], group_bytes: int) -> list[int]:
     return sizes
 
 
-def gather_order(
-    groups: Sequence[Sequence[torch.nn.Parameter]], position: dict[torch.nn.Parameter, int]
-) -> list[int]:
+def gather_order(groups: Sequence[Sequence[torch.nn.Parameter]], position: dict[torch.nn.Parameter, int]) -> list[int]:
     """The groups in the order the forward pass first reads one of their parameters; those it never reads come last."""
     late = len(position)
     first = [min((position.get(param, late) for param in group), default=late) for group in groups]

@@ -19,7 +19,7 @@ import types
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear import _C, _ddp, _state
-from dear._fusion import MIB, ddp_bucket_bytes, fuse, gather_order
+from dear._fusion import MIB, ddp_bucket_bytes, default_group_bytes, fuse, gather_order
 from dear._hooks import ModelHooks
 from dear._layout import Layout, Segment, cut_segments, read_places, rehome
 from dear._observe import ForwardWatch
@@ -41,7 +41,7 @@ def attach(
     optimizer: Optimizer,
     *,
     update: str = "auto",
-    bucket_cap_mb: float = 25,
+    bucket_cap_mb: float | Literal["auto"] = "auto",
     overlap_forward: bool = True,
     process_group: dist.ProcessGroup | None = None,
     algorithm: str | None = None,
@@ -58,8 +58,9 @@ def attach(
             parameters are gathered (optimizer state and work divided by the world size; for elementwise optimizers).
             ``"replicated"``: averaged gradients are gathered and every rank updates everything, each layer when its
             gradients have come. ``"auto"``: sharded where the optimizer is known to be elementwise.
-        bucket_cap_mb: size of a fusion group in MiB of gradients. Smaller groups overlap better, larger ones cost
-            fewer messages.
+        bucket_cap_mb: size of a fusion group in MiB of gradients; ``"auto"`` takes a sixteenth of the model's, from 1
+            to 25. Smaller groups overlap better, larger ones cost fewer messages. Where DDP's own buckets are
+            larger, DDP is made to bucket finer.
         overlap_forward: False waits for the all-gathers in ``step()``: a drop-in for code that reads parameters
             right after it.
         process_group: must have the ranks of the module's own group, which is the default.
@@ -77,8 +78,10 @@ def attach(
     """
     _ddp.check(model, optimizer, process_group)
     mode = choose_mode(optimizer, update)
-    if not bucket_cap_mb > 0:
-        raise ValueError(f"bucket_cap_mb must be a positive number of MiB, not {bucket_cap_mb!r}.")
+    if bucket_cap_mb == "auto":
+        trained = sum(param.nbytes for param in model.module.parameters() if param.requires_grad)
+        bucket_cap_mb = default_group_bytes(trained) / MIB
+    _check_cap(bucket_cap_mb)
     group = process_group if process_group is not None else model.process_group
     device = next(param.device for param in model.module.parameters() if param.requires_grad)
     chosen = choose_algorithm(group, device, algorithm)
@@ -87,17 +90,21 @@ def attach(
     return Engine(model, optimizer, mode, bucket_cap_mb, overlap_forward, group, chosen, device)
 
 
+def _check_cap(value: Any) -> None:
+    if not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f'bucket_cap_mb must be "auto" or a positive number of MiB, not {value!r}.')
+
+
 def _agree(group: dist.ProcessGroup, options: dict[str, Any]) -> None:
     everyone: list[dict[str, Any]] = [{} for _ in range(group.size())]
     dist.all_gather_object(everyone, options, group=group)
-    for name, value in options.items():
+    for name in options:
         for rank, other in enumerate(everyone):
             if other[name] != everyone[0][name]:
                 raise ValueError(
                     f"Ranks 0 and {rank} disagree on {name} ({everyone[0][name]!r} and {other[name]!r}): every rank "
                     "must call dear.attach() with the same arguments."
                 )
-        del value
 
 
 class Engine:
@@ -172,8 +179,7 @@ class Engine:
 
     @bucket_cap_mb.setter
     def bucket_cap_mb(self, value: float) -> None:
-        if not value > 0:
-            raise ValueError(f"bucket_cap_mb must be a positive number of MiB, not {value!r}.")
+        _check_cap(value)
         if self._scheduler.has_gradients():
             raise RuntimeError("bucket_cap_mb can be changed between steps only: call optimizer.step() first.")
         self.synchronize()
@@ -563,9 +569,7 @@ class Engine:
 
     def _gathered_state(self) -> _state.FullState:
         assert self._layout is not None
-        full = _state.gather(
-            self._sharded.state, self._sharded.segments, self._layout, self._gather_lane, self._group
-        )
+        full = _state.gather(self._sharded.state, self._sharded.segments, self._layout, self._gather_lane, self._group)
         return defaultdict(dict, full)
 
     @contextlib.contextmanager

@@ -121,6 +121,15 @@ def test_summary_compares_with_the_best_plain_ddp(cell: dict[str, Any]) -> None:
     assert rows["fsdp2"].failure == "rank 1: RuntimeError: no luck"
 
 
+def test_cpu_taken_by_others_is_noticed(cell: dict[str, Any]) -> None:
+    assert summary.taken_by_others(cell, 2) is None  # results from before it was recorded, or where it is unknown
+    cell["strategies"] = cell["strategies"][:1]
+    for block, machine in zip(cell["strategies"][0]["blocks"], (0.4, 0.6), strict=True):
+        block["user_s"] = [[machine, 0.2], [machine, 0.2]]
+    # 2 steps of 100 ms and 2 of 200 ms on 2 cores are 1.2 s of CPU: 1.0 were used, 0.8 of them by the two workers.
+    assert summary.taken_by_others(cell, 2) == pytest.approx(0.2 / 1.2)
+
+
 def test_summary_without_ddp_floor_or_limit(cell: dict[str, Any]) -> None:
     cell["rate"], cell["strategies"] = "unlimited", cell["strategies"][4:]
     dear, failed = summary.summarise(cell)
@@ -182,6 +191,12 @@ def test_demo_table_and_pictures(cell: dict[str, Any], tmp_path: Path) -> None:
     assert "DeAR (sharded)" in text and "DDP (tuned, 1 MiB buckets)" in text and "500 Mbit/s" in text
     assert "No timeline of ddp:1: rank 0: no trace" in text
     assert demo.backward_ms(trace) == 50
+
+
+def test_the_typical_step_is_the_one_of_median_length() -> None:
+    begins = [0, 100, 400, 550, 1550, 1560]  # steps 1 to 4 take 300, 150, 1000 and 10
+    spans = [{"step": step, "start": start} for step, start in enumerate(begins)]
+    assert pictures.typical_step({"compute": spans}) == 2
 
 
 def test_smoothing_starts_with_what_there_is() -> None:

@@ -256,9 +256,8 @@ def torch_clipping(model, optimizer, rank, step):
 def clip(rank, world):
     for update in ("sharded", "replicated"):
         training.compare(rank, world, "Mlp", attach={**SMALL, "update": update}, step=clipping, exact=False)
-    training.compare(
-        rank, world, "Mlp", attach={**SMALL, "update": "replicated"}, step=torch_clipping, exact=world == 2
-    )
+    whole = {**SMALL, "update": "replicated"}
+    training.compare(rank, world, "Mlp", attach=whole, step=torch_clipping, exact=world == 2)
 
 
 def test_clipping(pool2, pool4):

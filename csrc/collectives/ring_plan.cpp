@@ -8,11 +8,13 @@ namespace {
 constexpr int64_t kLargestPiece = 256 << 10;
 constexpr int64_t kSmallestPiece = 16 << 10;
 constexpr int64_t kPiecesPerChunk = 4;  // enough that a rank forwards while it still receives
+constexpr size_t kBlockPieces = 4;      // 1 MiB at most: two blocks in flight stay in the cache
 
 int wrap(int rank, int world) { return ((rank % world) + world) % world; }
 
-// Appends the pieces of chunk `chunk` of every part.
-void append_chunk(const Exchange& exchange, int chunk, int rank, int world, std::vector<Piece>* pieces) {
+// The pieces of chunk `chunk` of every part.
+std::vector<Piece> cut_chunk(const Exchange& exchange, int chunk, int rank, int world) {
+  std::vector<Piece> pieces;
   int64_t chunk_bytes = 0;
   for (const Part& part : exchange.parts()) {
     chunk_bytes += Shards{part.full.numel(), world}.size(chunk) * part.full.element_size();
@@ -29,9 +31,10 @@ void append_chunk(const Exchange& exchange, int chunk, int rank, int world, std:
       const int64_t count = std::min(step, shards.end(chunk) - at);
       char* out =
           gather ? full + at * size : (chunk == rank ? shard + (at - shards.begin(rank)) * size : nullptr);
-      pieces->push_back({full + at * size, out, count, count * size, part.full.scalar_type()});
+      pieces.push_back({full + at * size, out, count, count * size, part.full.scalar_type()});
     }
   }
+  return pieces;
 }
 
 uint32_t mix(uint32_t hash, uint64_t value) {  // FNV-1a over eight bytes
@@ -44,16 +47,41 @@ uint32_t mix(uint32_t hash, uint64_t value) {  // FNV-1a over eight bytes
 
 RingPlan make_ring_plan(const Exchange& exchange, int rank, int world) {
   RingPlan plan;
-  const int lead = exchange.phase() == Phase::kReduceScatter ? 1 : 0;  // see the table at RingPlan
-  for (int step = 0; step + 1 < world; ++step) {
-    const size_t before = plan.inbound.size();
-    append_chunk(exchange, wrap(rank - lead - step, world), rank, world, &plan.outbound);
-    append_chunk(exchange, wrap(rank - lead - step - 1, world), rank, world, &plan.inbound);
-    if (step == 0) plan.first_chunk = plan.outbound.size();
-    plan.last_chunk = plan.inbound.size() - before;
-    plan.largest_chunk = std::max(plan.largest_chunk, plan.last_chunk);
+  std::vector<std::vector<Piece>> chunks;
+  size_t longest = 0;
+  for (int chunk = 0; chunk < world; ++chunk) {
+    chunks.push_back(cut_chunk(exchange, chunk, rank, world));
+    longest = std::max(longest, chunks.back().size());
+    for (const Piece& piece : chunks.back()) plan.largest_piece = std::max(plan.largest_piece, piece.bytes);
   }
-  for (const Piece& piece : plan.inbound) plan.largest_piece = std::max(plan.largest_piece, piece.bytes);
+
+  // Note [Enough slots]
+  // Partial sums wait in slots until they are sent on, first in, first out: as many as two blocks have
+  // pieces, and two more. Were all slots of all ranks full, each rank would have received more than it has
+  // sent, and yet no rank can have received what its neighbour has not sent; so the ring never locks.
+  const bool reduces = exchange.phase() == Phase::kReduceScatter;
+  plan.slots = 2 * kBlockPieces + 2;
+  size_t partial_sums = 0;
+  const int lead = reduces ? 1 : 0;  // see the table at RingPlan
+  for (size_t pair = 0; pair < longest; pair += 2 * kBlockPieces) {
+    size_t received[2] = {0, 0};  // where each block of the step before begins in `inbound`
+    for (int step = 0; step + 1 < world; ++step) {
+      const std::vector<Piece>& sent = chunks[wrap(rank - lead - step, world)];
+      const std::vector<Piece>& taken = chunks[wrap(rank - lead - step - 1, world)];
+      for (size_t block = 0; block < 2; ++block) {
+        const size_t first = pair + block * kBlockPieces;
+        for (size_t i = first; i < std::min(first + kBlockPieces, sent.size()); ++i) {
+          plan.outbound.push_back(sent[i]);
+          if (step > 0) plan.outbound.back().source = static_cast<int64_t>(received[block] + i - first);
+        }
+        received[block] = plan.inbound.size();
+        for (size_t i = first; i < std::min(first + kBlockPieces, taken.size()); ++i) {
+          plan.inbound.push_back(taken[i]);
+          plan.inbound.back().slot = taken[i].out == nullptr ? partial_sums++ % plan.slots : plan.slots;
+        }
+      }
+    }
+  }
 
   uint32_t hash = 2166136261u;
   hash = mix(hash, exchange.phase() == Phase::kReduceScatter ? 1 : 2);

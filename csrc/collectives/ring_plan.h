@@ -9,24 +9,28 @@ namespace dear {
 // A contiguous run of elements that travels in one frame.
 struct Piece {
   const char* own;  // this rank's values of the run: the reduce-scatter's input, or the all-gather's buffer
-  char* out;        // where the result goes: the last step of a reduce-scatter, every step of an all-gather
+  char* out;        // where the result goes; null where a partial sum goes on to the next rank
   int64_t count;    // elements
   int64_t bytes;
   at::ScalarType type;
+  int64_t source = -1;  // of a piece to send: the received piece whose result it is; -1 for own values
+  size_t slot = 0;      // of a received partial sum: where it waits until it is sent on
 };
 
 // Which pieces one rank sends and receives, in order. With P ranks a half takes P-1 steps; in step s rank r
 //   reduce-scatter: sends chunk r-1-s (its own values, then the partial sums that came in step s-1),
 //                   receives chunk r-2-s; the last to come is chunk r, its own.
 //   all-gather:     sends chunk r-s, receives chunk r-1-s.
-// So what is sent in step s is what was received in step s-1: outbound piece `first_chunk + i` is inbound
-// piece i. Every rank cuts a chunk into the same pieces, so they need no description on the wire.
+// So what is sent in step s is what was received in step s-1. Every rank cuts a chunk into the same pieces,
+// so they need no description on the wire.
+//
+// Note [Blocks]
+// A chunk goes round in blocks of a few pieces, two blocks at a time: what a rank receives it sends on
+// shortly after, out of the cache, and while it waits for one block it works on the other.
 struct RingPlan {
   std::vector<Piece> outbound;
   std::vector<Piece> inbound;
-  size_t first_chunk = 0;     // outbound pieces of step 0, which depend on nothing
-  size_t last_chunk = 0;      // inbound pieces of the last step, which are not sent on
-  size_t largest_chunk = 0;   // pieces
+  size_t slots = 0;           // for partial sums, and one more at the end for the last step
   int64_t largest_piece = 0;  // bytes
   uint32_t signature = 0;     // what neighbours compare: phase, sizes and types
 };

@@ -46,14 +46,9 @@ class RingTransfer {
         blamed_(prev_),
         forwards_(exchange.phase() == Phase::kAllGather),
         divisor_(exchange.reduction() == Reduction::kAverage ? context.world : 1) {
-    // Note [Enough slots]
-    // Partial sums wait in slots until they are sent on. One slot more than a chunk has pieces can never lock
-    // the ring: were all slots of all ranks full, each rank would have received one piece more than it has
-    // sent, and yet no rank can have received what its neighbour has not sent.
     if (!forwards_) {
-      slots_ = context.world == 2 ? 1 : plan.largest_chunk + 2;
-      const size_t need = slots_ * static_cast<size_t>(plan.largest_piece);
-      if (context.scratch->size() < need) context.scratch->resize(need);
+      const size_t need = (plan.slots + 1) * static_cast<size_t>(plan.largest_piece);
+      if (context_.scratch->size() < need) context_.scratch->resize(need);
     }
   }
 
@@ -76,18 +71,17 @@ class RingTransfer {
  private:
   // --- sending ---
 
-  char* slot(size_t inbound_index) {
-    return context_.scratch->data() + (inbound_index % slots_) * static_cast<size_t>(plan_.largest_piece);
+  char* slot(const Piece& received) {
+    return context_.scratch->data() + received.slot * static_cast<size_t>(plan_.largest_piece);
   }
 
   bool next_piece_ready() const {
-    return sent_ < plan_.outbound.size() &&
-           (sent_ < plan_.first_chunk || received_ > sent_ - plan_.first_chunk);
+    return sent_ < plan_.outbound.size() && static_cast<int64_t>(received_) > plan_.outbound[sent_].source;
   }
 
   const char* outbound_data() {
     const Piece& piece = plan_.outbound[sent_];
-    return forwards_ || sent_ < plan_.first_chunk ? piece.own : slot(sent_ - plan_.first_chunk);
+    return forwards_ || piece.source < 0 ? piece.own : slot(plan_.inbound[static_cast<size_t>(piece.source)]);
   }
 
   // Sends as much of the current frame as the socket takes; false when there is nothing to send or no room.
@@ -126,6 +120,7 @@ class RingTransfer {
     out_offset_ += static_cast<size_t>(put);
     if (out_offset_ == sizeof(FrameHeader) + bytes) {
       out_offset_ = 0;
+      if (!forwards_ && plan_.outbound[sent_].source >= 0) --waiting_sums_;
       ++sent_;
     } else {
       send_blocked_ = true;
@@ -185,13 +180,14 @@ class RingTransfer {
   // --- receiving ---
 
   bool slot_free() const {
-    if (forwards_ || plan_.inbound.size() == plan_.last_chunk) return true;
-    const size_t passed_on = plan_.inbound.size() - plan_.last_chunk;  // inbound pieces that must be sent on
-    const size_t freed = sent_ > plan_.first_chunk ? sent_ - plan_.first_chunk : 0;
-    return received_ < freed + slots_ || received_ >= passed_on + slots_;
+    return forwards_ || plan_.inbound[received_].out != nullptr ||
+           waiting_sums_ < static_cast<int64_t>(plan_.slots);
   }
 
-  char* inbound_data() { return forwards_ ? plan_.inbound[received_].out : slot(received_); }
+  char* inbound_data() {
+    const Piece& piece = plan_.inbound[received_];
+    return forwards_ ? piece.out : slot(piece);
+  }
 
   size_t inbound_bytes() const { return static_cast<size_t>(plan_.inbound[received_].bytes); }
 
@@ -283,11 +279,12 @@ class RingTransfer {
   void take_piece() {
     const Piece& piece = plan_.inbound[received_];
     if (!forwards_) {
-      const bool last = received_ >= plan_.inbound.size() - plan_.last_chunk;
-      char* partial = slot(received_);
+      const bool last = piece.out != nullptr;
+      char* partial = slot(piece);
       accumulate(piece.type, last ? piece.out : partial, partial, piece.own, piece.count,
                  last ? divisor_ : 1);
     }
+    if (!forwards_ && piece.out == nullptr) ++waiting_sums_;
     ++received_;
   }
 
@@ -371,7 +368,7 @@ class RingTransfer {
   int blamed_;  // who holds us up, as far as we know
   const bool forwards_;
   const int divisor_;
-  size_t slots_ = 1;
+  int64_t waiting_sums_ = 0;  // partial sums received and not yet sent on
 
   size_t sent_ = 0;        // pieces
   size_t out_offset_ = 0;  // bytes of the current frame, header included
