@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_iter, tree_map
 
 # What Optimizer.zero_grad() and DDP do with a gradient without looking at its values.
 _HARMLESS = {
@@ -54,11 +54,20 @@ _METADATA = {
 _HARMLESS |= {getattr(torch.Tensor, name).__get__ for name in _METADATA if hasattr(torch.Tensor, name)}
 
 
+_ZERO = (torch.Tensor.zero_, torch._foreach_zero_)
+
+
 class LocalGrad(torch.Tensor):
     """This worker's own gradient, under ``update="sharded"``: the average exists only in shards."""
 
+    settle: Callable[[], None]
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ZERO:  # the bucket may be on its way still
+            for value in tree_iter(args):
+                if isinstance(value, LocalGrad):
+                    value.settle()
         if func in _HARMLESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -80,7 +89,7 @@ class PendingGrad(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func not in _HARMLESS or func in (torch.Tensor.zero_, torch._foreach_zero_):
+            if func not in _HARMLESS or func in _ZERO:
 
                 def settled(value: Any) -> Any:
                     if isinstance(value, PendingGrad):
@@ -90,6 +99,13 @@ class PendingGrad(torch.Tensor):
 
                 args, kwargs = tree_map(settled, args), tree_map(settled, kwargs)
             return func(*args, **kwargs)
+
+
+def local_grad(view: torch.Tensor, settle: Callable[[], None]) -> LocalGrad:
+    """``view`` of a bucket as a gradient that nobody may read; ``settle`` is called before it is set to zero."""
+    grad = view.as_subclass(LocalGrad)
+    grad.settle = settle
+    return grad
 
 
 def pending_grad(view: torch.Tensor, settle: Callable[[], None]) -> PendingGrad:

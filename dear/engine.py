@@ -25,13 +25,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
+from torch.optim import optimizer as _everyones
 
-from dear import _C, _ddp, _state
+from dear import _C, _ddp, _grads, _state
 from dear._fusion import MIB, ddp_bucket_bytes, default_group_bytes, fuse, gather_order
 from dear._hooks import ModelHooks
 from dear._layout import Layout, Segment, cut_segments, read_places, rehome
 from dear._observe import ForwardWatch
-from dear._stand_in import LocalGrad, pending_grad
+from dear._stand_in import PendingGrad, local_grad, pending_grad
 from dear._update import PER_PARAMETER, ReplicatedUpdate, ShardedUpdate, choose_mode
 from dear.collectives import choose_algorithm, group_timeout, make_lane, shard_range
 
@@ -152,6 +153,7 @@ class Engine:
         # Local gradients stay in the buckets when nobody else may read them: a copy less.
         views = self._reducer_options.views or mode == "sharded"
         _ddp.rebuild_reducer(model, _ddp.ReducerOptions(cap, first, views))
+        self._reducer_params = _ddp.reducer_parameters(model)
         self._hook_calls = _ddp.register(model, self._scheduler)
 
         self._original_step = optimizer.step
@@ -213,15 +215,9 @@ class Engine:
         self._scheduler.synchronize()
         norm_type = float(norm_type)
         grads = [grad for segment in self._active_segments() if (grad := segment.tensor.grad) is not None]
-        norms = torch._foreach_norm(grads, norm_type) if grads else []
-        own = torch.stack([norm.float() for norm in norms]) if norms else torch.zeros(1, device=self._params[0].device)
-        if norm_type == float("inf"):
-            total = own.max()
-            dist.all_reduce(total, dist.ReduceOp.MAX, group=self._group)
-        else:
-            total = own.pow(norm_type).sum()
-            dist.all_reduce(total, group=self._group)
-            total = total.pow(1.0 / norm_type)
+        each = list(torch._foreach_norm(grads, norm_type)) if grads else []
+        norms = self._everyones_norms(torch.stack([norm.float() for norm in each]).norm(norm_type) if each else None)
+        total = torch.linalg.vector_norm(norms, norm_type)
         if error_if_nonfinite and not torch.isfinite(total):
             raise RuntimeError(
                 f"The total norm of order {norm_type} of the gradients is not finite, so they cannot be clipped: look "
@@ -230,6 +226,15 @@ class Engine:
         if grads:
             torch._foreach_mul_(grads, torch.clamp(max_norm / (total + 1e-6), max=1.0))
         return total
+
+    def _everyones_norms(self, own: torch.Tensor | None) -> torch.Tensor:
+        """One number of every rank, in the all-gather lane, so that a missing peer is named as everywhere."""
+        norms = torch.zeros(self._world, device=self._params[0].device)
+        mine = norms[self._rank : self._rank + 1]
+        if own is not None:
+            mine.copy_(own)
+        self._gather_lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(norms, mine)], "the gradient norm").wait()
+        return norms
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's full state, as ``optimizer.state_dict()`` of plain DDP would give it, under ``"optimizer"``.
@@ -286,14 +291,30 @@ class Engine:
         if self._detached:
             return
         self.synchronize()
+        grads = self._averaged_gradients()
         if self._mode == "sharded" and self._layout is not None:
             self._optimizer.state = self._gathered_state()
             for place in self._layout.places:
                 place.param.data = place.param.detach().clone(memory_format=torch.preserve_format)
         self._release()
         for param in self._params:
-            param.grad = None
+            param.grad = grads.get(param)
         _ddp.rebuild_reducer(self._model, self._reducer_options)
+
+    def _averaged_gradients(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The gradients that a backward pass has left and no step has used, as plain DDP would have them in .grad."""
+        if self._layout is None or not self._scheduler.has_gradients():
+            return {}
+        flats = self._layout.full
+        if self._mode == "sharded":
+            flats = [torch.empty_like(flat) for flat in flats]
+            for flat, shard in zip(flats, self._layout.shard, strict=True):
+                begin, end = shard_range(flat.numel(), self._world, self._rank)
+                flat[begin:end] = shard
+                part = [(flat, flat[begin:end])]
+                self._gather_lane.submit(_C.Phase.all_gather, _C.Reduction.sum, part, "the gradients").wait()
+        found = [place for place in self._layout.places if place.param.grad is not None]
+        return {place.param: place.view(flats[place.bucket]).clone() for place in found}
 
     def __enter__(self) -> Engine:
         return self
@@ -310,7 +331,7 @@ class Engine:
     def _backward_ended(self, layout_is_new: bool) -> None:
         if layout_is_new:
             self._adopt_layout()
-        used = _ddp.used_parameters(self._model)
+        used = _ddp.used_parameters(self._model, self._reducer_params)
         self._unused = set() if used is None else set(self._params) - used
         if used is not None:
             for param, stand_in in self._stand_ins:
@@ -318,7 +339,8 @@ class Engine:
                     param.grad = stand_in
 
     _unused: set[torch.nn.Parameter] = set()  # noqa: RUF012 - replaced, never changed
-    _stand_ins: list[tuple[torch.nn.Parameter, torch.Tensor]] = []  # noqa: RUF012 - likewise
+    _stand_ins: _grads.StandIns = []  # noqa: RUF012 - likewise
+    _expected: _grads.StandIns = []  # noqa: RUF012 - those of the optimizer's parameters
 
     def _adopt_layout(self) -> None:
         buckets = self._scheduler.incoming()
@@ -330,19 +352,22 @@ class Engine:
         full = [bucket.buffer.new_empty(bucket.buffer.numel()) for bucket in buckets]
         begins = [shard_range(flat.numel(), self._world, self._rank) for flat in full]
         places = read_places(buckets, self._params)
+        me = weakref.ref(self)  # the scheduler holds the stand-ins and must not hold the engine
+        grads: _grads.StandIns
         if sharded:
             rehome(places, full)
             shard = [flat.new_empty(end - begin) for flat, (begin, end) in zip(full, begins, strict=True)]
-            grads = [(place.param, place.view(buckets[place.bucket].buffer.view(-1)).as_subclass(LocalGrad))
+            grads = [(place.param, local_grad(place.view(buckets[place.bucket].buffer.view(-1)), _synchronizer(me)))
                      for place in places]  # fmt: skip
         else:
             shard = [flat[begin:end] for flat, (begin, end) in zip(full, begins, strict=True)]
-            me = weakref.ref(self)
             grads = [(place.param, pending_grad(place.view(full[place.bucket]), _settler(me, place.bucket)))
                      for place in places]  # fmt: skip
         self._layout = Layout(buckets, places, full, shard)
         self._homes = [(place.param, place.param.data_ptr()) for place in places] if sharded else []
         self._stand_ins = grads
+        managed = set(self._managed)
+        self._expected = [(param, stand_in) for param, stand_in in grads if param in managed]
         own = [] if _ddp.tracks_unused(self._model) else grads
         self._scheduler.set_layout(list(zip(shard, full, strict=True)), own)
         if sharded:
@@ -400,8 +425,8 @@ class Engine:
         if not torch.is_grad_enabled():
             self.synchronize()
             return
-        if any(param.data_ptr() != home for param, home in self._homes):
-            self._bring_home()
+        self._note_local_pass()
+        self._bring_home()
         if self._watch is None:
             self.synchronize()
             self._watch = ForwardWatch(self._model.module, self._params)
@@ -410,6 +435,8 @@ class Engine:
         """Called after every forward of the DDP module, also after one that raised."""
         if self._watch is not None:
             self._watch.close()
+            if not self._watch.complete and self._layout is None:
+                self._watch = None  # it failed on the way: the next one shall tell
         # Groups that no module has asked for in this pass (a branch not taken): backward may write to their buckets.
         if self._to_update or self._scheduler.gathering():
             self.synchronize()
@@ -423,12 +450,42 @@ class Engine:
     _homes: list[tuple[torch.nn.Parameter, int]] = []  # noqa: RUF012 - replaced, never changed
 
     def _bring_home(self) -> None:
-        """Somebody gave parameters another storage (load_state_dict(assign=True), flatten_parameters): take it over."""
+        """Somebody gave parameters another storage (flatten_parameters, param.data = ...): take over the values."""
+        moved = {param for param, home in self._homes if param.data_ptr() != home}
+        if not moved:
+            return
         assert self._layout is not None
         self.synchronize()
-        moved = {param for param, home in self._homes if param.data_ptr() != home}
+        for place in self._layout.places:
+            full = self._layout.full[place.bucket]
+            if place.param in moved and (place.param.dtype, place.param.device) != (full.dtype, full.device):
+                raise RuntimeError(
+                    f"A parameter was changed from {full.dtype} on {full.device} to {place.param.dtype} on "
+                    f"{place.param.device} under dear.attach(): call engine.detach(), convert, wrap and attach again."
+                )
         rehome([place for place in self._layout.places if place.param in moved], self._layout.full)
         self._homes = [(param, param.data_ptr()) for param, _ in self._homes]
+
+    _before_local: list[int] | None = None  # replicated: versions of the averages before a pass that is not reduced
+
+    def _note_local_pass(self) -> None:
+        """A pass under no_sync() after one that was reduced would add a local gradient to an average."""
+        self._before_local = None
+        if self._mode == "sharded" or self._layout is None or self._model.require_backward_grad_sync:
+            return
+        if self._scheduler.has_gradients() and _grads.look(self._expected, self._unused) != "none":
+            self._before_local = [flat._version for flat in self._layout.full]
+
+    def _check_untouched(self) -> None:
+        self._scheduler.check_untouched()
+        if self._before_local is None:
+            return
+        assert self._layout is not None
+        if self._before_local != [flat._version for flat in self._layout.full]:
+            raise RuntimeError(
+                "Gradients were written to after the backward pass that sent them: the last backward pass before "
+                "optimizer.step() must be the one outside model.no_sync()."
+            )
 
     # --- the step ---
 
@@ -456,15 +513,21 @@ class Engine:
             with torch.enable_grad():
                 loss = closure()
         if not self._scheduler.has_gradients():
-            if any(param.grad is not None for param in self._managed):
-                raise RuntimeError(
-                    "optimizer.step() found gradients that were not reduced since the last step: run backward() "
-                    "outside model.no_sync(), and zero_grad() after each step."
-                )
+            _grads.refuse_unreduced(self._managed)
             return loss
-        self._scheduler.check_untouched()
+        self._check_untouched()
+        found = _grads.look(self._expected, self._unused)
+        if found == "none":  # zero_grad() came first: there is nothing to do, as in plain torch
+            self._scheduler.gradients_used()
+            return loss
         if self._mode == "sharded":
+            if found == "changed":
+                _grads.refuse_changes()
+            self._bring_home()
             self._step_sharded()
+        elif found == "changed":  # what the user has put there counts
+            self._finish_gradients()
+            self._original_step()
         else:
             self._replicated.capture()
             self._to_update = set(self._order)
@@ -479,7 +542,8 @@ class Engine:
         return len(now) == len(self._managed) and all(a is b for a, b in zip(now, self._managed, strict=True))
 
     def _has_step_hooks(self) -> bool:
-        return bool(self._optimizer._optimizer_step_pre_hooks or self._optimizer._optimizer_step_post_hooks)
+        own = self._optimizer._optimizer_step_pre_hooks or self._optimizer._optimizer_step_post_hooks
+        return bool(own or _everyones._global_optimizer_pre_hooks or _everyones._global_optimizer_post_hooks)
 
     def _defers(self) -> bool:
         return type(self._optimizer) in PER_PARAMETER and not self._has_step_hooks()
@@ -542,22 +606,29 @@ class Engine:
         self._scheduler.synchronize()
         for index in self._order:
             for param, grad in self._grads_of(index).items():
-                if param.grad is not None:
+                if isinstance(param.grad, PendingGrad):
                     param.grad = grad
 
     def _step_at_once(self, closure: Callable[[], Any] | None) -> Any:
         """For optimizers whose update of one parameter may depend on others, or that evaluate the closure again."""
 
+        def finish() -> None:
+            if self._scheduler.has_gradients():
+                self._check_untouched()
+                self._finish_gradients()
+                self._scheduler.gradients_used()
+            elif self._layout is None or _grads.look(self._expected, self._unused) == "changed":
+                _grads.refuse_unreduced(self._managed)
+
         def finished() -> Any:
             assert closure is not None
             loss = closure()
-            self._finish_gradients()
+            finish()
             return loss
 
         if closure is None:
-            self._finish_gradients()
+            finish()
         result = self._original_step(finished if closure is not None else None)
-        self._scheduler.gradients_used()
         self._count_step()
         return result
 
@@ -612,6 +683,15 @@ def _settler(engine: weakref.ref[Engine], bucket: int) -> Callable[[], None]:
             alive.settle([alive._group_of_bucket[bucket]])
 
     return settle
+
+
+def _synchronizer(engine: weakref.ref[Engine]) -> Callable[[], None]:
+    def synchronize() -> None:
+        alive = engine()
+        if alive is not None:
+            alive._scheduler.synchronize()
+
+    return synchronize
 
 
 def _finish_at_exit(engine: weakref.ref[Engine]) -> None:

@@ -1,4 +1,4 @@
-"""Rank 1 held back at a chosen place until rank 0 lets it go, so that what rank 0 does meanwhile is surely too early."""
+"""Rank 1 held back at a chosen place until rank 0 lets go: what rank 0 does meanwhile is surely too early."""
 
 import time
 from datetime import timedelta

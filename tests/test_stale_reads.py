@@ -143,6 +143,9 @@ def training_on(rank, world, update, name):
     want = parameters_of_plain_ddp(rank, name, steps, ddp=ddp)
     model, opt, engine = warm(rank, name, update, ddp)
     for step in range(WARM, steps):
+        if ddp and update == "replicated":  # in backward DDP itself waits for the peer
+            training.plain_step(model, opt, rank, step)
+            continue
         step_ahead(rank, model, opt, engine, step, f"{name} {step}")
         if rank == 0:
             release(f"{name} {step}")
@@ -319,7 +322,7 @@ def branch(rank, world, update):
         engine = engine_of(model, opt)
         for step in range(WARM + 4):
             model.module.taken = step > WARM
-            if engine:
+            if engine and update == "sharded" and step >= WARM:
                 tag = f"branch {step}"
                 step_ahead(rank, model, opt, engine, step, tag)
                 if rank == 0:
@@ -376,7 +379,12 @@ def own_groups_only(rank, world):
     times = {}
     if rank == 0:
         first, last = model.module.first, model.module.last
-        first.register_forward_hook(lambda *_: (times.update(first=time.monotonic()), release("own groups"))[:0])
+
+        def first_is_through(*_):
+            times["first"] = time.monotonic()
+            release("own groups")
+
+        first.register_forward_hook(first_is_through)
         last.register_forward_hook(lambda *_: times.update(last=time.monotonic()))
     training.plain_step(model, opt, rank, WARM + 1)
     if rank == 0:

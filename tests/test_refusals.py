@@ -1,0 +1,536 @@
+"""Bad input gets one clear sentence, and nothing has been changed: plain DDP, or the engine, trains on as before."""
+
+import contextlib
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import training
+from torch import nn, optim
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import dear
+
+SMALL = {"bucket_cap_mb": 0.002}
+both_modes = pytest.mark.parametrize("update", ["sharded", "replicated"])
+
+
+def final(model):
+    return {name: value.clone() for name, value in model.module.state_dict().items()}
+
+
+def same(have, want):
+    for name, value in want.items():
+        assert torch.equal(have[name], value), name
+
+
+@contextlib.contextmanager
+def refused(kind, match):
+    """The sentence is one: it says what is wrong and, after a colon, what to do."""
+    with pytest.raises(kind, match=match) as caught:
+        yield
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message, message
+
+
+# At attach
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 8, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(torch.complex64) @ self.weight).abs()
+
+
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(16, 8, sparse=True)
+
+    def forward(self, x):
+        return self.table((x.abs() * 5).long().clamp(max=15)).sum(1)
+
+
+def sgd(model):
+    return optim.SGD(model.parameters(), lr=0.05)
+
+
+def attach_with_hook(hook):
+    model = DDP(training.models.Mlp())
+    model.register_comm_hook(None, hook)
+    return model, sgd(model), {}, RuntimeError, "communication hook already"
+
+
+def attach_with_builtin_hook():
+    model = DDP(training.models.Mlp())
+    model._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)
+    return model, sgd(model), {}, RuntimeError, "communication hook already"
+
+
+def attach_with_python_reducer():
+    before = torch._dynamo.config.optimize_ddp
+    torch._dynamo.config.optimize_ddp = "python_reducer"
+    try:
+        model = DDP(training.models.Mlp())
+    finally:
+        torch._dynamo.config.optimize_ddp = before
+    return model, sgd(model), {}, ValueError, "python_reducer"
+
+
+def attach_with_mixed_precision():
+    from torch.nn.parallel.distributed import _MixedPrecision
+
+    model = DDP(training.models.Mlp(), mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
+    return model, sgd(model), {}, (ValueError, RuntimeError), "mixed_precision|communication hook already"
+
+
+def attach_with_strangers():
+    model = DDP(training.models.Mlp())
+    opt = optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(3))], lr=0.05)
+    return model, opt, {}, ValueError, "1 parameters that are not in the DDP module"
+
+
+def attach_with_two_devices():
+    model = DDP(training.models.Mlp())
+    model.module.odd = nn.Parameter(torch.zeros(3, device="meta"))
+    return model, optim.SGD(model.module.first.parameters(), lr=0.05), {}, ValueError, "cpu and meta"
+
+
+def attach_with_optimizer_in_backward():
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    net = training.models.Mlp()
+    _apply_optimizer_in_backward(optim.SGD, net.last.parameters(), {"lr": 0.05})
+    model = DDP(net)
+    return model, optim.SGD(net.first.parameters(), lr=0.05), {}, ValueError, "_apply_optimizer_in_backward"
+
+
+def attach_to(kind, match, **arguments):
+    model = DDP(training.models.Mlp())
+    return model, sgd(model), arguments, kind, match
+
+
+def sparse_model():
+    model = DDP(Sparse())
+    return model, sgd(model), {}, ValueError, "table makes sparse gradients"
+
+
+def sparse_optimizer():
+    model = DDP(Sparse())
+    return model, optim.SparseAdam(model.parameters()), {}, ValueError, "use Adam"
+
+
+def complex_model():
+    model = DDP(Complex())
+    return model, sgd(model), {}, ValueError, "weight is complex"
+
+
+def other_group():
+    # A group of one's own is made without the other rank.
+    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    model = DDP(training.models.Mlp())
+    return model, sgd(model), {"process_group": group}, ValueError, "the ranks of the DDP module's own group"
+
+
+def custom_optimizer():
+    class Mine(optim.SGD):
+        pass
+
+    model = DDP(training.models.Mlp())
+    return model, Mine(model.parameters(), lr=0.05), {"update": "sharded"}, ValueError, 'use update="replicated"'
+
+
+AT_ATTACH = {
+    "python hook": lambda: attach_with_hook(allreduce_hook),
+    "compressing hook": lambda: attach_with_hook(fp16_compress_hook),
+    "builtin hook": attach_with_builtin_hook,
+    "python reducer": attach_with_python_reducer,
+    "mixed precision": attach_with_mixed_precision,
+    "complex": complex_model,
+    "sparse embedding": sparse_model,
+    "SparseAdam": sparse_optimizer,
+    "strangers": attach_with_strangers,
+    "two devices": attach_with_two_devices,
+    "optimizer in backward": attach_with_optimizer_in_backward,
+    "another group": other_group,
+    "an optimizer that may not be elementwise": custom_optimizer,
+    "no size": lambda: attach_to(ValueError, "positive number of MiB", bucket_cap_mb=0),
+    "negative size": lambda: attach_to(ValueError, "positive number of MiB", bucket_cap_mb=-1),
+    "not a size": lambda: attach_to(ValueError, "positive number of MiB", bucket_cap_mb=float("nan")),
+    "a word for a size": lambda: attach_to(ValueError, "positive number of MiB", bucket_cap_mb="large"),
+    "update": lambda: attach_to(ValueError, 'update must be "auto"', update="shared"),
+    "algorithm": lambda: attach_to(ValueError, 'algorithm must be "ring"', algorithm="tree"),
+}
+
+
+def at_attach(rank, world):
+    for name, make in AT_ATTACH.items():
+        torch.manual_seed(0)
+        model, opt, arguments, kind, match = make()
+        before = {key: value.clone() for key, value in final(model).items() if value.device.type == "cpu"}
+        reducer, step = model.reducer, opt.step
+        with refused(kind, match):
+            dear.attach(model, opt, **arguments)
+        assert model.reducer is reducer and opt.step == step, f"{name}: something was changed"
+        same(final(model), before)
+        assert not model._forward_pre_hooks and not hasattr(model, "_dear_engine")
+        if name in ("python hook", "builtin hook", "sparse embedding", "strangers", "no size", "algorithm"):
+            losses = [training.plain_step(model, opt, rank, index) for index in range(3)]
+            assert losses == sorted(losses, reverse=True) or len(set(losses)) == 3, f"{name}: it no longer trains"
+
+
+def test_what_cannot_work_is_refused_at_attach(pool2):
+    pool2.run(at_attach)
+
+
+def wrong_things(rank, world):
+    net = training.models.Mlp()
+    model = DDP(net)
+    opt = sgd(model)
+    with refused(TypeError, "needs a DistributedDataParallel module, not Mlp"):
+        dear.attach(net, opt)
+    with refused(TypeError, "needs a torch.optim.Optimizer, not list"):
+        dear.attach(model, [opt])
+    with refused(ValueError, "nothing to communicate"):
+        frozen = DDP(training.models.Mlp())
+        frozen.requires_grad_(False)
+        dear.attach(frozen, sgd(frozen))
+    engine = dear.attach(model, opt, **SMALL)
+    other = DDP(training.models.Mlp())
+    for pair in ((model, opt), (model, sgd(model)), (other, opt)):
+        with refused(RuntimeError, "attached already"):
+            dear.attach(*pair)
+    with refused(ValueError, "positive number of MiB"):
+        engine.bucket_cap_mb = 0
+    training.plain_step(model, opt, rank, 0)
+    engine.detach()
+
+
+def test_wrong_objects_and_a_second_attach(pool2):
+    pool2.run(wrong_things)
+
+
+def disagreeing(rank, world):
+    for name, mine in [
+        ("bucket_cap_mb", {"bucket_cap_mb": 1 + rank}),
+        ("update", {"update": ["sharded", "replicated"][rank]}),
+        ("algorithm", {"algorithm": ["ring", "native"][rank]}),
+        ("overlap_forward", {"overlap_forward": rank == 1}),
+    ]:
+        model, opt = training.build("Mlp", training.SGD, {})
+        with refused(ValueError, f"Ranks 0 and 1 disagree on {name}"):
+            dear.attach(model, opt, **mine)
+        training.plain_step(model, opt, rank, 0)
+    model, _ = training.build("Mlp", training.SGD, {})
+    opt = [optim.Adam, optim.AdamW][rank](model.parameters())
+    with refused(ValueError, "disagree on optimizer"):
+        dear.attach(model, opt)
+
+
+def test_arguments_that_differ_by_rank_are_refused_on_every_rank(pool2):
+    pool2.run(disagreeing)
+
+
+# While training
+
+
+def warm(rank, update, steps=3, **attach):
+    model, opt = training.build("Mlp", training.SGD, {})
+    engine = dear.attach(model, opt, update=update, **{**SMALL, **attach})
+    for step in range(steps):
+        training.plain_step(model, opt, rank, step)
+    return model, opt, engine
+
+
+def trains_on_like_plain(rank, model, opt, steps):
+    """From step number ``steps`` on, as plain DDP that made as many steps."""
+    plain, plain_opt = training.build("Mlp", training.SGD, {})
+    for step in range(steps + 3):
+        want = training.plain_step(plain, plain_opt, rank, step)
+        if step >= steps:
+            assert training.plain_step(model, opt, rank, step) == want
+    same(final(model), final(plain))
+
+
+def wrong_order(rank, world, update, deferred):
+    model, opt, engine = warm(rank, update)
+    if not deferred:
+        handle = opt.register_step_pre_hook(lambda *_: None)  # makes the whole update one
+    before = final(model)
+    with model.no_sync():
+        training.loss_of(model, rank, 10).backward()
+    with refused(RuntimeError, "not reduced since the last step"):
+        opt.step()
+    same(final(model), before)
+    opt.zero_grad()
+    trains_on_like_plain(rank, model, opt, 3)
+
+    training.loss_of(model, rank, 6).backward()
+    with model.no_sync():
+        training.loss_of(model, rank, 7).backward()
+    with refused(RuntimeError, "must be the one outside"):
+        opt.step()
+    opt.zero_grad()
+    trains_on_like_plain(rank, model, opt, 6)
+    if not deferred:
+        handle.remove()
+    engine.detach()
+
+
+@both_modes
+@pytest.mark.parametrize("deferred", [True, False])
+def test_local_gradients_are_never_applied(pool2, update, deferred):
+    pool2.run(wrong_order, update, deferred)
+
+
+def twice(rank, world, update):
+    model, opt, engine = warm(rank, update)
+    training.loss_of(model, rank, 3).backward()
+    opt.step()
+    with refused(RuntimeError, "zero_grad\\(\\) after each step"):
+        opt.step()
+    opt.zero_grad()
+    trains_on_like_plain(rank, model, opt, 4)
+    # Without gradients a step does nothing, as in plain torch; also when they were thrown away after backward.
+    before = final(model)
+    opt.step()
+    training.loss_of(model, rank, 8).backward()
+    opt.zero_grad()
+    opt.step()
+    same(final(model), before)
+    trains_on_like_plain(rank, model, opt, 7)
+    engine.detach()
+
+
+@both_modes
+def test_gradients_are_used_once(pool2, update):
+    pool2.run(twice, update)
+
+
+def thrown_away(model, optimizer, rank, step):
+    """A step that is not taken; its gradients are set to zero in place."""
+    loss = training.loss_of(model, rank, step)
+    loss.backward()
+    if step % 3 != 1:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    return loss.item()
+
+
+def zeroed(rank, world, update):
+    for kind in (training.SGD, (optim.SGD, {"lr": 0.05, "foreach": False})):
+        training.compare(rank, world, "Mlp", kind, attach={**SMALL, "update": update}, step=thrown_away, steps=9)
+
+
+@both_modes
+def test_gradients_thrown_away_in_place(pool2, update):
+    pool2.run(zeroed, update)
+
+
+def replaced(rank, world):
+    def step(model, optimizer, rank, number):
+        """Scales one gradient and takes another away."""
+        loss = training.loss_of(model, rank, number)
+        loss.backward()
+        first, second = model.module.first, model.module.second
+        first.weight.grad = first.weight.grad * 0.5
+        second.bias.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    training.compare(rank, world, "Mlp", attach={**SMALL, "update": "replicated"}, step=step)
+    model, opt, engine = warm(rank, "sharded")
+    for number, change in enumerate((None, torch.zeros_like(model.module.first.weight)), 3):
+        training.loss_of(model, rank, number).backward()
+        model.module.first.weight.grad = change
+        with refused(RuntimeError, "set to None or to another tensor"):
+            opt.step()
+        opt.zero_grad()
+    trains_on_like_plain(rank, model, opt, 3)
+    engine.detach()
+
+
+def test_replaced_gradients_count_or_are_refused(pool2):
+    pool2.run(replaced)
+
+
+def read_gradients(rank, world):
+    model, opt, engine = warm(rank, "sharded")
+    training.loss_of(model, rank, 3).backward()
+    params = list(model.parameters())
+    grad = params[0].grad
+    for read in (
+        lambda: grad.norm(),
+        lambda: grad + 1,
+        lambda: grad.mul_(2),
+        lambda: grad.clone(),
+        lambda: grad.numpy(),
+        lambda: float(grad.flatten()[0]),
+        lambda: torch.isfinite(grad),
+        lambda: torch._foreach_norm([grad]),
+        lambda: nn.utils.clip_grad_norm_(params, 1.0),
+        lambda: nn.utils.clip_grad_value_(params, 1.0),
+    ):
+        with refused(RuntimeError, r"this worker's own.*engine.clip_grad_norm_\(\)"):
+            read()
+    assert "this worker's own gradient" in repr(grad)
+    assert grad.shape == params[0].shape and grad.dtype == torch.float32
+    opt.step()
+    opt.zero_grad()
+    trains_on_like_plain(rank, model, opt, 4)
+    engine.detach()
+
+
+def test_one_workers_own_gradient_is_not_taken_for_the_average(pool2):
+    pool2.run(read_gradients)
+
+
+def pending_gradients(rank, world):
+    """Replicated: .grad is the average, whoever reads it."""
+
+    def step(model, optimizer, rank, number):
+        loss = training.loss_of(model, rank, number)
+        loss.backward()
+        norm = sum(param.grad.norm() for param in model.parameters()).item()
+        model.module.last.weight.grad.mul_(0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    training.compare(rank, world, "Mlp", attach={**SMALL, "update": "replicated"}, step=step)
+
+
+def test_replicated_gradients_are_the_averages(pool2):
+    pool2.run(pending_gradients)
+
+
+def entrances(rank, world, update):
+    model, opt, engine = warm(rank, update)
+    for read, match in [
+        (lambda: copy.deepcopy(model), "copy model.module"),
+        (lambda: pickle.dumps(model.module), "save its state_dict"),
+        (lambda: model.join().__enter__(), r"model.join\(\) cannot be used"),
+        (lambda: Join([model]), r"model.join\(\) cannot be used"),
+    ]:
+        with refused(RuntimeError, match):
+            read()
+    duplicate = copy.deepcopy(model.module)
+    same({name: value for name, value in duplicate.state_dict().items()}, model.module.state_dict())
+    pickle.dumps(duplicate)
+    assert not duplicate._forward_pre_hooks and not duplicate.first._forward_pre_hooks
+    trains_on_like_plain(rank, model, opt, 3)
+
+    extra = nn.Parameter(torch.zeros(3))
+    opt.add_param_group({"params": [extra]})
+    training.loss_of(model, rank, 6).backward()
+    with refused(RuntimeError, "detach, change them, and attach again"):
+        opt.step()
+    opt.param_groups.pop()
+    opt.zero_grad()
+    trains_on_like_plain(rank, model, opt, 6)
+    engine.detach()
+    pickle.dumps(model.module)
+    assert copy.deepcopy(model) is not model
+
+
+@both_modes
+def test_copies_joins_and_new_parameters(pool2, update):
+    pool2.run(entrances, update)
+
+
+def converted(rank, world):
+    model, _, engine = warm(rank, "sharded")
+    model.half()
+    with refused(RuntimeError, "changed from torch.float32 on cpu to torch.float16"):
+        training.loss_of(model, rank, 3)
+    engine.__exit__(RuntimeError, None, None)
+
+
+def test_parameters_converted_under_the_engine(pool2):
+    pool2.run(converted)
+
+
+def sparse_by_function(rank, world):
+    class Lookup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(16, 8))
+            self.sparse = True  # a name that many modules use for something else
+
+        def forward(self, x):
+            return F.embedding((x.abs() * 5).long().clamp(max=15), self.table, sparse=True).sum(1)
+
+    model = DDP(Lookup())
+    opt = sgd(model)
+    engine = dear.attach(model, opt, **SMALL)
+    with pytest.raises(RuntimeError):
+        training.loss_of(model, rank, 0).backward()
+    engine.__exit__(RuntimeError, None, None)
+
+
+def test_sparse_gradients_that_show_only_in_backward_are_an_error(pool2):
+    pool2.run(sparse_by_function)
+
+
+# Gradients that are not finite
+
+
+def poisoned(model, optimizer, rank, step):
+    loss = training.loss_of(model, rank, step)
+    if step == 4 and rank == 1:
+        loss = loss * float("nan")
+    if step == 3 and rank == 1:
+        loss = loss + (model.module.last.bias * float("inf")).sum() * 0
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return 0.0
+
+
+def not_finite(rank, world, update):
+    """Passed on as DDP does it: to every rank alike."""
+    want = training.train(rank, "Mlp", step=poisoned)[1]
+    have = training.train(rank, "Mlp", step=poisoned, attach={**SMALL, "update": update})[1]
+    assert any(value.isnan().any() for value in want.values())
+    for name in want:
+        assert torch.equal(want[name].nan_to_num(7.0), have[name].nan_to_num(7.0)), name
+
+
+def clipping_not_finite(rank, world, update):
+    model, opt, engine = warm(rank, update)
+    loss = training.loss_of(model, rank, 3)
+    (loss * float("inf") if rank == 1 else loss).backward()
+    before = final(model)
+    with pytest.raises(RuntimeError, match=r"not finite|non-finite"):
+        engine.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    opt.zero_grad()
+    same(final(model), before)
+    trains_on_like_plain(rank, model, opt, 3)
+    for kind in (1.0, 2.0, float("inf")):
+        plain, _ = training.build("Mlp", training.SGD, {})
+        plain.module.load_state_dict(model.module.state_dict())
+        training.loss_of(plain, rank, 9).backward()
+        training.loss_of(model, rank, 9).backward()
+        want = nn.utils.clip_grad_norm_(plain.parameters(), 1e9, kind)
+        torch.testing.assert_close(engine.clip_grad_norm_(1e9, kind), want)
+        opt.zero_grad()
+    engine.detach()
+
+
+@both_modes
+def test_gradients_that_are_not_finite_reach_every_rank(pool2, update):
+    pool2.run(not_finite, update)
+
+
+@both_modes
+def test_clipping_gradients_that_are_not_finite(pool2, update):
+    pool2.run(clipping_not_finite, update)
