@@ -79,7 +79,12 @@ def gather(
 
     full: FullState = {}
     for index, facts in sorted(facts_of.items()):
-        full[layout.places[index].param] = {key: value for key, (how, value) in facts.items() if how == "same"}
+        # A copy for each: parameters of one segment must not share the tensor that counts their steps.
+        full[layout.places[index].param] = {
+            key: value.clone() if isinstance(value, torch.Tensor) else value
+            for key, (how, value) in facts.items()
+            if how == "same"
+        }
     for bucket, buffer in enumerate(layout.full):
         here = [(place, facts_of[position[place.param]]) for place in layout.in_bucket(bucket)
                 if position[place.param] in facts_of]  # fmt: skip

@@ -140,7 +140,7 @@ def resume_from_others(rank, world, update, path):
     plain_opt.load_state_dict(state["engine"]["optimizer"])
     model, opt, engine = fresh(update=update)
     model.module.load_state_dict(state["model"])
-    engine.load_state_dict(state["engine"])
+    engine.load_state_dict(torch.load(path)["engine"])  # torch's load_state_dict keeps the tensors it is given
     for number in range(4, 8):
         training.plain_step(plain, plain_opt, rank, number)
         training.plain_step(model, opt, rank, number)
@@ -234,7 +234,7 @@ def recapped(rank, world, update):
         training.plain_step(plain, plain_opt, rank, step)
         training.plain_step(model, opt, rank, step)
         groups.add(engine.stats()["fusion_groups"])
-    assert len(groups) > 2, "the fusion groups never changed"
+    assert len(groups) >= 2, "the fusion groups never changed"
     same(values(model), values(plain))
     training.loss_of(model, rank, 8).backward()
     with pytest.raises(RuntimeError, match="between steps only"):
