@@ -60,7 +60,7 @@ class ModelHooks:
             engine.before_forward()
 
         def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-            engine.after_forward()
+            engine.after_forward(failed=output is None)
 
         self._handles.append(self._model.register_forward_pre_hook(before, prepend=True))
         self._handles.append(self._model.register_forward_hook(after, always_call=True))

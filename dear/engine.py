@@ -431,14 +431,14 @@ class Engine:
             self.synchronize()
             self._watch = ForwardWatch(self._model.module, self._params)
 
-    def after_forward(self) -> None:
-        """Called after every forward of the DDP module, also after one that raised."""
+    def after_forward(self, failed: bool) -> None:
+        """Called after every forward of the DDP module, also after one that ``failed``."""
         if self._watch is not None:
             self._watch.close()
             if not self._watch.complete and self._layout is None:
                 self._watch = None  # it failed on the way: the next one shall tell
         # Groups that no module has asked for in this pass (a branch not taken): backward may write to their buckets.
-        if self._to_update or self._scheduler.gathering():
+        if not failed and (self._to_update or self._scheduler.gathering()):
             self.synchronize()
 
     def settle(self, groups: list[int]) -> None:

@@ -22,7 +22,7 @@ from workers import WorkerDied, run_workers
 
 import dear
 
-TIMEOUT = 4  # seconds of the process group
+TIMEOUT = 2  # seconds of the process group
 FATAL = 5  # the step in which it happens: DDP's buckets and our groups have long been settled
 
 
@@ -283,12 +283,12 @@ def left_with_an_error(rank, world):
     if rank == 1:
         assert caught.type is KeyError
     else:
-        assert re.search(r"Rank 1 .*fusion group \d", str(caught.value)), caught.value
-    return str(caught.value)
+        why = r"Rank 1 (left the engine's context with KeyError|.* of fusion group \d)"
+        assert re.search(why, str(caught.value)), caught.value
 
 
 def test_an_exception_leaves_the_context_without_waiting():
-    print(run_workers(left_with_an_error, 2, group_timeout=20))
+    run_workers(left_with_an_error, 2, group_timeout=20)
 
 
 def dropped(rank, world):
