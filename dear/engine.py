@@ -348,7 +348,7 @@ class Engine:
         self._apply_all_before_new_layout()
         former: _state.FullState = {}
         if sharded:
-            former = self._gathered_state() if self._layout is not None else dict(self._optimizer.state)
+            former = self._gathered_state() if self._layout is not None else self._plain_state()
         full = [bucket.buffer.new_empty(bucket.buffer.numel()) for bucket in buckets]
         begins = [shard_range(flat.numel(), self._world, self._rank) for flat in full]
         places = read_places(buckets, self._params)
@@ -638,10 +638,13 @@ class Engine:
 
     # --- optimizer state ---
 
-    def _gathered_state(self) -> _state.FullState:
+    def _gathered_state(self) -> Any:
         assert self._layout is not None
         full = _state.gather(self._sharded.state, self._sharded.segments, self._layout, self._gather_lane, self._group)
         return defaultdict(dict, full)
+
+    def _plain_state(self) -> Any:  # torch says that its keys are any tensors
+        return dict(self._optimizer.state)
 
     @contextlib.contextmanager
     def _full_state(self) -> Any:
@@ -657,7 +660,7 @@ class Engine:
     def state_was_loaded(self) -> None:
         """The optimizer has just loaded a full state: keep this rank's part of it."""
         if self._mode == "sharded" and self._layout is not None:
-            self._set_segments(dict(self._optimizer.state), not _ddp.tracks_unused(self._model))
+            self._set_segments(self._plain_state(), not _ddp.tracks_unused(self._model))
             self._regroup()
 
     def _state_bytes(self) -> int:
