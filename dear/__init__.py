@@ -5,8 +5,9 @@ The reduce-scatter runs under the backward pass, the all-gather under the next f
 
 import torch  # noqa: F401 - the native module links against it
 
+from dear.attaching import attach
 from dear.collectives import Work, all_gather, all_reduce, reduce_scatter, shard_range
-from dear.engine import Engine, attach
+from dear.engine import Engine
 from dear.launch import init_process_group
 
 __all__ = [

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 MIB = 1 << 20
+
+
+def check_cap(value: Any) -> None:
+    """Raises ValueError unless ``value`` is a size in MiB."""
+    if not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f'bucket_cap_mb must be "auto" or a positive number of MiB, not {value!r}.')
 
 
 def default_group_bytes(gradient_bytes: int) -> int:

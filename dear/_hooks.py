@@ -14,7 +14,7 @@ from dear import _C
 from dear._observe import plan_waits
 
 if TYPE_CHECKING:
-    from dear.engine import Engine
+    from dear._schedule import Schedule
 
 
 # Note [Guarded methods]
@@ -34,7 +34,7 @@ def _refusal(sentence: str) -> Any:
 class ModelHooks:
     """Everything the engine hangs on a model and an optimizer, so that it can all be taken off again."""
 
-    def __init__(self, model: DDP, scheduler: _C.Scheduler, engine: Engine) -> None:
+    def __init__(self, model: DDP, scheduler: _C.Scheduler, engine: Schedule) -> None:
         self._model, self._scheduler, self._engine = model, scheduler, engine
         self._handles: list[Any] = []
         self._waits: list[Any] = []

@@ -1,0 +1,90 @@
+"""``dear.attach``: checks that the schedule can work here, and puts it to work."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim import Optimizer
+
+from dear import _ddp
+from dear._fusion import MIB, check_cap, default_group_bytes
+from dear._update import choose_mode
+from dear.collectives import choose_algorithm
+from dear.engine import Engine
+
+
+def attach(
+    model: DDP,
+    optimizer: Optimizer,
+    *,
+    update: str = "auto",
+    bucket_cap_mb: float | Literal["auto"] = "auto",
+    overlap_forward: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+    algorithm: str | None = None,
+) -> Engine:
+    """Puts the DeAR schedule under a DDP module and its optimizer; the training loop stays as it is.
+
+    Every rank of the module's process group must call it alike. The optimizer's ``step`` and the module's parameters
+    are taken over until :meth:`Engine.detach`.
+
+    Args:
+        model: the DDP module as built, without a communication hook.
+        optimizer: any torch optimizer over its parameters.
+        update: ``"sharded"``: each rank updates its shard of the parameters between the halves, and the updated
+            parameters are gathered (optimizer state and work divided by the world size; for elementwise optimizers).
+            ``"replicated"``: averaged gradients are gathered and every rank updates everything, each layer when its
+            gradients have come. ``"auto"``: sharded where the optimizer is known to be elementwise.
+        bucket_cap_mb: size of a fusion group in MiB of gradients; ``"auto"`` takes a sixteenth of the model's, from 1
+            to 25. Smaller groups overlap better, larger ones cost fewer messages. Where DDP's own buckets are
+            larger, DDP is made to bucket finer.
+        overlap_forward: False waits for the all-gathers in ``step()``: a drop-in for code that reads parameters
+            right after it.
+        process_group: must have the ranks of the module's own group, which is the default.
+        algorithm: ``"ring"``, ``"native"`` or None to choose by backend; see :mod:`dear.collectives`.
+
+    Returns:
+        The :class:`Engine`, also a context manager that detaches at its end.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: something cannot work (see the README's list); one sentence says what
+            and what to do, and nothing has been changed.
+
+    Source: Zhang et al., "Decoupling the All-Reduce Primitive for Accelerating Distributed Deep Learning", 2023;
+    sharded update: Rajbhandari et al., "ZeRO", 2020, stage 1.
+    """
+    _ddp.check(model, optimizer, process_group)
+    mode = choose_mode(optimizer, update)
+    if bucket_cap_mb == "auto":
+        trained = sum(param.nbytes for param in model.module.parameters() if param.requires_grad)
+        bucket_cap_mb = default_group_bytes(trained) / MIB
+    check_cap(bucket_cap_mb)
+    group = process_group if process_group is not None else model.process_group
+    device = next(param.device for param in model.module.parameters() if param.requires_grad)
+    chosen = choose_algorithm(group, device, algorithm)
+    _agree(group, {"update": mode, "bucket_cap_mb": bucket_cap_mb, "algorithm": chosen,
+                   "optimizer": type(optimizer).__name__, "overlap_forward": overlap_forward})  # fmt: skip
+    return Engine(
+        model,
+        optimizer,
+        mode,
+        overlap_forward,
+        bucket_cap_mb=bucket_cap_mb,
+        group=group,
+        algorithm=chosen,
+        device=device,
+    )
+
+
+def _agree(group: dist.ProcessGroup, options: dict[str, Any]) -> None:
+    everyone: list[dict[str, Any]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(everyone, options, group=group)
+    for name in options:
+        for rank, other in enumerate(everyone):
+            if other[name] != everyone[0][name]:
+                raise ValueError(
+                    f"Ranks 0 and {rank} disagree on {name} ({everyone[0][name]!r} and {other[name]!r}): every rank "
+                    "must call dear.attach() with the same arguments."
+                )
