@@ -38,15 +38,21 @@ def step_ahead(rank, model, optimizer, engine, step, tag):
 
 def hold_updates(engine, groups, tag):
     """Sharded: this rank's next step is held at ``tag`` before it updates and gathers the first of ``groups``."""
-    run = engine._run_sharded
+    step, run = engine._step_sharded, engine._run_sharded
 
-    def held(indices, name):
+    def run_held(indices, name):
         if groups & set(indices):
             del engine._run_sharded
             hold(tag)
         run(indices, name)
 
-    engine._run_sharded = held
+    def step_held():
+        del engine._step_sharded
+        engine._scheduler.synchronize()  # or groups would be updated as they come, and not in the order of gathering
+        engine._run_sharded = run_held
+        step()
+
+    engine._step_sharded = step_held
 
 
 def parameters_of_plain_ddp(rank, model, steps, optimizer=training.SGD, ddp=None):
