@@ -51,7 +51,7 @@ def merge_states(states: list[dict[str, Any]], rank: int, world: int) -> tuple[d
     if old == world:
         mine = states[0] if len(states) == 1 else states[rank]
         feedback.load(mine)
-        return mine | {"same_ranks": True}, feedback
+        return mine, feedback
     for index in range(rank, old, world):
         feedback.absorb(states[index], old)
-    return states[0] | {"same_ranks": False}, feedback
+    return states[0], feedback

@@ -196,8 +196,11 @@ class HookDriver:
                 left -= 1
                 if left:
                     return
-            for bound in bounds:
-                bound.give(buffer)
+            try:
+                for bound in bounds:
+                    bound.give(buffer)
+            except BaseException as failure:  # nothing may keep the future from completing
+                self._errors.append(failure)
             future.set_result(buffer)
 
         for bound in bounds:

@@ -125,13 +125,6 @@ class Compressor:
         """Writes ``group.gradient`` [n] from the mean payload (``"sum"``), or from all ranks' rows [ranks, m]."""
         raise NotImplementedError(f"{type(self).__name__} must say what a payload means: define decode().")
 
-    def group_state(self, group: Group) -> dict[str, Tensor]:
-        """Tensors that go with a group, to be saved; handed to :meth:`load_group_state` when the same group is back."""
-        return {}
-
-    def load_group_state(self, group: Group, state: dict[str, Tensor]) -> None:
-        """Takes what :meth:`group_state` gave."""
-
     def named_state(self) -> dict[str, Any]:
         """State by parameter name that is equal on all ranks, to be saved."""
         return {}
@@ -195,9 +188,6 @@ class Compressor:
         self.feedback.world = ranks.size()
         if self.compresses(group):
             self.prepare(group)
-            for saved in self._loaded["layout"] if self._loaded else ():
-                if tuple(saved["names"]) == key and self._loaded and self._loaded["same_ranks"]:
-                    self.load_group_state(group, saved["state"])
         self.groups[key] = group
         return group
 
@@ -206,7 +196,7 @@ class Compressor:
 
         DDP begins with one bucket and rebuilds it at the second step; a resumed run begins with the groups it had.
         """
-        saved = [list(entry["names"]) for entry in self._loaded["layout"]] if self._loaded else []
+        saved = self._loaded["layout"] if self._loaded else []
         parts = [part for part in saved if set(part) <= set(names)]
         return parts if sorted(name for part in parts for name in part) == sorted(names) else [list(names)]
 
@@ -288,7 +278,7 @@ class Compressor:
         """
         ranks = self.ranks()
         if self.groups or self._loaded is None:
-            layout = [{"names": list(group.names), "state": self.group_state(group)} for group in self.groups.values()]
+            layout = [list(group.names) for group in self.groups.values()]
         else:
             layout = self._loaded["layout"]
         state = {
@@ -338,7 +328,7 @@ class Compressor:
                     f"The state loaded is of another model: {name} had {error.numel()} elements and now has {numel}; "
                     "load a state saved with this model."
                 )
-        known = {name for entry in self._loaded["layout"] for name in entry["names"]} if self._loaded else set()
+        known = {name for part in self._loaded["layout"] for name in part} if self._loaded else set()
         missing = [name for name in sizes if name not in known]
         if known and missing:
             return (

@@ -13,6 +13,12 @@ from compress import ops
 from compress.compressor import Compressor
 from compress.group import Group
 
+#: A sample is one run of this many elements out of every stretch of 16 such runs.
+RUN = 64
+STRETCH = 16 * RUN
+#: With fewer sampled elements above the threshold than this, the density would stray: those groups select exactly.
+ENOUGH = 1000
+
 
 @dataclass
 class _Selection:
@@ -23,24 +29,33 @@ class _Selection:
     ties: Tensor
     stats: Tensor  # selected before capacities, dropped as not finite
     workspace: Tensor
-    warm: bool = False  # the threshold is one of this group's
+    sampled: bool = False
 
     @classmethod
-    def make(cls, k: int, numel: int, device: torch.device) -> _Selection:
+    def make(cls, k: int, numel: int, device: torch.device, sampled: bool = False) -> _Selection:
         counters = torch.zeros(3, dtype=torch.int32, device=device)
         workspace = torch.zeros(ops.topk_workspace_numel(numel), dtype=torch.int32, device=device)
-        return cls(k, torch.zeros(1, device=device), counters[:1], counters[1:], workspace)
+        return cls(k, torch.zeros(1, device=device), counters[:1], counters[1:], workspace, sampled)
 
-    def run(self, grad: Tensor | None, error: Tensor, shard: int, payload: Tensor, exact: bool) -> None:
+    def run(self, grad: Tensor | None, error: Tensor, shard: int, payload: Tensor) -> None:
         self.stats.zero_()
-        if exact or not self.warm:
+        if not self.sampled:
             ops.topk_threshold(grad, error, self.k, self.threshold, self.ties, self.workspace)
-            ops.topk_select(grad, error, self.threshold, self.ties, shard, payload, self.stats, self.workspace)
-            self.warm = True
-            return
-        ops.topk_select(grad, error, self.threshold, None, shard, payload, self.stats, self.workspace)
-        # Too many: raise it; too few: lower it. In gradients' tails a count falls with about the fourth power.
-        self.threshold.mul_((self.stats[:1] / self.k).clamp(0.25, 4.0).pow(0.25))
+        ties = None if self.sampled else self.ties
+        ops.topk_select(grad, error, self.threshold, ties, shard, payload, self.stats, self.workspace)
+
+    def sample_threshold(self, grad: Tensor, error: Tensor, group: Group) -> None:
+        """The threshold of a sixteenth of the elements, another one each step."""
+        stretches = error.numel() // STRETCH
+        begin = group.step % (STRETCH // RUN) * RUN
+        samples = []
+        for name, tensor in (("gradient", grad), ("error", error)):
+            runs = tensor[: stretches * STRETCH].view(stretches, STRETCH)[:, begin : begin + RUN]
+            samples.append(group.buffer(f"sample of {name}", runs.shape, tensor.dtype).copy_(runs).view(-1))
+        k = round(self.k * samples[0].numel() / error.numel())
+        ops.topk_threshold(samples[0], samples[1], k, self.threshold, self.ties, self.workspace)
+        # Where most elements are zero, they are not to fill the slots.
+        self.threshold.clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 class TopK(Compressor):
@@ -55,9 +70,8 @@ class TopK(Compressor):
 
     Args:
         density: k / n, in (0, 1]; smaller compresses more. n is the number of elements in a bucket.
-        selection: ``"exact"`` finds the k-th largest each step; ``"threshold"`` does so every ``refresh`` steps, and
-            in between selects by the threshold in one pass, which follows the number selected.
-        refresh: how many steps a threshold serves.
+        selection: ``"exact"`` finds the k-th largest of all elements; ``"sampled"`` that of a sixteenth of them, which
+            costs little, and selects about k: within 10% of it. Small groups and owners select exactly.
         slack: capacity of the slots, in multiples of what they hold when the selected elements spread evenly.
         Others: see :class:`compress.Compressor`.
 
@@ -71,24 +85,21 @@ class TopK(Compressor):
         self,
         density: float = 0.01,
         *,
-        selection: Literal["exact", "threshold"] = "exact",
-        refresh: int = 32,
+        selection: Literal["exact", "sampled"] = "exact",
         slack: float = 1.25,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if not 0 < density <= 1:
             raise ValueError(f"density must be in (0, 1], the share of elements to send, not {density!r}.")
-        if selection not in ("exact", "threshold"):
-            raise ValueError(f'selection must be "exact" or "threshold", not {selection!r}.')
-        if refresh < 1:
-            raise ValueError(f"refresh must be 1 step or more, not {refresh!r}.")
+        if selection not in ("exact", "sampled"):
+            raise ValueError(f'selection must be "exact" or "sampled", not {selection!r}.')
         if not slack >= 1:
             raise ValueError(f"slack must be 1 or more, not {slack!r}.")
-        self.density, self.selection, self.refresh, self.slack = float(density), selection, int(refresh), float(slack)
+        self.density, self.selection, self.slack = float(density), selection, float(slack)
 
     def options(self) -> dict[str, Any]:
-        return {"density": self.density, "selection": self.selection, "refresh": self.refresh, "slack": self.slack}
+        return {"density": self.density, "selection": self.selection, "slack": self.slack}
 
     def ratio(self, group: Group) -> float:
         return group.numel / (group.world * ops.topk_slot_numel(self._capacity(group)))
@@ -97,9 +108,9 @@ class TopK(Compressor):
         super().prepare(group)
         begin, end = self.owned_range(group)
         k = self._k(group)
-        own = min(self._capacity(group), max(1, round(k * (end - begin) / group.numel)))
+        own = max(1, k // self._owners(group))
         group.plan = (
-            _Selection.make(k, group.numel, group.device),
+            _Selection.make(k, group.numel, group.device, self._samples(group)),
             _Selection.make(min(own, max(1, end - begin)), end - begin, group.device),
         )
 
@@ -107,7 +118,9 @@ class TopK(Compressor):
         payload = group.buffer("payload", (group.world, self._slot(group)), torch.int32)
         error = group.error if group.error is not None else group.buffer("corrected", (group.numel,)).zero_()
         selection: _Selection = group.plan[0]
-        selection.run(group.gradient, error, self.shard_numel(group), payload, self._exact(group))
+        if selection.sampled:
+            selection.sample_threshold(group.gradient, error, group)
+        selection.run(group.gradient, error, self.shard_numel(group), payload)
         group.dropped.copy_(selection.stats[1:])
         return payload
 
@@ -120,35 +133,27 @@ class TopK(Compressor):
             if total is None:
                 total = group.buffer("total", (end - begin,)).zero_()
             ops.topk_accumulate(lists, total, 1 / group.world)
-            group.plan[1].run(None, total, end - begin, merged, self._exact(group))
+            group.plan[1].run(None, total, end - begin, merged)
         return merged
 
     def decode(self, group: Group, payload: Tensor) -> None:
         slots = group.buffer("slots", payload.shape, torch.int32).copy_(payload)
         ops.topk_decode(slots, group.gradient, self.shard_numel(group))
 
-    def group_state(self, group: Group) -> dict[str, Tensor]:
-        if group.plan is None:
-            return {}
-        return {f"threshold {i}": one.threshold.clone() for i, one in enumerate(group.plan) if one.warm}
-
-    def load_group_state(self, group: Group, state: dict[str, Tensor]) -> None:
-        for i, one in enumerate(group.plan):
-            if f"threshold {i}" in state:
-                one.threshold.copy_(state[f"threshold {i}"])
-                one.warm = True
-
-    def _exact(self, group: Group) -> bool:
-        return self.selection == "exact" or (group.step - self.start_step) % self.refresh == 0
+    def _samples(self, group: Group) -> bool:
+        return self.selection == "sampled" and self._k(group) * RUN >= ENOUGH * STRETCH
 
     def _k(self, group: Group) -> int:
         return max(1, round(self.density * group.numel))
 
     def _capacity(self, group: Group) -> int:
         """Entries in one owner's slot."""
-        shard = self.shard_numel(group)
-        owners = -(-group.numel // shard)
-        return min(shard, group.numel, math.ceil(self.slack * self._k(group) / owners))
+        evenly = self._k(group) / self._owners(group)
+        return min(self.shard_numel(group), group.numel, math.ceil(self.slack * evenly))
+
+    def _owners(self, group: Group) -> int:
+        """Ranks whose shard is not empty."""
+        return -(-group.numel // self.shard_numel(group))
 
     def _slot(self, group: Group) -> int:
         return ops.topk_slot_numel(self._capacity(group))
