@@ -1,1 +1,12 @@
 """Gradient compressors for PyTorch's DistributedDataParallel, with and without the DeAR schedule."""
+
+from compress.acp_sgd import ACPSGD
+from compress.comm_hook import comm_hook, register
+from compress.compressor import Compressor
+from compress.dense import Dense
+from compress.group import Group
+from compress.power_sgd import PowerSGD
+from compress.sign_sgd import SignSGD
+from compress.top_k import TopK
+
+__all__ = ["ACPSGD", "Compressor", "Dense", "Group", "PowerSGD", "SignSGD", "TopK", "comm_hook", "register"]

@@ -1,0 +1,105 @@
+"""What a compressor works on: the gradients of one bucket, flat, with the buffers that serve them every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter's gradient: elements ``[start, start + rows * columns)`` of the group's flat gradient.
+
+    ``rows`` is the size of the outermost dimension in memory, so a convolution's [out, in, h, w] is a matrix of
+    [out, in * h * w] and a channels-last one the same with its columns in another order. A vector has one column.
+    """
+
+    name: str
+    start: int
+    rows: int
+    columns: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.numel
+
+
+def matrix_shape(grad: Tensor) -> tuple[int, int]:
+    """Rows and columns under which a dense gradient is compressed (see :class:`Member`)."""
+    sizes = [size for size, _ in sorted(zip(grad.shape, grad.stride(), strict=True), key=lambda d: -d[1]) if size > 1]
+    if len(sizes) < 2:
+        return grad.numel(), 1
+    return sizes[0], grad.numel() // sizes[0]
+
+
+@dataclass(eq=False)
+class Group:
+    """Consecutive gradients that are compressed and sent together.
+
+    ``gradient`` [n] is this rank's gradient before ``encode`` and the mean over the ranks after ``decode``. ``error``
+    [n] float32 is what was not sent yet, where the compressor keeps it flat; ``owner_error`` is the same for the
+    shard of the result that this rank owns, in units of the mean. ``buffers`` and ``feedback`` are filled when the
+    group is first seen, so that later steps allocate nothing.
+    """
+
+    members: list[Member]
+    dtype: torch.dtype
+    device: torch.device
+    rank: int
+    world: int
+    label: str
+    gradient: Tensor = field(init=False)
+    error: Tensor | None = None
+    owner_error: Tensor | None = None
+    step: int = 0
+    compressed: bool = False
+    feedback: list[Tensor] = field(default_factory=list)
+    before: list[Tensor] = field(default_factory=list)
+    buffers: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = field(default_factory=dict)
+    plan: Any = None  # the compressor's own
+    dropped: Tensor = field(init=False)
+    bad: Tensor | None = None
+    exact: Tensor | None = None
+    bytes_sent: int = 0
+
+    def __post_init__(self) -> None:
+        self.dropped = torch.zeros(1, dtype=torch.int32, device=self.device)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(member.name for member in self.members)
+
+    @property
+    def numel(self) -> int:
+        return self.members[-1].stop
+
+    def slice_of(self, member: Member) -> Tensor:
+        """The member's run of the flat gradient."""
+        return self.gradient[member.start : member.stop]
+
+    def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The buffer of that name, shape and type, made of zeros at the first call; the same at every later step."""
+        key = (name, tuple(shape), dtype)
+        if key not in self.buffers:
+            self.buffers[key] = torch.zeros(*shape, dtype=dtype, device=self.device)
+        return self.buffers[key]
+
+    def remember(self) -> None:
+        """Notes the error feedback as it stands, for :meth:`roll_back`."""
+        if not self.before:
+            self.before = [torch.empty_like(kept) for kept in self.feedback]
+        for before, kept in zip(self.before, self.feedback, strict=True):
+            before.copy_(kept)
+
+    def roll_back(self) -> None:
+        """Makes the error feedback what it was before this step."""
+        for before, kept in zip(self.before, self.feedback, strict=True):
+            kept.copy_(before)

@@ -1,0 +1,202 @@
+"""Every compressor, through DDP on two and four ranks, against what its paper says, computed beside it."""
+
+import compressing
+import pytest
+import torch
+from compressing import KINDS, SHAPES, attach, backward, gradients
+from torch import Tensor
+
+import compress
+from compress import reference
+
+STEPS = 6
+MATRICES = {"first": (300, 50), "second": (300, 50), "wide": (20, 900), "convolution": (32, 216)}
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    q, r = torch.linalg.qr(matrix)
+    return q * r.diagonal().sign()
+
+
+class Acp:
+    """ACP-SGD on one matrix in float64: the ranks' gradients in, the update out."""
+
+    def __init__(self, world: int, shape: tuple[int, int], q: Tensor) -> None:
+        self.errors = [torch.zeros(shape, dtype=torch.float64) for _ in range(world)]
+        self.p, self.q, self.steps = torch.zeros(0), q.double(), 0
+
+    def step(self, grads: list[Tensor]) -> Tensor:
+        self.steps += 1
+        ms = [grad.double() + error for grad, error in zip(grads, self.errors, strict=True)]
+        if self.steps % 2 == 1:
+            self.q = orthonormal(self.q)
+            own = [m @ self.q for m in ms]
+            self.errors = [m - p @ self.q.T for m, p in zip(ms, own, strict=True)]
+            self.p = torch.stack(own).mean(0)
+        else:
+            self.p = orthonormal(self.p)
+            own = [m.T @ self.p for m in ms]
+            self.errors = [m - self.p @ q.T for m, q in zip(ms, own, strict=True)]
+            self.q = torch.stack(own).mean(0)
+        return self.p @ self.q.T
+
+
+class Power(Acp):
+    """Power-SGD likewise."""
+
+    def step(self, grads: list[Tensor]) -> Tensor:
+        ms = [grad.double() + error for grad, error in zip(grads, self.errors, strict=True)]
+        p = orthonormal(torch.stack([m @ self.q for m in ms]).mean(0))
+        own = [m.T @ p for m in ms]
+        self.errors = [m - p @ q.T for m, q in zip(ms, own, strict=True)]
+        self.q = torch.stack(own).mean(0)
+        return p @ self.q.T
+
+
+def low_rank(rank: int, world: int, kind: str, error_feedback: bool) -> None:
+    torch.manual_seed(rank)  # must not matter
+    compressor = KINDS[kind](error_feedback=error_feedback, seed=5)
+    model = attach(compressor)
+    golden: dict[str, Acp] = {}
+    for name, shape in MATRICES.items():
+        q = torch.randn(shape[1], 3, generator=compressor.generator(name))
+        golden[name] = (Acp if kind == "acp" else Power)(world, shape, q)
+    for step in range(STEPS):
+        grads = [gradients(r, step) for r in range(world)]
+        have = backward(model, grads[rank])
+        for name, shape in SHAPES.items():
+            theirs = [grad[name] for grad in grads]
+            if name not in MATRICES:  # dense, in the same message
+                torch.testing.assert_close(have[name], torch.stack(theirs).mean(0))
+                continue
+            want = golden[name].step([grad.view(MATRICES[name]) for grad in theirs]).view(shape)
+            torch.testing.assert_close(have[name].double(), want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+            if not error_feedback:
+                golden[name].errors = [torch.zeros_like(error) for error in golden[name].errors]
+
+
+@pytest.mark.parametrize("error_feedback", [True, False])
+@pytest.mark.parametrize("kind", ["acp", "power"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_low_rank(pool2, pool4, world, kind, error_feedback):
+    (pool2 if world == 2 else pool4).run(low_rank, kind, error_feedback)
+
+
+ONE_BUCKET = {"matrix": (150, 200), "vector": (3000,)}
+
+
+def flat_kinds(rank: int, world: int, kind: str) -> None:
+    """Compressors whose result depends on how gradients lie in a bucket: one, that DDP does not rebuild."""
+    make = {
+        "topk": lambda: compress.TopK(density=0.02, slack=50, min_compression_ratio=0.1),
+        "sign": compress.SignSGD,
+        "majority": lambda: compress.SignSGD(vote="majority"),
+    }
+    compressor = make[kind]()
+    model = attach(compressor, net=compressing.Prescribed(ONE_BUCKET), bucket_cap_mb=100, find_unused_parameters=True)
+    n = sum(torch.Size(shape).numel() for shape in ONE_BUCKET.values())
+    errors, owner_error = [torch.zeros(n) for _ in range(world)], torch.zeros(n)
+    for step in range(STEPS):
+        have = backward(model, gradients(rank, step, ONE_BUCKET))
+        (group,) = compressor.groups.values()
+        order = list(group.names)
+        flat = []
+        for r in range(world):
+            grads = gradients(r, step, ONE_BUCKET)
+            flat.append(torch.cat([grads[name].flatten() for name in order]))
+        if kind == "topk":
+            shard = compressor.shard_numel(group)
+            want = reference.topk_step(flat, errors, owner_error, max(1, round(0.02 * n)), shard)
+        elif kind == "sign":
+            want = reference.sign_step(flat, errors, owner_error)
+        else:
+            ballots = [reference.sign_compress(grad, scaled=False) for grad in flat]
+            want = reference.sign_decode(reference.sign_vote(ballots, step % world))
+        result = torch.cat([have[name].flatten() for name in order])
+        if kind == "topk":
+            # Near ties may fall either way, so the sets are compared by size and the values where both selected.
+            both = (want != 0) & (result != 0)
+            assert both.sum() >= 0.98 * (want != 0).sum()
+            torch.testing.assert_close(result[both], want[both])
+        else:
+            assert ((result - want).abs() <= 1e-5 * want.abs()).double().mean() > 0.999
+        # What differs in a near tie would go on to differ: the golden model goes on from the errors as they are.
+        states = compressing.everyones(compressor.state_dict())
+        if kind != "majority":
+            for r, state in enumerate(states):
+                mine = torch.cat([state["errors"][name] for name in order])
+                assert ((mine - errors[r]).abs() < 1e-4).double().mean() > 0.999
+                errors[r].copy_(mine)
+                start = 0
+                for name in order:
+                    first, values = state["owned"].get(name, (0, torch.zeros(0)))
+                    owner_error[start + first : start + first + values.numel()] = values
+                    start += state["errors"][name].numel()
+
+
+@pytest.mark.parametrize("kind", ["topk", "sign", "majority"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_flat_kinds(pool2, pool4, world, kind):
+    (pool2 if world == 2 else pool4).run(flat_kinds, kind)
+
+
+def sixteen_bits(rank: int, world: int, dtype: torch.dtype) -> None:
+    compressor = compress.Dense(dtype)
+    model = attach(compressor)
+    for step in range(3):
+        grads = [gradients(r, step) for r in range(world)]
+        have = backward(model, grads[rank])
+        for name in SHAPES:
+            total = torch.stack([grad[name].to(dtype).float() for grad in grads]).sum(0) / world
+            assert torch.equal(have[name], total.to(dtype).float()), "rounded once by each rank and once by the owner"
+    stats = compressor.stats()
+    assert stats["bytes_sent"] < 0.51 * stats["dense_bytes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(pool4, dtype):
+    pool4.run(sixteen_bits, dtype)
+
+
+def other_types(rank: int, world: int) -> None:
+    """16-bit gradients are compressed, float64 ones travel dense, in the same model."""
+    for kind, make in KINDS.items():
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            compressor = make()
+            model = attach(compressor, net=compressing.Prescribed(dtype=dtype))
+            for step in range(3):
+                grads = [gradients(r, step) for r in range(world)]
+                have = backward(model, grads[rank])
+            same = compressing.everyones(have)
+            assert all(torch.equal(same[0][name], other[name]) for other in same for name in SHAPES), (kind, dtype)
+            if dtype == torch.float64:
+                for name in SHAPES:
+                    want = torch.stack([grad[name].to(dtype) for grad in grads]).mean(0)
+                    torch.testing.assert_close(have[name], want, rtol=1e-14, atol=1e-14)
+            else:
+                assert any(group.compressed for group in compressor.groups.values()), (kind, dtype)
+
+
+def test_other_types(pool2):
+    pool2.run(other_types)
+
+
+LARGE = {"first": (900, 800), "second": (500, 700), "vector": (50_000,)}
+
+
+def density(rank: int, world: int) -> list[float]:
+    """How many elements were selected, as a share of those that were to be."""
+    compressor = compress.TopK(density=0.02, selection="sampled")
+    model = attach(compressor, net=compressing.Prescribed(LARGE), bucket_cap_mb=100)
+    selected = []
+    for step in range(20):
+        backward(model, gradients(rank, step, LARGE))
+        (group,) = compressor.groups.values()
+        assert group.plan[0].sampled and not group.plan[1].sampled
+        selected.append(int(group.plan[0].stats[0]) / group.plan[0].k)
+    return selected
+
+
+def test_a_sampled_threshold_keeps_the_density(pool2):
+    for selected in pool2.run(density):
+        assert all(0.9 < share < 1.1 for share in selected), selected
