@@ -37,9 +37,9 @@ class Account:
 
 
 def conserved(rank: int, world: int, kind: str, named: bool, view: bool) -> None:
-    """Over the bucket rebuild, a late start, and with each rank seeded in its own way."""
+    """Over the bucket rebuild, with errors from before it or a late start, and each rank seeded in its own way."""
     torch.manual_seed(17 * rank)
-    compressor = KINDS[kind](start_step=1)
+    compressor = KINDS[kind](start_step=0 if world == 2 else 1)
     model = attach(compressor, named, gradient_as_bucket_view=view)
     account = Account()
     seen = set()
