@@ -33,9 +33,13 @@ def warm(rank, name, update, ddp=None, optimizer=training.SGD):
 
 
 def raw(model):
-    """Every parameter and buffer as it stands in memory, without any waiting."""
+    """Every parameter and buffer as it stands in memory; parameters() itself would wait."""
     inner = model.module if isinstance(model, DDP) else model
-    return {name: value.detach().clone() for name, value in (*inner.named_parameters(), *inner.named_buffers())}
+    found = {}
+    for prefix, module in inner.named_modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            found[f"{prefix}.{name}".lstrip(".")] = value.detach().clone()
+    return found
 
 
 def without_prefix(state):

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "collectives/accumulate.h"
@@ -96,6 +97,12 @@ void RingLane::run() {
     std::lock_guard<std::mutex> lock(mutex_);
     return aborted_ ? abort_reason_ : std::string();
   };
+  // A lane that has failed will never send again: its neighbours shall see that now, not when they time out.
+  const auto hang_up = [this] {
+    if (!links_) return;
+    ::shutdown(links_->to_next(), SHUT_RDWR);
+    ::shutdown(links_->from_prev(), SHUT_RDWR);
+  };
   while (true) {
     std::shared_ptr<Exchange> exchange;
     {
@@ -104,6 +111,7 @@ void RingLane::run() {
       if (aborted_) {
         const std::exception_ptr error = error_;
         lock.unlock();
+        hang_up();
         fail_all(error, nullptr);
         return;
       }
@@ -127,6 +135,7 @@ void RingLane::run() {
       ++sequence_;
       exchange->finish();
     } catch (...) {
+      hang_up();
       fail_all(std::current_exception(), exchange);
       return;
     }
