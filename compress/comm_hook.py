@@ -281,9 +281,9 @@ class HookDriver:
 
     def _keep_unused(self, active: list[Group]) -> None:
         """DDP drops the result for parameters that no rank has used: it goes back to the error feedback."""
-        used = _ddp.used_parameters(self._model) if self._model is not None else None
-        if used is None:
+        if self._model is None or not _ddp.tracks_unused(self._model):
             return
+        used = _ddp.used_parameters(self._model, _ddp.reducer_parameters(self._model)) or set()
         kept = {self._names[id(param)] for param in used if id(param) in self._names}
         for group in active:
             for member in group.members:
