@@ -198,8 +198,9 @@ def test_nothing_is_left_when_the_owner_is_killed(number: signal.Signals) -> Non
     )
     assert owner.stdout is not None and owner.stderr is not None
     assert owner.stdout.readline() + owner.stdout.readline() == b"up\nup\n"
-    workers = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _is_worker_of(owner.pid, pid)]
-    assert len(workers) >= 4  # two shells and what they started
+    # Two shells and what they started. A process that is just being executed shows no environment.
+    assert until(lambda: len(_workers_of(owner.pid)) >= 4)
+    workers = _workers_of(owner.pid)
     assert until(lambda: len(namespaces([owner.pid])) == 3)  # it may be opening or closing files as we look
     held = namespaces([owner.pid])
     owner.send_signal(number)
@@ -208,6 +209,10 @@ def test_nothing_is_left_when_the_owner_is_killed(number: signal.Signals) -> Non
     owner.stderr.close()
     assert until(lambda: not any(map(alive, workers)))
     assert freed(held)
+
+
+def _workers_of(owner: int) -> list[int]:
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _is_worker_of(owner, pid)]
 
 
 def _is_worker_of(owner: int, pid: int) -> bool:
