@@ -196,19 +196,22 @@ def test_nothing_is_left_when_the_owner_is_killed(number: signal.Signals) -> Non
         # A shell that started this suite in the background has had it ignore SIGINT, which children inherit.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert owner.stdout is not None and owner.stderr is not None
-    assert owner.stdout.readline() + owner.stdout.readline() == b"up\nup\n"
-    # Two shells and what they started. A process that is just being executed shows no environment.
-    assert until(lambda: len(_workers_of(owner.pid)) >= 4)
-    workers = _workers_of(owner.pid)
-    assert until(lambda: len(namespaces([owner.pid])) == 3)  # it may be opening or closing files as we look
-    held = namespaces([owner.pid])
-    owner.send_signal(number)
-    owner.wait(30)
-    owner.stdout.close()
-    owner.stderr.close()
-    assert until(lambda: not any(map(alive, workers)))
-    assert freed(held)
+    try:
+        assert owner.stdout is not None and owner.stderr is not None
+        assert owner.stdout.readline() + owner.stdout.readline() == b"up\nup\n"
+        # Two shells and what they started. A process that is just being executed shows no environment.
+        assert until(lambda: len(_workers_of(owner.pid)) >= 4)
+        workers = _workers_of(owner.pid)
+        assert until(lambda: len(namespaces([owner.pid])) == 3)  # it may be opening or closing files as we look
+        held = namespaces([owner.pid])
+        owner.send_signal(number)
+        owner.wait(30)
+        owner.stdout.close()
+        owner.stderr.close()
+        assert until(lambda: not any(map(alive, workers)))
+        assert freed(held)
+    finally:
+        owner.kill()
 
 
 def _workers_of(owner: int) -> list[int]:
