@@ -160,6 +160,40 @@ def orthogonalize(matrices: Tensor, workspace: Tensor) -> None:
     _ops.orthogonalize(matrices, workspace)
 
 
+def low_rank_project(
+    grad: Tensor | None,
+    error: Tensor,
+    fixed: Tensor,
+    factor: Tensor,
+    starts: Tensor | None = None,
+    transposed: bool = False,
+    residual: bool = True,
+    dropped: Tensor | None = None,
+) -> None:
+    """``error += grad``, then the other factor of all matrices, and what the two do not say, in one sweep.
+
+    ``error`` [batch, n, m] float32; matrix b of ``grad`` (flat, any gradient type) begins at element ``starts[b]``
+    (int64 [batch], on the same device). With C = error + grad, ``fixed`` and ``factor`` float32 of rank r:
+
+        not transposed:  factor [batch, n, r] = C fixed,     fixed [batch, m, r]
+        transposed:      factor [batch, m, r] = C^T fixed,   fixed [batch, n, r]
+
+    ``residual``: ``error`` becomes C - P Q^T of the two factors, else C. Where C - P Q^T is not finite, because the
+    factor overflowed, the error is C. ``dropped`` counts these elements, and those of the gradient that were dropped.
+    ``grad`` and ``starts`` None: nothing is added. 1 <= r <= 256.
+    """
+    _ops.low_rank_project(grad, error, fixed, factor, starts, transposed, residual, dropped)
+
+
+def low_rank_decode(p: Tensor, q: Tensor, out: Tensor, starts: Tensor) -> None:
+    """The elements of ``out`` (flat, a gradient type) from ``starts[b]`` on become ``p[b]`` @ ``q[b]``^T, for all b.
+
+    ``p`` [batch, n, r], ``q`` [batch, m, r] float32, ``starts`` int64 [batch]; the rest of ``out`` is left alone. Same
+    factors, same bits, on every CPU.
+    """
+    _ops.low_rank_decode(p, q, out, starts)
+
+
 def low_rank_residual(error: Tensor, p: Tensor, q: Tensor) -> None:
     """``error`` [batch, n, m] -= ``p`` [batch, n, r] @ ``q`` [batch, m, r]^T, in place, float32."""
     error.baddbmm_(p, q.mT, alpha=-1)

@@ -238,6 +238,39 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return q.float()
 
 
+def low_rank_project(
+    grad: Tensor | None, error: Tensor, fixed: Tensor, starts: list[int], transposed: bool
+) -> tuple[Tensor, Tensor, int]:
+    """The other factor of C = error + grad [B, n, m], C itself, and how many elements of the gradient were dropped.
+
+    ``grad`` is flat, matrix b begins at ``starts[b]``. The factor is C ``fixed`` [B, n, r] or, transposed, C^T
+    ``fixed`` [B, m, r], summed in float64.
+    """
+    corrected, dropped = error.clone(), 0
+    if grad is not None:
+        for matrix, start in zip(corrected, starts, strict=True):
+            total, bad = correct(grad[start : start + matrix.numel()], matrix.flatten())
+            matrix.copy_(total.view_as(matrix))
+            dropped += bad
+    c = corrected.double()
+    return ((c.mT if transposed else c) @ fixed.double()).float(), corrected, dropped
+
+
+def low_rank_residual(corrected: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, int]:
+    """C - P Q^T [B, n, m], summed in float64, or C where that is not finite; and how many elements are not."""
+    rest = (corrected.double() - p.double() @ q.double().mT).float()
+    finite = torch.isfinite(rest)
+    return torch.where(finite, rest, corrected), int((~finite).sum())
+
+
+def low_rank_decode(p: Tensor, q: Tensor, out: Tensor, starts: list[int]) -> Tensor:
+    """``out`` [n], with P Q^T of matrix b, rounded once from float64 and once to the type, from ``starts[b]`` on."""
+    result = out.clone()
+    for matrix, start in zip((p.double() @ q.double().mT).float(), starts, strict=True):
+        result[start : start + matrix.numel()] = matrix.flatten().to(out.dtype)
+    return result
+
+
 def power_step(grads: list[Tensor], errors: list[Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
     """One step of Power-SGD: the mean gradient's low-rank approximation [n, m], and Q [m, r] for the next step.
 

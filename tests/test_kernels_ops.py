@@ -31,6 +31,15 @@ def arguments(name: str, device: str) -> tuple[object, ...]:
         "topk_select": (grad, error, one, None, 4096, slots, stats, scratch),
         "topk_accumulate": (slots, error, 0.5),
         "topk_decode": (slots, grad, 4096, 1.0),
+        "low_rank_project": (
+            *(torch.randn(300, device=device), torch.randn(2, 10, 12, device=device)),
+            *(torch.randn(2, 12, 3, device=device), torch.randn(2, 10, 3, device=device)),
+            *(torch.tensor([0, 150], device=device), False, True, ties),
+        ),
+        "low_rank_decode": (
+            *(torch.randn(2, 10, 3, device=device), torch.randn(2, 12, 3, device=device)),
+            *(torch.randn(300, device=device), torch.tensor([0, 150], device=device)),
+        ),
         "orthogonalize": (
             torch.randn(2, 20, 3, device=device),
             torch.zeros(ops.orthogonalize_workspace_numel(2, 20, 3), dtype=torch.float64, device=device),
@@ -40,7 +49,8 @@ def arguments(name: str, device: str) -> tuple[object, ...]:
 
 NAMES = [
     *("error_correct", "sign_encode", "sign_vote", "sign_average", "sign_decode"),
-    *("topk_threshold", "topk_select", "topk_accumulate", "topk_decode", "orthogonalize"),
+    *("topk_threshold", "topk_select", "topk_accumulate", "topk_decode"),
+    *("low_rank_project", "low_rank_decode", "orthogonalize"),
 ]
 
 

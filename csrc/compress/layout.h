@@ -43,6 +43,17 @@ constexpr int64_t kMaxRank = 256;
 // Gram matrices are stored with their rows padded to whole vectors of four.
 DEAR_HOST_DEVICE constexpr int64_t padded_rank(int64_t columns) { return (columns + 3) / 4 * 4; }
 
+// Matrices of one shape [rows, columns], row-major, and of the rank of their factors P [rows, rank] and
+// Q [columns, rank].
+struct MatrixBatch {
+  int64_t count;
+  int64_t rows;
+  int64_t columns;
+  int64_t rank;
+
+  DEAR_HOST_DEVICE int64_t numel() const { return rows * columns; }
+};
+
 DEAR_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DEAR_HOST_DEVICE constexpr int64_t block_count(int64_t numel) { return ceil_div(numel, kBlock); }
 

@@ -43,6 +43,10 @@ TORCH_LIBRARY(dear, m) {
   m.def("topk_accumulate(Tensor payloads, Tensor(a!) dense, float alpha) -> ()");
   m.def("topk_decode(Tensor payloads, Tensor(a!) out, int shard_numel, float alpha) -> ()");
 
+  m.def(
+      "low_rank_project(Tensor? grad, Tensor(a!) error, Tensor fixed, Tensor(b!) factor, Tensor? starts, "
+      "bool transposed, bool residual, Tensor(c!)? dropped) -> ()");
+  m.def("low_rank_decode(Tensor p, Tensor q, Tensor(a!) out, Tensor starts) -> ()");
   m.def("orthogonalize(Tensor(a!) matrices, Tensor(b!) workspace) -> ()");
 
   m.def("kernel_threads() -> int", &kernel_threads);
@@ -79,6 +83,11 @@ void check_decode(const Tensor& payloads, const Tensor& out, int64_t shard_numel
   check_topk_decode(payloads, out, shard_numel);
 }
 
+void check_project(const Optional& grad, const Tensor& error, const Tensor& fixed, const Tensor& factor,
+                   const Optional& starts, bool transposed, bool, const Optional& dropped) {
+  check_low_rank_project(grad, error, fixed, factor, starts, transposed, dropped);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dear, Meta, m) {
@@ -94,6 +103,10 @@ TORCH_LIBRARY_IMPL(dear, Meta, m) {
                              const Optional&, int64_t, const Tensor&, const Tensor&, const Tensor&>);
   m.impl("topk_accumulate", meta<check_accumulate, const Tensor&, const Tensor&, double>);
   m.impl("topk_decode", meta<check_decode, const Tensor&, const Tensor&, int64_t, double>);
+  m.impl("low_rank_project", meta<check_project, const Optional&, const Tensor&, const Tensor&, const Tensor&,
+                                  const Optional&, bool, bool, const Optional&>);
+  m.impl("low_rank_decode",
+         meta<check_low_rank_decode, const Tensor&, const Tensor&, const Tensor&, const Tensor&>);
   m.impl("orthogonalize", meta<check_orthogonalize, const Tensor&, const Tensor&>);
 }
 
@@ -156,6 +169,19 @@ void topk_accumulate(const at::Tensor& payloads, const at::Tensor& dense, double
 void topk_decode(const at::Tensor& payloads, const at::Tensor& out, int64_t shard_numel, double alpha) {
   static const auto op = find("dear::topk_decode", &topk_decode);
   op.call(payloads, out, shard_numel, alpha);
+}
+
+void low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& fixed,
+                      const at::Tensor& factor, const OptionalTensor& starts, bool transposed, bool residual,
+                      const OptionalTensor& dropped) {
+  static const auto op = find("dear::low_rank_project", &low_rank_project);
+  op.call(grad, error, fixed, factor, starts, transposed, residual, dropped);
+}
+
+void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
+                     const at::Tensor& starts) {
+  static const auto op = find("dear::low_rank_decode", &low_rank_decode);
+  op.call(p, q, out, starts);
 }
 
 void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {

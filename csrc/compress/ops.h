@@ -27,6 +27,11 @@ void topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::
 void topk_accumulate(const at::Tensor& payloads, const at::Tensor& dense, double alpha);
 void topk_decode(const at::Tensor& payloads, const at::Tensor& out, int64_t shard_numel, double alpha);
 
+void low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& fixed,
+                      const at::Tensor& factor, const OptionalTensor& starts, bool transposed, bool residual,
+                      const OptionalTensor& dropped);
+void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
+                     const at::Tensor& starts);
 void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace);
 
 // Elements of workspace the operators above need: int32 for top-k, float64 for orthogonalize.

@@ -31,6 +31,12 @@ void check_topk_select(const OptionalTensor& grad, const at::Tensor& error, cons
 void check_topk_accumulate(const at::Tensor& payloads, const at::Tensor& dense);
 void check_topk_decode(const at::Tensor& payloads, const at::Tensor& out, int64_t shard_numel);
 
+void check_low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& fixed,
+                            const at::Tensor& factor, const OptionalTensor& starts, bool transposed,
+                            const OptionalTensor& dropped);
+void check_low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
+                           const at::Tensor& starts);
+
 void check_orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace);
 
 }  // namespace dear::compress
