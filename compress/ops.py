@@ -105,6 +105,18 @@ def topk_threshold(
     _ops.topk_threshold(grad, error, k, threshold, ties, workspace)
 
 
+def topk_refresh(
+    grad: Tensor | None, error: Tensor, k: int, threshold: Tensor, ties: Tensor, workspace: Tensor, tolerance: float
+) -> None:
+    """Keeps the ``threshold`` that stands if it selects k elements of ``grad + error`` to within ``tolerance`` * k.
+
+    Otherwise ``threshold`` and ``ties`` become those of :func:`topk_threshold`. Nothing waits for the device. Given a
+    sample of a group and its share of k, a threshold serves for as many steps as the sample's density agrees with it.
+    0 <= tolerance < 1; start with a threshold of 0.
+    """
+    _ops.topk_refresh(grad, error, k, threshold, ties, workspace, tolerance)
+
+
 def topk_select(
     grad: Tensor | None,
     error: Tensor,
@@ -138,6 +150,23 @@ def topk_accumulate(payloads: Tensor, dense: Tensor, alpha: float) -> None:
 def topk_decode(payloads: Tensor, out: Tensor, shard: int, alpha: float = 1.0) -> None:
     """``out`` [n] of a gradient type: zero, and ``alpha`` * value at the entries of the owners' slots."""
     _ops.topk_decode(payloads, out, shard, alpha)
+
+
+# --- Runs of a group ------------------------------------------------------------------------------------------------
+
+
+def gather_segments(source: Tensor, table: Tensor, message: Tensor, dropped: Tensor | None = None) -> None:
+    """``message[position : position + numel] = source[start : start + numel]`` for each row of ``table``.
+
+    ``table`` int64 [segments, 3] of start, numel and position, on the tensors' device; ``source`` flat of a gradient
+    type, ``message`` flat float32. Elements that are not finite are copied as they are, and counted in ``dropped``.
+    """
+    _ops.gather_segments(source, table, message, dropped)
+
+
+def scatter_segments(message: Tensor, table: Tensor, out: Tensor) -> None:
+    """The way back: ``out[start : start + numel] = message[position : position + numel]``, rounded to out's type."""
+    _ops.scatter_segments(message, table, out)
 
 
 # --- Low rank ---------------------------------------------------------------------------------------------------------

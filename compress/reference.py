@@ -146,6 +146,12 @@ def topk_threshold(corrected: Tensor, k: int) -> tuple[float, int]:
     return threshold, k - int((magnitudes > threshold).sum())
 
 
+def topk_refresh(corrected: Tensor, k: int, threshold: float, ties: int, tolerance: float) -> tuple[float, int]:
+    """The threshold and ties that stand, if they select k to within ``tolerance`` * k, else :func:`topk_threshold`."""
+    selected = int((corrected.abs() >= threshold).sum())
+    return (threshold, ties) if abs(selected - k) <= int(tolerance * k) else topk_threshold(corrected, k)
+
+
 def topk_select(
     corrected: Tensor, threshold: float, ties: int | None, shard: int, owners: int, capacity: int
 ) -> tuple[list[Sparse], Tensor, int]:
@@ -208,6 +214,27 @@ def topk_step(grads: list[Tensor], errors: list[Tensor], server_error: Tensor, k
         kept.copy_(new_error)
         results += slots
     return topk_decode(results, n, shard)
+
+
+# --- Runs of a group ------------------------------------------------------------------------------------------------
+
+
+def gather_segments(source: Tensor, table: list[tuple[int, int, int]], message: Tensor) -> tuple[Tensor, int]:
+    """``message`` with the runs (start, numel, position) of ``source`` in place; how many elements are not finite."""
+    result, bad = message.clone(), 0
+    for start, numel, position in table:
+        run = source[start : start + numel].float()
+        result[position : position + numel] = run
+        bad += int((~run.isfinite()).sum())
+    return result, bad
+
+
+def scatter_segments(message: Tensor, table: list[tuple[int, int, int]], out: Tensor) -> Tensor:
+    """``out`` with the runs taken from ``message``, rounded to its type."""
+    result = out.clone()
+    for start, numel, position in table:
+        result[start : start + numel] = message[position : position + numel].to(out.dtype)
+    return result
 
 
 # --- Low rank ---------------------------------------------------------------------------------------------------------

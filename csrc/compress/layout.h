@@ -54,6 +54,18 @@ struct MatrixBatch {
   DEAR_HOST_DEVICE int64_t numel() const { return rows * columns; }
 };
 
+// A run of a flat gradient and its place in a message: one row of an int64 table [segments, 3].
+struct Segment {
+  int64_t start;
+  int64_t numel;
+  int64_t position;
+
+  DEAR_HOST_DEVICE bool within(int64_t grad_numel, int64_t message_numel) const {
+    return start >= 0 && numel >= 0 && position >= 0 && start <= grad_numel - numel &&
+           position <= message_numel - numel;
+  }
+};
+
 DEAR_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DEAR_HOST_DEVICE constexpr int64_t block_count(int64_t numel) { return ceil_div(numel, kBlock); }
 

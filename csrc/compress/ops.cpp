@@ -38,6 +38,9 @@ TORCH_LIBRARY(dear, m) {
       "topk_threshold(Tensor? grad, Tensor error, int k, Tensor(a!) threshold, Tensor(b!) ties, "
       "Tensor(c!) workspace) -> ()");
   m.def(
+      "topk_refresh(Tensor? grad, Tensor error, int k, Tensor(a!) threshold, Tensor(b!) ties, "
+      "Tensor(c!) workspace, float tolerance) -> ()");
+  m.def(
       "topk_select(Tensor? grad, Tensor(a!) error, Tensor threshold, Tensor? ties, int shard_numel, "
       "Tensor(b!) payload, Tensor(c!) stats, Tensor(d!) workspace) -> ()");
   m.def("topk_accumulate(Tensor payloads, Tensor(a!) dense, float alpha) -> ()");
@@ -47,6 +50,8 @@ TORCH_LIBRARY(dear, m) {
       "low_rank_project(Tensor? grad, Tensor(a!) error, Tensor fixed, Tensor(b!) factor, Tensor? starts, "
       "bool transposed, bool residual, Tensor(c!)? dropped) -> ()");
   m.def("low_rank_decode(Tensor p, Tensor q, Tensor(a!) out, Tensor starts) -> ()");
+  m.def("gather_segments(Tensor source, Tensor table, Tensor(a!) message, Tensor(b!)? dropped) -> ()");
+  m.def("scatter_segments(Tensor message, Tensor table, Tensor(a!) out) -> ()");
   m.def("orthogonalize(Tensor(a!) matrices, Tensor(b!) workspace) -> ()");
 
   m.def("kernel_threads() -> int", &kernel_threads);
@@ -99,6 +104,8 @@ TORCH_LIBRARY_IMPL(dear, Meta, m) {
   m.impl("sign_decode", meta<check_sign_decode, const Tensor&, const Tensor&>);
   m.impl("topk_threshold", meta<check_topk_threshold, const Optional&, const Tensor&, int64_t, const Tensor&,
                                 const Tensor&, const Tensor&>);
+  m.impl("topk_refresh", meta<check_topk_refresh, const Optional&, const Tensor&, int64_t, const Tensor&,
+                              const Tensor&, const Tensor&, double>);
   m.impl("topk_select", meta<check_topk_select, const Optional&, const Tensor&, const Tensor&,
                              const Optional&, int64_t, const Tensor&, const Tensor&, const Tensor&>);
   m.impl("topk_accumulate", meta<check_accumulate, const Tensor&, const Tensor&, double>);
@@ -107,6 +114,9 @@ TORCH_LIBRARY_IMPL(dear, Meta, m) {
                                   const Optional&, bool, bool, const Optional&>);
   m.impl("low_rank_decode",
          meta<check_low_rank_decode, const Tensor&, const Tensor&, const Tensor&, const Tensor&>);
+  m.impl("gather_segments",
+         meta<check_gather_segments, const Tensor&, const Tensor&, const Tensor&, const Optional&>);
+  m.impl("scatter_segments", meta<check_scatter_segments, const Tensor&, const Tensor&, const Tensor&>);
   m.impl("orthogonalize", meta<check_orthogonalize, const Tensor&, const Tensor&>);
 }
 
@@ -154,6 +164,12 @@ void topk_threshold(const OptionalTensor& grad, const at::Tensor& error, int64_t
   op.call(grad, error, k, threshold, ties, workspace);
 }
 
+void topk_refresh(const OptionalTensor& grad, const at::Tensor& error, int64_t k, const at::Tensor& threshold,
+                  const at::Tensor& ties, const at::Tensor& workspace, double tolerance) {
+  static const auto op = find("dear::topk_refresh", &topk_refresh);
+  op.call(grad, error, k, threshold, ties, workspace, tolerance);
+}
+
 void topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
                  const OptionalTensor& ties, int64_t shard_numel, const at::Tensor& payload,
                  const at::Tensor& stats, const at::Tensor& workspace) {
@@ -182,6 +198,17 @@ void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor&
                      const at::Tensor& starts) {
   static const auto op = find("dear::low_rank_decode", &low_rank_decode);
   op.call(p, q, out, starts);
+}
+
+void gather_segments(const at::Tensor& source, const at::Tensor& table, const at::Tensor& message,
+                     const OptionalTensor& dropped) {
+  static const auto op = find("dear::gather_segments", &gather_segments);
+  op.call(source, table, message, dropped);
+}
+
+void scatter_segments(const at::Tensor& message, const at::Tensor& table, const at::Tensor& out) {
+  static const auto op = find("dear::scatter_segments", &scatter_segments);
+  op.call(message, table, out);
 }
 
 void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {

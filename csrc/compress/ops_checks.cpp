@@ -187,6 +187,14 @@ void check_topk_threshold(const OptionalTensor& grad, const at::Tensor& error, i
   check_workspace(workspace, at::kInt, ops::topk_workspace(error.numel()), error);
 }
 
+void check_topk_refresh(const OptionalTensor& grad, const at::Tensor& error, int64_t k,
+                        const at::Tensor& threshold, const at::Tensor& ties, const at::Tensor& workspace,
+                        double tolerance) {
+  check_topk_threshold(grad, error, k, threshold, ties, workspace);
+  TORCH_CHECK_VALUE(tolerance >= 0 && tolerance < 1, "the tolerance is ", tolerance,
+                    ", but it must lie in [0, 1): pass a share of k.");
+}
+
 void check_topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
                        const OptionalTensor& ties, int64_t shard_numel, const at::Tensor& payload,
                        const at::Tensor& stats, const at::Tensor& workspace) {
@@ -249,6 +257,22 @@ void check_low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::T
   check_factor(p, out, p.size(0), p.size(1), p.size(2), "P");
   check_factor(q, out, p.size(0), q.size(1), p.size(2), "Q");
   check_table(starts, p.size(0), out, "the table of starts");
+}
+
+void check_gather_segments(const at::Tensor& source, const at::Tensor& table, const at::Tensor& message,
+                           const OptionalTensor& dropped) {
+  check_scatter_segments(message, table, source);
+  if (dropped) check_counter(*dropped, 1, source, "the counter of dropped elements");
+}
+
+void check_scatter_segments(const at::Tensor& message, const at::Tensor& table, const at::Tensor& out) {
+  check_grad(out);
+  check_flat(message, at::kFloat, "the message");
+  check_same_device(message, out, "the message", "the gradient");
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == 3,
+                    "the table of segments must be [segments, 3] of start, length and position, but it is ",
+                    table.sizes(), ": pass one row for each segment.");
+  check_table(table, table.numel(), out, "the table of segments");
 }
 
 void check_orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {

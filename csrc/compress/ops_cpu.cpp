@@ -5,6 +5,7 @@
 #include "compress/kernels/cpu/error_feedback.h"
 #include "compress/kernels/cpu/low_rank.h"
 #include "compress/kernels/cpu/orthogonalize.h"
+#include "compress/kernels/cpu/segments.h"
 #include "compress/kernels/cpu/sign.h"
 #include "compress/kernels/cpu/topk.h"
 #include "compress/ops_checks.h"
@@ -23,6 +24,18 @@ const int64_t* starts_within(const at::Tensor& table, const MatrixBatch& batch, 
                       " elements: pass the starts of this gradient.");
   }
   return starts;
+}
+
+const Segment* segments_within(const at::Tensor& table, const at::Tensor& grad, const at::Tensor& message) {
+  const Segment* segments = segments_of(table);
+  for (int64_t i = 0; i < table.size(0); ++i) {
+    const Segment& segment = segments[i];
+    TORCH_CHECK_VALUE(segment.within(grad.numel(), message.numel()), "a segment of ", segment.numel,
+                      " elements from ", segment.start, " of a gradient of ", grad.numel(),
+                      " does not go to ", segment.position, " of a message of ", message.numel(),
+                      ": pass the table of this gradient and message.");
+  }
+  return segments;
 }
 
 void add_count(const OptionalTensor& counter, int64_t count) {
@@ -64,6 +77,13 @@ void topk_threshold(const OptionalTensor& grad, const at::Tensor& error, int64_t
   check_topk_threshold(grad, error, k, threshold, ties, workspace);
   cpu::topk_threshold(data_or_null(grad), type_or_float(grad), error.const_data_ptr<float>(), error.numel(),
                       k, floats(threshold), words(ties));
+}
+
+void topk_refresh(const OptionalTensor& grad, const at::Tensor& error, int64_t k, const at::Tensor& threshold,
+                  const at::Tensor& ties, const at::Tensor& workspace, double tolerance) {
+  check_topk_refresh(grad, error, k, threshold, ties, workspace, tolerance);
+  cpu::topk_refresh(data_or_null(grad), type_or_float(grad), error.const_data_ptr<float>(), error.numel(), k,
+                    slack_of(tolerance, k), floats(threshold), words(ties));
 }
 
 void topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
@@ -113,6 +133,20 @@ void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor&
   const MatrixBatch batch{p.size(0), p.size(1), q.size(1), p.size(2)};
   cpu::low_rank_decode(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(),
                        starts_within(starts, batch, out.numel()), grad_type(out), out.mutable_data_ptr());
+}
+
+void gather_segments(const at::Tensor& source, const at::Tensor& table, const at::Tensor& message,
+                     const OptionalTensor& dropped) {
+  check_gather_segments(source, table, message, dropped);
+  const Segment* segments = segments_within(table, source, message);
+  add_count(dropped, cpu::gather_segments(source.const_data_ptr(), grad_type(source), segments, table.size(0),
+                                          floats(message)));
+}
+
+void scatter_segments(const at::Tensor& message, const at::Tensor& table, const at::Tensor& out) {
+  check_scatter_segments(message, table, out);
+  cpu::scatter_segments(message.const_data_ptr<float>(), segments_within(table, out, message), table.size(0),
+                        grad_type(out), out.mutable_data_ptr());
 }
 
 void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {

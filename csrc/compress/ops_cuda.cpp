@@ -12,6 +12,7 @@
 #include "compress/kernels/cuda/error_feedback.h"
 #include "compress/kernels/cuda/low_rank.h"
 #include "compress/kernels/cuda/orthogonalize.h"
+#include "compress/kernels/cuda/segments.h"
 #include "compress/kernels/cuda/sign.h"
 #include "compress/kernels/cuda/topk.h"
 #include "compress/ops_checks.h"
@@ -88,6 +89,16 @@ void topk_threshold(const OptionalTensor& grad, const at::Tensor& error, int64_t
   launch.check();
 }
 
+void topk_refresh(const OptionalTensor& grad, const at::Tensor& error, int64_t k, const at::Tensor& threshold,
+                  const at::Tensor& ties, const at::Tensor& workspace, double tolerance) {
+  check_topk_refresh(grad, error, k, threshold, ties, workspace, tolerance);
+  const Launch launch(error);
+  cuda::topk_refresh(data_or_null(grad), type_or_float(grad), error.const_data_ptr<float>(), error.numel(), k,
+                     slack_of(tolerance, k), floats(threshold), words(ties), words(workspace),
+                     launch.stream());
+  launch.check();
+}
+
 void topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
                  const OptionalTensor& ties, int64_t shard_numel, const at::Tensor& payload,
                  const at::Tensor& stats, const at::Tensor& workspace) {
@@ -148,6 +159,24 @@ void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor&
   cuda::low_rank_decode(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(),
                         starts.const_data_ptr<int64_t>(), grad_type(out), out.mutable_data_ptr(), out.numel(),
                         launch.stream());
+  launch.check();
+}
+
+void gather_segments(const at::Tensor& source, const at::Tensor& table, const at::Tensor& message,
+                     const OptionalTensor& dropped) {
+  check_gather_segments(source, table, message, dropped);
+  const Launch launch(message);
+  cuda::gather_segments(source.const_data_ptr(), grad_type(source), source.numel(), segments_of(table),
+                        table.size(0), floats(message), message.numel(), words_or_null(dropped),
+                        launch.stream());
+  launch.check();
+}
+
+void scatter_segments(const at::Tensor& message, const at::Tensor& table, const at::Tensor& out) {
+  check_scatter_segments(message, table, out);
+  const Launch launch(message);
+  cuda::scatter_segments(message.const_data_ptr<float>(), message.numel(), segments_of(table), table.size(0),
+                         grad_type(out), out.mutable_data_ptr(), out.numel(), launch.stream());
   launch.check();
 }
 
