@@ -147,6 +147,13 @@ class Compressor:
     def load_named_state(self, state: dict[str, Any]) -> None:
         """Takes what :meth:`named_state` gave."""
 
+    def own_state(self) -> Any:
+        """State of this rank alone, to be saved; it is lost on resuming at another world size."""
+        return {}
+
+    def load_own_state(self, state: Any) -> None:
+        """Takes what :meth:`own_state` gave."""
+
     # --- helpers for subclasses ---
 
     def generator(self, name: str) -> torch.Generator:
@@ -305,6 +312,7 @@ class Compressor:
             "layout": layout,
             **self.feedback.state(),
             "named": self.named_state(),
+            "own": self.own_state(),
         }
         if not gather:
             return state
@@ -329,6 +337,8 @@ class Compressor:
         mine, self.feedback = merge_states(states, ranks.rank(), ranks.size())
         self.step, self.seed = mine["step"], mine["seed"]
         self.load_named_state(mine["named"])
+        if mine["world_size"] == ranks.size():
+            self.load_own_state(mine["own"])
         if self.driver is not None:
             self.driver.forget_groups()
         self.groups.clear()

@@ -98,7 +98,7 @@ class LowRank(Compressor):
             batches.append(_C.MatrixBatch(starts=starts, error=batch.error, p=batch.p, q=batch.q))
         segments, position = [], 0
         for member in plan.dense:
-            segments.append([member.start, position, member.numel])
+            segments.append([member.start, member.numel, position])
             position += member.numel
         return {
             "device": group.device,

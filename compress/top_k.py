@@ -10,10 +10,10 @@ from compress.compressor import Compressor
 from compress.group import Group
 from dear import _C
 
-#: One element of this many is sampled.
-SAMPLED = 16
-#: With fewer sampled elements above the threshold than this, the density would stray: those groups select exactly.
-ENOUGH = 1000
+#: A sample must have so many elements above the threshold: the count then strays by 2%.
+ENOUGH = 2500
+#: At least one element of this many is sampled.
+LARGEST_STRETCH = 16
 
 
 class TopK(Compressor):
@@ -28,8 +28,9 @@ class TopK(Compressor):
 
     Args:
         density: k / n, in (0, 1]; smaller compresses more. n is the number of elements in a bucket.
-        selection: ``"exact"`` finds the k-th largest of all elements; ``"sampled"`` that of a sixteenth of them, which
-            costs little, and selects about k: within 10% of it. Small groups and owners select exactly.
+        selection: ``"exact"`` finds the k-th largest of all elements every step. ``"threshold"`` keeps a threshold for
+            as long as it selects about k of a sample, a sixteenth of the elements or more, another one every step; it
+            costs little, and selects k to within 10%. Small groups and owners select exactly.
         slack: capacity of the slots, in multiples of what they hold when the selected elements spread evenly.
         Others: see :class:`compress.Compressor`.
 
@@ -43,18 +44,19 @@ class TopK(Compressor):
         self,
         density: float = 0.01,
         *,
-        selection: Literal["exact", "sampled"] = "exact",
+        selection: Literal["exact", "threshold"] = "exact",
         slack: float = 1.25,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if not 0 < density <= 1:
             raise ValueError(f"density must be in (0, 1], the share of elements to send, not {density!r}.")
-        if selection not in ("exact", "sampled"):
-            raise ValueError(f'selection must be "exact" or "sampled", not {selection!r}.')
+        if selection not in ("exact", "threshold"):
+            raise ValueError(f'selection must be "exact" or "threshold", not {selection!r}.')
         if not slack >= 1:
             raise ValueError(f"slack must be 1 or more, not {slack!r}.")
         self.density, self.selection, self.slack = float(density), selection, float(slack)
+        self._thresholds: dict[tuple[str, ...], float] = {}  # loaded, by group
 
     def options(self) -> dict[str, Any]:
         return {"density": self.density, "selection": self.selection, "slack": self.slack}
@@ -65,7 +67,7 @@ class TopK(Compressor):
     def native(self, group: Group) -> _C.Codec:
         begin, end = self.owned_range(group)
         k = self._k(group)
-        return _C.TopKCodec(
+        codec = _C.TopKCodec(
             device=group.device,
             rank=group.rank,
             world=group.world,
@@ -75,13 +77,28 @@ class TopK(Compressor):
             k=k,
             owner_k=max(1, k // self._owners(group)),
             capacity=self._capacity(group),
-            sampled=self._samples(group),
+            stretch=self._stretch(group),
             error=group.error,
             owner_error=group.owner_error,
         )
+        if group.names in self._thresholds:
+            codec.threshold.fill_(self._thresholds.pop(group.names))
+        group.plan = codec
+        return codec
 
-    def _samples(self, group: Group) -> bool:
-        return self.selection == "sampled" and self._k(group) >= ENOUGH * SAMPLED
+    def own_state(self) -> dict[tuple[str, ...], float]:
+        kept = {names: float(group.plan.threshold) for names, group in self.groups.items() if group.plan is not None}
+        return self._thresholds | kept
+
+    def load_own_state(self, state: dict[tuple[str, ...], float]) -> None:
+        self._thresholds = dict(state)
+
+    def _stretch(self, group: Group) -> int:
+        """One run of so many is sampled; 0 where the sample would be too small."""
+        stretch = LARGEST_STRETCH
+        while stretch > 1 and self._k(group) < ENOUGH * stretch:
+            stretch //= 2
+        return stretch if self.selection == "threshold" and stretch > 1 else 0
 
     def _k(self, group: Group) -> int:
         return max(1, round(self.density * group.numel))

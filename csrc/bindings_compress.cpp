@@ -90,11 +90,13 @@ void bind_codecs(py::module_& m) {
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
            py::arg("dtype"), py::arg("error"), py::arg("owner_error"));
   py::class_<compress::TopKCodec, Codec, std::shared_ptr<compress::TopKCodec>>(m, "TopKCodec")
-      .def(py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
-                    OptionalTensor, OptionalTensor>(),
+      .def(py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    int64_t, OptionalTensor, OptionalTensor>(),
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("numel"), py::arg("shard"),
-           py::arg("owned"), py::arg("k"), py::arg("owner_k"), py::arg("capacity"), py::arg("sampled"),
-           py::arg("error"), py::arg("owner_error"));
+           py::arg("owned"), py::arg("k"), py::arg("owner_k"), py::arg("capacity"), py::arg("stretch"),
+           py::arg("error"), py::arg("owner_error"))
+      .def_property_readonly("selected", &compress::TopKCodec::selected)
+      .def_property_readonly("threshold", &compress::TopKCodec::threshold);
 
   py::class_<MatrixBatch>(m, "MatrixBatch")
       .def(py::init([](at::Tensor starts, OptionalTensor error, at::Tensor p, at::Tensor q) {

@@ -83,7 +83,7 @@ KINDS = {
     "acp": lambda **o: compress.ACPSGD(rank=3, **o),
     "power": lambda **o: compress.PowerSGD(rank=3, **o),
     "topk": lambda **o: compress.TopK(density=0.05, **o),
-    "sampled": lambda **o: compress.TopK(density=0.7, selection="sampled", **({"min_compression_ratio": 0.1} | o)),
+    "threshold": lambda **o: compress.TopK(density=0.7, selection="threshold", **({"min_compression_ratio": 0.1} | o)),
     "sign": lambda **o: compress.SignSGD(**o),
     "bf16": lambda **o: compress.Dense(torch.bfloat16, error_feedback=True, **o),
 }

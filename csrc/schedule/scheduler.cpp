@@ -213,6 +213,7 @@ void Scheduler::check_untouched() const {
 }
 
 void Scheduler::wait_gathered(size_t index) {
+  if (groups_.empty()) return;  // the layout was forgotten, after everything had ended
   Group& group = groups_.at(index);
   if (!group.gathering) return;
   if (gather_gradients_) wait_reduced(index);

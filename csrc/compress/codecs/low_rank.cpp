@@ -51,8 +51,13 @@ void LowRankCodec::project(size_t batch, const at::Tensor& fixed, const at::Tens
                            bool corrects, bool keeps_rest) {
   const bool feedback = batches_[batch].error.has_value();
   if (corrects && !feedback) corrected_[batch].zero_();
-  ops::low_rank_project(corrects ? std::optional(gradient_) : std::nullopt, corrected_[batch], fixed, factor,
-                        batches_[batch].starts, transposed, keeps_rest && feedback, dropped_);
+  ops::OptionalTensor gradient, starts;
+  if (corrects) {
+    gradient = gradient_;
+    starts = batches_[batch].starts;
+  }
+  ops::low_rank_project(gradient, corrected_[batch], fixed, factor, starts, transposed,
+                        keeps_rest && feedback, dropped_);
 }
 
 void LowRankCodec::put_dense(const Average& message) {

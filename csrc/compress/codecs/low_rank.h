@@ -19,8 +19,8 @@ struct MatrixBatch {
 // travel dense in the same message.
 class LowRankCodec : public Codec {
  protected:
-  // `segments`: int64 [count, 3], of each dense member where it begins in the gradient, where in the dense
-  // part of a message, and how many elements it has.
+  // `segments`: int64 [count, 3], of each dense member where it begins in the gradient, how many elements it
+  // has, and where it begins in the dense part of a message.
   LowRankCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
                at::Tensor segments, int64_t dense_numel);
 
