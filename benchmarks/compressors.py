@@ -10,6 +10,10 @@ nowhere else. Per element, with float32 gradients g and error feedback e, one bi
     majority vote, P voters    read P/8, write 1/8
     average, P voters          read P/8 and e 4, write e 4 and 1/8
     top-k decode               read d entries of 8, write g 4
+    kept threshold             read g 4 and e 4 of the sample
+    low-rank, error feedback   read g 4, read e 4, write e 4, whichever factor is made         = 12 and the factors
+    low-rank decode            write g 4                                                       = 4 and the factors
+    dense members, gathered    read g 4, write the message 4; the same when scattered          = 8
 
 A copy of the same number of elements reads 4 and writes 4; the memory also reads the lines that a copy is about to
 overwrite, which an update in place needs not, so a kernel can exceed 100% of it. Kernels, plain torch and the copy
@@ -28,6 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,6 +161,90 @@ def topk_cases(grad: Tensor, density: float) -> list[Case]:
     ]
 
 
+def refresh_case(grad: Tensor, density: float) -> Case:
+    """A threshold that holds for a sample of a sixteenth of the group."""
+    sample = grad[: max(1, grad.numel() // 16)]
+    n, k = sample.numel(), max(1, int(sample.numel() * density))
+    error, threshold, ties = torch.zeros(n), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    scratch = torch.empty(ops.topk_workspace_numel(n), dtype=torch.int32)
+    ops.topk_threshold(sample, error, k, threshold, ties, scratch)
+    return Case(
+        f"top-k threshold kept, sample of 1/16, density {density:g}",
+        n * 8,
+        lambda: ops.topk_refresh(sample, error, k, threshold, ties, scratch, 0.1),
+        lambda: (error + sample).abs().topk(k).values[-1],
+    )
+
+
+def low_rank_cases(grad: Tensor, rank: int, side: int = 1024) -> list[Case]:
+    """All of the group as square matrices."""
+    count = max(1, grad.numel() // side**2)
+    used = count * side**2
+    flat = grad if grad.numel() >= used else grad.repeat(-(-used // grad.numel()))[:used]
+    starts, matrices = torch.arange(count) * side**2, flat[:used].view(count, side, side)
+    fixed = torch.linalg.qr(torch.randn(count, side, rank)).Q.contiguous()
+    factor, plain_factor = torch.empty(count, side, rank), torch.empty(count, side, rank)
+    error, plain_error = torch.zeros(count, side, side), torch.zeros(count, side, side)
+    out, plain_out = torch.empty(used), torch.empty(count, side, side)
+    factors = 4 * (fixed.numel() + factor.numel())
+
+    def plain(transposed: bool) -> Tensor:
+        total = plain_error.add_(matrices)
+        torch.bmm(total.mT if transposed else total, fixed, out=plain_factor)
+        p, q = (fixed, plain_factor) if transposed else (plain_factor, fixed)
+        return total.baddbmm_(p, q.mT, alpha=-1)
+
+    return [
+        *(
+            Case(
+                f"low-rank {name} = {product}, rank {rank}, error feedback",
+                used * 12 + factors,
+                partial(ops.low_rank_project, flat, error, fixed, factor, starts, way),
+                partial(plain, way),
+            )
+            for name, product, way in (("P", "C Q", False), ("Q", "C^T P", True))
+        ),
+        Case(
+            f"low-rank decode, rank {rank}",
+            used * 4 + factors,
+            lambda: ops.low_rank_decode(factor, fixed, out, starts),
+            lambda: torch.bmm(factor, fixed.mT, out=plain_out),
+        ),
+    ]
+
+
+def segment_cases(grad: Tensor, segments: int = 64) -> list[Case]:
+    """Every second of so many runs of the group."""
+    length = max(1, grad.numel() // (2 * segments))
+    rows = [(2 * i * length, length, i * length) for i in range(segments) if (2 * i + 1) * length <= grad.numel()]
+    table, used = torch.tensor(rows), len(rows) * length
+    message, out, dropped = torch.empty(used), torch.empty_like(grad), torch.zeros(1, dtype=torch.int32)
+
+    def plain_gather() -> Tensor:
+        for start, numel, position in rows:
+            message[position : position + numel].copy_(grad[start : start + numel])
+        return dropped.add_((~message.isfinite()).sum())
+
+    def plain_scatter() -> None:
+        for start, numel, position in rows:
+            out[start : start + numel].copy_(message[position : position + numel])
+
+    return [
+        Case(
+            f"dense members gathered, {segments} runs",
+            used * 8,
+            lambda: ops.gather_segments(grad, table, message, dropped),
+            plain_gather,
+        ),
+        Case(
+            f"dense members scattered, {segments} runs",
+            used * 8,
+            lambda: ops.scatter_segments(message, table, out),
+            plain_scatter,
+        ),
+    ]
+
+
 def bert_base_rows() -> Counter[int]:
     """Rows of the factors P of BERT-Base's matrices: rows [count]. Its 2 x 768 matrices are too small to compress."""
     layer = Counter({768: 4 + 1, 3072: 1})  # query, key, value, output and the two of the feed-forward part
@@ -226,6 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--numel", type=int, default=1 << 24, help="elements of the fusion group")
     parser.add_argument("--density", type=float, default=0.01, help="share of the elements that top-k sends")
+    parser.add_argument("--rank", type=int, default=4, help="rank of the low-rank factors")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="where to write the raw times")
@@ -238,7 +328,8 @@ def main() -> None:
     cases = [
         case for dtype in (torch.float32, torch.bfloat16, torch.float16) for case in sign_cases(grad.to(dtype), dtype)
     ]
-    cases += topk_cases(grad, options.density)
+    cases += [*topk_cases(grad, options.density), refresh_case(grad, options.density)]
+    cases += [*low_rank_cases(grad, options.rank), *segment_cases(grad)]
     cases += [orthogonalize_case(rank) for rank in (4, 8, 16, 32)]
     copies = measure(cases, lambda: target.copy_(grad), options.rounds)
     copy = 8 * options.numel / statistics.median(copies)
@@ -282,7 +373,7 @@ def main() -> None:
         result = {
             **about,
             "command": f"python -m benchmarks.compressors --numel {options.numel} --density {options.density} "
-            f"--threads {options.threads} --rounds {options.rounds}",
+            f"--rank {options.rank} --threads {options.threads} --rounds {options.rounds}",
             "copy_bytes_per_s": copy,
             "copy_seconds": copies,
             "kernels": rows,
