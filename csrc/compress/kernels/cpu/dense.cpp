@@ -27,17 +27,27 @@ DEAR_CLONES void divide_values(float divisor, int64_t n, float* values) {
   for (int64_t i = 0; i < n; ++i) values[i] /= divisor;
 }
 
+// How many 16-bit floats have all bits of the exponent set.
+DEAR_CLONES uint32_t count_nonfinite(const uint16_t* values, int64_t n, uint16_t exponent) {
+  uint32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += (values[i] & exponent) == exponent;
+  return count;
+}
+
 namespace {
 
+constexpr uint16_t kHalfExponent = 0x7c00;
+constexpr uint16_t kBFloat16Exponent = 0x7f80;
 constexpr int64_t kGrainBlocks = 8;
 
 // One block of either operation.
 int64_t round_block(const float* values, float* error, int64_t n, GradType type, void* out) {
-  float scratch[kBlock];
   if (error == nullptr) {
     store_block(values, type, n, out);
-    return copy_counting(load_block(out, type, n, scratch), n, scratch);
+    return count_nonfinite(static_cast<const uint16_t*>(out), n,
+                           type == GradType::kFloat16 ? kHalfExponent : kBFloat16Exponent);
   }
+  float scratch[kBlock];
   const int64_t dropped = correct_values(values, error, n);
   clamp_values(error, n, largest(type), scratch);
   store_block(scratch, type, n, out);

@@ -60,16 +60,6 @@ DEAR_CLONES uint32_t correct_values(const float* grad, float* error, int64_t n) 
   return count;
 }
 
-DEAR_CLONES uint32_t copy_counting(const float* values, int64_t n, float* out) {
-  uint32_t count = 0;
-  DEAR_SIMD_SUM(count)
-  for (int64_t i = 0; i < n; ++i) {
-    count += is_finite(values[i]) ? 0u : 1u;
-    out[i] = values[i];
-  }
-  return count;
-}
-
 int64_t correct_run(const void* grad, GradType type, float* error, int64_t n) {
   float scratch[kBlock];
   int64_t count = 0;

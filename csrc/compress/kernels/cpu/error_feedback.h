@@ -18,9 +18,6 @@ int64_t correct_block(const float* grad, const float* error, float* corrected, i
 // error += grad over n values; returns how many were dropped.
 uint32_t correct_values(const float* grad, float* error, int64_t n);
 
-// Copies n values, finite or not; `out` may be `values`. Returns how many are not finite.
-uint32_t copy_counting(const float* values, int64_t n, float* out);
-
 // error += grad over n elements of any gradient type, on the calling thread. Returns how many were dropped.
 int64_t correct_run(const void* grad, GradType type, float* error, int64_t n);
 

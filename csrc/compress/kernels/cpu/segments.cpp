@@ -6,9 +6,20 @@
 #include <atomic>
 
 #include "compress/kernels/cpu/cast.h"
-#include "compress/kernels/cpu/error_feedback.h"
+#include "compress/kernels/cpu/isa.h"
 
 namespace dear::compress::cpu {
+
+// Copies n values, `out` may be `values`; returns how many are not finite.
+DEAR_CLONES uint32_t copy_counting(const float* values, int64_t n, float* out) {
+  uint32_t count = 0;
+  DEAR_SIMD_SUM(count)
+  for (int64_t i = 0; i < n; ++i) {
+    count += is_finite(values[i]) ? 0u : 1u;
+    out[i] = values[i];
+  }
+  return count;
+}
 
 namespace {
 
