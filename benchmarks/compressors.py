@@ -10,6 +10,12 @@ nowhere else. Per element, with float32 gradients g and error feedback e, one bi
     majority vote, P voters    read P/8, write 1/8
     average, P voters          read P/8 and e 4, write e 4 and 1/8
     top-k decode               read d entries of 8, write g 4
+    kept threshold             read g 4 and e 4 of the sample
+    low-rank, error feedback   read g 4, read e 4, write e 4, whichever factor is made         = 12 and the factors
+    low-rank decode            write g 4                                                       = 4 and the factors
+    dense in 16 bits           read g 4, write 2; with error feedback read e 4, write e 4     = 6, 14
+    average of 16 bits, P      read 2 P, write 2; with error feedback read e 4, write e 4
+    dense members, gathered    read g 4, write the message 4; the same when scattered          = 8
 
 A copy of the same number of elements reads 4 and writes 4; the memory also reads the lines that a copy is about to
 overwrite, which an update in place needs not, so a kernel can exceed 100% of it. Kernels, plain torch and the copy
@@ -25,161 +31,15 @@ import platform
 import statistics
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
+from benchmarks.kernels import Case, all_cases
 from compress import ops
-
-VOTERS = 4
-
-
-def nothing() -> None:
-    """The default of what a case does before each timed call."""
-
-
-@dataclass
-class Case:
-    """One kernel beside the plain-torch way to the same end."""
-
-    name: str
-    bytes: float
-    run: Callable[[], object]
-    plain: Callable[[], object] | None
-    prepare: Callable[[], object] = nothing
-    seconds: list[float] = field(default_factory=list)
-    plain_seconds: list[float] = field(default_factory=list)
-
-
-def sign_cases(grad: Tensor, dtype: torch.dtype) -> list[Case]:
-    n, size = grad.numel(), grad.element_size()
-    words = ops.sign_payload_numel(n)
-    error, payload = torch.zeros(n), torch.empty(words, dtype=torch.int32)
-    plain_error, out, ballots = torch.zeros(n), torch.empty_like(grad), torch.empty(VOTERS, words, dtype=torch.int32)
-    for ballot in ballots:
-        ops.sign_encode(torch.randn(n), None, ballot)
-    weights = 2 ** torch.arange(8, dtype=torch.uint8)
-    dense = torch.stack([torch.randn(n).sign().to(torch.int8) for _ in range(VOTERS)])
-    kept = torch.zeros(n)
-
-    def plain_encode() -> Tensor:
-        corrected = plain_error.add_(grad)
-        scale = corrected.abs().mean()
-        positive = corrected >= 0
-        packed = (positive.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
-        corrected.sub_(torch.where(positive, scale, -scale))
-        return packed
-
-    name = str(dtype).removeprefix("torch.")
-    cases = [
-        Case(
-            f"sign encode, error feedback, {name}",
-            n * (size + 8) + words * 4,
-            lambda: ops.sign_encode(grad, error, payload),
-            plain_encode,
-        ),
-        Case(f"sign decode, {name}", n * size + words * 4, lambda: ops.sign_decode(payload, out), None),
-    ]
-    if dtype == torch.float32:
-        cases += [
-            Case(
-                f"sign majority vote, {VOTERS} voters",
-                (VOTERS + 1) * words * 4,
-                lambda: ops.sign_vote(ballots, payload),
-                lambda: dense.sum(0, dtype=torch.int8) >= 0,
-            ),
-            Case(
-                f"sign average, {VOTERS} voters, error feedback",
-                (VOTERS + 1) * words * 4 + 8 * n,
-                lambda: ops.sign_average(ballots, kept, payload, n),
-                None,
-            ),
-        ]
-    return cases
-
-
-def topk_cases(grad: Tensor, density: float) -> list[Case]:
-    n, k, owners = grad.numel(), max(1, int(grad.numel() * density)), VOTERS
-    shard, capacity = ops.shard_numel(n, owners), int(k / owners * 1.25) + 1
-    before = torch.randn(n) * grad.float().std()
-    error, plain_error, out = before.clone(), before.clone(), torch.empty_like(grad)
-    threshold, ties = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
-    stats, scratch = torch.zeros(2, dtype=torch.int32), torch.empty(ops.topk_workspace_numel(n), dtype=torch.int32)
-    slots = torch.zeros(owners, ops.topk_slot_numel(capacity), dtype=torch.int32)
-    limit = torch.zeros(1)
-    ops.topk_threshold(grad, before, k, limit, ties, scratch)
-    dense = torch.zeros(shard)
-
-    def plain_select() -> tuple[Tensor, Tensor]:
-        corrected = plain_error.add_(grad)
-        indices = (corrected.abs() >= limit).nonzero().flatten()
-        values = corrected[indices]
-        corrected.index_fill_(0, indices, 0)
-        return indices, values
-
-    def plain_decode() -> Tensor:
-        indices, values = (slots[:, 1 : 1 + capacity].long() % n).flatten(), slots[:, 1 + capacity :].flatten()
-        return out.zero_().index_copy_(0, indices, values.view(torch.float32).to(out.dtype))
-
-    return [
-        Case(
-            f"top-k by threshold, error feedback, density {density:g}",
-            n * 12 + 8 * k,
-            lambda: ops.topk_select(grad, error, limit, None, shard, slots, stats, scratch),
-            plain_select,
-            lambda: (error.copy_(before), plain_error.copy_(before)),
-        ),
-        Case(
-            f"top-k exact threshold, density {density:g}",
-            n * 24,
-            lambda: ops.topk_threshold(grad, before, k, threshold, ties, scratch),
-            lambda: (before + grad).abs().topk(k).values[-1],
-        ),
-        Case(
-            f"top-k merge of {owners} lists, density {density:g}",
-            k * (8 + 8),
-            lambda: ops.topk_accumulate(slots, dense, 0.25),
-            None,
-        ),
-        Case(
-            f"top-k decode, density {density:g}",
-            n * 4 + 8 * k,
-            lambda: ops.topk_decode(slots, out, shard),
-            plain_decode,
-        ),
-    ]
-
-
-def bert_base_rows() -> Counter[int]:
-    """Rows of the factors P of BERT-Base's matrices: rows [count]. Its 2 x 768 matrices are too small to compress."""
-    layer = Counter({768: 4 + 1, 3072: 1})  # query, key, value, output and the two of the feed-forward part
-    rows = Counter({size: 12 * count for size, count in layer.items()})
-    rows.update({30522: 1, 512: 1, 768: 1})  # word and position embeddings, pooler
-    return rows
-
-
-def orthogonalize_case(rank: int) -> Case:
-    sources = [torch.randn(count, rows, rank) for rows, count in bert_base_rows().items()]
-    factors = [source.clone() for source in sources]
-    scratch = [torch.empty(ops.orthogonalize_workspace_numel(*f.shape), dtype=torch.float64) for f in factors]
-
-    def run() -> None:
-        for factor, workspace in zip(factors, scratch, strict=True):
-            ops.orthogonalize(factor, workspace)
-
-    return Case(
-        f"orthogonalise BERT-Base's matrices, rank {rank}",
-        sum(factor.numel() for factor in factors) * 8,
-        run,
-        lambda: [torch.linalg.qr(matrix) for source in sources for matrix in source],
-        lambda: [factor.copy_(source) for factor, source in zip(factors, sources, strict=True)],
-    )
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -226,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--numel", type=int, default=1 << 24, help="elements of the fusion group")
     parser.add_argument("--density", type=float, default=0.01, help="share of the elements that top-k sends")
+    parser.add_argument("--rank", type=int, default=4, help="rank of the low-rank factors")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="where to write the raw times")
@@ -235,11 +96,7 @@ def main() -> None:
 
     grad = torch.randn(options.numel) * 1e-3
     target = torch.empty_like(grad)
-    cases = [
-        case for dtype in (torch.float32, torch.bfloat16, torch.float16) for case in sign_cases(grad.to(dtype), dtype)
-    ]
-    cases += topk_cases(grad, options.density)
-    cases += [orthogonalize_case(rank) for rank in (4, 8, 16, 32)]
+    cases = all_cases(grad, options.density, options.rank)
     copies = measure(cases, lambda: target.copy_(grad), options.rounds)
     copy = 8 * options.numel / statistics.median(copies)
 
@@ -282,7 +139,7 @@ def main() -> None:
         result = {
             **about,
             "command": f"python -m benchmarks.compressors --numel {options.numel} --density {options.density} "
-            f"--threads {options.threads} --rounds {options.rounds}",
+            f"--rank {options.rank} --threads {options.threads} --rounds {options.rounds}",
             "copy_bytes_per_s": copy,
             "copy_seconds": copies,
             "kernels": rows,

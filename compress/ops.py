@@ -35,6 +35,26 @@ def error_correct(grad: Tensor, error: Tensor, dropped: Tensor | None = None) ->
     _ops.error_correct(grad, error, dropped)
 
 
+# --- Dense ------------------------------------------------------------------------------------------------------------
+
+
+def dense_round(grad: Tensor, error: Tensor | None, out: Tensor, dropped: Tensor | None = None) -> None:
+    """``out`` [n] float16 or bfloat16 = ``grad`` [n], rounded to nearest; ``dropped`` counts what is not finite in it.
+
+    With ``error`` [n] instead: ``grad + error``, held within the range of out's type, is rounded, ``error`` becomes
+    what rounding lost, and ``dropped`` counts the elements of the gradient that were dropped.
+    """
+    _ops.dense_round(grad, error, out, dropped)
+
+
+def dense_average(payloads: Tensor, error: Tensor | None, out: Tensor, dropped: Tensor | None = None) -> None:
+    """:func:`dense_round` of the mean over the ranks of ``payloads`` [ranks, n] into ``out`` [n] of the same type.
+
+    Summed in float32, in order of the ranks. Rows of the payloads may lie apart.
+    """
+    _ops.dense_average(payloads, error, out, dropped)
+
+
 # --- Sign -------------------------------------------------------------------------------------------------------------
 
 

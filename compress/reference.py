@@ -30,6 +30,31 @@ def correct(grad: Tensor, error: Tensor | None) -> tuple[Tensor, int]:
     return torch.where(finite, total, kept), int((~finite).sum())
 
 
+# --- Dense ------------------------------------------------------------------------------------------------------------
+
+
+def dense_round(grad: Tensor, error: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, int]:
+    """The gradient [n] in 16 bits, the new error, and how many elements were bad.
+
+    Without error those that are not finite after rounding. With it ``grad + error`` is held within the type's range,
+    and those count whose gradient was dropped.
+    """
+    if error is None:
+        out = grad.float().to(dtype)
+        return out, None, int((~out.isfinite()).sum())
+    corrected, dropped = correct(grad, error)
+    out = corrected.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+    return out, corrected - out.float(), dropped
+
+
+def dense_average(payloads: Tensor, error: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+    """:func:`dense_round` of the mean of ``payloads`` [ranks, n], summed in float32 in order of the ranks."""
+    total = torch.zeros(payloads.shape[1])
+    for payload in payloads:
+        total = total + payload.float()
+    return dense_round(total / payloads.shape[0], error, payloads.dtype)
+
+
 # --- Sign -------------------------------------------------------------------------------------------------------------
 
 

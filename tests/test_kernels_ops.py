@@ -18,11 +18,14 @@ def arguments(name: str, device: str) -> tuple[object, ...]:
     """Valid arguments of each operator."""
     grad, error = torch.randn(N, device=device), torch.randn(N, device=device)
     one, ties, stats = torch.ones(1, device=device), counter(1, device), counter(2, device)
+    narrow = torch.zeros(N, dtype=torch.float16, device=device)
     payload, ballots = counter(WORDS, device), counter(3 * WORDS, device).view(3, WORDS)
     slots = counter(2 * ops.topk_slot_numel(50), device).view(2, -1)
     scratch = counter(ops.topk_workspace_numel(N), device)
     return {
         "error_correct": (grad, error, ties),
+        "dense_round": (grad, error, narrow, ties),
+        "dense_average": (torch.randn(3, N, device=device).half(), error, narrow, ties),
         "sign_encode": (grad, error, payload, ties, True),
         "sign_vote": (ballots, payload, 1),
         "sign_average": (ballots, error, payload, N),
@@ -51,7 +54,7 @@ def arguments(name: str, device: str) -> tuple[object, ...]:
 
 
 NAMES = [
-    *("error_correct", "sign_encode", "sign_vote", "sign_average", "sign_decode"),
+    *("error_correct", "dense_round", "dense_average", "sign_encode", "sign_vote", "sign_average", "sign_decode"),
     *("topk_threshold", "topk_refresh", "topk_select", "topk_accumulate", "topk_decode"),
     *("low_rank_project", "low_rank_decode", "gather_segments", "scatter_segments", "orthogonalize"),
 ]

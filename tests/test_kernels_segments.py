@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICES, DTYPES, VALUES, counter, gradient, misaligned, same_bits
-from torch import Tensor
+from kernel_cases import DEVICES, DTYPES, VALUES, counter, gradient, misaligned, same_bits, same_numbers
 
 from compress import ops, reference
 
@@ -11,12 +10,6 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 #: Start, numel, position: out of order, with gaps, empty, shorter and longer than a block, at odd places.
 TABLE = [(70_000, 1, 12_400), (3, 5, 0), (100, 0, 7), (20_001, 12_300, 9), (8, 31, 12_401), (60_000, 4096, 12_450)]
 NUMEL, MESSAGE = 70_001, 16_600
-
-
-def same_numbers(a: Tensor, b: Tensor) -> bool:
-    """Equal bits, but for those inside a NaN: conversions differ in what they make of them."""
-    a, b = a.cpu(), b.cpu()
-    return torch.equal(a.isnan(), b.isnan()) and same_bits(a.masked_fill(a.isnan(), 0), b.masked_fill(b.isnan(), 0))
 
 
 @on_devices

@@ -74,4 +74,9 @@ enum class GradType : int { kFloat32, kFloat16, kBFloat16 };
 
 constexpr int64_t grad_bytes(GradType type) { return type == GradType::kFloat32 ? 4 : 2; }
 
+// The largest finite value of a type.
+DEAR_HOST_DEVICE constexpr float largest(GradType type) {
+  return type == GradType::kFloat16 ? 65504.0f : type == GradType::kBFloat16 ? 0x1.fep127f : 0x1.fffffep127f;
+}
+
 }  // namespace dear::compress

@@ -27,6 +27,9 @@ int64_t kernel_threads() {
 TORCH_LIBRARY(dear, m) {
   m.def("error_correct(Tensor grad, Tensor(a!) error, Tensor(b!)? dropped) -> ()");
 
+  m.def("dense_round(Tensor grad, Tensor(a!)? error, Tensor(b!) out, Tensor(c!)? dropped) -> ()");
+  m.def("dense_average(Tensor payloads, Tensor(a!)? error, Tensor(b!) out, Tensor(c!)? dropped) -> ()");
+
   m.def(
       "sign_encode(Tensor grad, Tensor(a!)? error, Tensor(b!) payload, Tensor(c!)? dropped, bool scaled) -> "
       "()");
@@ -97,6 +100,10 @@ void check_project(const Optional& grad, const Tensor& error, const Tensor& fixe
 
 TORCH_LIBRARY_IMPL(dear, Meta, m) {
   m.impl("error_correct", meta<check_error_correct, const Tensor&, const Tensor&, const Optional&>);
+  m.impl("dense_round",
+         meta<check_dense_round, const Tensor&, const Optional&, const Tensor&, const Optional&>);
+  m.impl("dense_average",
+         meta<check_dense_average, const Tensor&, const Optional&, const Tensor&, const Optional&>);
   m.impl("sign_encode",
          meta<check_encode, const Tensor&, const Optional&, const Tensor&, const Optional&, bool>);
   m.impl("sign_vote", meta<check_sign_vote, const Tensor&, const Tensor&, int64_t>);
@@ -134,6 +141,18 @@ auto find(const char* name, void (*)(Args...)) {
 void error_correct(const at::Tensor& grad, const at::Tensor& error, const OptionalTensor& dropped) {
   static const auto op = find("dear::error_correct", &error_correct);
   op.call(grad, error, dropped);
+}
+
+void dense_round(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& out,
+                 const OptionalTensor& dropped) {
+  static const auto op = find("dear::dense_round", &dense_round);
+  op.call(grad, error, out, dropped);
+}
+
+void dense_average(const at::Tensor& payloads, const OptionalTensor& error, const at::Tensor& out,
+                   const OptionalTensor& dropped) {
+  static const auto op = find("dear::dense_average", &dense_average);
+  op.call(payloads, error, out, dropped);
 }
 
 void sign_encode(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& payload,

@@ -12,6 +12,11 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 void error_correct(const at::Tensor& grad, const at::Tensor& error, const OptionalTensor& dropped);
 
+void dense_round(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& out,
+                 const OptionalTensor& dropped);
+void dense_average(const at::Tensor& payloads, const OptionalTensor& error, const at::Tensor& out,
+                   const OptionalTensor& dropped);
+
 void sign_encode(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& payload,
                  const OptionalTensor& dropped, bool scaled);
 void sign_vote(const at::Tensor& payloads, const at::Tensor& out, int64_t tie_breaker);

@@ -79,6 +79,11 @@ void check_workspace(const at::Tensor& workspace, at::ScalarType type, int64_t n
                     numel, " are needed: allocate that many.");
 }
 
+void check_narrow(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16, name,
+                   " must be Half or BFloat16, but it is ", tensor.scalar_type(), ": choose one of these.");
+}
+
 // A factor of a batch of matrices: [count, length, rank].
 void check_factor(const at::Tensor& factor, const at::Tensor& data, int64_t count, int64_t length,
                   int64_t rank, const char* name) {
@@ -122,6 +127,30 @@ void check_error_correct(const at::Tensor& grad, const at::Tensor& error, const 
   check_grad(grad);
   check_error(error, grad);
   if (dropped) check_counter(*dropped, 1, grad, "the counter of dropped elements");
+}
+
+void check_dense_round(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& out,
+                       const OptionalTensor& dropped) {
+  check_grad(grad);
+  check_narrow(out, "the rounded gradient");
+  check_same_device(out, grad, "the rounded gradient", "the gradient");
+  TORCH_CHECK_VALUE(out.is_contiguous() && out.numel() == grad.numel(), "the rounded gradient must hold ",
+                    grad.numel(), " elements, packed, but it is ", out.sizes(),
+                    ": allocate it with that size.");
+  if (error) check_error(*error, grad);
+  if (dropped) check_counter(*dropped, 1, grad, "the counter of dropped elements");
+}
+
+void check_dense_average(const at::Tensor& payloads, const OptionalTensor& error, const at::Tensor& out,
+                         const OptionalTensor& dropped) {
+  check_dense_round(out, error, out, dropped);
+  check_same_device(payloads, out, "the payloads", "their mean");
+  TORCH_CHECK_TYPE(payloads.scalar_type() == out.scalar_type(), "the payloads are ", payloads.scalar_type(),
+                   " but their mean is ", out.scalar_type(), ": make them of one type.");
+  TORCH_CHECK_VALUE(payloads.dim() == 2 && payloads.size(0) >= 1 && payloads.size(1) == out.numel() &&
+                        (payloads.size(1) <= 1 || payloads.stride(1) == 1),
+                    "the payloads must be [ranks, ", out.numel(), "] with packed rows, but they are ",
+                    payloads.sizes(), ": pass the same range of every rank's payload.");
 }
 
 void check_sign_encode(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& payload,

@@ -16,6 +16,11 @@ GradType grad_type(const at::Tensor& grad);
 
 void check_error_correct(const at::Tensor& grad, const at::Tensor& error, const OptionalTensor& dropped);
 
+void check_dense_round(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& out,
+                       const OptionalTensor& dropped);
+void check_dense_average(const at::Tensor& payloads, const OptionalTensor& error, const at::Tensor& out,
+                         const OptionalTensor& dropped);
+
 void check_sign_encode(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& payload,
                        const OptionalTensor& dropped);
 void check_sign_vote(const at::Tensor& payloads, const at::Tensor& out, int64_t tie_breaker);

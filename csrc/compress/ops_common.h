@@ -11,6 +11,8 @@
 // clang-format off
 #define DEAR_FOR_EACH_OPERATOR(visit) \
   visit(error_correct) \
+  visit(dense_round) \
+  visit(dense_average) \
   visit(sign_encode) \
   visit(sign_vote) \
   visit(sign_average) \

@@ -2,6 +2,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include "compress/kernels/cpu/dense.h"
 #include "compress/kernels/cpu/error_feedback.h"
 #include "compress/kernels/cpu/low_rank.h"
 #include "compress/kernels/cpu/orthogonalize.h"
@@ -45,6 +46,21 @@ void add_count(const OptionalTensor& counter, int64_t count) {
 void error_correct(const at::Tensor& grad, const at::Tensor& error, const OptionalTensor& dropped) {
   check_error_correct(grad, error, dropped);
   add_count(dropped, cpu::error_correct(grad.const_data_ptr(), grad_type(grad), floats(error), grad.numel()));
+}
+
+void dense_round(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& out,
+                 const OptionalTensor& dropped) {
+  check_dense_round(grad, error, out, dropped);
+  add_count(dropped, cpu::dense_round(grad.const_data_ptr(), grad_type(grad), floats_or_null(error),
+                                      grad.numel(), grad_type(out), out.mutable_data_ptr()));
+}
+
+void dense_average(const at::Tensor& payloads, const OptionalTensor& error, const at::Tensor& out,
+                   const OptionalTensor& dropped) {
+  check_dense_average(payloads, error, out, dropped);
+  add_count(dropped, cpu::dense_average(payloads.const_data_ptr(), grad_type(out), payloads.size(0),
+                                        payloads.stride(0), floats_or_null(error), out.numel(),
+                                        out.mutable_data_ptr()));
 }
 
 void sign_encode(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& payload,

@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "compress/kernels/cuda/dense.h"
 #include "compress/kernels/cuda/error_feedback.h"
 #include "compress/kernels/cuda/low_rank.h"
 #include "compress/kernels/cuda/orthogonalize.h"
@@ -42,6 +43,25 @@ void error_correct(const at::Tensor& grad, const at::Tensor& error, const Option
   const Launch launch(grad);
   cuda::error_correct(grad.const_data_ptr(), grad_type(grad), floats(error), grad.numel(),
                       words_or_null(dropped), launch.stream());
+  launch.check();
+}
+
+void dense_round(const at::Tensor& grad, const OptionalTensor& error, const at::Tensor& out,
+                 const OptionalTensor& dropped) {
+  check_dense_round(grad, error, out, dropped);
+  const Launch launch(grad);
+  cuda::dense_round(grad.const_data_ptr(), grad_type(grad), floats_or_null(error), grad.numel(),
+                    grad_type(out), out.mutable_data_ptr(), words_or_null(dropped), launch.stream());
+  launch.check();
+}
+
+void dense_average(const at::Tensor& payloads, const OptionalTensor& error, const at::Tensor& out,
+                   const OptionalTensor& dropped) {
+  check_dense_average(payloads, error, out, dropped);
+  const Launch launch(out);
+  cuda::dense_average(payloads.const_data_ptr(), grad_type(out), payloads.size(0), payloads.stride(0),
+                      floats_or_null(error), out.numel(), out.mutable_data_ptr(), words_or_null(dropped),
+                      launch.stream());
   launch.check();
 }
 

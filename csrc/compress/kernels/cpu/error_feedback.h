@@ -15,6 +15,9 @@ namespace dear::compress::cpu {
 // Returns how many elements were dropped, and in *magnitude the sum of |corrected|.
 int64_t correct_block(const float* grad, const float* error, float* corrected, int64_t n, double* magnitude);
 
+// error += grad over n values; returns how many were dropped.
+uint32_t correct_values(const float* grad, float* error, int64_t n);
+
 // error += grad over n elements of any gradient type, on the calling thread. Returns how many were dropped.
 int64_t correct_run(const void* grad, GradType type, float* error, int64_t n);
 

@@ -23,6 +23,9 @@ constexpr int64_t kTile = 4;
 // Elements a thread takes at least.
 constexpr int64_t kGrain = 32768;
 
+// The same in units of so many elements.
+int64_t grain_of(int64_t unit) { return ceil_div(kGrain, std::max<int64_t>(unit, 1)); }
+
 // As many terms are summed in float32 before the sum is added to the total: long sums stay accurate.
 constexpr int64_t kSumColumns = 4096;
 
@@ -155,6 +158,7 @@ struct Sweep {
 // cache.
 constexpr int64_t kRows = 2;
 
+// The parts of a thread's scratch.
 struct RowScratch {
   float* across;  // Q^T
   float* down;    // kRows rows of P
@@ -191,8 +195,7 @@ void project_two_rows(Sweep& sweep, int64_t matrix, int64_t first, const RowScra
 void project_rows(Sweep& sweep) {
   const MatrixBatch& batch = sweep.batch;
   const int64_t pairs = ceil_div(batch.rows, kRows);
-  const int64_t grain = ceil_div(kGrain, std::max<int64_t>(kRows * batch.columns, 1));
-  at::parallel_for(0, batch.count * pairs, grain, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, batch.count * pairs, grain_of(kRows * batch.columns), [&](int64_t first, int64_t last) {
     const RowScratch scratch(sweep);
     int64_t entered = -1;
     for (int64_t i = first; i < last; ++i) {
@@ -285,10 +288,11 @@ class ColumnSweep {
 
 void project_columns(Sweep& sweep) {
   // One thread takes a matrix from start to end. Those that do not come out even are shared by all.
-  const int64_t count = sweep.batch.count;
+  const MatrixBatch& batch = sweep.batch;
+  const int64_t count = batch.count;
   const int64_t whole = count - count % at::get_num_threads();
   const bool residual = sweep.projection.residual;
-  at::parallel_for(0, whole, 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, whole, grain_of(batch.numel()), [&](int64_t first, int64_t last) {
     for (int64_t matrix = first; matrix < last; ++matrix) {
       const ColumnSweep columns(sweep, matrix);
       for (int64_t part = 0; part < columns.parts(); ++part) columns.project(part);
@@ -296,14 +300,15 @@ void project_columns(Sweep& sweep) {
       for (int64_t part = columns.parts() - 1; residual && part >= 0; --part) columns.subtract(part);
     }
   });
+  const int64_t grain = grain_of(part_rows(batch.rows) * batch.columns);
   for (int64_t matrix = whole; matrix < count; ++matrix) {
     const ColumnSweep columns(sweep, matrix);
-    at::parallel_for(0, columns.parts(), 1, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, columns.parts(), grain, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) columns.project(part);
     });
     columns.finish();
     if (!residual) continue;
-    at::parallel_for(0, columns.parts(), 1, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, columns.parts(), grain, [&](int64_t first, int64_t last) {
       for (int64_t part = last - 1; part >= first; --part) columns.subtract(part);
     });
   }

@@ -1,0 +1,283 @@
+"""The compression kernels that are measured, each beside the plain-torch way to the same end."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from compress import ops
+
+VOTERS = 4
+
+
+def nothing() -> None:
+    """The default of what a case does before each timed call."""
+
+
+@dataclass
+class Case:
+    """One kernel beside the plain-torch way to the same end."""
+
+    name: str
+    bytes: float
+    run: Callable[[], object]
+    plain: Callable[[], object] | None
+    prepare: Callable[[], object] = nothing
+    seconds: list[float] = field(default_factory=list)
+    plain_seconds: list[float] = field(default_factory=list)
+
+
+def sign_cases(grad: Tensor, dtype: torch.dtype) -> list[Case]:
+    n, size = grad.numel(), grad.element_size()
+    words = ops.sign_payload_numel(n)
+    error, payload = torch.zeros(n), torch.empty(words, dtype=torch.int32)
+    plain_error, out, ballots = torch.zeros(n), torch.empty_like(grad), torch.empty(VOTERS, words, dtype=torch.int32)
+    for ballot in ballots:
+        ops.sign_encode(torch.randn(n), None, ballot)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8)
+    dense = torch.stack([torch.randn(n).sign().to(torch.int8) for _ in range(VOTERS)])
+    kept = torch.zeros(n)
+
+    def plain_encode() -> Tensor:
+        corrected = plain_error.add_(grad)
+        scale = corrected.abs().mean()
+        positive = corrected >= 0
+        packed = (positive.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+        corrected.sub_(torch.where(positive, scale, -scale))
+        return packed
+
+    name = str(dtype).removeprefix("torch.")
+    cases = [
+        Case(
+            f"sign encode, error feedback, {name}",
+            n * (size + 8) + words * 4,
+            lambda: ops.sign_encode(grad, error, payload),
+            plain_encode,
+        ),
+        Case(f"sign decode, {name}", n * size + words * 4, lambda: ops.sign_decode(payload, out), None),
+    ]
+    if dtype == torch.float32:
+        cases += [
+            Case(
+                f"sign majority vote, {VOTERS} voters",
+                (VOTERS + 1) * words * 4,
+                lambda: ops.sign_vote(ballots, payload),
+                lambda: dense.sum(0, dtype=torch.int8) >= 0,
+            ),
+            Case(
+                f"sign average, {VOTERS} voters, error feedback",
+                (VOTERS + 1) * words * 4 + 8 * n,
+                lambda: ops.sign_average(ballots, kept, payload, n),
+                None,
+            ),
+        ]
+    return cases
+
+
+def topk_cases(grad: Tensor, density: float) -> list[Case]:
+    n, k, owners = grad.numel(), max(1, int(grad.numel() * density)), VOTERS
+    shard, capacity = ops.shard_numel(n, owners), int(k / owners * 1.25) + 1
+    before = torch.randn(n) * grad.float().std()
+    error, plain_error, out = before.clone(), before.clone(), torch.empty_like(grad)
+    threshold, ties = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    stats, scratch = torch.zeros(2, dtype=torch.int32), torch.empty(ops.topk_workspace_numel(n), dtype=torch.int32)
+    slots = torch.zeros(owners, ops.topk_slot_numel(capacity), dtype=torch.int32)
+    limit = torch.zeros(1)
+    ops.topk_threshold(grad, before, k, limit, ties, scratch)
+    dense = torch.zeros(shard)
+
+    def plain_select() -> tuple[Tensor, Tensor]:
+        corrected = plain_error.add_(grad)
+        indices = (corrected.abs() >= limit).nonzero().flatten()
+        values = corrected[indices]
+        corrected.index_fill_(0, indices, 0)
+        return indices, values
+
+    def plain_decode() -> Tensor:
+        indices, values = (slots[:, 1 : 1 + capacity].long() % n).flatten(), slots[:, 1 + capacity :].flatten()
+        return out.zero_().index_copy_(0, indices, values.view(torch.float32).to(out.dtype))
+
+    return [
+        Case(
+            f"top-k by threshold, error feedback, density {density:g}",
+            n * 12 + 8 * k,
+            lambda: ops.topk_select(grad, error, limit, None, shard, slots, stats, scratch),
+            plain_select,
+            lambda: (error.copy_(before), plain_error.copy_(before)),
+        ),
+        Case(
+            f"top-k exact threshold, density {density:g}",
+            n * 24,
+            lambda: ops.topk_threshold(grad, before, k, threshold, ties, scratch),
+            lambda: (before + grad).abs().topk(k).values[-1],
+        ),
+        Case(
+            f"top-k merge of {owners} lists, density {density:g}",
+            k * (8 + 8),
+            lambda: ops.topk_accumulate(slots, dense, 0.25),
+            None,
+        ),
+        Case(
+            f"top-k decode, density {density:g}",
+            n * 4 + 8 * k,
+            lambda: ops.topk_decode(slots, out, shard),
+            plain_decode,
+        ),
+    ]
+
+
+def dense_cases(grad: Tensor, dtype: torch.dtype) -> list[Case]:
+    n, name = grad.numel(), str(dtype).removeprefix("torch.")
+    error, owner_error = torch.zeros(n), torch.zeros(n)
+    plain_error, plain_owner_error = torch.zeros(n), torch.zeros(n)
+    out, largest = torch.empty(n, dtype=dtype), torch.finfo(dtype).max
+    payloads = grad.to(dtype).repeat(VOTERS, 1)
+
+    def plain(values: Tensor, kept: Tensor) -> Tensor:
+        total = kept.add_(values)
+        out.copy_(total.clamp(-largest, largest))
+        return total.sub_(out)
+
+    return [
+        Case(
+            f"dense in {name}",
+            n * 6,
+            lambda: ops.dense_round(grad, None, out),
+            lambda: (~out.copy_(grad).isfinite()).sum(),
+        ),
+        Case(
+            f"dense in {name}, error feedback",
+            n * 14,
+            lambda: ops.dense_round(grad, error, out),
+            lambda: plain(grad, plain_error),
+        ),
+        Case(
+            f"average of {VOTERS} in {name}, error feedback",
+            n * (2 * VOTERS + 10),
+            lambda: ops.dense_average(payloads, owner_error, out),
+            lambda: plain(payloads.sum(0, dtype=torch.float32).div_(VOTERS), plain_owner_error),
+        ),
+    ]
+
+
+def refresh_case(grad: Tensor, density: float) -> Case:
+    """A threshold that holds for a sample of a sixteenth of the group."""
+    sample = grad[: max(1, grad.numel() // 16)]
+    n, k = sample.numel(), max(1, int(sample.numel() * density))
+    error, threshold, ties = torch.zeros(n), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    scratch = torch.empty(ops.topk_workspace_numel(n), dtype=torch.int32)
+    ops.topk_threshold(sample, error, k, threshold, ties, scratch)
+    return Case(
+        f"top-k threshold kept, sample of 1/16, density {density:g}",
+        n * 8,
+        lambda: ops.topk_refresh(sample, error, k, threshold, ties, scratch, 0.1),
+        lambda: (error + sample).abs().topk(k).values[-1],
+    )
+
+
+def low_rank_cases(grad: Tensor, rank: int, side: int = 1024) -> list[Case]:
+    """All of the group as square matrices."""
+    count = max(1, grad.numel() // side**2)
+    used = count * side**2
+    flat = grad if grad.numel() >= used else grad.repeat(-(-used // grad.numel()))[:used]
+    starts, matrices = torch.arange(count) * side**2, flat[:used].view(count, side, side)
+    fixed = torch.linalg.qr(torch.randn(count, side, rank)).Q.contiguous()
+    factor, plain_factor = torch.empty(count, side, rank), torch.empty(count, side, rank)
+    error, plain_error = torch.zeros(count, side, side), torch.zeros(count, side, side)
+    out, plain_out = torch.empty(used), torch.empty(count, side, side)
+    factors = 4 * (fixed.numel() + factor.numel())
+
+    def plain(transposed: bool) -> Tensor:
+        total = plain_error.add_(matrices)
+        torch.bmm(total.mT if transposed else total, fixed, out=plain_factor)
+        p, q = (fixed, plain_factor) if transposed else (plain_factor, fixed)
+        return total.baddbmm_(p, q.mT, alpha=-1)
+
+    return [
+        *(
+            Case(
+                f"low-rank {name} = {product}, rank {rank}, error feedback",
+                used * 12 + factors,
+                partial(ops.low_rank_project, flat, error, fixed, factor, starts, way),
+                partial(plain, way),
+            )
+            for name, product, way in (("P", "C Q", False), ("Q", "C^T P", True))
+        ),
+        Case(
+            f"low-rank decode, rank {rank}",
+            used * 4 + factors,
+            lambda: ops.low_rank_decode(factor, fixed, out, starts),
+            lambda: torch.bmm(factor, fixed.mT, out=plain_out),
+        ),
+    ]
+
+
+def segment_cases(grad: Tensor, segments: int = 64) -> list[Case]:
+    """Every second of so many runs of the group."""
+    length = max(1, grad.numel() // (2 * segments))
+    rows = [(2 * i * length, length, i * length) for i in range(segments) if (2 * i + 1) * length <= grad.numel()]
+    table, used = torch.tensor(rows), len(rows) * length
+    message, out, dropped = torch.empty(used), torch.empty_like(grad), torch.zeros(1, dtype=torch.int32)
+
+    def plain_gather() -> Tensor:
+        for start, numel, position in rows:
+            message[position : position + numel].copy_(grad[start : start + numel])
+        return dropped.add_((~message.isfinite()).sum())
+
+    def plain_scatter() -> None:
+        for start, numel, position in rows:
+            out[start : start + numel].copy_(message[position : position + numel])
+
+    return [
+        Case(
+            f"dense members gathered, {segments} runs",
+            used * 8,
+            lambda: ops.gather_segments(grad, table, message, dropped),
+            plain_gather,
+        ),
+        Case(
+            f"dense members scattered, {segments} runs",
+            used * 8,
+            lambda: ops.scatter_segments(message, table, out),
+            plain_scatter,
+        ),
+    ]
+
+
+def bert_base_rows() -> Counter[int]:
+    """Rows of the factors P of BERT-Base's matrices: rows [count]. Its 2 x 768 matrices are too small to compress."""
+    layer = Counter({768: 4 + 1, 3072: 1})  # query, key, value, output and the two of the feed-forward part
+    rows = Counter({size: 12 * count for size, count in layer.items()})
+    rows.update({30522: 1, 512: 1, 768: 1})  # word and position embeddings, pooler
+    return rows
+
+
+def orthogonalize_case(rank: int) -> Case:
+    sources = [torch.randn(count, rows, rank) for rows, count in bert_base_rows().items()]
+    factors = [source.clone() for source in sources]
+    scratch = [torch.empty(ops.orthogonalize_workspace_numel(*f.shape), dtype=torch.float64) for f in factors]
+
+    def run() -> None:
+        for factor, workspace in zip(factors, scratch, strict=True):
+            ops.orthogonalize(factor, workspace)
+
+    return Case(
+        f"orthogonalise BERT-Base's matrices, rank {rank}",
+        sum(factor.numel() for factor in factors) * 8,
+        run,
+        lambda: [torch.linalg.qr(matrix) for source in sources for matrix in source],
+        lambda: [factor.copy_(source) for factor, source in zip(factors, sources, strict=True)],
+    )
+
+
+def all_cases(grad: Tensor, density: float, rank: int) -> list[Case]:
+    """Every kernel on a float32 gradient [n]; top-k at that density, low-rank factors of that rank."""
+    cases = [
+        case for dtype in (torch.float32, torch.bfloat16, torch.float16) for case in sign_cases(grad.to(dtype), dtype)
+    ]
+    cases += [*topk_cases(grad, density), refresh_case(grad, density)]
+    cases += [*low_rank_cases(grad, rank), *segment_cases(grad), *dense_cases(grad, torch.bfloat16)]
+    return [*cases, *(orthogonalize_case(columns) for columns in (4, 8, 16, 32))]

@@ -1,0 +1,19 @@
+// Dense gradients in 16 bits: rounding, and the mean of what all ranks rounded. Arithmetic is in float32.
+#pragma once
+
+#include <cstdint>
+
+#include "compress/layout.h"
+
+namespace dear::compress::cpu {
+
+// out = grad rounded to `out_type`, 16 bits. With `error` (else null) instead: c = grad + error, out = c
+// rounded and held within the type's range, error = c - out. Returns how many elements were bad: without
+// error those of `out` that are not finite, with it those of the gradient that were dropped.
+int64_t dense_round(const void* grad, GradType type, float* error, int64_t n, GradType out_type, void* out);
+
+// The same for the mean of `ranks` payloads of type `type`, `stride` elements apart, summed in their order.
+int64_t dense_average(const void* payloads, GradType type, int64_t ranks, int64_t stride, float* error,
+                      int64_t n, void* out);
+
+}  // namespace dear::compress::cpu
