@@ -1,4 +1,4 @@
-"""The demo's two pictures: loss against wall time, and one training step in its lanes."""
+"""The demo's two pictures: loss against wall time, and one training step in its lanes; and how all pictures look."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # no display is needed, and none may be there
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 DDP_COLOUR, DEAR_COLOUR = "#7f7f7f", "#1f77b4"
@@ -44,8 +45,8 @@ def loss_against_time(curves: Sequence[tuple[str, dict[str, Any]]], title: str, 
         xlabel="training time, each on its own clock (seconds)", ylabel="training loss (nats per byte)", title=title
     )
     axes.legend(title=f"thick: mean of {SMOOTHED_OVER} steps", frameon=False)
-    _plain(axes)
-    _save(figure, path)
+    plain(axes)
+    save(figure, path)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -75,7 +76,7 @@ def step_timeline(traces: Sequence[tuple[str, dict[str, Any]]], title: str, path
     waits = Patch(facecolor="white", edgecolor=WAIT_COLOUR, hatch="////", linewidth=0, label="training thread waits")
     figure.legend(handles=[*entries, waits], loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def typical_step(trace: dict[str, Any]) -> int:
@@ -140,7 +141,7 @@ def _one_step(axes: Axes, trace: dict[str, Any], label: str) -> None:
     axes.set_yticks(list(row.values()), list(row))
     axes.set_ylim(-0.55, len(lanes) - 0.2)
     axes.set_title(label, loc="left", fontsize=11, fontweight="bold")
-    _plain(axes)
+    plain(axes)
 
 
 def overlap(span: dict[str, Any], others: Sequence[dict[str, Any]]) -> int:
@@ -148,13 +149,20 @@ def overlap(span: dict[str, Any], others: Sequence[dict[str, Any]]) -> int:
     return sum(max(0, min(span["end"], each["end"]) - max(span["start"], each["start"])) for each in others)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """No frame, and faint lines at the marks of the horizontal axis."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Any, path: Path) -> None:
+def footnote(figure: Figure, text: str) -> None:
+    """Where the numbers come from, small and under everything else."""
+    figure.supxlabel(text, fontsize=6.5, color="#666666")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the picture as a PNG, its folder made if need be, and closes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
