@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,12 +69,13 @@ def _short(text: str) -> str:
 
 def worker(spool: Path, measure: Callable[[Crew, dict[str, Any], Report], dict[str, Any]]) -> None:
     """The other end of run_workers: what a worker module does when it is run with --worker and the spool folder."""
-    crew = Crew()
+    plan = json.loads((spool / "plan.json").read_text())
+    crew = Crew(plan.get("backend", "gloo"), plan.get("device", "cpu"))
 
     def report(done: int, total: int, doing: str) -> None:
         print(PROGRESS + json.dumps([done, total, doing]), flush=True)
 
-    result = measure(crew, json.loads((spool / "plan.json").read_text()), report)
+    result = measure(crew, plan, report)
     if crew.rank == 0:
         (spool / "result.json").write_text(json.dumps(result))
     crew.leave()
@@ -83,12 +85,15 @@ def worker(spool: Path, measure: Callable[[Crew, dict[str, Any], Report], dict[s
 def progress_bar(console: Console, title: str) -> Iterator[Report]:
     """A bar with the time that remains; where the output is no terminal, a line each time the work changes."""
     if not console.is_terminal:
-        last = [""]
+        last, begun = [""], time.monotonic()
 
         def lines(done: int, total: int, doing: str) -> None:
-            if doing != last[0]:
-                last[0] = doing
-                console.print(f"{title} · {100 * done // max(total, 1):3d}% · {doing}")
+            if doing == last[0]:
+                return
+            last[0] = doing
+            left = (time.monotonic() - begun) * (total - done) / done if done else None
+            remains = "" if left is None else f" · about {left:.0f} s left"
+            console.print(f"{title} · {100 * done // max(total, 1):3d}% · {doing}{remains}", highlight=False)
 
         yield lines
         return

@@ -16,7 +16,7 @@ from benchmarks.strategies import Strategy, Trainer, optimizer_factory, parse_st
 TRIAL_STEPS = 3  # DDP rebuilds its buckets in the second step and torch's PowerSGD starts in the third
 HELD_OUT_BATCH = 32
 
-_PER_RANK = ("ms", "cpu_ms_per_step", "sent_bytes_per_step", "user_s", "engine")
+_PER_RANK = ("ms", "cpu_ms_per_step", "sent_bytes_per_step", "user_s", "engine", "compressor")
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
 
@@ -119,15 +119,22 @@ class Measurement:
         net = build_gpt(self.plan.seed)
         contestant.payload_bytes_per_step = contestant.strategy.payload_bytes(net, self.crew.world)
 
+        sent: list[int] = []  # by the last two trial steps: ACP-SGD sends two factors of different length in turn
+
         def build_and_try() -> Trainer:
             trainer = contestant.strategy.build(net, optimizer_factory(self.plan.optimizer), group)
-            for _ in range(TRIAL_STEPS):
+            for number in range(TRIAL_STEPS):
                 self.step(contestant, trainer)
+                if trainer.compressor is not None and number >= TRIAL_STEPS - 2:
+                    self._drain(contestant, trainer)
+                    sent.append(trainer.compressor_stats()["bytes_sent"])
             self._drain(contestant, trainer)
             return trainer
 
         contestant.trainer, failure = self.crew.attempt(build_and_try)
         contestant.failure = failure
+        if sent:
+            contestant.payload_bytes_per_step = sum(sent) // len(sent)
         self._progress(TRIAL_STEPS, f"building {name}")
 
     def next_batch(self, contestant: Contestant) -> tuple[Tensor, Tensor]:
@@ -187,6 +194,7 @@ class Measurement:
             "cpu_ms_per_step": round(cpu_ms / self.plan.steps, 3),
             "sent_bytes_per_step": None if sent is None else ((sent_after or 0) - sent) // self.plan.steps,
             "engine": engine,
+            "compressor": trainer.compressor_stats(),
             # User-mode CPU seconds of the block: the machine's, this worker's. What is left over, others have taken.
             "user_s": [round(b - a, 2) for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
         }

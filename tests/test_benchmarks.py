@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from workers import WorkerPool
 
-from benchmarks import collectives_table, demo, pictures, results, summary, training
+from benchmarks import collectives_table, demo, losses, pictures, results, summary, training
 from benchmarks.command import show_size, size
 from benchmarks.crew import Crew
 from benchmarks.data import ByteText, _window_order, standard_library
@@ -22,7 +22,17 @@ from benchmarks.gpt import build_gpt, language_loss
 from benchmarks.launch import WorkersFailed
 from benchmarks.methods import DTYPES, local_values, summed_values, wrong
 from benchmarks.steps import Plan
-from benchmarks.strategies import FORMS, Dear, StrategyError, optimizer_factory, parse_strategies
+from benchmarks.strategies import (
+    FORMS,
+    Compressed,
+    DDPPowerSGD,
+    Dear,
+    DearCompressed,
+    StrategyError,
+    is_dear,
+    optimizer_factory,
+    parse_strategies,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -203,6 +213,26 @@ def test_smoothing_starts_with_what_there_is() -> None:
     assert pictures.smoothed([4.0, 2.0, 0.0])[:3] == [4.0, 3.0, 2.0]
 
 
+def course(strategy: str, seed: int, held_out: float, **more: Any) -> dict[str, Any]:
+    plan = {"strategy": strategy, "seed": seed, "steps": 3, "batch": 4, "optimizer": "adamw", "learning_rate": 1e-3}
+    trained = {"losses": [9.0] * 5 + [held_out] * losses.LAST, "held_out": [[1, 5.0], [3, held_out]]}
+    return {"plan": plan, "workers": 2, "failure": None, **trained, **more}
+
+
+def test_losses_are_compared_with_dense_seed_by_seed() -> None:
+    cells = [course("ddp", 1, 2.0), course("acp:8", 1, 2.02), course("ddp", 2, 4.0), course("acp:8", 2, 4.2)]
+    cells += [course("sign", 1, 2.0), {**course("sign", 2, 0.0), "failure": "rank 0: no"}]
+    dense, acp, sign = losses.rows(cells)
+    assert dense.ratio == 1 and acp.held_out == pytest.approx(3.11) and acp.training == pytest.approx(3.11)
+    assert acp.ratio == pytest.approx((1.01 + 1.05) / 2)
+    assert acp.worst == pytest.approx(1.05) and acp.worst_seed == 2
+    assert sign.seeds == 1 and sign.failures == ("seed 2: rank 0: no",)
+    console = Console(width=120, record=True, file=io.StringIO())
+    losses.show(cells, console)
+    text = console.export_text()
+    assert "1.050 (2)" in text and "sign failed, seed 2: rank 0: no" in text
+
+
 # Workload
 
 
@@ -269,6 +299,41 @@ def test_strategies_are_parsed() -> None:
     with pytest.raises(StrategyError, match="No strategy"):
         parse_strategies(" , ")
     assert "dear" in FORMS
+
+
+def test_compressor_strategies_are_parsed() -> None:
+    found = parse_strategies(
+        "acp:8,acp:4:2.5,topk:0.01,sign,sign:majority,sign:4,dear+sign:majority:2,dear+bf16,fp16:1"
+    )
+    kinds = [(one.compressor.kind, one.compressor.option) for one in found if isinstance(one, Compressed)]
+    assert kinds[:4] == [("acp", "8"), ("acp", "4"), ("topk", "0.01"), ("sign", None)]
+    assert kinds[4:] == [("sign", "majority"), ("sign", None), ("sign", "majority"), ("bf16", None), ("fp16", None)]
+    assert [one.bucket_cap_mb for one in found] == [None, 2.5, None, None, None, 4.0, 2.0, None, 1.0]
+    assert [isinstance(one, DearCompressed) for one in found] == [is_dear(one) for one in found]
+    assert [is_dear(one) for one in found] == [False] * 6 + [True, True, False]
+    (torchs,) = parse_strategies("ddp+powersgd:8")
+    assert isinstance(torchs, DDPPowerSGD) and torchs.rank == 8
+    bad = (
+        "acp",
+        "acp:0",
+        "acp:x",
+        "acp:4:1:2",
+        "topk:2",
+        "topk:0",
+        "sign:minority",
+        "bf16:a",
+        "dear+none",
+        "dear+ddp:1",
+    )
+    for wrong_name in (*bad, "ddp+powersgd:0", "ddp+powersgd:4:1", "power:257"):
+        with pytest.raises(StrategyError, match="the forms are"):
+            parse_strategies(wrong_name)
+
+
+def test_a_named_compressor_is_what_it_says() -> None:
+    made = {one.name: one.compressor.make() for one in parse_strategies("acp:8,power:2,topk:0.02,sign:majority,bf16")}  # type: ignore[attr-defined]
+    assert made["acp:8"].rank == 8 and made["power:2"].rank == 2 and made["topk:0.02"].density == 0.02
+    assert made["sign:majority"].vote == "majority" and made["bf16"].dtype == torch.bfloat16
 
 
 def test_payload_counts_what_a_ring_sends() -> None:
@@ -368,3 +433,23 @@ def test_training_end_to_end(tmp_path: Path) -> None:
     assert floor["failure"] is None and len(ddp["blocks"][0]["ms"]) == 2
     assert len(ddp["losses"]) == len(ddp["clock_ms"]) == 5
     assert ddp["losses"][0] == half["losses"][0] and ddp["held_out_loss"] > 0
+
+
+def test_convergence_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
+    path = tmp_path / "l.json"
+    common = ("convergence", "--seeds", "1", "--steps", "3", "--batch", "1", "--held-out-every", "2")
+    common = (*common, "--held-out-windows", "4", "--json", str(path), "--resume", "--strategies")
+    done = run(*common, "ddp")
+    assert done.returncode == 0, done.stderr
+    first = json.loads(path.read_text())["cells"]
+    first[0]["compressor"] = {"kept": True}
+    results.write(path, {"cells": first})
+    done = run(*common, "ddp,acp:8")
+    assert done.returncode == 0, done.stderr
+    dense, acp = json.loads(path.read_text())["cells"]
+    assert dense["compressor"] == {"kept": True}
+    assert dense["losses"][0] == acp["losses"][0] and len(acp["losses"]) == 3
+    assert [step for step, _ in acp["held_out"]] == [2, 3]
+    assert acp["compressor"]["bytes_sent"] * 4 < acp["compressor"]["dense_bytes"]
+    done = run(*common, "ddp", "--lr", "0.1")
+    assert done.returncode == 1 and "other settings" in done.stderr
