@@ -1,6 +1,7 @@
 """The demo's two pictures: loss against wall time, and one training step in its lanes; and how all pictures look."""
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -156,13 +157,14 @@ def plain(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def footnote(figure: Figure, text: str) -> None:
-    """Where the numbers come from, small and under everything else."""
-    figure.supxlabel(text, fontsize=6.5, color="#666666")
+def footnote(figure: Figure, lines: Sequence[str]) -> None:
+    """Where the numbers come from, small and under everything else, broken to the picture's width."""
+    broken = [part for line in lines for part in textwrap.wrap(line, int(17 * figure.get_figwidth()))]
+    figure.text(0.01, -0.01, "\n".join(broken), fontsize=6.5, color="#666666", va="top")
 
 
 def save(figure: Figure, path: Path) -> None:
     """Writes the picture as a PNG, its folder made if need be, and closes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")  # a footnote lies outside the figure proper
     plt.close(figure)

@@ -21,13 +21,13 @@ FLOOR_COLOUR = "#d5d8dc"
 NO_LIMIT_GAP = 3.0  # the place of "no limit" on the rate axis: this many times the highest rate
 
 
-def step_by_rate(cells: Sequence[Cell], about: str, path: Path) -> None:
+def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     """A line for each kind at its best size, and the bound that no dense exchange can beat."""
-    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 6.4), layout="constrained")
     cells = sorted(cells, key=lambda cell: rate_bits(cell.rate) or float("inf"))
     places = _places([cell.rate for cell in cells])
     limited = [cell for cell in cells if rate_bits(cell.rate) is not None]
-    styles = _styles([row.name for cell in cells for row in cell.best_of_each_kind()])
+    styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind()])
     for name, style in styles.items():
         points = [
             (places[cell.rate], median(row), cell in limited)
@@ -48,12 +48,12 @@ def step_by_rate(cells: Sequence[Cell], about: str, path: Path) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(axis="y", which="minor", labelsize=8)
-    axes.set_title(f"Step time by link rate: {cells[0].setting.label}")
+    axes.set_title(f"Step time by link rate, each at its best size: {cells[0].setting.label}", fontsize=11)
     pictures.plain(axes)
     axes.grid(axis="y", which="both", alpha=0.2)
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     handles.append(Line2D([], [], color="black", linestyle=":", label="bound for float32: max(compute, communication)"))
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, title="at its best size")
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     pictures.footnote(figure, about)
     pictures.save(figure, path)
 
@@ -65,7 +65,7 @@ def _places(rates: Sequence[str]) -> dict[str, float]:
     return {rate: one or fastest * NO_LIMIT_GAP for rate, one in bits.items()}
 
 
-def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def styles_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A look for each kind: its family's colour, and within the family other dashes and markers."""
     styles: dict[str, dict[str, Any]] = {}
     of_family: dict[str, int] = {}
@@ -105,7 +105,7 @@ def dense_bound(cell: Cell) -> float | None:
     return None if cell.floor is None else max(cell.floor, *dense, 0.0)
 
 
-def step_parts(cells: Sequence[Cell], about: str, path: Path) -> None:
+def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     """Bars: the compute floor, and what communication adds to it, for the best size of each kind; a panel per rate."""
     cells = [cell for cell in cells if cell.floor is not None and cell.best_of_each_kind()]
     figure, panels = _panels(cells, lambda cell: 0.5 + 0.27 * len(cell.best_of_each_kind()), width=10)
@@ -146,14 +146,14 @@ def _panels(cells: Sequence[Cell], height: Any, width: float) -> tuple[Any, list
     return figure, list(panels[:, 0])
 
 
-def loss_over_time(cells: Sequence[Cell], about: str, path: Path) -> None:
+def loss_over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     """Training loss over each strategy's own training time, smoothed; a panel per rate."""
     columns = min(2, len(cells))
     rows = -(-len(cells) // columns)
     figure, panels = plt.subplots(
         rows, columns, squeeze=False, figsize=(6.2 * columns, 1.6 + 3.4 * rows), layout="constrained"
     )
-    styles = _styles([row.name for cell in cells for row in cell.best_of_each_kind()])
+    styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind()])
     for axes, cell in zip(panels.flat, cells, strict=False):
         for row in cell.best_of_each_kind():
             strategy = cell.strategy(row.name)

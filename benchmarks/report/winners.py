@@ -19,7 +19,7 @@ MISSING = "#e4e4e4"
 
 
 def draw(
-    cells: dict[tuple[Setting, str], Cell], panels: Sequence[tuple[str, Callable[[str], bool]]], about: str, path: Path
+    cells: dict[tuple[Setting, str], Cell], panels: Sequence[tuple[str, Callable[[str], bool]]], about: Sequence[str], path: Path
 ) -> None:
     """One map per (title, who takes part), below each other."""
     settings = sorted({setting for setting, _ in cells})
@@ -49,6 +49,7 @@ def draw(
         panel.spines[:].set_visible(False)
     entries = [Patch(color=one.colour, label=one.label) for one in FAMILIES if one in seen]
     entries.append(Patch(facecolor="white", edgecolor=LOST, linewidth=2, label="this library loses"))
+    entries.append(Patch(facecolor=_paled("#555555"), label="≈ and pale: rounds disagree on who is faster"))
     entries.append(Patch(facecolor=MISSING, edgecolor="#9a9a9a", hatch="////", linewidth=0, label="not measured"))
     figure.legend(handles=entries, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     pictures.footnote(figure, about)
