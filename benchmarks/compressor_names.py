@@ -16,6 +16,9 @@ class CompressorName:
     kind: str
     option: str | None = None
 
+    def __str__(self) -> str:
+        return self.kind if self.option is None else f"{self.kind}:{self.option}"
+
     def make(self) -> Any:
         """A new compressor. Raises ImportError where this library is not built."""
         import torch

@@ -1,32 +1,27 @@
 """Loss by step, without timing: python -m benchmarks.convergence. What a compressor costs in training progress.
 
-One strategy and seed after the other, each with a fresh model in fresh workers, on loopback: how fast they ran means
-nothing. With --json every finished pair is kept at once, and --resume goes on where an interrupt has left off.
+One strategy and seed after the other, each with a fresh model in fresh workers, on loopback unless told otherwise: how
+fast they ran means nothing. With --json every finished pair is kept at once, and --resume goes on with the rest.
 """
 
 import argparse
-import json
-import sys
-import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks import losses, results
-from benchmarks.command import Parser, fail, positive, terminal
+from benchmarks import cells, losses
+from benchmarks.command import UNLIMITED, Parser, positive, terminal
 from benchmarks.crew import Crew
-from benchmarks.data import standard_library
-from benchmarks.gpt import GPTConfig, build_gpt
-from benchmarks.launch import Report, WorkersFailed, progress_bar, run_workers, worker
-from benchmarks.network import LOOPBACK, NetworkError, open_network
+from benchmarks.launch import Report, WorkersFailed, run_workers
+from benchmarks.network import LOOPBACK, Network
 from benchmarks.strategies import FORMS, OPTIMIZERS, StrategyError, Trainer, optimizer_factory, parse_strategies
 from benchmarks.strategies import parse_strategy as parse
+from benchmarks.workloads import WORKLOADS
 
 STRATEGIES = "ddp,acp:8,power:8,topk:0.01,sign"
 SECONDS_PER_STEP = 20  # far more than any step takes: a pair that needs longer is stuck
-WINDOWS_AT_ONCE = 32
+AT_ONCE = 32  # held-out examples in one forward pass
 
 
 @dataclass(frozen=True)
@@ -35,30 +30,31 @@ class Course:
 
     strategy: str
     seed: int
+    workload: str
     steps: int
-    batch: int  # sequences per worker and step
+    batch: int  # examples per worker and step
     optimizer: str
-    learning_rate: float | None  # None: the optimizer's default here
+    learning_rate: float
     held_out_every: int  # steps between two looks at the held-out loss; the last step always has one
-    held_out_windows: int  # of which each rank reads its share
+    held_out_examples: int  # of which each rank reads its share
+    backend: str = "gloo"
+    device: str = "cpu"
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.convergence", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--strategies", default=STRATEGIES, help=f"comma-separated, of: {FORMS}")
     parser.add_argument("--seeds", type=_seeds, default=[1, 2, 3], help="such as 1,2,3")
+    parser.add_argument("--workload", choices=WORKLOADS, default="gpt")
     parser.add_argument("--steps", type=positive, default=300)
-    parser.add_argument("--workers", type=positive, default=2)
-    parser.add_argument("--batch", type=positive, default=4, help="sequences per worker and step")
-    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adamw")
+    parser.add_argument("--batch", type=positive, help="examples per worker and step (default: the workload's)")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--lr", type=_rate, help="learning rate, the same for every strategy")
     parser.add_argument("--held-out-every", type=positive, default=50, metavar="STEPS")
-    parser.add_argument("--held-out-windows", type=positive, default=128, help="sequences of held-out text")
-    parser.add_argument("--json", type=Path, help="where the losses go")
-    parser.add_argument("--resume", action="store_true", help="skip what --json has already")
+    parser.add_argument("--held-out-examples", type=positive, default=128, metavar="COUNT")
+    cells.options(parser)
+    parser.set_defaults(network=LOOPBACK, rates=[UNLIMITED])
     given = parser.parse_args()
-    if given.resume and not given.json:
-        parser.error("--resume needs --json, the file to go on with")
     try:
         given.strategies = [strategy.name for strategy in parse_strategies(given.strategies)]
     except StrategyError as error:
@@ -83,138 +79,112 @@ def _rate(text: str) -> float:
     return rate
 
 
+def courses(given: argparse.Namespace) -> dict[str, Course]:
+    """One for each pair, by name: all strategies can be compared before the second seed is begun."""
+    return {
+        f"{name} seed {seed}": Course(
+            name,
+            seed,
+            given.workload,
+            given.steps,
+            given.batch or WORKLOADS[given.workload].batch,
+            given.optimizer,
+            given.lr if given.lr is not None else OPTIMIZERS[given.optimizer][1],
+            given.held_out_every,
+            given.held_out_examples,
+            given.backend,
+            given.device,
+        )
+        for seed in given.seeds
+        for name in given.strategies
+    }
+
+
 def measure(crew: Crew, plan: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part of one pair: trains, and returns what rank 0 keeps."""
     course = Course(**plan)
-    text, sequence = standard_library(), GPTConfig().sequence
-    group = crew.group()
+    workload, group = WORKLOADS[course.workload], crew.group()
     own: list[float] = []
-    held_out: list[tuple[int, float]] = []  # this rank's share, by steps done
+    looks: list[tuple[int, int, float]] = []  # steps done, examples of this rank's share, their mean loss
 
     def build() -> Trainer:
-        factory = optimizer_factory(course.optimizer, course.learning_rate)
-        return parse(course.strategy).build(build_gpt(course.seed), factory, group)
+        net = workload.build_seeded(course.seed).to(crew.device)
+        trainer = parse(course.strategy).build(net, optimizer_factory(course.optimizer, course.learning_rate), group)
+        trainer.loss = workload.loss
+        return trainer
 
-    def look(trainer: Trainer) -> float:
-        inputs, targets = text.held_out_batch(course.held_out_windows, sequence)
-        mine = range(crew.rank, course.held_out_windows, crew.world)
-        parts = [list(mine[at : at + WINDOWS_AT_ONCE]) for at in range(0, len(mine), WINDOWS_AT_ONCE)]
+    def look(trainer: Trainer, step: int) -> None:
+        held_out = workload.data().held_out(course.held_out_examples)
+        if held_out is None:
+            return
+        inputs, targets = (each[crew.rank :: crew.world].to(crew.device) for each in held_out)
         trainer.synchronize()
-        return sum(trainer.evaluate(inputs[part], targets[part]) * len(part) for part in parts) / len(mine)
+        pieces = zip(inputs.split(AT_ONCE), targets.split(AT_ONCE), strict=True)
+        total = sum(trainer.evaluate(*piece) * len(piece[0]) for piece in pieces)
+        looks.append((step, len(inputs), total / len(inputs)))
 
     def train() -> dict[str, Any]:
         trainer = build()
-        for step in range(course.steps):
-            batch = text.batch(
-                step, rank=crew.rank, world=crew.world, batch=course.batch, sequence=sequence, seed=course.seed
-            )
-            own.append(trainer.step(*batch))
-            if (step + 1) % course.held_out_every == 0 or step + 1 == course.steps:
-                held_out.append((step + 1, look(trainer)))
+        where = {"rank": crew.rank, "world": crew.world, "batch": course.batch, "seed": course.seed}
+        for step in range(1, course.steps + 1):
+            inputs, targets = workload.data().batch(step - 1, **where)
+            own.append(trainer.step(inputs.to(crew.device), targets.to(crew.device)))
+            if step % course.held_out_every == 0 or step == course.steps:
+                look(trainer, step)
             if crew.rank == 0:
-                report(step + 1, course.steps, f"training {course.strategy}")
+                report(step, course.steps, f"training {course.strategy}")
         account = trainer.compressor_stats()
         trainer.close()
         return account
 
     account, failure = crew.attempt(train)
-    shares = [len(range(rank, course.held_out_windows, crew.world)) for rank in range(crew.world)]
-    looks = zip(*crew.gather(held_out), strict=False)
     return {
         "plan": plan,
         "workers": crew.world,
+        "about": workload.about,
         "failure": failure,
-        "text": {"bytes": len(text.train), "digest": text.digest},
         "losses": [round(sum(step) / len(step), 6) for step in zip(*crew.gather(own), strict=False)],  # mean over ranks
-        "held_out": [
-            [look[0][0], round(sum(n * loss for n, (_, loss) in zip(shares, look, strict=True)) / sum(shares), 6)]
-            for look in looks
-        ],
+        "held_out": [_together(shares) for shares in zip(*crew.gather(looks), strict=False)],  # [step, loss]
         "compressor": account or {},  # rank 0's, of the last step
     }
 
 
+def _together(shares: tuple[tuple[int, int, float], ...]) -> list[float]:
+    """One look, over all ranks' shares: the step and the mean loss."""
+    return [shares[0][0], round(sum(count * loss for _, count, loss in shares) / sum(c for _, c, _ in shares), 6)]
+
+
+def run_cell(network: Network, course: Course, report: Report) -> dict[str, Any]:
+    """One pair; workers that end without a result are a result too."""
+    try:
+        limit = 60 + SECONDS_PER_STEP * course.steps
+        return run_workers(network.lab, "benchmarks.convergence", course, report, timeout=limit)
+    except WorkersFailed as error:
+        return {"plan": asdict(course), "workers": network.lab.workers, "failure": str(error)}
+
+
+class Shown:
+    """Tells how each pair has ended, and collects them for the table."""
+
+    def __init__(self) -> None:
+        self.cells: list[dict[str, Any]] = []
+
+    def __call__(self, cell: dict[str, Any], console: Console) -> None:
+        self.cells.append(cell)
+        end = cell["failure"] or (f"held-out loss {cell['held_out'][-1][1]:.4f}" if cell["held_out"] else "done")
+        console.print(f"{cell['plan']['strategy']}, seed {cell['plan']['seed']}: {end}", highlight=False)
+
+
 def main() -> None:
-    given = arguments()
-    courses = [
-        Course(
-            name,
-            seed,
-            given.steps,
-            given.batch,
-            given.optimizer,
-            given.lr if given.lr is not None else OPTIMIZERS[given.optimizer][1],
-            given.held_out_every,
-            given.held_out_windows,
-        )
-        for seed in given.seeds  # so that all strategies can be compared before the second seed is begun
-        for name in given.strategies
-    ]
-    console = terminal()
-    payload = results.header("convergence", {"workers": given.workers})
-    payload["cells"] = kept(given.json, given.workers, courses) if given.resume else []
-    if payload["cells"]:
-        console.print(f"{len(payload['cells'])} of {len(courses)} pairs are in {given.json} already.", highlight=False)
-    done = {_pair(cell["plan"]) for cell in payload["cells"]}
-    try:
-        with open_network(LOOPBACK, given.workers) as network:
-            train_all([one for one in courses if _pair(asdict(one)) not in done], network.lab, payload, given, console)
-    except (NetworkError, WorkersFailed) as error:
-        fail(str(error))
-    losses.show(payload["cells"], console)
-    if given.json:
-        console.print(f"Raw losses: {given.json}")
+    shown = Shown()
 
+    def given() -> tuple[argparse.Namespace, dict[str, Course]]:
+        options = arguments()
+        return options, courses(options)
 
-def train_all(
-    courses: list[Course], lab: Any, payload: dict[str, Any], given: argparse.Namespace, console: Console
-) -> None:
-    """One course after the other; each is kept before the next is begun."""
-    start = time.monotonic()
-    with progress_bar(console, "convergence") as report:
-        for number, course in enumerate(courses):
-            name = f"{course.strategy}, seed {course.seed}"
-
-            def progress(step: int, steps: int, _: str, number: int = number, name: str = name) -> None:
-                report(number * steps + step, len(courses) * steps, name)
-
-            try:
-                limit = 60 + SECONDS_PER_STEP * course.steps
-                cell = run_workers(lab, "benchmarks.convergence", course, progress, timeout=limit)
-            except WorkersFailed as error:
-                cell = {"plan": asdict(course), "workers": given.workers, "failure": str(error)}
-            payload["cells"].append(cell)
-            if given.json:
-                results.write(given.json, payload)
-            left = (time.monotonic() - start) / (number + 1) * (len(courses) - number - 1) / 60
-            end = cell["failure"] or f"held-out loss {cell['held_out'][-1][1]:.4f}"
-            console.print(f"{name}: {end}; about {left:.0f} min left.", highlight=False)
-
-
-def _pair(plan: dict[str, Any]) -> tuple[str, int]:
-    return plan["strategy"], plan["seed"]
-
-
-def kept(path: Path, workers: int, courses: list[Course]) -> list[dict[str, Any]]:
-    """The finished pairs of a file that --resume goes on with; failed ones are tried again. Fails where they were
-    trained otherwise than now."""
-    if not path.exists():
-        return []
-    try:
-        cells = [cell for cell in json.loads(path.read_text())["cells"] if not cell["failure"]]
-        wanted = {_pair(asdict(course)): asdict(course) for course in courses}
-        for cell in cells:
-            now = wanted.get(_pair(cell["plan"]))
-            if now is not None and (cell["plan"] != now or cell["workers"] != workers):
-                name, seed = _pair(cell["plan"])
-                fail(f"{path} has {name} with seed {seed} trained with other settings: give another --json.")
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path} holds no losses to go on with: give another --json.")
-    return cells
+    cells.main(cells.Benchmark("convergence", measure, run_cell, shown), given)
+    losses.show(shown.cells, terminal())
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        worker(Path(sys.argv[2]), measure)
-    else:
-        main()
+    main()

@@ -1,8 +1,10 @@
 """Turns the losses of the convergence benchmark into rows and a table. Pure, so the report can use it too."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -56,21 +58,46 @@ def _row(name: str, cells: Sequence[dict[str, Any]], dense: dict[int, float]) ->
 
 
 def _finished(cells: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return [cell for cell in cells if cell["plan"]["strategy"] == name and not cell["failure"]]
+    return [cell for cell in cells if cell["plan"]["strategy"] == name and not cell["failure"] and cell["held_out"]]
 
 
 def _held_out(cell: dict[str, Any]) -> float:
     return float(cell["held_out"][-1][1])
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The cells of a file that benchmarks.convergence wrote. Raises ValueError for another file."""
+    try:
+        payload = json.loads(path.read_text())
+        if payload["benchmark"] == "convergence":
+            return list(payload["cells"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} holds no losses: pass what --json of benchmarks.convergence wrote")
+
+
+def smoothed(cells: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
+    """For each finished seed the training loss by step, each the mean of itself and those up to LAST - 1 before it."""
+    found = []
+    for cell in _finished(cells, name):
+        curve = cell["losses"]
+        found.append([statistics.mean(curve[max(0, end - LAST) : end]) for end in range(1, len(curve) + 1)])
+    return found
+
+
+def first_at(curve: Sequence[float], target: float) -> int | None:
+    """How many steps it took until the loss was at the target, or None."""
+    return next((step for step, loss in enumerate(curve, start=1) if loss <= target), None)
+
+
 def show(cells: Sequence[dict[str, Any]], console: Console) -> None:
-    """The table, then why pairs failed."""
+    """The table, then why pairs failed; nothing of a workload that has no held-out examples."""
     if not cells:
         return
     plan, found = cells[0]["plan"], rows(cells)
     table = Table(
-        title=f"Loss after {plan['steps']} steps · {cells[0]['workers']} workers · batch {plan['batch']} each · "
-        f"{plan['optimizer']}, learning rate {plan['learning_rate']:g}",
+        title=f"{plan.get('workload', 'gpt')}: loss after {plan['steps']} steps · {cells[0]['workers']} workers · "
+        f"batch {plan['batch']} each · {plan['optimizer']}, learning rate {plan['learning_rate']:g}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

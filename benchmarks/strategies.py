@@ -1,6 +1,6 @@
 """The training strategies that are compared: each builds a model, an optimizer and the step a user would write."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import compressor_names
 from benchmarks.compressor_names import CompressorName
 from benchmarks.gpt import language_loss
+from benchmarks.workloads import repeated_blocks
 
 ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in one bucket
 FORMS = (
@@ -34,10 +35,16 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     engine: Any = None  # dear's Engine, where the strategy has one
     compressor: Any = None  # a compress.Compressor, where the strategy has one
+    loss: Callable[[Any, Tensor], Tensor] = language_loss  # of the model's output and the targets
+
+    @property
+    def net(self) -> nn.Module:
+        """The model without DDP around it."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
         """One training step as a user writes it; returns this rank's loss."""
-        loss = language_loss(self.model(inputs), targets)
+        loss = self.loss(self.model(inputs), targets)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -58,9 +65,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
-        """Loss on given text, without training on it."""
+        """Loss on given examples, without training on them."""
         self.model.eval()
-        loss = language_loss(self.model(inputs), targets).item()
+        loss = self.loss(self.model(inputs), targets).item()
         self.model.train()
         return loss
 
@@ -189,8 +196,8 @@ class FSDP2(Strategy):
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = DeviceMesh.from_group(group, "cpu")
-        for block in net.blocks:  # type: ignore[union-attr]
+        mesh = DeviceMesh.from_group(group, next(net.parameters()).device.type)
+        for block in repeated_blocks(net):
             fully_shard(block, mesh=mesh, reshard_after_forward=False)
         fully_shard(net, mesh=mesh, reshard_after_forward=False)
         return Trainer(net, optimizer(net))
@@ -297,3 +304,21 @@ def _size(rest: list[str], unknown: StrategyError) -> float | None:
 def is_dear(strategy: Strategy) -> bool:
     """Whether the strategy is this library's, so that its trainer has an engine to trace."""
     return isinstance(strategy, Dear | DearCompressed)
+
+
+def trains_like(name: str, curves: Sequence[dict[str, Any]]) -> str | None:
+    """Which of the strategies in the cells of benchmarks.convergence `name` trains like; None if none does.
+
+    Itself, before all. Else the same without bucket size and schedule, which change no sum but its rounding (and, for
+    top-k and sign, which elements share a threshold or a scale): dear:sharded:4 as ddp, dear+acp:8:2 as acp:8.
+    """
+    trained = {cell["plan"]["strategy"] for cell in curves}
+    strategy = parse_strategy(name)
+    plain: str | None = None
+    if isinstance(strategy, Compressed):
+        plain = str(strategy.compressor)
+    elif type(strategy) in (DDP, Dear, FSDP2):
+        plain = "ddp"
+    elif isinstance(strategy, DDPHalf):
+        plain = "ddp+fp16"
+    return next((each for each in (name, plain) if each in trained), None)

@@ -11,28 +11,34 @@ from typing import Any
 
 import pytest
 import torch
+from canned import training_cell
 from rich.console import Console
+from torch import nn
 from workers import WorkerPool
 
-from benchmarks import collectives_table, demo, losses, pictures, results, summary, training
+from benchmarks import (
+    collectives_table,
+    demo,
+    pictures,
+    results,
+    summary,
+    training,
+)
 from benchmarks.command import show_size, size
 from benchmarks.crew import Crew
-from benchmarks.data import ByteText, _window_order, standard_library
-from benchmarks.gpt import build_gpt, language_loss
+from benchmarks.data import ByteText, places, shuffled, standard_library
+from benchmarks.gpt import language_loss
 from benchmarks.launch import WorkersFailed
 from benchmarks.methods import DTYPES, local_values, summed_values, wrong
 from benchmarks.steps import Plan
 from benchmarks.strategies import (
     FORMS,
-    Compressed,
-    DDPPowerSGD,
     Dear,
-    DearCompressed,
     StrategyError,
-    is_dear,
     optimizer_factory,
     parse_strategies,
 )
+from benchmarks.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,39 +88,9 @@ def test_header_names_versions_and_no_place() -> None:
 # Tables, from canned results
 
 
-def strategy(name: str, rounds: list[list[float]], **more: Any) -> dict[str, Any]:
-    """Two ranks, the second always 1 ms slower."""
-    blocks = [
-        {
-            "round": number,
-            "ms": [times, [ms + 1 for ms in times]],
-            "cpu_ms_per_step": [50.0, 70.0],
-            "sent_bytes_per_step": [2**20, 2**20],
-            "engine": [{}, {}],
-        }
-        for number, times in enumerate(rounds)
-    ]
-    plain = {"failure": None, "payload_bytes_per_step": 12_500_000, "held_out_loss": 3.0}
-    series = {"losses": [5.0, 4.0, 3.0], "clock_ms": [100.0, 100.0, 100.0]}
-    return {"name": name, "blocks": blocks, "optimizer_state_bytes": [8, 10], **plain, **series, **more}
-
-
 @pytest.fixture
 def cell() -> dict[str, Any]:
-    return {
-        "rate": "500mbit",
-        "network": "emulated network",
-        "workers": 2,
-        "plan": {"optimizer": "sgd", "rounds": 2, "steps": 2},
-        "strategies": [
-            strategy("none", [[99.0, 99.0], [199.0, 199.0]], payload_bytes_per_step=0),
-            strategy("ddp:1", [[249.0, 249.0], [449.0, 449.0]]),
-            strategy("ddp:25", [[299.0, 299.0], [499.0, 499.0]]),
-            strategy("ddp+fp16", [[149.0, 149.0], [249.0, 249.0]], payload_bytes_per_step=6_250_000),
-            strategy("dear:sharded", [[199.0, 199.0], [399.0, 399.0]]),
-            strategy("fsdp2", [], failure="rank 1: RuntimeError: no luck"),
-        ],
-    }
+    return training_cell()
 
 
 def test_summary_compares_with_the_best_plain_ddp(cell: dict[str, Any]) -> None:
@@ -213,62 +189,54 @@ def test_smoothing_starts_with_what_there_is() -> None:
     assert pictures.smoothed([4.0, 2.0, 0.0])[:3] == [4.0, 3.0, 2.0]
 
 
-def course(strategy: str, seed: int, held_out: float, **more: Any) -> dict[str, Any]:
-    plan = {"strategy": strategy, "seed": seed, "steps": 3, "batch": 4, "optimizer": "adamw", "learning_rate": 1e-3}
-    trained = {"losses": [9.0] * 5 + [held_out] * losses.LAST, "held_out": [[1, 5.0], [3, held_out]]}
-    return {"plan": plan, "workers": 2, "failure": None, **trained, **more}
-
-
-def test_losses_are_compared_with_dense_seed_by_seed() -> None:
-    cells = [course("ddp", 1, 2.0), course("acp:8", 1, 2.02), course("ddp", 2, 4.0), course("acp:8", 2, 4.2)]
-    cells += [course("sign", 1, 2.0), {**course("sign", 2, 0.0), "failure": "rank 0: no"}]
-    dense, acp, sign = losses.rows(cells)
-    assert dense.ratio == 1 and acp.held_out == pytest.approx(3.11) and acp.training == pytest.approx(3.11)
-    assert acp.ratio == pytest.approx((1.01 + 1.05) / 2)
-    assert acp.worst == pytest.approx(1.05) and acp.worst_seed == 2
-    assert sign.seeds == 1 and sign.failures == ("seed 2: rank 0: no",)
-    console = Console(width=120, record=True, file=io.StringIO())
-    losses.show(cells, console)
-    text = console.export_text()
-    assert "1.050 (2)" in text and "sign failed, seed 2: rank 0: no" in text
-
-
 # Workload
+
+
+def gpt(seed: int) -> nn.Module:
+    return WORKLOADS["gpt"].build_seeded(seed)
 
 
 def test_gpt_has_the_stated_size_and_depends_on_the_seed_alone() -> None:
     torch.manual_seed(5)
-    net = build_gpt(1)
+    net = gpt(1)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(10.9e6, rel=0.01)
     torch.manual_seed(6)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), build_gpt(1).parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), gpt(1).parameters(), strict=True))
+    assert not torch.equal(next(net.parameters()), next(gpt(2).parameters()))
     text = torch.zeros(2, 16, dtype=torch.long)
     assert language_loss(net(text), text).item() == pytest.approx(5.55, abs=0.5)  # ln 256
 
 
 def test_text_is_the_same_every_time_and_no_window_is_read_twice() -> None:
-    one = standard_library()
+    one = standard_library(128)
     standard_library.cache_clear()
-    two = standard_library()
+    two = standard_library(128)
     assert one.digest == two.digest and len(one.train) > 1_000_000
-    shape = {"world": 2, "batch": 4, "sequence": 128, "seed": 1}
-    batches = {(step, rank): one.batch(step, rank=rank, **shape) for step in range(20) for rank in range(2)}
-    inputs, targets = batches[3, 1]
+    shape = {"world": 2, "batch": 4, "seed": 1}
+    inputs, targets = one.batch(3, rank=1, **shape)
     assert inputs.shape == (4, 128) and torch.equal(inputs[:, 1:], targets[:, :-1])
     assert torch.equal(inputs, two.batch(3, rank=1, **shape)[0])
     assert not torch.equal(inputs, one.batch(3, rank=1, **{**shape, "seed": 2})[0])
-    order = _window_order((len(one.train) - 1) // 128, 1, 0)
+    order = shuffled((len(one.train) - 1) // 128, 1, 0)
     assert len(order.unique()) == len(order)
-    held, _ = one.held_out_batch(8, 128)
-    assert torch.equal(held, two.held_out_batch(8, 128)[0])
+    assert torch.equal(one.held_out(8)[0], two.held_out(8)[0])
 
 
-def test_text_starts_over_in_another_order_after_an_epoch() -> None:
-    text = ByteText(torch.arange(101, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8), "")
-    shape = {"world": 1, "batch": 5, "sequence": 10, "seed": 3}
-    epochs = [torch.cat([text.batch(step, rank=0, **shape)[0] for step in steps])[:, 0] for steps in [(0, 1), (2, 3)]]
-    assert epochs[0].sort()[0].tolist() == epochs[1].sort()[0].tolist() == list(range(0, 100, 10))
-    assert epochs[0].tolist() != epochs[1].tolist()
+def test_every_rank_and_step_of_an_epoch_reads_other_examples() -> None:
+    shape = {"world": 2, "batch": 5, "seed": 3}
+    epochs = [
+        [places(40, step, rank=rank, **shape) for step in steps for rank in (0, 1)] for steps in [range(4), range(4, 8)]
+    ]
+    first, second = (torch.cat(epoch) for epoch in epochs)
+    assert first.sort()[0].tolist() == second.sort()[0].tolist() == list(range(40))
+    assert first.tolist() != second.tolist()
+
+
+def test_text_is_cut_where_it_says() -> None:
+    text = ByteText(torch.arange(101, dtype=torch.uint8), torch.arange(50, dtype=torch.uint8), 10)
+    inputs, targets = text.batch(0, rank=0, world=1, batch=10, seed=3)
+    assert inputs[:, 0].sort()[0].tolist() == list(range(0, 100, 10))
+    assert torch.equal(targets, inputs + 1)
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -301,43 +269,8 @@ def test_strategies_are_parsed() -> None:
     assert "dear" in FORMS
 
 
-def test_compressor_strategies_are_parsed() -> None:
-    found = parse_strategies(
-        "acp:8,acp:4:2.5,topk:0.01,sign,sign:majority,sign:4,dear+sign:majority:2,dear+bf16,fp16:1"
-    )
-    kinds = [(one.compressor.kind, one.compressor.option) for one in found if isinstance(one, Compressed)]
-    assert kinds[:4] == [("acp", "8"), ("acp", "4"), ("topk", "0.01"), ("sign", None)]
-    assert kinds[4:] == [("sign", "majority"), ("sign", None), ("sign", "majority"), ("bf16", None), ("fp16", None)]
-    assert [one.bucket_cap_mb for one in found] == [None, 2.5, None, None, None, 4.0, 2.0, None, 1.0]
-    assert [isinstance(one, DearCompressed) for one in found] == [is_dear(one) for one in found]
-    assert [is_dear(one) for one in found] == [False] * 6 + [True, True, False]
-    (torchs,) = parse_strategies("ddp+powersgd:8")
-    assert isinstance(torchs, DDPPowerSGD) and torchs.rank == 8
-    bad = (
-        "acp",
-        "acp:0",
-        "acp:x",
-        "acp:4:1:2",
-        "topk:2",
-        "topk:0",
-        "sign:minority",
-        "bf16:a",
-        "dear+none",
-        "dear+ddp:1",
-    )
-    for wrong_name in (*bad, "ddp+powersgd:0", "ddp+powersgd:4:1", "power:257"):
-        with pytest.raises(StrategyError, match="the forms are"):
-            parse_strategies(wrong_name)
-
-
-def test_a_named_compressor_is_what_it_says() -> None:
-    made = {one.name: one.compressor.make() for one in parse_strategies("acp:8,power:2,topk:0.02,sign:majority,bf16")}  # type: ignore[attr-defined]
-    assert made["acp:8"].rank == 8 and made["power:2"].rank == 2 and made["topk:0.02"].density == 0.02
-    assert made["sign:majority"].vote == "majority" and made["bf16"].dtype == torch.bfloat16
-
-
 def test_payload_counts_what_a_ring_sends() -> None:
-    net = build_gpt(1)
+    net = gpt(1)
     dense, half = parse_strategies("ddp:1,ddp+fp16")
     gradients = 4 * sum(p.numel() for p in net.parameters())
     assert dense.payload_bytes(net, 4) == gradients * 6 // 4
@@ -357,6 +290,11 @@ def test_sizes() -> None:
         ("training", ["--rates", "fast"], "'fast' is not understood"),
         ("training", ["--workers", "1"], "give 2 or more"),
         ("training", ["--rounds", "0"], "at least 1"),
+        ("training", ["--losses", "nowhere.json"], "nowhere.json holds no losses"),
+        ("convergence", ["--lr", "-1"], "'-1' is not a positive number"),
+        ("convergence", ["--seeds", "1,1"], "names a seed twice"),
+        ("bandwidth", ["--rates", "1gbit,unlimited"], "without a limit"),
+        ("bandwidth", ["--limit", "0.9"], "not a number above 1"),
         ("collectives", ["-b", "1X"], "'1X' is not a size"),
         ("collectives", ["-b", "2M", "-e", "1M"], "must not exceed"),
         ("collectives", ["--methods", "magic"], "'magic' is not known"),
@@ -433,23 +371,3 @@ def test_training_end_to_end(tmp_path: Path) -> None:
     assert floor["failure"] is None and len(ddp["blocks"][0]["ms"]) == 2
     assert len(ddp["losses"]) == len(ddp["clock_ms"]) == 5
     assert ddp["losses"][0] == half["losses"][0] and ddp["held_out_loss"] > 0
-
-
-def test_convergence_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
-    path = tmp_path / "l.json"
-    common = ("convergence", "--seeds", "1", "--steps", "3", "--batch", "1", "--held-out-every", "2")
-    common = (*common, "--held-out-windows", "4", "--json", str(path), "--resume", "--strategies")
-    done = run(*common, "ddp")
-    assert done.returncode == 0, done.stderr
-    first = json.loads(path.read_text())["cells"]
-    first[0]["compressor"] = {"kept": True}
-    results.write(path, {"cells": first})
-    done = run(*common, "ddp,acp:8")
-    assert done.returncode == 0, done.stderr
-    dense, acp = json.loads(path.read_text())["cells"]
-    assert dense["compressor"] == {"kept": True}
-    assert dense["losses"][0] == acp["losses"][0] and len(acp["losses"]) == 3
-    assert [step for step, _ in acp["held_out"]] == [2, 3]
-    assert acp["compressor"]["bytes_sent"] * 4 < acp["compressor"]["dense_bytes"]
-    done = run(*common, "ddp", "--lr", "0.1")
-    assert done.returncode == 1 and "other settings" in done.stderr
