@@ -51,7 +51,7 @@ SIZES: dict[str, tuple[Task, ...]] = {
             "training",
             "training",
             "--strategies none,ddp:1,ddp:25,ddp+fp16:4,dear,bf16,acp:4,dear+acp:4,topk:0.01,sign --rates 500mbit,1gbit "
-            "--rounds 2 --warmup 1 --steps 2 --json {json}",
+            "--rounds 2 --warmup 1 --steps 2 --breakdown --json {json}",
             4,
         ),
         Task(
@@ -63,7 +63,13 @@ SIZES: dict[str, tuple[Task, ...]] = {
         Task(
             "convergence",
             "convergence",
-            "--strategies ddp,acp:4,sign --seeds 1 --steps 20 --held-out-windows 16 --json {json}",
+            "--strategies ddp,acp:4,sign --seeds 1 --steps 20 --held-out-examples 16 --json {json}",
+            1,
+        ),
+        Task(
+            "bandwidth",
+            "bandwidth",
+            "--strategies ddp:1,acp:4 --rates 2.5gbit,500mbit --rounds 2 --steps 2 --json {json}",
             1,
         ),
     ),
@@ -80,14 +86,14 @@ SIZES: dict[str, tuple[Task, ...]] = {
             "training-2",
             "training",
             f"--strategies {RIVALS},{MORE_BUCKETS},{OURS} --workers 2 --rates {RATES} --rounds 6 --warmup 1 --steps 4 "
-            "--json {json}",
+            "--breakdown --json {json}",
             150,
         ),
         Task(
             "training-4",
             "training",
             f"--strategies {RIVALS},{MORE_BUCKETS},{OURS} --workers 4 --batch 2 --rates {RATES} --rounds 6 --warmup 1 "
-            "--steps 4 --json {json}",
+            "--steps 4 --breakdown --json {json}",
             240,
         ),
         Task(
@@ -103,6 +109,7 @@ SIZES: dict[str, tuple[Task, ...]] = {
             "--strategies ddp,bf16,acp:4,acp:8,power:8,topk:0.01,sign --seeds 1,2,3 --steps 300 --json {json}",
             120,
         ),
+        Task("bandwidth", "bandwidth", "--workers 4 --batch 2 --json {json}", 60),
         Task("demo", "demo", "--out {folder}", 3, resumable=False),
     ),
 }

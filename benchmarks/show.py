@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import collectives_table, demo, kernels_table, losses, summary
+from benchmarks import bandwidth, collectives_table, demo, kernels_table, losses, training
 from benchmarks.command import Parser, fail, terminal
 from benchmarks.report.sources import SourceError, load
 
@@ -25,11 +25,25 @@ def _each_cell(show: Show) -> Show:
     return show_all
 
 
+def _training(cell: dict[str, Any], console: Console) -> None:
+    training.show(cell, console, curves=[], target=None)
+
+
+def _bandwidth(payload: dict[str, Any], console: Console) -> None:
+    by_workers: dict[int, list[bandwidth.Needed]] = {}
+    for one in payload["needed"]:
+        needed = {name: value for name, value in one.items() if name != "workers"}
+        by_workers.setdefault(one["workers"], []).append(bandwidth.Needed(**needed))
+    for workers, found in by_workers.items():
+        bandwidth.show(workers, payload["settings"]["limit"], found, console)
+
+
 TABLES: dict[str, Show] = {
-    "training": _each_cell(summary.show),
+    "training": _each_cell(_training),
     "collectives": _each_cell(collectives_table.show),
     "compressors": kernels_table.show,
     "convergence": lambda payload, console: losses.show(payload["cells"], console),
+    "bandwidth": _bandwidth,
     "demo": demo.show,
 }
 

@@ -4,7 +4,6 @@ Ours are the strategies of this library; rivals are torch's. Every comparison is
 whose strategies took turns, and each side competes with the best that it has: a rival at its best bucket size too.
 """
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from benchmarks import summary
 from benchmarks.command import rate_bits, show_rate
 from benchmarks.report.sources import Source
 from benchmarks.results import paired_ratio, percentile
+from benchmarks import strategies
 from benchmarks.strategies import StrategyError, parse_strategy
 
 FLOOR = "none"
@@ -65,6 +65,14 @@ def kind(name: str) -> str:
         return head if head and size is not None and float(last) == size else name
     except (StrategyError, ValueError):  # results of a version that knew other strategies; an option that is no number
         return name
+
+
+def trains_like(name: str, curves: Sequence[dict[str, Any]]) -> str | None:
+    """As strategies.trains_like, also for names that only an earlier or later version knows."""
+    try:
+        return strategies.trains_like(name, curves)
+    except StrategyError:
+        return None
 
 
 class Setting(NamedTuple):
@@ -163,6 +171,9 @@ def short_rate(rate: str) -> str:
     return show_rate(rate).replace("no rate limit", "no limit")
 
 
+TakesPart = Callable[[Cell, str], bool]  # whether a strategy of a cell is among those compared
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Who won a cell. A ratio above 1 means that this library's best step is shorter than the best rival's."""
@@ -179,9 +190,9 @@ class Verdict:
         return self.spread is not None and self.spread[0] <= 1 <= self.spread[1]
 
 
-def verdict(cell: Cell, takes_part: Callable[[str], bool]) -> Verdict | None:
+def verdict(cell: Cell, takes_part: TakesPart) -> Verdict | None:
     """The best of ours against the best rival, among those that take part; None where nobody does."""
-    rows = [row for row in cell.finished if row.name != FLOOR and takes_part(row.name)]
+    rows = [row for row in cell.finished if row.name != FLOOR and takes_part(cell, row.name)]
     if not rows:
         return None
     ours = min((row for row in rows if family(row.name).ours), key=median, default=None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks import losses
 from benchmarks.report import contest, sources
@@ -16,13 +17,11 @@ class Evidence:
     sources: list[Source]
     cells: list[Cell]
     chosen: dict[tuple[Setting, str], Cell]
-    loss_rows: dict[str, losses.LossRow]  # by strategy of the convergence benchmark
 
     @classmethod
     def of(cls, read: Sequence[Source]) -> "Evidence":
         cells = contest.cells(sources.of(read, "training"))
-        rows = losses.rows([cell for source in sources.of(read, "convergence") for cell in source.cells])
-        return cls(list(read), cells, contest.chosen(cells), {row.name: row for row in rows})
+        return cls(list(read), cells, contest.chosen(cells))
 
     def of_benchmark(self, benchmark: str) -> list[Source]:
         return sources.of(self.sources, benchmark)
@@ -36,22 +35,33 @@ class Evidence:
         rates = contest.by_rate(rate for one, rate in self.chosen if one == setting)
         return [self.chosen[setting, rate] for rate in rates]
 
-    def loss_of(self, name: str) -> losses.LossRow | None:
-        """The measured losses of a strategy, or of one that trains alike: a schedule and a bucket size change nothing."""
-        alike = losses.DENSE if contest.is_exact(name) else contest.kind(name).removeprefix("dear+")
-        return self.loss_rows.get(alike)
+    def curves(self, workload: str) -> list[dict[str, Any]]:
+        """The cells of the convergence benchmark that trained this workload."""
+        cells = [cell for source in self.of_benchmark("convergence") for cell in source.cells]
+        return [cell for cell in cells if cell["plan"].get("workload", "gpt") == workload]
 
-    def is_barred(self, name: str) -> bool:
+    def loss_ratio(self, name: str, workload: str) -> float | None:
+        """Held-out loss over dense's of what trains as this strategy does; None where that was not measured."""
+        if contest.is_exact(name):
+            return 1.0
+        curves = self.curves(workload)
+        alike = contest.trains_like(name, curves)
+        return next((row.ratio for row in losses.rows(curves) if row.name == alike), None)
+
+    def is_barred(self, name: str, workload: str) -> bool:
         """Whether its loss was measured and did not hold: then its speed wins nothing."""
-        row = self.loss_of(name)
-        return row is not None and row.ratio is not None and row.ratio > losses.TOLERANCE
+        ratio = self.loss_ratio(name, workload)
+        return ratio is not None and ratio > losses.TOLERANCE
 
-    def compressed(self) -> list[str]:
-        """Kinds in the chosen cells that do not train exactly as DDP."""
-        names = {
-            contest.kind(row.name) for cell in self.chosen.values() for row in cell.finished if row.name != contest.FLOOR
+    def inexact(self) -> list[tuple[str, str]]:
+        """Kinds in the chosen cells that do not train exactly as DDP does, each with its workload."""
+        found = {
+            (contest.kind(row.name), setting.workload)
+            for (setting, _), cell in self.chosen.items()
+            for row in cell.finished
+            if row.name != contest.FLOOR and not contest.is_exact(row.name)
         }
-        return sorted(name for name in names if not contest.is_exact(name))
+        return sorted(found)
 
 
 def origin(cells: Sequence[Cell]) -> list[str]:

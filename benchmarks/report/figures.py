@@ -54,8 +54,7 @@ def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> Non
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     handles.append(Line2D([], [], color="black", linestyle=":", label="bound for float32: max(compute, communication)"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    pictures.footnote(figure, about)
-    pictures.save(figure, path)
+    pictures.save(figure, path, about)
 
 
 def _places(rates: Sequence[str]) -> dict[str, float]:
@@ -108,7 +107,7 @@ def dense_bound(cell: Cell) -> float | None:
 def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     """Bars: the compute floor, and what communication adds to it, for the best size of each kind; a panel per rate."""
     cells = [cell for cell in cells if cell.floor is not None and cell.best_of_each_kind()]
-    figure, panels = _panels(cells, lambda cell: 0.5 + 0.27 * len(cell.best_of_each_kind()), width=10)
+    figure, panels = panels_below_each_other(cells, lambda cell: 0.5 + 0.27 * len(cell.best_of_each_kind()), width=10)
     for axes, cell in zip(panels, cells, strict=True):
         rows = sorted(cell.best_of_each_kind(), key=median, reverse=True)
         floor = cell.floor or 0.0
@@ -134,11 +133,10 @@ def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     mark.set_label("max(compute floor, own communication, computed)")
     figure.legend(handles=[*entries, mark], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.suptitle(f"What a step consists of: {cells[0].setting.label}")
-    pictures.footnote(figure, about)
-    pictures.save(figure, path)
+    pictures.save(figure, path, about)
 
 
-def _panels(cells: Sequence[Cell], height: Any, width: float) -> tuple[Any, list[Axes]]:
+def panels_below_each_other(cells: Sequence[Cell], height: Any, width: float) -> tuple[Any, list[Axes]]:
     heights = [height(cell) for cell in cells]
     figure, panels = plt.subplots(
         len(cells), squeeze=False, figsize=(width, 1.9 + sum(heights)), height_ratios=heights, layout="constrained"
@@ -168,15 +166,14 @@ def loss_over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> N
         pictures.plain(axes)
     for axes in panels.flat[len(cells) :]:
         axes.set_visible(False)
-    figure.supylabel("training loss (nats per byte)", fontsize=10)
+    figure.supylabel("training loss (nats)", fontsize=10)
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(
         f"Loss over training time, each on its own clock in seconds: {cells[0].setting.label}\n"
         f"mean of {pictures.SMOOTHED_OVER} steps; a marker where a strategy finished"
     )
-    pictures.footnote(figure, about)
-    pictures.save(figure, path)
+    pictures.save(figure, path, about)
 
 
 def has_losses(cell: Cell) -> bool:

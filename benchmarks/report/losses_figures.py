@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from benchmarks import losses, pictures
+from benchmarks import pictures
 from benchmarks.report import contest
 from benchmarks.report.contest import Cell, kind, median, short_rate
 from benchmarks.report.figures import styles_of
@@ -38,13 +38,12 @@ def by_step(source: Source, about: Sequence[str], path: Path) -> None:
     plan = source.cells[0]["plan"]
     axes.set(
         xlabel="steps",
-        ylabel="held-out loss (nats per byte), mean over the seeds",
-        title=f"Held-out loss by step: {source.cells[0]['workers']} workers, {plan['optimizer']}",
+        ylabel="held-out loss (nats), mean over the seeds",
+        title=f"Held-out loss by step: {plan.get('workload', 'gpt')}, {source.cells[0]['workers']} workers, {plan['optimizer']}",
     )
     axes.legend(frameon=False)
     pictures.plain(axes)
-    pictures.footnote(figure, about)
-    pictures.save(figure, path)
+    pictures.save(figure, path, about)
 
 
 def matches(source: Source, cells: Sequence[Cell]) -> bool:
@@ -65,11 +64,11 @@ def by_computed_time(source: Source, cells: Sequence[Cell], about: Sequence[str]
     figure, panels = plt.subplots(
         rows, columns, squeeze=False, figsize=(6.2 * columns, 1.8 + 3.4 * rows), layout="constrained"
     )
-    trained = [row.name for cell in cells for row in cell.best_of_each_kind() if _alike(row.name) in found]
+    trained = [row.name for cell in cells for row in cell.best_of_each_kind() if contest.trains_like(row.name, source.cells) in found]
     styles = styles_of(trained)
     for axes, cell in zip(panels.flat, cells, strict=False):
         for row in cell.best_of_each_kind():
-            curve = found.get(_alike(row.name))
+            curve = found.get(contest.trains_like(row.name, source.cells) or "")
             if curve:
                 seconds = [steps * median(row) / 1e3 for steps, _ in curve]
                 axes.plot(seconds, [loss for _, loss in curve], **styles[kind(row.name)])
@@ -78,17 +77,11 @@ def by_computed_time(source: Source, cells: Sequence[Cell], about: Sequence[str]
         pictures.plain(axes)
     for axes in panels.flat[len(cells) :]:
         axes.set_visible(False)
-    figure.supylabel("held-out loss (nats per byte)", fontsize=10)
+    figure.supylabel("held-out loss (nats)", fontsize=10)
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     optimizer = source.cells[0]["plan"]["optimizer"]
     figure.suptitle(
         f"COMPUTED: held-out loss by step ({optimizer}, on loopback) × median step time in seconds\n{cells[0].setting.label}"
     )
-    pictures.footnote(figure, about)
-    pictures.save(figure, path)
-
-
-def _alike(name: str) -> str:
-    """The strategy of the convergence benchmark that trains as this one does."""
-    return losses.DENSE if contest.is_exact(name) else kind(name).removeprefix("dear+")
+    pictures.save(figure, path, about)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import losses, matrix, show
-from benchmarks.report import contest, figures, losses_figures, repeats, tables, winners
+from benchmarks.report import contest, figures, losses_figures, phases, repeats, tables, winners
 from benchmarks.report.contest import Cell, Setting
 from benchmarks.report.evidence import Evidence, origin
 from benchmarks.report.page import Missing, Picture, PlacedTable, Section
@@ -16,7 +16,7 @@ from benchmarks.report.sources import Source, provenance
 
 def build(evidence: Evidence, out: Path) -> list[Section]:
     """Draws every picture into `out` and returns the sections."""
-    makers = (
+    makers = (  # in the order of the page
         where_each_wins,
         step_times,
         steps_in_parts,
@@ -24,6 +24,7 @@ def build(evidence: Evidence, out: Path) -> list[Section]:
         price_of_compression,
         loss_over_time,
         convergence,
+        bandwidth_needed,
         collectives,
         kernels,
         repeatability,
@@ -42,13 +43,17 @@ def where_each_wins(evidence: Evidence, out: Path) -> Section:
     )
     if not evidence.chosen:
         return _without(section, "training")
-    panels: list[tuple[str, Callable[[str], bool]]] = [
-        ("The same training as DDP: float32, nothing rounded away", contest.is_exact)
+    panels: list[tuple[str, contest.TakesPart]] = [
+        ("The same training as DDP: float32, nothing rounded away", lambda _, name: contest.is_exact(name))
     ]
     note = ""
-    if compressed := evidence.compressed():
-        panels.append(("Any method, 16-bit and compressed ones too", lambda name: not evidence.is_barred(name)))
-        note = _about_losses(evidence, compressed)
+    if inexact := evidence.inexact():
+
+        def holds(cell: Cell, name: str) -> bool:
+            return not evidence.is_barred(name, cell.setting.workload)
+
+        panels.append(("Any method, 16-bit and compressed ones too", holds))
+        note = _about_losses(evidence, inexact)
     path = out / "map.png"
     about = origin(list(evidence.chosen.values()))
     winners.draw(evidence.chosen, panels, about, path)
@@ -56,20 +61,21 @@ def where_each_wins(evidence: Evidence, out: Path) -> Section:
     return section
 
 
-def _about_losses(evidence: Evidence, compressed: list[str]) -> str:
+def _about_losses(evidence: Evidence, inexact: Sequence[tuple[str, str]]) -> str:
     """Which methods the second map leaves out, and whose loss nobody has measured."""
-    barred = [
-        f"{name} ({100 * (row.ratio - 1):+.1f}%)"
-        for name in compressed
-        if evidence.is_barred(name) and (row := evidence.loss_of(name)) and row.ratio
-    ]
-    unknown = [name for name in compressed if evidence.loss_of(name) is None]
-    limit = f"{100 * (losses.TOLERANCE - 1):.0f}%"
+    barred, unknown = [], []
+    for name, workload in inexact:
+        ratio = evidence.loss_ratio(name, workload)
+        if ratio is None:
+            unknown.append(f"{name} ({workload})")
+        elif evidence.is_barred(name, workload):
+            barred.append(f"{name} ({workload}, {100 * (ratio - 1):+.1f}%)")
     parts = []
     if barred:
-        parts.append(f"Not in the second map, since their loss was measured more than {limit} above dense: {', '.join(barred)}.")
+        limit = f"{100 * (losses.TOLERANCE - 1):.0f}%"
+        parts.append(f"Left out of the second map, their loss being more than {limit} above dense: {', '.join(barred)}.")
     if unknown:
-        parts.append(f"In it although their loss has not been measured: {', '.join(unknown)}.")
+        parts.append(f"In it although their loss was not measured: {', '.join(unknown)}.")
     return " ".join(parts)
 
 
@@ -79,7 +85,8 @@ def step_times(evidence: Evidence, out: Path) -> Section:
         "Step time",
         "Medians over rounds in which the strategies took turns, so that what drifts on the machine drifts for all. The "
         "dotted line is max(compute floor, communication of float32 gradients): the floor is measured, the communication "
-        "computed from bytes and rate. Only what sends fewer bytes can go below it.",
+        "computed from bytes and rate. Only what sends fewer bytes can go below it. The tables below also break steps down "
+        "by module and operator where that was measured.",
         folded=True,
     )
     if not evidence.cells:
@@ -95,12 +102,15 @@ def steps_in_parts(evidence: Evidence, out: Path) -> Section:
         "parts",
         "What a step consists of",
         "The compute floor is a step without communication; what is above it is whatever communication costs: waiting, and "
-        "CPU time taken from compute. The black mark is as short as a step can be that sends what this strategy sends.",
+        "CPU time taken from compute. The black mark is as short as a step can be that sends what this strategy sends. By "
+        "phase, where a breakdown was asked for: rank 0's training thread in a profiled run after the timed one, which is "
+        "why its steps are longer.",
     )
     has_parts = [cell for cell in evidence.chosen.values() if cell.floor is not None]
     if not has_parts:
         return _without(section, "training")
     _picture_per_setting(section, evidence, out, "step-parts", figures.step_parts, lambda cell: cell in has_parts)
+    _picture_per_setting(section, evidence, out, "step-phases", phases.draw, phases.are_in)
     return section
 
 
@@ -159,14 +169,32 @@ def convergence(evidence: Evidence, out: Path) -> Section:
         losses_figures.by_step(source, provenance([source]), path)
         section.pictures.append(Picture("Held-out loss by step", path, provenance([source])))
         for setting in evidence.settings:
-            cells = evidence.of_setting(setting)
-            if losses_figures.matches(source, cells):
-                both = provenance([source, *(cell.source for cell in cells)])
-                path = out / f"{Path(source.file).stem}-time-{setting.slug}.png"
-                losses_figures.by_computed_time(source, cells, both, path)
-                note = "Computed from two measurements: the losses by step, and the median step time at each rate."
-                section.pictures.append(Picture("Held-out loss over computed time", path, both, note))
+            _computed_times(section, source, evidence.of_setting(setting), out)
     return section
+
+
+def _computed_times(section: Section, source: Source, cells: list[Cell], out: Path) -> None:
+    """Losses over time and the time to a loss, where losses by step and step times were measured of the same work."""
+    if not losses_figures.matches(source, cells):
+        return
+    both = provenance([source, *(cell.source for cell in cells)])
+    path = out / f"{Path(source.file).stem}-time-{cells[0].setting.slug}.png"
+    losses_figures.by_computed_time(source, cells, both, path)
+    note = "Computed from two measurements: the losses by step, and the median step time at each rate."
+    section.pictures.append(Picture("Held-out loss over computed time", path, both, note))
+    for cell in cells:
+        from_both = provenance([source, cell.source])
+        section.tables += [PlacedTable(table, from_both) for table in tables.times_to_loss(cell, source.cells)]
+
+
+def bandwidth_needed(evidence: Evidence, out: Path) -> Section:
+    section = Section(
+        "bandwidth",
+        "How much bandwidth is needed",
+        "The lowest link rate at which a step stays close to the compute floor, which was measured in turns with it: down a "
+        "ladder of rates, then one rate in between.",
+    )
+    return _printed_benchmark(section, evidence, "bandwidth")
 
 
 def collectives(evidence: Evidence, out: Path) -> Section:

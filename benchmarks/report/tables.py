@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import summary
-from benchmarks.command import rate_bits
-from benchmarks.report.contest import FLOOR, Cell, by_rate, is_exact, kind, short_rate
+from benchmarks import tradeoff
+from benchmarks.report.contest import Cell, by_rate, kind, median, short_rate
 
 Words = list[tuple[str, str]]  # (text, style) one after the other; a style is "" or a word such as "red"
 
@@ -113,55 +112,37 @@ def price_of_compression(cells: Sequence[Cell]) -> Table | None:
     shown = Table(title=f"Compression: what it costs and what it saves, ms per step: {cells[0].setting.label}")
     for column in ("rate", "strategy"):
         shown.add_column(column)
-    for column in (
-        "sent of\ndense, %",
-        "encode +\ndecode",
-        "communication\nsaved, computed",
-        "saved /\nspent",
-        "step saved\nagainst best DDP",
-    ):
+    for column in ("sent of\ndense, %", "encode +\ndecode", "communication\nsaved", "saved -\nspent", "step saved\nvs best DDP"):
         shown.add_column(column, justify="right")
-    for cell in sorted(cells, key=lambda cell: rate_bits(cell.rate) or float("inf")):
-        strategies = cell.data["strategies"]
-        dense = next((one["payload_bytes_per_step"] for one in strategies if summary.is_plain_ddp(one["name"])), 0)
+    for cell in cells:
+        by_name = {row.name: row for row in cell.finished}
         ddp = next((row.median for row in cell.finished if row.is_best_ddp), None)
-        first = True
-        for row in cell.finished:
-            if row.name == FLOOR or is_exact(row.name) or row.median is None:
-                continue
-            sent = cell.strategy(row.name)["payload_bytes_per_step"]
-            spent = compression_ms(cell.strategy(row.name))
-            bits = rate_bits(cell.rate)
-            saved = (dense - sent) * 8 / bits * 1e3 if bits else None
-            gain = ddp - row.median if ddp is not None else None
+        found = [one for one in tradeoff.compressions(cell.data) if one.name in by_name]
+        for number, one in enumerate(found):
+            net = None if one.saved is None or one.spent is None else one.saved - one.spent
+            gain = None if ddp is None else ddp - median(by_name[one.name])
             shown.add_row(
-                short_rate(cell.rate) if first else "",
-                row.name,
-                f"{100 * sent / dense:.1f}" if dense else "",
-                "" if spent is None else f"{spent:.1f}",
-                "" if saved is None else f"{saved:.0f}",
-                "" if saved is None or not spent else _signed(saved / spent, 1, f"{saved / spent:.1f}"),
-                "" if gain is None else _signed(gain, 0, f"{gain:+.0f}"),
+                short_rate(cell.rate) if number == 0 else "",
+                one.name,
+                "" if not one.dense else f"{100 * one.payload / one.dense:.1f}",
+                "" if one.spent is None else f"{one.spent:.1f}",
+                "" if one.saved is None else f"{one.saved:.1f}",
+                _signed(net),
+                _signed(gain),
+                end_section=number == len(found) - 1,
             )
-            first = False
-        if shown.rows:
-            shown.rows[-1].end_section = True
     return shown if shown.rows else None
 
 
-def _signed(value: float, least: float, text: str) -> str:
-    return f"[green]{text}[/green]" if value > least else f"[red]{text}[/red]"
+def _signed(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"[green]{value:+.1f}[/green]" if value > 0 else f"[red]{value:+.1f}[/red]"
 
 
-def compression_ms(strategy: dict[str, Any]) -> float | None:
-    """Encoding and decoding of one step, mean over ranks and blocks; None where the strategy keeps no account."""
-    for keeper in ("compressor", "engine"):  # under DeAR both keep one, of the same work
-        accounts = [account for block in strategy["blocks"] for account in block.get(keeper) or [] if account]
-        found = [
-            account["encode_ms"] + account["decode_ms"]
-            for account in accounts
-            if account.get("encode_ms") is not None and account.get("decode_ms") is not None
-        ]
-        if found:
-            return sum(found) / len(found)
-    return None
+def times_to_loss(cell: Cell, curves: Sequence[dict[str, Any]]) -> list[HtmlTable]:
+    """Steps to a loss times ms per step, at the cell's rate; none where the strategies' losses were not measured."""
+    found = captured(lambda console: tradeoff.show_time_to_loss(cell.data, curves, None, console)).tables
+    for table in found:
+        table.caption = f"{short_rate(cell.rate)}: {table.caption}"
+    return found

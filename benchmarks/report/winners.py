@@ -1,6 +1,6 @@
 """The map of where each method wins: link rate against workload and number of workers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -10,7 +10,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from benchmarks import pictures
 from benchmarks.report import contest
-from benchmarks.report.contest import FAMILIES, Cell, Setting, Verdict, family, short_rate
+from benchmarks.report.contest import FAMILIES, Cell, Setting, TakesPart, Verdict, family, short_rate
 
 # Columns that the map always has, so that what was not measured is seen not to be.
 RATES = ("100mbit", "500mbit", "1gbit", "2.5gbit", "10gbit", "unlimited")
@@ -19,7 +19,7 @@ MISSING = "#e4e4e4"
 
 
 def draw(
-    cells: dict[tuple[Setting, str], Cell], panels: Sequence[tuple[str, Callable[[str], bool]]], about: Sequence[str], path: Path
+    cells: dict[tuple[Setting, str], Cell], panels: Sequence[tuple[str, TakesPart]], about: Sequence[str], path: Path
 ) -> None:
     """One map per (title, who takes part), below each other."""
     settings = sorted({setting for setting, _ in cells})
@@ -52,8 +52,7 @@ def draw(
     entries.append(Patch(facecolor=_paled("#555555"), label="≈ and pale: rounds disagree on who is faster"))
     entries.append(Patch(facecolor=MISSING, edgecolor="#9a9a9a", hatch="////", linewidth=0, label="not measured"))
     figure.legend(handles=entries, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    pictures.footnote(figure, about)
-    pictures.save(figure, path)
+    pictures.save(figure, path, about)
 
 
 def _one(axes: Axes, column: int, row: int, verdict: Verdict | None) -> None:
