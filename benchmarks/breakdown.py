@@ -24,8 +24,8 @@ STEPS = 6  # profiled; the first and the last are left out: one fills the pipeli
 SHORTEST_WAIT_NS = 200_000
 #: What backends call their operators in a profile.
 OPERATORS = ("gloo:", "nccl:", "mpi:", "ucc:")
-#: Events that last as long as what they wait for or hand over, and are no computation of their own.
-FRAMES = ("c10d::", "DistributedDataParallel", "FSDP", "autograd::engine", "Optimizer.", "@")
+#: What computes. Other events, such as an autograd node of Python, last as long as what they wait for.
+COMPUTES = ("aten::", "fsdp::", "torch::distributed::reducer", "torch.distributed.ddp.reducer")
 PHASES = (
     "forward", "backward", "optimizer", "scheduler", "encode", "decode",
     "exposed_reduce_scatter", "exposed_all_gather", "exposed_other",
@@ -63,7 +63,7 @@ class ProfilerTrace:
             if name.startswith(OPERATORS):
                 operator = name.split(":", 1)[1].strip("_").replace("_", "-")
                 moves.append({**span, "lane": "communication", "name": operator})
-            elif not name.startswith(FRAMES):
+            elif name.startswith(COMPUTES):
                 computes.append(span)
         return moves + exposed(moves, computes)
 
