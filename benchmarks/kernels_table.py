@@ -32,12 +32,14 @@ def show(payload: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "Medians over the rounds, in which kernels, plain torch and the copy take turns. GB/s: the bytes that the kernel "
-        "must move at least, by its time. % of copy: of what a copy of as many elements moves on this machine; a copy "
-        "also reads the lines it overwrites, so an update in place can exceed 100.",
+        "Medians over the rounds, in which kernels, plain torch and the copy take turns. GB/s: the bytes that the "
+        "kernel must move at least, by its time. % of copy: of what a copy of as many elements moves on this machine; "
+        "a copy also reads the lines it overwrites, so an update in place can exceed 100.",
         style="dim",
         highlight=False,
     )
     load = payload.get("load_average")
     if load is not None and load > 1:
-        console.print(f"Others kept {load:.1f} of the cores busy meanwhile: repeat this on a quiet machine.", style="yellow")
+        console.print(
+            f"Others kept {load:.1f} of the cores busy meanwhile: repeat this on a quiet machine.", style="yellow"
+        )

@@ -213,8 +213,9 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.report", *map(str, made), "--out", str(given.out / "report")]
             ended["report"] = run(command, given.out / "report.log", lambda *_: None, console.print)
     except KeyboardInterrupt:
-        again = shlex.join(["python", "-m", "benchmarks.matrix", *sys.argv[1:]])
-        console.print(f"Interrupted; every finished cell is kept. Go on with: {again.removesuffix(' --resume')} --resume")
+        typed = [word for word in sys.argv[1:] if word != "--resume"]
+        again = shlex.join(["python", "-m", "benchmarks.matrix", *typed, "--resume"])
+        console.print(f"Interrupted; every finished cell is kept. Go on with: {again}", highlight=False, soft_wrap=True)
         raise SystemExit(130) from None
     failed = {name: end for name, end in ended.items() if end.status != 0}
     for name, end in failed.items():

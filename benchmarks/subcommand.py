@@ -1,4 +1,4 @@
-"""Runs another benchmark as a command: follows its progress, keeps all it says, and ends it properly on an interrupt."""
+"""Runs a benchmark as a command: follows its progress, keeps all it says, and ends it properly on an interrupt."""
 
 import os
 import re
@@ -32,9 +32,7 @@ class Ended:
     log: Path
 
 
-def run(
-    command: Sequence[str], log: Path, report: Callable[[float, str], None], show: Callable[[str], None]
-) -> Ended:
+def run(command: Sequence[str], log: Path, report: Callable[[float, str], None], show: Callable[[str], None]) -> Ended:
     """Runs the command from the root of this checkout's packages until it ends.
 
     Its standard output and error go to `log`, and line by line to `show`, those that tell its progress to `report`

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from benchmarks import summary
+from benchmarks import strategies, summary
 from benchmarks.command import rate_bits, show_rate
 from benchmarks.report.sources import Source
 from benchmarks.results import paired_ratio, percentile
-from benchmarks import strategies
 from benchmarks.strategies import StrategyError, parse_strategy
 
 FLOOR = "none"
@@ -199,7 +198,7 @@ def verdict(cell: Cell, takes_part: TakesPart) -> Verdict | None:
     rival = min((row for row in rows if not family(row.name).ours), key=median, default=None)
     winner = min((row for row in (ours, rival) if row), key=median)
     if not ours or not rival:
-        return Verdict(winner.name, ours and ours.name, rival and rival.name, None, None)
+        return Verdict(winner.name, ours.name if ours else None, rival.name if rival else None, None, None)
     own, other = (summary.round_times(cell.strategy(row.name)) for row in (ours, rival))
     ratios = [b / a for a, b in zip(own, other, strict=True)]
     ratio = paired_ratio(own, other)

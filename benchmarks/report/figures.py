@@ -88,7 +88,7 @@ def _order(name: str) -> tuple[int, str]:
 
 def _bound(axes: Axes, limited: Sequence[Cell], cells: Sequence[Cell], places: dict[str, float]) -> None:
     """max(compute floor, computed communication of uncompressed gradients): measured floor, payload bytes / rate."""
-    look = {"color": "black", "linestyle": ":", "linewidth": 1.6, "zorder": 1}
+    look: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.6, "zorder": 1}
     points = [(places[cell.rate], bound) for cell in limited if (bound := dense_bound(cell)) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), **look)

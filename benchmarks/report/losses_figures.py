@@ -36,10 +36,11 @@ def by_step(source: Source, about: Sequence[str], path: Path) -> None:
     for name, style in styles.items():
         axes.plot(*zip(*found[name], strict=True), label=name, **style)
     plan = source.cells[0]["plan"]
+    workload = plan.get("workload", "gpt")
     axes.set(
         xlabel="steps",
         ylabel="held-out loss (nats), mean over the seeds",
-        title=f"Held-out loss by step: {plan.get('workload', 'gpt')}, {source.cells[0]['workers']} workers, {plan['optimizer']}",
+        title=f"Held-out loss by step: {workload}, {source.cells[0]['workers']} workers, {plan['optimizer']}",
     )
     axes.legend(frameon=False)
     pictures.plain(axes)
@@ -64,11 +65,14 @@ def by_computed_time(source: Source, cells: Sequence[Cell], about: Sequence[str]
     figure, panels = plt.subplots(
         rows, columns, squeeze=False, figsize=(6.2 * columns, 1.8 + 3.4 * rows), layout="constrained"
     )
-    trained = [row.name for cell in cells for row in cell.best_of_each_kind() if contest.trains_like(row.name, source.cells) in found]
-    styles = styles_of(trained)
+
+    def curve_of(name: str) -> Curve | None:
+        return found.get(contest.trains_like(name, source.cells) or "")
+
+    styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind() if curve_of(row.name)])
     for axes, cell in zip(panels.flat, cells, strict=False):
         for row in cell.best_of_each_kind():
-            curve = found.get(contest.trains_like(row.name, source.cells) or "")
+            curve = curve_of(row.name)
             if curve:
                 seconds = [steps * median(row) / 1e3 for steps, _ in curve]
                 axes.plot(seconds, [loss for _, loss in curve], **styles[kind(row.name)])
@@ -82,6 +86,7 @@ def by_computed_time(source: Source, cells: Sequence[Cell], about: Sequence[str]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     optimizer = source.cells[0]["plan"]["optimizer"]
     figure.suptitle(
-        f"COMPUTED: held-out loss by step ({optimizer}, on loopback) × median step time in seconds\n{cells[0].setting.label}"
+        f"COMPUTED: held-out loss by step ({optimizer}, on loopback) × median step time in seconds\n"
+        f"{cells[0].setting.label}"
     )
     pictures.save(figure, path, about)

@@ -55,9 +55,7 @@ def draw(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
         pictures.plain(axes)
     panels[-1].set_xlabel("ms per step of rank 0, profiled; every panel has its own scale; the mark is the whole step")
     seen = {phase for cell in cells for one in breakdowns(cell).values() for phase, ms in one["phases"].items() if ms}
-    entries = [
-        Patch(color=colour, label=phase.replace("_", " ")) for phase, colour in COLOURS.items() if phase in seen
-    ]
+    entries = [Patch(color=colour, label=phase.replace("_", " ")) for phase, colour in COLOURS.items() if phase in seen]
     figure.legend(handles=entries, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.suptitle(f"A step by phase: {cells[0].setting.label}")
     pictures.save(figure, path, about)

@@ -128,15 +128,20 @@ def table(one: TwiceMeasured) -> Table:
         f"({verdict} {WITHIN}% at the median)"
     )
     shown.add_column("row")
-    for column in (f"{one.unit}\nfirst", f"{one.unit}\nagain", "again /\nfirst", "×\nfirst", "×\nagain", "× again /\nfirst"):
+    for column in (
+        f"{one.unit}\nfirst",
+        f"{one.unit}\nagain",
+        "again /\nfirst",
+        "×\nfirst",
+        "×\nagain",
+        "× again /\nfirst",
+    ):
         shown.add_column(column, justify="right")
     for pair in one.pairs:
         ratios = ["", "", ""]
         if pair.ratio is not None:
             ratios = [f"{pair.first.ratio:.3f}", f"{pair.second.ratio:.3f}", _marked(pair.ratio)]
-        shown.add_row(
-            pair.first.name, f"{pair.first.took:.1f}", f"{pair.second.took:.1f}", _marked(pair.took), *ratios
-        )
+        shown.add_row(pair.first.name, f"{pair.first.took:.1f}", f"{pair.second.took:.1f}", _marked(pair.took), *ratios)
     return shown
 
 

@@ -1,4 +1,4 @@
-"""The sections of the page, in their order: each makes its pictures and tables from the evidence, or says what is missing."""
+"""The sections of the page: each makes its pictures and tables from the evidence, or says what is missing."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from rich.table import Table
 
 from benchmarks import losses, matrix, show
 from benchmarks.report import contest, figures, losses_figures, phases, repeats, tables, winners
-from benchmarks.report.contest import Cell, Setting
+from benchmarks.report.contest import Cell
 from benchmarks.report.evidence import Evidence, origin
 from benchmarks.report.page import Missing, Picture, PlacedTable, Section
 from benchmarks.report.sources import Source, provenance
@@ -36,10 +36,11 @@ def where_each_wins(evidence: Evidence, out: Path) -> Section:
     section = Section(
         "winners",
         "Where each method wins",
-        "Each cell: the strategy with the shortest step at this link rate, and the best rival's step over the best of "
-        "this library's (above 1: this library is faster), median over rounds. Rivals are torch's own: DDP at its best "
-        "bucket size, its 16-bit and PowerSGD hooks at theirs, and FSDP2. A red frame: this library loses. Pale and ≈: "
-        "the rounds do not agree on who is faster. Both sides choose their best by the numbers they are compared with.",
+        "Each cell: the strategy with the shortest step at this link rate, and the best rival's step over the best "
+        "of this library's (above 1: this library is faster), median over rounds. Rivals are torch's own: DDP at "
+        "its best bucket size, its 16-bit and PowerSGD hooks at theirs, and FSDP2. A red frame: this library loses."
+        " Pale and ≈: the rounds do not agree on who is faster. Both sides choose their best by the numbers they "
+        "are compared with.",
     )
     if not evidence.chosen:
         return _without(section, "training")
@@ -69,11 +70,14 @@ def _about_losses(evidence: Evidence, inexact: Sequence[tuple[str, str]]) -> str
         if ratio is None:
             unknown.append(f"{name} ({workload})")
         elif evidence.is_barred(name, workload):
-            barred.append(f"{name} ({workload}, {100 * (ratio - 1):+.1f}%)")
+            trained = ", ".join(sorted({cell["plan"]["optimizer"] for cell in evidence.curves(workload)}))
+            barred.append(f"{name} ({workload} with {trained}, {100 * (ratio - 1):+.1f}%)")
     parts = []
     if barred:
         limit = f"{100 * (losses.TOLERANCE - 1):.0f}%"
-        parts.append(f"Left out of the second map, their loss being more than {limit} above dense: {', '.join(barred)}.")
+        parts.append(
+            f"Left out of the second map, their loss being more than {limit} above dense: {', '.join(barred)}."
+        )
     if unknown:
         parts.append(f"In it although their loss was not measured: {', '.join(unknown)}.")
     return " ".join(parts)
@@ -83,10 +87,10 @@ def step_times(evidence: Evidence, out: Path) -> Section:
     section = Section(
         "steps",
         "Step time",
-        "Medians over rounds in which the strategies took turns, so that what drifts on the machine drifts for all. The "
-        "dotted line is max(compute floor, communication of float32 gradients): the floor is measured, the communication "
-        "computed from bytes and rate. Only what sends fewer bytes can go below it. The tables below also break steps down "
-        "by module and operator where that was measured.",
+        "Medians over rounds in which the strategies took turns, so that what drifts on the machine drifts for all."
+        " The dotted line is max(compute floor, communication of float32 gradients): the floor is measured, the "
+        "communication computed from bytes and rate. Only what sends fewer bytes can go below it. The tables below "
+        "also break steps down by module and operator where that was measured.",
         folded=True,
     )
     if not evidence.cells:
@@ -101,10 +105,10 @@ def steps_in_parts(evidence: Evidence, out: Path) -> Section:
     section = Section(
         "parts",
         "What a step consists of",
-        "The compute floor is a step without communication; what is above it is whatever communication costs: waiting, and "
-        "CPU time taken from compute. The black mark is as short as a step can be that sends what this strategy sends. By "
-        "phase, where a breakdown was asked for: rank 0's training thread in a profiled run after the timed one, which is "
-        "why its steps are longer.",
+        "The compute floor is a step without communication; what is above it is whatever communication costs: "
+        "waiting, and CPU time taken from compute. The black mark is as short as a step can be that sends what this"
+        " strategy sends. By phase, where a breakdown was asked for: rank 0's training thread in a profiled run "
+        "after the timed one, which is why its steps are longer.",
     )
     has_parts = [cell for cell in evidence.chosen.values() if cell.floor is not None]
     if not has_parts:
@@ -118,9 +122,9 @@ def share_of_the_bound(evidence: Evidence, out: Path) -> Section:
     section = Section(
         "bound",
         "How close to the bound",
-        "max(compute floor, own communication) over the measured step, in percent, each kind at its best size. A link "
-        "carries frames, of which TCP leaves 95.6% for payload, so 95 to 96 is the most that can be reached where "
-        "communication is the bound.",
+        "max(compute floor, own communication) over the measured step, in percent, each kind at its best size. A "
+        "link carries frames, of which TCP leaves 95.6% for payload, so 95 to 96 is the most that can be reached "
+        "where communication is the bound.",
     )
     return _table_per_setting(section, evidence, tables.bounds)
 
@@ -129,8 +133,9 @@ def price_of_compression(evidence: Evidence, out: Path) -> Section:
     section = Section(
         "price",
         "What compression costs, and what it saves",
-        "Every strategy that sends fewer bytes, also where it loses. Communication saved is computed: bytes not sent, by the "
-        "link's rate. Saved against best DDP is measured: how much shorter the step is. Red: it does not pay.",
+        "Every strategy that sends fewer bytes, also where it loses. Communication saved is computed: bytes not "
+        "sent, by the link's rate. Saved against best DDP is measured: how much shorter the step is. Red: it does "
+        "not pay.",
     )
     return _table_per_setting(section, evidence, tables.price_of_compression)
 
@@ -191,8 +196,8 @@ def bandwidth_needed(evidence: Evidence, out: Path) -> Section:
     section = Section(
         "bandwidth",
         "How much bandwidth is needed",
-        "The lowest link rate at which a step stays close to the compute floor, which was measured in turns with it: down a "
-        "ladder of rates, then one rate in between.",
+        "The lowest link rate at which a step stays close to the compute floor, which was measured in turns with "
+        "it: down a ladder of rates, then one rate in between.",
     )
     return _printed_benchmark(section, evidence, "bandwidth")
 
@@ -201,8 +206,8 @@ def collectives(evidence: Evidence, out: Path) -> Section:
     section = Section(
         "collectives",
         "The collectives alone",
-        "Ways of reducing a tensor over all ranks, in the form of nccl-tests. Wrong is a count: inputs are such that sums "
-        "are exactly predictable.",
+        "Ways of reducing a tensor over all ranks, in the form of nccl-tests. Wrong is a count: inputs are such "
+        "that sums are exactly predictable.",
         folded=True,
     )
     return _printed_benchmark(section, evidence, "collectives")
@@ -217,8 +222,8 @@ def repeatability(evidence: Evidence, out: Path) -> Section:
     section = Section(
         "repeatability",
         "Is it repeatable?",
-        "The same table measured twice, in separate runs. × is the ratio to the baseline of the same run (the best DDP; the "
-        "backend's all_reduce): what people take from a table, and what must come out again.",
+        "The same table measured twice, in separate runs. × is the ratio to the baseline of the same run (the best "
+        "DDP; the backend's all_reduce): what people take from a table, and what must come out again.",
         folded=True,
     )
     runs = repeats.of_training(evidence.cells) + repeats.of_collectives(evidence.of_benchmark("collectives"))
@@ -273,9 +278,7 @@ def _picture_per_setting(
             section.pictures.append(Picture(f"{section.title}: {setting.label}", path, origin(cells)))
 
 
-def _table_per_setting(
-    section: Section, evidence: Evidence, make: Callable[[Sequence[Cell]], Table | None]
-) -> Section:
+def _table_per_setting(section: Section, evidence: Evidence, make: Callable[[Sequence[Cell]], Table | None]) -> Section:
     for setting in evidence.settings:
         cells = evidence.of_setting(setting)
         if (table := make(cells)) is not None:

@@ -70,7 +70,9 @@ def _read(path: Path) -> Source:
         benchmark = payload.get("benchmark") or ("compressors" if "kernels" in payload else None)
         schema = payload.get("schema", SCHEMA)
     except (OSError, ValueError, AttributeError) as error:
-        raise SourceError(f"{path} cannot be read as results ({error}): pass what --json of a benchmark wrote.") from error
+        raise SourceError(
+            f"{path} cannot be read as results ({error}): pass what --json of a benchmark wrote."
+        ) from error
     if benchmark is None:
         raise SourceError(f"{path} holds no results of a benchmark: pass what --json of one wrote.")
     if schema > SCHEMA:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -79,7 +80,7 @@ def _words(cell: Any, style: str = "") -> Words:
     text = cell if isinstance(cell, Text) else Text.from_markup(str(cell))
     edges = sorted({0, len(text), *(edge for span in text.spans for edge in (span.start, span.end))})
     words = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         own = [str(span.style) for span in text.spans if span.start <= start and end <= span.end]
         words.append((text.plain[start:end], " ".join(own) or style))
     return words
@@ -112,7 +113,13 @@ def price_of_compression(cells: Sequence[Cell]) -> Table | None:
     shown = Table(title=f"Compression: what it costs and what it saves, ms per step: {cells[0].setting.label}")
     for column in ("rate", "strategy"):
         shown.add_column(column)
-    for column in ("sent of\ndense, %", "encode +\ndecode", "communication\nsaved", "saved -\nspent", "step saved\nvs best DDP"):
+    for column in (
+        "sent of\ndense, %",
+        "encode +\ndecode",
+        "communication\nsaved",
+        "saved -\nspent",
+        "step saved\nvs best DDP",
+    ):
         shown.add_column(column, justify="right")
     for cell in cells:
         by_name = {row.name: row for row in cell.finished}
