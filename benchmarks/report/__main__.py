@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = terminal()
     for section in built:
         if section.missing:
-            console.print(f"Empty: {section.title}. {section.missing.why}", highlight=False)
+            console.print(f"Section '{section.title}' is empty: {section.missing.why}", highlight=False)
     console.print(f"Report of {len(sources)} files: {where}", highlight=False)
 
 
