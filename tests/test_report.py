@@ -99,6 +99,14 @@ def test_of_two_measurements_the_fuller_then_the_newer_counts() -> None:
     assert kept.source is newer
 
 
+def test_machines_have_rows_and_pictures_of_their_own(tmp_path: Path) -> None:
+    other = reported.training(machine={"cpu": "Slide Rule", "cores": 1})
+    made = page(tmp_path, one=reported.training(), two=other)
+    assert len(list((tmp_path / "out").glob("step-time-*"))) == 2
+    assert "on Slide Rule, 1 cores" in text_of(made)
+    assert "No table was measured twice" in text_of(made)
+
+
 # The map
 
 

@@ -4,6 +4,7 @@ Ours are the strategies of this library; rivals are torch's. Every comparison is
 whose strategies took turns, and each side competes with the best that it has: a rival at its best bucket size too.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -82,18 +83,20 @@ class Setting(NamedTuple):
     batch: int
     workers: int
     network: str
-    machine: str
+    machine: str = ""  # named where there are several
 
     @property
     def label(self) -> str:
         network = "" if self.network == EMULATED else f", {self.network}"
-        return f"{self.workload}, {self.optimizer}, {self.workers} workers, batch {self.batch}{network}"
+        machine = f", on {self.machine}" if self.machine else ""
+        return f"{self.workload}, {self.optimizer}, {self.workers} workers, batch {self.batch}{network}{machine}"
 
     @property
     def slug(self) -> str:
         """For the names of files."""
-        words = (self.workload, self.optimizer, f"{self.workers}workers", f"batch{self.batch}", self.network)
-        return "-".join(word.replace(" ", "_") for word in words if word != EMULATED)
+        network = "" if self.network == EMULATED else self.network
+        words = (self.workload, self.optimizer, f"{self.workers}workers", f"batch{self.batch}", network, self.machine)
+        return "-".join(re.sub(r"[^A-Za-z0-9]+", "_", word) for word in words if word)
 
 
 @dataclass(frozen=True)
@@ -134,21 +137,17 @@ def median(row: summary.Row) -> float:
     return row.median
 
 
-def cells(sources: Iterable[Source]) -> list[Cell]:
+def cells(sources: Sequence[Source]) -> list[Cell]:
     """Every cell of the training benchmark's files, in their order."""
-    return [as_cell(source, data) for source in sources for data in source.cells]
+    several = len({source.machine for source in sources}) > 1
+    return [as_cell(source, data, source.machine if several else "") for source in sources for data in source.cells]
 
 
-def as_cell(source: Source, data: dict[str, Any]) -> Cell:
+def as_cell(source: Source, data: dict[str, Any], machine: str = "") -> Cell:
+    """A cell with its rows; `machine` becomes part of the setting."""
     plan = data["plan"]
-    setting = Setting(
-        plan.get("workload", "gpt"),
-        plan["optimizer"],
-        plan["batch"],
-        data["workers"],
-        data["network"],
-        source.machine,
-    )
+    workload = plan.get("workload", "gpt")
+    setting = Setting(workload, plan["optimizer"], plan["batch"], data["workers"], data["network"], machine)
     return Cell(source, data, setting, data["rate"], tuple(summary.summarise(data)))
 
 

@@ -43,7 +43,7 @@ def draw(
         panel.set_xticks([column + 0.5 for column in range(len(rates))], [short_rate(rate) for rate in rates])
         panel.set_yticks(
             [row + 0.5 for row in range(len(settings))],
-            [setting.label.replace(", ", "\n", 1) for setting in settings],
+            [setting.label.replace(", ", "\n", 1).replace(", on ", "\n") for setting in settings],
         )
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
