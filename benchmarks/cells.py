@@ -189,7 +189,10 @@ def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mappin
 
 def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> None:
     """Every process is a worker already, on the network as it is; rank 0 also shows and keeps."""
-    crew = Crew(given.backend, given.device)
+    try:
+        crew = Crew(given.backend, given.device)
+    except RuntimeError as error:
+        fail(f"These processes cannot join one another: {error}")
     console = terminal() if crew.rank == 0 else Console(quiet=True)
     kept, found, problem = None, {}, None
     if crew.rank == 0:

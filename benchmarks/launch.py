@@ -11,14 +11,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks import mpi
 from benchmarks.crew import Crew
+from benchmarks.netlab import Lab, Loopback
 from benchmarks.results import ROOT
 
 PROGRESS = "@progress "
@@ -35,11 +37,13 @@ class WorkersFailed(RuntimeError):
         self.doing = doing
 
 
-def run_workers(lab: Any, module: str, plan: Any, report: Report, timeout: float) -> dict[str, Any]:
+def run_workers(
+    lab: Lab | Loopback, module: str, plan: Any, report: Report, timeout: float, launcher: mpi.Launcher | None = None
+) -> dict[str, Any]:
     """Runs `python -m module` on every worker of an open lab; returns the dict that rank 0 measured.
 
-    `plan` is a dataclass of plain values. Raises WorkersFailed when the workers end, or are ended after `timeout`
-    seconds, without a result.
+    `plan` is a dataclass of plain values. With a `launcher`, it is that MPI which starts the workers. Raises
+    WorkersFailed when the workers end, or are ended after `timeout` seconds, without a result.
     """
     doing = ""
 
@@ -53,9 +57,12 @@ def run_workers(lab: Any, module: str, plan: Any, report: Report, timeout: float
     with tempfile.TemporaryDirectory(prefix="dear-bench-") as folder:
         (Path(folder) / "plan.json").write_text(json.dumps(dataclasses.asdict(plan)))
         try:
-            lab.run(
-                [sys.executable, "-m", module, "--worker", folder], env=environment, timeout=timeout, on_line=follow
-            )
+            command, ranks = [sys.executable, "-m", module, "--worker", folder], None
+            with ExitStack() as stack:
+                if launcher is not None:
+                    command, added = stack.enter_context(mpi.command(launcher, lab, command))
+                    environment, ranks = environment | added, [0]
+                lab.run(command, env=environment, timeout=timeout, on_line=follow, ranks=ranks)
             return json.loads((Path(folder) / "result.json").read_text())
         except (RuntimeError, TimeoutError, FileNotFoundError) as error:
             raise WorkersFailed(_short(str(error)), doing) from error

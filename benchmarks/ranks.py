@@ -142,8 +142,9 @@ class Ranks:
         capture: bool = True,
         check: bool = True,
         on_line: Callable[[int, str], None] | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> list[Result]:
-        """Runs a command as every rank and returns how each ended.
+        """Runs a command as every rank, or only as those in `ranks`, and returns how each ended.
 
         timeout: seconds for all of it. capture: False passes their output through. on_line: called with (rank, line)
         for every line of a rank's standard output, as it comes. check: a rank that fails ends the run, the others
@@ -154,7 +155,7 @@ class Ranks:
         self.port = self._free_port()
         started = len(self._children)
         try:
-            for rank in range(self.workers):
+            for rank in range(self.workers) if ranks is None else ranks:
                 self.spawn(rank, argv, env, capture=capture)
             failed = self._watch(self._children[started:], timeout, check, on_line)
         finally:
@@ -164,7 +165,7 @@ class Ranks:
                 child.end()
         results = [child.result() for child in children]
         if failed is not None:
-            raise RankFailed(results[failed], results)
+            raise RankFailed(next(result for result in results if result.rank == failed), results)
         return results
 
     def call(
