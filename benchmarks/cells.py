@@ -151,6 +151,10 @@ def main(benchmark: Benchmark, arguments: Callable[[], tuple[argparse.Namespace,
             _on_a_network(benchmark, given, plans)
     except (Differs, NetworkError, WorkersFailed) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        kept = f"; finished cells are in {given.json}, and --resume goes on from there" if given.json else ""
+        print(f"Interrupted{kept}.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _open(benchmark: Benchmark, given: argparse.Namespace) -> Kept:

