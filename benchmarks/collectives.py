@@ -16,14 +16,14 @@ import argparse
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from benchmarks import cells, collectives_table, mpi
 from benchmarks.command import Parser, positive, size
 from benchmarks.compressor_methods import COMPRESSORS
 from benchmarks.crew import Crew, launched
-from benchmarks.launch import Report, run_workers
+from benchmarks.launch import Report, WorkersFailed, run_surviving, run_workers
 from benchmarks.methods import DTYPES, EXACT, Method
 from benchmarks.mpi_methods import MPI_METHODS
 from benchmarks.network import Network
@@ -58,9 +58,26 @@ def measure(crew: Crew, plan: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def run_cell(network: Network, plan: Plan, report: Report) -> dict[str, Any]:
-    """Starts the workers of one cell, by an MPI where the plan says so."""
+    """Starts the workers of one cell, by an MPI where the plan says so; one that cannot is a cell that says why."""
     launcher = command_line().launchers[plan.mpi] if plan.mpi else None
-    return run_workers(network.lab, "benchmarks.collectives", plan, report, CELL_SECONDS, launcher)
+
+    def run(plan: Plan) -> dict[str, Any]:
+        return run_workers(network.lab, "benchmarks.collectives", plan, report, CELL_SECONDS, launcher)
+
+    try:
+        return run_surviving(plan, plan.methods, run)
+    except WorkersFailed as error:
+        if launcher is None:
+            raise
+        return failed_cell(plan, network.lab.workers, f"{launcher.title} could not run the workers: {error}")
+
+
+def failed_cell(plan: Plan, workers: int, why: str) -> dict[str, Any]:
+    """A cell in which no method could be measured, and every row says so."""
+    rows = [{"name": name, "halves": METHODS[name].halves, "failure": why, "blocks": []} for name in plan.methods]
+    itemsize = DTYPES[plan.dtype].itemsize
+    sizes = [{"bytes": bytes_, "count": bytes_ // itemsize, "methods": rows} for bytes_ in plan.sizes]
+    return {"plan": asdict(plan), "workers": workers, "sizes": sizes, "fits": {}}
 
 
 BENCHMARK = cells.Benchmark("collectives", measure, run_cell, collectives_table.show)

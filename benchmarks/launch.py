@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,23 @@ def run_workers(
             return json.loads((Path(folder) / "result.json").read_text())
         except (RuntimeError, TimeoutError, FileNotFoundError) as error:
             raise WorkersFailed(_short(str(error)), doing) from error
+
+
+def run_surviving(plan: Any, contestants: Sequence[str], run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """`run(plan)`; a contestant that takes its worker down is left out of a second try, and its row says why.
+
+    What workers say they are doing must end in the contestant's name. `plan` is a dataclass whose `excluded` holds the
+    contestants that are left out, and why. Raises WorkersFailed where none of them is to blame.
+    """
+    while True:
+        try:
+            return run(plan)
+        except WorkersFailed as error:
+            culprit = (error.doing.split() or [""])[-1]
+            if culprit not in contestants or culprit in plan.excluded:
+                raise
+            why = f"took its worker down while {error.doing}: {error.reason}"
+            plan = dataclasses.replace(plan, excluded={**plan.excluded, culprit: why})
 
 
 def _short(text: str) -> str:

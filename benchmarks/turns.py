@@ -83,6 +83,7 @@ class Measurement:
                 self._progress(1, f"{show_size(bytes_)} {one.name}")
                 self._block(one, number)
         for one in contestants:
+            self._progress(0, f"{show_size(bytes_)} {one.name}")
             self._check(one)
         return {"bytes": count * dtype.itemsize, "count": count, "methods": self._accounts(contestants)}
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import dear
 from benchmarks import collectives, collectives_table, mpi, turns
 from benchmarks.compressor_methods import COMPRESSORS, gradient, members
 from benchmarks.crew import Crew
+from benchmarks.launch import WorkersFailed
 from benchmarks.methods import DTYPES, EXACT, PLACEMENTS, Place, local_values, summed_values, wrong
 from benchmarks.netlab import Loopback
 
@@ -284,6 +286,41 @@ def test_an_mpi_starts_the_workers_of_a_lab(tmp_path: Path) -> None:
         with mpi.command(mpi.Launcher("mpich", "mpiexec", "5"), lab, ["work"]) as (command, environment):
             assert command[:3] == ["env", "-u", "RANK"] and "--oversubscribe" not in command
             assert environment["MPI4PY_MPIABI"] == "mpich"
+
+
+def cell_of(plan: collectives.Plan, monkeypatch: pytest.MonkeyPatch, *failures: WorkersFailed) -> dict[str, Any]:
+    """What comes of a cell whose workers end with these failures, one try after another, and then succeed."""
+    left = list(failures)
+
+    def run_workers(lab: Any, module: str, plan: collectives.Plan, *_: Any) -> dict[str, Any]:
+        if left:
+            raise left.pop(0)
+        return {"excluded": plan.excluded}
+
+    launchers = {"Open MPI 5": mpi.Launcher("openmpi", "mpirun", "5")}
+    monkeypatch.setattr(collectives, "run_workers", run_workers)
+    monkeypatch.setattr(collectives, "command_line", lambda: SimpleNamespace(launchers=launchers))
+    network: Any = SimpleNamespace(lab=SimpleNamespace(workers=2))
+    return collectives.run_cell(network, plan, lambda *_: None)
+
+
+def test_a_method_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = collectives.Plan(["all_reduce", "ring"], [4096])
+    crash = WorkersFailed("exit code -6", "4 KiB ring")
+    excluded = cell_of(plan, monkeypatch, crash)["excluded"]
+    assert excluded == {"ring": "took its worker down while 4 KiB ring: exit code -6"}
+    with pytest.raises(WorkersFailed):
+        cell_of(plan, monkeypatch, crash, crash)  # left out, and yet to blame
+    with pytest.raises(WorkersFailed):
+        cell_of(plan, monkeypatch, WorkersFailed("no route", ""))
+
+
+def test_an_mpi_that_cannot_start_is_a_cell_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = collectives.Plan(["all_reduce", "mpi-rs"], [4096], mpi="Open MPI 5")
+    cell = cell_of(plan, monkeypatch, WorkersFailed("no daemon", ""))
+    found = collectives_table.rows(cell["sizes"][0], 2, "1gbit")
+    assert [row.name for row in found] == ["all_reduce", "mpi-rs"]
+    assert all("Open MPI 5 could not run the workers" in (row.failure or "") for row in found)
 
 
 # Command lines
