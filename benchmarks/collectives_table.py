@@ -209,7 +209,7 @@ def _title(cell: dict[str, Any]) -> str:
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "method" else "right")
     return table
 
 

@@ -27,8 +27,9 @@ def test_a_fit_finds_the_line_the_points_came_from(line: AlphaBeta) -> None:
 def test_a_fit_withstands_noise_and_outliers(line: AlphaBeta) -> None:
     noise = random.Random(1)
     times = [line.seconds(size) * noise.uniform(0.98, 1.02) for size in SIZES]
-    times[3] *= 10
-    times[11] *= 5
+    for outlier in (2, 5, 9, 12):
+        times[outlier] *= 2
+    times[7] /= 3
     found = fit(SIZES, times)
     assert found.alpha == pytest.approx(line.alpha, rel=0.05) and found.beta == pytest.approx(line.beta, rel=0.05)
 
@@ -73,6 +74,9 @@ def test_steps_by_hand() -> None:
     assert step_seconds(workload, Exchange(AlphaBeta(0, 0.1), AlphaBeta(0, 0.1))) == 4 + 1 + 1 + 2
     # Halves of 4 s: scatters end at 2 + 8, gathers at 14 and 18, and half of the forward pass is left.
     assert step_seconds(workload, Exchange(AlphaBeta(0, 0.4), AlphaBeta(0, 0.4))) == 2 + 8 + 8 + 1
+    # Unequal buckets: scattered at 2 and 7; the one delivered last is gathered first, at 13, and the other at 15.
+    unequal = Workload(forward=4, backward=4, buckets=(10, 30))
+    assert step_seconds(unequal, Exchange(AlphaBeta(0, 0.1), AlphaBeta(0, 0.2))) == pytest.approx(13 + 3 + 1)
 
 
 def test_decoupling_gains_at_most_a_quarter_over_perfect_overlap() -> None:
