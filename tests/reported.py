@@ -71,7 +71,13 @@ def collectives(us: float = 1000.0, **more: Any) -> dict[str, Any]:
     block = {"us": [[us, us], [us - 1, us - 1]], "cpu_ms": [1.0, 3.0], "sent_bytes": [5, 5]}
     methods = [
         {"name": "all_reduce", "halves": 2, "failure": None, "wrong": 0, "blocks": [block, {**block, "round": 1}]},
-        {"name": "native", "halves": 2, "failure": "rank 0: RuntimeError: not here", "wrong": 0, "blocks": []},
+        {
+            "name": "native",
+            "halves": 2,
+            "failure": "rank 0: RuntimeError: [Errno 2] not here",
+            "wrong": 0,
+            "blocks": [],
+        },
     ]
     plan = {"methods": ["all_reduce", "native"], "sizes": [2**20], "dtype": "float", "rounds": 2, "iterations": 2}
     sizes = [{"bytes": 2**20, "count": 2**18, "methods": methods}]

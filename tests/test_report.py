@@ -198,7 +198,7 @@ def test_share_of_the_bound_is_of_the_best_size(tmp_path: Path) -> None:
 def test_a_failed_row_says_why_and_cannot_break_the_page(tmp_path: Path) -> None:
     made = page(tmp_path, training=reported.training(), collectives=reported.collectives())
     assert "fsdp2 failed: rank 1: RuntimeError: no luck <today>" in text_of(made)
-    assert "native failed: rank 0: RuntimeError: not here" in text_of(made)
+    assert "native: rank 0: RuntimeError: [Errno 2] not here" in text_of(made)
     assert "<today>" not in made
 
 

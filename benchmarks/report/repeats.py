@@ -94,13 +94,15 @@ def of_collectives(sources: Iterable[Source]) -> list[Run]:
 
 
 def _collectives_run(source: Source, cell: dict[str, Any]) -> Run:
-    entries = [
-        Entry(f"{show_size(size['bytes'])} {row.name}", row.p50_us, row.speedup)
-        for size in cell["sizes"]
-        for row in collectives_table.rows(size, cell["workers"], cell["rate"])
-        if not row.failure
-    ]
-    what = f"collectives, {cell['workers']} workers, {cell['network']}, {show_rate(cell['rate'])}"
+    entries = []
+    for size in cell["sizes"]:
+        exact = collectives_table.rows(size, cell["workers"], cell["rate"])
+        times = [(row.name, row.timing.p50_us, row.speedup) for row in exact if not row.failure]
+        lossy = [row for row in collectives_table.compressor_rows(size) if not row.failure]
+        times += [(row.name, row.p50_us, row.speedup) for row in lossy]
+        entries += [Entry(f"{show_size(size['bytes'])} {name}", us, speedup) for name, us, speedup in times]
+    started = f", started by {cell['variant']}" if cell.get("variant") else ""
+    what = f"collectives, {cell['workers']} workers, {cell['network']}, {show_rate(cell['rate'])}{started}"
     return Run((source.machine, what, cell["plan"]["dtype"]), what, "µs", source, entries)
 
 

@@ -43,13 +43,14 @@ class PageConsole(Console):
         self.tables: list[HtmlTable] = []
         self.remarks: list[Words] = []  # those before the first table
 
-    def print(self, *objects: Any, style: Any = None, **_: Any) -> None:  # type: ignore[override]
+    def print(self, *objects: Any, style: Any = None, markup: bool | None = None, **_: Any) -> None:  # type: ignore[override]
         for one in objects:
             if isinstance(one, Table):
                 self.tables.append(html_table(one))
                 continue
             remarks = self.tables[-1].remarks if self.tables else self.remarks
-            remarks.append(_words(str(one).strip(), str(style or "")))
+            said = str(one).strip()
+            remarks.append([(said, str(style or ""))] if markup is False else _words(said, str(style or "")))
 
 
 def captured(show: Callable[[Console], None]) -> PageConsole:
