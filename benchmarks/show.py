@@ -31,7 +31,7 @@ def _training(cell: dict[str, Any], console: Console) -> None:
 
 def _bandwidth(payload: dict[str, Any], console: Console) -> None:
     by_workers: dict[int, list[bandwidth.Needed]] = {}
-    for one in payload["needed"]:
+    for one in payload.get("needed", []):
         needed = {name: value for name, value in one.items() if name != "workers"}
         by_workers.setdefault(one["workers"], []).append(bandwidth.Needed(**needed))
     for workers, found in by_workers.items():

@@ -195,9 +195,10 @@ def verdict(cell: Cell, takes_part: TakesPart) -> Verdict | None:
         return None
     ours = min((row for row in rows if family(row.name).ours), key=median, default=None)
     rival = min((row for row in rows if not family(row.name).ours), key=median, default=None)
-    winner = min((row for row in (ours, rival) if row), key=median)
     if not ours or not rival:
-        return Verdict(winner.name, ours.name if ours else None, rival.name if rival else None, None, None)
+        alone = ours or rival
+        assert alone is not None
+        return Verdict(alone.name, alone.name if ours else None, alone.name if rival else None, None, None)
     own, other = (summary.round_times(cell.strategy(row.name)) for row in (ours, rival))
     ratios = [b / a for a, b in zip(own, other, strict=True)]
     ratio = paired_ratio(own, other)

@@ -41,16 +41,18 @@ class PageConsole(Console):
     def __init__(self) -> None:
         super().__init__(file=io.StringIO(), width=200)
         self.tables: list[HtmlTable] = []
-        self.remarks: list[Words] = []  # those before the first table
 
     def print(self, *objects: Any, style: Any = None, markup: bool | None = None, **_: Any) -> None:  # type: ignore[override]
         for one in objects:
             if isinstance(one, Table):
                 self.tables.append(html_table(one))
                 continue
-            remarks = self.tables[-1].remarks if self.tables else self.remarks
+            if not self.tables:  # something is said and no table shown: an empty one carries it
+                self.tables.append(HtmlTable("", [], [], set()))
             said = str(one).strip()
-            remarks.append([(said, str(style or ""))] if markup is False else _words(said, str(style or "")))
+            self.tables[-1].remarks.append(
+                [(said, str(style or ""))] if markup is False else _words(said, str(style or ""))
+            )
 
 
 def captured(show: Callable[[Console], None]) -> PageConsole:
