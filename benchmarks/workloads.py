@@ -49,7 +49,8 @@ class Workload:
             return make()
         except ImportError as error:
             raise MissingPackage(
-                f"{self.name} needs the package {self.package}, which is not installed: pip install {self.package}"
+                f"{self.name} needs the package {self.package}, which cannot be imported ({error}): "
+                f"pip install {self.package}"
             ) from error
 
 
