@@ -186,7 +186,7 @@ def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mappin
                     kept.add(cell)
                 benchmark.show(cell, console)
     minutes = (time.monotonic() - begun) / 60
-    console.print(f"{total} cells in {minutes:.1f} min.", highlight=False)
+    console.print(f"Cells: {done}, in {minutes:.1f} min.", highlight=False)
     if given.json:
         console.print(f"Raw times: {given.json}", highlight=False)
 

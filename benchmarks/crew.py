@@ -40,8 +40,8 @@ class Crew:
     """All ranks of a benchmark. Control messages use the default group; each candidate gets groups of its own.
 
     backend, device: of the candidates' groups and tensors, such as "nccl" and "cuda". Control messages always go over
-    gloo. On "cuda" the ranks of a host take its GPUs in turn. Under mpirun, MPI stays initialized until the end,
-    so that candidates can use it.
+    gloo. On "cuda" the ranks of a host take its GPUs in turn; RuntimeError where there is none. Under mpirun, MPI stays
+    initialized until the end, so that candidates can use it.
 
     A collective that fails leaves a gloo group unusable. With one group per candidate, a failure costs that candidate
     and nothing else. One thread per worker: more workers than cores would otherwise measure the scheduler.
@@ -56,8 +56,10 @@ class Crew:
             dear.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
         self.backend, self.device = backend, torch.device(device)
         if self.device.type == "cuda":
-            index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-            self.device = torch.device("cuda", index)
+            devices = torch.cuda.device_count()
+            if not devices:
+                raise RuntimeError("torch sees no GPU here: leave out --device cuda")
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % devices)
             torch.cuda.set_device(self.device)
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
