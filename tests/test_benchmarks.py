@@ -244,11 +244,6 @@ def test_sizes() -> None:
         ("training", ["--rates", "fast"], "'fast' is not understood"),
         ("training", ["--workers", "1"], "give 2 or more"),
         ("training", ["--rounds", "0"], "at least 1"),
-        ("training", ["--losses", "nowhere.json"], "nowhere.json holds no losses"),
-        ("convergence", ["--lr", "-1"], "'-1' is not a positive number"),
-        ("convergence", ["--seeds", "1,1"], "names a seed twice"),
-        ("bandwidth", ["--rates", "1gbit,unlimited"], "without a limit"),
-        ("bandwidth", ["--limit", "0.9"], "not a number above 1"),
         ("demo", ["--optimizer", "lion"], "'lion'"),
     ],
 )

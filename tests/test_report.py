@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import reported
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks import show
@@ -236,6 +237,15 @@ def test_markup_of_a_table_becomes_colour() -> None:
     made = tables.html_table(table)
     assert made.caption == "t" and made.breaks == {0}
     assert made.rows[0][0] == tables.HtmlCell([("x ", ""), ("lost", "red")], "right")
+
+
+def test_words_are_kept_as_they_were_printed() -> None:
+    def says(console: Console) -> None:
+        console.print("rank 0: [Errno 2] none", style="red", markup=False)
+        console.print("see [b]there[/b]", style="dim")
+
+    (made,) = tables.captured(says).tables
+    assert made.remarks == [[("rank 0: [Errno 2] none", "red")], [("see ", "dim"), ("there", "bold")]]
 
 
 # Repeatability

@@ -247,9 +247,7 @@ def test_digits_are_learned() -> None:
 
 def test_a_workload_whose_package_is_missing_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(
-        MissingPackage, match="inception-v4 needs the package timm, which cannot be imported"
-    ):
+    with pytest.raises(MissingPackage, match="inception-v4 needs the package timm, which cannot be imported"):
         WORKLOADS["inception-v4"].build_seeded(1)
 
 
