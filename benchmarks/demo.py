@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.demo", description="DDP and DeAR train the same model in turns.")
     network_choice(parser)
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="adamw")
-    parser.add_argument("--dear", default="dear:sharded:4", metavar="STRATEGY", help="such as dear:replicated:1")
+    parser.add_argument("--dear", default="dear", metavar="STRATEGY", help="such as dear:replicated:1")
     parser.add_argument("--rounds", type=positive, default=8, help="turns of each, 6 steps long")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where pictures and raw times go")
     return parser.parse_args()

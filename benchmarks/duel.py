@@ -9,11 +9,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import summary
 from benchmarks.crew import Crew
-from benchmarks.gpt import GPT, build_gpt
+from benchmarks.gpt import GPT
 from benchmarks.launch import Report
 from benchmarks.steps import TRIAL_STEPS, Measurement, Plan
 from benchmarks.strategies import is_dear, optimizer_factory, parse_strategy
-from benchmarks.timeline import STEPS, AllReduceTrace, record
+from benchmarks.timeline import STEPS, AllReduceTrace, gpt_parts, record
 
 CANDIDATES = ["ddp:1", "ddp:2", "ddp:4", "ddp:8", "ddp:25"]
 TUNING_WARMUP, TUNING_STEPS = 1, 2
@@ -80,16 +80,17 @@ def _record_dear(training: Measurement) -> dict[str, Any] | None:
         return None
     net = trainer.model.module
     assert isinstance(net, GPT)
-    return record(trainer, net, [training.next_batch(contestant)] * STEPS, trainer.engine)
+    return record(trainer, gpt_parts(net), [training.next_batch(contestant)] * STEPS, trainer.engine)
 
 
 def _record_ddp(training: Measurement, name: str, group: dist.ProcessGroup) -> dict[str, Any]:
     """A few steps of a DDP built for the purpose: the one that is timed carries no hook."""
-    net = build_gpt(training.plan.seed)
+    net = training.workload.build_seeded(training.plan.seed)
+    assert isinstance(net, GPT)
     trainer = parse_strategy(name).build(net, optimizer_factory(training.plan.optimizer), group)
     assert isinstance(trainer.model, DistributedDataParallel)
     tracer = AllReduceTrace(trainer.model, group)
     batch = training.next_batch(training.contestants[0])
     for _ in range(TRIAL_STEPS):
         trainer.step(*batch)
-    return record(trainer, net, [batch] * STEPS, tracer)
+    return record(trainer, gpt_parts(net), [batch] * STEPS, tracer)

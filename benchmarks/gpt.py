@@ -80,13 +80,6 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def build_gpt(seed: int, config: GPTConfig | None = None) -> GPT:
-    """The model with weights that depend on the seed alone, whatever was drawn from torch's generator before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPT(config)
-
-
 def language_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats per byte."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

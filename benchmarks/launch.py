@@ -9,15 +9,18 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks import mpi
 from benchmarks.crew import Crew
+from benchmarks.netlab import Lab, Loopback
 from benchmarks.results import ROOT
 
 PROGRESS = "@progress "
@@ -34,11 +37,13 @@ class WorkersFailed(RuntimeError):
         self.doing = doing
 
 
-def run_workers(lab: Any, module: str, plan: Any, report: Report, timeout: float) -> dict[str, Any]:
+def run_workers(
+    lab: Lab | Loopback, module: str, plan: Any, report: Report, timeout: float, launcher: mpi.Launcher | None = None
+) -> dict[str, Any]:
     """Runs `python -m module` on every worker of an open lab; returns the dict that rank 0 measured.
 
-    `plan` is a dataclass of plain values. Raises WorkersFailed when the workers end, or are ended after `timeout`
-    seconds, without a result.
+    `plan` is a dataclass of plain values. With a `launcher`, it is that MPI which starts the workers. Raises
+    WorkersFailed when the workers end, or are ended after `timeout` seconds, without a result.
     """
     doing = ""
 
@@ -52,12 +57,32 @@ def run_workers(lab: Any, module: str, plan: Any, report: Report, timeout: float
     with tempfile.TemporaryDirectory(prefix="dear-bench-") as folder:
         (Path(folder) / "plan.json").write_text(json.dumps(dataclasses.asdict(plan)))
         try:
-            lab.run(
-                [sys.executable, "-m", module, "--worker", folder], env=environment, timeout=timeout, on_line=follow
-            )
+            command, ranks = [sys.executable, "-m", module, "--worker", folder], None
+            with ExitStack() as stack:
+                if launcher is not None:
+                    command, added = stack.enter_context(mpi.command(launcher, lab, command))
+                    environment, ranks = environment | added, [0]
+                lab.run(command, env=environment, timeout=timeout, on_line=follow, ranks=ranks)
             return json.loads((Path(folder) / "result.json").read_text())
         except (RuntimeError, TimeoutError, FileNotFoundError) as error:
             raise WorkersFailed(_short(str(error)), doing) from error
+
+
+def run_surviving(plan: Any, contestants: Sequence[str], run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """`run(plan)`; a contestant that takes its worker down is left out of a second try, and its row says why.
+
+    What workers say they are doing must end in the contestant's name. `plan` is a dataclass whose `excluded` holds the
+    contestants that are left out, and why. Raises WorkersFailed where none of them is to blame.
+    """
+    while True:
+        try:
+            return run(plan)
+        except WorkersFailed as error:
+            culprit = (error.doing.split() or [""])[-1]
+            if culprit not in contestants or culprit in plan.excluded:
+                raise
+            why = f"took its worker down while {error.doing}: {error.reason}"
+            plan = dataclasses.replace(plan, excluded={**plan.excluded, culprit: why})
 
 
 def _short(text: str) -> str:
@@ -68,12 +93,13 @@ def _short(text: str) -> str:
 
 def worker(spool: Path, measure: Callable[[Crew, dict[str, Any], Report], dict[str, Any]]) -> None:
     """The other end of run_workers: what a worker module does when it is run with --worker and the spool folder."""
-    crew = Crew()
+    plan = json.loads((spool / "plan.json").read_text())
+    crew = Crew(plan.get("backend", "gloo"), plan.get("device", "cpu"))
 
     def report(done: int, total: int, doing: str) -> None:
         print(PROGRESS + json.dumps([done, total, doing]), flush=True)
 
-    result = measure(crew, json.loads((spool / "plan.json").read_text()), report)
+    result = measure(crew, plan, report)
     if crew.rank == 0:
         (spool / "result.json").write_text(json.dumps(result))
     crew.leave()
@@ -83,12 +109,15 @@ def worker(spool: Path, measure: Callable[[Crew, dict[str, Any], Report], dict[s
 def progress_bar(console: Console, title: str) -> Iterator[Report]:
     """A bar with the time that remains; where the output is no terminal, a line each time the work changes."""
     if not console.is_terminal:
-        last = [""]
+        last, begun = [""], time.monotonic()
 
         def lines(done: int, total: int, doing: str) -> None:
-            if doing != last[0]:
-                last[0] = doing
-                console.print(f"{title} · {100 * done // max(total, 1):3d}% · {doing}")
+            if doing == last[0]:
+                return
+            last[0] = doing
+            left = (time.monotonic() - begun) * (total - done) / done if done else None
+            remains = "" if left is None else f" · about {left:.0f} s left"
+            console.print(f"{title} · {100 * done // max(total, 1):3d}% · {doing}{remains}", highlight=False)
 
         yield lines
         return

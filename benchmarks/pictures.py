@@ -1,6 +1,7 @@
-"""The demo's two pictures: loss against wall time, and one training step in its lanes."""
+"""The demo's two pictures: loss against wall time, and one training step in its lanes; and how all pictures look."""
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +13,7 @@ matplotlib.use("Agg")  # no display is needed, and none may be there
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 DDP_COLOUR, DEAR_COLOUR = "#7f7f7f", "#1f77b4"
@@ -44,8 +46,8 @@ def loss_against_time(curves: Sequence[tuple[str, dict[str, Any]]], title: str, 
         xlabel="training time, each on its own clock (seconds)", ylabel="training loss (nats per byte)", title=title
     )
     axes.legend(title=f"thick: mean of {SMOOTHED_OVER} steps", frameon=False)
-    _plain(axes)
-    _save(figure, path)
+    plain(axes)
+    save(figure, path)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -75,7 +77,7 @@ def step_timeline(traces: Sequence[tuple[str, dict[str, Any]]], title: str, path
     waits = Patch(facecolor="white", edgecolor=WAIT_COLOUR, hatch="////", linewidth=0, label="training thread waits")
     figure.legend(handles=[*entries, waits], loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def typical_step(trace: dict[str, Any]) -> int:
@@ -140,7 +142,7 @@ def _one_step(axes: Axes, trace: dict[str, Any], label: str) -> None:
     axes.set_yticks(list(row.values()), list(row))
     axes.set_ylim(-0.55, len(lanes) - 0.2)
     axes.set_title(label, loc="left", fontsize=11, fontweight="bold")
-    _plain(axes)
+    plain(axes)
 
 
 def overlap(span: dict[str, Any], others: Sequence[dict[str, Any]]) -> int:
@@ -148,13 +150,26 @@ def overlap(span: dict[str, Any], others: Sequence[dict[str, Any]]) -> int:
     return sum(max(0, min(span["end"], each["end"]) - max(span["start"], each["start"])) for each in others)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """No frame, and faint lines at the marks of the horizontal axis."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Figure, path: Path, origin: Sequence[str] = ()) -> None:
+    """Writes the picture as a PNG, its folder made if need be, and closes it.
+
+    origin: lines that say where the numbers come from, small and under everything else.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    if origin:
+        figure.canvas.draw()  # now everything has its place
+        figure.set_layout_engine("none")
+        for legend in figure.legends:  # else it would move to the bottom of the larger picture, onto the footnote
+            legend.set_bbox_to_anchor((0, 0, 1, 1), transform=figure.transFigure)
+        broken = [part for line in origin for part in textwrap.wrap(line, int(17 * figure.get_figwidth()))]
+        bottom = figure.get_tightbbox().y0 / figure.get_figheight()
+        figure.text(0.01, bottom - 0.01, "\n".join(broken), fontsize=6.5, color="#666666", va="top")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -1,5 +1,6 @@
 """What every benchmark's JSON begins with, how it is written, and the few statistics the tables use."""
 
+import hashlib
 import json
 import math
 import os
@@ -33,15 +34,20 @@ def header(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checked-out commit, with "+changes" when tracked files differ from it; "unknown" outside a checkout."""
+    """The checked-out commit, "unknown" outside a checkout.
+
+    Where tracked files differ from it, "+changes-" and a digest of the difference follow, so that two states of a
+    checkout do not pass for one. Committed results are left out: a benchmark writes them, and does not read them.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+        changes = git("diff", "HEAD", "--binary", "--", ".", ":!benchmarks/results")
+        digest = hashlib.sha256(changes.encode()).hexdigest()[:8]
+        return git("rev-parse", "HEAD") + (f"+changes-{digest}" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -3,14 +3,49 @@
 Nothing is measured; every number comes from the files, whose headers say which machine, versions and commit made them.
 """
 
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks import collectives_table, summary
+from rich.console import Console
+
+from benchmarks import bandwidth, collectives_table, demo, kernels_table, losses, training
 from benchmarks.command import Parser, fail, terminal
+from benchmarks.report.sources import SourceError, load
 
-TABLES = {"training": summary.show, "collectives": collectives_table.show}
+Show = Callable[[dict[str, Any], Console], None]  # prints one file
+
+
+def _each_cell(show: Show) -> Show:
+    def show_all(payload: dict[str, Any], console: Console) -> None:
+        for cell in payload["cells"]:
+            show(cell, console)
+
+    return show_all
+
+
+def _training(cell: dict[str, Any], console: Console) -> None:
+    training.show(cell, console, curves=[], target=None)
+
+
+def _bandwidth(payload: dict[str, Any], console: Console) -> None:
+    by_workers: dict[int, list[bandwidth.Needed]] = {}
+    for one in payload.get("needed", []):
+        needed = {name: value for name, value in one.items() if name != "workers"}
+        by_workers.setdefault(one["workers"], []).append(bandwidth.Needed(**needed))
+    for workers, found in by_workers.items():
+        bandwidth.show(workers, payload["settings"]["limit"], found, console)
+
+
+TABLES: dict[str, Show] = {
+    "training": _each_cell(_training),
+    "collectives": _each_cell(collectives_table.show),
+    "compressors": kernels_table.show,
+    "convergence": lambda payload, console: losses.show(payload["cells"], console),
+    "bandwidth": _bandwidth,
+    "demo": demo.show,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,14 +54,14 @@ def main(arguments: list[str] | None = None) -> None:
     console = terminal()
     for path in parser.parse_args(arguments).files:
         try:
-            payload = json.loads(path.read_text())
-            show = TABLES[payload["benchmark"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            fail(f"{path} holds no results that have a table: pass what --json of a benchmark wrote.")
-        console.rule(str(path.name))
-        console.print(f"{payload['when']}, commit {payload['commit'][:12]}: {payload['command']}", highlight=False)
-        for cell in payload["cells"]:
-            show(cell, console)
+            (source,) = load([path])
+        except SourceError as error:
+            fail(str(error))
+        if source.benchmark not in TABLES:
+            fail(f"{path} is of the benchmark {source.benchmark!r}, which has no table: leave it out.")
+        console.rule(source.file)
+        console.print(f"{source.when}, commit {source.commit}: {source.command}", highlight=False)
+        TABLES[source.benchmark](source.payload, console)
 
 
 if __name__ == "__main__":

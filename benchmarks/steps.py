@@ -6,17 +6,16 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
-
+from benchmarks import breakdown
 from benchmarks.crew import Crew, bytes_sent, user_seconds
-from benchmarks.data import ByteText, standard_library
-from benchmarks.gpt import GPTConfig, build_gpt
+from benchmarks.data import Batch
 from benchmarks.strategies import Strategy, Trainer, optimizer_factory, parse_strategy
+from benchmarks.workloads import WORKLOADS, MissingPackage, parts
 
 TRIAL_STEPS = 3  # DDP rebuilds its buckets in the second step and torch's PowerSGD starts in the third
 HELD_OUT_BATCH = 32
 
-_PER_RANK = ("ms", "cpu_ms_per_step", "sent_bytes_per_step", "user_s", "engine")
+_PER_RANK = ("ms", "cpu_ms_per_step", "sent_bytes_per_step", "user_s", "engine", "compressor")
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
 
@@ -30,8 +29,12 @@ class Plan:
     rounds: int = 8
     warmup: int = 2
     steps: int = 6
-    batch: int = 4  # sequences per worker and step
+    batch: int = 4  # examples per worker and step
     seed: int = 1
+    workload: str = "gpt"
+    backend: str = "gloo"
+    device: str = "cpu"
+    breakdown: bool = False
     excluded: dict[str, str] = field(default_factory=dict)  # strategy: why it is not run
 
 
@@ -48,6 +51,7 @@ class Contestant:
     clock: list[float] = field(default_factory=list)  # ms each of these steps took on this rank
     held_out_loss: float | None = None
     optimizer_state_bytes: list[int] = field(default_factory=list)
+    breakdown: dict[str, Any] | None = None  # this rank's
 
     @property
     def running(self) -> Trainer | None:
@@ -60,18 +64,21 @@ class Measurement:
 
     def __init__(self, crew: Crew, plan: Plan, report: Report) -> None:
         self.crew, self.plan, self.report = crew, plan, report
-        self.text: ByteText = standard_library()
-        self.sequence = GPTConfig().sequence
+        self.workload = WORKLOADS[plan.workload]
         self.contestants = [Contestant(parse_strategy(name)) for name in plan.strategies]
         block = plan.warmup + plan.steps
-        self.total = len(self.contestants) * (TRIAL_STEPS + plan.rounds * block)
+        profiled = breakdown.STEPS if plan.breakdown else 0
+        self.total = len(self.contestants) * (TRIAL_STEPS + plan.rounds * block + profiled)
         self.done = 0
 
     def run(self) -> dict[str, Any]:
         """Everything, in order."""
         self.build()
         self.play()
-        self.evaluate()
+        self.evaluate()  # before the profile, whose steps train on
+        if self.plan.breakdown:
+            for contestant in self.contestants:
+                self._profile(contestant)
         return self.finish()
 
     def build(self) -> None:
@@ -100,9 +107,16 @@ class Measurement:
         return {
             "plan": asdict(self.plan),
             "workers": self.crew.world,
-            "text": {"bytes": len(self.text.train), "digest": self.text.digest},
+            "about": self.workload.about,
+            "data": self._digest(),
             "strategies": [self._account(contestant) for contestant in self.contestants],
         }
+
+    def _digest(self) -> str | None:
+        try:
+            return self.workload.data().digest
+        except MissingPackage:
+            return None
 
     def _progress(self, steps: int, doing: str) -> None:
         self.done += steps
@@ -116,30 +130,38 @@ class Measurement:
             contestant.failure = self.plan.excluded[name]
             return
         group = self.crew.group()
-        net = build_gpt(self.plan.seed)
-        contestant.payload_bytes_per_step = contestant.strategy.payload_bytes(net, self.crew.world)
+
+        sent: list[int] = []  # by the last two trial steps: ACP-SGD sends two factors of different length in turn
 
         def build_and_try() -> Trainer:
+            net = self.workload.build_seeded(self.plan.seed).to(self.crew.device)
+            contestant.payload_bytes_per_step = contestant.strategy.payload_bytes(net, self.crew.world)
             trainer = contestant.strategy.build(net, optimizer_factory(self.plan.optimizer), group)
-            for _ in range(TRIAL_STEPS):
+            trainer.loss = self.workload.loss
+            for number in range(TRIAL_STEPS):
                 self.step(contestant, trainer)
+                if trainer.compressor is not None and number >= TRIAL_STEPS - 2:
+                    self._drain(contestant, trainer)
+                    sent.append(trainer.compressor_stats()["bytes_sent"])
             self._drain(contestant, trainer)
             return trainer
 
         contestant.trainer, failure = self.crew.attempt(build_and_try)
         contestant.failure = failure
+        if sent:
+            contestant.payload_bytes_per_step = sum(sent) // len(sent)
         self._progress(TRIAL_STEPS, f"building {name}")
 
-    def next_batch(self, contestant: Contestant) -> tuple[Tensor, Tensor]:
-        """What the contestant trains on next: the same text in the same order for every one of them."""
-        return self.text.batch(
+    def next_batch(self, contestant: Contestant) -> Batch:
+        """What the contestant trains on next: the same examples in the same order for every one of them."""
+        inputs, targets = self.workload.data().batch(
             len(contestant.losses),
             rank=self.crew.rank,
             world=self.crew.world,
             batch=self.plan.batch,
-            sequence=self.sequence,
             seed=self.plan.seed,
         )
+        return inputs.to(self.crew.device), targets.to(self.crew.device)
 
     def step(self, contestant: Contestant, trainer: Trainer) -> None:
         start = time.perf_counter()
@@ -187,6 +209,7 @@ class Measurement:
             "cpu_ms_per_step": round(cpu_ms / self.plan.steps, 3),
             "sent_bytes_per_step": None if sent is None else ((sent_after or 0) - sent) // self.plan.steps,
             "engine": engine,
+            "compressor": trainer.compressor_stats(),
             # User-mode CPU seconds of the block: the machine's, this worker's. What is left over, others have taken.
             "user_s": [round(b - a, 2) for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
         }
@@ -195,11 +218,14 @@ class Measurement:
         trainer = contestant.running
         if trainer is None:
             return
-        inputs, targets = self.text.held_out_batch(HELD_OUT_BATCH, self.sequence)
+        held_out = self.workload.data().held_out(HELD_OUT_BATCH)
 
-        def evaluate() -> tuple[float, int]:
+        def evaluate() -> tuple[float | None, int]:
             trainer.synchronize()
-            return trainer.evaluate(inputs, targets), trainer.optimizer_state_bytes()
+            loss = None
+            if held_out is not None:
+                loss = trainer.evaluate(*(each.to(self.crew.device) for each in held_out))
+            return loss, trainer.optimizer_state_bytes()
 
         self._progress(0, f"evaluating {contestant.strategy.name}")
         result, failure = self.crew.attempt(evaluate)
@@ -208,6 +234,19 @@ class Measurement:
             return
         contestant.held_out_loss = result[0]
         contestant.optimizer_state_bytes = self.crew.gather(result[1])
+
+    def _profile(self, contestant: Contestant) -> None:
+        trainer = contestant.running
+        self._progress(0, f"profiling {contestant.strategy.name}")
+        if trainer is None:
+            return
+        batches = [self.next_batch(contestant)] * breakdown.STEPS
+        contestant.breakdown, failure = self.crew.attempt(
+            lambda: breakdown.profile(trainer, parts(trainer.net), batches)
+        )
+        if failure:
+            contestant.breakdown = {"failure": failure}
+        self._progress(breakdown.STEPS, f"profiling {contestant.strategy.name}")
 
     def _account(self, contestant: Contestant) -> dict[str, Any]:
         losses = [sum(step) / len(step) for step in zip(*self.crew.gather(contestant.losses), strict=False)]
@@ -219,6 +258,7 @@ class Measurement:
             "held_out_loss": contestant.held_out_loss,
             "optimizer_state_bytes": contestant.optimizer_state_bytes,
             "blocks": contestant.blocks,
+            "breakdown": contestant.breakdown,
             "losses": [round(loss, 6) for loss in losses],  # training loss, mean over ranks, every step
             "clock_ms": [round(ms, 3) for ms in clock],  # what each of them took, trial and warm-up steps included
         }

@@ -1,6 +1,6 @@
 """The training strategies that are compared: each builds a model, an optimizer and the step a user would write."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import compressor_names
+from benchmarks.compressor_names import CompressorName
 from benchmarks.gpt import language_loss
+from benchmarks.workloads import repeated_blocks
 
 ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in one bucket
-POWERSGD_RANK = 4
-FORMS = "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd, fsdp2, dear[:sharded|replicated|auto[:MIB]]"
+FORMS = (
+    "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, dear[:sharded|replicated|auto[:MIB]], "
+    f"COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one of: {compressor_names.FORMS}"
+)
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -29,10 +34,17 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     engine: Any = None  # dear's Engine, where the strategy has one
+    compressor: Any = None  # a compress.Compressor, where the strategy has one
+    loss: Callable[[Any, Tensor], Tensor] = language_loss  # of the model's output and the targets
+
+    @property
+    def net(self) -> nn.Module:
+        """The model without DDP around it."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
         """One training step as a user writes it; returns this rank's loss."""
-        loss = language_loss(self.model(inputs), targets)
+        loss = self.loss(self.model(inputs), targets)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -47,11 +59,15 @@ class Trainer:
         """The engine's own account of its last step; empty for strategies that keep none."""
         return dict(self.engine.stats()) if self.engine is not None else {}
 
+    def compressor_stats(self) -> dict[str, Any]:
+        """The compressor's account of the last step, which must not be in flight any more; empty without one."""
+        return dict(self.compressor.stats()) if self.compressor is not None else {}
+
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
-        """Loss on given text, without training on it."""
+        """Loss on given examples, without training on them."""
         self.model.eval()
-        loss = language_loss(self.model(inputs), targets).item()
+        loss = self.loss(self.model(inputs), targets).item()
         self.model.train()
         return loss
 
@@ -74,13 +90,22 @@ def _local_bytes(value: Any) -> int:
     return local.numel() * local.element_size()
 
 
-def optimizer_factory(name: str) -> OptimizerFactory:
-    """torch's own defaults (foreach included) for every strategy alike, so that none is handed a faster update."""
-    factories: dict[str, OptimizerFactory] = {
-        "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.02),
-        "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=5e-4),
-    }
-    return factories[name]
+# By name: the class, the learning rate and the options.
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float, dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, 0.02, {}),
+    "momentum": (torch.optim.SGD, 0.05, {"momentum": 0.9}),
+    "adamw": (torch.optim.AdamW, 5e-4, {}),
+}
+
+
+def optimizer_factory(name: str, learning_rate: float | None = None) -> OptimizerFactory:
+    """torch's own defaults (foreach included) for every strategy alike, so that none is handed a faster update.
+
+    `name` is one of OPTIMIZERS; a learning rate of None takes the default there.
+    """
+    kind, default, options = OPTIMIZERS[name]
+    chosen = default if learning_rate is None else learning_rate
+    return lambda model: kind(model.parameters(), lr=chosen, **options)
 
 
 @dataclass(frozen=True)
@@ -94,7 +119,10 @@ class Strategy:
         raise NotImplementedError
 
     def payload_bytes(self, net: nn.Module, world: int) -> int:
-        """Bytes one rank must send per step by the ring algorithm: 2 (P-1)/P of the gradients. Computed."""
+        """Bytes one rank must send per step by the ring algorithm: 2 (P-1)/P of the gradients. Computed.
+
+        Where there is a compressor, its own count of what it sends takes this number's place.
+        """
         gradients = sum(p.numel() * p.element_size() for p in net.parameters())
         return 2 * (world - 1) * gradients // world
 
@@ -136,15 +164,18 @@ class DDPHalf(DDP):
         return super().payload_bytes(net, world) // 2
 
 
+@dataclass(frozen=True)
 class DDPPowerSGD(DDP):
     """DDP with torch's own PowerSGD hook, in one bucket: with several it hangs or aborts on gloo."""
+
+    rank: int = 4
 
     def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
         from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
         model = self.wrap(net, group)
         # 2 is the earliest start the hook allows together with error feedback.
-        state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=2)
+        state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=self.rank, start_powerSGD_iter=2)
         model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         return Trainer(model, optimizer(model))
 
@@ -152,7 +183,7 @@ class DDPPowerSGD(DDP):
         sent = 0
         for parameter in net.parameters():
             rows, columns = parameter.shape[0], parameter.numel() // parameter.shape[0]
-            low_rank = (rows + columns) * min(POWERSGD_RANK, rows, columns)
+            low_rank = (rows + columns) * min(self.rank, rows, columns)
             # The hook leaves a tensor dense unless that at least halves it.
             sent += (low_rank if 2 * low_rank < parameter.numel() else parameter.numel()) * parameter.element_size()
         return 2 * (world - 1) * sent // world
@@ -165,8 +196,8 @@ class FSDP2(Strategy):
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = DeviceMesh.from_group(group, "cpu")
-        for block in net.blocks:  # type: ignore[union-attr]
+        mesh = DeviceMesh.from_group(group, next(net.parameters()).device.type)
+        for block in repeated_blocks(net):
             fully_shard(block, mesh=mesh, reshard_after_forward=False)
         fully_shard(net, mesh=mesh, reshard_after_forward=False)
         return Trainer(net, optimizer(net))
@@ -187,6 +218,34 @@ class Dear(DDP):
         return Trainer(model, own, dear.attach(model, own, update=self.update, **size))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compressed(DDP):
+    """DDP with a compressor of this library as its communication hook."""
+
+    compressor: CompressorName
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        import compress
+
+        model, compressor = self.wrap(net, group), self.compressor.make()
+        compress.register(model, compressor)
+        return Trainer(model, optimizer(model), compressor=compressor)
+
+
+class DearCompressed(Compressed):
+    """A compressor under the DeAR schedule: its second phase runs under the next forward pass."""
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        import dear
+
+        model, compressor = self.wrap(net, group), self.compressor.make()
+        own = optimizer(model)
+        options: dict[str, Any] = {"compressor": compressor}
+        if self.bucket_cap_mb is not None:
+            options["bucket_cap_mb"] = self.bucket_cap_mb
+        return Trainer(model, own, dear.attach(model, own, **options), compressor)
+
+
 def parse_strategies(text: str) -> list[Strategy]:
     """A comma-separated list of the FORMS, each at most once."""
     found = [parse_strategy(name.strip()) for name in text.split(",") if name.strip()]
@@ -205,15 +264,29 @@ def parse_strategy(name: str) -> Strategy:
     sized: dict[str, Callable[..., Strategy]] = {"ddp": DDP, "ddp+fp16": DDPHalf}
     if kind in plain and not rest:
         return plain[kind](name)
-    if kind == "ddp+powersgd" and not rest:
-        return DDPPowerSGD(name, ONE_BUCKET_MIB)
+    if kind == "ddp+powersgd" and (not rest or (len(rest) == 1 and compressor_names.whole(rest[0]))):
+        return DDPPowerSGD(name, ONE_BUCKET_MIB, **({"rank": int(rest[0])} if rest else {}))
     if kind in sized and len(rest) <= 1:
         return sized[kind](name, _size(rest, unknown))
     if kind == "dear" and len(rest) <= 2:
         update = rest[0] if rest else "auto"
         if update in ("sharded", "replicated", "auto"):
             return Dear(name, _size(rest[1:], unknown), update=update)
-    raise unknown
+    return _parse_compressed(name, unknown)
+
+
+def _parse_compressed(name: str, unknown: StrategyError) -> Strategy:
+    parts = name.removeprefix("dear+").split(":")
+    if not compressor_names.is_compressor(parts[0]):
+        raise unknown
+    try:
+        compressor, rest = compressor_names.split_name(parts)
+    except ValueError:
+        raise unknown from None
+    if len(rest) > 1:
+        raise unknown
+    build = DearCompressed if name.startswith("dear+") else Compressed
+    return build(name=name, bucket_cap_mb=_size(rest, unknown), compressor=compressor)
 
 
 def _size(rest: list[str], unknown: StrategyError) -> float | None:
@@ -230,4 +303,22 @@ def _size(rest: list[str], unknown: StrategyError) -> float | None:
 
 def is_dear(strategy: Strategy) -> bool:
     """Whether the strategy is this library's, so that its trainer has an engine to trace."""
-    return isinstance(strategy, Dear)
+    return isinstance(strategy, Dear | DearCompressed)
+
+
+def trains_like(name: str, curves: Sequence[dict[str, Any]]) -> str | None:
+    """Which of the strategies in the cells of benchmarks.convergence `name` trains like; None if none does.
+
+    Itself, before all. Else the same without bucket size and schedule, which change no sum but its rounding (and, for
+    top-k and sign, which elements share a threshold or a scale): dear:sharded:4 as ddp, dear+acp:8:2 as acp:8.
+    """
+    trained = {cell["plan"]["strategy"] for cell in curves}
+    strategy = parse_strategy(name)
+    plain: str | None = None
+    if isinstance(strategy, Compressed):
+        plain = str(strategy.compressor)
+    elif type(strategy) in (DDP, Dear, FSDP2):
+        plain = "ddp"
+    elif isinstance(strategy, DDPHalf):
+        plain = "ddp+fp16"
+    return next((each for each in (name, plain) if each in trained), None)

@@ -1,15 +1,17 @@
 """Records what one worker computes during a few steps, next to what moves at the same time."""
 
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from benchmarks.gpt import GPT, language_loss
+from benchmarks.gpt import GPT
 from benchmarks.strategies import Trainer
 
 # One to fill the pipeline, several of which the most typical is shown, one whose forward receives what the last sent.
@@ -17,26 +19,34 @@ STEPS = 7
 
 
 class ComputeMarks:
-    """Marks where each part of a GPT step begins; a part lasts until the next mark.
+    """Marks where each part of a step begins; a part lasts until the next mark, so what lies between two counts to the
+    first of them.
 
     Forward parts are marked by module hooks. Backward parts by hooks on the parts' outputs: the gradient of an output
     arrives when the backward of that part begins. (Module backward hooks would change the graph that is measured.)
+
+    parts: (name, module) pairs in the order of the forward pass; two may have the same name.
     """
 
-    def __init__(self, net: GPT) -> None:
+    def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
         self.marks: list[dict[str, Any]] = []
         self.step = 0
         self._handles: list[RemovableHandle] = []
-        for number, block in enumerate(net.blocks, start=1):
-            self._watch(block, f"block {number}", "embedding" if number == 1 else f"block {number - 1}")
-        self._watch(net.norm, "head", f"block {len(net.blocks)}")
+        for name, module in parts:
+            self._watch(module, name)
 
-    def _watch(self, module: nn.Module, name: str, before: str) -> None:
-        def entered(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _watch(self, module: nn.Module, name: str) -> None:
+        def entered(*_: Any) -> None:
             self.mark("forward", name)
-            inputs[0].register_hook(lambda gradient: self.mark("backward", before))
 
-        self._handles.append(module.register_forward_pre_hook(entered))
+        def left(module: nn.Module, inputs: Any, output: Any) -> None:
+            first = next(
+                (each for each in tree_leaves(output) if isinstance(each, Tensor) and each.requires_grad), None
+            )
+            if first is not None:
+                first.register_hook(lambda gradient: self.mark("backward", name))
+
+        self._handles += [module.register_forward_pre_hook(entered), module.register_forward_hook(left)]
 
     def mark(self, phase: str, name: str) -> None:
         self.marks.append({"step": self.step, "phase": phase, "name": name, "start": time.perf_counter_ns()})
@@ -88,23 +98,41 @@ class AllReduceTrace:
         return lanes
 
 
-def record(trainer: Trainer, net: GPT, batches: list[tuple[Tensor, Tensor]], tracer: Any) -> dict[str, Any]:
-    """Trains one step per batch under trace; times are perf_counter_ns. `tracer` is an engine or an AllReduceTrace.
+def gpt_parts(net: GPT) -> list[tuple[str, nn.Module]]:
+    """The parts that the pictures show."""
+    blocks = [(f"block {number}", block) for number, block in enumerate(net.blocks, start=1)]
+    return [("embedding", net.bytes), *blocks, ("head", net.norm)]
+
+
+def record(
+    trainer: Trainer,
+    parts: Iterable[tuple[str, nn.Module]],
+    batches: list[tuple[Tensor, Tensor]],
+    tracer: Any,
+    after_step: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Trains one step per batch under trace; times are perf_counter_ns.
+
+    `tracer` has start_trace() and stop_trace(); `after_step` is called between two steps, on nobody's account.
+    The first part's forward begins with the step, and the last part's backward with the backward pass.
 
     Returns {"compute": spans with step, phase, name, start, end; "lanes": spans with lane, name, start, end}.
     """
-    compute = ComputeMarks(net)
+    parts = list(parts)
+    first, last = parts[0][0], parts[-1][0]
+    compute = ComputeMarks(parts)
     tracer.start_trace()
     try:
         for compute.step, (inputs, targets) in enumerate(batches):
-            compute.mark("forward", "embedding")
-            loss = language_loss(trainer.model(inputs), targets)
-            compute.mark("backward", "head")
+            compute.mark("forward", first)
+            loss = trainer.loss(trainer.model(inputs), targets)
+            compute.mark("backward", last)
             loss.backward()
             compute.mark("update", "update")
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
             compute.mark("end", "")
+            after_step()
         trainer.synchronize()
     finally:
         compute.remove()

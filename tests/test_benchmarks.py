@@ -1,4 +1,4 @@
-"""The measuring part: statistics, tables from canned results, the workload, the command lines, two tiny real runs."""
+"""The measuring part: statistics, tables from canned results, the workload, the command lines, a tiny real run."""
 
 import io
 import json
@@ -11,18 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+from canned import training_cell
 from rich.console import Console
+from torch import nn
 from workers import WorkerPool
 
-from benchmarks import collectives_table, demo, pictures, results, summary, training
+from benchmarks import demo, pictures, results, summary, training
 from benchmarks.command import show_size, size
 from benchmarks.crew import Crew
-from benchmarks.data import ByteText, _window_order, standard_library
-from benchmarks.gpt import build_gpt, language_loss
+from benchmarks.data import ByteText, places, shuffled, standard_library
+from benchmarks.gpt import language_loss
 from benchmarks.launch import WorkersFailed
-from benchmarks.methods import DTYPES, local_values, summed_values, wrong
 from benchmarks.steps import Plan
-from benchmarks.strategies import FORMS, Dear, StrategyError, optimizer_factory, parse_strategies
+from benchmarks.strategies import (
+    FORMS,
+    Dear,
+    StrategyError,
+    optimizer_factory,
+    parse_strategies,
+)
+from benchmarks.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,39 +80,9 @@ def test_header_names_versions_and_no_place() -> None:
 # Tables, from canned results
 
 
-def strategy(name: str, rounds: list[list[float]], **more: Any) -> dict[str, Any]:
-    """Two ranks, the second always 1 ms slower."""
-    blocks = [
-        {
-            "round": number,
-            "ms": [times, [ms + 1 for ms in times]],
-            "cpu_ms_per_step": [50.0, 70.0],
-            "sent_bytes_per_step": [2**20, 2**20],
-            "engine": [{}, {}],
-        }
-        for number, times in enumerate(rounds)
-    ]
-    plain = {"failure": None, "payload_bytes_per_step": 12_500_000, "held_out_loss": 3.0}
-    series = {"losses": [5.0, 4.0, 3.0], "clock_ms": [100.0, 100.0, 100.0]}
-    return {"name": name, "blocks": blocks, "optimizer_state_bytes": [8, 10], **plain, **series, **more}
-
-
 @pytest.fixture
 def cell() -> dict[str, Any]:
-    return {
-        "rate": "500mbit",
-        "network": "emulated network",
-        "workers": 2,
-        "plan": {"optimizer": "sgd", "rounds": 2, "steps": 2},
-        "strategies": [
-            strategy("none", [[99.0, 99.0], [199.0, 199.0]], payload_bytes_per_step=0),
-            strategy("ddp:1", [[249.0, 249.0], [449.0, 449.0]]),
-            strategy("ddp:25", [[299.0, 299.0], [499.0, 499.0]]),
-            strategy("ddp+fp16", [[149.0, 149.0], [249.0, 249.0]], payload_bytes_per_step=6_250_000),
-            strategy("dear:sharded", [[199.0, 199.0], [399.0, 399.0]]),
-            strategy("fsdp2", [], failure="rank 1: RuntimeError: no luck"),
-        ],
-    }
+    return training_cell()
 
 
 def test_summary_compares_with_the_best_plain_ddp(cell: dict[str, Any]) -> None:
@@ -146,31 +124,6 @@ def test_training_table_shows_every_strategy_and_why_one_failed(cell: dict[str, 
     assert "ddp:1 *" in text and "500 Mbit/s" in text
 
 
-def test_collectives_rows() -> None:
-    def method(name: str, halves: int, us: float, failure: str | None = None, bad: int = 0) -> dict[str, Any]:
-        block = {"us": [[us, us], [us - 1, us - 1]], "cpu_ms": [1.0, 3.0], "sent_bytes": [5, 5]}
-        blocks = [] if failure else [block, block]
-        return {"name": name, "halves": halves, "failure": failure, "wrong": bad, "blocks": blocks}
-
-    methods = [
-        method("all_reduce", 2, 1000),
-        method("native", 2, 2000, bad=3),
-        method("ring", 2, 800),
-        method("ring-rs", 1, 500),
-        method("ring-ag", 1, 0, failure="rank 0: RuntimeError: no"),
-    ]
-    found = {row.name: row for row in collectives_table.rows({"bytes": 100_000, "methods": methods}, 4, "1gbit")}
-    ring = found["ring"]
-    assert ring.best and not found["all_reduce"].best
-    assert ring.speedup == pytest.approx(1.25) and ring.over_native == pytest.approx(2.5)
-    assert ring.algorithm_bandwidth == pytest.approx(1.25e8)
-    assert ring.bus_bandwidth == pytest.approx(1.25e8 * 1.5)  # 2 (P-1)/P
-    assert ring.of_rate == pytest.approx(150)  # 1.5 Gbit/s on a link of 1: canned numbers need not be possible
-    assert found["ring-rs"].bus_bandwidth == pytest.approx(2e8 * 0.75) and found["ring-rs"].speedup is None
-    assert found["native"].wrong == 3 and ring.cpu_ms == 2
-    assert found["ring-ag"].failure
-
-
 def test_demo_table_and_pictures(cell: dict[str, Any], tmp_path: Path) -> None:
     cell["strategies"] = [cell["strategies"][index] for index in (0, 1, 4)]
     spans, lanes, now = [], [], 0
@@ -206,52 +159,51 @@ def test_smoothing_starts_with_what_there_is() -> None:
 # Workload
 
 
+def gpt(seed: int) -> nn.Module:
+    return WORKLOADS["gpt"].build_seeded(seed)
+
+
 def test_gpt_has_the_stated_size_and_depends_on_the_seed_alone() -> None:
     torch.manual_seed(5)
-    net = build_gpt(1)
+    net = gpt(1)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(10.9e6, rel=0.01)
     torch.manual_seed(6)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), build_gpt(1).parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), gpt(1).parameters(), strict=True))
+    assert not torch.equal(next(net.parameters()), next(gpt(2).parameters()))
     text = torch.zeros(2, 16, dtype=torch.long)
     assert language_loss(net(text), text).item() == pytest.approx(5.55, abs=0.5)  # ln 256
 
 
 def test_text_is_the_same_every_time_and_no_window_is_read_twice() -> None:
-    one = standard_library()
+    one = standard_library(128)
     standard_library.cache_clear()
-    two = standard_library()
+    two = standard_library(128)
     assert one.digest == two.digest and len(one.train) > 1_000_000
-    shape = {"world": 2, "batch": 4, "sequence": 128, "seed": 1}
-    batches = {(step, rank): one.batch(step, rank=rank, **shape) for step in range(20) for rank in range(2)}
-    inputs, targets = batches[3, 1]
+    shape = {"world": 2, "batch": 4, "seed": 1}
+    inputs, targets = one.batch(3, rank=1, **shape)
     assert inputs.shape == (4, 128) and torch.equal(inputs[:, 1:], targets[:, :-1])
     assert torch.equal(inputs, two.batch(3, rank=1, **shape)[0])
     assert not torch.equal(inputs, one.batch(3, rank=1, **{**shape, "seed": 2})[0])
-    order = _window_order((len(one.train) - 1) // 128, 1, 0)
+    order = shuffled((len(one.train) - 1) // 128, 1, 0)
     assert len(order.unique()) == len(order)
-    held, _ = one.held_out_batch(8, 128)
-    assert torch.equal(held, two.held_out_batch(8, 128)[0])
+    assert torch.equal(one.held_out(8)[0], two.held_out(8)[0])
 
 
-def test_text_starts_over_in_another_order_after_an_epoch() -> None:
-    text = ByteText(torch.arange(101, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8), "")
-    shape = {"world": 1, "batch": 5, "sequence": 10, "seed": 3}
-    epochs = [torch.cat([text.batch(step, rank=0, **shape)[0] for step in steps])[:, 0] for steps in [(0, 1), (2, 3)]]
-    assert epochs[0].sort()[0].tolist() == epochs[1].sort()[0].tolist() == list(range(0, 100, 10))
-    assert epochs[0].tolist() != epochs[1].tolist()
+def test_every_rank_and_step_of_an_epoch_reads_other_examples() -> None:
+    shape = {"world": 2, "batch": 5, "seed": 3}
+    epochs = [
+        [places(40, step, rank=rank, **shape) for step in steps for rank in (0, 1)] for steps in [range(4), range(4, 8)]
+    ]
+    first, second = (torch.cat(epoch) for epoch in epochs)
+    assert first.sort()[0].tolist() == second.sort()[0].tolist() == list(range(40))
+    assert first.tolist() != second.tolist()
 
 
-@pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_predicted_sums_are_exact(name: str, world: int) -> None:
-    dtype, count = DTYPES[name], 23
-    total = sum(local_values(count, rank, torch.float64) for rank in range(world))
-    assert isinstance(total, torch.Tensor)
-    expected = summed_values(count, world, dtype)
-    assert wrong(total.to(dtype), expected) == 0 and torch.equal(expected.double(), total)
-    expected[3] += 1
-    assert wrong(total.to(dtype), expected) == 1
-    assert wrong(total[:-1].to(dtype), expected) == count
+def test_text_is_cut_where_it_says() -> None:
+    text = ByteText(torch.arange(101, dtype=torch.uint8), torch.arange(50, dtype=torch.uint8), 10)
+    inputs, targets = text.batch(0, rank=0, world=1, batch=10, seed=3)
+    assert inputs[:, 0].sort()[0].tolist() == list(range(0, 100, 10))
+    assert torch.equal(targets, inputs + 1)
 
 
 # Command lines
@@ -272,7 +224,7 @@ def test_strategies_are_parsed() -> None:
 
 
 def test_payload_counts_what_a_ring_sends() -> None:
-    net = build_gpt(1)
+    net = gpt(1)
     dense, half = parse_strategies("ddp:1,ddp+fp16")
     gradients = 4 * sum(p.numel() for p in net.parameters())
     assert dense.payload_bytes(net, 4) == gradients * 6 // 4
@@ -292,9 +244,6 @@ def test_sizes() -> None:
         ("training", ["--rates", "fast"], "'fast' is not understood"),
         ("training", ["--workers", "1"], "give 2 or more"),
         ("training", ["--rounds", "0"], "at least 1"),
-        ("collectives", ["-b", "1X"], "'1X' is not a size"),
-        ("collectives", ["-b", "2M", "-e", "1M"], "must not exceed"),
-        ("collectives", ["--methods", "magic"], "'magic' is not known"),
         ("demo", ["--optimizer", "lion"], "'lion'"),
     ],
 )
@@ -341,20 +290,6 @@ def test_a_strategy_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatc
 
 
 # Real runs, as small as they get
-
-
-def test_collectives_end_to_end(tmp_path: Path) -> None:
-    path = tmp_path / "c.json"
-    done = run(
-        *("collectives", "-b", "4K", "-e", "8K", "-f", "2", "-n", "2", "--rounds", "2", "--network", "loopback"),
-        *("--methods", "all_reduce,native", "--json", str(path)),
-    )
-    assert done.returncode == 0, done.stderr
-    payload = json.loads(path.read_text())
-    sizes = payload["cells"][0]["sizes"]
-    assert [each["count"] for each in sizes] == [1024, 2048]
-    assert all(one["wrong"] == 0 and not one["failure"] and len(one["blocks"]) == 2 for one in sizes[0]["methods"])
-    assert "BEST" in done.stdout
 
 
 def test_training_end_to_end(tmp_path: Path) -> None:

@@ -1,0 +1,227 @@
+"""The loop that the benchmarks share: one cell after another, shown and kept as soon as it is there, and resumable.
+
+A cell is what is measured in one go: one number of workers, one rate, one plan. A benchmark hands over its plans and
+how one cell is measured; which cells there are, the network, progress, the JSON file and what of it is there already
+are taken care of here.
+
+    BENCHMARK = cells.Benchmark("training", measure, run_cell, summary.show)
+
+    def arguments():
+        parser = Parser(...)
+        cells.options(parser)                      # --workers --rates --network --backend --device --json --resume
+        ...
+
+    if __name__ == "__main__":
+        cells.main(BENCHMARK, lambda: (given := arguments(), {"": Plan(...)}))
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import results
+from benchmarks.command import UNLIMITED, fail, terminal
+from benchmarks.crew import Crew, launched
+from benchmarks.launch import Report, WorkersFailed, progress_bar, worker
+from benchmarks.network import AS_LAUNCHED, Network, NetworkError, network_options, open_network
+
+# What a second try adds to a plan when a contestant took its worker down: a finding, and no other plan.
+FOUND = "excluded"
+# What must be the same for two cells to stand in one file.
+SAME = ("benchmark", "schema", "commit", "machine", "versions")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What distinguishes one benchmark from another. Plans are dataclasses of plain values.
+
+    A plan's fields `backend` and `device`, where it has them, say what its workers' groups and tensors are.
+    """
+
+    name: str  # as in benchmarks.<name>, whose module runs `measure` when it is started with --worker
+    measure: Callable[[Crew, dict[str, Any], Report], dict[str, Any]]  # a worker's part of one cell; "plan" is in it
+    run_cell: Callable[[Network, Any, Report], dict[str, Any]]  # starts the workers of one cell: run_workers(...)
+    show: Callable[[dict[str, Any], Console], None]  # prints one cell
+
+
+class Differs(ValueError):
+    """The file that is to be resumed holds something else; the message says what, and what to do."""
+
+
+@dataclass
+class Kept:
+    """The cells of one run, in a file where `path` is given; only rank 0, or whoever starts the workers, has one.
+
+    A cell is what a benchmark measured, with "rate" and "network" (and "variant", where its plan had a name).
+    """
+
+    payload: dict[str, Any]
+    path: Path | None = None
+    resumed: list[dict[str, Any]] = field(default_factory=list)  # cells found in the file
+
+    @classmethod
+    def open(cls, header: dict[str, Any], path: Path | None, resume: bool) -> "Kept":
+        """Begins with no cell, or, to `resume`, with those of the file, if there is one.
+
+        Raises Differs if the file is of another benchmark, commit, machine or version.
+        """
+        kept = cls(header | {"cells": []}, path)
+        if not resume or path is None or not path.exists():
+            return kept
+        try:
+            before = json.loads(path.read_text())
+            kept.resumed = before["cells"]
+            found = {name: before[name] for name in SAME}
+        except (ValueError, KeyError, TypeError) as error:
+            raise Differs(
+                f"{path} holds no results of a benchmark, so it cannot be resumed: name another file with --json."
+            ) from error
+        for name in SAME:
+            if found[name] != header[name]:
+                raise Differs(
+                    f"{path} was measured with another {name} ({difference(found[name], header[name])}), so it cannot "
+                    "be resumed: leave out --resume to begin anew, or name another file with --json."
+                )
+        kept.payload["cells"] = list(kept.resumed)
+        return kept
+
+    def find(self, workers: int, rate: str, network: str, variant: str, plan: Any) -> dict[str, Any] | None:
+        """The cell that was resumed for this, if there is one. Raises Differs if it had another plan."""
+        wanted = (workers, rate, network, variant)
+        for cell in self.resumed:
+            if (cell["workers"], cell["rate"], cell["network"], cell.get("variant", "")) != wanted:
+                continue
+            then, now = ({k: v for k, v in one.items() if k != FOUND} for one in (cell["plan"], asdict(plan)))
+            if then != now:
+                raise Differs(
+                    f"{self.path} holds {workers} workers, {rate}, with another plan ({difference(then, now)}), so it "
+                    "cannot be resumed: give the same options, or name another file with --json."
+                )
+            return cell
+        return None
+
+    def add(self, cell: dict[str, Any]) -> None:
+        """Keeps a cell, and writes the file: an interrupt loses only the cell it interrupts."""
+        self.payload["cells"].append(cell)
+        if self.path:
+            results.write(self.path, self.payload)
+
+
+def difference(then: Any, now: Any, name: str = "") -> str:
+    """The first difference of two values of JSON, for people: "rounds: 4 then, 8 now"; empty if they are equal."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        found = (difference(then.get(k), now.get(k), f"{name}.{k}".strip(".")) for k in sorted(then.keys() | now))
+        return next(filter(None, found), "")
+    return "" if then == now else f"{name}: {then} then, {now} now".removeprefix(": ")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark made of cells takes."""
+    network_options(parser)
+    parser.add_argument("--backend", default="gloo", help="of the process groups, such as gloo, nccl (default: gloo)")
+    parser.add_argument("--device", default="cpu", help="where tensors live, cpu or cuda (default: cpu)")
+    parser.add_argument("--json", type=Path, help="where the raw times go, such as benchmarks/results/training.json")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that the --json file holds already")
+
+
+def main(benchmark: Benchmark, arguments: Callable[[], tuple[argparse.Namespace, Mapping[str, Any]]]) -> None:
+    """What a benchmark's module does when it is run: be a worker of a cell, or measure all cells.
+
+    `arguments` reads the command line into options (those of `options` among them) and plans by name: every number of
+    workers at every rate is measured with every plan. A plan's name is in its cells as "variant"; one that needs no
+    name has an empty one.
+    """
+    if sys.argv[1:2] == ["--worker"]:
+        worker(Path(sys.argv[2]), benchmark.measure)
+        return
+    given, plans = arguments()
+    if given.resume and not given.json:
+        fail("There is nothing to resume without a file: name it with --json.")
+    try:
+        if launched():
+            _as_launched(benchmark, given, plans)
+        else:
+            _on_a_network(benchmark, given, plans)
+    except (Differs, NetworkError, WorkersFailed) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        kept = f"; finished cells are in {given.json}, and --resume goes on from there" if given.json else ""
+        print(f"Interrupted{kept}.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _open(benchmark: Benchmark, given: argparse.Namespace) -> Kept:
+    header = results.header(benchmark.name, {"workers": given.workers, "rates": given.rates})
+    return Kept.open(header, given.json, given.resume)
+
+
+def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> None:
+    """Starts the workers of every cell on the network asked for."""
+    console, kept = terminal(), _open(benchmark, given)
+    done, begun = 0, time.monotonic()
+    for workers in given.workers:
+        with open_network(given.network, workers) as network:
+            console.print(network.description)
+            rates = network.possible(given.rates)
+            total = len(given.workers) * len(rates) * len(plans)
+            todo = [(rate, name, plan) for rate in rates for name, plan in plans.items()]
+            there = [kept.find(workers, rate, network.name, name, plan) for rate, name, plan in todo]
+            for (rate, name, plan), cell in zip(todo, there, strict=True):
+                done += 1
+                title = f"cell {done} of {total}: {workers} workers, {', '.join(filter(None, [rate, name]))}"
+                if cell is not None:
+                    console.print(f"{title}: resumed", highlight=False)
+                else:
+                    network.set_rate(rate)
+                    with progress_bar(console, title) as report:
+                        cell = benchmark.run_cell(network, plan, report)
+                    cell = _labelled(cell, rate, network.name, name)
+                    kept.add(cell)
+                benchmark.show(cell, console)
+    minutes = (time.monotonic() - begun) / 60
+    console.print(f"Cells: {done}, in {minutes:.1f} min.", highlight=False)
+    if given.json:
+        console.print(f"Raw times: {given.json}", highlight=False)
+
+
+def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> None:
+    """Every process is a worker already, on the network as it is; rank 0 also shows and keeps."""
+    try:
+        crew = Crew(given.backend, given.device)
+    except RuntimeError as error:
+        fail(f"These processes cannot join one another: {error}")
+    console = terminal() if crew.rank == 0 else Console(quiet=True)
+    kept, found, problem = None, {}, None
+    if crew.rank == 0:
+        try:
+            kept = _open(benchmark, given)
+            found = {name: kept.find(crew.world, UNLIMITED, AS_LAUNCHED, name, plan) for name, plan in plans.items()}
+        except Differs as error:
+            problem = str(error)
+    found, problem = crew.gather((found, problem))[0]  # only rank 0 needs to see the file
+    if problem:
+        crew.leave()
+        raise SystemExit(1) if crew.rank else Differs(problem)
+    for number, (name, plan) in enumerate(plans.items(), 1):
+        cell = found[name]
+        title = ", ".join(filter(None, [f"cell {number} of {len(plans)}: {AS_LAUNCHED}", name]))
+        if cell is None:
+            with progress_bar(console, title) as report:
+                cell = benchmark.measure(crew, asdict(plan), report)
+            cell = _labelled(cell, UNLIMITED, AS_LAUNCHED, name)
+            if kept:
+                kept.add(cell)
+        if kept:
+            benchmark.show(cell, console)
+    crew.leave()
+
+
+def _labelled(cell: dict[str, Any], rate: str, network: str, variant: str) -> dict[str, Any]:
+    return {"rate": rate, "network": network, **({"variant": variant} if variant else {}), **cell}

@@ -1,0 +1,1 @@
+"""The report: one HTML page and its pictures, from the raw JSON of the benchmarks and nothing else."""

@@ -1,0 +1,207 @@
+"""Who competes with whom: families of strategies, the settings they met in, and who won.
+
+Ours are the strategies of this library; rivals are torch's. Every comparison is made inside one cell of one file,
+whose strategies took turns, and each side competes with the best that it has: a rival at its best bucket size too.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from benchmarks import strategies, summary
+from benchmarks.command import rate_bits, show_rate
+from benchmarks.report.sources import Source
+from benchmarks.results import paired_ratio, percentile
+from benchmarks.strategies import StrategyError, parse_strategy
+
+FLOOR = "none"
+EMULATED = "emulated network"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of strategy that people choose between."""
+
+    label: str
+    colour: str
+    ours: bool
+
+
+DDP = Family("torch: float32 (DDP, FSDP2)", "#8a8f98", False)
+DDP_HALF = Family("torch: DDP with a 16-bit hook", "#c9a227", False)
+DDP_POWER = Family("torch: DDP with its PowerSGD hook", "#c1664f", False)
+DEAR = Family("this library: DeAR, float32", "#2f7fc1", True)
+HALF = Family("this library: 16 bits", "#35a6a0", True)
+COMPRESSED = Family("this library: compressor", "#5b9f4a", True)
+FAMILIES = (DDP, DDP_HALF, DDP_POWER, DEAR, HALF, COMPRESSED)
+
+_EXACT = (DDP, DEAR)  # they train as plain DDP does: nothing is rounded away
+
+
+def family(name: str) -> Family:
+    """The family of a strategy, none of which is the compute floor."""
+    kind = name.split(":")[0]
+    if kind.startswith("ddp+"):
+        return DDP_POWER if "powersgd" in kind else DDP_HALF
+    if kind == "dear":
+        return DEAR
+    method = kind.removeprefix("dear+")
+    if method in ("bf16", "fp16"):
+        return HALF
+    return COMPRESSED if method in ("acp", "power", "topk", "sign") or method != kind else DDP
+
+
+def is_exact(name: str) -> bool:
+    """Whether training with it is the same training as with plain DDP."""
+    return family(name) in _EXACT
+
+
+def kind(name: str) -> str:
+    """The strategy without its bucket or fusion size: ddp:4 is a ddp, acp:8:2 an acp:8."""
+    head, _, last = name.rpartition(":")
+    try:
+        size = parse_strategy(name).bucket_cap_mb
+        return head if head and size is not None and float(last) == size else name
+    except (StrategyError, ValueError):  # results of a version that knew other strategies; an option that is no number
+        return name
+
+
+def trains_like(name: str, curves: Sequence[dict[str, Any]]) -> str | None:
+    """As strategies.trains_like, also for names that only an earlier or later version knows."""
+    try:
+        return strategies.trains_like(name, curves)
+    except StrategyError:
+        return None
+
+
+class Setting(NamedTuple):
+    """What is the same along one row of the map."""
+
+    workload: str
+    optimizer: str
+    batch: int
+    workers: int
+    network: str
+    machine: str = ""  # named where there are several
+
+    @property
+    def label(self) -> str:
+        network = "" if self.network == EMULATED else f", {self.network}"
+        machine = f", on {self.machine}" if self.machine else ""
+        return f"{self.workload}, {self.optimizer}, {self.workers} workers, batch {self.batch}{network}{machine}"
+
+    @property
+    def slug(self) -> str:
+        """For the names of files."""
+        network = "" if self.network == EMULATED else self.network
+        words = (self.workload, self.optimizer, f"{self.workers}workers", f"batch{self.batch}", network, self.machine)
+        return "-".join(re.sub(r"[^A-Za-z0-9]+", "_", word) for word in words if word)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the training benchmark: all strategies in turns at one rate."""
+
+    source: Source
+    data: dict[str, Any]
+    setting: Setting
+    rate: str
+    rows: tuple[summary.Row, ...]
+
+    @property
+    def finished(self) -> list[summary.Row]:
+        return [row for row in self.rows if row.median is not None]
+
+    @property
+    def floor(self) -> float | None:
+        """ms of a step that communicates nothing."""
+        return next((row.median for row in self.finished if row.name == FLOOR), None)
+
+    def strategy(self, name: str) -> dict[str, Any]:
+        return next(one for one in self.data["strategies"] if one["name"] == name)
+
+    def best_of_each_kind(self) -> list[summary.Row]:
+        """Of every kind that communicates the bucket size with the smallest median, in the order they were named."""
+        best: dict[str, summary.Row] = {}
+        for row in self.finished:
+            name = kind(row.name)
+            if row.name != FLOOR and (name not in best or median(row) < median(best[name])):
+                best[name] = row
+        return list(best.values())
+
+
+def median(row: summary.Row) -> float:
+    """The median of a row that has one."""
+    assert row.median is not None
+    return row.median
+
+
+def cells(sources: Sequence[Source]) -> list[Cell]:
+    """Every cell of the training benchmark's files, in their order."""
+    several = len({source.machine for source in sources}) > 1
+    return [as_cell(source, data, source.machine if several else "") for source in sources for data in source.cells]
+
+
+def as_cell(source: Source, data: dict[str, Any], machine: str = "") -> Cell:
+    """A cell with its rows; `machine` becomes part of the setting."""
+    plan = data["plan"]
+    workload = plan.get("workload", "gpt")
+    setting = Setting(workload, plan["optimizer"], plan["batch"], data["workers"], data["network"], machine)
+    return Cell(source, data, setting, data["rate"], tuple(summary.summarise(data)))
+
+
+def chosen(all_cells: Sequence[Cell]) -> dict[tuple[Setting, str], Cell]:
+    """Of cells measured more than once, the one in which most strategies finished; of equals, the newest."""
+    best: dict[tuple[Setting, str], Cell] = {}
+    for cell in sorted(all_cells, key=lambda cell: (len(cell.finished), cell.source.when)):
+        best[cell.setting, cell.rate] = cell
+    return best
+
+
+def by_rate(rates: Iterable[str]) -> list[str]:
+    """Slowest first, no limit last."""
+    return sorted(set(rates), key=lambda rate: rate_bits(rate) or float("inf"))
+
+
+def short_rate(rate: str) -> str:
+    """A rate on an axis."""
+    return show_rate(rate).replace("no rate limit", "no limit")
+
+
+TakesPart = Callable[[Cell, str], bool]  # whether a strategy of a cell is among those compared
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who won a cell. A ratio above 1 means that this library's best step is shorter than the best rival's."""
+
+    winner: str
+    ours: str | None
+    rival: str | None
+    ratio: float | None  # best rival's time / our best's, median over rounds
+    spread: tuple[float, float] | None  # the quartiles of that ratio over the rounds
+
+    @property
+    def tie(self) -> bool:
+        """Whether rounds disagree about who is faster: at least a quarter of them on either side."""
+        return self.spread is not None and self.spread[0] <= 1 <= self.spread[1]
+
+
+def verdict(cell: Cell, takes_part: TakesPart) -> Verdict | None:
+    """The best of ours against the best rival, among those that take part; None where nobody does."""
+    rows = [row for row in cell.finished if row.name != FLOOR and takes_part(cell, row.name)]
+    if not rows:
+        return None
+    ours = min((row for row in rows if family(row.name).ours), key=median, default=None)
+    rival = min((row for row in rows if not family(row.name).ours), key=median, default=None)
+    if not ours or not rival:
+        alone = ours or rival
+        assert alone is not None
+        return Verdict(alone.name, alone.name if ours else None, alone.name if rival else None, None, None)
+    own, other = (summary.round_times(cell.strategy(row.name)) for row in (ours, rival))
+    ratios = [b / a for a, b in zip(own, other, strict=True)]
+    ratio = paired_ratio(own, other)
+    # The pairs decide, as they do everywhere: medians that lie minutes apart may say otherwise.
+    winner_name = ours.name if ratio > 1 else rival.name
+    return Verdict(winner_name, ours.name, rival.name, ratio, (percentile(ratios, 25), percentile(ratios, 75)))

@@ -1,0 +1,180 @@
+"""Pictures of the training benchmark for one setting: step time by rate, what a step consists of, loss over time."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from benchmarks import pictures, summary
+from benchmarks.command import rate_bits
+from benchmarks.report import contest
+from benchmarks.report.contest import FLOOR, Cell, family, kind, median, short_rate
+
+MARKERS = "osD^vPX<>*hd"
+DASHES = ("-", "--", "-.", ":")
+FLOOR_COLOUR = "#d5d8dc"
+NO_LIMIT_GAP = 3.0  # the place of "no limit" on the rate axis: this many times the highest rate
+
+
+def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
+    """A line for each kind at its best size, and the bound that no dense exchange can beat."""
+    figure, axes = plt.subplots(figsize=(9, 6.4), layout="constrained")
+    cells = sorted(cells, key=lambda cell: rate_bits(cell.rate) or float("inf"))
+    places = _places([cell.rate for cell in cells])
+    limited = [cell for cell in cells if rate_bits(cell.rate) is not None]
+    styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind()])
+    for name, style in styles.items():
+        points = [
+            (places[cell.rate], median(row), cell in limited)
+            for cell in cells
+            for row in cell.best_of_each_kind()
+            if kind(row.name) == name
+        ]
+        joined = [point for point in points if point[2]]
+        axes.plot(*zip(*[(x, y) for x, y, _ in joined], strict=True), **style) if joined else None
+        for x, y, _ in (point for point in points if not point[2]):
+            axes.plot([x], [y], **style)
+    _bound(axes, limited, cells, places)
+    if len(limited) < len(cells) and limited:
+        axes.axvline(max(places[cell.rate] for cell in limited) * NO_LIMIT_GAP**0.5, color="#bbbbbb", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="link rate, each way", ylabel="ms per step (median)")
+    axes.set_xticks(list(places.values()), [short_rate(rate) for rate in places])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=8)
+    axes.set_title(f"Step time by link rate, each at its best size: {cells[0].setting.label}", fontsize=11)
+    pictures.plain(axes)
+    axes.grid(axis="y", which="both", alpha=0.2)
+    handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
+    handles.append(Line2D([], [], color="black", linestyle=":", label="bound for float32: max(compute, communication)"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    pictures.save(figure, path, about)
+
+
+def _places(rates: Sequence[str]) -> dict[str, float]:
+    """Where each rate stands on a logarithmic axis; no limit stands apart, behind the fastest."""
+    bits = {rate: rate_bits(rate) for rate in contest.by_rate(rates)}
+    fastest = max((one for one in bits.values() if one), default=1e9)
+    return {rate: one or fastest * NO_LIMIT_GAP for rate, one in bits.items()}
+
+
+def styles_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A look for each kind: its family's colour, and within the family other dashes and markers."""
+    styles: dict[str, dict[str, Any]] = {}
+    of_family: dict[str, int] = {}
+    for name in dict.fromkeys(kind(name) for name in sorted(names, key=_order)):
+        one = family(name)
+        number = of_family.setdefault(one.label, 0)
+        of_family[one.label] += 1
+        styles[name] = {
+            "color": one.colour,
+            "linestyle": DASHES[number % len(DASHES)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "markersize": 5,
+            "linewidth": 1.8,
+        }
+    return styles
+
+
+def _order(name: str) -> tuple[int, str]:
+    return contest.FAMILIES.index(family(name)), name
+
+
+def _bound(axes: Axes, limited: Sequence[Cell], cells: Sequence[Cell], places: dict[str, float]) -> None:
+    """max(compute floor, computed communication of uncompressed gradients): measured floor, payload bytes / rate."""
+    look: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.6, "zorder": 1}
+    points = [(places[cell.rate], bound) for cell in limited if (bound := dense_bound(cell)) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), **look)
+    for cell in cells:
+        if cell not in limited and cell.floor is not None:
+            x = places[cell.rate]
+            axes.plot([x / 1.25, x * 1.25], [cell.floor] * 2, **look)
+
+
+def dense_bound(cell: Cell) -> float | None:
+    """ms that no strategy can beat which sends float32 gradients; None where the floor was not measured."""
+    dense = [row.computed_communication or 0.0 for row in cell.finished if summary.is_plain_ddp(row.name)]
+    return None if cell.floor is None else max(cell.floor, *dense, 0.0)
+
+
+def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
+    """Bars: the compute floor, and what communication adds to it, for the best size of each kind; a panel per rate."""
+    cells = [cell for cell in cells if cell.floor is not None and cell.best_of_each_kind()]
+    figure, panels = panels_below_each_other(cells, lambda cell: 0.5 + 0.27 * len(cell.best_of_each_kind()), width=10)
+    for axes, cell in zip(panels, cells, strict=True):
+        rows = sorted(cell.best_of_each_kind(), key=median, reverse=True)
+        floor = cell.floor or 0.0
+        for place, row in enumerate(rows):
+            axes.barh(place, min(floor, median(row)), color=FLOOR_COLOUR, height=0.72)
+            axes.barh(place, max(median(row) - floor, 0), left=floor, color=family(row.name).colour, height=0.72)
+            bound = max(floor, row.computed_communication or 0.0)
+            axes.plot([bound] * 2, [place - 0.45, place + 0.45], color="black", linewidth=1.6)
+            axes.text(median(row), place, f" {median(row):.0f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+        axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
+        axes.set_xlim(0, 1.09 * max(median(row) for row in rows))
+        pictures.plain(axes)
+    panels[-1].set_xlabel("ms per step (median); every panel has its own scale")
+    seen = {family(row.name).label for cell in cells for row in cell.best_of_each_kind()}
+    entries = [Patch(color=FLOOR_COLOUR, label="compute floor (measured without communication)")]
+    entries += [
+        Patch(color=one.colour, label=f"exposed communication, {one.label}")
+        for one in contest.FAMILIES
+        if one.label in seen
+    ]
+    mark = Line2D([], [], color="black", marker="|", linestyle="", markersize=10, markeredgewidth=1.6)
+    mark.set_label("max(compute floor, own communication, computed)")
+    figure.legend(handles=[*entries, mark], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.suptitle(f"What a step consists of: {cells[0].setting.label}")
+    pictures.save(figure, path, about)
+
+
+def panels_below_each_other(cells: Sequence[Cell], height: Any, width: float) -> tuple[Any, list[Axes]]:
+    heights = [height(cell) for cell in cells]
+    figure, panels = plt.subplots(
+        len(cells), squeeze=False, figsize=(width, 1.9 + sum(heights)), height_ratios=heights, layout="constrained"
+    )
+    return figure, list(panels[:, 0])
+
+
+def loss_over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
+    """Training loss over each strategy's own training time, smoothed; a panel per rate."""
+    columns = min(2, len(cells))
+    rows = -(-len(cells) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, squeeze=False, figsize=(6.2 * columns, 1.6 + 3.4 * rows), layout="constrained"
+    )
+    styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind()])
+    for axes, cell in zip(panels.flat, cells, strict=False):
+        for row in cell.best_of_each_kind():
+            strategy = cell.strategy(row.name)
+            seconds = [ms / 1e3 for ms in accumulate(strategy["clock_ms"])]
+            style = {**styles[kind(row.name)], "marker": "", "linewidth": 1.6}
+            axes.plot(seconds, pictures.smoothed(strategy["losses"]), **style)
+            axes.plot(
+                seconds[-1:], pictures.smoothed(strategy["losses"])[-1:], **{**styles[kind(row.name)], "markersize": 6}
+            )
+        axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
+        axes.set_xlim(left=0)
+        pictures.plain(axes)
+    for axes in panels.flat[len(cells) :]:
+        axes.set_visible(False)
+    figure.supylabel("training loss (nats)", fontsize=10)
+    handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.suptitle(
+        f"Loss over training time, each on its own clock in seconds: {cells[0].setting.label}\n"
+        f"mean of {pictures.SMOOTHED_OVER} steps; a marker where a strategy finished"
+    )
+    pictures.save(figure, path, about)
+
+
+def has_losses(cell: Cell) -> bool:
+    return any(cell.strategy(row.name).get("losses") for row in cell.finished if row.name != FLOOR)

@@ -1,0 +1,137 @@
+"""What compression costs and saves in a step, and the time to a loss. From raw JSON alone, so the report can use it."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import losses, summary
+from benchmarks.command import rate_bits, show_size
+from benchmarks.strategies import trains_like
+
+
+@dataclass(frozen=True)
+class Compression:
+    """One compressed strategy in one cell, per step; None where it is not known."""
+
+    name: str
+    payload: int  # bytes that one rank sends
+    dense: int | None  # bytes that a dense ring sends
+    saved: float | None  # ms of communication less, at the link's rate: computed from the two
+    spent: float | None  # ms of encoding and decoding, measured
+
+    @property
+    def loses(self) -> bool | None:
+        """Whether it computes longer than it saves."""
+        return None if self.saved is None or self.spent is None else self.spent > self.saved
+
+
+def compressions(cell: dict[str, Any]) -> list[Compression]:
+    """One row for each strategy with a compressor that was measured."""
+    found = []
+    bits = rate_bits(cell["rate"])
+    for one in cell["strategies"]:
+        reports = [report for block in one["blocks"] for report in block.get("compressor") or () if report]
+        if one["failure"] or not reports:
+            continue
+        payload, dense = one["payload_bytes_per_step"], reports[0].get("dense_bytes")
+        saved = (dense - payload) * 8 / bits * 1e3 if bits and dense is not None else None
+        engines = [report for block in one["blocks"] for report in block.get("engine") or () if report]
+        found.append(Compression(one["name"], payload, dense, saved, _spent(reports) or _spent(engines)))
+    return found
+
+
+def _spent(reports: Sequence[dict[str, Any]]) -> float | None:
+    """Median encode_ms + decode_ms of the reports that have both."""
+    both = [(report.get("encode_ms"), report.get("decode_ms")) for report in reports]
+    known = [encode + decode for encode, decode in both if encode is not None and decode is not None]
+    return statistics.median(known) if known else None
+
+
+def show(cell: dict[str, Any], console: Console) -> None:
+    """The table of compression compute against communication saved; nothing where nothing was compressed."""
+    rows = compressions(cell)
+    if not rows:
+        return
+    table = Table(title="Compression, per step and worker", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("strategy", no_wrap=True)
+    for column in ("sends", "dense\nsends", "communication\nsaved ms", "encode +\ndecode ms", "saved -\nspent ms"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        net = None if row.saved is None or row.spent is None else f"{row.saved - row.spent:.1f}"
+        table.add_row(
+            row.name,
+            show_size(row.payload),
+            "" if row.dense is None else show_size(row.dense),
+            "" if row.saved is None else f"{row.saved:.1f}",
+            "" if row.spent is None else f"{row.spent:.1f}",
+            "" if net is None else f"[red]{net}, loses[/red]" if row.loses else net,
+        )
+    console.print(table)
+    console.print(
+        "saved: computed from bytes and rate, as if nothing hid it. spent: measured; it may run beside other work.\n",
+        style="dim",
+        highlight=False,
+    )
+
+
+@dataclass(frozen=True)
+class TimeToLoss:
+    """One strategy's way to a training loss: measured steps times measured milliseconds, from two runs."""
+
+    name: str
+    trained_as: str  # whose losses were taken
+    steps: float | None  # mean over the seeds; None where a seed has not come so far
+    seconds: float | None
+
+
+def times_to_loss(
+    cell: dict[str, Any], curves: Sequence[dict[str, Any]], target: float | None = None
+) -> tuple[float | None, list[TimeToLoss]]:
+    """The target loss and one row for each strategy that was measured and has losses.
+
+    curves: cells of benchmarks.convergence. Losses are averaged over losses.LAST steps. A target of None takes the
+    lowest that all of these strategies reach with every seed.
+    """
+    chosen = [(row, name) for row in summary.summarise(cell) if row.median and (name := trains_like(row.name, curves))]
+    own = {name: losses.smoothed(curves, name) for _, name in chosen}
+    if target is None and own:
+        target = max(min(curve) for found in own.values() for curve in found)
+    if target is None:
+        return None, []
+    rows = []
+    for row, name in chosen:
+        reached = [losses.first_at(curve, target) for curve in own[name]]
+        known = [step for step in reached if step is not None]
+        steps = statistics.mean(known) if len(known) == len(reached) else None
+        seconds = None if steps is None or row.median is None else steps * row.median / 1e3
+        rows.append(TimeToLoss(row.name, name, steps, seconds))
+    return target, rows
+
+
+def show_time_to_loss(
+    cell: dict[str, Any], curves: Sequence[dict[str, Any]], target: float | None, console: Console
+) -> None:
+    """The table of times to a loss; nothing without losses."""
+    target, rows = times_to_loss(cell, curves, target)
+    if not rows:
+        return
+    title = f"Time to a training loss of {target:.3f} (steps × ms per step, from two measurements)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("strategy", "losses of"):
+        table.add_column(column, no_wrap=True)
+    for column in ("steps", "seconds"):
+        table.add_column(column, justify="right")
+    for row in sorted(rows, key=lambda row: row.seconds if row.seconds is not None else float("inf")):
+        never = "not reached"
+        table.add_row(
+            row.name,
+            row.trained_as,
+            never if row.steps is None else f"{row.steps:.0f}",
+            "" if row.seconds is None else f"{row.seconds:.1f}",
+        )
+    console.print(table)

@@ -1,0 +1,159 @@
+"""Running all benchmarks: the commands, the progress over all of them, failures and interrupts."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks import matrix, subcommand
+from benchmarks.launch import progress_bar
+from benchmarks.matrix import Overall, Task
+from benchmarks.subcommand import RESUMED, Ended, share_done
+
+TASKS = tuple(Task(name, "none", "--json {json}", minutes) for name, minutes in [("one", 1.0), ("two", 3.0)])
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.mark.parametrize("size", matrix.SIZES)
+def test_every_benchmark_understands_its_command(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = matrix.SIZES[size]
+    assert len({task.name for task in tasks}) == len(tasks)
+    for task in tasks:
+        module = importlib.import_module(f"benchmarks.{task.module}")
+        command = task.command(tmp_path, resume=True)
+        assert command[:2] == ["-m", f"benchmarks.{task.module}"] and "{" not in " ".join(command)
+        if hasattr(module, "arguments"):  # the kernels' benchmark reads its own in main()
+            monkeypatch.setattr(sys, "argv", ["it", *command[2:]])
+            if hasattr(module, "command_line"):
+                module.command_line.cache_clear()  # it was read before, in another test
+            given = module.arguments()
+            options = given[0] if isinstance(given, tuple) else given
+            assert getattr(options, "json", None) in (tmp_path / f"{task.name}.json", None)
+
+
+def test_both_sizes_run_every_benchmark_but_the_demo() -> None:
+    small, full = ({task.module for task in matrix.SIZES[size]} for size in ("small", "full"))
+    assert small == full - {"demo"} == {"training", "collectives", "compressors", "convergence", "bandwidth"}
+
+
+def test_progress_is_read_as_it_is_written() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    with progress_bar(console, "cell 2 of 4: 2 workers, 1gbit") as report:
+        report(30, 60, "round 3 of 6: dear+acp:4")
+    line = console.file.getvalue()  # type: ignore[attr-defined]
+    assert share_done(line) == (pytest.approx(0.375), "round 3 of 6: dear+acp:4")
+    assert share_done("convergence ·  40% · acp:8, seed 2 · about 9 s left") == (pytest.approx(0.4), "acp:8, seed 2")
+    assert share_done("cell 3 of 4: 2 workers, 1gbit: resumed") == (0.75, RESUMED)
+    assert share_done("held-out loss is 40% lower") is None
+
+
+def test_what_remains_is_as_slow_as_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(matrix.time, "monotonic", lambda: now[0])
+    console = quiet()
+    overall = Overall(TASKS, console)
+    overall.at(0, 0.0)
+    assert "about 4 min left" in console.file.getvalue()  # type: ignore[attr-defined]
+    now[0] = 120.0  # the first, expected to take one minute, took two
+    overall.at(1, 0.0)
+    assert "25% of all · about 6 min left" in console.file.getvalue()  # type: ignore[attr-defined]
+    overall.at(1, 0.5, RESUMED)  # costs nothing and so tells nothing
+    assert "62% of all · about 3 min left" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_failing_benchmark_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def run(command: list[str], log: Path, *_: Any) -> Ended:
+        ran.append(log.stem)
+        if log.stem in ("two", "report"):
+            return Ended(0, "", log)
+        return Ended(1, "error: no root here", log)
+
+    monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setitem(matrix.SIZES, "small", TASKS)
+    monkeypatch.setattr(sys, "argv", ["matrix", "--out", str(tmp_path)])
+    (tmp_path / "two.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        matrix.main()
+    assert ended.value.code == 1 and ran == ["one", "two", "report"]
+    assert "one failed: error: no root here" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_command_is_followed_and_its_words_kept(tmp_path: Path) -> None:
+    script = "print('x · 50% · half'); print('a table'); import sys; sys.exit('error: the end')"
+    progress: list[Any] = []
+    shown: list[str] = []
+    log = tmp_path / "x.log"
+    ended = subcommand.run([sys.executable, "-c", script], log, lambda *told: progress.append(told), shown.append)
+    assert (ended.status, ended.reason) == (1, "error: the end")
+    assert progress == [(0.5, "half")] and shown == ["a table", "error: the end"]
+    assert log.read_text().splitlines() == ["x · 50% · half", "a table", "error: the end"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_benchmark_once_and_says_how_to_go_on(sent: signal.Signals, tmp_path: Path) -> None:
+    """The benchmark gets one SIGINT, has time to tidy, and nothing is left running."""
+    benchmark = textwrap.dedent(
+        f"""
+        import os, pathlib, signal, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits it as ignored
+        notes = pathlib.Path({str(tmp_path)!r})
+        (notes / "started").write_text(str(os.getpid()))
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            time.sleep(0.5)  # a second one would cut this short
+            (notes / "tidied").touch()
+        """
+    )
+    (tmp_path / "sleepy.py").write_text(benchmark)
+    driver = textwrap.dedent(
+        f"""
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from benchmarks import matrix
+        matrix.Task.command = lambda *_: [{str(tmp_path / "sleepy.py")!r}]
+        sys.argv = ["matrix", "--only", "training", "--out", {str(tmp_path / "out")!r}]
+        matrix.main()
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(sent)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130 and (tmp_path / "tidied").exists()
+    assert f"--only training --out {tmp_path / 'out'} --resume" in " ".join(output.split())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "started").read_text()), 0)
+
+
+def test_an_unknown_task_gets_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["matrix", "--only", "demo"])
+    with pytest.raises(SystemExit):
+        matrix.arguments()
+    assert "'demo' is not in size small: choose from" in capsys.readouterr().err

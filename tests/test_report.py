@@ -1,0 +1,309 @@
+"""The report: who wins, what the page says and where it says it comes from."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reported
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import show
+from benchmarks.report import __main__ as command
+from benchmarks.report import contest, repeats, sources, tables, winners
+from benchmarks.report.evidence import Evidence
+
+
+def page(folder: Path, **payloads: dict[str, Any]) -> str:
+    """The page made from these results, as text."""
+    command.main([*map(str, reported.write(folder, **payloads)), "--out", str(folder / "out")])
+    return (folder / "out" / "index.html").read_text()
+
+
+def text_of(markup: str) -> str:
+    """What a reader sees of it, on one line."""
+    return " ".join(html.unescape(re.sub(r"<style.*?</style>|<[^>]*>", " ", markup, flags=re.DOTALL)).split())
+
+
+def cell(**more: Any) -> contest.Cell:
+    payload = reported.training(**more)
+    return contest.cells([sources.Source("t.json", "training", payload)])[0]
+
+
+def everyone(_: contest.Cell, __: str) -> bool:
+    return True
+
+
+# Who competes with whom
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "kind"),
+    [
+        ("ddp", contest.DDP, "ddp"),
+        ("ddp:4", contest.DDP, "ddp"),
+        ("ddp:16", contest.DDP, "ddp"),
+        ("fsdp2", contest.DDP, "fsdp2"),
+        ("ddp+fp16:2", contest.DDP_HALF, "ddp+fp16"),
+        ("ddp+powersgd:8", contest.DDP_POWER, "ddp+powersgd:8"),
+        ("dear", contest.DEAR, "dear"),
+        ("dear:replicated:4", contest.DEAR, "dear:replicated"),
+        ("bf16:4", contest.HALF, "bf16"),
+        ("dear+fp16", contest.HALF, "dear+fp16"),
+        ("acp:8:2", contest.COMPRESSED, "acp:8"),
+        ("dear+topk:0.01", contest.COMPRESSED, "dear+topk:0.01"),
+        ("sign:majority:4", contest.COMPRESSED, "sign:majority"),
+        ("unheard:of", contest.DDP, "unheard:of"),  # results of another version: a rival, so that it flatters nobody
+    ],
+)
+def test_families_and_kinds(name: str, family: contest.Family, kind: str) -> None:
+    assert contest.family(name) is family
+    assert contest.kind(name) == kind
+
+
+def test_the_best_of_ours_meets_the_best_rival() -> None:
+    verdict = contest.verdict(cell(), everyone)
+    assert verdict and (verdict.winner, verdict.ours, verdict.rival) == ("acp:4", "acp:4", "ddp+fp16:4")
+    assert verdict.ratio == pytest.approx(160 / 125) and not verdict.tie
+    exact = contest.verdict(cell(), lambda _, name: contest.is_exact(name))
+    assert exact and (exact.winner, exact.rival) == ("dear:sharded", "ddp:1") and exact.ratio == pytest.approx(1.25)
+
+
+def test_a_lost_cell_is_a_lost_cell() -> None:
+    verdict = contest.verdict(cell(steps={**reported.STEPS, "ddp:25": 120.0}), everyone)
+    assert verdict and verdict.winner == "ddp:25" and verdict.ratio == pytest.approx(120 / 125)
+
+
+def test_rounds_that_disagree_are_a_tie() -> None:
+    both = cell(steps={"ddp:1": 100.0, "dear:sharded": 100.0})
+    both.strategy("dear:sharded")["blocks"][0]["ms"] = [[90.0], [90.0]]
+    both.strategy("dear:sharded")["blocks"][1]["ms"] = [[215.0], [215.0]]
+    verdict = contest.verdict(both, everyone)
+    assert verdict and verdict.tie
+
+
+def test_one_side_alone_wins_without_a_ratio() -> None:
+    verdict = contest.verdict(cell(steps={"none": 90.0, "dear:sharded": 100.0}), everyone)
+    assert verdict and (verdict.winner, verdict.rival, verdict.ratio) == ("dear:sharded", None, None)
+    assert contest.verdict(cell(steps={"none": 90.0}), everyone) is None
+
+
+def test_of_two_measurements_the_fuller_then_the_newer_counts() -> None:
+    full = sources.Source("full.json", "training", reported.training(when="2026-01-01"))
+    newer = sources.Source("newer.json", "training", reported.training(when="2026-01-02"))
+    fewer = sources.Source("few.json", "training", reported.training(when="2026-01-03", steps={"ddp:1": 1.0}))
+    (kept,) = contest.chosen(contest.cells([full, newer, fewer])).values()
+    assert kept.source is newer
+
+
+def test_machines_have_rows_and_pictures_of_their_own(tmp_path: Path) -> None:
+    other = reported.training(machine={"cpu": "Slide Rule", "cores": 1})
+    made = page(tmp_path, one=reported.training(), two=other)
+    assert len(list((tmp_path / "out").glob("step-time-*"))) == 2
+    assert "on Slide Rule, 1 cores" in text_of(made)
+    assert "No table was measured twice" in text_of(made)
+
+
+# The map
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *results: dict[str, Any]) -> dict[str, list[Any]]:
+    """What the map's cells show, by rate: a verdict or None for each panel."""
+    shown: dict[str, list[Any]] = {}
+
+    def note(_: Any, column: int, __: int, verdict: Any) -> None:
+        shown.setdefault(winners.RATES[column], []).append(verdict)
+
+    monkeypatch.setattr(winners, "_one", note)
+    read = [sources.Source(f"{number}.json", one["benchmark"], one) for number, one in enumerate(results)]
+    evidence = Evidence.of(read)
+    winners.draw(evidence.chosen, [("all", lambda c, n: not evidence.is_barred(n, "gpt"))], [], tmp_path / "map.png")
+    return shown
+
+
+def test_what_was_not_measured_stays_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shown = drawn(monkeypatch, tmp_path, reported.training("500mbit"))
+    assert [rate for rate, verdicts in shown.items() if verdicts != [None]] == ["500mbit"]
+    assert list(shown) == list(winners.RATES)
+
+
+def test_an_empty_cell_is_hatched_and_a_lost_one_framed(tmp_path: Path) -> None:
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import to_rgba
+
+    figure, axes = plt.subplots()
+    winners._one(axes, 0, 0, None)
+    assert [patch.get_hatch() for patch in axes.patches] == ["////"] and not axes.texts
+    winners._one(axes, 1, 0, contest.Verdict("ddp:1", "dear", "ddp:1", 0.9, (0.88, 0.92)))
+    assert to_rgba(winners.LOST) in [patch.get_edgecolor() for patch in axes.patches]
+    assert [text.get_text() for text in axes.texts] == ["ddp:1", "0.90×", "best of ours:\ndear"]
+    plt.close(figure)
+
+
+def test_speed_wins_nothing_where_the_loss_did_not_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    held = drawn(monkeypatch, tmp_path, reported.training(), reported.convergence({"ddp": 1.0, "acp:4": 1.02}))
+    assert held["500mbit"][0].winner == "acp:4"
+    lost = drawn(monkeypatch, tmp_path, reported.training(), reported.convergence({"ddp": 1.0, "acp:4": 1.05}))
+    assert lost["500mbit"][0].winner == "ddp+fp16:4"
+
+
+# The page
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    made = page(
+        tmp_path,
+        training=reported.training(),
+        convergence=reported.convergence({"ddp": 1.0, "acp:4": 1.01}),
+        collectives=reported.collectives(),
+        compressors=reported.compressors(),
+        bandwidth=reported.bandwidth(),
+    )
+    assert not re.search(r"https?://|<script|<link|url\(|@import", made)
+    links = re.findall(r"(?:src|href)=\"([^\"]{0,40})", made)
+    assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    anchors = set(re.findall(r"id=\"([^\"]+)\"", made))
+    assert {link[1:] for link in links if link.startswith("#")} <= anchors
+    assert str(tmp_path) not in made
+    assert made.count("data:image/png") == len(list((tmp_path / "out").glob("*.png"))) >= 6
+
+
+def test_every_number_comes_from_the_results(tmp_path: Path) -> None:
+    """Changes one number at a time and looks for it, and for what it makes of others."""
+    before = text_of(page(tmp_path, training=reported.training()))
+    # Two rounds of 200 and 400 ms: the median of the rounds, the ratio to the best DDP, the share of the bound.
+    assert "dear:sharded 300.0 220-380 1.250" in before
+    slower = reported.training(steps={**reported.STEPS, "dear:sharded": 240.0})
+    after = text_of(page(tmp_path, training=slower))
+    assert "dear:sharded 360.0 264-456 1.042" in after and "300.0 220-380" not in after
+    cheaper = reported.training()
+    for block in cheaper["cells"][0]["strategies"][5]["blocks"]:
+        block["compressor"][0]["encode_ms"] = block["compressor"][1]["encode_ms"] = 16.0
+    # 99% of 12.5 MB less at 500 Mbit/s are 198 ms; the best DDP's 375 ms less 187.5.
+    assert "acp:4 1.0 7.5 198.0 +190.5 +187.5" in before
+    assert "acp:4 1.0 17.5 198.0 +180.5 +187.5" in text_of(page(tmp_path, training=cheaper))
+
+
+def test_share_of_the_bound_is_of_the_best_size(tmp_path: Path) -> None:
+    table = tables.bounds([cell()])
+    assert table is not None
+    rows = {name: share for name, share in zip(*(list(column.cells) for column in table.columns), strict=True)}
+    # Communication takes 200 ms; the medians of both rounds are 1.5 times the first's.
+    assert rows == {"ddp": "53", "ddp+fp16": "83", "dear:sharded": "67", "acp:4": "80"}
+
+
+def test_a_failed_row_says_why_and_cannot_break_the_page(tmp_path: Path) -> None:
+    made = page(tmp_path, training=reported.training(), collectives=reported.collectives())
+    assert "fsdp2 failed: rank 1: RuntimeError: no luck <today>" in text_of(made)
+    assert "native: rank 0: RuntimeError: [Errno 2] not here" in text_of(made)
+    assert "<today>" not in made
+
+
+def test_everything_names_its_file_machine_and_commit(tmp_path: Path) -> None:
+    made = page(tmp_path, training=reported.training(), compressors=reported.compressors())
+    for block in re.findall(
+        r"<figure>.*?</figure>|<table>.*?</table>\s*</div>.{0,4000}?class=\"from\">.*?</div>", made, re.S
+    ):
+        assert re.search(r"(training|compressors)\.json: .*Abacus 9, 2 cores.*commit c0ffee", block)
+    assert len(re.findall(r"<figure>", made)) >= 4
+
+
+def test_a_section_without_results_says_how_to_get_them(tmp_path: Path) -> None:
+    made = text_of(page(tmp_path, compressors=reported.compressors()))
+    for benchmark in ("training", "convergence", "collectives", "bandwidth"):
+        assert f"no results of the {benchmark} benchmark" in made
+        assert f"To make it: python -m benchmarks.{benchmark} " in made
+    assert "sign encode 2.00 6.0 75 10.00 5.0 5.0" in made  # 12 MB in 2 ms, of a copy's 8 GB/s
+
+
+def test_tables_are_those_of_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever a command prints of a file, the page has the same cells."""
+    paths = reported.write(tmp_path, training=reported.training(), bandwidth=reported.bandwidth())
+    show.main([*map(str, paths)])
+    printed = capsys.readouterr().out
+    made = text_of(page(tmp_path, training=reported.training(), bandwidth=reported.bandwidth()))
+    for row in ("acp:4 125 Mbit/s 1.120 62 Mbit/s 1.310", "dear:sharded 200.0 30.0 60.0 5.0"):
+        assert row in made and row in " ".join(printed.split())
+
+
+def test_markup_of_a_table_becomes_colour() -> None:
+    table = Table(title="[b]t[/b]")
+    table.add_column("a", justify="right")
+    table.add_row("x [red]lost[/red]", end_section=True)
+    made = tables.html_table(table)
+    assert made.caption == "t" and made.breaks == {0}
+    assert made.rows[0][0] == tables.HtmlCell([("x ", ""), ("lost", "red")], "right")
+
+
+def test_words_are_kept_as_they_were_printed() -> None:
+    def says(console: Console) -> None:
+        console.print("rank 0: [Errno 2] none", style="red", markup=False)
+        console.print("see [b]there[/b]", style="dim")
+
+    (made,) = tables.captured(says).tables
+    assert made.remarks == [[("rank 0: [Errno 2] none", "red")], [("see ", "dim"), ("there", "bold")]]
+
+
+# Repeatability
+
+
+def test_two_runs_of_a_table_are_laid_side_by_side() -> None:
+    first = sources.Source("a.json", "training", reported.training(when="1"))
+    # All 10% slower, DDP included, but for dear: its ratio changes from 1.25 to 1.375.
+    steps = {name: ms if name == "dear:sharded" else 1.1 * ms for name, ms in reported.STEPS.items()}
+    second = sources.Source("b.json", "training", reported.training(when="2", steps=steps))
+    other = sources.Source("c.json", "training", reported.training(rate="1gbit", when="3"))
+    (one,) = repeats.twice_measured(repeats.of_training(contest.cells([second, other, first])))
+    assert (one.first, one.second) == (first, second)
+    by_name = {pair.first.name: pair for pair in one.pairs}
+    assert by_name["dear:sharded"].took == 1 and by_name["dear:sharded"].ratio == pytest.approx(1.1)
+    assert by_name["ddp:25"].took == pytest.approx(1.1) and by_name["ddp:25"].ratio == pytest.approx(1)
+    assert one.off_by == (pytest.approx(0, abs=1e-9), pytest.approx(10))
+    assert "(within 5% at the median)" in str(repeats.table(one).title)
+
+
+def test_repeats_of_collectives_and_far_off_ones() -> None:
+    runs = [
+        sources.Source(f"{number}.json", "collectives", reported.collectives(us, when=str(number)))
+        for number, us in enumerate((1000.0, 2000.0))
+    ]
+    (one,) = repeats.twice_measured(repeats.of_collectives(runs))
+    assert [pair.took for pair in one.pairs] == [2.0]
+    assert [pair.ratio for pair in one.pairs] == [1.0]  # to all_reduce itself
+
+
+# What it is given
+
+
+def test_what_it_cannot_read_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (broken, other, newer) = (tmp_path / name for name in ("broken.json", "other.json", "newer.json"))
+    broken.write_text("{")
+    other.write_text('{"name": "dear"}')
+    newer.write_text('{"benchmark": "training", "schema": 99, "cells": []}')
+    for path, says in [
+        (broken, "cannot be read"),
+        (other, "no results"),
+        (newer, "newer version"),
+        (tmp_path, "cannot"),
+    ]:
+        with pytest.raises(SystemExit):
+            command.main([str(path), "--out", str(tmp_path / "out")])
+        said = capsys.readouterr().err
+        assert says in said and str(path) in said and len(said.splitlines()) == 1
+    with pytest.raises(sources.SourceError, match=r"called training\.json"):
+        (tmp_path / "again").mkdir()
+        again = reported.write(tmp_path / "again", training=reported.training())
+        sources.load([*reported.write(tmp_path, training=reported.training()), *again])
+
+
+def test_provenance_names_what_differs() -> None:
+    one = sources.Source("a.json", "training", reported.training())
+    same = sources.Source("b.json", "training", reported.training())
+    changed = sources.Source("c.json", "training", reported.training(commit="0123456789abcdef+changes"))
+    lines = sources.provenance([one, same, changed, one])
+    assert lines[0].startswith("a.json, b.json: Abacus 9, 2 cores, 4 GiB; torch 2.x; commit c0ffeec0ffee")
+    assert lines[1].endswith("commit 0123456789ab+changes") and len(lines) == 2
