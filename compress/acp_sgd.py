@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-from torch import Tensor
-
 from compress.group import Group
-from compress.low_rank import Batch, LowRank
+from compress.low_rank import LowRank
+from dear import _C
 
 
 class ACPSGD(LowRank):
@@ -41,37 +37,9 @@ class ACPSGD(LowRank):
     def ratio(self, group: Group) -> float:
         return group.numel / (self._payload_numel(group, True) / 2 + self._payload_numel(group, False) / 2)
 
-    def encode(self, group: Group) -> Tensor:
-        odd = self._sends_p(group)
-        payload = self.payload(group, self._payload_numel(group, odd))
-        for batch, factor in self._factors_in(group, payload, odd):
-            fixed = batch.q if odd else batch.p
-            corrected = self.corrected_batch(group, batch)
-            self.orthogonalize(group, fixed)
-            torch.bmm(corrected if odd else corrected.mT, fixed, out=factor)
-            self.keep_residual(batch, *((factor, fixed) if odd else (fixed, factor)))
-        self.encode_dense(group, payload[payload.numel() - group.plan.dense_numel :])
-        return payload
-
-    def decode(self, group: Group, payload: Tensor) -> None:
-        odd = self._sends_p(group)
-        for batch, factor in self._factors_in(group, payload, odd):
-            (batch.p if odd else batch.q).copy_(factor)
-            self.decode_batch(group, batch)
-        self.decode_dense(group, payload[payload.numel() - group.plan.dense_numel :])
-
-    def _sends_p(self, group: Group) -> bool:
-        return (group.step - self.start_step) % 2 == 0  # the paper counts from 1
+    def native(self, group: Group) -> _C.Codec:
+        return _C.AcpCodec(start_step=self.start_step, **self.parts(group))
 
     @staticmethod
     def _payload_numel(group: Group, odd: bool) -> int:
         return sum((b.p if odd else b.q).numel() for b in group.plan.batches) + group.plan.dense_numel
-
-    @staticmethod
-    def _factors_in(group: Group, payload: Tensor, odd: bool) -> Iterator[tuple[Batch, Tensor]]:
-        """Each batch with its place in the payload."""
-        start = 0
-        for batch in group.plan.batches:
-            like = batch.p if odd else batch.q
-            yield batch, payload[start : start + like.numel()].view(like.shape)
-            start += like.numel()

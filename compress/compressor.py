@@ -13,9 +13,11 @@ from torch.distributed import distributed_c10d as c10d
 
 from compress import ops
 from compress._state import check_loaded, merge_states
+from compress.exchange import Exchange, Steps
 from compress.feedback import Feedback
+from compress.generated import GeneratedCodec
 from compress.group import Group, Member
-from compress.pipeline import Exchange, Steps
+from dear import _C
 
 NonFinite = Literal["raise", "skip", "propagate"]
 COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,8 +59,6 @@ class Compressor:
     """
 
     exchange: ClassVar[Literal["sum", "owners", "gather"]] = "sum"
-    #: How many exchanges one step of a group takes at most.
-    stages: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -79,13 +79,28 @@ class Compressor:
         self.error_feedback = bool(error_feedback)
         self.start_step, self.min_compression_ratio = int(start_step), float(min_compression_ratio)
         self.seed, self.nonfinite, self.process_group = int(seed), nonfinite, process_group
-        self.step = 0  # how many steps have begun
+        self._step = 0
         self.feedback = Feedback()
         self.groups: dict[tuple[str, ...], Group] = {}
-        self.driver: Any = None  # whoever feeds this compressor: the communication hook
+        self.driver: Any = None  # whoever feeds this compressor: a compress.driver.Driver
         self._loaded: dict[str, Any] | None = None  # what load_state_dict was given and no group has taken yet
         self._measure = False
-        self._vnmse: float | None = None
+
+    @property
+    def step(self) -> int:
+        """How many steps have begun."""
+        return self._step if self.driver is None else int(self.driver.pipeline.steps)
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._step = value
+        if self.driver is not None:
+            self.driver.pipeline.steps = value
+
+    @property
+    def exchanges(self) -> int:
+        """How many exchanges a compressed step takes; override it together with :meth:`compressed_steps`."""
+        return 1 if self.exchange == "gather" else 2
 
     # --- what a subclass says ---
 
@@ -186,8 +201,11 @@ class Compressor:
         ranks = self.ranks()
         group = Group(members, dtype, device, ranks.rank(), ranks.size(), label)
         self.feedback.world = ranks.size()
+        group.codec = _C.DenseCodec(group.device, group.rank, group.world)
         if self.compresses(group):
             self.prepare(group)
+            codec = self.native(group) or GeneratedCodec(self, group).native()
+            group.codec = _C.StartingCodec(group.device, group.codec, codec, self.start_step)
         self.groups[key] = group
         return group
 
@@ -201,33 +219,28 @@ class Compressor:
         return parts if sorted(name for part in parts for name in part) == sorted(names) else [list(names)]
 
     def steps(self, group: Group) -> Steps:
-        """One step of a group: from this rank's ``group.gradient`` to the mean over the ranks, by way of exchanges.
+        """One step of a group alone, number ``self.step`` (counted from 0): from this rank's ``group.gradient`` to the
+        mean over the ranks, by way of exchanges, each of which must have been made before the next is asked for.
 
         What comes before the last exchange is the first phase, that exchange and what follows is the second.
         """
-        group.step, group.bad, group.bytes_sent = self.step - 1, None, 0
-        group.compressed = group.step >= self.start_step and self.compresses(group)
-        if group.compressed:
-            group.dropped.zero_()
-            if self.nonfinite != "raise":
-                group.remember()
-            exchanges = self.compressed_steps(group)
-        else:
-            exchanges = self._dense_steps(group)
-        for exchange in exchanges:
-            group.bytes_sent += exchange.bytes_sent(group.world)
-            yield exchange
+        gradient, step = group.gradient.view(-1), self.step
+        group.codec.bind(gradient, gradient)
+        for stage in range(group.codec.stages(step)):
+            yield Exchange.of(group.codec.advance(step, stage), group.world)
+        group.codec.advance(step, group.codec.stages(step))
+        group.bad = group.codec.bad()
+
+    def native(self, group: Group) -> _C.Codec | None:
+        """The native codec of a group, which then does what encode, merge and decode would do; None where there is
+        none."""
+        return None
 
     def compressed_steps(self, group: Group) -> Steps:
         """The exchanges of a compressed step, by :attr:`exchange`; override it for any other plan."""
         if self.exchange == "sum":
             return self._sum_steps(group)
         return self._owner_steps(group) if self.exchange == "owners" else self._gather_steps(group)
-
-    def _dense_steps(self, group: Group) -> Steps:
-        yield Exchange("reduce_scatter", group.gradient)
-        yield Exchange("all_gather", group.gradient)
-        group.bad = ~group.gradient.isfinite().all()
 
     # The last element of every message says how many gradient elements were dropped as not finite: so all ranks know.
 
@@ -277,6 +290,7 @@ class Compressor:
         Tensors are copies, flat in memory order.
         """
         ranks = self.ranks()
+        self._settle()
         if self.groups or self._loaded is None:
             layout = [list(group.names) for group in self.groups.values()]
         else:
@@ -310,14 +324,20 @@ class Compressor:
                 it is another model's shows at the next step, on every rank.
         """
         ranks = self.ranks()
+        self._settle()
         states = check_loaded(self, state, ranks.rank(), ranks.size())
         mine, self.feedback = merge_states(states, ranks.rank(), ranks.size())
         self.step, self.seed = mine["step"], mine["seed"]
         self.load_named_state(mine["named"])
-        self.groups.clear()
-        self._loaded = mine
         if self.driver is not None:
             self.driver.forget_groups()
+        self.groups.clear()
+        self._loaded = mine
+
+    def _settle(self) -> None:
+        """Nothing is in flight after this."""
+        if self.driver is not None:
+            self.driver.synchronize()
 
     def stranger(self, sizes: dict[str, int]) -> str | None:
         """What is wrong with the loaded state if these are the parameters (name: elements) about to be used."""
@@ -341,21 +361,29 @@ class Compressor:
 
     def measure(self) -> None:
         """The next step also reduces the gradients densely, and :meth:`stats` will tell how far off the result was."""
-        self._measure = True
+        self._measure = self.driver is None
+        if self.driver is not None:
+            self.driver.measure_next()
+
+    def take_measure(self) -> bool:
+        """Whether :meth:`measure` was called before there was a driver, once."""
+        measure, self._measure = self._measure, False
+        return measure
 
     def stats(self) -> dict[str, float | int | None]:
-        """Numbers of the last step on this rank; reads the device, so ask seldom.
+        """Numbers of the last finished step on this rank; reads the device, so ask seldom.
 
-        ``bytes_sent`` and ``dense_bytes`` (what a dense all-reduce of the same gradients sends), ``error_norm`` (of
-        the error feedback), ``vnmse`` of the last step that was measured: ``|result - mean|² / |mean|²``.
+        ``bytes_sent`` and ``dense_bytes`` (what a dense all-reduce of the same gradients sends); ``error_norm`` (of
+        the error feedback); ``vnmse`` of the last step that was measured: ``|result - mean|² / |mean|²``; and, for
+        host tensors, what was computed, in ms: ``encode_ms`` on the threads of backward, ``merge_ms`` between
+        exchanges, ``decode_ms``; ``exposed_ms`` that backward waited behind its last bucket (plain hook).
         """
+        self._settle()
         world = self.ranks().size()
-        groups = self.groups.values()
-        dense = sum(group.numel * torch.empty(0, dtype=group.dtype).element_size() for group in groups)
+        dense = sum(g.numel * torch.empty(0, dtype=g.dtype).element_size() for g in self.groups.values())
         return {
             "steps": self.step,
-            "bytes_sent": sum(group.bytes_sent for group in groups),
             "dense_bytes": 2 * dense * (world - 1) // world,
             "error_norm": self.feedback.norm(),
-            "vnmse": self._vnmse,
+            **(self.driver.stats() if self.driver is not None else {}),
         }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from compress.compressor import Compressor
 from compress.group import Group
+from dear import _C
 
 
 class Dense(Compressor):
@@ -40,33 +40,15 @@ class Dense(Compressor):
     def shard_numel(self, group: Group) -> int:
         return -(-group.numel // (2 * group.world)) * 2  # whole 32-bit words
 
-    def encode(self, group: Group) -> Tensor:
-        payload = group.buffer("payload", (group.world, self.shard_numel(group)), self.dtype)
-        self._round(self.corrected(group) if group.error is not None else group.gradient, group.error,
-                    payload.view(-1)[: group.numel])  # fmt: skip
-        return payload
-
-    def merge(self, group: Group, received: Tensor) -> Tensor:
+    def native(self, group: Group) -> _C.Codec:
         begin, end = self.owned_range(group)
-        total = received[:, : end - begin].sum(0, dtype=torch.float32).div_(group.world)
-        if group.owner_error is not None:
-            total = group.owner_error.add_(total)
-        merged = group.buffer("merged", (self.shard_numel(group),), self.dtype)
-        self._round(total, group.owner_error, merged[: end - begin])
-        group.dropped.add_((~merged.isfinite()).sum())
-        return merged
-
-    def decode(self, group: Group, payload: Tensor) -> None:
-        shard = self.shard_numel(group)
-        for owner in range(group.world):
-            part = group.gradient[owner * shard : (owner + 1) * shard]
-            part.copy_(payload[owner, : part.numel()])
-
-    def _round(self, values: Tensor, error: Tensor | None, out: Tensor) -> None:
-        """``out`` <- the values in 16 bits; ``error``, which holds the values, keeps the difference."""
-        if error is None:
-            out.copy_(values)
-            return
-        largest = torch.finfo(self.dtype).max
-        out.copy_(values.clamp(-largest, largest))
-        error.sub_(out)
+        return _C.HalfCodec(
+            device=group.device,
+            rank=group.rank,
+            world=group.world,
+            shard=self.shard_numel(group),
+            owned=end - begin,
+            dtype=self.dtype,
+            error=group.error,
+            owner_error=group.owner_error,
+        )

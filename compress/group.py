@@ -60,15 +60,12 @@ class Group:
     error: Tensor | None = None
     owner_error: Tensor | None = None
     step: int = 0
-    compressed: bool = False
     feedback: list[Tensor] = field(default_factory=list)
-    before: list[Tensor] = field(default_factory=list)
     buffers: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = field(default_factory=dict)
     plan: Any = None  # the compressor's own
+    codec: Any = None  # what drives it, native
     dropped: Tensor = field(init=False)
     bad: Tensor | None = None
-    exact: Tensor | None = None
-    bytes_sent: int = 0
 
     def __post_init__(self) -> None:
         self.dropped = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -91,15 +88,3 @@ class Group:
         if key not in self.buffers:
             self.buffers[key] = torch.zeros(*shape, dtype=dtype, device=self.device)
         return self.buffers[key]
-
-    def remember(self) -> None:
-        """Notes the error feedback as it stands, for :meth:`roll_back`."""
-        if not self.before:
-            self.before = [torch.empty_like(kept) for kept in self.feedback]
-        for before, kept in zip(self.before, self.feedback, strict=True):
-            before.copy_(kept)
-
-    def roll_back(self) -> None:
-        """Makes the error feedback what it was before this step."""
-        for before, kept in zip(self.before, self.feedback, strict=True):
-            kept.copy_(before)

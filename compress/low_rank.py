@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import ops
 from compress.compressor import COMPRESSIBLE, Compressor
 from compress.group import Group, Member
+from dear import _C
 
 
 @dataclass
@@ -89,51 +89,25 @@ class LowRank(Compressor):
             group.feedback.append(error)
         return Batch(members, error, p, q)
 
-    # --- the parts of a step ---
-
-    def corrected_batch(self, group: Group, batch: Batch) -> Tensor:
-        """M + E of all the batch's matrices [B, n, m]: the error buffer itself where there is one."""
-        total = batch.error
-        if total is None:
-            shape = (len(batch.members), batch.members[0].rows, batch.members[0].columns)
-            total = group.buffer("corrected", shape).zero_()
-        for member, matrix in zip(batch.members, total, strict=True):
-            ops.error_correct(group.slice_of(member), matrix.view(-1), group.dropped)
-        return total
-
-    def orthogonalize(self, group: Group, factors: Tensor) -> None:
-        """All matrices of [B, n, r] at once, in place."""
-        numel = ops.orthogonalize_workspace_numel(*factors.shape)
-        ops.orthogonalize(factors, group.buffer("workspace", (numel,), torch.float64))
-
-    def keep_residual(self, batch: Batch, p: Tensor, q: Tensor) -> None:
-        """E <- (M + E) - P Qᵀ."""
-        if batch.error is not None:
-            ops.low_rank_residual(batch.error, p, q)
-
-    def encode_dense(self, group: Group, message: Tensor) -> None:
-        """Copies the dense members one behind the other."""
-        start = 0
-        for member in group.plan.dense:
-            message[start : start + member.numel].copy_(group.slice_of(member))
-            start += member.numel
-        group.dropped.add_((~message.isfinite()).sum())
-
-    def decode_dense(self, group: Group, message: Tensor) -> None:
-        """Copies the dense members' means back."""
-        start = 0
-        for member in group.plan.dense:
-            group.slice_of(member).copy_(message[start : start + member.numel])
-            start += member.numel
-
-    def decode_batch(self, group: Group, batch: Batch) -> None:
-        """gradient <- P Qᵀ."""
-        for index, member in enumerate(batch.members):
-            out = group.slice_of(member).view(member.rows, member.columns)
-            if out.dtype == torch.float32:
-                torch.mm(batch.p[index], batch.q[index].mT, out=out)
-            else:
-                out.copy_(batch.p[index] @ batch.q[index].mT)
+    def parts(self, group: Group) -> dict[str, Any]:
+        """What both native codecs take."""
+        plan: Plan = group.plan
+        batches = []
+        for batch in plan.batches:
+            starts = torch.tensor([member.start for member in batch.members], device=group.device)
+            batches.append(_C.MatrixBatch(starts=starts, error=batch.error, p=batch.p, q=batch.q))
+        segments, position = [], 0
+        for member in plan.dense:
+            segments.append([member.start, position, member.numel])
+            position += member.numel
+        return {
+            "device": group.device,
+            "rank": group.rank,
+            "world": group.world,
+            "batches": batches,
+            "segments": torch.tensor(segments, dtype=torch.int64, device=group.device).view(-1, 3),
+            "dense_numel": plan.dense_numel,
+        }
 
     # --- state: the factors are the same on all ranks ---
 

@@ -105,6 +105,18 @@ def topk_threshold(
     _ops.topk_threshold(grad, error, k, threshold, ties, workspace)
 
 
+def topk_refresh(
+    grad: Tensor | None, error: Tensor, k: int, threshold: Tensor, ties: Tensor, workspace: Tensor, tolerance: float
+) -> None:
+    """Keeps the ``threshold`` that stands if it selects k elements of ``grad + error`` to within ``tolerance`` * k.
+
+    Otherwise ``threshold`` and ``ties`` become those of :func:`topk_threshold`. Nothing waits for the device. Given a
+    sample of a group and its share of k, a threshold serves for as many steps as the sample's density agrees with it.
+    0 <= tolerance < 1; start with a threshold of 0.
+    """
+    _ops.topk_refresh(grad, error, k, threshold, ties, workspace, tolerance)
+
+
 def topk_select(
     grad: Tensor | None,
     error: Tensor,
@@ -140,6 +152,23 @@ def topk_decode(payloads: Tensor, out: Tensor, shard: int, alpha: float = 1.0) -
     _ops.topk_decode(payloads, out, shard, alpha)
 
 
+# --- Runs of a group ------------------------------------------------------------------------------------------------
+
+
+def gather_segments(source: Tensor, table: Tensor, message: Tensor, dropped: Tensor | None = None) -> None:
+    """``message[position : position + numel] = source[start : start + numel]`` for each row of ``table``.
+
+    ``table`` int64 [segments, 3] of start, numel and position, on the tensors' device; ``source`` flat of a gradient
+    type, ``message`` flat float32. Elements that are not finite are copied as they are, and counted in ``dropped``.
+    """
+    _ops.gather_segments(source, table, message, dropped)
+
+
+def scatter_segments(message: Tensor, table: Tensor, out: Tensor) -> None:
+    """The way back: ``out[start : start + numel] = message[position : position + numel]``, rounded to out's type."""
+    _ops.scatter_segments(message, table, out)
+
+
 # --- Low rank ---------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +187,40 @@ def orthogonalize(matrices: Tensor, workspace: Tensor) -> None:
     1 <= columns <= min(rows, 256).
     """
     _ops.orthogonalize(matrices, workspace)
+
+
+def low_rank_project(
+    grad: Tensor | None,
+    error: Tensor,
+    fixed: Tensor,
+    factor: Tensor,
+    starts: Tensor | None = None,
+    transposed: bool = False,
+    residual: bool = True,
+    dropped: Tensor | None = None,
+) -> None:
+    """``error += grad``, then the other factor of all matrices, and what the two do not say, in one sweep.
+
+    ``error`` [batch, n, m] float32; matrix b of ``grad`` (flat, any gradient type) begins at element ``starts[b]``
+    (int64 [batch], on the same device). With C = error + grad, ``fixed`` and ``factor`` float32 of rank r:
+
+        not transposed:  factor [batch, n, r] = C fixed,     fixed [batch, m, r]
+        transposed:      factor [batch, m, r] = C^T fixed,   fixed [batch, n, r]
+
+    ``residual``: ``error`` becomes C - P Q^T of the two factors, else C. Where C - P Q^T is not finite, because the
+    factor overflowed, the error is C. ``dropped`` counts these elements, and those of the gradient that were dropped.
+    ``grad`` and ``starts`` None: nothing is added. 1 <= r <= 256.
+    """
+    _ops.low_rank_project(grad, error, fixed, factor, starts, transposed, residual, dropped)
+
+
+def low_rank_decode(p: Tensor, q: Tensor, out: Tensor, starts: Tensor) -> None:
+    """The elements of ``out`` (flat, a gradient type) from ``starts[b]`` on become ``p[b]`` @ ``q[b]``^T, for all b.
+
+    ``p`` [batch, n, r], ``q`` [batch, m, r] float32, ``starts`` int64 [batch]; the rest of ``out`` is left alone. Same
+    factors, same bits, on every CPU.
+    """
+    _ops.low_rank_decode(p, q, out, starts)
 
 
 def low_rank_residual(error: Tensor, p: Tensor, q: Tensor) -> None:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-
 from compress.group import Group
 from compress.low_rank import LowRank
-from compress.pipeline import Exchange, Steps
+from dear import _C
 
 
 class PowerSGD(LowRank):
@@ -32,7 +27,9 @@ class PowerSGD(LowRank):
     missed; here each rank keeps what its own share missed, which sums to the same.
     """
 
-    stages: ClassVar[int] = 4
+    @property
+    def exchanges(self) -> int:
+        return 4
 
     def cost(self, rows: int, columns: int, rank: int) -> float:
         return (rows + columns) * rank
@@ -41,43 +38,5 @@ class PowerSGD(LowRank):
         batches = group.plan.batches
         return group.numel / (sum(b.p.numel() + b.q.numel() for b in batches) + group.plan.dense_numel)
 
-    def compressed_steps(self, group: Group) -> Steps:
-        batches, dense = group.plan.batches, group.plan.dense_numel
-        numel = sum(batch.p.numel() for batch in batches)
-        message = group.buffer("message of P", (numel + dense + 1,))
-        ps = _views(message, [batch.p for batch in batches])
-        corrected = [self._start(group, index) for index in range(len(batches))]
-        for batch, matrix, p in zip(batches, corrected, ps, strict=True):
-            torch.bmm(matrix, batch.q, out=p)
-        self.encode_dense(group, message[numel : numel + dense])
-        message[-1:].copy_(group.dropped)
-        yield Exchange("reduce_scatter", message)
-        yield Exchange("all_gather", message)
-
-        group.bad = message[-1:]
-        self.decode_dense(group, message[numel : numel + dense])
-        second = group.buffer("message of Q", (sum(batch.q.numel() for batch in batches),))
-        qs = _views(second, [batch.q for batch in batches])
-        for batch, matrix, p, q in zip(batches, corrected, ps, qs, strict=True):
-            batch.p.copy_(p)
-            self.orthogonalize(group, batch.p)
-            torch.bmm(matrix.mT, batch.p, out=q)
-            self.keep_residual(batch, batch.p, q)
-        yield Exchange("reduce_scatter", second)
-        yield Exchange("all_gather", second)
-
-        for batch, q in zip(batches, qs, strict=True):
-            batch.q.copy_(q)
-            self.decode_batch(group, batch)
-
-    def _start(self, group: Group, index: int) -> Tensor:
-        return self.corrected_batch(group, group.plan.batches[index])
-
-
-def _views(flat: Tensor, likes: list[Tensor]) -> list[Tensor]:
-    """Views of ``flat`` shaped as these, one behind the other."""
-    views, start = [], 0
-    for like in likes:
-        views.append(flat[start : start + like.numel()].view(like.shape))
-        start += like.numel()
-    return views
+    def native(self, group: Group) -> _C.Codec:
+        return _C.PowerCodec(**self.parts(group))

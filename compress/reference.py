@@ -146,6 +146,12 @@ def topk_threshold(corrected: Tensor, k: int) -> tuple[float, int]:
     return threshold, k - int((magnitudes > threshold).sum())
 
 
+def topk_refresh(corrected: Tensor, k: int, threshold: float, ties: int, tolerance: float) -> tuple[float, int]:
+    """The threshold and ties that stand, if they select k to within ``tolerance`` * k, else :func:`topk_threshold`."""
+    selected = int((corrected.abs() >= threshold).sum())
+    return (threshold, ties) if abs(selected - k) <= int(tolerance * k) else topk_threshold(corrected, k)
+
+
 def topk_select(
     corrected: Tensor, threshold: float, ties: int | None, shard: int, owners: int, capacity: int
 ) -> tuple[list[Sparse], Tensor, int]:
@@ -210,6 +216,27 @@ def topk_step(grads: list[Tensor], errors: list[Tensor], server_error: Tensor, k
     return topk_decode(results, n, shard)
 
 
+# --- Runs of a group ------------------------------------------------------------------------------------------------
+
+
+def gather_segments(source: Tensor, table: list[tuple[int, int, int]], message: Tensor) -> tuple[Tensor, int]:
+    """``message`` with the runs (start, numel, position) of ``source`` in place; how many elements are not finite."""
+    result, bad = message.clone(), 0
+    for start, numel, position in table:
+        run = source[start : start + numel].float()
+        result[position : position + numel] = run
+        bad += int((~run.isfinite()).sum())
+    return result, bad
+
+
+def scatter_segments(message: Tensor, table: list[tuple[int, int, int]], out: Tensor) -> Tensor:
+    """``out`` with the runs taken from ``message``, rounded to its type."""
+    result = out.clone()
+    for start, numel, position in table:
+        result[start : start + numel] = message[position : position + numel].to(out.dtype)
+    return result
+
+
 # --- Low rank ---------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +263,39 @@ def orthogonalize(matrix: Tensor) -> Tensor:
                 v = v - q @ (q.T @ v)
         q = torch.cat([q, (v / v.norm())[:, None]], dim=1)
     return q.float()
+
+
+def low_rank_project(
+    grad: Tensor | None, error: Tensor, fixed: Tensor, starts: list[int], transposed: bool
+) -> tuple[Tensor, Tensor, int]:
+    """The other factor of C = error + grad [B, n, m], C itself, and how many elements of the gradient were dropped.
+
+    ``grad`` is flat, matrix b begins at ``starts[b]``. The factor is C ``fixed`` [B, n, r] or, transposed, C^T
+    ``fixed`` [B, m, r], summed in float64.
+    """
+    corrected, dropped = error.clone(), 0
+    if grad is not None:
+        for matrix, start in zip(corrected, starts, strict=True):
+            total, bad = correct(grad[start : start + matrix.numel()], matrix.flatten())
+            matrix.copy_(total.view_as(matrix))
+            dropped += bad
+    c = corrected.double()
+    return ((c.mT if transposed else c) @ fixed.double()).float(), corrected, dropped
+
+
+def low_rank_residual(corrected: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, int]:
+    """C - P Q^T [B, n, m], summed in float64, or C where that is not finite; and how many elements are not."""
+    rest = (corrected.double() - p.double() @ q.double().mT).float()
+    finite = torch.isfinite(rest)
+    return torch.where(finite, rest, corrected), int((~finite).sum())
+
+
+def low_rank_decode(p: Tensor, q: Tensor, out: Tensor, starts: list[int]) -> Tensor:
+    """``out`` [n], with P Q^T of matrix b, rounded once from float64 and once to the type, from ``starts[b]`` on."""
+    result = out.clone()
+    for matrix, start in zip((p.double() @ q.double().mT).float(), starts, strict=True):
+        result[start : start + matrix.numel()] = matrix.flatten().to(out.dtype)
+    return result
 
 
 def power_step(grads: list[Tensor], errors: list[Tensor], q: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from compress import ops
 from compress.compressor import Compressor
 from compress.group import Group
-from compress.reference import RECORD
+from compress.reference import BLOCK, RECORD
+from dear import _C
 
 
 class SignSGD(Compressor):
@@ -52,24 +49,19 @@ class SignSGD(Compressor):
     def ratio(self, group: Group) -> float:
         return group.numel / (group.world * self._words(group))
 
-    def encode(self, group: Group) -> Tensor:
-        payload = group.buffer("payload", (group.world, self._words(group)), torch.int32)
-        ops.sign_encode(group.gradient, group.error, payload.view(-1), group.dropped, self.vote == "mean")
-        return payload
-
-    def merge(self, group: Group, received: Tensor) -> Tensor:
-        merged = group.buffer("merged", (self._words(group),), torch.int32)
-        if self.vote == "majority":
-            ops.sign_vote(received, merged, group.step % group.world)
-        else:
-            begin, end = self.owned_range(group)
-            ops.sign_average(received, group.owner_error, merged, end - begin)
-        return merged
-
-    def decode(self, group: Group, payload: Tensor) -> None:
-        packed = group.buffer("packed", payload.shape, torch.int32).copy_(payload)
-        ops.sign_decode(packed.view(-1), group.gradient)
+    def native(self, group: Group) -> _C.Codec:
+        begin, end = self.owned_range(group)
+        return _C.SignCodec(
+            device=group.device,
+            rank=group.rank,
+            world=group.world,
+            words=self._words(group),
+            owned=end - begin,
+            error=group.error,
+            owner_error=group.owner_error,
+            scaled=self.vote == "mean",
+        )
 
     def _words(self, group: Group) -> int:
         """int32 words that say one owner's shard."""
-        return self.shard_numel(group) // 4096 * RECORD
+        return self.shard_numel(group) // BLOCK * RECORD

@@ -3,59 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
 
 from compress import ops
 from compress.compressor import Compressor
 from compress.group import Group
+from dear import _C
 
-#: A sample is one run of this many elements out of every stretch of 16 such runs.
-RUN = 64
-STRETCH = 16 * RUN
+#: One element of this many is sampled.
+SAMPLED = 16
 #: With fewer sampled elements above the threshold than this, the density would stray: those groups select exactly.
 ENOUGH = 1000
-
-
-@dataclass
-class _Selection:
-    """One selection, of a rank's gradient or of an owner's merge. Everything stays on the device."""
-
-    k: int
-    threshold: Tensor
-    ties: Tensor
-    stats: Tensor  # selected before capacities, dropped as not finite
-    workspace: Tensor
-    sampled: bool = False
-
-    @classmethod
-    def make(cls, k: int, numel: int, device: torch.device, sampled: bool = False) -> _Selection:
-        counters = torch.zeros(3, dtype=torch.int32, device=device)
-        workspace = torch.zeros(ops.topk_workspace_numel(numel), dtype=torch.int32, device=device)
-        return cls(k, torch.zeros(1, device=device), counters[:1], counters[1:], workspace, sampled)
-
-    def run(self, grad: Tensor | None, error: Tensor, shard: int, payload: Tensor) -> None:
-        self.stats.zero_()
-        if not self.sampled:
-            ops.topk_threshold(grad, error, self.k, self.threshold, self.ties, self.workspace)
-        ties = None if self.sampled else self.ties
-        ops.topk_select(grad, error, self.threshold, ties, shard, payload, self.stats, self.workspace)
-
-    def sample_threshold(self, grad: Tensor, error: Tensor, group: Group) -> None:
-        """The threshold of a sixteenth of the elements, another one each step."""
-        stretches = error.numel() // STRETCH
-        begin = group.step % (STRETCH // RUN) * RUN
-        samples = []
-        for name, tensor in (("gradient", grad), ("error", error)):
-            runs = tensor[: stretches * STRETCH].view(stretches, STRETCH)[:, begin : begin + RUN]
-            samples.append(group.buffer(f"sample of {name}", runs.shape, tensor.dtype).copy_(runs).view(-1))
-        k = round(self.k * samples[0].numel() / error.numel())
-        ops.topk_threshold(samples[0], samples[1], k, self.threshold, self.ties, self.workspace)
-        # Where most elements are zero, they are not to fill the slots.
-        self.threshold.clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 class TopK(Compressor):
@@ -104,44 +62,26 @@ class TopK(Compressor):
     def ratio(self, group: Group) -> float:
         return group.numel / (group.world * ops.topk_slot_numel(self._capacity(group)))
 
-    def prepare(self, group: Group) -> None:
-        super().prepare(group)
+    def native(self, group: Group) -> _C.Codec:
         begin, end = self.owned_range(group)
         k = self._k(group)
-        own = max(1, k // self._owners(group))
-        group.plan = (
-            _Selection.make(k, group.numel, group.device, self._samples(group)),
-            _Selection.make(min(own, max(1, end - begin)), end - begin, group.device),
+        return _C.TopKCodec(
+            device=group.device,
+            rank=group.rank,
+            world=group.world,
+            numel=group.numel,
+            shard=self.shard_numel(group),
+            owned=end - begin,
+            k=k,
+            owner_k=max(1, k // self._owners(group)),
+            capacity=self._capacity(group),
+            sampled=self._samples(group),
+            error=group.error,
+            owner_error=group.owner_error,
         )
 
-    def encode(self, group: Group) -> Tensor:
-        payload = group.buffer("payload", (group.world, self._slot(group)), torch.int32)
-        error = group.error if group.error is not None else group.buffer("corrected", (group.numel,)).zero_()
-        selection: _Selection = group.plan[0]
-        if selection.sampled:
-            selection.sample_threshold(group.gradient, error, group)
-        selection.run(group.gradient, error, self.shard_numel(group), payload)
-        group.dropped.copy_(selection.stats[1:])
-        return payload
-
-    def merge(self, group: Group, received: Tensor) -> Tensor:
-        merged = group.buffer("merged", (1, self._slot(group)), torch.int32)
-        begin, end = self.owned_range(group)
-        if begin < end:
-            lists = group.buffer("lists", received.shape, torch.int32).copy_(received)
-            total = group.owner_error
-            if total is None:
-                total = group.buffer("total", (end - begin,)).zero_()
-            ops.topk_accumulate(lists, total, 1 / group.world)
-            group.plan[1].run(None, total, end - begin, merged)
-        return merged
-
-    def decode(self, group: Group, payload: Tensor) -> None:
-        slots = group.buffer("slots", payload.shape, torch.int32).copy_(payload)
-        ops.topk_decode(slots, group.gradient, self.shard_numel(group))
-
     def _samples(self, group: Group) -> bool:
-        return self.selection == "sampled" and self._k(group) * RUN >= ENOUGH * STRETCH
+        return self.selection == "sampled" and self._k(group) >= ENOUGH * SAMPLED
 
     def _k(self, group: Group) -> int:
         return max(1, round(self.density * group.numel))

@@ -1,26 +1,29 @@
-// The only file that knows both Python and C++.
+// Collectives and schedule, for Python, and the module.
+#include "bindings.h"
+
 #include <pybind11/chrono.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include "collectives/native.h"
 #include "collectives/ring.h"
 #include "schedule/comm_hook.h"
 
-namespace py = pybind11;
-
 namespace {
+
+namespace py = pybind11;
 
 using dear::Exchange;
 using dear::Lane;
 using dear::Part;
 using dear::Phase;
 using dear::Reduction;
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using dear::bindings::make_shared_without_gil;
+using dear::bindings::NoGil;
 
 void bind_collectives(py::module_& m) {
   py::enum_<Phase>(m, "Phase")
       .value("reduce_scatter", Phase::kReduceScatter)
-      .value("all_gather", Phase::kAllGather);
+      .value("all_gather", Phase::kAllGather)
+      .value("all_to_all", Phase::kAllToAll);
   py::enum_<Reduction>(m, "Reduction").value("sum", Reduction::kSum).value("average", Reduction::kAverage);
 
   py::class_<Exchange, std::shared_ptr<Exchange>>(m, "Exchange")
@@ -47,9 +50,12 @@ void bind_collectives(py::module_& m) {
       .def_property_readonly("world", &Lane::world);
 
   py::class_<dear::RingLane, Lane, std::shared_ptr<dear::RingLane>>(m, "RingLane")
-      .def(py::init<const c10::intrusive_ptr<c10d::Store>&, const std::string&, int, int,
-                    std::chrono::milliseconds>(),
-           py::arg("store"), py::arg("key"), py::arg("rank"), py::arg("world"), py::arg("timeout"), NoGil());
+      .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank,
+                       int world, std::chrono::milliseconds timeout) {
+             const py::gil_scoped_release release;
+             return make_shared_without_gil<dear::RingLane>(store, key, rank, world, timeout);
+           }),
+           py::arg("store"), py::arg("key"), py::arg("rank"), py::arg("world"), py::arg("timeout"));
   py::class_<dear::NativeLane, Lane, std::shared_ptr<dear::NativeLane>>(m, "NativeLane")
       .def(py::init<c10::intrusive_ptr<c10d::ProcessGroup>>(), py::arg("group"));
 
@@ -92,8 +98,12 @@ void bind_schedule(py::module_& m) {
       .def_readonly("with_gil", &dear::HookCalls::with_gil);
 
   py::class_<Scheduler, std::shared_ptr<Scheduler>>(m, "Scheduler")
-      .def(py::init<std::shared_ptr<Lane>, std::shared_ptr<Lane>, bool>(), py::arg("reduce_lane"),
-           py::arg("gather_lane"), py::arg("gather_gradients"))
+      .def(py::init([](std::shared_ptr<Lane> reduce_lane, std::shared_ptr<Lane> gather_lane,
+                       bool gather_gradients) {
+             return make_shared_without_gil<Scheduler>(std::move(reduce_lane), std::move(gather_lane),
+                                                       gather_gradients);
+           }),
+           py::arg("reduce_lane"), py::arg("gather_lane"), py::arg("gather_gradients"))
       .def("set_backward_ended",
            [](Scheduler& self, py::function callback, bool always) {
              // Steady state never enters Python: only a new layout does, unless the caller wants every pass.
@@ -114,7 +124,11 @@ void bind_schedule(py::module_& m) {
              self.set_layout(std::move(buffers), std::move(stand_ins));
            })
       .def("set_groups", &Scheduler::set_groups, py::arg("sizes"), py::arg("gather_order"), NoGil())
+      .def("forget_layout", &Scheduler::forget_layout, NoGil())
       .def("submit_all", &Scheduler::submit_all, NoGil())
+      .def("set_pipeline", &Scheduler::set_pipeline, py::arg("pipeline"))
+      .def("set_relays", &Scheduler::set_relays, py::arg("relays"), NoGil())
+      .def("any_dropped", &Scheduler::any_dropped, NoGil())
       .def("has_gradients", &Scheduler::has_gradients)
       .def("check_untouched", &Scheduler::check_untouched)
       .def("gradients_used", &Scheduler::gradients_used)
@@ -152,7 +166,8 @@ void bind_schedule(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Native part of dear: collectives, schedule and compressors.";
+  m.doc() = "The native part: collectives, schedule and compressors.";
   bind_collectives(m);
   bind_schedule(m);
+  dear::bindings::bind_compress(m);
 }

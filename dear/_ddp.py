@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from dear import _C
 
 HOOK_NAME = "dear"
+COMPRESS_HOOK_NAME = "compress"
 ENGINE = "_dear_engine"  # the attribute that marks a module and an optimizer as taken
 
 
@@ -140,6 +141,15 @@ def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:
     _C.register_scheduler(model.reducer, scheduler, calls)
     assert model.logger is not None
     model.logger._set_comm_hook_name(HOOK_NAME)
+    return calls
+
+
+def register_driver(model: DDP, driver: _C.CompressDriver) -> _C.HookCalls:
+    """Makes a compressor's ``driver`` the module's communication hook."""
+    calls = _C.HookCalls()
+    _C.register_driver(model.reducer, driver, calls)
+    assert model.logger is not None
+    model.logger._set_comm_hook_name(COMPRESS_HOOK_NAME)
     return calls
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,10 @@ from dear._stand_in import local_grad, pending_grad
 from dear._update import ReplicatedUpdate, ShardedUpdate
 from dear.collectives import group_timeout, make_lane, shard_range
 
+if TYPE_CHECKING:
+    from compress import Compressor
+    from compress.scheduled import ScheduleDriver, Verdict
+
 
 class Schedule:
     """A DDP module with the native scheduler as its hook, and its parameters where the scheduler wants them."""
@@ -37,6 +41,7 @@ class Schedule:
         group: dist.ProcessGroup,
         algorithm: str,
         device: torch.device,
+        compressor: Compressor | None = None,
     ) -> None:
         self._model, self._optimizer, self._group = model, optimizer, group
         self._mode = mode
@@ -59,8 +64,16 @@ class Schedule:
         me = weakref.ref(self)
         self._scheduler.set_backward_ended(lambda new: me()._backward_ended(new), _ddp.tracks_unused(model))  # type: ignore[union-attr]
 
+        self._compression: ScheduleDriver | None = None
+        self._judged = -1  # the compressed step whose gradients have been found good or bad
+        self._verdict: Verdict = "good"
+        if compressor is not None:
+            self._compression = self._compress(compressor, device, [reduce_lane, self._gather_lane], algorithm)
+
         self._reducer_options = _ddp.reducer_options(model)
-        cap = min(self._reducer_options.cap, ddp_bucket_bytes(self._group_bytes))
+        # What is compressed together lies together: then a fusion group is one bucket.
+        buckets = self._group_bytes if compressor is not None else ddp_bucket_bytes(self._group_bytes)
+        cap = min(self._reducer_options.cap, buckets)
         first = min(self._reducer_options.first, cap)
         # Local gradients stay in the buckets when nobody else may read them: a copy less.
         views = self._reducer_options.views or mode == "sharded"
@@ -73,6 +86,19 @@ class Schedule:
         self._replicated = ReplicatedUpdate(optimizer, self._original_step)
         self._hooks = ModelHooks(model, self._scheduler, self)
         self._hooks.install(optimizer, sharded=mode == "sharded")
+
+    def _compress(
+        self, compressor: Compressor, device: torch.device, lanes: list[_C.Lane], algorithm: str
+    ) -> ScheduleDriver:
+        from compress.scheduled import ScheduleDriver  # compress needs dear
+
+        me = weakref.ref(self)  # the compressor must not keep the engine alive either
+        driver = ScheduleDriver(
+            compressor, self._model, device, lanes, algorithm, self._scheduler.forget_layout, _finisher(me)
+        )
+        compressor.driver = driver
+        self._scheduler.set_pipeline(driver.pipeline)
+        return driver
 
     @property
     def update(self) -> str:
@@ -96,9 +122,34 @@ class Schedule:
         assert self._layout is not None
         self._scheduler.wait_gathered(index)
         self._to_update.discard(index)
+        self._keep_unused(index)
         start = _C.now_ns()
         self._replicated.run(self._grads_of(index))
         self._scheduler.trace("update", f"fusion group {index}", start, _C.now_ns())
+
+    # --- compression ---
+
+    def _judge(self) -> Verdict:
+        """Whether the last backward pass was good on every rank, decided once: waits until all have ended theirs."""
+        compression = self._compression
+        if compression is None or self._judged == compression.pipeline.steps:
+            return self._verdict
+        self._verdict = "good"
+        if self._scheduler.any_dropped():
+            self._scheduler.synchronize()
+            self._judged = compression.pipeline.steps
+            self._verdict = compression.judge_bad()
+            if self._verdict == "skip":
+                for param in self._params:
+                    param.grad = None
+        else:
+            compression.measure()
+        self._judged = compression.pipeline.steps
+        return self._verdict
+
+    def _keep_unused(self, index: int) -> None:
+        if self._compression is not None and self._unused and self._verdict == "good":
+            self._compression.keep_unused(index, self._unused)
 
     def _grads_of(self, index: int) -> dict[torch.nn.Parameter, torch.Tensor]:
         assert self._layout is not None
@@ -170,6 +221,8 @@ class Schedule:
             merge = not _ddp.tracks_unused(self._model)
             self._group_of = {p: i for i, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
             self._set_segments(former, merge)
+        if self._compression is not None:
+            self._scheduler.set_relays(self._compression.relays(buckets, full))
         self._agree_on_order()
         self._regroup()
         self._scheduler.submit_all()
@@ -199,7 +252,10 @@ class Schedule:
 
     def _regroup(self) -> None:
         assert self._layout is not None
-        sizes = fuse([flat.nbytes for flat in self._layout.full], self._group_bytes)
+        if self._compression is not None:
+            sizes = [1] * len(self._layout.full)
+        else:
+            sizes = fuse([flat.nbytes for flat in self._layout.full], self._group_bytes)
         self._group_of_bucket = [group for group, size in enumerate(sizes) for _ in range(size)]
         self._members = [[] for _ in sizes]
         for place in self._layout.places:
@@ -239,6 +295,7 @@ class Schedule:
 
     def settle(self, groups: list[int]) -> None:
         """Finishes these fusion groups: waits, and applies what step() left to do."""
+        self._judge()
         for index in groups:
             self._scheduler.wait_gathered(index)
             self._apply(index)
@@ -291,6 +348,15 @@ def _settler(engine: weakref.ref[Schedule], bucket: int) -> Callable[[], None]:
             alive.settle([alive._group_of_bucket[bucket]])
 
     return settle
+
+
+def _finisher(engine: weakref.ref[Schedule]) -> Callable[[], None]:
+    def finish() -> None:
+        alive = engine()
+        if alive is not None:
+            alive.synchronize()
+
+    return finish
 
 
 def _synchronizer(engine: weakref.ref[Schedule]) -> Callable[[], None]:

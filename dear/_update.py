@@ -37,15 +37,21 @@ ELEMENTWISE = {
 PER_PARAMETER = ELEMENTWISE | {getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)}
 
 
-def choose_mode(optimizer: optim.Optimizer, update: str) -> Mode:
-    """The update mode for ``optimizer``.
+def choose_mode(optimizer: optim.Optimizer, update: str, compresses: bool = False) -> Mode:
+    """The update mode for ``optimizer``, where gradients are compressed or not.
 
     Raises:
-        ValueError: an unknown mode, or ``"sharded"`` for an optimizer that is not known to be elementwise.
+        ValueError: an unknown mode, or ``"sharded"`` for an optimizer that is not known to be elementwise or for
+            compressed gradients.
     """
     if update not in ("auto", "sharded", "replicated"):
         raise ValueError(f'update must be "auto", "sharded" or "replicated", not {update!r}.')
-    elementwise = type(optimizer) in ELEMENTWISE
+    if update == "sharded" and compresses:
+        raise ValueError(
+            'update="sharded" gathers updated parameters, which a compressor would spoil: leave update out, or use '
+            'update="replicated".'
+        )
+    elementwise = type(optimizer) in ELEMENTWISE and not compresses
     if update == "sharded" and not elementwise:
         raise ValueError(
             f'update="sharded" cuts parameters anywhere, and {type(optimizer).__name__} is not known to update each '

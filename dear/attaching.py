@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -14,11 +14,15 @@ from dear._update import choose_mode
 from dear.collectives import choose_algorithm
 from dear.engine import Engine
 
+if TYPE_CHECKING:
+    from compress import Compressor
+
 
 def attach(
     model: DDP,
     optimizer: Optimizer,
     *,
+    compressor: Compressor | None = None,
     update: str = "auto",
     bucket_cap_mb: float | Literal["auto"] = "auto",
     overlap_forward: bool = True,
@@ -33,10 +37,13 @@ def attach(
     Args:
         model: the DDP module as built, without a communication hook.
         optimizer: any torch optimizer over its parameters.
+        compressor: shrinks what both halves send, such as ``compress.ACPSGD(rank=4)``; its second phase moves under
+            the next forward pass, and the update is replicated. A gradient that is not finite shows at ``step()``.
         update: ``"sharded"``: each rank updates its shard of the parameters between the halves, and the updated
             parameters are gathered (optimizer state and work divided by the world size; for elementwise optimizers).
             ``"replicated"``: averaged gradients are gathered and every rank updates everything, each layer when its
-            gradients have come. ``"auto"``: sharded where the optimizer is known to be elementwise.
+            gradients have come. ``"auto"``: sharded where the optimizer is known to be elementwise and nothing is
+            compressed.
         bucket_cap_mb: size of a fusion group in MiB of gradients; ``"auto"`` takes a sixteenth of the model's, from 1
             to 25. Smaller groups overlap better, larger ones cost fewer messages. Where DDP's own buckets are
             larger, DDP is made to bucket finer.
@@ -56,7 +63,11 @@ def attach(
     sharded update: Rajbhandari et al., "ZeRO", 2020, stage 1.
     """
     _ddp.check(model, optimizer, process_group)
-    mode = choose_mode(optimizer, update)
+    mode = choose_mode(optimizer, update, compresses=compressor is not None)
+    if compressor is not None:
+        from compress import scheduled  # compress needs dear
+
+        scheduled.check(compressor, model)
     if bucket_cap_mb == "auto":
         trained = sum(param.nbytes for param in model.module.parameters() if param.requires_grad)
         bucket_cap_mb = default_group_bytes(trained) / MIB
@@ -75,6 +86,7 @@ def attach(
         group=group,
         algorithm=chosen,
         device=device,
+        compressor=compressor,
     )
 
 

@@ -59,6 +59,10 @@ class Engine(Schedule):
     @bucket_cap_mb.setter
     def bucket_cap_mb(self, value: float) -> None:
         check_cap(value)
+        if self._compression is not None:
+            raise RuntimeError(
+                "With a compressor the fusion groups are DDP's buckets: detach, and attach with another bucket_cap_mb."
+            )
         if self._scheduler.has_gradients():
             raise RuntimeError("bucket_cap_mb can be changed between steps only: call optimizer.step() first.")
         self.synchronize()
@@ -106,9 +110,13 @@ class Engine(Schedule):
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's full state, as ``optimizer.state_dict()`` of plain DDP would give it, under ``"optimizer"``.
 
-        With ``update="sharded"`` every rank must call it; each gets all of it.
+        With a compressor, all ranks' states of it stand under ``"compressor"``. With it, or with
+        ``update="sharded"``, every rank must call this; each gets all of it.
         """
         self.synchronize()
+        if self._compression is not None:
+            compressor = self._compression.compressor.state_dict(gather=True)
+            return {"optimizer": self._optimizer.state_dict(), "compressor": compressor}
         if self._mode == "replicated":
             return {"optimizer": self._optimizer.state_dict()}
         with self._full_state():
@@ -119,14 +127,18 @@ class Engine(Schedule):
 
         Raises:
             KeyError: it is not such a dict.
+            ValueError: the compressor's state in it is of another kind, or of another model.
         """
         if "optimizer" not in state_dict:
             raise KeyError('An engine\'s state has the key "optimizer": pass what engine.state_dict() returned.')
+        if self._compression is not None and "compressor" in state_dict:
+            self._compression.compressor.load_state_dict(state_dict["compressor"])
         self._optimizer.load_state_dict(state_dict["optimizer"])
 
     def stats(self) -> dict[str, Any]:
         """Counters: ``steps``; ``bytes_sent`` by this rank in all; of the last step, how many ms the training thread
-        waited for communication (``exposed_ms``, and by phase); the fusion plan."""
+        waited for communication (``exposed_ms``, and by phase); the fusion plan; with a compressor, what it computed
+        in the step before (``encode_ms``, ``merge_ms``, ``decode_ms``)."""
         reduce_ns, gather_ns = self._last_waits
         return {
             "steps": self._steps,
@@ -137,6 +149,7 @@ class Engine(Schedule):
             "fusion_groups": len(self._members),
             "update": self._mode,
             "optimizer_state_bytes": self._state_bytes(),
+            **(self._compression.stats_of_last_step() if self._compression is not None else {}),
         }
 
     def start_trace(self) -> None:
@@ -222,6 +235,7 @@ class Engine(Schedule):
             _grads.refuse_unreduced(self._managed)
             return loss
         self._check_untouched()
+        self._judge()
         found = _grads.look(self._expected, self._unused)
         if found == "none":  # zero_grad() came first: there is nothing to do, as in plain torch
             self._scheduler.gradients_used()
@@ -290,8 +304,10 @@ class Engine(Schedule):
 
     def _finish_gradients(self) -> None:
         """Replicated: .grad of every used parameter is the averaged gradient, as a plain tensor."""
+        self._judge()
         self._scheduler.synchronize()
         for index in self._order:
+            self._keep_unused(index)
             for param, grad in self._grads_of(index).items():
                 if isinstance(param.grad, PendingGrad):
                     param.grad = grad
@@ -347,6 +363,8 @@ class Engine(Schedule):
         atexit.unregister(self._at_exit)
         self._hooks.remove()
         self._scheduler.clear_backward_ended()
+        if self._compression is not None:
+            self._compression.release()
         self._optimizer.step = self._original_step  # type: ignore[method-assign]
         for owner in (self._model, self._optimizer):
             delattr(owner, _ddp.ENGINE)

@@ -28,9 +28,21 @@ def arguments(name: str, device: str) -> tuple[object, ...]:
         "sign_average": (ballots, error, payload, N),
         "sign_decode": (payload, grad),
         "topk_threshold": (grad, error, 40, one, ties, scratch),
+        "topk_refresh": (grad, error, 40, one, ties, scratch, 0.1),
         "topk_select": (grad, error, one, None, 4096, slots, stats, scratch),
         "topk_accumulate": (slots, error, 0.5),
         "topk_decode": (slots, grad, 4096, 1.0),
+        "low_rank_project": (
+            *(torch.randn(300, device=device), torch.randn(2, 10, 12, device=device)),
+            *(torch.randn(2, 12, 3, device=device), torch.randn(2, 10, 3, device=device)),
+            *(torch.tensor([0, 150], device=device), False, True, ties),
+        ),
+        "low_rank_decode": (
+            *(torch.randn(2, 10, 3, device=device), torch.randn(2, 12, 3, device=device)),
+            *(torch.randn(300, device=device), torch.tensor([0, 150], device=device)),
+        ),
+        "gather_segments": (grad, torch.tensor([[5, 90, 0], [200, 10, 100]], device=device), error, ties),
+        "scatter_segments": (error, torch.tensor([[5, 90, 0], [200, 10, 100]], device=device), grad),
         "orthogonalize": (
             torch.randn(2, 20, 3, device=device),
             torch.zeros(ops.orthogonalize_workspace_numel(2, 20, 3), dtype=torch.float64, device=device),
@@ -40,7 +52,8 @@ def arguments(name: str, device: str) -> tuple[object, ...]:
 
 NAMES = [
     *("error_correct", "sign_encode", "sign_vote", "sign_average", "sign_decode"),
-    *("topk_threshold", "topk_select", "topk_accumulate", "topk_decode", "orthogonalize"),
+    *("topk_threshold", "topk_refresh", "topk_select", "topk_accumulate", "topk_decode"),
+    *("low_rank_project", "low_rank_decode", "gather_segments", "scatter_segments", "orthogonalize"),
 ]
 
 

@@ -123,6 +123,45 @@ def test_what_does_not_fit_stays_in_the_error(capacity: int, device: str) -> Non
     check_select(gradient("normal", 30_000), torch.randn(30_000), device, threshold=1.0, owners=4, capacity=capacity)
 
 
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("wanted", [10, 4_800, 5_000, 5_200, 5_600])
+def test_a_threshold_is_kept_while_it_selects_about_k(wanted: int, kind: str, dtype: torch.dtype, device: str) -> None:
+    """The threshold that stands is exact for ``wanted`` of the elements; 5000 are asked for, to within 10%."""
+    n, k, tolerance = 70_001, 5_000, 0.1
+    grad, error = gradient(kind, n, dtype), gradient("normal", n, seed=1)
+    corrected, _ = reference.correct(grad, error)
+    standing, _ = reference.topk_threshold(corrected, wanted)
+    golden = reference.topk_refresh(corrected, k, standing, -5, tolerance)
+    threshold, ties = torch.full((1,), standing, device=device), counter(1, device) - 5
+    ops.topk_refresh(grad.to(device), error.to(device), k, threshold, ties, workspace(n, device), tolerance)
+    assert (threshold.item(), ties.item()) == golden
+    if kind == "normal":  # both ways are taken
+        assert (golden[0] == standing) == (wanted in (4_800, 5_000, 5_200))
+
+
+@on_devices
+@pytest.mark.parametrize("standing", [0.0, torch.inf, torch.nan])
+def test_a_threshold_that_means_nothing_is_replaced(standing: float, device: str) -> None:
+    error = gradient("normal", 5_000).to(device)
+    threshold, ties = torch.full((1,), standing, device=device), counter(1, device)
+    ops.topk_refresh(None, error, 50, threshold, ties, workspace(5_000, device), 0.5)
+    assert (threshold.item(), ties.item()) == reference.topk_threshold(error.cpu(), 50)
+
+
+@on_devices
+@pytest.mark.parametrize(("tolerance", "kept"), [(0.1, True), (0.09, False)])
+def test_the_tolerance_is_a_share_of_k(tolerance: float, kept: bool, device: str) -> None:
+    error = torch.arange(1.0, 101.0, device=device)
+    threshold, ties = torch.full((1,), 80.0, device=device), counter(1, device)  # selects 21
+    ops.topk_refresh(None, error, 20, threshold, ties, workspace(100, device), 0.0)
+    assert threshold.item() == 81
+    threshold.fill_(79)  # selects 22
+    ops.topk_refresh(None, error, 20, threshold, ties, workspace(100, device), tolerance)
+    assert threshold.item() == (79 if kept else 81)
+
+
 def random_lists(lists: int, n: int, count: int) -> list[Sparse]:
     generator = torch.Generator().manual_seed(0)
     result = []
@@ -234,5 +273,8 @@ def test_bad_calls_say_what_was_wrong() -> None:
         ops.topk_select(None, error, one, None, 4096, payload, stats, scratch[:10])
     with pytest.raises(TypeError, match="convert"):
         ops.topk_select(torch.zeros(n, dtype=torch.float64), error, one, None, 4096, payload, stats, scratch)
+    for tolerance in (-0.1, 1.0, torch.nan):
+        with pytest.raises(ValueError, match="share of k"):
+            ops.topk_refresh(None, error, 1, one, counter(1, "cpu"), scratch, tolerance)
     with pytest.raises(ValueError, match="topk_slot_numel"):
         ops.topk_decode(torch.zeros(2, 8, dtype=torch.int32), error, 4096)

@@ -3,7 +3,15 @@
 namespace dear {
 
 const char* phase_name(Phase phase) {
-  return phase == Phase::kReduceScatter ? "reduce-scatter" : "all-gather";
+  switch (phase) {
+    case Phase::kReduceScatter:
+      return "reduce-scatter";
+    case Phase::kAllGather:
+      return "all-gather";
+    case Phase::kAllToAll:
+      return "all-to-all";
+  }
+  return "exchange";
 }
 
 int64_t now_ns() {
@@ -23,12 +31,12 @@ Exchange::Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, st
                 "torch.view_as_real(tensor).view(-1).");
     TORCH_CHECK(part.full.layout() == at::kStrided,
                 "A collective over sparse tensors is not supported: pass tensor.to_dense().view(-1).");
-    if (phase_ == Phase::kReduceScatter) {
-      TORCH_CHECK(
-          part.shard.dim() == 1 && part.shard.is_contiguous() &&
-              part.shard.scalar_type() == part.full.scalar_type() &&
-              part.shard.device() == part.full.device(),
-          "The output of a reduce-scatter must be flat, contiguous, and of the input's dtype and device.");
+    if (phase_ != Phase::kAllGather) {
+      TORCH_CHECK(part.shard.dim() == 1 && part.shard.is_contiguous() &&
+                      part.shard.scalar_type() == part.full.scalar_type() &&
+                      part.shard.device() == part.full.device(),
+                  "The output of a ", phase_name(phase_),
+                  " must be flat, contiguous, and of the input's dtype and device.");
     }
   }
 }

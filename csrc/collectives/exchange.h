@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -14,7 +15,7 @@
 
 namespace dear {
 
-enum class Phase { kReduceScatter, kAllGather };
+enum class Phase { kReduceScatter, kAllGather, kAllToAll };
 enum class Reduction { kSum, kAverage };
 
 const char* phase_name(Phase phase);
@@ -25,6 +26,7 @@ int64_t now_ns();
 // One buffer of an exchange. `full` has every rank's chunk, `shard` is this rank's; both are flat and
 // contiguous. A reduce-scatter reads `full` and writes `shard`; an all-gather writes `full`, where this
 // rank's chunk must already stand (`shard` is then unused). `shard` may alias this rank's chunk of `full`.
+// An all-to-all sends chunk r of `full` to rank r, and `shard`, as long as `full`, gets what came from each.
 struct Part {
   at::Tensor full;
   at::Tensor shard;
@@ -32,6 +34,11 @@ struct Part {
 
 // One half of an all-reduce, over one or more buffers moved together. Built once for a fusion group and
 // submitted every step, so that steady state allocates nothing.
+//
+// Note [Turns]
+// Lanes keep their order: exchanges are queued when all ranks agree on it, often before there is anything to
+// move. So an exchange may be queued as a ticket: when its turn comes, on the thread that moves the data, its
+// turn function waits for what must come first, computes what is to be sent, and says which exchange that is.
 //
 // Threads: submitted and waited on by the training thread; the lane's thread moves the data and calls
 // finish() or fail(). A backend lane overrides wait().
@@ -52,10 +59,14 @@ class Exchange {
   // True once nothing is in flight, also after a failure.
   virtual bool done();
 
-  // Another exchange whose result this one moves on: it is waited for before the first byte is sent.
-  void set_prerequisite(std::shared_ptr<Exchange> exchange) { prerequisite_ = std::move(exchange); }
-  void await_prerequisite() {
-    if (prerequisite_) prerequisite_->wait();
+  // Called when its turn has come, before the first byte is sent; returns what is to be moved in its place,
+  // or null for itself. See Note [Turns].
+  using Turn = std::function<std::shared_ptr<Exchange>()>;
+  void set_turn(Turn turn) { turn_ = std::move(turn); }
+  // What is to be moved now that its turn has come. The lane's business.
+  Exchange& take_turn() {
+    stand_in_ = turn_ ? turn_() : nullptr;
+    return stand_in_ ? *stand_in_ : *this;
   }
 
   int64_t bytes() const;
@@ -72,7 +83,8 @@ class Exchange {
   Reduction reduction_;
   std::vector<Part> parts_;
   std::string label_;
-  std::shared_ptr<Exchange> prerequisite_;
+  Turn turn_;
+  std::shared_ptr<Exchange> stand_in_;
   std::mutex mutex_;
   std::condition_variable ended_;
   bool in_flight_ = false;

@@ -35,6 +35,11 @@ c10::intrusive_ptr<c10d::Work> call_all_gather(Group& group, at::Tensor& out, at
   }
 }
 
+c10::intrusive_ptr<c10d::Work> call_all_to_all(c10d::ProcessGroup& group, at::Tensor& out, at::Tensor& in) {
+  std::vector<int64_t> equal;
+  return group.alltoall_base(out, in, equal, equal);
+}
+
 // The backend wants equal chunks. A buffer that does not divide goes through padded staging buffers, made
 // once.
 class NativeExchange : public Exchange {
@@ -45,7 +50,12 @@ class NativeExchange : public Exchange {
     for (const Part& part : parts_) {
       const Shards shards{part.full.numel(), world};
       Buffers buffers;
-      if (shards.chunk() * world == shards.numel) {
+      if (phase == Phase::kAllToAll) {
+        TORCH_CHECK(part.full.numel() % world == 0 && part.shard.numel() == part.full.numel(),
+                    "An all-to-all sends each rank a chunk of the same size.");
+        buffers.full = part.full;
+        buffers.shard = part.shard;
+      } else if (shards.chunk() * world == shards.numel) {
         buffers.full = part.full;
         buffers.shard = phase == Phase::kReduceScatter ? part.shard : mine(part.full);
       } else {
@@ -69,7 +79,11 @@ class NativeExchange : public Exchange {
     for (size_t i = 0; i < parts_.size(); ++i) {
       Buffers& buffers = buffers_[i];
       if (parts_[i].full.numel() == 0) continue;
-      if (phase_ == Phase::kReduceScatter) {
+      if (phase_ == Phase::kAllToAll && world_ == 1) {
+        buffers.shard.copy_(buffers.full);
+      } else if (phase_ == Phase::kAllToAll) {
+        works_.push_back(call_all_to_all(group, buffers.shard, buffers.full));
+      } else if (phase_ == Phase::kReduceScatter) {
         if (buffers.staged) buffers.full.narrow(0, 0, parts_[i].full.numel()).copy_(parts_[i].full);
         works_.push_back(call_reduce_scatter(group, buffers.shard, buffers.full, options));
       } else {
@@ -81,14 +95,16 @@ class NativeExchange : public Exchange {
   }
 
   void wait() override {
+    const std::lock_guard<std::mutex> alone(waiting_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (error_) std::rethrow_exception(error_);
       if (!in_flight_) return;
     }
     try {
+      if (stand_in_) stand_in_->wait();
       for (const auto& work : works_) work->wait();
-      for (size_t i = 0; i < parts_.size(); ++i) settle(parts_[i], buffers_[i]);
+      for (size_t i = 0; i < parts_.size() && !stand_in_; ++i) settle(parts_[i], buffers_[i]);
     } catch (const std::exception& error) {
       works_.clear();
       fail(std::make_exception_ptr(std::runtime_error("The " + std::string(phase_name(phase_)) + " of " +
@@ -101,6 +117,9 @@ class NativeExchange : public Exchange {
   }
 
   bool done() override {
+    const std::unique_lock<std::mutex> alone(waiting_, std::try_to_lock);
+    if (!alone.owns_lock()) return false;  // somebody is waiting for it
+    if (stand_in_) return stand_in_->done();
     for (const auto& work : works_) {
       if (!work->isCompleted()) return false;
     }
@@ -120,6 +139,7 @@ class NativeExchange : public Exchange {
   }
 
   void settle(const Part& part, Buffers& buffers) {
+    if (phase_ == Phase::kAllToAll) return;
     if (phase_ == Phase::kAllGather) {
       if (buffers.staged) part.full.copy_(buffers.full.narrow(0, 0, part.full.numel()));
       return;
@@ -136,6 +156,7 @@ class NativeExchange : public Exchange {
 
   const int rank_;
   const int world_;
+  std::mutex waiting_;
   bool divides_ = false;
   std::vector<Buffers> buffers_;
   std::vector<c10::intrusive_ptr<c10d::Work>> works_;
@@ -155,8 +176,9 @@ void NativeLane::submit(const std::shared_ptr<Exchange>& exchange) {
   exchange->begin();
   try {
     TORCH_CHECK(abort_reason_.empty(), abort_reason_);
-    exchange->await_prerequisite();
-    static_cast<NativeExchange&>(*exchange).issue(*group_);
+    Exchange& moved = exchange->take_turn();
+    if (&moved != exchange.get()) moved.begin();
+    static_cast<NativeExchange&>(moved).issue(*group_);
   } catch (const std::exception& error) {
     exchange->fail(std::make_exception_ptr(std::runtime_error(error.what())));
   }

@@ -11,7 +11,7 @@ namespace dear {
 // here blocks the host for a stream-ordered backend: submit() is ordered behind the caller's current stream,
 // and wait() orders the caller's current stream behind the result.
 //
-// Threads: submit() and wait() on the training thread only.
+// Threads: one submits at a time; any may wait.
 class NativeLane : public Lane {
  public:
   explicit NativeLane(c10::intrusive_ptr<c10d::ProcessGroup> group);

@@ -47,6 +47,7 @@ RingLane::~RingLane() {
 
 std::shared_ptr<Exchange> RingLane::make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,
                                                   std::string label) {
+  TORCH_CHECK(phase != Phase::kAllToAll, "A ring has no all-to-all: use the native collectives.");
   for (const Part& part : parts) {
     TORCH_CHECK(part.full.device().is_cpu(), "The ring moves host tensors, and one on ", part.full.device(),
                 " was given: use the native collectives of that device's backend.");
@@ -120,16 +121,16 @@ void RingLane::run() {
       queue_.pop_front();
     }
     try {
-      exchange->await_prerequisite();
+      Exchange& moved = exchange->take_turn();
       exchange->started();
-      const auto& plan = static_cast<const RingExchange&>(*exchange).plan();
+      const auto& plan = static_cast<const RingExchange&>(moved).plan();
       if (world_ == 1) {
-        for (const Part& part : exchange->parts()) {
-          if (part.shard.defined() && part.shard.data_ptr() != part.full.data_ptr())
+        for (const Part& part : moved.parts()) {
+          if (moved.phase() == Phase::kReduceScatter && part.shard.data_ptr() != part.full.data_ptr())
             part.shard.copy_(part.full);
         }
       } else if (!plan.inbound.empty() || !plan.outbound.empty()) {
-        run_ring_transfer(*exchange, plan,
+        run_ring_transfer(moved, plan,
                           {links_.get(), rank_, world_, timeout_, sequence_, wake_, abort_reason, &scratch_});
       }
       ++sequence_;

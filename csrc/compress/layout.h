@@ -43,6 +43,29 @@ constexpr int64_t kMaxRank = 256;
 // Gram matrices are stored with their rows padded to whole vectors of four.
 DEAR_HOST_DEVICE constexpr int64_t padded_rank(int64_t columns) { return (columns + 3) / 4 * 4; }
 
+// Matrices of one shape [rows, columns], row-major, and of the rank of their factors P [rows, rank] and
+// Q [columns, rank].
+struct MatrixBatch {
+  int64_t count;
+  int64_t rows;
+  int64_t columns;
+  int64_t rank;
+
+  DEAR_HOST_DEVICE int64_t numel() const { return rows * columns; }
+};
+
+// A run of a flat gradient and its place in a message: one row of an int64 table [segments, 3].
+struct Segment {
+  int64_t start;
+  int64_t numel;
+  int64_t position;
+
+  DEAR_HOST_DEVICE bool within(int64_t grad_numel, int64_t message_numel) const {
+    return start >= 0 && numel >= 0 && position >= 0 && start <= grad_numel - numel &&
+           position <= message_numel - numel;
+  }
+};
+
 DEAR_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DEAR_HOST_DEVICE constexpr int64_t block_count(int64_t numel) { return ceil_div(numel, kBlock); }
 

@@ -38,11 +38,20 @@ TORCH_LIBRARY(dear, m) {
       "topk_threshold(Tensor? grad, Tensor error, int k, Tensor(a!) threshold, Tensor(b!) ties, "
       "Tensor(c!) workspace) -> ()");
   m.def(
+      "topk_refresh(Tensor? grad, Tensor error, int k, Tensor(a!) threshold, Tensor(b!) ties, "
+      "Tensor(c!) workspace, float tolerance) -> ()");
+  m.def(
       "topk_select(Tensor? grad, Tensor(a!) error, Tensor threshold, Tensor? ties, int shard_numel, "
       "Tensor(b!) payload, Tensor(c!) stats, Tensor(d!) workspace) -> ()");
   m.def("topk_accumulate(Tensor payloads, Tensor(a!) dense, float alpha) -> ()");
   m.def("topk_decode(Tensor payloads, Tensor(a!) out, int shard_numel, float alpha) -> ()");
 
+  m.def(
+      "low_rank_project(Tensor? grad, Tensor(a!) error, Tensor fixed, Tensor(b!) factor, Tensor? starts, "
+      "bool transposed, bool residual, Tensor(c!)? dropped) -> ()");
+  m.def("low_rank_decode(Tensor p, Tensor q, Tensor(a!) out, Tensor starts) -> ()");
+  m.def("gather_segments(Tensor source, Tensor table, Tensor(a!) message, Tensor(b!)? dropped) -> ()");
+  m.def("scatter_segments(Tensor message, Tensor table, Tensor(a!) out) -> ()");
   m.def("orthogonalize(Tensor(a!) matrices, Tensor(b!) workspace) -> ()");
 
   m.def("kernel_threads() -> int", &kernel_threads);
@@ -79,6 +88,11 @@ void check_decode(const Tensor& payloads, const Tensor& out, int64_t shard_numel
   check_topk_decode(payloads, out, shard_numel);
 }
 
+void check_project(const Optional& grad, const Tensor& error, const Tensor& fixed, const Tensor& factor,
+                   const Optional& starts, bool transposed, bool, const Optional& dropped) {
+  check_low_rank_project(grad, error, fixed, factor, starts, transposed, dropped);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dear, Meta, m) {
@@ -90,10 +104,19 @@ TORCH_LIBRARY_IMPL(dear, Meta, m) {
   m.impl("sign_decode", meta<check_sign_decode, const Tensor&, const Tensor&>);
   m.impl("topk_threshold", meta<check_topk_threshold, const Optional&, const Tensor&, int64_t, const Tensor&,
                                 const Tensor&, const Tensor&>);
+  m.impl("topk_refresh", meta<check_topk_refresh, const Optional&, const Tensor&, int64_t, const Tensor&,
+                              const Tensor&, const Tensor&, double>);
   m.impl("topk_select", meta<check_topk_select, const Optional&, const Tensor&, const Tensor&,
                              const Optional&, int64_t, const Tensor&, const Tensor&, const Tensor&>);
   m.impl("topk_accumulate", meta<check_accumulate, const Tensor&, const Tensor&, double>);
   m.impl("topk_decode", meta<check_decode, const Tensor&, const Tensor&, int64_t, double>);
+  m.impl("low_rank_project", meta<check_project, const Optional&, const Tensor&, const Tensor&, const Tensor&,
+                                  const Optional&, bool, bool, const Optional&>);
+  m.impl("low_rank_decode",
+         meta<check_low_rank_decode, const Tensor&, const Tensor&, const Tensor&, const Tensor&>);
+  m.impl("gather_segments",
+         meta<check_gather_segments, const Tensor&, const Tensor&, const Tensor&, const Optional&>);
+  m.impl("scatter_segments", meta<check_scatter_segments, const Tensor&, const Tensor&, const Tensor&>);
   m.impl("orthogonalize", meta<check_orthogonalize, const Tensor&, const Tensor&>);
 }
 
@@ -141,6 +164,12 @@ void topk_threshold(const OptionalTensor& grad, const at::Tensor& error, int64_t
   op.call(grad, error, k, threshold, ties, workspace);
 }
 
+void topk_refresh(const OptionalTensor& grad, const at::Tensor& error, int64_t k, const at::Tensor& threshold,
+                  const at::Tensor& ties, const at::Tensor& workspace, double tolerance) {
+  static const auto op = find("dear::topk_refresh", &topk_refresh);
+  op.call(grad, error, k, threshold, ties, workspace, tolerance);
+}
+
 void topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
                  const OptionalTensor& ties, int64_t shard_numel, const at::Tensor& payload,
                  const at::Tensor& stats, const at::Tensor& workspace) {
@@ -156,6 +185,30 @@ void topk_accumulate(const at::Tensor& payloads, const at::Tensor& dense, double
 void topk_decode(const at::Tensor& payloads, const at::Tensor& out, int64_t shard_numel, double alpha) {
   static const auto op = find("dear::topk_decode", &topk_decode);
   op.call(payloads, out, shard_numel, alpha);
+}
+
+void low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& fixed,
+                      const at::Tensor& factor, const OptionalTensor& starts, bool transposed, bool residual,
+                      const OptionalTensor& dropped) {
+  static const auto op = find("dear::low_rank_project", &low_rank_project);
+  op.call(grad, error, fixed, factor, starts, transposed, residual, dropped);
+}
+
+void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
+                     const at::Tensor& starts) {
+  static const auto op = find("dear::low_rank_decode", &low_rank_decode);
+  op.call(p, q, out, starts);
+}
+
+void gather_segments(const at::Tensor& source, const at::Tensor& table, const at::Tensor& message,
+                     const OptionalTensor& dropped) {
+  static const auto op = find("dear::gather_segments", &gather_segments);
+  op.call(source, table, message, dropped);
+}
+
+void scatter_segments(const at::Tensor& message, const at::Tensor& table, const at::Tensor& out) {
+  static const auto op = find("dear::scatter_segments", &scatter_segments);
+  op.call(message, table, out);
 }
 
 void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {

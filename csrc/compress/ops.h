@@ -21,12 +21,22 @@ void sign_decode(const at::Tensor& payload, const at::Tensor& out);
 
 void topk_threshold(const OptionalTensor& grad, const at::Tensor& error, int64_t k,
                     const at::Tensor& threshold, const at::Tensor& ties, const at::Tensor& workspace);
+void topk_refresh(const OptionalTensor& grad, const at::Tensor& error, int64_t k, const at::Tensor& threshold,
+                  const at::Tensor& ties, const at::Tensor& workspace, double tolerance);
 void topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
                  const OptionalTensor& ties, int64_t shard_numel, const at::Tensor& payload,
                  const at::Tensor& stats, const at::Tensor& workspace);
 void topk_accumulate(const at::Tensor& payloads, const at::Tensor& dense, double alpha);
 void topk_decode(const at::Tensor& payloads, const at::Tensor& out, int64_t shard_numel, double alpha);
 
+void low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& fixed,
+                      const at::Tensor& factor, const OptionalTensor& starts, bool transposed, bool residual,
+                      const OptionalTensor& dropped);
+void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
+                     const at::Tensor& starts);
+void gather_segments(const at::Tensor& source, const at::Tensor& table, const at::Tensor& message,
+                     const OptionalTensor& dropped);
+void scatter_segments(const at::Tensor& message, const at::Tensor& table, const at::Tensor& out);
 void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace);
 
 // Elements of workspace the operators above need: int32 for top-k, float64 for orthogonalize.

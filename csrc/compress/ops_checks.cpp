@@ -79,6 +79,29 @@ void check_workspace(const at::Tensor& workspace, at::ScalarType type, int64_t n
                     numel, " are needed: allocate that many.");
 }
 
+// A factor of a batch of matrices: [count, length, rank].
+void check_factor(const at::Tensor& factor, const at::Tensor& data, int64_t count, int64_t length,
+                  int64_t rank, const char* name) {
+  check_flat(factor, at::kFloat, name);
+  check_same_device(factor, data, name, "the matrices");
+  TORCH_CHECK_VALUE(
+      factor.dim() == 3 && factor.size(0) == count && factor.size(1) == length && factor.size(2) == rank,
+      name, " must be [", count, ", ", length, ", ", rank, "], but it is ", factor.sizes(),
+      ": allocate it with that shape.");
+}
+
+void check_rank(int64_t rank) {
+  TORCH_CHECK_VALUE(rank >= 1 && rank <= kMaxRank, "the rank is ", rank, ", but it must lie between 1 and ",
+                    kMaxRank, ": use such a rank.");
+}
+
+void check_table(const at::Tensor& table, int64_t numel, const at::Tensor& data, const char* name) {
+  check_flat(table, at::kLong, name);
+  check_same_device(table, data, name, "the data");
+  TORCH_CHECK_VALUE(table.numel() == numel, name, " must hold ", numel, " int64, but it holds ",
+                    table.numel(), ": pass one entry for each.");
+}
+
 }  // namespace
 
 GradType grad_type(const at::Tensor& grad) {
@@ -164,6 +187,14 @@ void check_topk_threshold(const OptionalTensor& grad, const at::Tensor& error, i
   check_workspace(workspace, at::kInt, ops::topk_workspace(error.numel()), error);
 }
 
+void check_topk_refresh(const OptionalTensor& grad, const at::Tensor& error, int64_t k,
+                        const at::Tensor& threshold, const at::Tensor& ties, const at::Tensor& workspace,
+                        double tolerance) {
+  check_topk_threshold(grad, error, k, threshold, ties, workspace);
+  TORCH_CHECK_VALUE(tolerance >= 0 && tolerance < 1, "the tolerance is ", tolerance,
+                    ", but it must lie in [0, 1): pass a share of k.");
+}
+
 void check_topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
                        const OptionalTensor& ties, int64_t shard_numel, const at::Tensor& payload,
                        const at::Tensor& stats, const at::Tensor& workspace) {
@@ -194,13 +225,62 @@ void check_topk_decode(const at::Tensor& payloads, const at::Tensor& out, int64_
   check_shards(out.numel(), shard_numel, payloads.size(0));
 }
 
+void check_low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& fixed,
+                            const at::Tensor& factor, const OptionalTensor& starts, bool transposed,
+                            const OptionalTensor& dropped) {
+  check_flat(error, at::kFloat, "the error feedback");
+  TORCH_CHECK_VALUE(error.dim() == 3, "the error feedback must be [matrices, rows, columns], but it is ",
+                    error.sizes(), ": view it in that shape.");
+  TORCH_CHECK_VALUE(
+      grad.has_value() == starts.has_value(),
+      "a gradient and the table of where its matrices begin need each other: pass both or none.");
+  if (grad) {
+    check_grad(*grad);
+    check_same_device(error, *grad, "the error feedback", "the gradient");
+    check_table(*starts, error.size(0), *grad, "the table of starts");
+  }
+  TORCH_CHECK_VALUE(fixed.dim() == 3, "a factor must be [matrices, length, rank], but it is ", fixed.sizes(),
+                    ": view it in that shape.");
+  check_rank(fixed.size(2));
+  const int64_t known = transposed ? 1 : 2;
+  check_factor(fixed, error, error.size(0), error.size(known), fixed.size(2), "the fixed factor");
+  check_factor(factor, error, error.size(0), error.size(3 - known), fixed.size(2), "the new factor");
+  if (dropped) check_counter(*dropped, 1, error, "the counter of dropped elements");
+}
+
+void check_low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
+                           const at::Tensor& starts) {
+  check_grad(out);
+  TORCH_CHECK_VALUE(p.dim() == 3 && q.dim() == 3, "factors must be [matrices, length, rank], but they are ",
+                    p.sizes(), " and ", q.sizes(), ": view them in that shape.");
+  check_rank(p.size(2));
+  check_factor(p, out, p.size(0), p.size(1), p.size(2), "P");
+  check_factor(q, out, p.size(0), q.size(1), p.size(2), "Q");
+  check_table(starts, p.size(0), out, "the table of starts");
+}
+
+void check_gather_segments(const at::Tensor& source, const at::Tensor& table, const at::Tensor& message,
+                           const OptionalTensor& dropped) {
+  check_scatter_segments(message, table, source);
+  if (dropped) check_counter(*dropped, 1, source, "the counter of dropped elements");
+}
+
+void check_scatter_segments(const at::Tensor& message, const at::Tensor& table, const at::Tensor& out) {
+  check_grad(out);
+  check_flat(message, at::kFloat, "the message");
+  check_same_device(message, out, "the message", "the gradient");
+  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == 3,
+                    "the table of segments must be [segments, 3] of start, length and position, but it is ",
+                    table.sizes(), ": pass one row for each segment.");
+  check_table(table, table.numel(), out, "the table of segments");
+}
+
 void check_orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {
   check_flat(matrices, at::kFloat, "the matrices");
   TORCH_CHECK_VALUE(matrices.dim() == 3 && matrices.size(2) >= 1 && matrices.size(2) <= matrices.size(1),
                     "orthogonalize needs [batch, rows, columns] with 1 <= columns <= rows, but got ",
                     matrices.sizes(), ": use a rank no larger than the matrix.");
-  TORCH_CHECK_VALUE(matrices.size(2) <= kMaxRank, "the rank is ", matrices.size(2), ", but at most ",
-                    kMaxRank, " is supported: use a smaller rank.");
+  check_rank(matrices.size(2));
   check_workspace(workspace, at::kDouble,
                   ops::orthogonalize_workspace(matrices.size(0), matrices.size(1), matrices.size(2)),
                   matrices);

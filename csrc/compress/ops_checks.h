@@ -25,11 +25,24 @@ void check_sign_decode(const at::Tensor& payload, const at::Tensor& out);
 
 void check_topk_threshold(const OptionalTensor& grad, const at::Tensor& error, int64_t k,
                           const at::Tensor& threshold, const at::Tensor& ties, const at::Tensor& workspace);
+void check_topk_refresh(const OptionalTensor& grad, const at::Tensor& error, int64_t k,
+                        const at::Tensor& threshold, const at::Tensor& ties, const at::Tensor& workspace,
+                        double tolerance);
 void check_topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
                        const OptionalTensor& ties, int64_t shard_numel, const at::Tensor& payload,
                        const at::Tensor& stats, const at::Tensor& workspace);
 void check_topk_accumulate(const at::Tensor& payloads, const at::Tensor& dense);
 void check_topk_decode(const at::Tensor& payloads, const at::Tensor& out, int64_t shard_numel);
+
+void check_low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& fixed,
+                            const at::Tensor& factor, const OptionalTensor& starts, bool transposed,
+                            const OptionalTensor& dropped);
+void check_low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
+                           const at::Tensor& starts);
+
+void check_gather_segments(const at::Tensor& source, const at::Tensor& table, const at::Tensor& message,
+                           const OptionalTensor& dropped);
+void check_scatter_segments(const at::Tensor& message, const at::Tensor& table, const at::Tensor& out);
 
 void check_orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace);
 

@@ -1,20 +1,42 @@
 // The operators on CPU tensors: checks, then the kernel on raw pointers.
-#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include "compress/kernels/cpu/error_feedback.h"
+#include "compress/kernels/cpu/low_rank.h"
 #include "compress/kernels/cpu/orthogonalize.h"
+#include "compress/kernels/cpu/segments.h"
 #include "compress/kernels/cpu/sign.h"
 #include "compress/kernels/cpu/topk.h"
 #include "compress/ops_checks.h"
+#include "compress/ops_common.h"
 
 namespace dear::compress {
 
 namespace {
 
-int32_t* words(const at::Tensor& tensor) { return tensor.mutable_data_ptr<int32_t>(); }
-float* floats(const at::Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
-float* floats_or_null(const OptionalTensor& tensor) { return tensor ? floats(*tensor) : nullptr; }
+// The table of where the matrices of a batch begin in the gradient.
+const int64_t* starts_within(const at::Tensor& table, const MatrixBatch& batch, int64_t numel) {
+  const int64_t* starts = table.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < batch.count; ++i) {
+    TORCH_CHECK_VALUE(starts[i] >= 0 && starts[i] <= numel - batch.numel(), "a matrix of ", batch.numel(),
+                      " elements begins at ", starts[i], " of a gradient of ", numel,
+                      " elements: pass the starts of this gradient.");
+  }
+  return starts;
+}
+
+const Segment* segments_within(const at::Tensor& table, const at::Tensor& grad, const at::Tensor& message) {
+  const Segment* segments = segments_of(table);
+  for (int64_t i = 0; i < table.size(0); ++i) {
+    const Segment& segment = segments[i];
+    TORCH_CHECK_VALUE(segment.within(grad.numel(), message.numel()), "a segment of ", segment.numel,
+                      " elements from ", segment.start, " of a gradient of ", grad.numel(),
+                      " does not go to ", segment.position, " of a message of ", message.numel(),
+                      ": pass the table of this gradient and message.");
+  }
+  return segments;
+}
 
 void add_count(const OptionalTensor& counter, int64_t count) {
   if (counter) *words(*counter) += static_cast<int32_t>(count);
@@ -53,37 +75,78 @@ void sign_decode(const at::Tensor& payload, const at::Tensor& out) {
 void topk_threshold(const OptionalTensor& grad, const at::Tensor& error, int64_t k,
                     const at::Tensor& threshold, const at::Tensor& ties, const at::Tensor& workspace) {
   check_topk_threshold(grad, error, k, threshold, ties, workspace);
-  cpu::topk_threshold(grad ? grad->const_data_ptr() : nullptr, grad ? grad_type(*grad) : GradType::kFloat32,
-                      error.const_data_ptr<float>(), error.numel(), k, floats(threshold), words(ties));
+  cpu::topk_threshold(data_or_null(grad), type_or_float(grad), error.const_data_ptr<float>(), error.numel(),
+                      k, floats(threshold), words(ties));
+}
+
+void topk_refresh(const OptionalTensor& grad, const at::Tensor& error, int64_t k, const at::Tensor& threshold,
+                  const at::Tensor& ties, const at::Tensor& workspace, double tolerance) {
+  check_topk_refresh(grad, error, k, threshold, ties, workspace, tolerance);
+  cpu::topk_refresh(data_or_null(grad), type_or_float(grad), error.const_data_ptr<float>(), error.numel(), k,
+                    slack_of(tolerance, k), floats(threshold), words(ties));
 }
 
 void topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
                  const OptionalTensor& ties, int64_t shard_numel, const at::Tensor& payload,
                  const at::Tensor& stats, const at::Tensor& workspace) {
   check_topk_select(grad, error, threshold, ties, shard_numel, payload, stats, workspace);
-  const int64_t capacity = (payload.size(1) - kSlotHeader) / 2;
   int32_t* masks = words(workspace);
   const auto counts =
-      cpu::topk_select(grad ? grad->const_data_ptr() : nullptr, grad ? grad_type(*grad) : GradType::kFloat32,
-                       floats(error), error.numel(), *threshold.const_data_ptr<float>(),
-                       ties ? *ties->const_data_ptr<int32_t>() : -1, shard_numel, payload.size(0), capacity,
-                       words(payload), masks, masks + block_count(error.numel()) * kBlockWords);
+      cpu::topk_select(data_or_null(grad), type_or_float(grad), floats(error), error.numel(),
+                       *threshold.const_data_ptr<float>(), ties ? *ties->const_data_ptr<int32_t>() : -1,
+                       shard_numel, payload.size(0), capacity_of(payload), words(payload), masks,
+                       masks + block_count(error.numel()) * kBlockWords);
   words(stats)[0] += static_cast<int32_t>(counts.found);
   words(stats)[1] += static_cast<int32_t>(counts.dropped);
 }
 
 void topk_accumulate(const at::Tensor& payloads, const at::Tensor& dense, double alpha) {
   check_topk_accumulate(payloads, dense);
-  cpu::topk_accumulate(payloads.const_data_ptr<int32_t>(), payloads.size(0),
-                       (payloads.size(1) - kSlotHeader) / 2, static_cast<float>(alpha), floats(dense),
-                       dense.numel());
+  cpu::topk_accumulate(payloads.const_data_ptr<int32_t>(), payloads.size(0), capacity_of(payloads),
+                       static_cast<float>(alpha), floats(dense), dense.numel());
 }
 
 void topk_decode(const at::Tensor& payloads, const at::Tensor& out, int64_t shard_numel, double alpha) {
   check_topk_decode(payloads, out, shard_numel);
-  cpu::topk_decode(payloads.const_data_ptr<int32_t>(), payloads.size(0), (payloads.size(1) - kSlotHeader) / 2,
-                   shard_numel, static_cast<float>(alpha), grad_type(out), out.mutable_data_ptr(),
-                   out.numel());
+  cpu::topk_decode(payloads.const_data_ptr<int32_t>(), payloads.size(0), capacity_of(payloads), shard_numel,
+                   static_cast<float>(alpha), grad_type(out), out.mutable_data_ptr(), out.numel());
+}
+
+void low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& fixed,
+                      const at::Tensor& factor, const OptionalTensor& starts, bool transposed, bool residual,
+                      const OptionalTensor& dropped) {
+  check_low_rank_project(grad, error, fixed, factor, starts, transposed, dropped);
+  const MatrixBatch batch{error.size(0), error.size(1), error.size(2), fixed.size(2)};
+  const cpu::Projection projection{data_or_null(grad),
+                                   type_or_float(grad),
+                                   grad ? starts_within(*starts, batch, grad->numel()) : nullptr,
+                                   floats(error),
+                                   fixed.const_data_ptr<float>(),
+                                   floats(factor),
+                                   residual};
+  add_count(dropped, cpu::low_rank_project(batch, projection, transposed));
+}
+
+void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
+                     const at::Tensor& starts) {
+  check_low_rank_decode(p, q, out, starts);
+  const MatrixBatch batch{p.size(0), p.size(1), q.size(1), p.size(2)};
+  cpu::low_rank_decode(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(),
+                       starts_within(starts, batch, out.numel()), grad_type(out), out.mutable_data_ptr());
+}
+
+void gather_segments(const at::Tensor& source, const at::Tensor& table, const at::Tensor& message,
+                     const OptionalTensor& dropped) {
+  check_gather_segments(source, table, message, dropped);
+  const Segment* segments = segments_within(table, source, message);
+  add_count(dropped, cpu::gather_segments(source.const_data_ptr(), grad_type(source), segments, table.size(0),
+                                          floats(message)));
+}
+
+void scatter_segments(const at::Tensor& message, const at::Tensor& table, const at::Tensor& out) {
+  check_scatter_segments(message, table, out);
+  cpu::scatter_segments(message.const_data_ptr<float>(), segments_within(table, out, message), table.size(0),
+                        grad_type(out), out.mutable_data_ptr());
 }
 
 void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {
@@ -95,16 +158,9 @@ void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dear, CPU, m) {
-  m.impl("error_correct", error_correct);
-  m.impl("sign_encode", sign_encode);
-  m.impl("sign_vote", sign_vote);
-  m.impl("sign_average", sign_average);
-  m.impl("sign_decode", sign_decode);
-  m.impl("topk_threshold", topk_threshold);
-  m.impl("topk_select", topk_select);
-  m.impl("topk_accumulate", topk_accumulate);
-  m.impl("topk_decode", topk_decode);
-  m.impl("orthogonalize", orthogonalize);
+#define DEAR_IMPLEMENT(name) m.impl(#name, name);
+  DEAR_FOR_EACH_OPERATOR(DEAR_IMPLEMENT)
+#undef DEAR_IMPLEMENT
 }
 
 }  // namespace dear::compress

@@ -3,16 +3,20 @@
 #ifdef DEAR_WITH_CUDA
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/bmm.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "compress/kernels/cuda/error_feedback.h"
+#include "compress/kernels/cuda/low_rank.h"
 #include "compress/kernels/cuda/orthogonalize.h"
+#include "compress/kernels/cuda/segments.h"
 #include "compress/kernels/cuda/sign.h"
 #include "compress/kernels/cuda/topk.h"
 #include "compress/ops_checks.h"
+#include "compress/ops_common.h"
 
 namespace dear::compress {
 
@@ -31,13 +35,7 @@ class Launch {
   c10::cuda::CUDAStream stream_;
 };
 
-int32_t* words(const at::Tensor& tensor) { return tensor.mutable_data_ptr<int32_t>(); }
 int32_t* words_or_null(const OptionalTensor& tensor) { return tensor ? words(*tensor) : nullptr; }
-float* floats(const at::Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
-float* floats_or_null(const OptionalTensor& tensor) { return tensor ? floats(*tensor) : nullptr; }
-const void* data_or_null(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-GradType type_or_float(const OptionalTensor& grad) { return grad ? grad_type(*grad) : GradType::kFloat32; }
-int64_t capacity_of(const at::Tensor& payload) { return (payload.size(1) - kSlotHeader) / 2; }
 
 void error_correct(const at::Tensor& grad, const at::Tensor& error, const OptionalTensor& dropped) {
   check_error_correct(grad, error, dropped);
@@ -91,6 +89,16 @@ void topk_threshold(const OptionalTensor& grad, const at::Tensor& error, int64_t
   launch.check();
 }
 
+void topk_refresh(const OptionalTensor& grad, const at::Tensor& error, int64_t k, const at::Tensor& threshold,
+                  const at::Tensor& ties, const at::Tensor& workspace, double tolerance) {
+  check_topk_refresh(grad, error, k, threshold, ties, workspace, tolerance);
+  const Launch launch(error);
+  cuda::topk_refresh(data_or_null(grad), type_or_float(grad), error.const_data_ptr<float>(), error.numel(), k,
+                     slack_of(tolerance, k), floats(threshold), words(ties), words(workspace),
+                     launch.stream());
+  launch.check();
+}
+
 void topk_select(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& threshold,
                  const OptionalTensor& ties, int64_t shard_numel, const at::Tensor& payload,
                  const at::Tensor& stats, const at::Tensor& workspace) {
@@ -120,6 +128,58 @@ void topk_decode(const at::Tensor& payloads, const at::Tensor& out, int64_t shar
   launch.check();
 }
 
+void low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const at::Tensor& fixed,
+                      const at::Tensor& factor, const OptionalTensor& starts, bool transposed, bool residual,
+                      const OptionalTensor& dropped) {
+  check_low_rank_project(grad, error, fixed, factor, starts, transposed, dropped);
+  const MatrixBatch batch{error.size(0), error.size(1), error.size(2), fixed.size(2)};
+  const Launch launch(error);
+  if (grad) {
+    cuda::correct_matrices(batch, grad->const_data_ptr(), grad_type(*grad), grad->numel(),
+                           starts->const_data_ptr<int64_t>(), floats(error), words_or_null(dropped),
+                           launch.stream());
+    launch.check();
+  }
+  at::Tensor product = factor;
+  at::bmm_out(product, transposed ? error.transpose(1, 2) : error, fixed);
+  if (residual) {
+    const at::Tensor& p = transposed ? fixed : factor;
+    const at::Tensor& q = transposed ? factor : fixed;
+    cuda::low_rank_subtract(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(), floats(error),
+                            words_or_null(dropped), launch.stream());
+    launch.check();
+  }
+}
+
+void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
+                     const at::Tensor& starts) {
+  check_low_rank_decode(p, q, out, starts);
+  const MatrixBatch batch{p.size(0), p.size(1), q.size(1), p.size(2)};
+  const Launch launch(out);
+  cuda::low_rank_decode(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(),
+                        starts.const_data_ptr<int64_t>(), grad_type(out), out.mutable_data_ptr(), out.numel(),
+                        launch.stream());
+  launch.check();
+}
+
+void gather_segments(const at::Tensor& source, const at::Tensor& table, const at::Tensor& message,
+                     const OptionalTensor& dropped) {
+  check_gather_segments(source, table, message, dropped);
+  const Launch launch(message);
+  cuda::gather_segments(source.const_data_ptr(), grad_type(source), source.numel(), segments_of(table),
+                        table.size(0), floats(message), message.numel(), words_or_null(dropped),
+                        launch.stream());
+  launch.check();
+}
+
+void scatter_segments(const at::Tensor& message, const at::Tensor& table, const at::Tensor& out) {
+  check_scatter_segments(message, table, out);
+  const Launch launch(message);
+  cuda::scatter_segments(message.const_data_ptr<float>(), message.numel(), segments_of(table), table.size(0),
+                         grad_type(out), out.mutable_data_ptr(), out.numel(), launch.stream());
+  launch.check();
+}
+
 void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {
   check_orthogonalize(matrices, workspace);
   const Launch launch(matrices);
@@ -131,16 +191,9 @@ void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dear, CUDA, m) {
-  m.impl("error_correct", error_correct);
-  m.impl("sign_encode", sign_encode);
-  m.impl("sign_vote", sign_vote);
-  m.impl("sign_average", sign_average);
-  m.impl("sign_decode", sign_decode);
-  m.impl("topk_threshold", topk_threshold);
-  m.impl("topk_select", topk_select);
-  m.impl("topk_accumulate", topk_accumulate);
-  m.impl("topk_decode", topk_decode);
-  m.impl("orthogonalize", orthogonalize);
+#define DEAR_IMPLEMENT(name) m.impl(#name, name);
+  DEAR_FOR_EACH_OPERATOR(DEAR_IMPLEMENT)
+#undef DEAR_IMPLEMENT
 }
 
 }  // namespace dear::compress

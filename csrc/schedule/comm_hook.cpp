@@ -5,39 +5,54 @@
 namespace dear {
 namespace {
 
+using Future = c10::intrusive_ptr<c10::ivalue::Future>;
+
 struct HookState {
-  std::shared_ptr<Scheduler> scheduler;
+  std::function<Future(c10d::GradBucket&)> on_bucket;
   std::shared_ptr<HookCalls> calls;
-  std::function<bool()> holds_gil;
+  HoldsGil holds_gil;
 };
 
-class SchedulerHook : public c10d::CppCommHookInterface<HookState> {
+class Hook : public c10d::CppCommHookInterface<HookState> {
  public:
   using CppCommHookInterface::CppCommHookInterface;
 
   // Runs on the autograd thread under the reducer's mutex. The bucket lives on the caller's stack, so its
-  // tensors are copied out. The future is complete at once: nobody waits for communication inside backward().
-  c10::intrusive_ptr<c10::ivalue::Future> runHook(c10d::GradBucket& bucket) override {
+  // tensors are copied out.
+  Future runHook(c10d::GradBucket& bucket) override {
     ++state_.calls->total;
     if (state_.holds_gil()) ++state_.calls->with_gil;
-    state_.scheduler->on_bucket(bucket.getIndex(),
-                                {bucket.getBuffer(), bucket.getParameters(), bucket.getGradients()},
-                                bucket.isLast());
-    std::vector<c10::Device> devices;
-    if (!bucket.getBuffer().device().is_cpu()) devices.push_back(bucket.getBuffer().device());
-    auto future = c10::make_intrusive<c10::ivalue::Future>(c10::TensorType::get(), devices);
-    future->markCompleted(c10::IValue(bucket.getBuffer()));
-    return future;
+    return state_.on_bucket(bucket);
   }
 };
+
+Bucket copy_out(c10d::GradBucket& bucket) {
+  return {bucket.getBuffer(), bucket.getParameters(), bucket.getGradients()};
+}
 
 }  // namespace
 
 void register_scheduler(c10d::Reducer& reducer, std::shared_ptr<Scheduler> scheduler,
-                        std::shared_ptr<HookCalls> calls, std::function<bool()> holds_gil) {
-  reducer.register_comm_hook(std::make_unique<SchedulerHook>(
-      HookState{std::move(scheduler), std::move(calls), std::move(holds_gil)}));
+                        std::shared_ptr<HookCalls> calls, HoldsGil holds_gil) {
+  const auto on_bucket = [scheduler = std::move(scheduler)](c10d::GradBucket& bucket) {
+    scheduler->on_bucket(bucket.getIndex(), copy_out(bucket), bucket.isLast());
+    // Complete at once: nobody waits for communication inside backward().
+    Future future = make_future(bucket.getBuffer());
+    future->markCompleted(c10::IValue(bucket.getBuffer()));
+    return future;
+  };
+  reducer.register_comm_hook(
+      std::make_unique<Hook>(HookState{on_bucket, std::move(calls), std::move(holds_gil)}));
   reducer.set_optimizer_in_backward();
+}
+
+void register_driver(c10d::Reducer& reducer, std::shared_ptr<CompressDriver> driver,
+                     std::shared_ptr<HookCalls> calls, HoldsGil holds_gil) {
+  const auto on_bucket = [driver = std::move(driver)](c10d::GradBucket& bucket) {
+    return driver->on_bucket(bucket.getIndex(), copy_out(bucket));
+  };
+  reducer.register_comm_hook(
+      std::make_unique<Hook>(HookState{on_bucket, std::move(calls), std::move(holds_gil)}));
 }
 
 }  // namespace dear

@@ -4,6 +4,7 @@
 #include <memory>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
+#include "schedule/compress_driver.h"
 #include "schedule/scheduler.h"
 
 namespace dear {
@@ -14,9 +15,16 @@ struct HookCalls {
   int64_t with_gil = 0;
 };
 
+// Tells whether the calling thread holds the interpreter lock.
+using HoldsGil = std::function<bool()>;
+
 // Registers the scheduler as the one communication hook of a DDP reducer, and tells the reducer to leave
-// .grad alone afterwards. `holds_gil` tells whether the calling thread holds the interpreter lock.
+// .grad alone afterwards.
 void register_scheduler(c10d::Reducer& reducer, std::shared_ptr<Scheduler> scheduler,
-                        std::shared_ptr<HookCalls> calls, std::function<bool()> holds_gil);
+                        std::shared_ptr<HookCalls> calls, HoldsGil holds_gil);
+
+// Registers a compressor's driver: .grad becomes the aggregate.
+void register_driver(c10d::Reducer& reducer, std::shared_ptr<CompressDriver> driver,
+                     std::shared_ptr<HookCalls> calls, HoldsGil holds_gil);
 
 }  // namespace dear

@@ -3,6 +3,11 @@
 #include <torch/csrc/autograd/engine.h>
 
 namespace dear {
+namespace {
+
+std::string group_label(size_t index) { return "fusion group " + std::to_string(index); }
+
+}  // namespace
 
 Scheduler::Scheduler(std::shared_ptr<Lane> reduce_lane, std::shared_ptr<Lane> gather_lane,
                      bool gather_gradients)
@@ -20,6 +25,10 @@ void Scheduler::on_bucket(size_t index, Bucket bucket, bool last) {
     synchronize();
     layout_is_new_ = !same_layout(0, bucket);
     has_gradients_ = true;
+    if (pipeline_) {
+      pipeline_->begin_step();
+      dropped_.zero_();
+    }
   }
   if (!layout_is_new_) {
     // DDP rebuilds all of its buckets or none, so the first one has told.
@@ -65,24 +74,75 @@ void Scheduler::set_groups(const std::vector<size_t>& sizes, std::vector<size_t>
     group.first = group_of_bucket_.size();
     group.last = group.first + size;
     TORCH_CHECK(size > 0 && group.last <= buffers_.size(), "Fusion groups must cover the buckets exactly.");
-    std::vector<Part> to_reduce;
-    std::vector<Part> to_gather;
-    for (size_t i = group.first; i < group.last; ++i) {
-      to_reduce.push_back({buckets_[i].buffer.view(-1), buffers_[i].shard});
-      to_gather.push_back({buffers_[i].full, buffers_[i].shard});
-    }
-    const std::string label = "fusion group " + std::to_string(groups_.size());
-    group.reduce =
-        reduce_lane_->make_exchange(Phase::kReduceScatter, Reduction::kAverage, std::move(to_reduce), label);
-    group.gather =
-        gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum, std::move(to_gather), label);
-    if (gather_gradients_) group.gather->set_prerequisite(group.reduce);
+    pipeline_ ? make_compressed(group) : make_dense(group);
     group_of_bucket_.resize(group.last, groups_.size());
     groups_.push_back(std::move(group));
   }
   TORCH_CHECK(group_of_bucket_.size() == buffers_.size() && gather_order.size() == groups_.size(),
               "Fusion groups must cover the buckets exactly.");
   gather_order_ = std::move(gather_order);
+}
+
+void Scheduler::forget_layout() {
+  synchronize();
+  groups_.clear();
+  gather_order_.clear();
+}
+
+void Scheduler::make_dense(Group& group) {
+  std::vector<Part> to_reduce;
+  std::vector<Part> to_gather;
+  for (size_t i = group.first; i < group.last; ++i) {
+    to_reduce.push_back({buckets_[i].buffer.view(-1), buffers_[i].shard});
+    to_gather.push_back({buffers_[i].full, buffers_[i].shard});
+  }
+  const std::string label = group_label(groups_.size());
+  const auto reduce =
+      reduce_lane_->make_exchange(Phase::kReduceScatter, Reduction::kAverage, std::move(to_reduce), label);
+  const auto gather =
+      gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum, std::move(to_gather), label);
+  if (gather_gradients_) {
+    gather->set_turn([reduce]() -> std::shared_ptr<Exchange> {
+      reduce->wait();
+      return nullptr;
+    });
+  }
+  group.reduce = std::make_unique<DenseHalf>(reduce_lane_, reduce);
+  group.gather = std::make_unique<DenseHalf>(gather_lane_, gather);
+}
+
+void Scheduler::make_compressed(Group& group) {
+  Relays relays;
+  for (size_t i = group.first; i < group.last; ++i) {
+    relays.insert(relays.end(), relays_.at(i).begin(), relays_.at(i).end());
+  }
+  group.reduce = std::make_unique<FirstPhase>(relays);
+  group.gather = std::make_unique<SecondPhase>(relays);
+  group.relays = std::move(relays);
+}
+
+void Scheduler::set_pipeline(std::shared_ptr<Pipeline> pipeline) {
+  TORCH_CHECK(gather_gradients_, "Compressed gradients are gathered, not the parameters.");
+  pipeline_ = std::move(pipeline);
+  const auto options = at::TensorOptions().device(pipeline_->device()).dtype(at::kInt);
+  dropped_ = at::zeros({pipeline_->world()}, options);
+  const at::Tensor own = dropped_.narrow(0, pipeline_->rank(), 1);
+  tell_dropped_ = gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum, {{dropped_, own}},
+                                              "the finiteness check");
+}
+
+void Scheduler::submit_dropped() {
+  at::Tensor own = dropped_.narrow(0, pipeline_->rank(), 1);
+  for (const Group& group : groups_) {
+    for (const auto& relay : group.relays) own.add_(relay->dropped());
+  }
+  gather_lane_->submit(tell_dropped_);
+}
+
+bool Scheduler::any_dropped() {
+  if (!pipeline_) return false;
+  tell_dropped_->wait();
+  return dropped_.ne(0).any().item<bool>();
 }
 
 void Scheduler::submit_all() {
@@ -95,12 +155,12 @@ void Scheduler::submit_reduce(size_t index) {
   group.versions.clear();
   for (size_t i = group.first; i < group.last; ++i) group.versions.push_back(buckets_[i].buffer._version());
   group.reducing = true;
-  const int world = reduce_lane_->world();
-  bytes_sent_ += group.reduce->bytes() * (world - 1) / world;
-  reduce_lane_->submit(group.reduce);
+  bytes_sent_ += group.reduce->bytes_sent();
+  group.reduce->start();
 }
 
 void Scheduler::submit_gathers_in_order() {
+  if (pipeline_) submit_dropped();
   for (const size_t group : gather_order_) submit_gather(group);
 }
 
@@ -109,28 +169,27 @@ void Scheduler::submit_gather(size_t index) {
   if (group.gathering) wait_gathered(index);
   group.gathering = true;
   ++gathering_;
-  const int world = gather_lane_->world();
-  bytes_sent_ += group.gather->bytes() * (world - 1) / world;
-  gather_lane_->submit(group.gather);
+  bytes_sent_ += group.gather->bytes_sent();
+  group.gather->start();
 }
 
 template <typename Wait>
-void Scheduler::timed_wait(const std::shared_ptr<Exchange>& exchange, int64_t* total, Wait wait) {
+void Scheduler::timed_wait(const Half& half, size_t group, int64_t* total, Wait wait) {
   const int64_t start = now_ns();
   wait();
   const int64_t end = now_ns();
   *total += end - start;
   if (!tracing_) return;
-  const std::string name = exchange->label();
-  trace(phase_name(exchange->phase()), name, exchange->start_ns(), exchange->end_ns());
-  if (end - start > 50'000)
-    trace("wait", std::string(phase_name(exchange->phase())) + " of " + name, start, end);
+  const std::string name = group_label(group);
+  const std::string phase = phase_name(half.phase());
+  trace(phase, name, half.start_ns(), half.end_ns());
+  if (end - start > 50'000) trace("wait", phase + " of " + name, start, end);
 }
 
 void Scheduler::wait_reduced(size_t index) {
   Group& group = groups_.at(index);
   if (!group.reducing) return;
-  timed_wait(group.reduce, &waits_.reduce_scatter_ns, [&] { group.reduce->wait(); });
+  timed_wait(*group.reduce, index, &waits_.reduce_scatter_ns, [&] { group.reduce->wait(); });
   group.reducing = false;
   TORCH_CHECK(untouched(group), "Gradients of fusion group ", index,
               " were written to while they were being "
@@ -157,7 +216,7 @@ void Scheduler::wait_gathered(size_t index) {
   Group& group = groups_.at(index);
   if (!group.gathering) return;
   if (gather_gradients_) wait_reduced(index);
-  timed_wait(group.gather, &waits_.all_gather_ns, [&] { group.gather->wait(); });
+  timed_wait(*group.gather, index, &waits_.all_gather_ns, [&] { group.gather->wait(); });
   group.gathering = false;
   --gathering_;
   if (gather_gradients_) return;
@@ -184,6 +243,7 @@ void Scheduler::trace(const std::string& lane, const std::string& name, int64_t 
 void Scheduler::abort(const std::string& reason) {
   reduce_lane_->abort(reason);
   gather_lane_->abort(reason);
+  if (pipeline_) pipeline_->abort(reason);
 }
 
 }  // namespace dear

@@ -9,16 +9,11 @@
 #include <vector>
 
 #include "collectives/exchange.h"
+#include "schedule/bucket.h"
+#include "schedule/half.h"
 #include "schedule/trace.h"
 
 namespace dear {
-
-// A bucket as DDP's reducer handed it over: the flat local gradients and the parameters in it.
-struct Bucket {
-  at::Tensor buffer;
-  std::vector<at::Tensor> params;
-  std::vector<at::Tensor> grads;  // views of `buffer`
-};
 
 // What this library keeps for a bucket. The reduce-scatter reads DDP's buffer and writes `shard`; the
 // all-gather completes `full`. With update="sharded", `full` holds the parameters and `shard` the gradient of
@@ -67,8 +62,21 @@ class Scheduler {
   // Fusion groups of consecutive buckets, by the number of buckets in each; `gather_order` lists groups.
   // Waits for what is in flight.
   void set_groups(const std::vector<size_t>& sizes, std::vector<size_t> gather_order);
+  // The next backward pass brings a new layout, whatever its buckets. Waits for what is in flight.
+  void forget_layout();
   // Reduces the buckets that were delivered while the layout was unknown.
   void submit_all();
+
+  // --- compression; needs `gather_gradients` ---
+
+  // Gradients go through this pipeline from now on, which shares the gather lane.
+  void set_pipeline(std::shared_ptr<Pipeline> pipeline);
+  // The compressed groups of each incoming bucket; before set_groups(), which then gives each fusion group
+  // those of its buckets.
+  void set_relays(std::vector<Relays> relays) { relays_ = std::move(relays); }
+  // Whether on any rank a gradient of the last backward pass was not finite. Waits until all ranks have said
+  // so, which none can do before it has finished its backward pass; reads the device.
+  bool any_dropped();
 
   // --- the step ---
 
@@ -88,7 +96,7 @@ class Scheduler {
   // --- looking on ---
 
   WaitTimes take_wait_times() { return std::exchange(waits_, WaitTimes{}); }
-  int64_t bytes_sent() const { return bytes_sent_; }
+  int64_t bytes_sent() const { return bytes_sent_ + (pipeline_ ? pipeline_->bytes_sent.load() : 0); }
   void start_trace() { tracing_ = true; }
   std::vector<TraceEvent> stop_trace();
   void trace(const std::string& lane, const std::string& name, int64_t start_ns, int64_t end_ns);
@@ -99,8 +107,9 @@ class Scheduler {
   struct Group {
     size_t first = 0;  // bucket
     size_t last = 0;   // one past
-    std::shared_ptr<Exchange> reduce;
-    std::shared_ptr<Exchange> gather;
+    std::unique_ptr<Half> reduce;
+    std::unique_ptr<Half> gather;
+    Relays relays;  // where there is a compressor
     bool reducing = false;
     bool gathering = false;
     std::vector<uint32_t> versions;  // of the buckets' buffers when they were submitted
@@ -108,11 +117,14 @@ class Scheduler {
 
   bool same_layout(size_t index, const Bucket& bucket) const;
   bool untouched(const Group& group) const;
+  void make_dense(Group& group);
+  void make_compressed(Group& group);
   void submit_reduce(size_t group);
   void submit_gathers_in_order();
   void finish_backward();
   template <typename Wait>
-  void timed_wait(const std::shared_ptr<Exchange>& exchange, int64_t* total, Wait wait);
+  void timed_wait(const Half& half, size_t group, int64_t* total, Wait wait);
+  void submit_dropped();
 
   std::shared_ptr<Lane> reduce_lane_;
   std::shared_ptr<Lane> gather_lane_;
@@ -129,6 +141,11 @@ class Scheduler {
   bool layout_is_new_ = false;
   bool has_gradients_ = false;
   int gathering_ = 0;
+
+  std::shared_ptr<Pipeline> pipeline_;  // null: dense
+  std::vector<Relays> relays_;          // by bucket
+  at::Tensor dropped_;                  // int32 [ranks]: by each rank
+  std::shared_ptr<Exchange> tell_dropped_;
 
   WaitTimes waits_;
   int64_t bytes_sent_ = 0;

@@ -48,18 +48,33 @@ DEAR_CLONES int64_t correct_block(const float* grad, const float* error, float* 
   return count;
 }
 
+DEAR_CLONES uint32_t correct_values(const float* grad, float* error, int64_t n) {
+  uint32_t count = 0;
+  DEAR_SIMD_SUM(count)
+  for (int64_t i = 0; i < n; ++i) {
+    const float sum = grad[i] + error[i];
+    const bool finite = is_finite(sum);
+    count += finite ? 0u : 1u;
+    error[i] = finite ? sum : error[i];
+  }
+  return count;
+}
+
+int64_t correct_run(const void* grad, GradType type, float* error, int64_t n) {
+  float scratch[kBlock];
+  int64_t count = 0;
+  for (int64_t offset = 0; offset < n; offset += kBlock) {
+    const int64_t length = std::min(kBlock, n - offset);
+    const float* values = load_block(element(grad, type, offset), type, length, scratch);
+    count += correct_values(values, error + offset, length);
+  }
+  return count;
+}
+
 int64_t error_correct(const void* grad, GradType type, float* error, int64_t n) {
   std::atomic<int64_t> dropped{0};
-  at::parallel_for(0, block_count(n), kGrainBlocks, [&](int64_t first, int64_t last) {
-    float scratch[kBlock];
-    double magnitude;
-    int64_t count = 0;
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t offset = block * kBlock;
-      const int64_t length = std::min(kBlock, n - offset);
-      const float* values = load_block(element(grad, type, offset), type, length, scratch);
-      count += correct_block(values, error + offset, error + offset, length, &magnitude);
-    }
+  at::parallel_for(0, n, kGrainBlocks * kBlock, [&](int64_t first, int64_t last) {
+    const int64_t count = correct_run(element(grad, type, first), type, error + first, last - first);
     dropped.fetch_add(count, std::memory_order_relaxed);
   });
   return dropped.load();

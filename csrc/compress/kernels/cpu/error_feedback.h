@@ -15,7 +15,10 @@ namespace dear::compress::cpu {
 // Returns how many elements were dropped, and in *magnitude the sum of |corrected|.
 int64_t correct_block(const float* grad, const float* error, float* corrected, int64_t n, double* magnitude);
 
-// error += grad over n elements of any gradient type, threaded. Returns how many elements were dropped.
+// error += grad over n elements of any gradient type, on the calling thread. Returns how many were dropped.
+int64_t correct_run(const void* grad, GradType type, float* error, int64_t n);
+
+// The same, threaded.
 int64_t error_correct(const void* grad, GradType type, float* error, int64_t n);
 
 }  // namespace dear::compress::cpu

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "compress/kernels/cpu/isa.h"
+#include "compress/kernels/cpu/scratch.h"
 #include "compress/layout.h"
 
 namespace dear::compress::cpu {
@@ -175,13 +176,6 @@ DEAR_CLONES Status invert_cholesky(double* gram, int64_t r, int64_t stride, doub
 
 namespace {
 
-// Scratch that grows to its largest use and stays: no allocation in steady state.
-double* thread_scratch(int64_t size) {
-  static thread_local std::vector<double> scratch;
-  if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
-  return scratch.data();
-}
-
 // Gram-Schmidt, every column made orthogonal twice, for matrices whose columns depend on each other.
 void gram_schmidt(float* matrix, int64_t rows, int64_t columns) {
   std::vector<double> basis(rows * columns);
@@ -256,7 +250,7 @@ struct Batch {
       const double* other = gram(matrix, part);
       for (int64_t i = 0; i < square; ++i) total[i] += other[i];
     }
-    status[matrix] = invert_cholesky(total, columns, stride, thread_scratch(2 * columns));
+    status[matrix] = invert_cholesky(total, columns, stride, thread_scratch<double>(2 * columns));
   }
 
   void apply_part(int64_t matrix, int64_t part) const {
@@ -278,7 +272,7 @@ struct Batch {
 
  private:
   double* zeroed_tile() const {
-    double* tile = thread_scratch(2 * kTileRows * stride);
+    double* tile = thread_scratch<double>(2 * kTileRows * stride);
     std::fill(tile, tile + kTileRows * stride, 0.0);
     return tile;
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
@@ -70,6 +71,12 @@ DEAR_CLONES int64_t mask_words(const float* values, int64_t words, uint32_t thre
   return count;
 }
 
+DEAR_CLONES int64_t count_at_least(const uint32_t* values, int64_t n, uint32_t limit) {
+  uint32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += values[i] >= limit;
+  return count;
+}
+
 DEAR_CLONES int64_t count_equal(const float* values, int64_t n, uint32_t threshold) {
   uint32_t count = 0;
   for (int64_t i = 0; i < n; ++i) count += (float_bits(values[i]) & ~kSignBit) == threshold;
@@ -96,25 +103,34 @@ void count_digit(const uint32_t* values, int64_t n, int digit, uint32_t prefix, 
   }
 }
 
+// Calls visit(magnitudes, length) for the blocks [first, last), with |grad + error| as bits.
+template <typename Visit>
+void for_magnitudes(const void* grad, GradType type, const float* error, int64_t n, int64_t first,
+                    int64_t last, const Visit& visit) {
+  float scratch[kBlock];
+  uint32_t bits[kBlock];
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t offset = block * kBlock;
+    const int64_t length = std::min(kBlock, n - offset);
+    if (grad == nullptr) {
+      magnitudes(error + offset, length, bits);
+    } else {
+      const float* values = load_block(element(grad, type, offset), type, length, scratch);
+      magnitudes_of_sum(values, error + offset, length, bits);
+    }
+    visit(bits, length);
+  }
+}
+
 Histogram histogram_of_digit(const void* grad, GradType type, const float* error, int64_t n, int digit,
                              uint32_t prefix) {
   Histogram total{};
   std::mutex mutex;
   at::parallel_for(0, block_count(n), kGrainBlocks, [&](int64_t first, int64_t last) {
     Histogram local[2] = {};
-    float scratch[kBlock];
-    uint32_t bits[kBlock];
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t offset = block * kBlock;
-      const int64_t length = std::min(kBlock, n - offset);
-      if (grad == nullptr) {
-        magnitudes(error + offset, length, bits);
-      } else {
-        const float* values = load_block(element(grad, type, offset), type, length, scratch);
-        magnitudes_of_sum(values, error + offset, length, bits);
-      }
-      count_digit(bits, length, digit, prefix, local);
-    }
+    for_magnitudes(grad, type, error, n, first, last, [&](const uint32_t* values, int64_t length) {
+      count_digit(values, length, digit, prefix, local);
+    });
     const std::lock_guard<std::mutex> guard(mutex);
     for (int64_t bin = 0; bin < kHistogramBins; ++bin) total[bin] += local[0][bin] + local[1][bin];
   });
@@ -137,6 +153,20 @@ void topk_threshold(const void* grad, GradType type, const float* error, int64_t
   *ties = static_cast<int32_t>(wanted);
 }
 
+void topk_refresh(const void* grad, GradType type, const float* error, int64_t n, int64_t k, int64_t slack,
+                  float* threshold, int32_t* ties) {
+  const uint32_t limit = magnitude_bits(*threshold);
+  std::atomic<int64_t> selected{0};
+  at::parallel_for(0, block_count(n), kGrainBlocks, [&](int64_t first, int64_t last) {
+    int64_t count = 0;
+    for_magnitudes(grad, type, error, n, first, last, [&](const uint32_t* values, int64_t length) {
+      count += count_at_least(values, length, limit);
+    });
+    selected.fetch_add(count, std::memory_order_relaxed);
+  });
+  if (std::abs(selected.load() - k) > slack) topk_threshold(grad, type, error, n, k, threshold, ties);
+}
+
 SelectCounts topk_select(const void* grad, GradType type, float* error, int64_t n, float threshold,
                          int32_t ties, int64_t shard_numel, int64_t owners, int64_t capacity,
                          int32_t* payload, int32_t* masks, int32_t* counts) {
@@ -147,17 +177,12 @@ SelectCounts topk_select(const void* grad, GradType type, float* error, int64_t 
   // 1. Correct the error in place; note what passes the threshold, one bit each, and how many per block.
   std::atomic<int64_t> dropped{0};
   at::parallel_for(0, blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
-    float scratch[kBlock];
     int64_t bad = 0;
     for (int64_t block = first; block < last; ++block) {
       const int64_t offset = block * kBlock;
       const int64_t length = std::min(kBlock, n - offset);
       float* values = error + offset;
-      if (grad != nullptr) {
-        double magnitude;
-        const float* source = load_block(element(grad, type, offset), type, length, scratch);
-        bad += correct_block(source, values, values, length, &magnitude);
-      }
+      if (grad != nullptr) bad += correct_run(element(grad, type, offset), type, values, length);
       int32_t* block_masks = masks + block * kBlockWords;
       const int64_t whole = length / kWordBits;
       int64_t count = mask_words(values, whole, limit, block_masks);

@@ -19,6 +19,11 @@ namespace dear::compress::cpu {
 void topk_threshold(const void* grad, GradType type, const float* error, int64_t n, int64_t k,
                     float* threshold, int32_t* ties);
 
+// Keeps the threshold that stands while the number of |grad + error| at or above it lies within `slack` of k;
+// otherwise threshold and ties become those of topk_threshold.
+void topk_refresh(const void* grad, GradType type, const float* error, int64_t n, int64_t k, int64_t slack,
+                  float* threshold, int32_t* ties);
+
 struct SelectCounts {
   int64_t found;    // elements at or above the threshold, before capacities
   int64_t dropped;  // elements where grad + error was not finite

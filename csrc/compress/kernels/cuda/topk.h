@@ -15,7 +15,8 @@ struct TopkWorkspace {
   int32_t* masks;   // kBlockWords per block: one bit per element at or above the threshold
   int32_t* counts;  // two per block: first those above and those equal; then where to write, and ties to take
   uint32_t* histogram;  // kHistogramBins for each of the three digits
-  uint32_t* state;      // 0: the bits found so far, 1: the rank wanted among those that share them
+  uint32_t* state;  // 0: the bits found so far, 1: the rank wanted among those that share them, 2: how many
+                    // elements the threshold that stands selects
 
   TopkWorkspace(int32_t* base, int64_t n)
       : masks(base),
@@ -26,6 +27,9 @@ struct TopkWorkspace {
 
 void topk_threshold(const void* grad, GradType type, const float* error, int64_t n, int64_t k,
                     float* threshold, int32_t* ties, int32_t* workspace, cudaStream_t stream);
+
+void topk_refresh(const void* grad, GradType type, const float* error, int64_t n, int64_t k, int64_t slack,
+                  float* threshold, int32_t* ties, int32_t* workspace, cudaStream_t stream);
 
 // `threshold` and `ties` (null: all) are read on the device. stats[0] is raised by the number of elements
 // selected before capacities, stats[1] by the number that were not finite.

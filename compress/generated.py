@@ -1,0 +1,59 @@
+"""A compressor written in Python, as the codec that the native pipeline drives."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.exchange import Steps
+from compress.group import Group
+from dear import _C
+
+if TYPE_CHECKING:
+    from compress.compressor import Compressor
+
+
+class GeneratedCodec:
+    """Advances a compressor's generator of exchanges; called by the native ``PythonCodec``, with the GIL."""
+
+    def __init__(self, compressor: Compressor, group: Group) -> None:
+        self._compressor = weakref.ref(compressor)  # which holds the group, which holds this
+        self._group = group
+        self._exchanges: Steps = iter(())
+        self._source = torch.empty(0)
+
+    def native(self) -> _C.Codec:
+        """The codec for the pipeline."""
+        return _C.PythonCodec(self._group.dropped, self)
+
+    def stages(self, step: int) -> int:
+        return self._alive().exchanges
+
+    def compresses(self, step: int) -> bool:
+        return True
+
+    def bind(self, gradient: Tensor, result: Tensor) -> None:
+        self._source, self._group.gradient = gradient, result
+
+    def advance(self, step: int, stage: int) -> tuple[_C.Phase, Tensor, Tensor | None] | None:
+        group = self._group
+        if stage == 0:
+            if self._source.data_ptr() != group.gradient.data_ptr():  # which a compressor may write to, and DDP's not
+                group.gradient.copy_(self._source)
+            group.step, group.bad = step, None
+            group.dropped.zero_()
+            self._exchanges = self._alive().compressed_steps(group)
+        exchange = next(self._exchanges, None)
+        return None if exchange is None else exchange.message(group.rank, group.world)
+
+    def bad(self) -> Tensor | None:
+        return self._group.bad
+
+    def _alive(self) -> Compressor:
+        compressor = self._compressor()
+        if compressor is None:
+            raise RuntimeError("The compressor was dropped while its model was training: keep a reference to it.")
+        return compressor

@@ -1,0 +1,122 @@
+"""Compression under the DeAR schedule: the second phase moves under the next forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from compress.agree import agree
+from compress.compressor import Compressor
+from compress.driver import Driver, facts, not_finite
+from dear import _C
+
+Verdict = Literal["good", "bad", "skip"]
+
+
+class ScheduleDriver(Driver):
+    """What ``dear.attach(..., compressor=...)`` puts between the scheduler and a compressor.
+
+    The scheduler keeps the order and the waits; here are groups by bucket, and what becomes of a step in which a
+    gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        model: DDP,
+        device: torch.device,
+        lanes: Sequence[_C.Lane],
+        algorithm: str,
+        forget: Callable[[], None],
+        synchronize: Callable[[], None],
+    ) -> None:
+        super().__init__(compressor, device, lanes=lanes, algorithm=algorithm)
+        self._names = {id(param): name for name, param in model.module.named_parameters()}
+        self._forget, self._synchronize = forget, synchronize
+        self._measure = compressor.take_measure()
+
+    def synchronize(self) -> None:
+        self._synchronize()
+
+    def forget_groups(self) -> None:
+        super().forget_groups()
+        self._forget()
+
+    def measure_next(self) -> None:
+        self._measure = True
+
+    def relays(self, buckets: list[_C.Bucket], full: list[Tensor]) -> list[list[_C.Relay]]:
+        """By bucket, the relays from its local gradients to its flat results."""
+        self.bounds.clear()
+        relays = []
+        for index, (bucket, result) in enumerate(zip(buckets, full, strict=True)):
+            names = [self._names[id(param)] for param in bucket.params]
+            relays.append(self.bind(index, names, bucket.params, bucket.grads, bucket.buffer.view(-1), result))
+        return relays
+
+    def measure(self) -> None:
+        """If that was asked for, compares this step with a dense one. Everything has been exchanged; collective."""
+        if self._measure:
+            self._measure = False
+            self._synchronize()
+            for index in self.bounds:
+                self.note_exact(index)
+            self.compare_exact()
+
+    def judge_bad(self) -> Verdict:
+        """What becomes of a step in which some rank's gradient was not finite. Everything has been exchanged.
+
+        Raises:
+            RuntimeError: with ``nonfinite="raise"``.
+        """
+        every = [bound for bounds in self.bounds.values() for bound in bounds]
+        bad = [bound for bound in every if bound.relay.is_bad()] or every
+        if self.compressor.nonfinite == "raise":
+            raise not_finite(bad[0])
+        for bound in every:
+            bound.relay.roll_back()
+        if self.compressor.nonfinite == "skip":
+            return "skip"
+        for bound in bad:
+            for index in range(len(bound.begins)):
+                bound.result(index).fill_(torch.nan)
+        return "bad"
+
+    def keep_unused(self, index: int, unused: set[torch.nn.Parameter]) -> None:
+        """The bucket's results for parameters that no rank has used, which nobody applies, go back to the error."""
+        names = {self._names[id(param)] for param in unused}
+        for bound in self.bounds[index]:
+            for number, member in enumerate(bound.group.members):
+                error = self.compressor.feedback.errors.get(member.name)
+                if member.name in names and error is not None and bound.relay.compressed():
+                    error.add_(bound.result(number))
+
+    def stats_of_last_step(self) -> dict[str, Any]:
+        """Of the last step that has surely finished, without waiting: what was computed, in ms."""
+        return self.times(self.pipeline.counts_of_last_step)
+
+    def release(self) -> None:
+        """Gives the compressor back, with its state."""
+        self.compressor.driver = None
+        self.compressor.step = self.pipeline.steps
+
+
+def check(compressor: Any, model: DDP) -> None:
+    """Refuses what cannot be attached, the same on every rank, before anything is changed. Collective.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: one sentence says what and why.
+    """
+    if not isinstance(compressor, Compressor):
+        raise TypeError(
+            f"compressor must be one of compress's, such as compress.ACPSGD(), not {type(compressor).__name__}."
+        )
+    if compressor.driver is not None:
+        raise RuntimeError("This compressor serves a model already, and keeps its state: make another one.")
+    compressor.process_group = model.process_group
+    sizes = {name: param.numel() for name, param in model.module.named_parameters() if param.requires_grad}
+    agree(compressor.ranks(), facts(compressor), compressor.stranger(sizes))

@@ -1,0 +1,104 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <memory>
+#include <optional>
+
+#include "collectives/exchange.h"
+
+namespace dear::compress {
+
+// What one exchange of a step moves: a Part, and how.
+struct Message {
+  Phase phase;
+  at::Tensor full;
+  at::Tensor shard;  // undefined for an all-gather
+};
+
+// What a compressor makes of one group's gradient.
+//
+// Note [Stages]
+// advance(step, 0) encodes, and returns the first message; advance(step, s) works on what message s - 1
+// brought, and returns message s; advance(step, stages) decodes, and returns nothing. How many there are
+// depends on the step alone, and so is the same on every rank; so are the lengths of messages. An all-to-all
+// can come first only. Steps count from 0.
+//
+// Threads: one call at a time, by whichever thread's turn it is.
+class Codec {
+ public:
+  virtual ~Codec() = default;
+  virtual size_t stages(int64_t step) const = 0;
+  virtual std::optional<Message> advance(int64_t step, size_t stage) = 0;
+
+  // From where and to where, both flat [n] of the gradient's type: this rank's gradient, which is only read,
+  // and the aggregate. They may be one.
+  virtual void bind(at::Tensor gradient, at::Tensor result) {
+    gradient_ = std::move(gradient);
+    result_ = std::move(result);
+  }
+  // How many elements of this rank's gradient were not finite: int32 [1], known once stage 0 is done.
+  virtual at::Tensor dropped() const { return dropped_; }
+  // Not zero somewhere if any rank dropped anything; known when the result stands.
+  virtual at::Tensor bad() const { return bad_; }
+  // Whether this step goes out compressed.
+  virtual bool compresses(int64_t step) const { return true; }
+
+ protected:
+  explicit Codec(at::Device device)
+      : dropped_(at::zeros({1}, at::TensorOptions().device(device).dtype(at::kInt))) {}
+
+  at::Tensor gradient_;
+  at::Tensor result_;
+  at::Tensor dropped_;
+  at::Tensor bad_;
+};
+
+// Every element, as it is: the first steps, and groups that are not worth compressing.
+class DenseCodec : public Codec {
+ public:
+  DenseCodec(at::Device device, int64_t rank, int64_t world) : Codec(device), rank_(rank), world_(world) {}
+  size_t stages(int64_t) const override { return 2; }
+  std::optional<Message> advance(int64_t step, size_t stage) override;
+  void bind(at::Tensor gradient, at::Tensor result) override;
+  bool compresses(int64_t) const override { return false; }
+
+ private:
+  const int64_t rank_;
+  const int64_t world_;
+  at::Tensor shard_;
+};
+
+// Dense before `start_step`, compressed from then on.
+class StartingCodec : public Codec {
+ public:
+  StartingCodec(at::Device device, std::shared_ptr<Codec> dense, std::shared_ptr<Codec> compressed,
+                int64_t start_step)
+      : Codec(device),
+        dense_(std::move(dense)),
+        compressed_(std::move(compressed)),
+        start_step_(start_step),
+        now_(dense_) {}
+  size_t stages(int64_t step) const override { return at(step)->stages(step); }
+  std::optional<Message> advance(int64_t step, size_t stage) override {
+    now_ = at(step);
+    return now_->advance(step, stage);
+  }
+  void bind(at::Tensor gradient, at::Tensor result) override {
+    dense_->bind(gradient, result);
+    compressed_->bind(gradient, result);
+  }
+  at::Tensor dropped() const override { return now_->dropped(); }
+  at::Tensor bad() const override { return now_->bad(); }
+  bool compresses(int64_t step) const override { return at(step)->compresses(step); }
+
+ private:
+  const std::shared_ptr<Codec>& at(int64_t step) const { return step < start_step_ ? dense_ : compressed_; }
+
+  std::shared_ptr<Codec> dense_;
+  std::shared_ptr<Codec> compressed_;
+  const int64_t start_step_;
+  std::shared_ptr<Codec> now_;
+};
+
+}  // namespace dear::compress

@@ -1,0 +1,135 @@
+#include "compress/codecs/low_rank.h"
+
+#include "collectives/shard.h"
+#include "compress/ops.h"
+
+namespace dear::compress {
+
+LowRankCodec::LowRankCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
+                           at::Tensor segments, int64_t dense_numel)
+    : Codec(device),
+      batches_(std::move(batches)),
+      rank_(rank),
+      world_(world),
+      segments_(std::move(segments)),
+      dense_numel_(dense_numel) {
+  for (const MatrixBatch& batch : batches_) {
+    const int64_t count = batch.p.size(0), rows = batch.p.size(1), columns = batch.q.size(1);
+    corrected_.push_back(batch.error ? *batch.error : at::empty({count, rows, columns}, batch.p.options()));
+    const int64_t numel = std::max(ops::orthogonalize_workspace(count, rows, batch.p.size(2)),
+                                   ops::orthogonalize_workspace(count, columns, batch.p.size(2)));
+    workspace_.push_back(at::zeros({numel}, batch.p.options().dtype(at::kDouble)));
+  }
+}
+
+LowRankCodec::Average LowRankCodec::make_average(bool of_p, bool with_dense) const {
+  int64_t numel = with_dense ? dense_numel_ + 1 : 0;
+  for (const MatrixBatch& batch : batches_) numel += (of_p ? batch.p : batch.q).numel();
+  Average message;
+  message.flat = at::zeros({numel}, batches_.front().p.options());
+  int64_t start = 0;
+  for (const MatrixBatch& batch : batches_) {
+    const at::Tensor& like = of_p ? batch.p : batch.q;
+    message.factors.push_back(message.flat.narrow(0, start, like.numel()).view(like.sizes()));
+    start += like.numel();
+  }
+  if (with_dense) {
+    message.dense = message.flat.narrow(0, start, dense_numel_);
+    message.flag = message.flat.narrow(0, start + dense_numel_, 1);
+  }
+  const Shards shards{numel, static_cast<int>(world_)};
+  message.shard = message.flat.narrow(0, shards.begin(rank_), shards.size(rank_));
+  return message;
+}
+
+void LowRankCodec::orthogonalize(size_t batch, const at::Tensor& factors) const {
+  const int64_t numel = ops::orthogonalize_workspace(factors.size(0), factors.size(1), factors.size(2));
+  ops::orthogonalize(factors, workspace_[batch].narrow(0, 0, numel));
+}
+
+void LowRankCodec::project(size_t batch, const at::Tensor& fixed, const at::Tensor& factor, bool transposed,
+                           bool corrects, bool keeps_rest) {
+  const bool feedback = batches_[batch].error.has_value();
+  if (corrects && !feedback) corrected_[batch].zero_();
+  ops::low_rank_project(corrects ? std::optional(gradient_) : std::nullopt, corrected_[batch], fixed, factor,
+                        batches_[batch].starts, transposed, keeps_rest && feedback, dropped_);
+}
+
+void LowRankCodec::put_dense(const Average& message) {
+  ops::gather_segments(gradient_, segments_, message.dense, dropped_);
+  message.flag.copy_(dropped_);
+}
+
+void LowRankCodec::write_result(const Average& message) {
+  for (const MatrixBatch& batch : batches_) ops::low_rank_decode(batch.p, batch.q, result_, batch.starts);
+  ops::scatter_segments(message.dense, segments_, result_);
+}
+
+AcpCodec::AcpCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
+                   at::Tensor segments, int64_t dense_numel, int64_t start_step)
+    : LowRankCodec(device, rank, world, std::move(batches), std::move(segments), dense_numel),
+      start_step_(start_step),
+      of_p_(make_average(true, true)),
+      of_q_(make_average(false, true)) {}
+
+std::optional<Message> AcpCodec::advance(int64_t step, size_t stage) {
+  const bool odd = (step - start_step_) % 2 == 0;  // the paper counts from 1
+  const Average& message = odd ? of_p_ : of_q_;
+  switch (stage) {
+    case 0:
+      dropped_.zero_();
+      for (size_t i = 0; i < batches_.size(); ++i) {
+        const at::Tensor& fixed = odd ? batches_[i].q : batches_[i].p;
+        orthogonalize(i, fixed);
+        project(i, fixed, message.factors[i], !odd, /*corrects=*/true, /*keeps_rest=*/true);
+      }
+      put_dense(message);
+      return reduce_scatter(message);
+    case 1:
+      return all_gather(message);
+    default:
+      bad_ = message.flag;
+      for (size_t i = 0; i < batches_.size(); ++i) {
+        (odd ? batches_[i].p : batches_[i].q).copy_(message.factors[i]);
+      }
+      write_result(message);
+      return std::nullopt;
+  }
+}
+
+PowerCodec::PowerCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
+                       at::Tensor segments, int64_t dense_numel)
+    : LowRankCodec(device, rank, world, std::move(batches), std::move(segments), dense_numel),
+      first_(make_average(true, true)),
+      second_(make_average(false, false)) {
+  bad_ = first_.flag;
+}
+
+std::optional<Message> PowerCodec::advance(int64_t, size_t stage) {
+  switch (stage) {
+    case 0:
+      dropped_.zero_();
+      for (size_t i = 0; i < batches_.size(); ++i) {
+        project(i, batches_[i].q, first_.factors[i], false, /*corrects=*/true, /*keeps_rest=*/false);
+      }
+      put_dense(first_);
+      return reduce_scatter(first_);
+    case 1:
+      return all_gather(first_);
+    case 2:
+      for (size_t i = 0; i < batches_.size(); ++i) {
+        batches_[i].p.copy_(first_.factors[i]);
+        orthogonalize(i, batches_[i].p);
+        project(i, batches_[i].p, second_.factors[i], true, /*corrects=*/false, /*keeps_rest=*/true);
+      }
+      return reduce_scatter(second_);
+    case 3:
+      return all_gather(second_);
+    default:
+      for (size_t i = 0; i < batches_.size(); ++i) batches_[i].q.copy_(second_.factors[i]);
+      write_result(first_);
+      return std::nullopt;
+  }
+}
+
+}  // namespace dear::compress

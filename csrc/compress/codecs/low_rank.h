@@ -1,0 +1,89 @@
+#pragma once
+
+#include <vector>
+
+#include "compress/codec.h"
+
+namespace dear::compress {
+
+// All matrices of one shape in a group: B of [n, m], and their factors of rank r. The factors are the same on
+// all ranks, and are kept from step to step.
+struct MatrixBatch {
+  at::Tensor starts;                // int64 [B]: where each one begins in the gradient
+  std::optional<at::Tensor> error;  // [B, n, m] float32, where there is feedback
+  at::Tensor p;                     // [B, n, r]
+  at::Tensor q;                     // [B, m, r]
+};
+
+// What ACP-SGD and Power-SGD share: one pass over a batch to correct and project it, and the members that
+// travel dense in the same message.
+class LowRankCodec : public Codec {
+ protected:
+  // `segments`: int64 [count, 3], of each dense member where it begins in the gradient, where in the dense
+  // part of a message, and how many elements it has.
+  LowRankCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
+               at::Tensor segments, int64_t dense_numel);
+
+  // A message that is averaged: the factors of all batches, the dense members, and how many elements were
+  // dropped.
+  struct Average {
+    at::Tensor flat;
+    at::Tensor shard;                 // this rank's part of it
+    std::vector<at::Tensor> factors;  // [B, n or m, r]: views of it
+    at::Tensor dense;
+    at::Tensor flag;
+  };
+  Average make_average(bool of_p, bool with_dense) const;
+  static Message reduce_scatter(const Average& message) {
+    return {Phase::kReduceScatter, message.flat, message.shard};
+  }
+  static Message all_gather(const Average& message) { return {Phase::kAllGather, message.flat, {}}; }
+
+  void orthogonalize(size_t batch, const at::Tensor& factors) const;
+  // factor <- (gradient + E) Q (`transposed`: its transpose times P), where `fixed` is Q (or P). The gradient
+  // is taken into E first if `corrects`; what factor and `fixed` say is taken out of it if `keeps_rest`.
+  void project(size_t batch, const at::Tensor& fixed, const at::Tensor& factor, bool transposed,
+               bool corrects, bool keeps_rest);
+  void put_dense(const Average& message);
+  // The result: P Q^T of every batch, and the dense members of `message`.
+  void write_result(const Average& message);
+
+  std::vector<MatrixBatch> batches_;
+
+ private:
+  const int64_t rank_;
+  const int64_t world_;
+  at::Tensor segments_;
+  const int64_t dense_numel_;
+  std::vector<at::Tensor> corrected_;  // E, or a buffer in its place, by batch
+  std::vector<at::Tensor> workspace_;
+};
+
+// compress.ACPSGD, whose docstring has the steps.
+class AcpCodec : public LowRankCodec {
+ public:
+  AcpCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
+           at::Tensor segments, int64_t dense_numel, int64_t start_step);
+  size_t stages(int64_t) const override { return 2; }
+  std::optional<Message> advance(int64_t step, size_t stage) override;
+
+ private:
+  const int64_t start_step_;
+  Average of_p_;
+  Average of_q_;
+};
+
+// compress.PowerSGD, whose docstring has the steps.
+class PowerCodec : public LowRankCodec {
+ public:
+  PowerCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
+             at::Tensor segments, int64_t dense_numel);
+  size_t stages(int64_t) const override { return 4; }
+  std::optional<Message> advance(int64_t step, size_t stage) override;
+
+ private:
+  Average first_;   // P and the dense members
+  Average second_;  // Q
+};
+
+}  // namespace dear::compress

@@ -1,0 +1,63 @@
+#pragma once
+
+#include <vector>
+
+#include "compress/codecs/owner.h"
+
+namespace dear::compress {
+
+// One selection of about k elements, of a rank's gradient or of an owner's merge. All on the device.
+class Selection {
+ public:
+  Selection(at::Device device, int64_t numel, int64_t k);
+  // Moves the k largest of grad + error into `slots`; `error` keeps the rest.
+  void exact(const std::optional<at::Tensor>& grad, const at::Tensor& error, int64_t shard,
+             const at::Tensor& slots);
+  // The same with the threshold of a sample, which changes every step: about k.
+  void sampled(int64_t step, const at::Tensor& grad, const at::Tensor& error, int64_t shard,
+               const at::Tensor& slots);
+  // Not finite and dropped, in the last one: int32 [1].
+  const at::Tensor& dropped() const { return dropped_; }
+
+ private:
+  at::Tensor sample(const at::Tensor& values, int64_t step, at::Tensor& kept) const;
+
+  const int64_t k_;
+  at::Tensor threshold_;
+  at::Tensor ties_;
+  at::Tensor stats_;
+  at::Tensor dropped_;
+  at::Tensor workspace_;
+  at::Tensor grad_sample_;
+  at::Tensor error_sample_;
+};
+
+// compress.TopK, whose docstring has the equations.
+class TopKCodec : public OwnerCodec {
+ public:
+  // `capacity`: entries in an owner's slot. `owner_k`: how many of its shard an owner sends. Without `error`
+  // there is no feedback.
+  TopKCodec(at::Device device, int64_t rank, int64_t world, int64_t numel, int64_t shard, int64_t owned,
+            int64_t k, int64_t owner_k, int64_t capacity, bool sampled, std::optional<at::Tensor> error,
+            std::optional<at::Tensor> owner_error);
+
+ protected:
+  void encode(int64_t step, const at::Tensor& rows) override;
+  void merge(int64_t step, const at::Tensor& rows, const at::Tensor& merged) override;
+  void decode(int64_t step, const at::Tensor& rows) override;
+
+ private:
+  const int64_t world_;
+  const int64_t shard_;
+  const int64_t owned_;
+  const bool sampled_;
+  const bool feedback_;
+  Selection own_;
+  std::optional<Selection> merged_;  // none where the shard is empty
+  at::Tensor error_;
+  at::Tensor total_;  // the owner's error, or a buffer in its place
+  at::Tensor slots_;  // [ranks, slot]: the kernels want slots in a run
+  at::Tensor slot_;   // [1, slot]
+};
+
+}  // namespace dear::compress

@@ -1,0 +1,36 @@
+// Low-rank factors of a batch of matrices of one shape, in one sweep over the data. All matrices are
+// row-major.
+#pragma once
+
+#include <cstdint>
+
+#include "compress/layout.h"
+
+namespace dear::compress::cpu {
+
+struct Projection {
+  const void* grad;       // flat, or null: nothing is added to the error
+  GradType type;          // of grad
+  const int64_t* starts;  // [count] where in grad each matrix begins
+  float* error;           // [count, rows, columns]
+  const float* fixed;     // [count, columns, rank], or [count, rows, rank] when transposed
+  float* factor;          // [count, rows, rank], or [count, columns, rank] when transposed
+  bool residual;
+};
+
+// error += grad, called c; factor = c fixed, or c^T fixed when transposed; with `residual` then
+// error = c - P Q^T of factor and fixed. Where that is not finite, because the factor overflowed, the error
+// stays c. Returns how many elements of either kind were not finite. The bits depend on the input and the
+// instruction set, not on the number of threads.
+int64_t low_rank_project(const MatrixBatch& batch, const Projection& projection, bool transposed);
+
+// Matrix b of `out`, which begins at element starts[b], becomes P Q^T of p [count, rows, rank] and
+// q [count, columns, rank]. Ranks that hold the same factors get the same bits, even on different processors.
+void low_rank_decode(const MatrixBatch& batch, const float* p, const float* q, const int64_t* starts,
+                     GradType type, void* out);
+
+// Loops run along the rows of the matrices. For that Q [length, rank] is laid "across": [padded rank,
+// length], the rows of the padding zero.
+void lay_across(const float* factor, int64_t length, int64_t rank, float* across);
+
+}  // namespace dear::compress::cpu

@@ -1,0 +1,70 @@
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "compress/kernels/cpu/cast.h"
+#include "compress/kernels/cpu/isa.h"
+#include "compress/kernels/cpu/low_rank.h"
+#include "compress/kernels/cpu/scratch.h"
+
+// A fused multiply-add rounds once where two operations round twice, and processors with and without it would
+// decode different gradients.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+namespace dear::compress::cpu {
+
+namespace {
+constexpr int64_t kGrain = 32768;
+constexpr int64_t kTile = 4;
+}  // namespace
+
+// out = sum over k of one tile of p[k] * q[k], or out += that.
+DEAR_CLONES void expand_tile(const float* p, const float* q, int64_t stride, int64_t n, bool add,
+                             float* out) {
+  const float p0 = p[0];
+  const float p1 = p[1];
+  const float p2 = p[2];
+  const float p3 = p[3];
+  const float* q0 = q;
+  const float* q1 = q + stride;
+  const float* q2 = q + 2 * stride;
+  const float* q3 = q + 3 * stride;
+  if (add) {
+    for (int64_t i = 0; i < n; ++i) out[i] += (p0 * q0[i] + p1 * q1[i]) + (p2 * q2[i] + p3 * q3[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = (p0 * q0[i] + p1 * q1[i]) + (p2 * q2[i] + p3 * q3[i]);
+  }
+}
+
+void low_rank_decode(const MatrixBatch& batch, const float* p, const float* q, const int64_t* starts,
+                     GradType type, void* out) {
+  const int64_t n = batch.columns;
+  const int64_t rank = padded_rank(batch.rank);
+  const int64_t grain = ceil_div(kGrain, std::max<int64_t>(n, 1));
+  at::parallel_for(0, batch.count * batch.rows, grain, [&](int64_t first, int64_t last) {
+    float* across = thread_scratch<float>((rank + 1) * n + rank);
+    float* row = across + rank * n;
+    float* coefficients = row + n;
+    std::fill(coefficients, coefficients + rank, 0.0f);
+    int64_t entered = -1;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t matrix = i / batch.rows;
+      if (matrix != entered) lay_across(q + matrix * n * batch.rank, n, batch.rank, across);
+      entered = matrix;
+      std::copy_n(p + i * batch.rank, batch.rank, coefficients);
+      void* place = element(out, type, starts[matrix] + i % batch.rows * n);
+      // float32 is written straight to its place; the others pass through the cache.
+      float* target = type == GradType::kFloat32 ? static_cast<float*>(place) : row;
+      for (int64_t k = 0; k < rank; k += kTile) {
+        expand_tile(coefficients + k, across + k * n, n, n, k > 0, target);
+      }
+      if (type != GradType::kFloat32) store_block(row, type, n, place);
+    }
+  });
+}
+
+}  // namespace dear::compress::cpu

@@ -1,0 +1,174 @@
+#include "compress/kernels/cuda/common.cuh"
+#include "compress/kernels/cuda/low_rank.h"
+
+namespace dear::compress::cuda {
+
+namespace {
+
+// A thread block makes a tile of kTileRows * kTileColumns elements of P Q^T: each warp four rows, each thread
+// four columns of them. Factors pass through shared memory, kTileRank columns at a time.
+constexpr int kTileRows = kThreads / 32 * 4;
+constexpr int kTileColumns = 32 * 4;
+constexpr int kTileRank = 8;
+
+__device__ __forceinline__ int64_t start_of(const int64_t* starts, int64_t matrix, int64_t matrix_numel,
+                                            int64_t numel) {
+  const int64_t start = starts[matrix];
+  if (start < 0 || start > numel - matrix_numel) __trap();
+  return start;
+}
+
+template <typename T>
+__global__ __launch_bounds__(kThreads) void correct_kernel(MatrixBatch batch, const T* grad, int64_t numel,
+                                                           const int64_t* starts, float* error,
+                                                           int32_t* dropped) {
+  const int64_t size = batch.numel();
+  const int64_t blocks = block_count(size);
+  const int64_t matrix = blockIdx.x / blocks;
+  const int64_t first = blockIdx.x % blocks * kBlock;
+  const T* own = grad + start_of(starts, matrix, size, numel);
+  float* kept = error + matrix * size;
+  const bool own_aligned = vector_aligned(own);
+  const bool kept_aligned = vector_aligned(kept);
+  int bad = 0;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int64_t offset = first + group_offset(group);
+    float values[4];
+    float sums[4];
+    load_four(own, offset, size, own_aligned, values);
+    load_four(kept, offset, size, kept_aligned, sums);
+    bad += correct_four(values, sums, sums);
+    store_four(sums, kept, offset, size, kept_aligned);
+  }
+  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+}
+
+// Which tile a thread block has.
+struct Tile {
+  int64_t matrix;
+  int64_t row;
+  int64_t column;
+
+  __device__ explicit Tile(const MatrixBatch& batch) {
+    const int64_t across = ceil_div(batch.columns, kTileColumns);
+    const int64_t tiles = across * ceil_div(batch.rows, kTileRows);
+    matrix = blockIdx.x / tiles;
+    row = blockIdx.x % tiles / across * kTileRows;
+    column = blockIdx.x % across * kTileColumns;
+  }
+  // The first of the thread's four rows and four columns.
+  __device__ int64_t own_row() const { return row + threadIdx.x / 32 * 4; }
+  __device__ int64_t own_column() const { return column + threadIdx.x % 32 * 4; }
+};
+
+// The thread's part of the tile of P Q^T. The sum over the rank runs in order. All threads must call it.
+__device__ __forceinline__ void multiply(const MatrixBatch& batch, const Tile& tile, const float* p,
+                                         const float* q, float (&sums)[4][4]) {
+  __shared__ float rows[kTileRank][kTileRows];
+  __shared__ float columns[kTileRank][kTileColumns];
+  p += tile.matrix * batch.rows * batch.rank;
+  q += tile.matrix * batch.columns * batch.rank;
+  for (int64_t base = 0; base < batch.rank; base += kTileRank) {
+    __syncthreads();  // the previous turn's readers are done
+    for (int i = threadIdx.x; i < kTileRank * kTileRows; i += kThreads) {
+      const int64_t row = tile.row + i / kTileRank;
+      const int64_t k = base + i % kTileRank;
+      rows[i % kTileRank][i / kTileRank] =
+          row < batch.rows && k < batch.rank ? p[row * batch.rank + k] : 0.0f;
+    }
+    for (int i = threadIdx.x; i < kTileRank * kTileColumns; i += kThreads) {
+      const int64_t column = tile.column + i / kTileRank;
+      const int64_t k = base + i % kTileRank;
+      columns[i % kTileRank][i / kTileRank] =
+          column < batch.columns && k < batch.rank ? q[column * batch.rank + k] : 0.0f;
+    }
+    __syncthreads();
+    const int depth = static_cast<int>(min(static_cast<int64_t>(kTileRank), batch.rank - base));
+    for (int k = 0; k < depth; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sums[i][j] += rows[k][threadIdx.x / 32 * 4 + i] * columns[k][threadIdx.x % 32 * 4 + j];
+        }
+      }
+    }
+  }
+}
+
+__global__ __launch_bounds__(kThreads) void subtract_kernel(MatrixBatch batch, const float* p, const float* q,
+                                                            float* error, int32_t* dropped) {
+  const Tile tile(batch);
+  float sums[4][4] = {};
+  multiply(batch, tile, p, q, sums);
+  int bad = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (tile.own_row() + i >= batch.rows) break;
+    float* row = error + tile.matrix * batch.numel() + (tile.own_row() + i) * batch.columns;
+    const bool aligned = vector_aligned(row);
+    float kept[4];
+    load_four(row, tile.own_column(), batch.columns, aligned, kept);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float rest = kept[j] - sums[i][j];
+      const bool finite = is_finite(rest);
+      kept[j] = finite ? rest : kept[j];
+      bad += finite ? 0 : 1;  // columns behind the last are zeros of zero factors: finite
+    }
+    store_four(kept, row, tile.own_column(), batch.columns, aligned);
+  }
+  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+}
+
+template <typename T>
+__global__ __launch_bounds__(kThreads) void decode_kernel(MatrixBatch batch, const float* p, const float* q,
+                                                          const int64_t* starts, T* out, int64_t numel) {
+  const Tile tile(batch);
+  float sums[4][4] = {};
+  multiply(batch, tile, p, q, sums);
+  T* matrix = out + start_of(starts, tile.matrix, batch.numel(), numel);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (tile.own_row() + i >= batch.rows) break;
+    T* row = matrix + (tile.own_row() + i) * batch.columns;
+    store_four(sums[i], row, tile.own_column(), batch.columns, vector_aligned(row));
+  }
+}
+
+unsigned tile_count(const MatrixBatch& batch) {
+  return static_cast<unsigned>(batch.count * ceil_div(batch.rows, kTileRows) *
+                               ceil_div(batch.columns, kTileColumns));
+}
+
+}  // namespace
+
+void correct_matrices(const MatrixBatch& batch, const void* grad, GradType type, int64_t numel,
+                      const int64_t* starts, float* error, int32_t* dropped, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>(batch.count * block_count(batch.numel()));
+  if (grid == 0) return;
+  dispatch(type, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    correct_kernel<T>
+        <<<grid, kThreads, 0, stream>>>(batch, static_cast<const T*>(grad), numel, starts, error, dropped);
+  });
+}
+
+void low_rank_subtract(const MatrixBatch& batch, const float* p, const float* q, float* error,
+                       int32_t* dropped, cudaStream_t stream) {
+  if (tile_count(batch) == 0) return;
+  subtract_kernel<<<tile_count(batch), kThreads, 0, stream>>>(batch, p, q, error, dropped);
+}
+
+void low_rank_decode(const MatrixBatch& batch, const float* p, const float* q, const int64_t* starts,
+                     GradType type, void* out, int64_t numel, cudaStream_t stream) {
+  if (tile_count(batch) == 0) return;
+  dispatch(type, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    decode_kernel<T>
+        <<<tile_count(batch), kThreads, 0, stream>>>(batch, p, q, starts, static_cast<T*>(out), numel);
+  });
+}
+
+}  // namespace dear::compress::cuda

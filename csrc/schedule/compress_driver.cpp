@@ -1,0 +1,100 @@
+#include "schedule/compress_driver.h"
+
+#include <torch/csrc/autograd/engine.h>
+
+namespace dear {
+
+using Future = c10::intrusive_ptr<c10::ivalue::Future>;
+
+Future CompressDriver::on_bucket(size_t index, Bucket bucket) {
+  Future future = make_future(bucket.buffer);
+  if (index == 0) begin();
+  ++delivered_;
+  bool failed;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    failed = error_ != nullptr;
+  }
+  // An error is thrown by end(), when DDP has finished with its buckets: it cannot be left half way.
+  if (!failed) {
+    try {
+      start(index, bucket, future);
+      last_bucket_ns_ = now_ns();
+      return future;
+    } catch (...) {
+      note(std::current_exception());
+    }
+  }
+  if (!future->completed()) future->markCompleted(c10::IValue(bucket.buffer));
+  return future;
+}
+
+void CompressDriver::begin() {
+  pipeline_->begin_step();
+  delivered_ = 0;
+  measuring_ = std::exchange(measure_next_, false);
+  error_ = nullptr;
+  // Queued twice over, to come after the callback in which DDP finishes its own work.
+  auto& engine = torch::autograd::Engine::get_default_engine();
+  engine.queue_callback([this, &engine] { engine.queue_callback([this] { end(); }); });
+}
+
+void CompressDriver::start(size_t index, const Bucket& bucket, const Future& future) {
+  const bool known = index < buckets_.size() &&
+                     buckets_[index].buffer.unsafeGetTensorImpl() == bucket.buffer.unsafeGetTensorImpl();
+  if (!known) {
+    // DDP rebuilds all of its buckets or none, so those behind this one are old too.
+    buckets_.resize(index);
+    Relays relays = callbacks_.bind(index, bucket);
+    TORCH_CHECK(!relays.empty(), "A bucket was bound to no group.");
+    buckets_.push_back({bucket.buffer, std::move(relays)});
+  }
+  if (measuring_) callbacks_.measure(index);
+  const Relays& relays = buckets_[index].relays;
+  const auto left = std::make_shared<std::atomic<size_t>>(relays.size());
+  const auto done = [this, left, future, buffer = bucket.buffer](std::exception_ptr error) {
+    if (error) note(std::move(error));
+    if (--*left == 0) future->markCompleted(c10::IValue(buffer));
+  };
+  try {
+    for (const auto& relay : relays) relay->start();
+  } catch (...) {
+    // The peers wait for what this rank will not send.
+    const auto error = std::current_exception();
+    pipeline_->abort("Rank " + std::to_string(pipeline_->rank()) + " failed to compress a gradient.");
+    std::rethrow_exception(error);
+  }
+  for (const auto& relay : relays) relay->start_last(done);
+}
+
+void CompressDriver::note(std::exception_ptr error) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!error_) error_ = std::move(error);
+}
+
+void CompressDriver::end() {
+  exposed_ns_ = now_ns() - last_bucket_ns_;
+  std::exception_ptr error;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    error = std::exchange(error_, nullptr);
+  }
+  if (error) std::rethrow_exception(error);
+  std::vector<size_t> bad;
+  for (size_t i = 0; i < delivered_; ++i) {
+    const Relays& relays = buckets_[i].relays;
+    // The futures completed a moment before the relays were done.
+    for (const auto& relay : relays) relay->wait();
+    if (std::any_of(relays.begin(), relays.end(), [](const auto& relay) { return relay->is_bad(); }))
+      bad.push_back(i);
+  }
+  if (always_ended_ || measuring_ || !bad.empty()) callbacks_.ended(bad);
+}
+
+void CompressDriver::roll_back() {
+  for (size_t i = 0; i < std::min(delivered_, buckets_.size()); ++i) {
+    for (const auto& relay : buckets_[i].relays) relay->roll_back();
+  }
+}
+
+}  // namespace dear

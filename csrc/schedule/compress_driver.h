@@ -1,0 +1,68 @@
+#pragma once
+
+#include "schedule/bucket.h"
+#include "schedule/half.h"
+
+namespace dear {
+
+// Compression as a plain DDP hook: both phases under backward, and .grad is the aggregate afterwards.
+//
+// Threads: on_bucket() is called on the autograd thread, bucket after bucket. Steady state never takes the
+// GIL: the callbacks into Python are called for a bucket that is new, at the end of a backward pass that
+// needs attention, and for compressors written in Python.
+class CompressDriver {
+ public:
+  struct Callbacks {
+    // The groups of a bucket that is new, bound to its buffer. Collective.
+    std::function<Relays(size_t index, const Bucket& bucket)> bind;
+    // Before a bucket goes out, in a step that is measured.
+    std::function<void(size_t index)> measure;
+    // At the end of a backward pass in which nothing failed, if attention was asked for or a gradient was not
+    // finite: when every .grad stands. `bad` says of which buckets.
+    std::function<void(const std::vector<size_t>& bad)> ended;
+  };
+
+  CompressDriver(std::shared_ptr<Pipeline> pipeline, Callbacks callbacks)
+      : pipeline_(std::move(pipeline)), callbacks_(std::move(callbacks)) {}
+
+  // Starts a bucket on its way; the future is complete when the aggregate is in it.
+  c10::intrusive_ptr<c10::ivalue::Future> on_bucket(size_t index, Bucket bucket);
+
+  // `ended` is called after every backward pass.
+  void set_always_ended(bool always) { always_ended_ = always; }
+  // The next backward pass is measured.
+  void measure_next() { measure_next_ = true; }
+  // Groups are to be made anew.
+  void forget() { buckets_.clear(); }
+  // Makes the error feedback what it was before the last step.
+  void roll_back();
+  // Nanoseconds that the last backward pass waited for communication behind its last bucket.
+  int64_t exposed_ns() const { return exposed_ns_; }
+  const std::shared_ptr<Pipeline>& pipeline() const { return pipeline_; }
+
+ private:
+  struct Known {
+    at::Tensor buffer;  // held, so that no other tensor can be taken for it
+    Relays relays;
+  };
+
+  void begin();
+  void start(size_t index, const Bucket& bucket, const c10::intrusive_ptr<c10::ivalue::Future>& future);
+  void end();
+  void note(std::exception_ptr error);
+
+  const std::shared_ptr<Pipeline> pipeline_;
+  const Callbacks callbacks_;
+  std::vector<Known> buckets_;
+  size_t delivered_ = 0;  // buckets, in this backward pass
+  bool always_ended_ = false;
+  bool measure_next_ = false;
+  bool measuring_ = false;
+  int64_t last_bucket_ns_ = 0;
+  int64_t exposed_ns_ = 0;
+
+  std::mutex mutex_;
+  std::exception_ptr error_;  // the first of this backward pass
+};
+
+}  // namespace dear

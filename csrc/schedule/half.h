@@ -1,0 +1,84 @@
+#pragma once
+
+#include "schedule/relay.h"
+
+namespace dear {
+
+// One half of a fusion group's exchange, as the scheduler sees it: dense, or made by a compressor.
+class Half {
+ public:
+  virtual ~Half() = default;
+  virtual void start() = 0;
+  virtual void wait() = 0;
+  virtual bool done() = 0;
+  virtual Phase phase() const = 0;
+  virtual int64_t start_ns() const = 0;
+  virtual int64_t end_ns() const = 0;
+  // What this rank sends, where it is known beforehand; a pipeline counts its own.
+  virtual int64_t bytes_sent() const = 0;
+};
+
+// The group's buckets as they are.
+class DenseHalf : public Half {
+ public:
+  DenseHalf(std::shared_ptr<Lane> lane, std::shared_ptr<Exchange> exchange)
+      : lane_(std::move(lane)), exchange_(std::move(exchange)) {}
+  void start() override { lane_->submit(exchange_); }
+  void wait() override { exchange_->wait(); }
+  bool done() override { return exchange_->done(); }
+  Phase phase() const override { return exchange_->phase(); }
+  int64_t start_ns() const override { return exchange_->start_ns(); }
+  int64_t end_ns() const override { return exchange_->end_ns(); }
+  int64_t bytes_sent() const override { return exchange_->bytes() * (lane_->world() - 1) / lane_->world(); }
+
+ private:
+  const std::shared_ptr<Lane> lane_;
+  const std::shared_ptr<Exchange> exchange_;
+};
+
+using Relays = std::vector<std::shared_ptr<Relay>>;
+
+// The first phase of a compressor, and the second.
+class FirstPhase : public Half {
+ public:
+  explicit FirstPhase(Relays relays) : relays_(std::move(relays)) {}
+  void start() override {
+    for (const auto& relay : relays_) relay->start();
+  }
+  void wait() override {
+    for (const auto& relay : relays_) relay->wait_first();
+  }
+  bool done() override {
+    return std::all_of(relays_.begin(), relays_.end(), [](const auto& relay) { return relay->first_done(); });
+  }
+  Phase phase() const override { return Phase::kReduceScatter; }
+  int64_t start_ns() const override { return relays_.front()->first_start_ns(); }
+  int64_t end_ns() const override { return relays_.back()->first_end_ns(); }
+  int64_t bytes_sent() const override { return 0; }
+
+ private:
+  const Relays relays_;
+};
+
+class SecondPhase : public Half {
+ public:
+  explicit SecondPhase(Relays relays) : relays_(std::move(relays)) {}
+  void start() override {
+    for (const auto& relay : relays_) relay->start_last({});
+  }
+  void wait() override {
+    for (const auto& relay : relays_) relay->wait();
+  }
+  bool done() override {
+    return std::all_of(relays_.begin(), relays_.end(), [](const auto& relay) { return relay->done(); });
+  }
+  Phase phase() const override { return Phase::kAllGather; }
+  int64_t start_ns() const override { return relays_.front()->last_start_ns(); }
+  int64_t end_ns() const override { return relays_.back()->last_end_ns(); }
+  int64_t bytes_sent() const override { return 0; }
+
+ private:
+  const Relays relays_;
+};
+
+}  // namespace dear

@@ -1,0 +1,74 @@
+#include "schedule/pipeline.h"
+
+#include <pthread.h>
+
+namespace dear {
+
+Pipeline::Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::shared_ptr<Lane> all_to_all,
+                   at::Device device)
+    : lanes_(std::move(lanes)), all_to_all_(std::move(all_to_all)), device_(device) {
+  if (!device_.is_cpu()) return;
+  thread_ = std::thread([this] { serve(); });
+  ::pthread_setname_np(thread_.native_handle(), "dear decode");
+}
+
+Pipeline::~Pipeline() {
+  abort("The compressor was dropped while an exchange was in flight.");
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  work_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+Lane& Pipeline::lane(Phase phase, size_t stage) const {
+  if (phase == Phase::kAllToAll) {
+    TORCH_CHECK(all_to_all_ && stage == 0, "Only the first exchange of a compressor can be an all-to-all.");
+    return *all_to_all_;
+  }
+  TORCH_CHECK(stage < lanes_.size(), "A compressor announced ", lanes_.size(), " exchanges and makes more.");
+  return *lanes_[stage];
+}
+
+void Pipeline::begin_step() {
+  ++steps_;
+  last_step_ = counts_of_step();
+  at_begin_ = counts();
+}
+
+Pipeline::Counts Pipeline::minus(const Counts& a, const Counts& b) {
+  return {a.bytes_sent - b.bytes_sent, a.encode_ns - b.encode_ns, a.between_ns - b.between_ns,
+          a.decode_ns - b.decode_ns};
+}
+
+void Pipeline::decode_later(std::function<void()> job) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    jobs_.push_back(std::move(job));
+  }
+  work_.notify_one();
+}
+
+void Pipeline::abort(const std::string& reason) {
+  for (const auto& lane : lanes_) lane->abort(reason);
+  if (all_to_all_) all_to_all_->abort(reason);
+}
+
+void Pipeline::serve() {
+  while (true) {
+    std::function<void()> job;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      work_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
+      // What was queued is run to its end also when stopping: its exchanges fail, and somebody may wait for
+      // it.
+      if (jobs_.empty()) return;
+      job = std::move(jobs_.front());
+      jobs_.pop_front();
+    }
+    job();
+  }
+}
+
+}  // namespace dear

@@ -1,0 +1,82 @@
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <thread>
+
+#include "collectives/exchange.h"
+
+namespace dear {
+
+// The lanes of one compressor, and the thread on which its host tensors are decoded.
+//
+// Note [One lane for each stage]
+// The first exchange of every group goes through lane 0, the second through lane 1, and so on; in each lane
+// groups follow each other in an order on which all ranks agree: that in which DDP delivers buckets, or, for
+// the last exchange under DeAR, that in which the next forward pass wants them. No lane's order depends on
+// when something happened to be ready, whatever the number of buckets - which is what goes wrong when
+// collectives are started inside future callbacks. What is computed between two exchanges is computed when
+// the second one's turn comes, by the thread of its lane (Note [Turns]).
+//
+// On a GPU nothing waits: everything is queued, in order, on a stream of the pipeline's own.
+//
+// Threads: exchanges are submitted by one thread, the one that runs backward or the training thread.
+class Pipeline {
+ public:
+  // `lanes` by stage; `all_to_all` may be null where no codec wants it.
+  Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::shared_ptr<Lane> all_to_all, at::Device device);
+  // Lets what is in flight fail first: the decoding thread may be waiting for it.
+  ~Pipeline();
+
+  Lane& lane(Phase phase, size_t stage) const;
+  size_t stages() const { return lanes_.size(); }
+  at::Device device() const { return device_; }
+  int rank() const { return lanes_.front()->rank(); }
+  int world() const { return lanes_.front()->world(); }
+
+  // Steps that have begun.
+  int64_t steps() const { return steps_; }
+  void set_steps(int64_t steps) { steps_ = steps; }
+  // Nothing of the step before may be under way.
+  void begin_step();
+
+  // Runs `job` on the decoding thread, behind those that were given before. Host tensors only.
+  void decode_later(std::function<void()> job);
+  // Makes every exchange in flight and to come fail, so that no peer waits for us longer than it must.
+  void abort(const std::string& reason);
+
+  // What this rank has sent and computed, since it was made, and since the step began.
+  struct Counts {
+    int64_t bytes_sent = 0;
+    int64_t encode_ns = 0;   // on the threads of backward
+    int64_t between_ns = 0;  // between exchanges, on the lanes' threads
+    int64_t decode_ns = 0;   // on the decoding thread
+  };
+  Counts counts() const { return {bytes_sent, encode_ns, between_ns, decode_ns}; }
+  Counts counts_of_step() const { return minus(counts(), at_begin_); }
+  Counts counts_of_last_step() const { return last_step_; }
+
+  std::atomic<int64_t> bytes_sent{0};
+  std::atomic<int64_t> encode_ns{0};
+  std::atomic<int64_t> between_ns{0};
+  std::atomic<int64_t> decode_ns{0};
+
+ private:
+  void serve();
+  static Counts minus(const Counts& a, const Counts& b);
+
+  std::vector<std::shared_ptr<Lane>> lanes_;
+  std::shared_ptr<Lane> all_to_all_;
+  const at::Device device_;
+  int64_t steps_ = 0;
+  Counts at_begin_;
+  Counts last_step_;
+
+  std::mutex mutex_;
+  std::condition_variable work_;
+  std::deque<std::function<void()>> jobs_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+}  // namespace dear

@@ -1,0 +1,229 @@
+#include "schedule/relay.h"
+
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+namespace dear {
+
+using compress::Message;
+
+Relay::Relay(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec> codec, std::string label,
+             std::vector<at::Tensor> keeps, bool rolls_back)
+    : pipeline_(std::move(pipeline)),
+      codec_(std::move(codec)),
+      label_(std::move(label)),
+      keeps_(std::move(keeps)),
+      known_(pipeline_->stages() + 1),
+      tickets_(pipeline_->stages() + 1),
+      queued_(pipeline_->stages() + 1) {
+  if (rolls_back) {
+    for (const at::Tensor& kept : keeps_) before_.push_back(at::empty_like(kept));
+  }
+  const at::Device device = pipeline_->device();
+  dropped_ = at::zeros({1}, at::TensorOptions().device(device).dtype(at::kInt));
+  if (!device.is_cpu()) {
+    const c10::impl::VirtualGuardImpl guard(device.type());
+    stream_ = guard.getStreamFromGlobalPool(device);
+    ready_.emplace(device.type());
+    event_.emplace(device.type());
+  }
+}
+
+Relay::~Relay() {
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ended_.wait(lock, [this] { return !in_flight_; });
+  }
+  for (const auto& exchange : queued_) {
+    try {
+      if (exchange) exchange->wait();
+    } catch (const std::exception&) {  // whoever waited for the relay has heard of it
+    }
+  }
+}
+
+void Relay::bind(const at::Tensor& source, const at::Tensor& target, int64_t begin, int64_t numel,
+                 std::vector<Run> runs) {
+  runs_ = std::move(runs);
+  source_ = source;
+  target_ = target;
+  if (runs_.empty()) {
+    codec_->bind(source.narrow(0, begin, numel), target.narrow(0, begin, numel));
+    return;
+  }
+  own_ = at::empty({numel}, source.options());
+  codec_->bind(own_, own_);
+}
+
+// Queues what `work` does on the group's stream, behind what the caller's stream has to do.
+template <typename Work>
+void Relay::on_stream(Work work) {
+  if (!stream_) {
+    work();
+    return;
+  }
+  const c10::impl::VirtualGuardImpl guard(stream_->device_type());
+  ready_->record(guard.getStream(stream_->device()));
+  ready_->block(*stream_);
+  const c10::StreamGuard on(*stream_);
+  work();
+  event_->record(*stream_);
+}
+
+void Relay::start() {
+  wait();  // for a step that nobody has waited for
+  step_ = pipeline_->steps() - 1;
+  stages_ = codec_->stages(step_);
+  std::fill(queued_.begin(), queued_.end(), nullptr);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    error_ = nullptr;
+  }
+  on_stream([this] {
+    if (codec_->compresses(step_)) {
+      for (size_t i = 0; i < before_.size(); ++i) before_[i].copy_(keeps_[i]);
+    }
+    for (const Run& run : runs_) {
+      own_.narrow(0, run.in_group, run.numel).copy_(source_.narrow(0, run.in_bucket, run.numel));
+    }
+    const std::optional<Message> message = advance(0);
+    dropped_.copy_(codec_->dropped());
+    TORCH_CHECK(message, "A compressor sent nothing for ", label_, ".");
+    auto exchange = exchange_for(0, *message);
+    if (stages_ == 1) {
+      pending_ = std::move(exchange);
+      return;
+    }
+    submit(0, exchange);
+    for (size_t stage = 1; stage + 1 < stages_; ++stage) submit(stage, ticket_for(stage));
+  });
+}
+
+void Relay::start_last(std::function<void(std::exception_ptr)> done) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    in_flight_ = true;
+  }
+  on_stream([this] { submit(stages_ - 1, stages_ == 1 ? std::move(pending_) : ticket_for(stages_ - 1)); });
+  if (!stream_) {
+    pipeline_->decode_later([this, done = std::move(done)] {
+      std::exception_ptr error;
+      try {
+        decode();
+      } catch (...) {
+        error = std::current_exception();
+      }
+      finish(error, done);
+    });
+    return;
+  }
+  std::exception_ptr error;
+  try {
+    on_stream([this] { decode(); });
+  } catch (...) {
+    error = std::current_exception();
+  }
+  const c10::StreamGuard on(*stream_);
+  finish(error, done);
+}
+
+void Relay::decode() {
+  last()->wait();
+  TORCH_CHECK(!advance(stages_), "A compressor announced ", stages_, " exchanges and makes more.");
+  for (const Run& run : runs_) {
+    target_.narrow(0, run.in_bucket, run.numel).copy_(own_.narrow(0, run.in_group, run.numel));
+  }
+}
+
+void Relay::finish(std::exception_ptr error, const std::function<void(std::exception_ptr)>& done) {
+  if (done) done(error);
+  std::lock_guard<std::mutex> lock(mutex_);
+  error_ = error;
+  in_flight_ = false;
+  ended_.notify_all();
+}
+
+std::optional<Message> Relay::advance(size_t stage) {
+  const int64_t start = now_ns();
+  auto message = codec_->advance(step_, stage);
+  auto& total = stage == 0         ? pipeline_->encode_ns
+                : stage == stages_ ? pipeline_->decode_ns
+                                   : pipeline_->between_ns;
+  total += now_ns() - start;
+  return message;
+}
+
+std::shared_ptr<Exchange> Relay::exchange_for(size_t stage, const Message& message) {
+  const void* full = message.full.const_data_ptr();
+  const void* shard = message.shard.defined() ? message.shard.const_data_ptr() : nullptr;
+  const int64_t numel = message.full.numel();
+  const int world = pipeline_->world();
+  pipeline_->bytes_sent += static_cast<int64_t>(message.full.nbytes()) * (world - 1) / world;
+  auto& known = known_.at(stage);
+  for (const Known& one : known) {
+    if (one.full == full && one.shard == shard && one.numel == numel) return one.exchange;
+  }
+  if (known.size() > 4) known.clear();  // a compressor that makes new tensors each step
+  const Part part{message.full, message.shard.defined() ? message.shard : message.full.narrow(0, 0, 0)};
+  const auto exchange =
+      pipeline_->lane(message.phase, stage).make_exchange(message.phase, Reduction::kAverage, {part}, label_);
+  known.push_back({full, shard, numel, exchange});
+  return exchange;
+}
+
+std::shared_ptr<Exchange> Relay::ticket_for(size_t stage) {
+  auto& ticket = tickets_.at(stage);
+  if (!ticket) {
+    ticket = pipeline_->lane(Phase::kAllGather, stage)
+                 .make_exchange(Phase::kAllGather, Reduction::kAverage, {}, label_);
+    ticket->set_turn([this, stage]() -> std::shared_ptr<Exchange> {
+      queued_[stage - 1]->wait();
+      const std::optional<Message> message = advance(stage);
+      TORCH_CHECK(message, "A compressor announced ", stages_, " exchanges and made ", stage, ".");
+      TORCH_CHECK(message->phase != Phase::kAllToAll,
+                  "Only the first exchange of a step can be an all-to-all.");
+      return exchange_for(stage, *message);
+    });
+  }
+  return ticket;
+}
+
+void Relay::submit(size_t stage, const std::shared_ptr<Exchange>& exchange) {
+  queued_[stage] = exchange;
+  pipeline_->lane(exchange->phase(), stage).submit(exchange);
+}
+
+void Relay::wait_first() {
+  if (stages_ > 1 && queued(stages_ - 2)) queued(stages_ - 2)->wait();
+}
+
+bool Relay::first_done() { return stages_ < 2 || !queued(stages_ - 2) || queued(stages_ - 2)->done(); }
+
+void Relay::wait() {
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ended_.wait(lock, [this] { return !in_flight_; });
+    if (error_) std::rethrow_exception(error_);
+  }
+  if (stream_) {
+    const c10::impl::VirtualGuardImpl guard(stream_->device_type());
+    event_->block(guard.getStream(stream_->device()));
+  }
+}
+
+bool Relay::done() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return !in_flight_;
+}
+
+bool Relay::is_bad() const {
+  const at::Tensor bad = codec_->bad();
+  return bad.defined() && bad.ne(0).any().item<bool>();
+}
+
+void Relay::roll_back() {
+  if (!codec_->compresses(step_)) return;
+  for (size_t i = 0; i < before_.size(); ++i) keeps_[i].copy_(before_[i]);
+}
+
+}  // namespace dear

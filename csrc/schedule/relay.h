@@ -1,0 +1,117 @@
+#pragma once
+
+#include <c10/core/Event.h>
+#include <c10/core/Stream.h>
+
+#include "compress/codec.h"
+#include "schedule/pipeline.h"
+
+namespace dear {
+
+// A run of elements that lies elsewhere in the group than in the bucket.
+struct Run {
+  int64_t in_bucket;
+  int64_t in_group;
+  int64_t numel;
+};
+
+// One group's way through a step: encoded, exchanged, decoded. Made once for a group in a bucket.
+//
+// The first phase is everything before the last exchange, the second phase that exchange and the decoding.
+//
+// Threads: start(), start_last() and the waits as Pipeline says; `done` is called on the decoding thread.
+class Relay {
+ public:
+  // `keeps`: what a bad step must leave as it was; copied at each step where `rolls_back`.
+  Relay(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec> codec, std::string label,
+        std::vector<at::Tensor> keeps, bool rolls_back);
+  // Waits for what is in flight.
+  ~Relay();
+  Relay(const Relay&) = delete;
+  Relay& operator=(const Relay&) = delete;
+
+  // Where the gradient comes from and where the result goes: flat buffers of a bucket, maybe the same. The
+  // group is `numel` elements from `begin` on, or where `runs` says, if there are any.
+  void bind(const at::Tensor& source, const at::Tensor& target, int64_t begin, int64_t numel,
+            std::vector<Run> runs);
+
+  // Encodes and queues the first phase.
+  void start();
+  // Queues the second phase. `done` hears of its end, and of what went wrong; it may be empty.
+  void start_last(std::function<void(std::exception_ptr)> done);
+
+  // Block until that phase has ended (on a GPU: until the current stream is ordered behind it); rethrow.
+  void wait_first();
+  void wait();
+  bool first_done();
+  bool done();
+
+  // --- after the step ---
+
+  bool compressed() const { return codec_->compresses(step_); }
+  // This rank has dropped elements that were not finite. Known after start(); int32 [1].
+  at::Tensor dropped() const { return dropped_; }
+  // Any rank has; known after wait(). Reads the device.
+  bool is_bad() const;
+  // Makes the error feedback what it was before the step.
+  void roll_back();
+  const std::string& label() const { return label_; }
+  // Of the last step's first and last exchange; nanoseconds, 0 when not known.
+  int64_t first_start_ns() const { return queued(0) ? queued(0)->start_ns() : 0; }
+  int64_t first_end_ns() const {
+    return stages_ > 1 && queued(stages_ - 2) ? queued(stages_ - 2)->end_ns() : 0;
+  }
+  int64_t last_start_ns() const { return last() ? last()->start_ns() : 0; }
+  int64_t last_end_ns() const { return last() ? last()->end_ns() : 0; }
+
+ private:
+  struct Known {
+    const void* full;
+    const void* shard;
+    int64_t numel;
+    std::shared_ptr<Exchange> exchange;
+  };
+
+  const std::shared_ptr<Exchange>& queued(size_t stage) const { return queued_[stage]; }
+  const std::shared_ptr<Exchange>& last() const { return queued_[stages_ > 0 ? stages_ - 1 : 0]; }
+  // Asks the codec for its message, and counts the time.
+  std::optional<compress::Message> advance(size_t stage);
+  std::shared_ptr<Exchange> exchange_for(size_t stage, const compress::Message& message);
+  std::shared_ptr<Exchange> ticket_for(size_t stage);
+  void submit(size_t stage, const std::shared_ptr<Exchange>& exchange);
+  void finish(std::exception_ptr error, const std::function<void(std::exception_ptr)>& done);
+  void decode();
+  template <typename Work>
+  void on_stream(Work work);
+
+  const std::shared_ptr<Pipeline> pipeline_;
+  const std::shared_ptr<compress::Codec> codec_;
+  const std::string label_;
+  std::vector<at::Tensor> keeps_;
+  std::vector<at::Tensor> before_;
+  at::Tensor dropped_;
+
+  at::Tensor source_;  // of the bucket; used where there are runs
+  at::Tensor target_;
+  at::Tensor own_;  // the group in one run, where it is not so in the bucket
+  std::vector<Run> runs_;
+
+  int64_t step_ = 0;
+  size_t stages_ = 0;
+  std::vector<std::vector<Known>> known_;           // by stage
+  std::vector<std::shared_ptr<Exchange>> tickets_;  // by stage; null at 0
+  std::vector<std::shared_ptr<Exchange>> queued_;   // of this step, by stage; null where none is yet
+  std::shared_ptr<Exchange> pending_;               // the only exchange, until start_last()
+
+  std::optional<c10::Stream>
+      stream_;  // on a GPU, with what orders it behind the caller, and the caller behind it
+  std::optional<c10::Event> ready_;
+  std::optional<c10::Event> event_;
+
+  std::mutex mutex_;
+  std::condition_variable ended_;
+  bool in_flight_ = false;
+  std::exception_ptr error_;
+};
+
+}  // namespace dear
