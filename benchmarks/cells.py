@@ -151,6 +151,10 @@ def main(benchmark: Benchmark, arguments: Callable[[], tuple[argparse.Namespace,
             _on_a_network(benchmark, given, plans)
     except (Differs, NetworkError, WorkersFailed) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        kept = f"; finished cells are in {given.json}, and --resume goes on from there" if given.json else ""
+        print(f"Interrupted{kept}.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _open(benchmark: Benchmark, given: argparse.Namespace) -> Kept:
@@ -182,14 +186,17 @@ def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mappin
                     kept.add(cell)
                 benchmark.show(cell, console)
     minutes = (time.monotonic() - begun) / 60
-    console.print(f"{total} cells in {minutes:.1f} min.", highlight=False)
+    console.print(f"Cells: {done}, in {minutes:.1f} min.", highlight=False)
     if given.json:
         console.print(f"Raw times: {given.json}", highlight=False)
 
 
 def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> None:
     """Every process is a worker already, on the network as it is; rank 0 also shows and keeps."""
-    crew = Crew(given.backend, given.device)
+    try:
+        crew = Crew(given.backend, given.device)
+    except RuntimeError as error:
+        fail(f"These processes cannot join one another: {error}")
     console = terminal() if crew.rank == 0 else Console(quiet=True)
     kept, found, problem = None, {}, None
     if crew.rank == 0:

@@ -1,9 +1,12 @@
 """The ranks of one benchmark seen from inside one of them: how they start, agree and exchange measurements."""
 
+import importlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -37,7 +40,8 @@ class Crew:
     """All ranks of a benchmark. Control messages use the default group; each candidate gets groups of its own.
 
     backend, device: of the candidates' groups and tensors, such as "nccl" and "cuda". Control messages always go over
-    gloo. On "cuda" the ranks of a host take its GPUs in turn.
+    gloo. On "cuda" the ranks of a host take its GPUs in turn; RuntimeError where there is none. Under mpirun, MPI stays
+    initialized until the end, so that candidates can use it.
 
     A collective that fails leaves a gloo group unusable. With one group per candidate, a failure costs that candidate
     and nothing else. One thread per worker: more workers than cores would otherwise measure the scheduler.
@@ -45,12 +49,17 @@ class Crew:
 
     def __init__(self, backend: str = "gloo", device: str = "cpu") -> None:
         torch.set_num_threads(1)
+        if launched() and detect(os.environ).launcher == "mpirun":
+            with suppress(ImportError, RuntimeError):  # of which whoever needs MPI will complain
+                importlib.import_module("mpi4py.MPI")  # or joining the job would finalize it
         if not dist.is_initialized():
             dear.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
         self.backend, self.device = backend, torch.device(device)
         if self.device.type == "cuda":
-            index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-            self.device = torch.device("cuda", index)
+            devices = torch.cuda.device_count()
+            if not devices:
+                raise RuntimeError("torch sees no GPU here: leave out --device cuda")
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % devices)
             torch.cuda.set_device(self.device)
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
@@ -62,6 +71,11 @@ class Crew:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def synchronize(self) -> None:
+        """Waits for this rank's device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
@@ -91,6 +105,9 @@ class Crew:
         """Ends the worker. After a failure, at once: a broken group may block in its destructor."""
         self.barrier()
         if self.had_failure:
+            mpi = sys.modules.get("mpi4py.MPI")
+            if mpi and mpi.Is_initialized() and not mpi.Is_finalized():
+                mpi.Finalize()  # or mpirun takes the end for a crash
             os._exit(0)
         dist.destroy_process_group()
 

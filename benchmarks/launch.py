@@ -10,15 +10,17 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks import mpi
 from benchmarks.crew import Crew
+from benchmarks.netlab import Lab, Loopback
 from benchmarks.results import ROOT
 
 PROGRESS = "@progress "
@@ -35,11 +37,13 @@ class WorkersFailed(RuntimeError):
         self.doing = doing
 
 
-def run_workers(lab: Any, module: str, plan: Any, report: Report, timeout: float) -> dict[str, Any]:
+def run_workers(
+    lab: Lab | Loopback, module: str, plan: Any, report: Report, timeout: float, launcher: mpi.Launcher | None = None
+) -> dict[str, Any]:
     """Runs `python -m module` on every worker of an open lab; returns the dict that rank 0 measured.
 
-    `plan` is a dataclass of plain values. Raises WorkersFailed when the workers end, or are ended after `timeout`
-    seconds, without a result.
+    `plan` is a dataclass of plain values. With a `launcher`, it is that MPI which starts the workers. Raises
+    WorkersFailed when the workers end, or are ended after `timeout` seconds, without a result.
     """
     doing = ""
 
@@ -53,12 +57,32 @@ def run_workers(lab: Any, module: str, plan: Any, report: Report, timeout: float
     with tempfile.TemporaryDirectory(prefix="dear-bench-") as folder:
         (Path(folder) / "plan.json").write_text(json.dumps(dataclasses.asdict(plan)))
         try:
-            lab.run(
-                [sys.executable, "-m", module, "--worker", folder], env=environment, timeout=timeout, on_line=follow
-            )
+            command, ranks = [sys.executable, "-m", module, "--worker", folder], None
+            with ExitStack() as stack:
+                if launcher is not None:
+                    command, added = stack.enter_context(mpi.command(launcher, lab, command))
+                    environment, ranks = environment | added, [0]
+                lab.run(command, env=environment, timeout=timeout, on_line=follow, ranks=ranks)
             return json.loads((Path(folder) / "result.json").read_text())
         except (RuntimeError, TimeoutError, FileNotFoundError) as error:
             raise WorkersFailed(_short(str(error)), doing) from error
+
+
+def run_surviving(plan: Any, contestants: Sequence[str], run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """`run(plan)`; a contestant that takes its worker down is left out of a second try, and its row says why.
+
+    What workers say they are doing must end in the contestant's name. `plan` is a dataclass whose `excluded` holds the
+    contestants that are left out, and why. Raises WorkersFailed where none of them is to blame.
+    """
+    while True:
+        try:
+            return run(plan)
+        except WorkersFailed as error:
+            culprit = (error.doing.split() or [""])[-1]
+            if culprit not in contestants or culprit in plan.excluded:
+                raise
+            why = f"took its worker down while {error.doing}: {error.reason}"
+            plan = dataclasses.replace(plan, excluded={**plan.excluded, culprit: why})
 
 
 def _short(text: str) -> str:

@@ -1,15 +1,18 @@
-"""The ways of reducing a tensor that the collectives benchmark compares, one small class each.
+"""The exact ways of reducing a tensor that the collectives benchmark compares, one small class each.
 
-A method owns its buffers, runs once when told, and can count the elements it got wrong. To add one, write a class with
-these members and put it in METHODS.
+A method runs once when told, and can count the elements it got wrong. To add one, write a class with these members and
+put it in EXACT. MPI's are in mpi_methods.py; compressors, which are not exact, in compressor_methods.py.
 """
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+import dear
+from benchmarks.crew import Crew
 
 DTYPES = {
     "float": torch.float32,
@@ -18,6 +21,10 @@ DTYPES = {
     "double": torch.float64,
     "int32": torch.int32,
 }
+REDOP = "sum"
+
+Placement = Literal["out_of_place", "in_place"]
+PLACEMENTS: tuple[Placement, Placement] = ("out_of_place", "in_place")
 
 # Sums of small whole numbers are exact in every type above: a wrong element is a count, and no tolerance is needed.
 PATTERN = 5
@@ -29,54 +36,131 @@ def local_values(count: int, rank: int, dtype: torch.dtype) -> Tensor:
 
 
 def summed_values(count: int, world: int, dtype: torch.dtype) -> Tensor:
-    """What every rank must get out: the exact sum of all ranks' local_values."""
+    """What every rank must get out: the exact sum of all ranks' local_values.
+
+    Raises ValueError where there are so many ranks that a sum may not be exact in this type.
+    """
+    largest = 2**31 - 1 if not dtype.is_floating_point else int(2 / torch.finfo(dtype).eps)
+    if (PATTERN - 1) * world > largest:
+        raise ValueError(f"sums over {world} ranks are not exact in {dtype}: choose a wider type with --dtype")
     period = torch.stack([(torch.arange(PATTERN) + rank) % PATTERN for rank in range(world)]).sum(0)
     return period.repeat(-(-count // PATTERN))[:count].to(dtype)
 
 
 def wrong(got: Tensor, expected: Tensor) -> int:
     """Elements that differ; a result of the wrong length is wrong in all of them."""
-    return int((got != expected).sum()) if got.shape == expected.shape else expected.numel()
+    if got.shape != expected.shape:
+        return expected.numel()
+    return int((got != expected.to(got.device)).sum())
+
+
+@dataclass
+class Place:
+    """Where methods work at one size: two flat buffers [count], which they share since they take turns.
+
+    `count` is a multiple of the number of ranks, so that every rank's shard is of the same length.
+    """
+
+    count: int
+    dtype: torch.dtype
+    crew: Crew
+
+    def __post_init__(self) -> None:
+        self.first = torch.zeros(self.count, dtype=self.dtype, device=self.crew.device)
+        self.second = torch.zeros_like(self.first)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's shard of a whole tensor, as a view."""
+        return whole.chunk(self.crew.world)[self.crew.rank]
+
+    def fill(self, whole: Tensor) -> None:
+        whole.copy_(local_values(self.count, self.crew.rank, self.dtype))
+
+    def expected(self) -> Tensor:
+        return summed_values(self.count, self.crew.world, self.dtype)
 
 
 class Method:
-    """One way to reduce `count` elements over all ranks. Every rank builds, runs and checks it together."""
+    """One way to reduce a tensor over all ranks. Every rank builds, runs and checks it together.
+
+    Out of place, `data` goes in and `out` comes out, and `data` may be overwritten only by a method that says so. In
+    place they are one tensor, as in DDP's buckets.
+    """
 
     name: ClassVar[str]
     halves: ClassVar[int] = 2  # of an all-reduce: 2, or 1 for a reduce-scatter or an all-gather alone
+    lossy: ClassVar[bool] = False  # the result is not the sum, by design: an error is measured, and nothing is wrong
+    placements: ClassVar[tuple[Placement, ...]] = PLACEMENTS
 
-    def __init__(self, count: int, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
-        """`count` is a multiple of the world size, so that every rank's shard is of the same length."""
-        self.count, self.dtype, self.group = count, dtype, group
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self.data = torch.empty(count, dtype=dtype)
-        self.shard = torch.empty(count // self.world, dtype=dtype)
-        self.reset()
+    def __init__(self, place: Place, group: dist.ProcessGroup, placement: Placement) -> None:
+        self.place, self.group = place, group
+        self.data = place.first
+        self.out = place.first if placement == "in_place" else place.second
+        self.shard = self.shard_for(placement)
+
+    def shard_for(self, placement: Placement) -> Tensor:
+        """Where this rank's shard of the result is between the halves: at once where it belongs in the end."""
+        return self.place.own(self.out)
 
     def reset(self) -> None:
         """Puts the inputs back, so that the next run's result can be checked."""
-        self.data.copy_(local_values(self.count, self.rank, self.dtype))
+        self.out.zero_()
+        self.place.fill(self.data)
+
+    def prepare(self) -> None:
+        """What must be done before every timed run, and is not timed."""
 
     def run(self) -> None:
-        """One exchange, finished when it returns."""
+        """One exchange, finished when it returns (device tensors: when the device is)."""
         raise NotImplementedError
 
     def wrong(self) -> int:
         """Wrong elements on this rank, after a reset and one run."""
-        return wrong(self.data, summed_values(self.count, self.world, self.dtype))
+        return wrong(self.out, self.place.expected())
 
-    def own(self, whole: Tensor) -> Tensor:
-        """This rank's shard of a whole tensor."""
-        return whole.chunk(self.world)[self.rank]
+    def facts(self) -> dict[str, Any]:
+        """What else there is to say of it, the same at every run."""
+        return {}
+
+    def parts(self) -> dict[str, list[float]]:
+        """Series of the runs since the last call, one value per run; empty where a run has no parts."""
+        return {}
+
+
+class ReduceScatterHalf(Method):
+    """A reduce-scatter alone: the shard holds the sum of everybody's part. In place, the shard is a part of `data`."""
+
+    halves = 1
+
+    def shard_for(self, placement: Placement) -> Tensor:
+        return self.place.own(self.data) if placement == "in_place" else self.place.own(self.out)
+
+    def wrong(self) -> int:
+        return wrong(self.shard, self.place.own(self.place.expected()))
+
+
+class AllGatherHalf(Method):
+    """An all-gather alone: shards of the sum go in, the whole sum comes out. In place, the shard is a part of `out`."""
+
+    halves = 1
+
+    def shard_for(self, placement: Placement) -> Tensor:
+        return self.place.own(self.out) if placement == "in_place" else self.place.own(self.data)
+
+    def reset(self) -> None:
+        self.out.zero_()  # first, since the shard may be a part of it
+        self.shard.copy_(self.place.own(self.place.expected()))
 
 
 class AllReduce(Method):
-    """The backend's own all_reduce, in place."""
+    """The backend's own all_reduce. torch has it in place only: out of place includes the copy one must make."""
 
     name = "all_reduce"
 
     def run(self) -> None:
-        dist.all_reduce(self.data, group=self.group)
+        if self.out is not self.data:
+            self.out.copy_(self.data)
+        dist.all_reduce(self.out, group=self.group)
 
 
 class Native(Method):
@@ -86,26 +170,7 @@ class Native(Method):
 
     def run(self) -> None:
         dist.reduce_scatter_tensor(self.shard, self.data, group=self.group)
-        dist.all_gather_into_tensor(self.data, self.shard, group=self.group)
-
-
-class ReduceScatterHalf(Method):
-    """Checks of a reduce-scatter alone: the shard holds the sum of everybody's part."""
-
-    halves = 1
-
-    def wrong(self) -> int:
-        return wrong(self.shard, self.own(summed_values(self.count, self.world, self.dtype)))
-
-
-class AllGatherHalf(Method):
-    """Inputs and checks of an all-gather alone: shards of the sum go in, the whole sum comes out."""
-
-    halves = 1
-
-    def reset(self) -> None:
-        self.data.zero_()  # first, since the shard may be a part of it
-        self.shard.copy_(self.own(summed_values(self.count, self.world, self.dtype)))
+        dist.all_gather_into_tensor(self.out, self.shard, group=self.group)
 
 
 class NativeReduceScatter(ReduceScatterHalf):
@@ -123,55 +188,38 @@ class NativeAllGather(AllGatherHalf):
     name = "native-ag"
 
     def run(self) -> None:
-        dist.all_gather_into_tensor(self.data, self.shard, group=self.group)
+        dist.all_gather_into_tensor(self.out, self.shard, group=self.group)
 
 
-def _dear() -> Any:
-    """The library, imported late: torch's own methods can be measured where the extension is not built."""
-    import dear
-
-    return dear
-
-
-class InPlace(Method):
-    """The shard is this rank's range of the whole tensor, as in DDP's buckets and as in an in-place all_reduce."""
-
-    def __init__(self, count: int, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
-        super().__init__(count, dtype, group)
-        self.shard = self.own(self.data)
-        self.reset()
-
-
-class Ring(InPlace):
+class Ring(Method):
     """This library's ring: reduce-scatter, then all-gather."""
 
     name = "ring"
 
     def run(self) -> None:
-        dear = _dear()
         dear.reduce_scatter(self.data, self.shard, group=self.group, algorithm="ring").wait()
-        dear.all_gather(self.shard, self.data, group=self.group, algorithm="ring").wait()
+        dear.all_gather(self.shard, self.out, group=self.group, algorithm="ring").wait()
 
 
-class RingReduceScatter(InPlace, ReduceScatterHalf):
+class RingReduceScatter(ReduceScatterHalf):
     """This library's ring, reduce-scatter alone."""
 
     name = "ring-rs"
 
     def run(self) -> None:
-        _dear().reduce_scatter(self.data, self.shard, group=self.group, algorithm="ring").wait()
+        dear.reduce_scatter(self.data, self.shard, group=self.group, algorithm="ring").wait()
 
 
-class RingAllGather(InPlace, AllGatherHalf):
+class RingAllGather(AllGatherHalf):
     """This library's ring, all-gather alone."""
 
     name = "ring-ag"
 
     def run(self) -> None:
-        _dear().all_gather(self.shard, self.data, group=self.group, algorithm="ring").wait()
+        dear.all_gather(self.shard, self.out, group=self.group, algorithm="ring").wait()
 
 
-_ALL: list[type[Method]] = [
+EXACT: list[type[Method]] = [
     AllReduce,
     Native,
     NativeReduceScatter,
@@ -180,5 +228,3 @@ _ALL: list[type[Method]] = [
     RingReduceScatter,
     RingAllGather,
 ]
-METHODS: dict[str, Callable[[int, torch.dtype, dist.ProcessGroup], Method]] = {one.name: one for one in _ALL}
-HALVES: dict[str, int] = {one.name: one.halves for one in _ALL}

@@ -64,6 +64,10 @@ class Lab(Ranks):
     def interface(self) -> str:
         return IFNAME
 
+    def namespaces(self) -> list[str]:
+        """The path of each rank's network namespace, which stands as long as the lab does."""
+        return [host.path for host in self._network.hosts]
+
     def close(self) -> None:
         super().close()
         self._network.close()

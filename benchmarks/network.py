@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.command import UNLIMITED, positive, rates
 from benchmarks.netlab import Lab, Loopback, NetworkUnavailable, open_lab
 
-AS_LAUNCHED = "as launched"  # under torchrun: whatever connects the processes
+AS_LAUNCHED = "as launched"  # by torchrun, mpirun or srun: whatever connects the processes
 EMULATED = "netns"
 LOOPBACK = "loopback"
 

@@ -142,29 +142,35 @@ class Ranks:
         capture: bool = True,
         check: bool = True,
         on_line: Callable[[int, str], None] | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> list[Result]:
-        """Runs a command as every rank and returns how each ended.
+        """Runs a command as every rank, or only as those in `ranks`, and returns how each ended.
 
         timeout: seconds for all of it. capture: False passes their output through. on_line: called with (rank, line)
         for every line of a rank's standard output, as it comes. check: a rank that fails ends the run, the others
-        being killed shortly after; False waits for all of them, and leaves return codes to the caller.
+        being killed shortly after; False waits for all of them, and leaves return codes to the caller. ranks: for a
+        launcher, which starts the others by itself; if it fails, whatever else runs in the lab is ended with it.
 
         Raises RankFailed, RanksTimedOut.
         """
         self.port = self._free_port()
         started = len(self._children)
+        clean = False
         try:
-            for rank in range(self.workers):
+            for rank in range(self.workers) if ranks is None else ranks:
                 self.spawn(rank, argv, env, capture=capture)
             failed = self._watch(self._children[started:], timeout, check, on_line)
+            clean = failed is None
         finally:
             children = self._children[started:]
             del self._children[started:]
             for child in children:
                 child.end()
+            if ranks is not None and not clean:
+                reaper.end_all(self._mark)
         results = [child.result() for child in children]
         if failed is not None:
-            raise RankFailed(results[failed], results)
+            raise RankFailed(next(result for result in results if result.rank == failed), results)
         return results
 
     def call(

@@ -58,10 +58,13 @@ def run(lab: Lab, monkeypatch: pytest.MonkeyPatch, plans: dict[str, Any], *argum
     cells.main(lab.benchmark, given)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, first, second = tmp_path / "cells.json", Lab(broken=1), Lab()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         run(first, monkeypatch, PLANS, "--json", str(path))
+    assert ended.value.code == 130 and "--resume goes on" in capsys.readouterr().err
     assert [cell["variant"] for cell in json.loads(path.read_text())["cells"]] == ["seed 1"]
     run(second, monkeypatch, PLANS, "--json", str(path), "--resume")
     assert second.measured == [5] and second.shown == 2  # what was there is shown, and not measured again

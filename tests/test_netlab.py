@@ -314,6 +314,20 @@ def test_what_workers_leave_running_ends_with_the_lab(kind: type[Lab | Loopback]
     assert not marked(lab._mark)
 
 
+@labs
+def test_what_a_launcher_started_ends_when_the_launcher_fails(kind: type[Lab | Loopback], tmp_path: Path) -> None:
+    """Only rank 0 is started here; what it starts elsewhere, as mpirun does, is in a session of its own."""
+    elsewhere = f"export UP={tmp_path}/$$; setsid sh -c 'touch $UP; exec sleep 60' &"
+    command = ["sh", "-c", f'echo "rank $RANK"; {elsewhere} until [ -e $UP ]; do sleep 0.01; done; exit 3']
+    with kind(2) as lab:
+        (result,) = lab.run(command, ranks=[0], check=False)
+        assert (result.stdout, result.returncode) == ("rank 0\n", 3)
+        assert len(marked(lab._mark)) == 1
+        with pytest.raises(RankFailed, match="rank 0 failed with exit code 3"):
+            lab.run(command, ranks=[0])
+        assert not marked(lab._mark)
+
+
 def test_bad_calls_say_what_to_do() -> None:
     with Loopback(1) as lab:
         with pytest.raises(FileNotFoundError, match="no program 'no-such-program'"):

@@ -1,0 +1,104 @@
+"""Predicts, from measured collectives, which way of exchanging gradients is fastest: python -m benchmarks.plan FILE.
+
+FILE is what `benchmarks.collectives --json` wrote. Its fits, one line of time over bytes per method, go into the cost
+model together with the model's forward and backward times; everything printed is predicted, and nothing is measured.
+
+    python -m benchmarks.plan out/collectives.json --forward 140 --backward 280 --size 42M
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.command import Parser, fail, show_rate, show_size, size, terminal
+from benchmarks.compressor_methods import COMPRESSORS
+from dear.cost_model import AlphaBeta, Exchange, Prediction, Workload, plan
+
+# What stands for each way of training: an exchange of one piece under backward, or of two halves.
+WHOLE = {"DDP": "all_reduce"} | {f"DDP + {one.name}": one.name for one in COMPRESSORS}
+HALVES = {"DeAR, ring": ("ring-rs", "ring-ag"), "DeAR, native": ("native-rs", "native-ag")}
+FUSION = [2**20 * megabytes for megabytes in (1, 2, 4, 8, 16, 25, 64)]
+
+
+def exchanges(fits: dict[str, dict[str, float]]) -> dict[str, Exchange]:
+    """The ways of training of which a cell has fits."""
+    lines = {name: AlphaBeta(**line) for name, line in fits.items()}
+    made = {name: Exchange(lines[fit]) for name, fit in WHOLE.items() if fit in lines}
+    for name, (first, second) in HALVES.items():
+        if first in lines and second in lines:
+            made[name] = Exchange(lines[first], lines[second])
+    return made
+
+
+def best_of_each(predictions: list[Prediction]) -> list[Prediction]:
+    """Each method at its best fusion size, the fastest first."""
+    found: dict[str, Prediction] = {}
+    for each in predictions:  # which come fastest first
+        found.setdefault(each.method, each)
+    return list(found.values())
+
+
+def show(cell: dict[str, Any], workload: Workload, console: Console) -> None:
+    """The predictions for one cell."""
+    table = Table(
+        title=f"PREDICTED, not measured · {show_rate(cell['rate'])} · {cell['workers']} workers · {cell['network']}",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("method")
+    for column in ("fusion size", "step ms", "x compute"):
+        table.add_column(column, justify="right")
+    compute = workload.forward + workload.backward
+    for each in best_of_each(plan(workload, exchanges(cell["fits"]), FUSION)):
+        cells = (
+            each.method,
+            show_size(each.fusion_bytes),
+            f"{each.seconds * 1e3:.1f}",
+            f"{each.seconds / compute:.2f}",
+        )
+        table.add_row(*cells)
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m benchmarks.plan", description="Predicts step times from measured collectives.")
+    parser.add_argument("file", type=Path, help="what benchmarks.collectives --json wrote")
+    parser.add_argument("--forward", type=_milliseconds, required=True, metavar="MS", help="of one worker by itself")
+    parser.add_argument("--backward", type=_milliseconds, required=True, metavar="MS", help="of one worker by itself")
+    parser.add_argument("--size", type=size, required=True, help="of all gradients, such as 42M")
+    given = parser.parse_args(arguments)
+    try:
+        payload = json.loads(given.file.read_text())
+        # An MPI's cell repeats the backend's all-reduce, for comparison with MPI's own.
+        cells = [cell for cell in payload["cells"] if exchanges(cell["fits"]) and not cell.get("variant")]
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{given.file} holds no fits: measure with python -m benchmarks.collectives --json {given.file}")
+    if not cells:
+        fail(f"{given.file} holds no fits: measure two sizes at least, with -b smaller than -e")
+    console = terminal()
+    for cell in cells:
+        show(cell, Workload(given.forward, given.backward, (given.size,)), console)
+    console.print(
+        "Each method at the fusion size that is predicted to be best for it. x compute: step / (forward + backward). "
+        "Compressors lose something of each step, as the relative error of the measured table says.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        seconds = float(text) / 1e3
+    except ValueError:
+        seconds = -1
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of milliseconds above 0")
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Inside a worker of the collectives benchmark: at every size all methods take turns, out of place and in place."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from benchmarks.command import show_size
+from benchmarks.crew import Crew, bytes_sent
+from benchmarks.launch import Report
+from benchmarks.methods import DTYPES, Method, Place, Placement
+from benchmarks.results import slowest_rank
+from dear import cost_model
+
+if TYPE_CHECKING:
+    from benchmarks.collectives import Plan
+
+
+@dataclass
+class Contestant:
+    """One method in one placement at one size, and what was measured of it."""
+
+    name: str
+    placement: Placement
+    method: Method | None = None
+    failure: str | None = None
+    wrong: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, Placement]:
+        return self.name, self.placement
+
+    @property
+    def running(self) -> Method | None:
+        return None if self.failure else self.method
+
+    def account(self) -> dict[str, Any]:
+        return {"failure": self.failure, "wrong": self.wrong, "blocks": self.blocks}
+
+
+class Measurement:
+    """One cell. Every rank makes the same calls in the same order."""
+
+    def __init__(self, crew: Crew, plan: "Plan", methods: Mapping[str, type[Method]], report: Report) -> None:
+        self.crew, self.plan, self.methods, self.report = crew, plan, methods, report
+        self.groups: dict[tuple[str, Placement], dist.ProcessGroup] = {}
+        self.broken: dict[tuple[str, Placement], str] = {}  # what failed, and its group with it
+        self.keys = [(name, place) for name in plan.methods for place in self._placements(name)]
+        self.done, self.total = 0, len(self.keys) * len(plan.sizes) * (plan.rounds + 1)
+
+    def run(self) -> dict[str, Any]:
+        """The cell: the plan, every method's blocks at every size, and a fit of each method's time over the sizes."""
+        sizes = [self._size(bytes_) for bytes_ in self.plan.sizes]
+        return {"plan": asdict(self.plan), "workers": self.crew.world, "sizes": sizes, "fits": fits(sizes)}
+
+    def _placements(self, name: str) -> tuple[Placement, ...]:
+        return self.methods[name].placements if name in self.methods else ("in_place",)
+
+    def _progress(self, steps: int, doing: str) -> None:
+        self.done += steps
+        if self.crew.rank == 0:
+            self.report(self.done, self.total, doing)
+
+    def _size(self, bytes_: int) -> dict[str, Any]:
+        """All methods at one size: one checked run each, then rounds in an order that rotates, then one more check."""
+        dtype = DTYPES[self.plan.dtype]
+        count = max(bytes_ // dtype.itemsize // self.crew.world, 1) * self.crew.world
+        place = Place(count, dtype, self.crew)
+        contestants = [Contestant(*key, failure=self._known_failure(key)) for key in self.keys]
+        for one in contestants:
+            self._progress(1, f"{show_size(bytes_)} {one.name}")
+            if one.failure is None:
+                self._build(one, place)
+                self._check(one)
+        for number in range(self.plan.rounds):
+            first = number % len(contestants)
+            for one in contestants[first:] + contestants[:first]:
+                self._progress(1, f"{show_size(bytes_)} {one.name}")
+                self._block(one, number)
+        for one in contestants:
+            self._progress(0, f"{show_size(bytes_)} {one.name}")
+            self._check(one)
+        return {"bytes": count * dtype.itemsize, "count": count, "methods": self._accounts(contestants)}
+
+    def _known_failure(self, key: tuple[str, Placement]) -> str | None:
+        return self.plan.excluded.get(key[0]) or self.broken.get(key)
+
+    def _accounts(self, contestants: list[Contestant]) -> list[dict[str, Any]]:
+        """By method: its in-place account, to which the out-of-place one is added."""
+        accounts = []
+        for one in contestants:
+            if one.placement != "in_place":
+                continue
+            method = self.methods.get(one.name)
+            other = [two.account() for two in contestants if two.key == (one.name, "out_of_place")]
+            accounts.append(
+                {
+                    "name": one.name,
+                    "halves": method.halves if method else 2,
+                    "lossy": bool(method and method.lossy),
+                    **one.account(),
+                    **one.facts,
+                    **({"out_of_place": other[0]} if other else {}),
+                }
+            )
+        return accounts
+
+    def _build(self, one: Contestant, place: Place) -> None:
+        """Makes the method, and asks it what there is to know of it."""
+
+        def build() -> Method:
+            if one.key not in self.groups:
+                self.groups[one.key] = self.crew.group()
+            return self.methods[one.name](place, self.groups[one.key], one.placement)
+
+        one.method, one.failure = self.crew.attempt(build)  # what cannot be had at this size may well be at the next
+        method = one.running
+        if method is not None:
+            facts, failure = self.crew.attempt(method.facts)
+            self._note(one, failure)
+            one.facts = facts or {}
+
+    def _check(self, one: Contestant) -> None:
+        """Adds the wrong elements of one run, all ranks together."""
+        method = one.running
+        if method is None:
+            return
+
+        def check() -> int:
+            method.reset()
+            method.run()
+            self.crew.synchronize()
+            return method.wrong()
+
+        wrong, failure = self.crew.attempt(check)
+        self._note(one, failure)
+        if not failure:
+            one.wrong += sum(self.crew.gather(wrong or 0))
+
+    def _block(self, one: Contestant, number: int) -> None:
+        method = one.running
+        if method is None:
+            return
+        self.crew.barrier()
+        measured, failure = self.crew.attempt(lambda: self._timed(method))
+        self._note(one, failure)
+        if not failure:
+            ranks = [rank for rank in self.crew.gather(measured) if rank]
+            one.blocks.append({"round": number, **{key: [rank[key] for rank in ranks] for key in ranks[0]}})
+
+    def _note(self, one: Contestant, failure: str | None) -> None:
+        if failure:
+            one.failure = self.broken[one.key] = failure
+
+    def _timed(self, method: Method) -> dict[str, Any]:
+        """Back-to-back runs, as in training: no barrier between them, since an exchange synchronises by itself."""
+        for _ in range(self.plan.warmup):
+            method.prepare()
+            method.run()
+        method.parts()
+        self.crew.synchronize()
+        sent, cpu, times = bytes_sent(), 0.0, []
+        for _ in range(self.plan.iterations):
+            method.prepare()
+            self.crew.synchronize()
+            cpu_start, start = time.process_time(), time.perf_counter()
+            method.run()
+            self.crew.synchronize()
+            times.append(round((time.perf_counter() - start) * 1e6, 1))
+            cpu += time.process_time() - cpu_start
+        sent_after = bytes_sent()
+        return {
+            "us": times,
+            "cpu_ms": round(cpu * 1e3 / self.plan.iterations, 3),
+            "sent_bytes": None if sent is None else ((sent_after or 0) - sent) // self.plan.iterations,
+            **method.parts(),
+        }
+
+
+def fits(sizes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Latency and time per byte of each method in place, from its median times, for those with two sizes or more.
+
+    alpha: seconds. beta: seconds per byte of the whole tensor.
+    """
+    points: dict[str, list[tuple[int, float]]] = {}
+    for size in sizes:
+        for method in size["methods"]:
+            if method["blocks"] and not method["failure"]:
+                times = [us for block in method["blocks"] for us in slowest_rank(block["us"])]
+                points.setdefault(method["name"], []).append((size["bytes"], statistics.median(times) / 1e6))
+    made = {}
+    for name, found in points.items():
+        if len({bytes_ for bytes_, _ in found}) > 1:
+            fitted = cost_model.fit([bytes_ for bytes_, _ in found], [seconds for _, seconds in found])
+            made[name] = asdict(fitted)
+    return made
