@@ -109,13 +109,13 @@ def profile(
     """Trains a step per batch under trace, while all ranks do; the account of this rank."""
     if batches[0][0].is_cuda:
         raise RuntimeError("The breakdown reads clocks of the host, so it is for CPU tensors: leave --breakdown out.")
+    reports: list[dict[str, Any]] = []
     if trainer.engine is not None:
-        reports: list[dict[str, Any]] = []
         recorded = record(trainer, parts, batches, trainer.engine, lambda: reports.append(trainer.stats()))
         return account(recorded["compute"], recorded["lanes"], reports[1:-1])
     if trainer.compressor is not None:
-        recorded = record(trainer, parts, batches, _Nothing())
-        return account(recorded["compute"], None, [trainer.compressor_stats()])
+        recorded = record(trainer, parts, batches, _Nothing(), lambda: reports.append(trainer.compressor_stats()))
+        return account(recorded["compute"], None, reports[1:-1])
     recorded = record(trainer, parts, batches, ProfilerTrace())
     return account(recorded["compute"], recorded["lanes"], [])
 
@@ -127,7 +127,8 @@ def account(compute: Sequence[Span], lanes: Sequence[Span] | None, reports: Sequ
     phase in which they fell, unless the reports say how long they were. reports: what the strategy says of its steps.
 
     Returns "phases": time of the training thread by what it did (PHASES), None where unknown; "encode", "merge"
-    (between exchanges) and "decode" may run beside the others. "modules": by part. "operators": by what moved, None where unknown.
+    (between exchanges) and "decode" may run beside the others. "modules": by part. "operators": by what moved, None
+    where unknown.
     """
     steps = sorted({span["step"] for span in compute})[1:-1]
     waits = [span for span in lanes or () if span["lane"] == "wait"]

@@ -13,7 +13,6 @@ from benchmarks import losses, summary
 from benchmarks.command import rate_bits, show_size
 from benchmarks.strategies import trains_like
 
-
 #: What a compressor computes in a step, as it reports it.
 WORK = ("encode_ms", "merge_ms", "decode_ms")
 
@@ -82,7 +81,8 @@ def show(cell: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "saved: computed from bytes and rate, as if nothing hid it. compute: encoding, merging and decoding, measured; some of it runs beside other work.\n",
+        "saved: computed from bytes and rate, as if nothing hid it. compute: encoding, merging and decoding, measured; "
+        "some of it runs beside other work.\n",
         style="dim",
         highlight=False,
     )
