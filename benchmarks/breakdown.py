@@ -27,11 +27,11 @@ OPERATORS = ("gloo:", "nccl:", "mpi:", "ucc:")
 #: What computes. Other events, such as an autograd node of Python, last as long as what they wait for.
 COMPUTES = ("aten::", "fsdp::", "torch::distributed::reducer", "torch.distributed.ddp.reducer")
 PHASES = (
-    "forward", "backward", "optimizer", "scheduler", "encode", "decode",
+    "forward", "backward", "optimizer", "scheduler", "encode", "merge", "decode",
     "exposed_reduce_scatter", "exposed_all_gather", "exposed_other",
 )  # fmt: skip
 #: What engines and compressors say of a step themselves, and the phase that it is.
-REPORTED = {"encode_ms": "encode", "decode_ms": "decode"}
+REPORTED = {"encode_ms": "encode", "merge_ms": "merge", "decode_ms": "decode"}
 
 Span = dict[str, Any]
 
@@ -109,13 +109,13 @@ def profile(
     """Trains a step per batch under trace, while all ranks do; the account of this rank."""
     if batches[0][0].is_cuda:
         raise RuntimeError("The breakdown reads clocks of the host, so it is for CPU tensors: leave --breakdown out.")
+    reports: list[dict[str, Any]] = []
     if trainer.engine is not None:
-        reports: list[dict[str, Any]] = []
         recorded = record(trainer, parts, batches, trainer.engine, lambda: reports.append(trainer.stats()))
         return account(recorded["compute"], recorded["lanes"], reports[1:-1])
     if trainer.compressor is not None:
-        recorded = record(trainer, parts, batches, _Nothing())
-        return account(recorded["compute"], None, [trainer.compressor_stats()])
+        recorded = record(trainer, parts, batches, _Nothing(), lambda: reports.append(trainer.compressor_stats()))
+        return account(recorded["compute"], None, reports[1:-1])
     recorded = record(trainer, parts, batches, ProfilerTrace())
     return account(recorded["compute"], recorded["lanes"], [])
 
@@ -126,8 +126,9 @@ def account(compute: Sequence[Span], lanes: Sequence[Span] | None, reports: Sequ
     compute, lanes: as of timeline.record; lanes is None where nobody saw what moved, and waits are then inside the
     phase in which they fell, unless the reports say how long they were. reports: what the strategy says of its steps.
 
-    Returns "phases": time of the training thread by what it did (PHASES), None where unknown; "encode" and "decode" may
-    run beside the others. "modules": by part. "operators": by what moved, None where unknown.
+    Returns "phases": time of the training thread by what it did (PHASES), None where unknown; "encode", "merge"
+    (between exchanges) and "decode" may run beside the others. "modules": by part. "operators": by what moved, None
+    where unknown.
     """
     steps = sorted({span["step"] for span in compute})[1:-1]
     waits = [span for span in lanes or () if span["lane"] == "wait"]

@@ -118,7 +118,7 @@ def test_time_to_loss_is_steps_times_milliseconds(cell: dict[str, Any]) -> None:
 
 def test_compression_that_costs_more_than_it_saves_is_pointed_out(cell: dict[str, Any]) -> None:
     def compressed(name: str, encode_ms: float | None) -> dict[str, Any]:
-        report = {"dense_bytes": 12_500_000, "encode_ms": encode_ms, "decode_ms": 20.0}
+        report = {"dense_bytes": 12_500_000, "encode_ms": encode_ms, "merge_ms": 5.0, "decode_ms": 15.0}
         made = strategy(name, [[100.0, 100.0]], payload_bytes_per_step=2_500_000)
         made["blocks"][0]["compressor"] = [report, report]
         return made
@@ -169,7 +169,7 @@ def test_a_step_is_broken_down_into_what_took_how_long() -> None:
     found = breakdown.account(compute, lanes, [{"encode_ms": 2.0, "decode_ms": None}])
     assert found["step_ms"] == 40 and found["steps"] == 1  # the first and the last are left out
     assert found["phases"] == {
-        "forward": 8, "backward": 20, "optimizer": 5, "scheduler": 2, "encode": 2, "decode": None,
+        "forward": 8, "backward": 20, "optimizer": 5, "scheduler": 2, "encode": 2, "merge": None, "decode": None,
         "exposed_reduce_scatter": 3, "exposed_all_gather": 2, "exposed_other": 0,
     }  # fmt: skip
     assert found["modules"][0] == {"name": "a", "forward_ms": 2, "backward_ms": 8}
