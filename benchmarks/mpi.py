@@ -88,6 +88,7 @@ def command(launcher: Launcher, lab: Lab | Loopback, argv: Sequence[str]) -> Ite
     environment = _library(launcher)
     options = ["--bind-to", "none", "--allow-run-as-root"] if launcher.kind == "openmpi" else ["-bind-to", "none"]
     with tempfile.TemporaryDirectory(prefix="dear-mpi-") as folder:
+        environment["TMPDIR"] = folder  # where an MPI that gets killed leaves its files
         if isinstance(lab, Lab):
             addresses = [lab.address(rank) for rank in range(lab.workers)]
             environment[mpi_agent.HOSTS] = json.dumps(dict(zip(addresses, lab.namespaces(), strict=True)))
