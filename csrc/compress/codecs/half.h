@@ -18,16 +18,12 @@ class HalfCodec : public OwnerCodec {
   void decode(int64_t step, const at::Tensor& rows) override;
 
  private:
-  // `out` <- the values, rounded; `error`, which holds the values, keeps the difference.
-  void round(const at::Tensor& values, const std::optional<at::Tensor>& error, const at::Tensor& out) const;
-
   const int64_t world_;
   const int64_t shard_;
   const int64_t owned_;
   const at::ScalarType type_;
   std::optional<at::Tensor> error_;
   std::optional<at::Tensor> owner_error_;
-  at::Tensor total_;  // [owned] float32
 };
 
 }  // namespace dear::compress
