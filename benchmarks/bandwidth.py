@@ -99,8 +99,8 @@ def search(strategies: Sequence[str], ladder: Sequence[str], limit: float, measu
 
 
 def between(one: str, other: str) -> str:
-    """The rate in the middle, as factors go."""
-    return f"{math.sqrt(bits(one) * bits(other)) / 1e6:.3g}mbit"
+    """The rate in the middle, as factors go, in whole kbit/s."""
+    return f"{math.sqrt(bits(one) * bits(other)) / 1e3:.0f}kbit"
 
 
 def _holds(ratio: float | None, limit: float) -> bool:

@@ -13,6 +13,7 @@ from canned import strategy, training_cell
 from rich.console import Console
 
 from benchmarks import bandwidth, breakdown, losses, results, tradeoff
+from benchmarks.command import rate_bits
 from benchmarks.data import digits
 from benchmarks.launch import WorkersFailed
 from benchmarks.strategies import Compressed, DDPPowerSGD, DearCompressed, StrategyError, is_dear, parse_strategies
@@ -202,8 +203,8 @@ def test_the_ladder_stops_where_a_strategy_stops_holding_and_bisects_once() -> N
         return {n: None if n == "bad" else 1.1 if bandwidth.bits(rate) >= needs[n] else 1.3 for n in names}
 
     ddp, acp, sign, bad = bandwidth.search(list(needs), ["2gbit", "1gbit", "250mbit", "64mbit"], 1.15, measure)
-    assert (ddp.holds, ddp.fails) == ("1gbit", "500mbit")  # 250 Mbit/s, then the middle
-    assert (acp.holds, acp.fails) == ("126mbit", "64mbit")
+    assert (ddp.holds, ddp.fails) == ("1gbit", "500000kbit")  # 250 Mbit/s, then the middle
+    assert (acp.holds, acp.fails) == ("126491kbit", "64mbit")
     assert (sign.holds, sign.fails) == (None, "2gbit") and (bad.holds, bad.fails) == (None, "2gbit")
     assert [names for _, names in asked] == [
         list(needs),
@@ -217,6 +218,10 @@ def test_the_ladder_stops_where_a_strategy_stops_holding_and_bisects_once() -> N
     bandwidth.show(4, 1.15, [ddp, acp, sign, bad], console)
     lines = [line for line in console.export_text().splitlines() if "/s" in line]
     assert ["acp:4" in lines[0], "ddp" in lines[1]] == [True, True]
+
+
+def test_the_rate_in_the_middle_is_one_that_can_be_set() -> None:
+    assert rate_bits(bandwidth.between("10gbit", "500mbit")) == pytest.approx(2236.068e6)
 
 
 def test_step_over_floor_is_paired_by_round(cell: dict[str, Any]) -> None:
