@@ -13,8 +13,8 @@ from torch import Tensor
 import compress
 import dear
 from benchmarks.methods import Method, Place, Placement
+from compress.exchange import Exchange
 from compress.group import Group, Member
-from compress.pipeline import Exchange
 
 SIDE = 1024  # of the matrices that the gradient is made of, as in a Transformer; smaller where the gradient is
 SPECTRUM = 32  # singular values that all ranks share: of strength 1, 1/2, 1/3, ...
@@ -86,7 +86,7 @@ class Compressed(Method):
     prepare = reset
 
     def run(self) -> None:
-        spent = step(self.compressor, self.work, self.group, self.place.crew.synchronize)
+        spent, _ = step(self.compressor, self.work, self.group, self.place.crew.synchronize)
         for name, seconds in spent.items():
             self.series[f"{name}_us"].append(round(seconds * 1e6, 1))
 
@@ -107,11 +107,11 @@ class Compressed(Method):
         compressor, work = self.build(error_feedback=False)
         for _ in range(ERROR_STEPS):
             self.reset()
-            step(compressor, work, self.group, self.place.crew.synchronize)
+            _, wire_bytes = step(compressor, work, self.group, self.place.crew.synchronize)
         lost = (self.data.double() - mean.double()).square().sum() / mean.double().square().sum()
         return {
             "raw_bytes": self.data.numel() * self.data.element_size(),
-            "wire_bytes": work.bytes_sent,
+            "wire_bytes": wire_bytes,
             "vnmse": float(lost),
             "input": INPUT,
         }
@@ -119,12 +119,13 @@ class Compressed(Method):
 
 def step(
     compressor: compress.Compressor, work: Group, group: dist.ProcessGroup, synchronize: Callable[[], None]
-) -> dict[str, float]:
-    """One step of one group on its own; the seconds it spent encoding, communicating and decoding."""
+) -> tuple[dict[str, float], int]:
+    """One step of one group on its own: the seconds it spent encoding, communicating and decoding, and the bytes it sent."""
     compressor.step += 1
     spent = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
     doing = "encode"
     mark = time.perf_counter()
+    sent = 0
 
     def lap(name: str) -> None:
         nonlocal mark
@@ -136,10 +137,11 @@ def step(
     for each in compressor.steps(work):
         lap(doing)
         exchange(each, group)
+        sent += each.bytes_sent(group.size())
         lap("communicate")
         doing = "decode"
     lap(doing)
-    return spent
+    return spent, sent
 
 
 def exchange(wanted: Exchange, group: dist.ProcessGroup) -> None:

@@ -226,12 +226,12 @@ class Compressor:
         return parts if sorted(name for part in parts for name in part) == sorted(names) else [list(names)]
 
     def steps(self, group: Group) -> Steps:
-        """One step of a group alone, number ``self.step`` (counted from 0): from this rank's ``group.gradient`` to the
-        mean over the ranks, by way of exchanges, each of which must have been made before the next is asked for.
+        """One step of a group alone, the one that began last: from this rank's ``group.gradient`` to the mean over the
+        ranks, by way of exchanges, each of which must have been made before the next is asked for.
 
         What comes before the last exchange is the first phase, that exchange and what follows is the second.
         """
-        gradient, step = group.gradient.view(-1), self.step
+        gradient, step = group.gradient.view(-1), max(0, self.step - 1)
         group.codec.bind(gradient, gradient)
         for stage in range(group.codec.stages(step)):
             yield Exchange.of(group.codec.advance(step, stage), group.world)

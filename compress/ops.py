@@ -241,8 +241,3 @@ def low_rank_decode(p: Tensor, q: Tensor, out: Tensor, starts: Tensor) -> None:
     factors, same bits, on every CPU.
     """
     _ops.low_rank_decode(p, q, out, starts)
-
-
-def low_rank_residual(error: Tensor, p: Tensor, q: Tensor) -> None:
-    """``error`` [batch, n, m] -= ``p`` [batch, n, r] @ ``q`` [batch, m, r]^T, in place, float32."""
-    error.baddbmm_(p, q.mT, alpha=-1)

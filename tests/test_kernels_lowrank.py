@@ -156,13 +156,6 @@ def test_error_correct(kind: str, n: int, dtype: torch.dtype, device: str) -> No
     assert count.item() == dropped
 
 
-def test_low_rank_residual() -> None:
-    error, p, q = torch.randn(3, 20, 30), torch.randn(3, 20, 4), torch.randn(3, 30, 4)
-    expected = error - p @ q.mT
-    ops.low_rank_residual(error, p, q)
-    torch.testing.assert_close(error, expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("algorithm", ["power", "acp"])
 def test_reference_steps_conserve(algorithm: str) -> None:
     """What was applied plus what is kept is the sum of the gradients, and what is kept stays bounded."""
