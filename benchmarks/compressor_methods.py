@@ -120,7 +120,7 @@ class Compressed(Method):
 def step(
     compressor: compress.Compressor, work: Group, group: dist.ProcessGroup, synchronize: Callable[[], None]
 ) -> tuple[dict[str, float], int]:
-    """One step of one group on its own: the seconds it spent encoding, communicating and decoding, and the bytes it sent."""
+    """One step of one group alone: the seconds it spent encoding, communicating and decoding, and the bytes it sent."""
     compressor.step += 1
     spent = {"encode": 0.0, "communicate": 0.0, "decode": 0.0}
     doing = "encode"
