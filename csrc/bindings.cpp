@@ -107,10 +107,11 @@ void bind_schedule(py::module_& m) {
       .def("set_backward_ended",
            [](Scheduler& self, py::function callback, bool always) {
              // Steady state never enters Python: only a new layout does, unless the caller wants every pass.
-             self.set_backward_ended([callback = std::move(callback), always](bool layout_is_new) {
+             const auto held = dear::bindings::hold(std::move(callback));
+             self.set_backward_ended([held, always](bool layout_is_new) {
                if (!layout_is_new && !always) return;
                py::gil_scoped_acquire acquire;
-               callback(layout_is_new);
+               (*held)(layout_is_new);
              });
            })
       .def("clear_backward_ended", [](Scheduler& self) { self.set_backward_ended(nullptr); })

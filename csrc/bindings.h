@@ -33,6 +33,14 @@ std::shared_ptr<T> make_shared_without_gil(Args&&... args) {
   });
 }
 
+// A function that whoever holds it may drop without the GIL.
+inline std::shared_ptr<py::function> hold(py::function function) {
+  return std::shared_ptr<py::function>(new py::function(std::move(function)), [](py::function* held) {
+    const py::gil_scoped_acquire acquire;
+    delete held;
+  });
+}
+
 void bind_compress(py::module_& m);
 
 }  // namespace dear::bindings

@@ -114,13 +114,6 @@ void bind_codecs(py::module_& m) {
 }
 
 CompressDriver::Callbacks make_callbacks(py::function bind, py::function measure, py::function ended) {
-  // The functions are held by a pointer that drops them with the GIL, since the driver may die without it.
-  const auto hold = [](py::function function) {
-    return std::shared_ptr<py::function>(new py::function(std::move(function)), [](py::function* held) {
-      const py::gil_scoped_acquire acquire;
-      delete held;
-    });
-  };
   CompressDriver::Callbacks callbacks;
   callbacks.bind = [call = hold(std::move(bind))](size_t index, const Bucket& bucket) {
     const py::gil_scoped_acquire acquire;

@@ -5,6 +5,8 @@
 namespace dear {
 namespace {
 
+constexpr int64_t kShownWait = 50'000;  // ns; a trace leaves shorter waits out
+
 std::string group_label(size_t index) { return "fusion group " + std::to_string(index); }
 
 }  // namespace
@@ -141,7 +143,11 @@ void Scheduler::submit_dropped() {
 
 bool Scheduler::any_dropped() {
   if (!pipeline_) return false;
+  const int64_t start = now_ns();
   tell_dropped_->wait();
+  const int64_t end = now_ns();
+  waits_.all_gather_ns += end - start;
+  if (end - start > kShownWait) trace("wait", "finiteness check", start, end);
   return dropped_.ne(0).any().item<bool>();
 }
 
@@ -183,7 +189,7 @@ void Scheduler::timed_wait(const Half& half, size_t group, int64_t* total, Wait 
   const std::string name = group_label(group);
   const std::string phase = phase_name(half.phase());
   trace(phase, name, half.start_ns(), half.end_ns());
-  if (end - start > 50'000) trace("wait", phase + " of " + name, start, end);
+  if (end - start > kShownWait) trace("wait", phase + " of " + name, start, end);
 }
 
 void Scheduler::wait_reduced(size_t index) {
