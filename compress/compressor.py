@@ -48,8 +48,8 @@ class Compressor:
         min_compression_ratio: what would shrink by less than this stays dense.
         seed: of everything random; rank 0's counts.
         nonfinite: what a gradient with inf or NaN on any rank does, on all ranks alike. ``"raise"``: ``backward()``
-            raises RuntimeError. ``"skip"``: every ``.grad`` is None after ``backward()``, so the optimizer's step
-            changes nothing. ``"propagate"``: the gradients of that bucket become NaN, which a GradScaler sees, and
+            (under the DeAR schedule ``step()``) raises RuntimeError. ``"skip"``: every ``.grad`` is None after
+            ``backward()`` (at ``step()``), so the optimizer's step changes nothing. ``"propagate"``: the gradients of that bucket become NaN, which a GradScaler sees, and
             skips the step. The last two keep a copy of the error feedback and put it back. In no case does anything
             non-finite get into the error feedback.
         process_group: whose ranks take part; the default group when None. :func:`compress.register` sets it.

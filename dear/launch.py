@@ -257,7 +257,7 @@ def _agree_through_mpi(job: Job) -> Job:
             raise RuntimeError(
                 f"mpirun says rank {job.rank} of {job.world_size}, but the MPI that mpi4py loaded, {library}, says "
                 f"{world.rank} of {world.size}, so it is not mpirun's: put the folder of mpirun's libmpi into "
-                f"LD_LIBRARY_PATH, {by_hand}"
+                f"LD_LIBRARY_PATH (with several MPIs installed, also set MPI4PY_MPIABI), {by_hand}"
             )
         node = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
         local_rank, alone = node.rank, node.size == world.size

@@ -8,7 +8,7 @@ import pytest
 import torch
 import training
 from compressing import KINDS, kept
-from test_compressors_hook import RandomK
+from own_compressors import RandomK
 from torch.nn.parallel import DistributedDataParallel as DDP
 from workers import run_workers
 

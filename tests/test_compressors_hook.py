@@ -1,4 +1,4 @@
-"""Training through the hook: what DDP and its users do to gradients, own compressors, and every refusal's sentence."""
+"""Training through the hook: what DDP and its users do to gradients, and every refusal's sentence."""
 
 import os
 
@@ -8,60 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compressing import KINDS, SHAPES, attach, backward, everyones, gradients, kept
+from own_compressors import RandomK
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from workers import run_workers
 
 import compress
-
-
-class RandomK(compress.Compressor):
-    """Sends the same random elements on every rank: their values can be summed, their indices need not be sent."""
-
-    def __init__(self, density: float, **options) -> None:
-        super().__init__(**options)
-        self.density = density
-
-    def options(self):
-        return {"density": self.density}
-
-    def ratio(self, group):
-        return 1 / self.density
-
-    def encode(self, group):
-        corrected, chosen = self.corrected(group), self._chosen(group)
-        payload = corrected[chosen]
-        corrected[chosen] = 0
-        return payload
-
-    def decode(self, group, payload):
-        group.gradient.zero_()
-        group.gradient[self._chosen(group)] = payload.to(group.dtype)
-
-    def _chosen(self, group):
-        generator = self.generator(f"{group.step} {group.names}")
-        return torch.randperm(group.numel, generator=generator)[: max(1, int(self.density * group.numel))]
-
-
-def own_compressor(rank: int, world: int) -> None:
-    compressor = RandomK(0.25)
-    model = attach(compressor)
-    given = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
-    for step in range(5):
-        compressor.measure()
-        have = backward(model, gradients(rank, step))
-        for name in SHAPES:
-            given[name] += sum(gradients(r, step)[name].double() for r in range(world)) - world * have[name].double()
-        errors = kept(compressor)
-        for name in SHAPES:
-            assert (given[name].flatten() - errors[name]).abs().max() < 2e-5
-    stats = compressor.stats()
-    assert stats["bytes_sent"] < 0.26 * stats["dense_bytes"] and stats["steps"] == 5
-    assert stats["error_norm"] > 0 and stats["vnmse"] > 0
-
-
-def test_own_compressor(pool4):
-    pool4.run(own_compressor)
 
 
 def learn(rank: int, world: int, compressor: compress.Compressor | None) -> float:

@@ -1,6 +1,5 @@
 """Bad input gets one clear sentence, and nothing has been changed: plain DDP, or the engine, trains on as before."""
 
-import contextlib
 import copy
 import pickle
 
@@ -9,34 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import training
+from refusing import SMALL, both_modes, final, refused, same, trains_on_like_plain, warm
 from torch import nn, optim
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dear
-
-SMALL = {"bucket_cap_mb": 0.002}
-both_modes = pytest.mark.parametrize("update", ["sharded", "replicated"])
-
-
-def final(model):
-    return {name: value.clone() for name, value in model.module.state_dict().items()}
-
-
-def same(have, want):
-    for name, value in want.items():
-        assert torch.equal(have[name], value), name
-
-
-@contextlib.contextmanager
-def refused(kind, match):
-    """The sentence is one: it says what is wrong and, after a colon, what to do."""
-    with pytest.raises(kind, match=match) as caught:
-        yield
-    message = str(caught.value)
-    assert message.endswith(".") and "\n" not in message, message
-
 
 # At attach
 
@@ -239,180 +217,6 @@ def test_arguments_that_differ_by_rank_are_refused_on_every_rank(pool2):
     pool2.run(disagreeing)
 
 
-# While training
-
-
-def warm(rank, update, steps=3, **attach):
-    model, opt = training.build("Mlp", training.SGD, {})
-    engine = dear.attach(model, opt, update=update, **{**SMALL, **attach})
-    for step in range(steps):
-        training.plain_step(model, opt, rank, step)
-    return model, opt, engine
-
-
-def trains_on_like_plain(rank, model, opt, steps):
-    """From step number ``steps`` on, as plain DDP that made as many steps."""
-    plain, plain_opt = training.build("Mlp", training.SGD, {})
-    for step in range(steps + 3):
-        want = training.plain_step(plain, plain_opt, rank, step)
-        if step >= steps:
-            assert training.plain_step(model, opt, rank, step) == want
-    same(final(model), final(plain))
-
-
-def wrong_order(rank, world, update, deferred):
-    model, opt, engine = warm(rank, update)
-    if not deferred:
-        handle = opt.register_step_pre_hook(lambda *_: None)  # makes the whole update one
-    before = final(model)
-    with model.no_sync():
-        training.loss_of(model, rank, 10).backward()
-    with refused(RuntimeError, "not reduced since the last step"):
-        opt.step()
-    same(final(model), before)
-    opt.zero_grad()
-    trains_on_like_plain(rank, model, opt, 3)
-
-    training.loss_of(model, rank, 6).backward()
-    with model.no_sync():
-        training.loss_of(model, rank, 7).backward()
-    with refused(RuntimeError, "must be the one outside"):
-        opt.step()
-    opt.zero_grad()
-    trains_on_like_plain(rank, model, opt, 6)
-    if not deferred:
-        handle.remove()
-    engine.detach()
-
-
-@both_modes
-@pytest.mark.parametrize("deferred", [True, False])
-def test_local_gradients_are_never_applied(pool2, update, deferred):
-    pool2.run(wrong_order, update, deferred)
-
-
-def twice(rank, world, update):
-    model, opt, engine = warm(rank, update)
-    training.loss_of(model, rank, 3).backward()
-    opt.step()
-    with refused(RuntimeError, "zero_grad\\(\\) after each step"):
-        opt.step()
-    opt.zero_grad()
-    trains_on_like_plain(rank, model, opt, 4)
-    # Without gradients a step does nothing, as in plain torch; also when they were thrown away after backward.
-    before = final(model)
-    opt.step()
-    training.loss_of(model, rank, 8).backward()
-    opt.zero_grad()
-    opt.step()
-    same(final(model), before)
-    trains_on_like_plain(rank, model, opt, 7)
-    engine.detach()
-
-
-@both_modes
-def test_gradients_are_used_once(pool2, update):
-    pool2.run(twice, update)
-
-
-def thrown_away(model, optimizer, rank, step):
-    """A step that is not taken; its gradients are set to zero in place."""
-    loss = training.loss_of(model, rank, step)
-    loss.backward()
-    if step % 3 != 1:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
-    return loss.item()
-
-
-def zeroed(rank, world, update):
-    for kind in (training.SGD, (optim.SGD, {"lr": 0.05, "foreach": False})):
-        training.compare(rank, world, "Mlp", kind, attach={**SMALL, "update": update}, step=thrown_away, steps=9)
-
-
-@both_modes
-def test_gradients_thrown_away_in_place(pool2, update):
-    pool2.run(zeroed, update)
-
-
-def replaced(rank, world):
-    def step(model, optimizer, rank, number):
-        """Scales one gradient and takes another away."""
-        loss = training.loss_of(model, rank, number)
-        loss.backward()
-        first, second = model.module.first, model.module.second
-        first.weight.grad = first.weight.grad * 0.5
-        second.bias.grad = None
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    training.compare(rank, world, "Mlp", attach={**SMALL, "update": "replicated"}, step=step)
-    model, opt, engine = warm(rank, "sharded")
-    for number, change in enumerate((None, torch.zeros_like(model.module.first.weight)), 3):
-        training.loss_of(model, rank, number).backward()
-        model.module.first.weight.grad = change
-        with refused(RuntimeError, "set to None or to another tensor"):
-            opt.step()
-        opt.zero_grad()
-    trains_on_like_plain(rank, model, opt, 3)
-    engine.detach()
-
-
-def test_replaced_gradients_count_or_are_refused(pool2):
-    pool2.run(replaced)
-
-
-def read_gradients(rank, world):
-    model, opt, engine = warm(rank, "sharded")
-    training.loss_of(model, rank, 3).backward()
-    params = list(model.parameters())
-    grad = params[0].grad
-    for read in (
-        lambda: grad.norm(),
-        lambda: grad + 1,
-        lambda: grad.mul_(2),
-        lambda: grad.clone(),
-        lambda: grad.numpy(),
-        lambda: float(grad.flatten()[0]),
-        lambda: torch.isfinite(grad),
-        lambda: torch._foreach_norm([grad]),
-        lambda: nn.utils.clip_grad_norm_(params, 1.0),
-        lambda: nn.utils.clip_grad_value_(params, 1.0),
-    ):
-        with refused(RuntimeError, r"this worker's own.*engine.clip_grad_norm_\(\)"):
-            read()
-    assert "this worker's own gradient" in repr(grad)
-    assert grad.shape == params[0].shape and grad.dtype == torch.float32
-    opt.step()
-    opt.zero_grad()
-    trains_on_like_plain(rank, model, opt, 4)
-    engine.detach()
-
-
-def test_one_workers_own_gradient_is_not_taken_for_the_average(pool2):
-    pool2.run(read_gradients)
-
-
-def pending_gradients(rank, world):
-    """Replicated: .grad is the average, whoever reads it."""
-
-    def step(model, optimizer, rank, number):
-        loss = training.loss_of(model, rank, number)
-        loss.backward()
-        norm = sum(param.grad.norm() for param in model.parameters()).item()
-        model.module.last.weight.grad.mul_(0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
-
-    training.compare(rank, world, "Mlp", attach={**SMALL, "update": "replicated"}, step=step)
-
-
-def test_replicated_gradients_are_the_averages(pool2):
-    pool2.run(pending_gradients)
-
-
 def entrances(rank, world, update):
     model, opt, engine = warm(rank, update)
     for read, match in [
@@ -479,58 +283,3 @@ def sparse_by_function(rank, world):
 
 def test_sparse_gradients_that_show_only_in_backward_are_an_error(pool2):
     pool2.run(sparse_by_function)
-
-
-# Gradients that are not finite
-
-
-def poisoned(model, optimizer, rank, step):
-    loss = training.loss_of(model, rank, step)
-    if step == 4 and rank == 1:
-        loss = loss * float("nan")
-    if step == 3 and rank == 1:
-        loss = loss + (model.module.last.bias * float("inf")).sum() * 0
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return 0.0
-
-
-def not_finite(rank, world, update):
-    """Passed on as DDP does it: to every rank alike."""
-    want = training.train(rank, "Mlp", step=poisoned)[1]
-    have = training.train(rank, "Mlp", step=poisoned, attach={**SMALL, "update": update})[1]
-    assert any(value.isnan().any() for value in want.values())
-    for name in want:
-        assert torch.equal(want[name].nan_to_num(7.0), have[name].nan_to_num(7.0)), name
-
-
-def clipping_not_finite(rank, world, update):
-    model, opt, engine = warm(rank, update)
-    loss = training.loss_of(model, rank, 3)
-    (loss * float("inf") if rank == 1 else loss).backward()
-    before = final(model)
-    with pytest.raises(RuntimeError, match=r"not finite|non-finite"):
-        engine.clip_grad_norm_(1.0, error_if_nonfinite=True)
-    opt.zero_grad()
-    same(final(model), before)
-    trains_on_like_plain(rank, model, opt, 3)
-    for kind in (1.0, 2.0, float("inf")):
-        plain, _ = training.build("Mlp", training.SGD, {})
-        plain.module.load_state_dict(model.module.state_dict())
-        training.loss_of(plain, rank, 9).backward()
-        training.loss_of(model, rank, 9).backward()
-        want = nn.utils.clip_grad_norm_(plain.parameters(), 1e9, kind)
-        torch.testing.assert_close(engine.clip_grad_norm_(1e9, kind), want)
-        opt.zero_grad()
-    engine.detach()
-
-
-@both_modes
-def test_gradients_that_are_not_finite_reach_every_rank(pool2, update):
-    pool2.run(not_finite, update)
-
-
-@both_modes
-def test_clipping_gradients_that_are_not_finite(pool2, update):
-    pool2.run(clipping_not_finite, update)
