@@ -24,6 +24,7 @@ class Dense(Compressor):
     """
 
     exchange: ClassVar[Literal["sum", "owners", "gather"]] = "owners"
+    usual_ratio: ClassVar[float] = 2.0
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, *, error_feedback: bool = False, **options: Any) -> None:
         super().__init__(error_feedback=error_feedback, **options)
@@ -35,7 +36,7 @@ class Dense(Compressor):
         return {"dtype": str(self.dtype)}
 
     def ratio(self, group: Group) -> float:
-        return 2.0
+        return self.usual_ratio
 
     def shard_numel(self, group: Group) -> int:
         return -(-group.numel // (2 * group.world)) * 2  # whole 32-bit words

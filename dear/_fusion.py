@@ -16,13 +16,14 @@ def check_cap(value: Any) -> None:
         raise ValueError(f'bucket_cap_mb must be "auto" or a positive number of MiB, not {value!r}.')
 
 
-def default_group_bytes(gradient_bytes: int) -> int:
-    """The size of a fusion group when the user names none: a sixteenth of the gradients, from 1 to 25 MiB.
+def default_group_bytes(gradient_bytes: int, ratio: float = 1.0) -> int:
+    """The size of a fusion group when the user names none: a sixteenth of the gradients, from 1 to 25 MiB, and
+    ``ratio`` times as much, to 25 MiB, where gradients shrink by that much.
 
     What cannot be hidden is about one group at each end of a pass, so groups should be few per cent of the model; they
     need not be smaller than what keeps the cost per message small.
     """
-    return min(25 * MIB, max(MIB, gradient_bytes // 16))
+    return min(25 * MIB, int(max(MIB, gradient_bytes // 16) * ratio))
 
 
 def ddp_bucket_bytes(group_bytes: int) -> int:

@@ -45,7 +45,7 @@ def attach(
             gradients have come. ``"auto"``: sharded where the optimizer is known to be elementwise and nothing is
             compressed.
         bucket_cap_mb: size of a fusion group in MiB of gradients; ``"auto"`` takes a sixteenth of the model's, from 1
-            to 25. Smaller groups overlap better, larger ones cost fewer messages. Where DDP's own buckets are
+            to 25, and more of what a compressor shrinks. Smaller groups overlap better, larger ones cost fewer messages. Where DDP's own buckets are
             larger, DDP is made to bucket finer.
         overlap_forward: False waits for the all-gathers in ``step()``: a drop-in for code that reads parameters
             right after it.
@@ -70,7 +70,7 @@ def attach(
         scheduled.check(compressor, model)
     if bucket_cap_mb == "auto":
         trained = sum(param.nbytes for param in model.module.parameters() if param.requires_grad)
-        bucket_cap_mb = default_group_bytes(trained) / MIB
+        bucket_cap_mb = default_group_bytes(trained, 1.0 if compressor is None else compressor.usual_ratio) / MIB
     check_cap(bucket_cap_mb)
     group = process_group if process_group is not None else model.process_group
     device = next(param.device for param in model.module.parameters() if param.requires_grad)
