@@ -49,9 +49,9 @@ class Compressor:
         seed: of everything random; rank 0's counts.
         nonfinite: what a gradient with inf or NaN on any rank does, on all ranks alike. ``"raise"``: ``backward()``
             (under the DeAR schedule ``step()``) raises RuntimeError. ``"skip"``: every ``.grad`` is None after
-            ``backward()`` (at ``step()``), so the optimizer's step changes nothing. ``"propagate"``: the gradients of that bucket become NaN, which a GradScaler sees, and
-            skips the step. The last two keep a copy of the error feedback and put it back. In no case does anything
-            non-finite get into the error feedback.
+            ``backward()`` (at ``step()``), so the optimizer's step changes nothing. ``"propagate"``: the gradients of
+            that bucket become NaN, which a GradScaler sees, and skips the step. The last two keep a copy of the error
+            feedback and put it back. In no case does anything non-finite get into the error feedback.
         process_group: whose ranks take part; the default group when None. :func:`compress.register` sets it.
 
     Gradients of other types than float32, float16 and bfloat16 (that is, float64) travel dense. Not thread-safe.

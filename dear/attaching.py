@@ -45,8 +45,8 @@ def attach(
             gradients have come. ``"auto"``: sharded where the optimizer is known to be elementwise and nothing is
             compressed.
         bucket_cap_mb: size of a fusion group in MiB of gradients; ``"auto"`` takes a sixteenth of the model's, from 1
-            to 25, and more of what a compressor shrinks. Smaller groups overlap better, larger ones cost fewer messages. Where DDP's own buckets are
-            larger, DDP is made to bucket finer.
+            to 25, and more of what a compressor shrinks. Smaller groups overlap better, larger ones cost fewer
+            messages. Where DDP's own buckets are larger, DDP is made to bucket finer.
         overlap_forward: False waits for the all-gathers in ``step()``: a drop-in for code that reads parameters
             right after it.
         process_group: must have the ranks of the module's own group, which is the default.
