@@ -67,6 +67,7 @@ class Schedule:
         self._compression: ScheduleDriver | None = None
         self._judged = -1  # the compressed step whose gradients have been found good or bad
         self._verdict: Verdict = "good"
+        self._kept: dict[int, int] = {}  # by fusion group, the last step whose unused results went back
         if compressor is not None:
             self._compression = self._compress(compressor, device, [reduce_lane, self._gather_lane], algorithm)
 
@@ -148,7 +149,12 @@ class Schedule:
         return self._verdict
 
     def _keep_unused(self, index: int) -> None:
-        if self._compression is not None and self._unused and self._verdict == "good":
+        """Once a step, though clipping and the update both come by here."""
+        if self._compression is None or not self._unused or self._verdict != "good":
+            return
+        step = self._compression.pipeline.steps
+        if self._kept.get(index) != step:
+            self._kept[index] = step
             self._compression.keep_unused(index, self._unused)
 
     def _grads_of(self, index: int) -> dict[torch.nn.Parameter, torch.Tensor]:
