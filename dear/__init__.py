@@ -9,9 +9,11 @@ from dear.attaching import attach
 from dear.collectives import Work, all_gather, all_reduce, reduce_scatter, shard_range
 from dear.engine import Engine
 from dear.launch import init_process_group
+from dear.tuner import FusionTuner
 
 __all__ = [
     "Engine",
+    "FusionTuner",
     "Work",
     "all_gather",
     "all_reduce",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear import _ddp
+from dear._agree import agree
 from dear._fusion import MIB, check_cap, default_group_bytes
 from dear._update import choose_mode
 from dear.collectives import choose_algorithm
@@ -75,8 +76,14 @@ def attach(
     group = process_group if process_group is not None else model.process_group
     device = next(param.device for param in model.module.parameters() if param.requires_grad)
     chosen = choose_algorithm(group, device, algorithm)
-    _agree(group, {"update": mode, "bucket_cap_mb": bucket_cap_mb, "algorithm": chosen,
-                   "optimizer": type(optimizer).__name__, "overlap_forward": overlap_forward})  # fmt: skip
+    options = {
+        "update": mode,
+        "bucket_cap_mb": bucket_cap_mb,
+        "algorithm": chosen,
+        "optimizer": type(optimizer).__name__,
+        "overlap_forward": overlap_forward,
+    }
+    agree(group, options, "dear.attach()")
     return Engine(
         model,
         optimizer,
@@ -88,15 +95,3 @@ def attach(
         device=device,
         compressor=compressor,
     )
-
-
-def _agree(group: dist.ProcessGroup, options: dict[str, Any]) -> None:
-    everyone: list[dict[str, Any]] = [{} for _ in range(group.size())]
-    dist.all_gather_object(everyone, options, group=group)
-    for name in options:
-        for rank, other in enumerate(everyone):
-            if other[name] != everyone[0][name]:
-                raise ValueError(
-                    f"Ranks 0 and {rank} disagree on {name} ({everyone[0][name]!r} and {other[name]!r}): every rank "
-                    "must call dear.attach() with the same arguments."
-                )

@@ -18,9 +18,10 @@ import functools
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 from torch.optim import optimizer as _everyones
@@ -32,6 +33,9 @@ from dear._schedule import Schedule
 from dear._stand_in import PendingGrad
 from dear._update import PER_PARAMETER
 from dear.collectives import shard_range
+
+if TYPE_CHECKING:
+    from compress import Compressor
 
 
 class Engine(Schedule):
@@ -69,6 +73,21 @@ class Engine(Schedule):
         self._group_bytes = int(value * MIB)
         if self._layout is not None:
             self._regroup()
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The ranks that train together."""
+        return self._group
+
+    @property
+    def compressor(self) -> Compressor | None:
+        """What ``attach`` was given."""
+        return None if self._compression is None else self._compression.compressor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return self._params[0].device
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False

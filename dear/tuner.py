@@ -1,0 +1,120 @@
+"""Finds the size of the fusion groups that makes steps fastest here, while training goes on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from dear._agree import agree
+from dear._fusion import check_cap
+from dear.engine import Engine
+
+FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the engine's size, where the user names no sizes
+
+
+class FusionTuner:
+    """Tries sizes of fusion groups in turns, then leaves the fastest in place. Training is the same all the while.
+
+    Every rank makes one alike and calls :meth:`step` after every ``optimizer.step()``::
+
+        tuner = dear.FusionTuner(engine)
+        for inputs, targets in data:
+            loss(model(inputs), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            tuner.step()
+
+    Sizes take turns, so that a slow minute of the network or the machine falls on all of them. A step is as slow as
+    its slowest rank. No size is finer than DDP's own buckets, an eighth of the size ``attach`` was given (at least
+    1 MiB): groups are made of whole buckets.
+
+    Args:
+        engine: of ``dear.attach``, without a compressor.
+        sizes: candidates in MiB; by default half, one, two and four times ``engine.bucket_cap_mb``.
+        steps: timed steps of a turn, to which one is added that is not timed, since the schedule changes in it.
+        rounds: turns of each size.
+        clock: seconds, rising.
+
+    Raises:
+        ValueError: a size is not positive, or named twice; steps or rounds is less than 1; or ranks were given
+            different ones.
+        RuntimeError: the engine has a compressor, whose groups are DDP's buckets.
+
+    Source: DeAR tunes its fusion by Bayesian optimisation over 1 to 100 MiB (Zhang et al., 2023, section IV); the time
+    of a step is flat around the best size, which a handful of sizes finds in fewer steps.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sizes: Sequence[float] | None = None,
+        *,
+        steps: int = 5,
+        rounds: int = 3,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.sizes = list(sizes) if sizes is not None else [engine.bucket_cap_mb * factor for factor in FACTORS]
+        for size in self.sizes:
+            check_cap(size)
+        if not self.sizes or len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"sizes must be different numbers of MiB, at least one, not {self.sizes!r}.")
+        if steps < 1 or rounds < 1:
+            raise ValueError(f"steps and rounds must be at least 1, not {steps!r} and {rounds!r}.")
+        if engine.compressor is not None:
+            raise RuntimeError(
+                "With a compressor the fusion groups are DDP's buckets, so they cannot be tuned while training: attach "
+                "with each bucket_cap_mb in turn."
+            )
+        agree(engine.process_group, {"sizes": self.sizes, "steps": steps, "rounds": rounds}, "dear.FusionTuner()")
+        self._engine, self._steps, self._clock = engine, steps, clock
+        self._times: list[list[float]] = [[] for _ in self.sizes]  # seconds, by size
+        self._turns = [index for _ in range(rounds) for index in range(len(self.sizes))]
+        self._seen = 0  # steps of this turn
+        self._last = 0.0  # when the step before ended
+        self.best: float | None = None  #: the size in MiB that was left in place, once there is one
+        engine.bucket_cap_mb = self.sizes[self._turns[0]]
+
+    @property
+    def tuning(self) -> bool:
+        """Whether sizes are still being tried."""
+        return self.best is None
+
+    @property
+    def times(self) -> dict[float, float]:
+        """The median seconds of a step by size in MiB: this rank's while tuning, the slowest rank's afterwards."""
+        return {size: statistics.median(own) for size, own in zip(self.sizes, self._times, strict=True) if own}
+
+    def step(self) -> None:
+        """Notes that a step has ended; changes the size after the last of a turn. Once all are done it does nothing.
+
+        Raises:
+            RuntimeError: gradients are waiting for ``optimizer.step()``.
+        """
+        if not self.tuning:
+            return
+        now = self._clock()
+        if self._seen > 0:
+            self._times[self._turns[0]].append(now - self._last)
+        self._seen, self._last = self._seen + 1, now
+        if self._seen <= self._steps:
+            return
+        self._turns.pop(0)
+        self._seen = 0
+        if self._turns:
+            self._engine.bucket_cap_mb = self.sizes[self._turns[0]]
+        else:
+            self._decide()
+
+    def _decide(self) -> None:
+        """By the slowest rank's time of each step, which all ranks then know: so all take the same size."""
+        self._engine.synchronize()
+        slowest = torch.tensor(self._times, dtype=torch.float64, device=self._engine.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._engine.process_group)
+        self._times = slowest.tolist()
+        times = self.times
+        self.best = min(self.sizes, key=lambda size: times[size])
+        self._engine.bucket_cap_mb = self.best
