@@ -41,8 +41,8 @@ OTHERS = (
     "fsdp2,dear,bf16,acp:4,power:4,topk:0.01,sign,dear+bf16,dear+acp:4,dear+power:4,dear+power:8,dear+sign,"
     "dear+topk:0.01"
 )
-# The best bucket size of DDP depends on the rate, and DDP is to have it: the sizes that are left out were never the best
-# in any run of benchmarks/results at such rates.
+# The best bucket size of DDP depends on the rate, and DDP is to have it: sizes that are left out were never the best in
+# any run of benchmarks/results at such rates.
 SLOW, MIDDLE, FAST = (
     f"none,{buckets},{OTHERS}"
     for buckets in (
@@ -54,7 +54,7 @@ SLOW, MIDDLE, FAST = (
 POWERSGD = "ddp+powersgd:4"  # torch's hook, which with four workers aborts
 MIDDLE_TURNS = "--rounds 5 --warmup 1 --steps 2"
 FOUR = "--workers 4 --batch 2"
-FAST_RATES = "2500mbit,10gbit,unlimited"
+FAST_RATES = "2.5gbit,10gbit,unlimited"
 COLLECTIVES = "-b 64K -e 64M -f 4 -n 3 --rounds 3"
 
 SIZES: dict[str, tuple[Task, ...]] = {
