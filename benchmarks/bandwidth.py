@@ -5,10 +5,12 @@ communication, measured in turns with it; then one more rate, between the last t
 """
 
 import argparse
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from rich import box
@@ -16,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import cells, results
-from benchmarks.command import UNLIMITED, Parser, fail, rate_bits, show_rate, terminal
-from benchmarks.launch import WorkersFailed, progress_bar
-from benchmarks.network import Network, NetworkError, open_network
+from benchmarks.command import UNLIMITED, Parser, fail, number, rate_bits, show_rate, terminal
+from benchmarks.launch import WorkersFailed
+from benchmarks.network import Network, open_network
 from benchmarks.strategies import StrategyError, parse_strategies
 from benchmarks.summary import round_times
 from benchmarks.training import plan_of, plan_options, run_cell
@@ -43,7 +45,8 @@ class Needed:
 def arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.bandwidth", description=__doc__.splitlines()[0] if __doc__ else None)
     plan_options(parser, strategies=STRATEGIES, rounds=5, warmup=1, steps=4)
-    parser.add_argument("--limit", type=_limit, default=1.15, help="step / compute floor that still holds")
+    limit = partial(number, above=1)
+    parser.add_argument("--limit", type=limit, default=1.15, help="step / compute floor that still holds")
     parser.set_defaults(rates=LADDER)
     given = parser.parse_args()
     try:
@@ -54,16 +57,6 @@ def arguments() -> argparse.Namespace:
         parser.error("a ladder of rates has no rung without a limit")
     given.rates.sort(key=bits, reverse=True)
     return given
-
-
-def _limit(text: str) -> float:
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = 0.0
-    if not 1 < limit < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 1")
-    return limit
 
 
 def bits(rate: str) -> float:
@@ -127,20 +120,24 @@ def over_floor(cell: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def run(given: argparse.Namespace, network: Network, kept: cells.Kept, console: Console) -> list[Needed]:
+def numbered(given: argparse.Namespace) -> Iterator[str]:
+    """What progress calls one cell after the other: every rung, and where the search goes so, a bisection per gap."""
+    most = len(given.workers) * (len(given.rates) + min(len(given.strategies), len(given.rates)))
+    return (f"cell {number} of at most {most}" for number in itertools.count(1))
+
+
+def run(
+    given: argparse.Namespace, network: Network, kept: cells.Kept, titles: Iterator[str], console: Console
+) -> list[Needed]:
     """The search for one number of workers; every rung is kept as soon as it was measured."""
     workers = network.lab.workers
 
     def measure(rate: str, names: Sequence[str]) -> dict[str, float | None]:
         own = replace(plan_of(given), strategies=[FLOOR, *names])
         variant = ",".join(names)
-        cell = kept.find(workers, rate, network.name, variant, own)
-        if cell is None:
-            network.set_rate(rate)
-            with progress_bar(console, f"{workers} workers, {rate}") as report:
-                cell = run_cell(network, own, report)
-            cell = {"rate": rate, "network": network.name, "variant": variant, **cell}
-            kept.add(cell)
+        where = cells.place(workers, rate, network.name, variant)
+        title = f"{next(titles)}: {workers} workers, {rate}"
+        cell = cells.obtain(kept, where, own, title, partial(cells.run_at, rate, run_cell, network, own), console)
         ratios = over_floor(cell)
         floor = statistics.median(round_times(cell["strategies"][0]))
         found = ", ".join(f"{name} {'failed' if ratio is None else f'{ratio:.3f}'}" for name, ratio in ratios.items())
@@ -173,21 +170,20 @@ def show(workers: int, limit: float, needed: Sequence[Needed], console: Console)
 
 def main() -> None:
     given, console = arguments(), terminal()
+    titles = numbered(given)
     header = results.header("bandwidth", {"workers": given.workers, "rates": given.rates, "limit": given.limit})
-    try:
+    with cells.ended_by_a_sentence(given.json):
         kept = cells.Kept.open(header, given.json, given.resume)
         kept.payload["needed"] = []
         for workers in given.workers:
             with open_network(given.network, workers) as network:
                 if not network.lab.emulated:
                     fail("A ladder of rates needs the emulated network, which needs root and iproute2.")
-                needed = run(given, network, kept, console)
+                needed = run(given, network, kept, titles, console)
             kept.payload["needed"] += [{"workers": workers, **asdict(one)} for one in needed]
             if given.json:
                 results.write(given.json, kept.payload)
             show(workers, given.limit, needed, console)
-    except (cells.Differs, NetworkError, WorkersFailed) as error:
-        fail(str(error))
     if given.json:
         console.print(f"Raw times: {given.json}", highlight=False)
 

@@ -19,8 +19,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ FOUND = "excluded"
 # What must be the same for two cells to stand in one file.
 SAME = ("benchmark", "schema", "commit", "machine", "versions")
 
+RunCell = Callable[[Network, Any, Report], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -47,7 +51,7 @@ class Benchmark:
 
     name: str  # as in benchmarks.<name>, whose module runs `measure` when it is started with --worker
     measure: Callable[[Crew, dict[str, Any], Report], dict[str, Any]]  # a worker's part of one cell; "plan" is in it
-    run_cell: Callable[[Network, Any, Report], dict[str, Any]]  # starts the workers of one cell: run_workers(...)
+    run_cell: RunCell  # starts the workers of one cell: run_workers(...)
     show: Callable[[dict[str, Any], Console], None]  # prints one cell
 
 
@@ -59,7 +63,7 @@ class Differs(ValueError):
 class Kept:
     """The cells of one run, in a file where `path` is given; only rank 0, or whoever starts the workers, has one.
 
-    A cell is what a benchmark measured, with "rate" and "network" (and "variant", where its plan had a name).
+    A cell is what a benchmark measured, its "plan", and what tells it from the others of the file.
     """
 
     payload: dict[str, Any]
@@ -70,9 +74,11 @@ class Kept:
     def open(cls, header: dict[str, Any], path: Path | None, resume: bool) -> "Kept":
         """Begins with no cell, or, to `resume`, with those of the file, if there is one.
 
-        Raises Differs if the file is of another benchmark, commit, machine or version.
+        Raises Differs if the file is of another benchmark, commit, machine or version, or none was named to resume.
         """
         kept = cls(header | {"cells": []}, path)
+        if resume and path is None:
+            raise Differs("There is nothing to resume without a file: name it with --json.")
         if not resume or path is None or not path.exists():
             return kept
         try:
@@ -92,17 +98,20 @@ class Kept:
         kept.payload["cells"] = list(kept.resumed)
         return kept
 
-    def find(self, workers: int, rate: str, network: str, variant: str, plan: Any) -> dict[str, Any] | None:
-        """The cell that was resumed for this, if there is one. Raises Differs if it had another plan."""
-        wanted = (workers, rate, network, variant)
+    def find(self, where: Mapping[str, Any], plan: Any) -> dict[str, Any] | None:
+        """The cell that was resumed for this, if there is one. Raises Differs if it had another plan.
+
+        where: what tells the cell from the others of the file; what is "" there, the cell does not have.
+        """
         for cell in self.resumed:
-            if (cell["workers"], cell["rate"], cell["network"], cell.get("variant", "")) != wanted:
+            if any(cell.get(name, "") != value for name, value in where.items()):
                 continue
             then, now = ({k: v for k, v in one.items() if k != FOUND} for one in (cell["plan"], asdict(plan)))
             if then != now:
+                known = ", ".join(f"{name} {value}" for name, value in where.items() if value != "")
                 raise Differs(
-                    f"{self.path} holds {workers} workers, {rate}, with another plan ({difference(then, now)}), so it "
-                    "cannot be resumed: give the same options, or name another file with --json."
+                    f"{self.path} holds {known}, with another plan ({difference(then, now)}), so it cannot be resumed: "
+                    "give the same options, or name another file with --json."
                 )
             return cell
         return None
@@ -112,6 +121,25 @@ class Kept:
         self.payload["cells"].append(cell)
         if self.path:
             results.write(self.path, self.payload)
+
+
+def obtain(
+    kept: Kept,
+    where: Mapping[str, Any],
+    plan: Any,
+    title: str,
+    measure: Callable[[Report], dict[str, Any]],
+    console: Console,
+) -> dict[str, Any]:
+    """The cell that the file holds already, or else one measured now, with `where` in it, and kept."""
+    cell = kept.find(where, plan)
+    if cell is not None:
+        console.print(f"{title}: resumed", highlight=False)
+        return cell
+    with progress_bar(console, title) as report:
+        cell = _labelled(where, measure(report))
+    kept.add(cell)
+    return cell
 
 
 def difference(then: Any, now: Any, name: str = "") -> str:
@@ -127,6 +155,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     network_options(parser)
     parser.add_argument("--backend", default="gloo", help="of the process groups, such as gloo, nccl (default: gloo)")
     parser.add_argument("--device", default="cpu", help="where tensors live, cpu or cuda (default: cpu)")
+    file_options(parser)
+
+
+def file_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say where cells are kept."""
     parser.add_argument("--json", type=Path, help="where the raw times go, such as benchmarks/results/training.json")
     parser.add_argument("--resume", action="store_true", help="keep the cells that the --json file holds already")
 
@@ -142,17 +175,22 @@ def main(benchmark: Benchmark, arguments: Callable[[], tuple[argparse.Namespace,
         worker(Path(sys.argv[2]), benchmark.measure)
         return
     given, plans = arguments()
-    if given.resume and not given.json:
-        fail("There is nothing to resume without a file: name it with --json.")
-    try:
+    with ended_by_a_sentence(given.json):
         if launched():
             _as_launched(benchmark, given, plans)
         else:
             _on_a_network(benchmark, given, plans)
+
+
+@contextmanager
+def ended_by_a_sentence(path: Path | None) -> Iterator[None]:
+    """What ends a benchmark early, an interrupt among it, is said in one sentence on stderr, and ends the program."""
+    try:
+        yield
     except (Differs, NetworkError, WorkersFailed) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        kept = f"; finished cells are in {given.json}, and --resume goes on from there" if given.json else ""
+        kept = f"; finished cells are in {path}, and --resume goes on from there" if path else ""
         print(f"Interrupted{kept}.", file=sys.stderr)
         raise SystemExit(130) from None
 
@@ -171,24 +209,30 @@ def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mappin
             console.print(network.description)
             rates = network.possible(given.rates)
             total = len(given.workers) * len(rates) * len(plans)
-            todo = [(rate, name, plan) for rate in rates for name, plan in plans.items()]
-            there = [kept.find(workers, rate, network.name, name, plan) for rate, name, plan in todo]
-            for (rate, name, plan), cell in zip(todo, there, strict=True):
+            todo = [(place(workers, rate, network.name, name), plan) for rate in rates for name, plan in plans.items()]
+            for where, plan in todo:
+                kept.find(where, plan)  # what cannot be resumed is said before hours are spent on the others
+            for where, plan in todo:
                 done += 1
-                title = f"cell {done} of {total}: {workers} workers, {', '.join(filter(None, [rate, name]))}"
-                if cell is not None:
-                    console.print(f"{title}: resumed", highlight=False)
-                else:
-                    network.set_rate(rate)
-                    with progress_bar(console, title) as report:
-                        cell = benchmark.run_cell(network, plan, report)
-                    cell = _labelled(cell, rate, network.name, name)
-                    kept.add(cell)
-                benchmark.show(cell, console)
+                what = ", ".join(filter(None, [where["rate"], where["variant"]]))
+                title = f"cell {done} of {total}: {workers} workers, {what}"
+                measure = partial(run_at, where["rate"], benchmark.run_cell, network, plan)
+                benchmark.show(obtain(kept, where, plan, title, measure, console), console)
     minutes = (time.monotonic() - begun) / 60
     console.print(f"Cells: {done}, in {minutes:.1f} min.", highlight=False)
     if given.json:
         console.print(f"Raw times: {given.json}", highlight=False)
+
+
+def place(workers: int, rate: str, network: str, variant: str) -> dict[str, Any]:
+    """What tells a cell from the others, where cells differ in network, rate and plan."""
+    return {"workers": workers, "rate": rate, "network": network, "variant": variant}
+
+
+def run_at(rate: str, run_cell: RunCell, network: Network, plan: Any, report: Report) -> dict[str, Any]:
+    """Runs a cell with the links of the network limited to that rate."""
+    network.set_rate(rate)
+    return run_cell(network, plan, report)
 
 
 def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> None:
@@ -199,10 +243,11 @@ def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping
         fail(f"These processes cannot join one another: {error}")
     console = terminal() if crew.rank == 0 else Console(quiet=True)
     kept, found, problem = None, {}, None
+    places = {name: place(crew.world, UNLIMITED, AS_LAUNCHED, name) for name in plans}
     if crew.rank == 0:
         try:
             kept = _open(benchmark, given)
-            found = {name: kept.find(crew.world, UNLIMITED, AS_LAUNCHED, name, plan) for name, plan in plans.items()}
+            found = {name: kept.find(places[name], plan) for name, plan in plans.items()}
         except Differs as error:
             problem = str(error)
     found, problem = crew.gather((found, problem))[0]  # only rank 0 needs to see the file
@@ -214,8 +259,7 @@ def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping
         title = ", ".join(filter(None, [f"cell {number} of {len(plans)}: {AS_LAUNCHED}", name]))
         if cell is None:
             with progress_bar(console, title) as report:
-                cell = benchmark.measure(crew, asdict(plan), report)
-            cell = _labelled(cell, UNLIMITED, AS_LAUNCHED, name)
+                cell = _labelled(places[name], benchmark.measure(crew, asdict(plan), report))
             if kept:
                 kept.add(cell)
         if kept:
@@ -223,5 +267,5 @@ def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping
     crew.leave()
 
 
-def _labelled(cell: dict[str, Any], rate: str, network: str, variant: str) -> dict[str, Any]:
-    return {"rate": rate, "network": network, **({"variant": variant} if variant else {}), **cell}
+def _labelled(where: Mapping[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in where.items() if value != ""} | cell

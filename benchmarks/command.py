@@ -1,6 +1,7 @@
 """What the benchmark commands share: one-sentence errors, and the spelling of sizes, rates and lists."""
 
 import argparse
+import math
 import re
 import sys
 from typing import NoReturn
@@ -79,3 +80,14 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def number(text: str, above: float = 0) -> float:
+    """A finite number above that."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not above < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above {above:g}")
+    return found

@@ -18,28 +18,40 @@ nowhere else. Per element, with float32 gradients g and error feedback e, one bi
     dense members, gathered    read g 4, write the message 4; the same when scattered          = 8
 
 A copy of the same number of elements reads 4 and writes 4; the memory also reads the lines that a copy is about to
-overwrite, which an update in place needs not, so a kernel can exceed 100% of it. Kernels, plain torch and the copy
-take turns in every round, so that a noisy machine is equally noisy to all; the figures are medians over the rounds.
+overwrite, which an update in place needs not, so a kernel can exceed 100% of it. The kernels of a family, plain torch
+and the copy take turns in every round, so that a noisy machine is equally noisy to all; the figures are medians over
+the rounds.
 
     python -m benchmarks.compressors --json benchmarks/results/compressors.json
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.kernels import Case, all_cases
+from benchmarks import cells, kernels_table, results
+from benchmarks.command import Parser, number, positive, terminal
+from benchmarks.crew import user_seconds
+from benchmarks.kernels import FAMILIES, Case
+from benchmarks.launch import Report
 from compress import ops
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one cell (one family of kernels) measures."""
+
+    numel: int  # elements of the fusion group
+    density: float
+    rank: int
+    threads: int
+    rounds: int
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -48,10 +60,11 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(cases: list[Case], copy: Callable[[], object], rounds: int) -> list[float]:
+def measure(cases: list[Case], copy: Callable[[], object], rounds: int, report: Report) -> list[float]:
     """Times all cases in turn, and the copy before each: one list of copies for all."""
     copies = []
     for turn in range(rounds + 1):  # the first round warms up, and is dropped
+        report(turn, rounds + 1, f"round {turn} of {rounds}" if turn else "warming up")
         for case in cases:
             copies.append(timed(copy))
             case.prepare()
@@ -65,86 +78,64 @@ def measure(cases: list[Case], copy: Callable[[], object], rounds: int) -> list[
     return copies[len(cases) :]
 
 
-def facts(threads: int) -> dict[str, object]:
-    """Where the numbers come from."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    info = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+def measure_family(family: str, plan: Plan, report: Report) -> dict[str, Any]:
+    """One cell."""
+    torch.set_num_threads(plan.threads)
+    torch.manual_seed(0)
+    grad = torch.randn(plan.numel) * 1e-3
+    target = torch.empty_like(grad)
+    cases = FAMILIES[family](grad, plan.density, plan.rank)
+    user, begun = user_seconds(), time.perf_counter()
+    copies = measure(cases, lambda: target.copy_(grad), plan.rounds, report)
+    wall, user_after = time.perf_counter() - begun, user_seconds()
     return {
-        "machine": f"{platform.machine()}, {models[0] if models else platform.processor()}, {len(models)} cores",
-        "threads": threads,
+        "plan": asdict(plan),
         "kernel_threads": ops.kernel_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "commit": commit.stdout.strip(),
-        "load_average": os.getloadavg()[0],  # well above 1: others were working on the machine too
+        "cpus": results.cpus(),
+        "wall_s": wall,
+        # User-mode CPU seconds meanwhile: the machine's, this process's. What is left over, others have taken.
+        "user_s": [b - a for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
+        "copy_bytes_per_s": 8 * plan.numel / statistics.median(copies),
+        "copy_seconds": copies,
+        "kernels": [account(case) for case in cases],
     }
 
 
+def account(case: Case) -> dict[str, Any]:
+    """What is kept of one kernel."""
+    return {
+        "name": case.name,
+        "bytes": case.bytes,
+        "median_s": statistics.median(case.seconds),
+        "plain_median_s": statistics.median(case.plain_seconds) if case.plain_seconds else None,
+        "best_s": min(case.seconds),
+        "plain_best_s": min(case.plain_seconds, default=None),
+        "seconds": case.seconds,
+        "plain_seconds": case.plain_seconds,
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(prog="python -m benchmarks.compressors", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--numel", type=positive, default=1 << 24, help="elements of the fusion group")
+    parser.add_argument("--density", type=number, default=0.01, help="share of the elements that top-k sends")
+    parser.add_argument("--rank", type=positive, default=4, help="rank of the low-rank factors")
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--rounds", type=positive, default=15)
+    cells.file_options(parser)
+    return parser.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--numel", type=int, default=1 << 24, help="elements of the fusion group")
-    parser.add_argument("--density", type=float, default=0.01, help="share of the elements that top-k sends")
-    parser.add_argument("--rank", type=int, default=4, help="rank of the low-rank factors")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="where to write the raw times")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-
-    grad = torch.randn(options.numel) * 1e-3
-    target = torch.empty_like(grad)
-    cases = all_cases(grad, options.density, options.rank)
-    copies = measure(cases, lambda: target.copy_(grad), options.rounds)
-    copy = 8 * options.numel / statistics.median(copies)
-
-    about = facts(options.threads)
-    table = Table(
-        title=f"{options.numel} elements; copy {copy / 1e9:.1f} GB/s; {about['machine']}; torch {about['torch']}"
-    )
-    for column in ("kernel", "ms", "GB/s", "of copy", "plain torch ms", "faster", "best against best"):
-        table.add_column(column, justify="left" if column == "kernel" else "right")
-    rows = []
-    for case in cases:
-        seconds = statistics.median(case.seconds)
-        plain = statistics.median(case.plain_seconds) if case.plain_seconds else None
-        rate = case.bytes / seconds
-        table.add_row(
-            case.name,
-            f"{seconds * 1e3:.2f}",
-            f"{rate / 1e9:.1f}",
-            f"{rate / copy:.0%}",
-            f"{plain * 1e3:.2f}" if plain else "",
-            f"{plain / seconds:.1f}x" if plain else "",
-            f"{min(case.plain_seconds) / min(case.seconds):.1f}x" if plain else "",
-        )
-        rows.append(
-            {
-                "name": case.name,
-                "bytes": case.bytes,
-                "median_s": seconds,
-                "share_of_copy": rate / copy,
-                "plain_median_s": plain,
-                "best_s": min(case.seconds),
-                "plain_best_s": min(case.plain_seconds, default=None),
-                "seconds": case.seconds,
-                "plain_seconds": case.plain_seconds,
-            }
-        )
-    Console(width=150).print(table)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            **about,
-            "command": f"python -m benchmarks.compressors --numel {options.numel} --density {options.density} "
-            f"--rank {options.rank} --threads {options.threads} --rounds {options.rounds}",
-            "copy_bytes_per_s": copy,
-            "copy_seconds": copies,
-            "kernels": rows,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    given, console = arguments(), terminal()
+    plan = Plan(given.numel, given.density, given.rank, given.threads, given.rounds)
+    with cells.ended_by_a_sentence(given.json):
+        kept = cells.Kept.open(results.header("compressors", asdict(plan)), given.json, given.resume)
+        for index, family in enumerate(FAMILIES, 1):
+            title = f"cell {index} of {len(FAMILIES)}: {family}"
+            cells.obtain(kept, {"family": family}, plan, title, partial(measure_family, family, plan), console)
+    kernels_table.show(kept.payload, console)
 
 
 if __name__ == "__main__":

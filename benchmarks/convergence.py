@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import cells, losses
-from benchmarks.command import UNLIMITED, Parser, positive, terminal
+from benchmarks.command import UNLIMITED, Parser, number, positive, terminal
 from benchmarks.crew import Crew
 from benchmarks.launch import Report, WorkersFailed, run_workers
 from benchmarks.network import LOOPBACK, Network
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--batch", type=positive, help="examples per worker and step (default: the workload's)")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--lr", type=_rate, help="learning rate, the same for every strategy")
+    parser.add_argument("--lr", type=number, help="learning rate, the same for every strategy")
     parser.add_argument("--held-out-every", type=positive, default=50, metavar="STEPS")
     parser.add_argument("--held-out-examples", type=positive, default=128, metavar="COUNT")
     cells.options(parser)
@@ -67,16 +67,6 @@ def _seeds(text: str) -> list[int]:
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
     return found
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return rate
 
 
 def courses(given: argparse.Namespace) -> dict[str, Course]:

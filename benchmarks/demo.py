@@ -5,7 +5,6 @@ steps so that whatever else the machine does hits both alike; each keeps its own
 """
 
 import argparse
-import os
 import statistics
 import sys
 from dataclasses import asdict
@@ -108,12 +107,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             console.print(f"{row.name} failed: {row.failure}", style="red", highlight=False)
     for name, failure in result["trace_failures"].items():
         console.print(f"No timeline of {name}: {failure}", style="red", highlight=False)
-    others = summary.taken_by_others(training, os.cpu_count() or 1)
-    if others is not None and others > summary.BUSY:
-        console.print(
-            f"Other programs took {100 * others:.0f}% of this machine's CPU meanwhile, which blurs these numbers.",
-            style="yellow",
-        )
+    summary.warn_of_others(summary.taken_by_others(training), console)
     tuned = [f"{row.name} {row.median:.0f} ms" for row in summary.summarise(result["tuning"]) if row.median]
     console.print(f"DDP was tuned first: {', '.join(tuned)}.", highlight=False)
     console.print(about_the_network(result), highlight=False)

@@ -273,11 +273,13 @@ def orthogonalize_case(rank: int) -> Case:
     )
 
 
-def all_cases(grad: Tensor, density: float, rank: int) -> list[Case]:
-    """Every kernel on a float32 gradient [n]; top-k at that density, low-rank factors of that rank."""
-    cases = [
+#: Every kernel, by family, on a float32 gradient [n]; top-k at that density, low-rank factors of that rank.
+FAMILIES: dict[str, Callable[[Tensor, float, int], list[Case]]] = {
+    "sign": lambda grad, density, rank: [
         case for dtype in (torch.float32, torch.bfloat16, torch.float16) for case in sign_cases(grad.to(dtype), dtype)
-    ]
-    cases += [*topk_cases(grad, density), refresh_case(grad, density)]
-    cases += [*low_rank_cases(grad, rank), *segment_cases(grad), *dense_cases(grad, torch.bfloat16)]
-    return [*cases, *(orthogonalize_case(columns) for columns in (4, 8, 16, 32))]
+    ],
+    "top-k": lambda grad, density, rank: [*topk_cases(grad, density), refresh_case(grad, density)],
+    "low-rank": lambda grad, density, rank: low_rank_cases(grad, rank),
+    "dense": lambda grad, density, rank: [*segment_cases(grad), *dense_cases(grad, torch.bfloat16)],
+    "orthogonalise": lambda grad, density, rank: [orthogonalize_case(columns) for columns in (4, 8, 16, 32)],
+}

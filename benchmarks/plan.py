@@ -6,7 +6,6 @@ model together with the model's forward and backward times; everything printed i
     python -m benchmarks.plan out/collectives.json --forward 140 --backward 280 --size 42M
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import Parser, fail, show_rate, show_size, size, terminal
+from benchmarks.command import Parser, fail, number, show_rate, show_size, size, terminal
 from benchmarks.compressor_methods import COMPRESSORS
 from dear.cost_model import AlphaBeta, Exchange, Prediction, Workload, plan
 
@@ -67,8 +66,8 @@ def show(cell: dict[str, Any], workload: Workload, console: Console) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="python -m benchmarks.plan", description="Predicts step times from measured collectives.")
     parser.add_argument("file", type=Path, help="what benchmarks.collectives --json wrote")
-    parser.add_argument("--forward", type=_milliseconds, required=True, metavar="MS", help="of one worker by itself")
-    parser.add_argument("--backward", type=_milliseconds, required=True, metavar="MS", help="of one worker by itself")
+    parser.add_argument("--forward", type=number, required=True, metavar="MS", help="of one worker by itself")
+    parser.add_argument("--backward", type=number, required=True, metavar="MS", help="of one worker by itself")
     parser.add_argument("--size", type=size, required=True, help="of all gradients, such as 42M")
     given = parser.parse_args(arguments)
     try:
@@ -81,23 +80,13 @@ def main(arguments: list[str] | None = None) -> None:
         fail(f"{given.file} holds no fits: measure two sizes at least, with -b smaller than -e")
     console = terminal()
     for cell in cells:
-        show(cell, Workload(given.forward, given.backward, (given.size,)), console)
+        show(cell, Workload(given.forward / 1e3, given.backward / 1e3, (given.size,)), console)
     console.print(
         "Each method at the fusion size that is predicted to be best for it. x compute: step / (forward + backward). "
         "Compressors lose something of each step, as the relative error of the measured table says.",
         style="dim",
         highlight=False,
     )
-
-
-def _milliseconds(text: str) -> float:
-    try:
-        seconds = float(text) / 1e3
-    except ValueError:
-        seconds = -1
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of milliseconds above 0")
-    return seconds
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def cpus() -> int | None:
+    """All processors of this machine, also those that this process may not use: what its CPU time is a share of."""
+    return os.cpu_count()
+
+
 def _field(path: str, name: str) -> str | None:
     try:
         lines = Path(path).read_text().splitlines()

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from benchmarks import breakdown
+from benchmarks import breakdown, results
 from benchmarks.crew import Crew, bytes_sent, user_seconds
 from benchmarks.data import Batch
 from benchmarks.strategies import Strategy, Trainer, optimizer_factory, parse_strategy
@@ -107,6 +107,7 @@ class Measurement:
         return {
             "plan": asdict(self.plan),
             "workers": self.crew.world,
+            "cpus": results.cpus(),
             "about": self.workload.about,
             "data": self._digest(),
             "strategies": [self._account(contestant) for contestant in self.contestants],

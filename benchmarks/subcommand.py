@@ -17,9 +17,9 @@ from benchmarks.results import ROOT
 SECONDS_TO_END = 30
 
 # What launch.progress_bar prints where there is no terminal: "cell 2 of 6: 2 workers, 1gbit · 35% · round 2".
-_PROGRESS = re.compile(r"(?:cell (\d+) of (\d+).*)? · +(\d+)% · ([^·]*)")
-# And what cells.main says of a cell that it found finished.
-_RESUMED = re.compile(r"cell (\d+) of (\d+): .*: resumed")
+_PROGRESS = re.compile(r"(?:cell (\d+) of (?:at most )?(\d+).*)? · +(\d+)% · ([^·]*)")
+# And what cells.obtain says of a cell that it found finished.
+_RESUMED = re.compile(r"cell (\d+) of (?:at most )?(\d+): .*: resumed")
 RESUMED = "resumed"
 
 

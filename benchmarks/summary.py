@@ -1,6 +1,5 @@
 """Turns the raw JSON of the training benchmark into rows and a table. Pure, so the report can use it too."""
 
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ def _finished(strategy: dict[str, Any]) -> bool:
     return not strategy["failure"] and bool(strategy["blocks"])
 
 
-def taken_by_others(cell: dict[str, Any], cores: int) -> float | None:
+def taken_by_others(cell: dict[str, Any]) -> float | None:
     """Share of the machine's CPU that programs other than the workers took while steps were timed, 0 to 1."""
     machine = workers = wall = 0.0
     for block in (block for one in cell["strategies"] for block in one["blocks"]):
@@ -66,7 +65,24 @@ def taken_by_others(cell: dict[str, Any], cores: int) -> float | None:
         machine += ranks[0][0]
         workers += sum(own for _, own in ranks)
         wall += sum(slowest_rank(block["ms"])) / 1e3
-    return max(0.0, machine - workers) / (wall * cores) if wall else None
+    return share_of_others(machine, workers, wall, cell.get("cpus"))
+
+
+def share_of_others(machine: float, own: float, wall: float, cpus: int | None) -> float | None:
+    """What is left of the machine's CPU seconds after a benchmark's own, as a share of all that so many CPUs have.
+
+    None where nothing was timed, or where the machine did not say how many it has, as in older results.
+    """
+    return max(0.0, machine - own) / (wall * cpus) if wall and cpus else None
+
+
+def warn_of_others(share: float | None, console: Console) -> None:
+    """Says so where other programs took much of the CPU."""
+    if share is not None and share > BUSY:
+        console.print(
+            f"Other programs took {100 * share:.0f}% of this machine's CPU meanwhile: repeat this on a quiet machine.",
+            style="yellow",
+        )
 
 
 def summarise(cell: dict[str, Any]) -> list[Row]:
@@ -152,12 +168,7 @@ def show(cell: dict[str, Any], console: Console) -> None:
     for row in rows:
         if row.failure:
             console.print(f"{row.name} failed: {row.failure}", style="red", highlight=False)
-    others = taken_by_others(cell, os.cpu_count() or 1)
-    if others is not None and others > BUSY:
-        console.print(
-            f"Other programs took {100 * others:.0f}% of this machine's CPU meanwhile: repeat this on a quiet machine.",
-            style="yellow",
-        )
+    warn_of_others(taken_by_others(cell), console)
     dense = max((row.computed_communication or 0 for row in rows), default=0)
     communication = f", computed communication (dense: {dense:.0f} ms at this rate)" if dense else ""
     console.print(

@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks import breakdown, cells, summary, tradeoff
 from benchmarks.command import Parser, positive
 from benchmarks.crew import Crew
-from benchmarks.launch import Report, WorkersFailed, run_workers
+from benchmarks.launch import Report, run_surviving, run_workers
 from benchmarks.losses import read
 from benchmarks.network import Network
 from benchmarks.steps import Measurement, Plan
@@ -79,15 +79,11 @@ def measure(crew: Crew, plan: dict[str, Any], report: Report) -> dict[str, Any]:
 def run_cell(network: Network, plan: Plan, report: Report) -> dict[str, Any]:
     """One cell; a strategy that takes its worker down is left out of a second try, and its row says why."""
     steps = len(plan.strategies) * (plan.rounds * (plan.warmup + plan.steps) + 15)
-    while True:
-        try:
-            return run_workers(network.lab, "benchmarks.training", plan, report, timeout=60 + SECONDS_PER_STEP * steps)
-        except WorkersFailed as error:
-            culprit = (error.doing.split() or [""])[-1]
-            if culprit not in plan.strategies or culprit in plan.excluded:
-                raise
-            why = f"took its worker down while {error.doing}: {error.reason}"
-            plan = replace(plan, excluded={**plan.excluded, culprit: why})
+
+    def run(plan: Plan) -> dict[str, Any]:
+        return run_workers(network.lab, "benchmarks.training", plan, report, timeout=60 + SECONDS_PER_STEP * steps)
+
+    return run_surviving(plan, plan.strategies, run)
 
 
 def show(cell: dict[str, Any], console: Console, curves: list[dict[str, Any]], target: float | None) -> None:

@@ -99,13 +99,23 @@ def test_summary_compares_with_the_best_plain_ddp(cell: dict[str, Any]) -> None:
     assert rows["fsdp2"].failure == "rank 1: RuntimeError: no luck"
 
 
+def printed(cell: dict[str, Any]) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    summary.show(cell, console)
+    return console.export_text()
+
+
 def test_cpu_taken_by_others_is_noticed(cell: dict[str, Any]) -> None:
-    assert summary.taken_by_others(cell, 2) is None  # results from before it was recorded, or where it is unknown
+    cell["cpus"] = 2
+    assert summary.taken_by_others(cell) is None  # results from before it was recorded, or where it is unknown
     cell["strategies"] = cell["strategies"][:1]
     for block, machine in zip(cell["strategies"][0]["blocks"], (0.4, 0.6), strict=True):
         block["user_s"] = [[machine, 0.2], [machine, 0.2]]
     # 2 steps of 100 ms and 2 of 200 ms on 2 cores are 1.2 s of CPU: 1.0 were used, 0.8 of them by the two workers.
-    assert summary.taken_by_others(cell, 2) == pytest.approx(0.2 / 1.2)
+    assert summary.taken_by_others(cell) == pytest.approx(0.2 / 1.2)
+    assert "Other programs took 17%" in printed(cell)
+    del cell["cpus"]  # older results do not say how many the machine had, and this one's are another matter
+    assert summary.taken_by_others(cell) is None and "Other programs" not in printed(cell)
 
 
 def test_summary_without_ddp_floor_or_limit(cell: dict[str, Any]) -> None:
@@ -116,9 +126,7 @@ def test_summary_without_ddp_floor_or_limit(cell: dict[str, Any]) -> None:
 
 
 def test_training_table_shows_every_strategy_and_why_one_failed(cell: dict[str, Any]) -> None:
-    console = Console(width=120, record=True, file=io.StringIO())
-    summary.show(cell, console)
-    text = console.export_text()
+    text = printed(cell)
     assert all(one["name"] in text for one in cell["strategies"])
     assert "fsdp2 failed: rank 1: RuntimeError: no luck" in text
     assert "ddp:1 *" in text and "500 Mbit/s" in text

@@ -37,7 +37,7 @@ def test_every_benchmark_understands_its_command(size: str, tmp_path: Path, monk
         module = importlib.import_module(f"benchmarks.{task.module}")
         command = task.command(tmp_path, resume=True)
         assert command[:2] == ["-m", f"benchmarks.{task.module}"] and "{" not in " ".join(command)
-        if hasattr(module, "arguments"):  # the kernels' benchmark reads its own in main()
+        if hasattr(module, "arguments"):  # the demo reads its own in main()
             monkeypatch.setattr(sys, "argv", ["it", *command[2:]])
             if hasattr(module, "command_line"):
                 module.command_line.cache_clear()  # it was read before, in another test
@@ -58,6 +58,7 @@ def test_progress_is_read_as_it_is_written() -> None:
     line = console.file.getvalue()  # type: ignore[attr-defined]
     assert share_done(line) == (pytest.approx(0.375), "round 3 of 6: dear+acp:4")
     assert share_done("convergence ·  40% · acp:8, seed 2 · about 9 s left") == (pytest.approx(0.4), "acp:8, seed 2")
+    assert share_done("cell 2 of at most 4: 2 workers, 1gbit ·  50% · x") == (pytest.approx(0.375), "x")
     assert share_done("cell 3 of 4: 2 workers, 1gbit: resumed") == (0.75, RESUMED)
     assert share_done("held-out loss is 40% lower") is None
 

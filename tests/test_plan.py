@@ -43,7 +43,7 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "says"),
     [
         (["nowhere.json", *SETTINGS], "holds no fits"),
-        (["nowhere.json", "--forward", "-1", *SETTINGS[2:]], "not a number of milliseconds"),
+        (["nowhere.json", "--forward", "-1", *SETTINGS[2:]], "Argument --forward: '-1' is not a number above 0"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Training with compressors: strategies, losses by step, workloads, a step broken down, bandwidth needed."""
 
+import argparse
 import io
 import json
 import subprocess
@@ -218,6 +219,20 @@ def test_the_ladder_stops_where_a_strategy_stops_holding_and_bisects_once() -> N
     bandwidth.show(4, 1.15, [ddp, acp, sign, bad], console)
     lines = [line for line in console.export_text().splitlines() if "/s" in line]
     assert ["acp:4" in lines[0], "ddp" in lines[1]] == [True, True]
+
+
+def test_progress_never_counts_more_cells_than_it_promised() -> None:
+    """The worst case: every strategy drops out at another rung, so that each has a gap of its own."""
+    rates = ["2gbit", "1gbit", "500mbit", "250mbit"]
+    measured: list[str] = []
+
+    def measure(rate: str, names: Any) -> dict[str, float | None]:
+        measured.append(rate)
+        return {name: 1.1 if bandwidth.bits(rate) >= bandwidth.bits(name) else 1.3 for name in names}
+
+    bandwidth.search(rates[:3], rates, 1.15, measure)
+    title = next(bandwidth.numbered(argparse.Namespace(workers=[4], rates=rates, strategies=rates[:3])))
+    assert title == "cell 1 of at most 7" and len(measured) == 7
 
 
 def test_the_rate_in_the_middle_is_one_that_can_be_set() -> None:
