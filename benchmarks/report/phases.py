@@ -17,6 +17,7 @@ COLOURS = {
     "optimizer": "#9bcf9b",
     "scheduler": "#c9b3d9",
     "encode": "#6a9c5b",
+    "merge": "#a8c686",
     "decode": "#3f7034",
     "exposed_reduce_scatter": "#d9622b",
     "exposed_all_gather": "#2b5fba",
