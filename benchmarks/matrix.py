@@ -77,7 +77,7 @@ SIZES: dict[str, tuple[Task, ...]] = {
         Task(
             "convergence",
             "convergence",
-            "--strategies ddp,acp:4,sign --seeds 1 --steps 20 --held-out-examples 16 --json {json}",
+            "--strategies ddp,acp:4,sign --seeds 1 --steps 20 --held-out-every 5 --held-out-examples 16 --json {json}",
             1,
         ),
         Task(
