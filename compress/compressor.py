@@ -182,10 +182,6 @@ class Compressor:
         shard = self.shard_numel(group)
         return min(group.rank * shard, group.numel), min((group.rank + 1) * shard, group.numel)
 
-    def payload(self, group: Group, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A buffer for a ``"sum"`` payload that goes out without being copied."""
-        return group.buffer("message", (numel + 1,), dtype)[:-1]
-
     # --- for whoever drives it ---
 
     def compresses(self, group: Group) -> bool:
@@ -256,8 +252,7 @@ class Compressor:
     def _sum_steps(self, group: Group) -> Steps:
         payload = self.encode(group)
         message = group.buffer("message", (payload.numel() + 1,), payload.dtype)
-        if payload.data_ptr() != message.data_ptr():
-            message[:-1].copy_(payload)
+        message[:-1].copy_(payload)
         message[-1:].copy_(group.dropped)
         yield Exchange("reduce_scatter", message)
         yield Exchange("all_gather", message)

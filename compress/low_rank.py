@@ -60,6 +60,13 @@ class LowRank(Compressor):
         worth = member.numel >= self.min_compression_ratio * self.cost(member.rows, member.columns, rank)
         return rank if member.columns > 1 and worth else 0
 
+    def ratio(self, group: Group) -> float:
+        sent = 0.0
+        for member in group.members:
+            rank = self._rank_of(member)
+            sent += self.cost(member.rows, member.columns, rank) if rank else member.numel
+        return group.numel / sent
+
     def compresses(self, group: Group) -> bool:
         return group.dtype in COMPRESSIBLE and any(self._rank_of(member) for member in group.members)
 

@@ -111,6 +111,3 @@ class TopK(Compressor):
     def _owners(self, group: Group) -> int:
         """Ranks whose shard is not empty."""
         return -(-group.numel // self.shard_numel(group))
-
-    def _slot(self, group: Group) -> int:
-        return ops.topk_slot_numel(self._capacity(group))

@@ -57,10 +57,6 @@ class Layout:
     full: list[torch.Tensor]
     shard: list[torch.Tensor]
 
-    @property
-    def by_param(self) -> dict[torch.nn.Parameter, Place]:
-        return {place.param: place for place in self.places}
-
     def in_bucket(self, bucket: int) -> list[Place]:
         """The places of one bucket, in order."""
         return [place for place in self.places if place.bucket == bucket]
