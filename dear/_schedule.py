@@ -26,7 +26,7 @@ from dear.collectives import group_timeout, make_lane, shard_range
 
 if TYPE_CHECKING:
     from compress import Compressor
-    from compress.scheduled import ScheduleDriver, Verdict
+    from compress.scheduled import ScheduleDriver
 
 
 class Schedule:
@@ -65,9 +65,6 @@ class Schedule:
         self._scheduler.set_backward_ended(lambda new: me()._backward_ended(new), _ddp.tracks_unused(model))  # type: ignore[union-attr]
 
         self._compression: ScheduleDriver | None = None
-        self._judged = -1  # the compressed step whose gradients have been found good or bad
-        self._verdict: Verdict = "good"
-        self._kept: dict[int, int] = {}  # by fusion group, the last step whose unused results went back
         if compressor is not None:
             self._compression = self._compress(compressor, device, [reduce_lane, self._gather_lane], algorithm)
 
@@ -94,9 +91,7 @@ class Schedule:
         from compress.scheduled import ScheduleDriver  # compress needs dear
 
         me = weakref.ref(self)  # the compressor must not keep the engine alive either
-        driver = ScheduleDriver(
-            compressor, self._model, device, lanes, algorithm, self._scheduler.forget_layout, _finisher(me)
-        )
+        driver = ScheduleDriver(compressor, self._model, device, lanes, algorithm, self._scheduler, _finisher(me))
         compressor.driver = driver
         self._scheduler.set_pipeline(driver.pipeline)
         return driver
@@ -123,39 +118,30 @@ class Schedule:
         assert self._layout is not None
         self._scheduler.wait_gathered(index)
         self._to_update.discard(index)
-        self._keep_unused(index)
+        self._arrived(index)
         start = _C.now_ns()
         self._replicated.run(self._grads_of(index))
         self._scheduler.trace("update", f"fusion group {index}", start, _C.now_ns())
 
     # --- compression ---
 
-    def _judge(self) -> Verdict:
-        """Whether the last backward pass was good on every rank, decided once: waits until all have ended theirs."""
-        compression = self._compression
-        if compression is None or self._judged == compression.pipeline.steps:
-            return self._verdict
-        self._verdict = "good"
-        if self._scheduler.any_dropped():
-            self._scheduler.synchronize()
-            self._judged = compression.pipeline.steps
-            self._verdict = compression.judge_bad()
-            if self._verdict == "skip":
-                for param in self._params:
-                    param.grad = None
-        else:
-            compression.measure()
-        self._judged = compression.pipeline.steps
-        return self._verdict
+    def _judge(self) -> None:
+        """To be called before the results of a backward pass are used: they may be bad, and the compressor says so."""
+        if self._compression is not None:
+            self._compression.judge()
 
-    def _keep_unused(self, index: int) -> None:
-        """Once a step, though clipping and the update both come by here."""
-        if self._compression is None or not self._unused or self._verdict != "good":
-            return
-        step = self._compression.pipeline.steps
-        if self._kept.get(index) != step:
-            self._kept[index] = step
-            self._compression.keep_unused(index, self._unused)
+    def _arrived(self, index: int) -> None:
+        """The averaged gradients of a fusion group stand, and were judged."""
+        if self._compression is not None:
+            self._compression.arrived(index)
+
+    def _unclaimed(self) -> None:
+        """No step has used the last gradients, and maybe none will: unused parameters' results are not lost."""
+        self._judge()
+        if self._compression is not None and self._unused:
+            self._scheduler.synchronize()
+            for index in self._order:
+                self._arrived(index)
 
     def _grads_of(self, index: int) -> dict[torch.nn.Parameter, torch.Tensor]:
         assert self._layout is not None
@@ -190,6 +176,8 @@ class Schedule:
             for param, stand_in in self._stand_ins:
                 if param in used:
                     param.grad = stand_in
+            if self._compression is not None:
+                self._compression.note_unused(self._unused)
 
     _unused: set[torch.nn.Parameter] = set()  # noqa: RUF012 - replaced, never changed
     _stand_ins: _grads.StandIns = []  # noqa: RUF012 - likewise
@@ -280,6 +268,7 @@ class Schedule:
         """Called before every forward of the DDP module."""
         if self._scheduler.has_gradients():  # a backward whose gradients no step has used: they are added to
             self._scheduler.synchronize()
+            self._unclaimed()
         if not torch.is_grad_enabled():
             self.synchronize()
             return

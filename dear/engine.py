@@ -167,10 +167,16 @@ class Engine(Schedule):
         """Gives model and optimizer back to plain DDP, with finished parameters and full optimizer state.
 
         Every rank must call it. The optimizer's state can then be saved and training goes on without this library.
+
+        Raises:
+            RuntimeError: gradients that no step has used are not finite, and the compressor has ``nonfinite="raise"``;
+                nothing has been changed, and detaching again leaves them as they are.
         """
         if self._detached:
             return
         self.synchronize()
+        if self._scheduler.has_gradients():
+            self._unclaimed()
         grads = self._averaged_gradients()
         if self._mode == "sharded" and self._layout is not None:
             self._optimizer.state = self._gathered_state()
@@ -238,6 +244,7 @@ class Engine(Schedule):
         self._judge()
         found = _grads.look(self._expected, self._unused)
         if found == "none":  # zero_grad() came first: there is nothing to do, as in plain torch
+            self._unclaimed()
             self._scheduler.gradients_used()
             return loss
         if self._mode == "sharded":
@@ -307,7 +314,7 @@ class Engine(Schedule):
         self._judge()
         self._scheduler.synchronize()
         for index in self._order:
-            self._keep_unused(index)
+            self._arrived(index)
             for param, grad in self._grads_of(index).items():
                 if isinstance(param.grad, PendingGrad):
                     param.grad = grad
