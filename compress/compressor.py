@@ -241,6 +241,14 @@ class Compressor:
         none."""
         return None
 
+    def parts(self, group: Group) -> dict[str, Any]:
+        """The arguments that native codecs have in common."""
+        common = {"device": group.device, "rank": group.rank, "world": group.world}
+        if self.exchange != "owners":
+            return common
+        begin, end = self.owned_range(group)
+        return {**common, "owned": end - begin, "error": group.error, "owner_error": group.owner_error}
+
     def compressed_steps(self, group: Group) -> Steps:
         """The exchanges of a compressed step, by :attr:`exchange`; override it for any other plan."""
         if self.exchange == "sum":

@@ -97,7 +97,6 @@ class LowRank(Compressor):
         return Batch(members, error, p, q)
 
     def parts(self, group: Group) -> dict[str, Any]:
-        """What both native codecs take."""
         plan: Plan = group.plan
         batches = []
         for batch in plan.batches:
@@ -108,9 +107,7 @@ class LowRank(Compressor):
             segments.append([member.start, member.numel, position])
             position += member.numel
         return {
-            "device": group.device,
-            "rank": group.rank,
-            "world": group.world,
+            **super().parts(group),
             "batches": batches,
             "segments": torch.tensor(segments, dtype=torch.int64, device=group.device).view(-1, 3),
             "dense_numel": plan.dense_numel,
