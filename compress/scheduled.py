@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from compress.agree import agree
+from compress.checks import check_free, check_kind
 from compress.compressor import Compressor
 from compress.driver import Driver, facts, not_finite
 from dear import _C
@@ -140,12 +141,8 @@ def check(compressor: Any, model: DDP) -> None:
     Raises:
         TypeError, RuntimeError, ValueError: one sentence says what and why.
     """
-    if not isinstance(compressor, Compressor):
-        raise TypeError(
-            f"compressor must be one of compress's, such as compress.ACPSGD(), not {type(compressor).__name__}."
-        )
-    if compressor.driver is not None:
-        raise RuntimeError("This compressor serves a model already, and keeps its state: make another one.")
+    check_kind(compressor, "dear.attach()")
+    check_free(compressor)
     compressor.process_group = model.process_group
     sizes = {name: param.numel() for name, param in model.module.named_parameters() if param.requires_grad}
     agree(compressor.ranks(), facts(compressor), compressor.stranger(sizes))

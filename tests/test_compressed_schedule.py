@@ -275,8 +275,10 @@ def refusals(rank, world):
     wrapped, opt = training.build("Mlp", training.SGD, {})
     with pytest.raises(ValueError, match='update="sharded" gathers updated parameters'):
         dear.attach(wrapped, opt, compressor=compress.ACPSGD(), update="sharded")
-    with pytest.raises(TypeError, match="compressor must be one of compress's"):
+    with pytest.raises(TypeError, match=r"dear.attach\(\) needs a compressor, such as compress.ACPSGD\(\), not str"):
         dear.attach(wrapped, opt, compressor="acp")
+    with pytest.raises(TypeError, match=r"^compress.ACPSGD is a class; pass an instance, such as compress.ACPSGD\(\)"):
+        dear.attach(wrapped, opt, compressor=compress.ACPSGD)
     with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on rank \(1 and 2\)"):
         dear.attach(wrapped, opt, compressor=compress.ACPSGD(rank=1 + rank))
     taken = compress.ACPSGD()
