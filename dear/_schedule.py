@@ -52,7 +52,6 @@ class Schedule:
         self._layout: Layout | None = None
         self._watch: ForwardWatch | None = None
         self._order: list[int] = []
-        self._members: list[list[torch.nn.Parameter]] = []  # parameters by fusion group
         self._segments: list[list[Segment]] = []  # by fusion group
         self._to_update: set[int] = set()  # replicated: groups whose update is still to come
 
@@ -145,11 +144,7 @@ class Schedule:
 
     def _grads_of(self, index: int) -> dict[torch.nn.Parameter, torch.Tensor]:
         assert self._layout is not None
-        return {
-            place.param: place.view(self._layout.full[place.bucket])
-            for place in self._layout.places
-            if self._group_of_bucket[place.bucket] == index and place.param not in self._unused
-        }
+        return {param: grad for param, grad in self._layout.views(index).items() if param not in self._unused}
 
     def _gathered_state(self) -> Any:
         assert self._layout is not None
@@ -250,16 +245,14 @@ class Schedule:
             sizes = [1] * len(self._layout.full)
         else:
             sizes = fuse([flat.nbytes for flat in self._layout.full], self._group_bytes)
-        self._group_of_bucket = [group for group, size in enumerate(sizes) for _ in range(size)]
-        self._members = [[] for _ in sizes]
-        for place in self._layout.places:
-            self._members[self._group_of_bucket[place.bucket]].append(place.param)
+        self._layout.fuse(sizes)
+        members = [[place.param for place in places] for places in self._layout.groups]
         self._segments = [[] for _ in sizes]
         for segment in self._sharded.segments:
-            self._segments[self._group_of_bucket[segment.bucket]].append(segment)
-        self._order = gather_order(self._members, self._position)
+            self._segments[self._layout.group_of_bucket[segment.bucket]].append(segment)
+        self._order = gather_order(members, self._position)
         self._scheduler.set_groups(sizes, self._order)
-        group_of = {param: index for index, members in enumerate(self._members) for param in members}
+        group_of = {param: index for index, params in enumerate(members) for param in params}
         self._hooks.set_waits(self._watch.reads if self._watch else {}, group_of, self._order)
 
     # --- forward ---
@@ -339,8 +332,8 @@ class Schedule:
 def _settler(engine: weakref.ref[Schedule], bucket: int) -> Callable[[], None]:
     def settle() -> None:
         alive = engine()
-        if alive is not None:
-            alive.settle([alive._group_of_bucket[bucket]])
+        if alive is not None and alive._layout is not None:
+            alive.settle([alive._layout.group_of_bucket[bucket]])
 
     return settle
 

@@ -146,7 +146,7 @@ class Engine(Schedule):
             "exposed_ms": (reduce_ns + gather_ns) / 1e6,
             "wait_reduce_scatter_ms": reduce_ns / 1e6,
             "wait_all_gather_ms": gather_ns / 1e6,
-            "fusion_groups": len(self._members),
+            "fusion_groups": len(self._order),
             "update": self._mode,
             "optimizer_state_bytes": self._state_bytes(),
             **(self._compression.stats_of_last_step() if self._compression is not None else {}),
