@@ -156,6 +156,10 @@ def account(compute: Sequence[Span], lanes: Sequence[Span] | None, reports: Sequ
     if lanes is None:  # a plain hook: DDP waits for it at the end of backward
         found |= (waited := _reported(reports, {"exposed_ms": "exposed_other"}))
         found["backward"] -= sum(waited.values())
+        # That is in the span of whichever module's backward is the last.
+        last = [span for span in compute if span["step"] in steps and span["phase"] == "backward"][-1:]
+        for span in last:
+            modules[span["name"]]["backward"] -= sum(waited.values()) * 1e6 * len(steps)
     return {
         "steps": len(steps),
         "step_ms": round(found["step"], 3),
@@ -209,7 +213,7 @@ def _operators(compute: Sequence[Span], steps: Sequence[int], lanes: Sequence[Sp
             "in_flight_ms": per_step(sum(end - begin for begin, end in _union(spans))),
             "exposed_ms": per_step(covered(window, [wait for wait in waits if wait["name"].startswith(name)])),
         }
-        for name, spans in moved.items()
+        for name, spans in sorted(moved.items(), reverse=True)  # a reduce-scatter, then its all-gather
     ]
 
 
@@ -222,16 +226,20 @@ def show(cell: dict[str, Any], console: Console) -> None:
     profiled = {name: found for name, found in asked.items() if "failure" not in found}
     if not profiled:
         return
-    phases = _table("One step of rank 0 by phase, ms (a profiled run of its own)", ["step", *PHASES])
+    headings = [phase.replace("_", "\n", 1).replace("_", "-\n") for phase in PHASES]
+    phases = _table("One step of rank 0 by phase, ms (a profiled run of its own)", ["step", *headings])
     for name, found in profiled.items():
         phases.add_row(name, _ms(found["step_ms"]), *(_ms(found["phases"][phase]) for phase in PHASES))
     console.print(phases)
-    modules = _table("By module, ms: forward / backward", [*profiled])
-    for part in dict.fromkeys(part["name"] for found in profiled.values() for part in found["modules"]):
-        modules.add_row(part, *(_module(found, part) for found in profiled.values()))
+    parts = list(dict.fromkeys(part["name"] for found in profiled.values() for part in found["modules"]))
+    modules = _table("By module, ms: forward/backward", parts)
+    for name, found in profiled.items():
+        modules.add_row(name, *(_module(found, part) for part in parts))
     console.print(modules)
     operators = _table("By communication operator", ["operator", "per step", "in flight ms", "exposed ms"])
     for name, found in profiled.items():
+        if found["operators"] is None:
+            operators.add_row(name, "not seen by the profiler", "", "", "")
         for one in found["operators"] or ():
             operators.add_row(name, one["name"], f"{one['count']:g}", _ms(one["in_flight_ms"]), _ms(one["exposed_ms"]))
     console.print(operators)
@@ -247,7 +255,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for column in columns:
-        table.add_column(column.replace("_", "\n", 1).replace("_", "-"), justify="right")
+        table.add_column(column, justify="right")
     return table
 
 
@@ -257,4 +265,8 @@ def _ms(value: float | None) -> str:
 
 def _module(found: dict[str, Any], name: str) -> str:
     part = next((part for part in found["modules"] if part["name"] == name), None)
-    return "" if part is None else f"{part['forward_ms']:.1f} / {part['backward_ms']:.1f}"
+    return "" if part is None else f"{_short(part['forward_ms'])}/{_short(part['backward_ms'])}"
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}"

@@ -98,7 +98,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             "" if row.exposed is None else f"{row.exposed:.0f} ms",
             "" if alone or row.speedup is None else f"{row.speedup:.2f}×",
             f"{sum(strategy['clock_ms']) / 1e3:.1f}",
-            "" if alone else f"{statistics.mean(strategy['losses'][-pictures.SMOOTHED_OVER :]):.3f}",
+            "" if alone else f"{statistics.mean(strategy['losses'][-results.SMOOTHED_OVER :]):.3f}",
             "" if alone or row.loss is None else f"{row.loss:.4f}",
         )
     console.print(table)

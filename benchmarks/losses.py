@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.results import trailing_mean
+
 DENSE = "ddp"  # what every other strategy is compared with, seed by seed
 LAST = 20  # training losses at the end that are averaged: one step's depends on its batch
 TOLERANCE = 1.03  # a held-out loss further above the dense one is pointed out
@@ -78,16 +80,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def smoothed(cells: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
     """For each finished seed the training loss by step, each the mean of itself and those up to LAST - 1 before it."""
-    found = []
-    for cell in _finished(cells, name):
-        curve = cell["losses"]
-        found.append([statistics.mean(curve[max(0, end - LAST) : end]) for end in range(1, len(curve) + 1)])
-    return found
-
-
-def first_at(curve: Sequence[float], target: float) -> int | None:
-    """How many steps it took until the loss was at the target, or None."""
-    return next((step for step, loss in enumerate(curve, start=1) if loss <= target), None)
+    return [trailing_mean(cell["losses"], LAST) for cell in _finished(cells, name)]
 
 
 def show(cells: Sequence[dict[str, Any]], console: Console) -> None:

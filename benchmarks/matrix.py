@@ -59,8 +59,8 @@ COLLECTIVES = "-b 64K -e 64M -f 4 -n 3 --rounds 3"
 
 SIZES: dict[str, tuple[Task, ...]] = {
     "small": (
-        Task("compressors", "compressors", "--numel 4194304 --rounds 5 --json {json}", 0.5),
-        Task("collectives", "collectives", "-b 1M -e 16M -f 4 -n 2 --rounds 2 --rates 1gbit --json {json}", 0.7),
+        Task("compressors", "compressors", "--numel 4194304 --rounds 5 --json {json}", 0.2),
+        Task("collectives", "collectives", "-b 1M -e 4M -f 4 -n 2 --rounds 2 --rates 1gbit --json {json}", 1.2),
         Task(
             "training",
             "training",
@@ -77,7 +77,7 @@ SIZES: dict[str, tuple[Task, ...]] = {
         Task(
             "convergence",
             "convergence",
-            "--strategies ddp,acp:4,sign --seeds 1 --steps 20 --held-out-examples 16 --json {json}",
+            "--strategies ddp,acp:4,sign --seeds 1 --steps 20 --held-out-every 5 --held-out-examples 16 --json {json}",
             1,
         ),
         Task(
@@ -168,7 +168,7 @@ class Overall:
         self.begun = time.monotonic()
         self.done = 0.0  # in expected minutes
         self.resumed = 0.0  # of these, what took no time, since an earlier run had done it
-        self.said = ""
+        self.said = -1, ""  # task, share of all
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -191,10 +191,10 @@ class Overall:
         title = f"{number + 1} of {len(self.tasks)}: {self.tasks[number].name}{' · ' if doing else ''}{doing}"
         self.bar.update(self.line, completed=done, description=title, left=left)
         if not self.console.is_terminal:
-            line = f"{title} · {100 * done / whole:.0f}% of all · {left}"
-            if line != self.said:
-                self.console.print(line, highlight=False)
-            self.said = line
+            percent = f"{100 * done / whole:.0f}% of all"
+            if (number, percent) != self.said:  # in a file, a hundred lines will do
+                self.console.print(f"{title} · {percent} · {left}", highlight=False)
+            self.said = number, percent
 
 
 def remaining(elapsed: float, measured: float, left: float) -> str:

@@ -1,6 +1,5 @@
 """The demo's two pictures: loss against wall time, and one training step in its lanes; and how all pictures look."""
 
-import statistics
 import textwrap
 from collections.abc import Sequence
 from itertools import accumulate
@@ -16,12 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from benchmarks.results import SMOOTHED_OVER, trailing_mean
+
 DDP_COLOUR, DEAR_COLOUR = "#7f7f7f", "#1f77b4"
 PHASE_COLOURS = {"forward": "#8fbcdb", "backward": "#f3b37c", "update": "#9bcf9b"}
 # In the order of the lanes from top to bottom, below "compute".
 LANE_COLOURS = {"all-reduce": "#8e6bb0", "reduce-scatter": "#d9822b", "all-gather": "#2b7bba"}
 WAIT_COLOUR = "#c0392b"
-SMOOTHED_OVER = 9  # steps: single batches of a few hundred bytes are noisy
 
 
 def loss_against_time(curves: Sequence[tuple[str, dict[str, Any]]], title: str, path: Path) -> None:
@@ -31,7 +31,7 @@ def loss_against_time(curves: Sequence[tuple[str, dict[str, Any]]], title: str, 
         seconds = [ms / 1e3 for ms in accumulate(strategy["clock_ms"])]
         losses = strategy["losses"]
         axes.plot(seconds, losses, color=colour, alpha=0.3, linewidth=1)
-        axes.plot(seconds, smoothed(losses), color=colour, linewidth=2.4, label=label)
+        axes.plot(seconds, trailing_mean(losses), color=colour, linewidth=2.4, label=label)
         axes.axvline(seconds[-1], color=colour, linewidth=1, linestyle=":")
         axes.annotate(
             f"{len(losses)} steps\nin {seconds[-1]:.1f} s",
@@ -48,11 +48,6 @@ def loss_against_time(curves: Sequence[tuple[str, dict[str, Any]]], title: str, 
     axes.legend(title=f"thick: mean of {SMOOTHED_OVER} steps", frameon=False)
     plain(axes)
     save(figure, path)
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Trailing mean, over fewer values at the beginning."""
-    return [statistics.mean(values[max(0, i + 1 - SMOOTHED_OVER) : i + 1]) for i in range(len(values))]
 
 
 def step_timeline(traces: Sequence[tuple[str, dict[str, Any]]], title: str, path: Path) -> None:

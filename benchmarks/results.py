@@ -17,6 +17,7 @@ from typing import Any
 
 SCHEMA = 1  # raised when a reader of older files would misread newer ones
 ROOT = Path(__file__).resolve().parent.parent
+SMOOTHED_OVER = 9  # steps: the loss of single batches of a few hundred bytes is noisy
 
 
 def header(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +108,16 @@ def percentile(values: Sequence[float], percent: float) -> float:
     place = (len(ordered) - 1) * percent / 100
     below, above = math.floor(place), math.ceil(place)
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def trailing_mean(values: Sequence[float], over: int = SMOOTHED_OVER) -> list[float]:
+    """The mean of each value and of those up to `over` - 1 before it."""
+    return [statistics.mean(values[max(0, end - over) : end]) for end in range(1, len(values) + 1)]
+
+
+def first_at(curve: Sequence[float], target: float) -> int | None:
+    """How many steps it took until the loss was at the target, or None."""
+    return next((step for step, loss in enumerate(curve, start=1) if loss <= target), None)
 
 
 def slowest_rank(per_rank: Sequence[Sequence[float]]) -> list[float]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import rate_bits, show_rate, show_size
-from benchmarks.results import paired_ratio, percentile, slowest_rank
+from benchmarks.results import SMOOTHED_OVER, first_at, paired_ratio, percentile, slowest_rank, trailing_mean
 
 BUSY = 0.05  # share of the CPU taken by others from which on a table says so
 
@@ -31,6 +31,7 @@ class Row:
     computed_communication: float | None = None  # payload bytes / rate
     of_bound: float | None = None  # max(floor, computed communication) / ours, in percent
     loss: float | None = None  # held-out, after all steps
+    seconds_to_loss: float | None = None  # of its own training time, until its smoothed loss is at the target
     state_bytes: int | None = None  # of the rank with most
     is_best_ddp: bool = False
 
@@ -90,11 +91,31 @@ def summarise(cell: dict[str, Any]) -> list[Row]:
     strategies = cell["strategies"]
     best = best_ddp(strategies)
     floor = next((one for one in strategies if one["name"] == "none" and _finished(one)), None)
-    return [_row(one, best, floor, rate_bits(cell["rate"])) for one in strategies]
+    target = target_loss(cell)
+    return [_row(one, best, floor, rate_bits(cell["rate"]), target) for one in strategies]
+
+
+def target_loss(cell: dict[str, Any]) -> float | None:
+    """The lowest smoothed training loss that all strategies of a cell reach; None where losses were not kept.
+
+    The compute floor is left out: its ranks train apart.
+    """
+    curves = [one.get("losses") for one in cell["strategies"] if _finished(one) and one["name"] != "none"]
+    return max((min(trailing_mean(curve)) for curve in curves if curve), default=None)
+
+
+def _seconds_to(target: float, strategy: dict[str, Any]) -> float | None:
+    """How long it trained, warm-up steps included, until its smoothed loss was at the target; None if it never was."""
+    steps = first_at(trailing_mean(strategy["losses"]), target)
+    return None if steps is None else sum(strategy["clock_ms"][:steps]) / 1e3
 
 
 def _row(
-    strategy: dict[str, Any], best: dict[str, Any] | None, floor: dict[str, Any] | None, bits: float | None
+    strategy: dict[str, Any],
+    best: dict[str, Any] | None,
+    floor: dict[str, Any] | None,
+    bits: float | None,
+    target: float | None,
 ) -> Row:
     if not _finished(strategy):
         return Row(strategy["name"], failure=strategy["failure"] or "no round was finished")
@@ -120,6 +141,7 @@ def _row(
         computed_communication=communication,
         of_bound=of_bound,
         loss=strategy["held_out_loss"],
+        seconds_to_loss=None if target is None or strategy["name"] == "none" else _seconds_to(target, strategy),
         state_bytes=max(strategy["optimizer_state_bytes"], default=None),
         is_best_ddp=strategy is best,
     )
@@ -138,7 +160,9 @@ def table(cell: dict[str, Any]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
+    target = target_loss(cell)
     columns = ["ms/step\nmedian", "p10-p90", "× best\nDDP", "exposed\nms", "CPU ms", "sent", "% of\nbound"]
+    columns += [] if target is None else [f"s to loss\n{target:.2f}"]
     shown.add_column("strategy", no_wrap=True)
     for column in [*columns, "held-out\nloss", "optimizer\nstate"]:
         shown.add_column(column, justify="right")
@@ -155,6 +179,7 @@ def table(cell: dict[str, Any]) -> Table:
             _show(row.cpu, ".0f"),
             show_size(row.sent) if row.sent else "",
             _show(row.of_bound, ".0f"),
+            *([] if target is None else [_show(row.seconds_to_loss, ".1f")]),
             _show(row.loss, ".4f"),
             show_size(row.state_bytes) if row.state_bytes is not None else "",
         )
@@ -169,12 +194,16 @@ def show(cell: dict[str, Any], console: Console) -> None:
         if row.failure:
             console.print(f"{row.name} failed: {row.failure}", style="red", highlight=False)
     warn_of_others(taken_by_others(cell), console)
-    dense = max((row.computed_communication or 0 for row in rows), default=0)
+    dense = max((row.computed_communication or 0 for row in rows if is_plain_ddp(row.name)), default=0)
     communication = f", computed communication (dense: {dense:.0f} ms at this rate)" if dense else ""
+    if not dense and rate_bits(cell["rate"]):
+        communication = ", computed communication"
     console.print(
         "* best DDP of this run, by median. × best DDP: its time / ours, median over rounds; above 1 is faster. "
         "exposed: step - compute floor (none). CPU: process time per step and worker. sent: measured on the "
-        f"interface. bound: max(compute floor{communication}). loss: all after the same number of steps.\n",
+        f"interface. bound: max(compute floor{communication}). s to loss: training time from the first step on until "
+        f"the mean training loss of {SMOOTHED_OVER} steps is so low; all reach it. held-out loss: all after the same "
+        "number of steps.\n",
         style="dim",
         highlight=False,
     )

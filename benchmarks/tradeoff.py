@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import losses, summary
+from benchmarks import losses, results, summary
 from benchmarks.command import rate_bits, show_size
 from benchmarks.strategies import trains_like
 
@@ -114,7 +114,7 @@ def times_to_loss(
         return None, []
     rows = []
     for row, name in chosen:
-        reached = [losses.first_at(curve, target) for curve in own[name]]
+        reached = [results.first_at(curve, target) for curve in own[name]]
         known = [step for step in reached if step is not None]
         steps = statistics.mean(known) if len(known) == len(reached) else None
         seconds = None if steps is None or row.median is None else steps * row.median / 1e3
@@ -129,7 +129,9 @@ def show_time_to_loss(
     target, rows = times_to_loss(cell, curves, target)
     if not rows:
         return
-    title = f"Time to a training loss of {target:.3f} (steps × ms per step, from two measurements)"
+    trained, timed = curves[0]["plan"]["optimizer"], cell["plan"]["optimizer"]
+    which = "" if trained == timed else f": losses with {trained}, times with {timed}"
+    title = f"Time to a training loss of {target:.3f} (computed: steps × ms per step, two measurements{which})"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("strategy", "losses of"):
         table.add_column(column, no_wrap=True)

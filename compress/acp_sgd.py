@@ -34,12 +34,5 @@ class ACPSGD(LowRank):
     def cost(self, rows: int, columns: int, rank: int) -> float:
         return (rows + columns) * rank / 2
 
-    def ratio(self, group: Group) -> float:
-        return group.numel / (self._payload_numel(group, True) / 2 + self._payload_numel(group, False) / 2)
-
     def native(self, group: Group) -> _C.Codec:
         return _C.AcpCodec(start_step=self.start_step, **self.parts(group))
-
-    @staticmethod
-    def _payload_numel(group: Group, odd: bool) -> int:
-        return sum((b.p if odd else b.q).numel() for b in group.plan.batches) + group.plan.dense_numel

@@ -21,6 +21,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from compress.agree import agree
+from compress.checks import check_free, check_kind
 from compress.compressor import Compressor
 from compress.driver import Driver, facts, not_finite
 from dear import _C, _ddp
@@ -33,11 +34,11 @@ def comm_hook(state: Compressor, bucket: dist.GradBucket) -> Future[Tensor]:
     happens at once, on the autograd thread; exchanges and decoding go on while backward does.
 
     Raises, from ``backward()``:
+        TypeError: the state is not a compressor.
         ValueError: ranks are not configured alike, or something cannot be compressed; the same on every rank.
         RuntimeError: a peer has died or stalled; or a gradient is not finite, with ``nonfinite="raise"``.
     """
-    if not isinstance(state, Compressor):
-        raise TypeError(f"compress.comm_hook needs a compressor as its state, not {type(state).__name__}.")
+    check_kind(state, "compress.comm_hook")
     if state.driver is None:
         agree(state.ranks(), facts(state))
         state.driver = HookDriver(state, bucket.buffer().device)
@@ -61,15 +62,13 @@ def register(model: DDP, compressor: Compressor) -> None:
         TypeError, ValueError, RuntimeError: this cannot work; one sentence says why, on every rank, and nothing has
             been changed.
     """
-    if not isinstance(compressor, Compressor):
-        raise TypeError(f"compress.register() needs a compressor, not {type(compressor).__name__}.")
+    check_kind(compressor, "compress.register()")
     if not isinstance(model, DDP):
         raise TypeError(
             f"compress.register() needs a DistributedDataParallel module, not {type(model).__name__}: wrap the model "
             "in torch.nn.parallel.DistributedDataParallel first."
         )
-    if compressor.driver is not None:
-        raise RuntimeError("This compressor serves a model already, and keeps its state: make another one.")
+    check_free(compressor)
     if _ddp.has_hook(model):
         raise RuntimeError(
             "This DDP module has a communication hook already, and DDP takes only one: use a module on which "

@@ -182,10 +182,6 @@ class Compressor:
         shard = self.shard_numel(group)
         return min(group.rank * shard, group.numel), min((group.rank + 1) * shard, group.numel)
 
-    def payload(self, group: Group, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A buffer for a ``"sum"`` payload that goes out without being copied."""
-        return group.buffer("message", (numel + 1,), dtype)[:-1]
-
     # --- for whoever drives it ---
 
     def compresses(self, group: Group) -> bool:
@@ -245,6 +241,14 @@ class Compressor:
         none."""
         return None
 
+    def parts(self, group: Group) -> dict[str, Any]:
+        """The arguments that native codecs have in common."""
+        common = {"device": group.device, "rank": group.rank, "world": group.world}
+        if self.exchange != "owners":
+            return common
+        begin, end = self.owned_range(group)
+        return {**common, "owned": end - begin, "error": group.error, "owner_error": group.owner_error}
+
     def compressed_steps(self, group: Group) -> Steps:
         """The exchanges of a compressed step, by :attr:`exchange`; override it for any other plan."""
         if self.exchange == "sum":
@@ -256,8 +260,7 @@ class Compressor:
     def _sum_steps(self, group: Group) -> Steps:
         payload = self.encode(group)
         message = group.buffer("message", (payload.numel() + 1,), payload.dtype)
-        if payload.data_ptr() != message.data_ptr():
-            message[:-1].copy_(payload)
+        message[:-1].copy_(payload)
         message[-1:].copy_(group.dropped)
         yield Exchange("reduce_scatter", message)
         yield Exchange("all_gather", message)

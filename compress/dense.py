@@ -42,14 +42,4 @@ class Dense(Compressor):
         return -(-group.numel // (2 * group.world)) * 2  # whole 32-bit words
 
     def native(self, group: Group) -> _C.Codec:
-        begin, end = self.owned_range(group)
-        return _C.HalfCodec(
-            device=group.device,
-            rank=group.rank,
-            world=group.world,
-            shard=self.shard_numel(group),
-            owned=end - begin,
-            dtype=self.dtype,
-            error=group.error,
-            owner_error=group.owner_error,
-        )
+        return _C.HalfCodec(shard=self.shard_numel(group), dtype=self.dtype, **self.parts(group))

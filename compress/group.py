@@ -78,10 +78,6 @@ class Group:
     def numel(self) -> int:
         return self.members[-1].stop
 
-    def slice_of(self, member: Member) -> Tensor:
-        """The member's run of the flat gradient."""
-        return self.gradient[member.start : member.stop]
-
     def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """The buffer of that name, shape and type, made of zeros at the first call; the same at every later step."""
         key = (name, tuple(shape), dtype)

@@ -60,6 +60,13 @@ class LowRank(Compressor):
         worth = member.numel >= self.min_compression_ratio * self.cost(member.rows, member.columns, rank)
         return rank if member.columns > 1 and worth else 0
 
+    def ratio(self, group: Group) -> float:
+        sent = 0.0
+        for member in group.members:
+            rank = self._rank_of(member)
+            sent += self.cost(member.rows, member.columns, rank) if rank else member.numel
+        return group.numel / sent
+
     def compresses(self, group: Group) -> bool:
         return group.dtype in COMPRESSIBLE and any(self._rank_of(member) for member in group.members)
 
@@ -90,7 +97,6 @@ class LowRank(Compressor):
         return Batch(members, error, p, q)
 
     def parts(self, group: Group) -> dict[str, Any]:
-        """What both native codecs take."""
         plan: Plan = group.plan
         batches = []
         for batch in plan.batches:
@@ -101,9 +107,7 @@ class LowRank(Compressor):
             segments.append([member.start, member.numel, position])
             position += member.numel
         return {
-            "device": group.device,
-            "rank": group.rank,
-            "world": group.world,
+            **super().parts(group),
             "batches": batches,
             "segments": torch.tensor(segments, dtype=torch.int64, device=group.device).view(-1, 3),
             "dense_numel": plan.dense_numel,

@@ -34,9 +34,5 @@ class PowerSGD(LowRank):
     def cost(self, rows: int, columns: int, rank: int) -> float:
         return (rows + columns) * rank
 
-    def ratio(self, group: Group) -> float:
-        batches = group.plan.batches
-        return group.numel / (sum(b.p.numel() + b.q.numel() for b in batches) + group.plan.dense_numel)
-
     def native(self, group: Group) -> _C.Codec:
         return _C.PowerCodec(**self.parts(group))

@@ -50,17 +50,7 @@ class SignSGD(Compressor):
         return group.numel / (group.world * self._words(group))
 
     def native(self, group: Group) -> _C.Codec:
-        begin, end = self.owned_range(group)
-        return _C.SignCodec(
-            device=group.device,
-            rank=group.rank,
-            world=group.world,
-            words=self._words(group),
-            owned=end - begin,
-            error=group.error,
-            owner_error=group.owner_error,
-            scaled=self.vote == "mean",
-        )
+        return _C.SignCodec(words=self._words(group), scaled=self.vote == "mean", **self.parts(group))
 
     def _words(self, group: Group) -> int:
         """int32 words that say one owner's shard."""

@@ -65,21 +65,15 @@ class TopK(Compressor):
         return group.numel / (group.world * ops.topk_slot_numel(self._capacity(group)))
 
     def native(self, group: Group) -> _C.Codec:
-        begin, end = self.owned_range(group)
         k = self._k(group)
         codec = _C.TopKCodec(
-            device=group.device,
-            rank=group.rank,
-            world=group.world,
             numel=group.numel,
             shard=self.shard_numel(group),
-            owned=end - begin,
             k=k,
             owner_k=max(1, k // self._owners(group)),
             capacity=self._capacity(group),
             stretch=self._stretch(group),
-            error=group.error,
-            owner_error=group.owner_error,
+            **self.parts(group),
         )
         if group.names in self._thresholds:
             codec.threshold.fill_(self._thresholds.pop(group.names))
@@ -111,6 +105,3 @@ class TopK(Compressor):
     def _owners(self, group: Group) -> int:
         """Ranks whose shard is not empty."""
         return -(-group.numel // self.shard_numel(group))
-
-    def _slot(self, group: Group) -> int:
-        return ops.topk_slot_numel(self._capacity(group))

@@ -50,20 +50,34 @@ class Segment:
 
 @dataclass
 class Layout:
-    """The buckets' flat buffers and what lies in them."""
+    """The buckets' flat buffers, what lies in them, and which buckets travel together (see :meth:`fuse`)."""
 
     buckets: list[_C.Bucket]
     places: list[Place]
     full: list[torch.Tensor]
     shard: list[torch.Tensor]
+    group_of_bucket: list[int] = field(init=False)
+    groups: list[list[Place]] = field(init=False)  # by fusion group
 
-    @property
-    def by_param(self) -> dict[torch.nn.Parameter, Place]:
-        return {place.param: place for place in self.places}
+    def __post_init__(self) -> None:
+        self._buckets: list[list[Place]] = [[] for _ in self.buckets]
+        for place in self.places:
+            self._buckets[place.bucket].append(place)
 
     def in_bucket(self, bucket: int) -> list[Place]:
         """The places of one bucket, in order."""
-        return [place for place in self.places if place.bucket == bucket]
+        return self._buckets[bucket]
+
+    def fuse(self, sizes: list[int]) -> None:
+        """Makes fusion groups of so many consecutive buckets each."""
+        self.group_of_bucket = [group for group, size in enumerate(sizes) for _ in range(size)]
+        self.groups = [[] for _ in sizes]
+        for group, places in zip(self.group_of_bucket, self._buckets, strict=True):
+            self.groups[group].extend(places)
+
+    def views(self, group: int) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The parts of the full buffers where a fusion group's parameters stand, in their shapes."""
+        return {place.param: place.view(self.full[place.bucket]) for place in self.groups[group]}
 
 
 def read_places(buckets: list[_C.Bucket], params: Iterable[torch.nn.Parameter]) -> list[Place]:

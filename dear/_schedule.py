@@ -26,7 +26,7 @@ from dear.collectives import group_timeout, make_lane, shard_range
 
 if TYPE_CHECKING:
     from compress import Compressor
-    from compress.scheduled import ScheduleDriver, Verdict
+    from compress.scheduled import ScheduleDriver
 
 
 class Schedule:
@@ -52,7 +52,6 @@ class Schedule:
         self._layout: Layout | None = None
         self._watch: ForwardWatch | None = None
         self._order: list[int] = []
-        self._members: list[list[torch.nn.Parameter]] = []  # parameters by fusion group
         self._segments: list[list[Segment]] = []  # by fusion group
         self._to_update: set[int] = set()  # replicated: groups whose update is still to come
 
@@ -65,9 +64,6 @@ class Schedule:
         self._scheduler.set_backward_ended(lambda new: me()._backward_ended(new), _ddp.tracks_unused(model))  # type: ignore[union-attr]
 
         self._compression: ScheduleDriver | None = None
-        self._judged = -1  # the compressed step whose gradients have been found good or bad
-        self._verdict: Verdict = "good"
-        self._kept: dict[int, int] = {}  # by fusion group, the last step whose unused results went back
         if compressor is not None:
             self._compression = self._compress(compressor, device, [reduce_lane, self._gather_lane], algorithm)
 
@@ -94,9 +90,7 @@ class Schedule:
         from compress.scheduled import ScheduleDriver  # compress needs dear
 
         me = weakref.ref(self)  # the compressor must not keep the engine alive either
-        driver = ScheduleDriver(
-            compressor, self._model, device, lanes, algorithm, self._scheduler.forget_layout, _finisher(me)
-        )
+        driver = ScheduleDriver(compressor, self._model, device, lanes, algorithm, self._scheduler, _finisher(me))
         compressor.driver = driver
         self._scheduler.set_pipeline(driver.pipeline)
         return driver
@@ -123,47 +117,34 @@ class Schedule:
         assert self._layout is not None
         self._scheduler.wait_gathered(index)
         self._to_update.discard(index)
-        self._keep_unused(index)
+        self._arrived(index)
         start = _C.now_ns()
         self._replicated.run(self._grads_of(index))
         self._scheduler.trace("update", f"fusion group {index}", start, _C.now_ns())
 
     # --- compression ---
 
-    def _judge(self) -> Verdict:
-        """Whether the last backward pass was good on every rank, decided once: waits until all have ended theirs."""
-        compression = self._compression
-        if compression is None or self._judged == compression.pipeline.steps:
-            return self._verdict
-        self._verdict = "good"
-        if self._scheduler.any_dropped():
-            self._scheduler.synchronize()
-            self._judged = compression.pipeline.steps
-            self._verdict = compression.judge_bad()
-            if self._verdict == "skip":
-                for param in self._params:
-                    param.grad = None
-        else:
-            compression.measure()
-        self._judged = compression.pipeline.steps
-        return self._verdict
+    def _judge(self) -> None:
+        """To be called before the results of a backward pass are used: they may be bad, and the compressor says so."""
+        if self._compression is not None:
+            self._compression.judge()
 
-    def _keep_unused(self, index: int) -> None:
-        """Once a step, though clipping and the update both come by here."""
-        if self._compression is None or not self._unused or self._verdict != "good":
-            return
-        step = self._compression.pipeline.steps
-        if self._kept.get(index) != step:
-            self._kept[index] = step
-            self._compression.keep_unused(index, self._unused)
+    def _arrived(self, index: int) -> None:
+        """The averaged gradients of a fusion group stand, and were judged."""
+        if self._compression is not None:
+            self._compression.arrived(index)
+
+    def _unclaimed(self) -> None:
+        """No step has used the last gradients, and maybe none will: unused parameters' results are not lost."""
+        self._judge()
+        if self._compression is not None and self._unused:
+            self._scheduler.synchronize()
+            for index in self._order:
+                self._arrived(index)
 
     def _grads_of(self, index: int) -> dict[torch.nn.Parameter, torch.Tensor]:
         assert self._layout is not None
-        return {
-            place.param: place.view(self._layout.full[place.bucket])
-            for place in self._layout.places
-            if self._group_of_bucket[place.bucket] == index and place.param not in self._unused
-        }
+        return {param: grad for param, grad in self._layout.views(index).items() if param not in self._unused}
 
     def _gathered_state(self) -> Any:
         assert self._layout is not None
@@ -190,6 +171,8 @@ class Schedule:
             for param, stand_in in self._stand_ins:
                 if param in used:
                     param.grad = stand_in
+            if self._compression is not None:
+                self._compression.note_unused(self._unused)
 
     _unused: set[torch.nn.Parameter] = set()  # noqa: RUF012 - replaced, never changed
     _stand_ins: _grads.StandIns = []  # noqa: RUF012 - likewise
@@ -262,16 +245,14 @@ class Schedule:
             sizes = [1] * len(self._layout.full)
         else:
             sizes = fuse([flat.nbytes for flat in self._layout.full], self._group_bytes)
-        self._group_of_bucket = [group for group, size in enumerate(sizes) for _ in range(size)]
-        self._members = [[] for _ in sizes]
-        for place in self._layout.places:
-            self._members[self._group_of_bucket[place.bucket]].append(place.param)
+        self._layout.fuse(sizes)
+        members = [[place.param for place in places] for places in self._layout.groups]
         self._segments = [[] for _ in sizes]
         for segment in self._sharded.segments:
-            self._segments[self._group_of_bucket[segment.bucket]].append(segment)
-        self._order = gather_order(self._members, self._position)
+            self._segments[self._layout.group_of_bucket[segment.bucket]].append(segment)
+        self._order = gather_order(members, self._position)
         self._scheduler.set_groups(sizes, self._order)
-        group_of = {param: index for index, members in enumerate(self._members) for param in members}
+        group_of = {param: index for index, params in enumerate(members) for param in params}
         self._hooks.set_waits(self._watch.reads if self._watch else {}, group_of, self._order)
 
     # --- forward ---
@@ -280,6 +261,7 @@ class Schedule:
         """Called before every forward of the DDP module."""
         if self._scheduler.has_gradients():  # a backward whose gradients no step has used: they are added to
             self._scheduler.synchronize()
+            self._unclaimed()
         if not torch.is_grad_enabled():
             self.synchronize()
             return
@@ -350,8 +332,8 @@ class Schedule:
 def _settler(engine: weakref.ref[Schedule], bucket: int) -> Callable[[], None]:
     def settle() -> None:
         alive = engine()
-        if alive is not None:
-            alive.settle([alive._group_of_bucket[bucket]])
+        if alive is not None and alive._layout is not None:
+            alive.settle([alive._layout.group_of_bucket[bucket]])
 
     return settle
 

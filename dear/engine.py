@@ -165,7 +165,7 @@ class Engine(Schedule):
             "exposed_ms": (reduce_ns + gather_ns) / 1e6,
             "wait_reduce_scatter_ms": reduce_ns / 1e6,
             "wait_all_gather_ms": gather_ns / 1e6,
-            "fusion_groups": len(self._members),
+            "fusion_groups": len(self._order),
             "update": self._mode,
             "optimizer_state_bytes": self._state_bytes(),
             **(self._compression.stats_of_last_step() if self._compression is not None else {}),
@@ -186,10 +186,16 @@ class Engine(Schedule):
         """Gives model and optimizer back to plain DDP, with finished parameters and full optimizer state.
 
         Every rank must call it. The optimizer's state can then be saved and training goes on without this library.
+
+        Raises:
+            RuntimeError: gradients that no step has used are not finite, and the compressor has ``nonfinite="raise"``;
+                nothing has been changed, and detaching again leaves them as they are.
         """
         if self._detached:
             return
         self.synchronize()
+        if self._scheduler.has_gradients():
+            self._unclaimed()
         grads = self._averaged_gradients()
         if self._mode == "sharded" and self._layout is not None:
             self._optimizer.state = self._gathered_state()
@@ -257,6 +263,7 @@ class Engine(Schedule):
         self._judge()
         found = _grads.look(self._expected, self._unused)
         if found == "none":  # zero_grad() came first: there is nothing to do, as in plain torch
+            self._unclaimed()
             self._scheduler.gradients_used()
             return loss
         if self._mode == "sharded":
@@ -326,7 +333,7 @@ class Engine(Schedule):
         self._judge()
         self._scheduler.synchronize()
         for index in self._order:
-            self._keep_unused(index)
+            self._arrived(index)
             for param, grad in self._grads_of(index).items():
                 if isinstance(param.grad, PendingGrad):
                     param.grad = grad

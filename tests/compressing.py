@@ -33,6 +33,13 @@ class Prescribed(nn.Module):
         return torch.stack([(p * grads[name].to(p.dtype)).sum() for name, p in self.named_parameters()]).sum()
 
 
+class Sometimes(Prescribed):
+    """Uses the parameters only that it is called with gradients for."""
+
+    def forward(self, grads: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(p * grads[n]).sum() for n, p in self.named_parameters() if n in grads]).sum()
+
+
 def gradients(rank: int, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
     """Random gradients of a rank and step, with what ranks have in common and heavy tails."""
     common = torch.Generator().manual_seed(7_000 + step)

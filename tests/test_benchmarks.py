@@ -130,6 +130,15 @@ def test_training_table_shows_every_strategy_and_why_one_failed(cell: dict[str, 
     assert all(one["name"] in text for one in cell["strategies"])
     assert "fsdp2 failed: rank 1: RuntimeError: no luck" in text
     assert "ddp:1 *" in text and "500 Mbit/s" in text
+    # The canned losses are 5, 4 and 3 after 100 ms each: their mean is 4 after all of them.
+    assert "s to loss" in text and "4.00" in text
+    rows = {row.name: row.seconds_to_loss for row in summary.summarise(cell)}
+    assert rows["none"] is None and rows["ddp:1"] == pytest.approx(0.3)
+    cell["strategies"][2]["losses"] = [6.0, 4.5, 4.5]  # the slowest decides: 5 is the lowest that all reach
+    rows = {row.name: row.seconds_to_loss for row in summary.summarise(cell)}
+    assert (
+        summary.target_loss(cell) == 5 and rows["ddp:25"] == pytest.approx(0.3) and rows["ddp:1"] == pytest.approx(0.1)
+    )
 
 
 def test_demo_table_and_pictures(cell: dict[str, Any], tmp_path: Path) -> None:
@@ -161,7 +170,7 @@ def test_the_typical_step_is_the_one_of_median_length() -> None:
 
 
 def test_smoothing_starts_with_what_there_is() -> None:
-    assert pictures.smoothed([4.0, 2.0, 0.0])[:3] == [4.0, 3.0, 2.0]
+    assert results.trailing_mean([4.0, 2.0, 0.0]) == [4.0, 3.0, 2.0]
 
 
 # Workload

@@ -150,6 +150,32 @@ def test_bad_gradients(pool2, kind):
     pool2.run(bad_gradients, kind)
 
 
+def bad_gradients_at_the_end(rank, world):
+    """detach() hands them over as the plain hook would have left them."""
+    for policy in ("raise", "skip", "propagate"):
+        wrapped, opt, compressor, engine = build("acp", "Mlp", True, nonfinite=policy)
+        training.plain_step(wrapped, opt, rank, 0)
+        before = kept(compressor)
+        spoil(wrapped, rank, 1)
+        if policy == "raise":
+            with pytest.raises(RuntimeError, match="is not finite"):
+                engine.detach()
+            opt.zero_grad()
+            training.plain_step(wrapped, opt, rank, 2)
+        engine.detach()
+        if policy == "skip":
+            assert all(p.grad is None for p in wrapped.parameters())
+        elif policy == "propagate":
+            assert all(p.grad.isnan().all() for p in wrapped.parameters())
+        if policy != "raise":
+            assert all(torch.equal(error, before[name]) for name, error in kept(compressor).items())
+        assert all(p.isfinite().all() for p in wrapped.parameters())
+
+
+def test_bad_gradients_at_the_end(pool2):
+    pool2.run(bad_gradients_at_the_end)
+
+
 def grad_scaler(rank, world):
     wrapped, opt, _, engine = build("acp", "Mlp", True, nonfinite="propagate")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -249,8 +275,10 @@ def refusals(rank, world):
     wrapped, opt = training.build("Mlp", training.SGD, {})
     with pytest.raises(ValueError, match='update="sharded" gathers updated parameters'):
         dear.attach(wrapped, opt, compressor=compress.ACPSGD(), update="sharded")
-    with pytest.raises(TypeError, match="compressor must be one of compress's"):
+    with pytest.raises(TypeError, match=r"dear.attach\(\) needs a compressor, such as compress.ACPSGD\(\), not str"):
         dear.attach(wrapped, opt, compressor="acp")
+    with pytest.raises(TypeError, match=r"^compress.ACPSGD is a class; pass an instance, such as compress.ACPSGD\(\)"):
+        dear.attach(wrapped, opt, compressor=compress.ACPSGD)
     with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on rank \(1 and 2\)"):
         dear.attach(wrapped, opt, compressor=compress.ACPSGD(rank=1 + rank))
     taken = compress.ACPSGD()

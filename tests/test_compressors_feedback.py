@@ -2,10 +2,9 @@
 
 import itertools
 
-import compressing
 import pytest
 import torch
-from compressing import KINDS, SHAPES, attach, backward, everyones, gradients, kept
+from compressing import KINDS, SHAPES, Sometimes, attach, backward, everyones, gradients, kept
 from torch import Tensor
 from workers import run_workers
 
@@ -159,10 +158,6 @@ def test_world_of_one():
 def unused(rank: int, world: int) -> None:
     """A parameter no rank uses in a step keeps its error, and its .grad stays as DDP leaves it."""
     shapes = {"often": (200, 100), "rarely": (100, 200)}
-
-    class Sometimes(compressing.Prescribed):
-        def forward(self, grads: dict[str, Tensor]) -> Tensor:
-            return torch.stack([(p * grads[n]).sum() for n, p in self.named_parameters() if n in grads]).sum()
 
     for kind, make in KINDS.items():
         compressor = make()

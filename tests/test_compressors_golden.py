@@ -181,6 +181,27 @@ def test_other_types(pool2):
     pool2.run(other_types)
 
 
+def ratios(rank: int, world: int) -> None:
+    """What ratio() says is what is sent, both halves alike; over two steps, ACP-SGD's factors taking turns."""
+    for kind, make in KINDS.items():
+        compressor = make()
+        model = attach(compressor)
+        for step in range(2):
+            backward(model, gradients(rank, step))
+        sent = 0
+        for step in range(2, 4):
+            backward(model, gradients(rank, step))
+            sent += compressor.stats()["bytes_sent"]
+        payload = 0.0
+        for group in compressor.groups.values():
+            payload += 4 * group.numel / (compressor.ratio(group) if compressor.compresses(group) else 1)
+        assert sent == pytest.approx(2 * 2 * payload * (world - 1) / world, rel=0.005), kind
+
+
+def test_ratios_are_what_is_sent(pool4):
+    pool4.run(ratios)
+
+
 LARGE = {"first": (900, 800), "second": (500, 700), "vector": (50_000,)}
 
 

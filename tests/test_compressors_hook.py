@@ -180,8 +180,14 @@ def test_options_out_of_range():
 def misuse(rank: int, world: int) -> None:
     with pytest.raises(TypeError, match="needs a DistributedDataParallel module, not Prescribed"):
         compress.register(compressing.Prescribed(), compress.ACPSGD())
-    with pytest.raises(TypeError, match="needs a compressor, not str"):
-        compress.register(compressing.Prescribed(), "acp")
+    for named, caller in ((True, r"compress.register\(\)"), (False, "compress.comm_hook")):
+        for wrong, match in (
+            ("acp", rf"^{caller} needs a compressor, such as compress.ACPSGD\(\), not str\.$"),
+            (compress.ACPSGD, r"^compress.ACPSGD is a class; pass an instance, such as compress.ACPSGD\(\)\.$"),
+            (RandomK, r"^RandomK is a class; pass an instance, such as RandomK\(\)\.$"),
+        ):
+            with pytest.raises(TypeError, match=match):
+                backward(attach(wrong, named), gradients(rank, 0))
     taken = compress.ACPSGD()
     model = attach(taken)
     with pytest.raises(RuntimeError, match="has a communication hook already"):

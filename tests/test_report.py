@@ -98,6 +98,10 @@ def test_of_two_measurements_the_fuller_then_the_newer_counts() -> None:
     fewer = sources.Source("few.json", "training", reported.training(when="2026-01-03", steps={"ddp:1": 1.0}))
     (kept,) = contest.chosen(contest.cells([full, newer, fewer])).values()
     assert kept.source is newer
+    for one in newer.cells[0]["strategies"]:
+        one["breakdown"] = None  # a repeat without it must not take the bars by phase from the report
+    (kept,) = contest.chosen(contest.cells([full, newer, fewer])).values()
+    assert kept.source is full
 
 
 def test_machines_have_rows_and_pictures_of_their_own(tmp_path: Path) -> None:
@@ -115,13 +119,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *results: dict[str, A
     """What the map's cells show, by rate: a verdict or None for each panel."""
     shown: dict[str, list[Any]] = {}
 
-    def note(_: Any, column: int, __: int, verdict: Any) -> None:
+    def note(_: Any, column: int, __: int, verdict: Any, *___: Any) -> None:
         shown.setdefault(winners.RATES[column], []).append(verdict)
 
     monkeypatch.setattr(winners, "_one", note)
     read = [sources.Source(f"{number}.json", one["benchmark"], one) for number, one in enumerate(results)]
     evidence = Evidence.of(read)
-    winners.draw(evidence.chosen, [("all", lambda c, n: not evidence.is_barred(n, "gpt"))], [], tmp_path / "map.png")
+    everything = winners.Map("all", lambda _, name: not evidence.is_barred(name, "gpt"), lambda *_: False)
+    winners.draw(evidence.chosen, [everything], [], tmp_path / "map.png")
     return shown
 
 
@@ -141,6 +146,9 @@ def test_an_empty_cell_is_hatched_and_a_lost_one_framed(tmp_path: Path) -> None:
     winners._one(axes, 1, 0, contest.Verdict("ddp:1", "dear", "ddp:1", 0.9, (0.88, 0.92)))
     assert to_rgba(winners.LOST) in [patch.get_edgecolor() for patch in axes.patches]
     assert [text.get_text() for text in axes.texts] == ["ddp:1", "0.90×", "best of ours:\ndear"]
+    axes.texts[-1].remove()
+    winners._one(axes, 2, 0, contest.Verdict("acp:4", "acp:4", "ddp:1", 1.2, (1.1, 1.3)), {"acp:4"})
+    assert [text.get_text() for text in axes.texts[-3:]] == ["acp:4 †", "1.20×", "best rival:\nddp:1"]
     plt.close(figure)
 
 

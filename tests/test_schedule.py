@@ -151,7 +151,7 @@ def order(rank, world, update):
     inner = model.module
     layers = [inner.first, inner.second, inner.third, inner.last]
     position = {param: index for index, layer in enumerate(layers) for param in layer.parameters()}
-    wanted = [min(position[param] for param in engine._members[group]) for group in engine._order]
+    wanted = [min(position[place.param] for place in engine._layout.groups[group]) for group in engine._order]
     assert len(wanted) > 3 and wanted == sorted(wanted), wanted
     gathers = sorted((e["start"], e["name"]) for e in events if e["lane"] == "all-gather")
     assert [name for _, name in gathers] == [f"fusion group {group}" for group in engine._order]

@@ -287,7 +287,8 @@ def late_reader(rank, world):
         training.plain_step(model, opt, rank, step)
     if rank == 1:
         weight = model.module.last.weight
-        hold_updates(engine, {i for i, m in enumerate(engine._members) if any(p is weight for p in m)}, "late reader")
+        readers = {i for i, places in enumerate(engine._layout.groups) if any(p.param is weight for p in places)}
+        hold_updates(engine, readers, "late reader")
     training.plain_step(model, opt, rank, WARM)
     model.module.early = True
     if rank == 0:

@@ -183,7 +183,10 @@ def test_a_plain_hooks_wait_is_taken_out_of_backward_where_it_is_known() -> None
     compute = [each for step in range(3) for each in canned_step(step, 40 * step)]
     known = breakdown.account(compute, None, [{"exposed_ms": 5.0}])
     assert (known["phases"]["backward"], known["phases"]["exposed_other"]) == (15, 5)
+    last = [span["name"] for span in compute if span["phase"] == "backward"][-1]
     unknown = breakdown.account(compute, None, [{}])
+    for part, whole in zip(known["modules"], unknown["modules"], strict=True):
+        assert whole["backward_ms"] - part["backward_ms"] == (5 if part["name"] == last else 0)
     assert (unknown["phases"]["backward"], unknown["phases"]["exposed_other"]) == (20, None)
     assert unknown["operators"] is None and unknown["phases"]["optimizer"] == 10
 

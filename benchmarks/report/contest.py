@@ -118,6 +118,10 @@ class Cell:
         """ms of a step that communicates nothing."""
         return next((row.median for row in self.finished if row.name == FLOOR), None)
 
+    @property
+    def is_broken_down(self) -> bool:
+        return any(one.get("breakdown") for one in self.data["strategies"])
+
     def strategy(self, name: str) -> dict[str, Any]:
         return next(one for one in self.data["strategies"] if one["name"] == name)
 
@@ -152,9 +156,10 @@ def as_cell(source: Source, data: dict[str, Any], machine: str = "") -> Cell:
 
 
 def chosen(all_cells: Sequence[Cell]) -> dict[tuple[Setting, str], Cell]:
-    """Of cells measured more than once, the one in which most strategies finished; of equals, the newest."""
+    """Of cells measured more than once the one in which most strategies finished; of equals one with a breakdown, then
+    the newest."""
     best: dict[tuple[Setting, str], Cell] = {}
-    for cell in sorted(all_cells, key=lambda cell: (len(cell.finished), cell.source.when)):
+    for cell in sorted(all_cells, key=lambda cell: (len(cell.finished), cell.is_broken_down, cell.source.when)):
         best[cell.setting, cell.rate] = cell
     return best
 

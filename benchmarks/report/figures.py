@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -14,9 +15,11 @@ from benchmarks import pictures, summary
 from benchmarks.command import rate_bits
 from benchmarks.report import contest
 from benchmarks.report.contest import FLOOR, Cell, family, kind, median, short_rate
+from benchmarks.results import SMOOTHED_OVER, trailing_mean
 
 MARKERS = "osD^vPX<>*hd"
 DASHES = ("-", "--", "-.", ":")
+SHADES = (0.0, -0.45, 0.45)  # towards black, towards white
 FLOOR_COLOUR = "#d5d8dc"
 NO_LIMIT_GAP = 3.0  # the place of "no limit" on the rate axis: this many times the highest rate
 
@@ -52,7 +55,15 @@ def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> Non
     pictures.plain(axes)
     axes.grid(axis="y", which="both", alpha=0.2)
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
-    handles.append(Line2D([], [], color="black", linestyle=":", label="bound for float32: max(compute, communication)"))
+    handles.append(
+        Line2D(
+            [],
+            [],
+            color="black",
+            linestyle=":",
+            label="bound for float32: max(compute measured, communication computed)",
+        )
+    )
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     pictures.save(figure, path, about)
 
@@ -65,7 +76,7 @@ def _places(rates: Sequence[str]) -> dict[str, float]:
 
 
 def styles_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A look for each kind: its family's colour, and within the family other dashes and markers."""
+    """A look for each kind: its family's colour, and within the family other shades, dashes and markers."""
     styles: dict[str, dict[str, Any]] = {}
     of_family: dict[str, int] = {}
     for name in dict.fromkeys(kind(name) for name in sorted(names, key=_order)):
@@ -73,13 +84,20 @@ def styles_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
         number = of_family.setdefault(one.label, 0)
         of_family[one.label] += 1
         styles[name] = {
-            "color": one.colour,
+            "color": _shade(one.colour, SHADES[number % len(SHADES)]),
             "linestyle": DASHES[number % len(DASHES)],
             "marker": MARKERS[number % len(MARKERS)],
             "markersize": 5,
             "linewidth": 1.8,
         }
     return styles
+
+
+def _shade(colour: str, share: float) -> tuple[float, float, float]:
+    """The colour mixed with so much white, or black where it is negative."""
+    towards = float(share > 0)
+    red, green, blue = ((1 - abs(share)) * part + abs(share) * towards for part in to_rgb(colour))
+    return red, green, blue
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -157,9 +175,9 @@ def loss_over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> N
             strategy = cell.strategy(row.name)
             seconds = [ms / 1e3 for ms in accumulate(strategy["clock_ms"])]
             style = {**styles[kind(row.name)], "marker": "", "linewidth": 1.6}
-            axes.plot(seconds, pictures.smoothed(strategy["losses"]), **style)
+            axes.plot(seconds, trailing_mean(strategy["losses"]), **style)
             axes.plot(
-                seconds[-1:], pictures.smoothed(strategy["losses"])[-1:], **{**styles[kind(row.name)], "markersize": 6}
+                seconds[-1:], trailing_mean(strategy["losses"])[-1:], **{**styles[kind(row.name)], "markersize": 6}
             )
         axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
         axes.set_xlim(left=0)
@@ -171,7 +189,7 @@ def loss_over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> N
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(
         f"Loss over training time, each on its own clock in seconds: {cells[0].setting.label}\n"
-        f"mean of {pictures.SMOOTHED_OVER} steps; a marker where a strategy finished"
+        f"mean of {SMOOTHED_OVER} steps; a marker where a strategy finished"
     )
     pictures.save(figure, path, about)
 

@@ -48,8 +48,10 @@ def by_step(source: Source, about: Sequence[str], path: Path) -> None:
 
 
 def matches(source: Source, cells: Sequence[Cell]) -> bool:
-    """Whether a file of losses and a setting's step times are of the same work: workload, batch and workers."""
-    if not curves(source):
+    """Whether losses and a setting's step times are of the same work (workload, batch, workers) and strategies."""
+    known = curves(source)
+    names = [row.name for cell in cells for row in cell.best_of_each_kind()]
+    if not any(contest.trains_like(name, source.cells) in known for name in names):
         return False
     course, setting = source.cells[0], cells[0].setting
     plan = course["plan"]
@@ -60,15 +62,16 @@ def matches(source: Source, cells: Sequence[Cell]) -> bool:
 def by_computed_time(source: Source, cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     """Losses by step, each step as long as its median at the rate: computed from two measurements, and labelled so."""
     found = curves(source)
+
+    def curve_of(name: str) -> Curve | None:
+        return found.get(contest.trains_like(name, source.cells) or "")
+
+    cells = [cell for cell in cells if any(curve_of(row.name) for row in cell.best_of_each_kind())]
     columns = min(2, len(cells))
     rows = -(-len(cells) // columns)
     figure, panels = plt.subplots(
         rows, columns, squeeze=False, figsize=(6.2 * columns, 1.8 + 3.4 * rows), layout="constrained"
     )
-
-    def curve_of(name: str) -> Curve | None:
-        return found.get(contest.trains_like(name, source.cells) or "")
-
     styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind() if curve_of(row.name)])
     for axes, cell in zip(panels.flat, cells, strict=False):
         for row in cell.best_of_each_kind():

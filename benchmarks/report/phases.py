@@ -17,6 +17,7 @@ COLOURS = {
     "optimizer": "#9bcf9b",
     "scheduler": "#c9b3d9",
     "encode": "#6a9c5b",
+    "merge": "#a8c686",
     "decode": "#3f7034",
     "exposed_reduce_scatter": "#d9622b",
     "exposed_all_gather": "#2b5fba",
@@ -53,7 +54,10 @@ def draw(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
         axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
         axes.set_xlim(0, 1.09 * max(max(one["step_ms"], _sum(one)) for one in found.values()))
         pictures.plain(axes)
-    panels[-1].set_xlabel("ms per step of rank 0, profiled; every panel has its own scale; the mark is the whole step")
+    panels[-1].set_xlabel(
+        "ms per step of rank 0, profiled; every panel has its own scale\n"
+        "mark: the whole step, beside which a compressor may encode, merge and decode"
+    )
     seen = {phase for cell in cells for one in breakdowns(cell).values() for phase, ms in one["phases"].items() if ms}
     entries = [Patch(color=colour, label=phase.replace("_", " ")) for phase, colour in COLOURS.items() if phase in seen]
     figure.legend(handles=entries, loc="outside lower center", ncols=5, frameon=False, fontsize=8)

@@ -38,26 +38,28 @@ def where_each_wins(evidence: Evidence, out: Path) -> Section:
         "Where each method wins",
         "Each cell: the strategy with the shortest step at this link rate, and the best rival's step over the best "
         "of this library's (above 1: this library is faster), median over rounds. Rivals are torch's own: DDP at "
-        "its best bucket size, its 16-bit and PowerSGD hooks at theirs, and FSDP2. A red frame: this library loses."
-        " Pale and ≈: the rounds do not agree on who is faster. Both sides choose their best by the numbers they "
-        "are compared with.",
+        "its best bucket size, its 16-bit and PowerSGD hooks at theirs, and FSDP2. A red frame: this library loses. "
+        "Pale and ≈: the rounds do not agree on who is faster. †: what the method costs in loss was not measured. "
+        "Both sides choose their best by the numbers they are compared with.",
     )
     if not evidence.chosen:
         return _without(section, "training")
-    panels: list[tuple[str, contest.TakesPart]] = [
-        ("The same training as DDP: float32, nothing rounded away", lambda _, name: contest.is_exact(name))
-    ]
+    title = "The same training as DDP: float32, nothing rounded away"
+    maps = [winners.Map(title, lambda _, name: contest.is_exact(name), lambda *_: False)]
     note = ""
     if inexact := evidence.inexact():
 
         def holds(cell: Cell, name: str) -> bool:
             return not evidence.is_barred(name, cell.setting.workload)
 
-        panels.append(("Any method, 16-bit and compressed ones too", holds))
+        def unknown(cell: Cell, name: str) -> bool:
+            return evidence.loss_ratio(name, cell.setting.workload) is None
+
+        maps.append(winners.Map("Any method, 16-bit and compressed ones too", holds, unknown))
         note = _about_losses(evidence, inexact)
     path = out / "map.png"
     about = origin(list(evidence.chosen.values()))
-    winners.draw(evidence.chosen, panels, about, path)
+    winners.draw(evidence.chosen, maps, about, path)
     section.pictures.append(Picture(section.title, path, about, note))
     return section
 
@@ -108,7 +110,8 @@ def steps_in_parts(evidence: Evidence, out: Path) -> Section:
         "The compute floor is a step without communication; what is above it is whatever communication costs: "
         "waiting, and CPU time taken from compute. The black mark is as short as a step can be that sends what this"
         " strategy sends. By phase, where a breakdown was asked for: rank 0's training thread in a profiled run "
-        "after the timed one, which is why its steps are longer.",
+        "after the timed one, which is why its steps are longer. There strategies take no turns: compare the parts of a "
+        "bar with each other, and bars by the medians above.",
     )
     has_parts = [cell for cell in evidence.chosen.values() if cell.floor is not None]
     if not has_parts:

@@ -1,7 +1,9 @@
 """The map of where each method wins: link rate against workload and number of workers."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -15,31 +17,42 @@ from benchmarks.report.contest import FAMILIES, Cell, Setting, TakesPart, Verdic
 # Columns that the map always has, so that what was not measured is seen not to be.
 RATES = ("100mbit", "500mbit", "1gbit", "2.5gbit", "10gbit", "unlimited")
 LOST = "#c0392b"
-MISSING = "#e4e4e4"
+UNMEASURED: dict[str, Any] = {"facecolor": "#e4e4e4", "edgecolor": "#9a9a9a", "hatch": "////", "linewidth": 0}
+UNPROVEN = "†"
 
 
-def draw(
-    cells: dict[tuple[Setting, str], Cell], panels: Sequence[tuple[str, TakesPart]], about: Sequence[str], path: Path
-) -> None:
-    """One map per (title, who takes part), below each other."""
+@dataclass(frozen=True)
+class Map:
+    """One map: who takes part in it, and of whom nobody has measured whether training still gets as far."""
+
+    title: str
+    takes_part: TakesPart
+    is_unproven: TakesPart
+
+
+def draw(cells: dict[tuple[Setting, str], Cell], maps: Sequence[Map], about: Sequence[str], path: Path) -> None:
+    """The maps, below each other."""
     settings = sorted({setting for setting, _ in cells})
     rates = contest.by_rate([*RATES, *(rate for _, rate in cells)])
     figure, axes = plt.subplots(
-        len(panels),
+        len(maps),
         squeeze=False,
-        figsize=(2.6 + 1.62 * len(rates), 1.6 + len(panels) * (0.75 + 0.95 * len(settings))),
+        figsize=(2.6 + 1.62 * len(rates), 1.6 + len(maps) * (0.75 + 0.95 * len(settings))),
         layout="constrained",
     )
-    seen = set()
-    for panel, (title, takes_part) in zip(axes[:, 0], panels, strict=True):
+    seen, unproven = set(), False
+    for panel, one in zip(axes[:, 0], maps, strict=True):
         for row, setting in enumerate(settings):
             for column, rate in enumerate(rates):
                 cell = cells.get((setting, rate))
-                verdict = contest.verdict(cell, takes_part) if cell else None
+                verdict = contest.verdict(cell, one.takes_part) if cell else None
+                shown = [name for name in (verdict.ours, verdict.rival) if name] if verdict else []
+                doubts = {name for name in shown if cell and one.is_unproven(cell, name)}
                 if verdict:
                     seen.add(family(verdict.winner))
-                _one(panel, column, row, verdict)
-        panel.set(xlim=(0, len(rates)), ylim=(len(settings), 0), title=title)
+                unproven |= bool(doubts)
+                _one(panel, column, row, verdict, doubts)
+        panel.set(xlim=(0, len(rates)), ylim=(len(settings), 0), title=one.title)
         panel.set_xticks([column + 0.5 for column in range(len(rates))], [short_rate(rate) for rate in rates])
         panel.set_yticks(
             [row + 0.5 for row in range(len(settings))],
@@ -50,33 +63,44 @@ def draw(
     entries = [Patch(color=one.colour, label=one.label) for one in FAMILIES if one in seen]
     entries.append(Patch(facecolor="white", edgecolor=LOST, linewidth=2, label="this library loses"))
     entries.append(Patch(facecolor=_paled("#555555"), label="≈ and pale: rounds disagree on who is faster"))
-    entries.append(Patch(facecolor=MISSING, edgecolor="#9a9a9a", hatch="////", linewidth=0, label="not measured"))
+    entries.append(Patch(**UNMEASURED, label="not measured"))
+    if unproven:
+        entries.append(Patch(facecolor="none", label=f"{UNPROVEN} its loss was not measured"))
     figure.legend(handles=entries, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     pictures.save(figure, path, about)
 
 
-def _one(axes: Axes, column: int, row: int, verdict: Verdict | None) -> None:
-    """One cell: the winner, and the best rival's time over the best of ours."""
+def _one(axes: Axes, column: int, row: int, verdict: Verdict | None, doubts: Set[str] = frozenset()) -> None:
+    """One cell: the winner, the best rival's time over the best of ours, and the best of the other side.
+
+    doubts: those of the two whose loss was not measured.
+    """
     corner, middle = (column + 0.03, row + 0.04), column + 0.5
     if verdict is None:
-        axes.add_patch(Rectangle(corner, 0.94, 0.92, facecolor=MISSING, edgecolor="#9a9a9a", hatch="////", linewidth=0))
+        axes.add_patch(Rectangle(corner, 0.94, 0.92, **UNMEASURED))
         return
+
+    def called(name: str | None) -> str:
+        return f"{name} {UNPROVEN}" if name in doubts else f"{name}"
+
     colour = _paled(family(verdict.winner).colour) if verdict.tie else family(verdict.winner).colour
     axes.add_patch(Rectangle(corner, 0.94, 0.92, facecolor=colour, linewidth=0))
     ink = "black" if _is_light(colour) else "white"
-    lost = verdict.ratio is not None and verdict.ratio < 1
+    lost = verdict.ratio is not None and verdict.winner != verdict.ours
     if lost:
         inner = (column + 0.045, row + 0.06)
         axes.add_patch(Rectangle(inner, 0.91, 0.88, facecolor="none", edgecolor=LOST, linewidth=2.5))
-    axes.text(middle, row + 0.27, verdict.winner, ha="center", va="center", fontsize=8.5, color=ink, fontweight="bold")
+    axes.text(
+        middle, row + 0.27, called(verdict.winner), ha="center", va="center", fontsize=8.5, color=ink, fontweight="bold"
+    )
     if verdict.ratio is None:
         text = "no rival measured" if verdict.rival is None else "none of ours measured"
         axes.text(middle, row + 0.6, text, ha="center", va="center", fontsize=7.5, color=ink)
         return
     sign = "≈ " if verdict.tie else ""
     axes.text(middle, row + 0.53, f"{sign}{verdict.ratio:.2f}×", ha="center", va="center", fontsize=12, color=ink)
-    other = f"best of ours: {verdict.ours}" if lost else f"best rival: {verdict.rival}"
-    axes.text(middle, row + 0.79, other.replace(": ", ":\n"), ha="center", va="center", fontsize=7, color=ink)
+    other = f"best of ours:\n{called(verdict.ours)}" if lost else f"best rival:\n{called(verdict.rival)}"
+    axes.text(middle, row + 0.79, other, ha="center", va="center", fontsize=7, color=ink)
 
 
 def _paled(colour: str) -> tuple[float, float, float]:
