@@ -59,32 +59,32 @@ COLLECTIVES = "-b 64K -e 64M -f 4 -n 3 --rounds 3"
 
 SIZES: dict[str, tuple[Task, ...]] = {
     "small": (
-        Task("compressors", "compressors", "--numel 4194304 --rounds 5 --json {json}", 0.2),
-        Task("collectives", "collectives", "-b 1M -e 4M -f 4 -n 2 --rounds 2 --rates 1gbit --json {json}", 1.2),
+        Task("compressors", "compressors", "--numel 4194304 --rounds 5 --json {json}", 0.1),
+        Task("collectives", "collectives", "-b 1M -e 4M -f 4 -n 2 --rounds 2 --rates 1gbit --json {json}", 0.6),
         Task(
             "training",
             "training",
             "--strategies none,ddp:1,ddp:25,ddp+fp16:4,dear,bf16,acp:4,dear+acp:4,topk:0.01,sign --rates 500mbit,1gbit "
             "--rounds 2 --warmup 1 --steps 2 --breakdown --json {json}",
-            4,
+            4.5,
         ),
         Task(
             "training-again",
             "training",
             "--strategies none,ddp:1,ddp+fp16:4,dear,acp:4 --rates 1gbit --rounds 2 --warmup 1 --steps 2 --json {json}",
-            1,
+            0.8,
         ),
         Task(
             "convergence",
             "convergence",
             "--strategies ddp,acp:4,sign --seeds 1 --steps 20 --held-out-every 5 --held-out-examples 16 --json {json}",
-            1,
+            0.9,
         ),
         Task(
             "bandwidth",
             "bandwidth",
             "--strategies ddp:1,acp:4 --rates 2.5gbit,500mbit --rounds 2 --steps 2 --json {json}",
-            1,
+            0.8,
         ),
     ),
     # A step of dense DDP takes four to six seconds at 100 Mbit/s, and differs little from the next: few will do.

@@ -110,8 +110,8 @@ def steps_in_parts(evidence: Evidence, out: Path) -> Section:
         "The compute floor is a step without communication; what is above it is whatever communication costs: "
         "waiting, and CPU time taken from compute. The black mark is as short as a step can be that sends what this"
         " strategy sends. By phase, where a breakdown was asked for: rank 0's training thread in a profiled run "
-        "after the timed one, which is why its steps are longer. There strategies take no turns: compare the parts of a "
-        "bar with each other, and bars by the medians above.",
+        "after the timed one, which is why its steps are longer. There strategies take no turns: compare the parts "
+        "of a bar with each other, and bars by the medians above.",
     )
     has_parts = [cell for cell in evidence.chosen.values() if cell.floor is not None]
     if not has_parts:
