@@ -1,6 +1,15 @@
 #include "collectives/exchange.h"
 
 namespace dear {
+namespace {
+
+uint32_t mix(uint32_t hash, uint64_t value) {  // FNV-1a over eight bytes
+  for (int shift = 0; shift < 64; shift += 8)
+    hash = (hash ^ static_cast<uint8_t>(value >> shift)) * 16777619u;
+  return hash;
+}
+
+}  // namespace
 
 const char* phase_name(Phase phase) {
   switch (phase) {
@@ -18,6 +27,11 @@ int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
+}
+
+void check_all_to_all(const Part& part, int world) {
+  TORCH_CHECK(part.full.numel() % world == 0 && part.shard.numel() == part.full.numel(),
+              "An all-to-all sends each rank a chunk of the same size.");
 }
 
 Exchange::Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label)
@@ -82,6 +96,17 @@ int64_t Exchange::bytes() const {
   int64_t total = 0;
   for (const Part& part : parts_) total += static_cast<int64_t>(part.full.nbytes());
   return total;
+}
+
+uint32_t Exchange::signature() const {
+  uint32_t hash = 2166136261u;
+  hash = mix(hash, static_cast<uint64_t>(phase_));
+  hash = mix(hash, static_cast<uint64_t>(reduction_));
+  for (const Part& part : parts_) {
+    hash = mix(mix(hash, static_cast<uint64_t>(part.full.numel())),
+               static_cast<uint64_t>(part.full.scalar_type()));
+  }
+  return hash;
 }
 
 }  // namespace dear

@@ -32,6 +32,9 @@ struct Part {
   at::Tensor shard;
 };
 
+// Throws one sentence when the part's lengths are not those of an all-to-all among `world` ranks.
+void check_all_to_all(const Part& part, int world);
+
 // One half of an all-reduce, over one or more buffers moved together. Built once for a fusion group and
 // submitted every step, so that steady state allocates nothing.
 //
@@ -70,6 +73,8 @@ class Exchange {
   }
 
   int64_t bytes() const;
+  // What ranks compare to see that they are in the same exchange: of phase, reduction, lengths and types.
+  uint32_t signature() const;
   int64_t start_ns() const { return start_ns_; }
   int64_t end_ns() const { return end_ns_; }
 

@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -27,6 +28,10 @@ class Socket {
  public:
   explicit Socket(int fd) : fd_(fd) {}
   Socket(Socket&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  Socket& operator=(Socket&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
   ~Socket() {
     if (fd_ >= 0) ::close(fd_);
   }
@@ -43,7 +48,7 @@ struct Address {
   const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&storage); }
 };
 
-// The first message on a connection: who is calling, and the secret that only this ring's store holds.
+// The first message on a connection: who is calling, and the secret that only this lane's store holds.
 struct Hello {
   uint64_t nonce;
   int32_t rank;
@@ -144,7 +149,7 @@ Socket connect_to(const Address& peer, Clock::time_point deadline, const std::st
       error = ETIMEDOUT;
     }
   }
-  TORCH_CHECK(error == 0, "The ring could not connect to ", who, " (", std::strerror(error),
+  TORCH_CHECK(error == 0, "The communication lane could not connect to ", who, " (", std::strerror(error),
               "): check that GLOO_SOCKET_IFNAME names an interface the other hosts can reach.");
   return socket;
 }
@@ -160,55 +165,85 @@ struct Published {
   uint64_t nonce;
 };
 
-}  // namespace
+// Connections by rank; -1 where there is none.
+struct Connections {
+  std::vector<Socket> called;
+  std::vector<Socket> accepted;
+};
 
-RingLinks::RingLinks(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank,
-                     int world, std::chrono::milliseconds timeout) {
+// Calls the ranks `callees` and is called by the ranks `callers`, all of which must do likewise.
+Connections connect_ranks(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank,
+                          int world, const std::vector<int>& callees, const std::vector<int>& callers,
+                          std::chrono::milliseconds timeout) {
   const auto deadline = Clock::now() + timeout;
-  const int next = (rank + 1) % world;
-  const int prev = (rank + world - 1) % world;
+  Connections made;
+  for (int peer = 0; peer < world; ++peer) {
+    made.called.emplace_back(-1);
+    made.accepted.emplace_back(-1);
+  }
 
   Published self{local_address(),
                  (static_cast<uint64_t>(std::random_device{}()) << 32) | std::random_device{}()};
   Socket listener(::socket(self.address.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (listener.get() < 0 || ::bind(listener.get(), self.address.get(), self.address.length) != 0 ||
-      ::listen(listener.get(), 16) != 0) {
-    throw_errno("The ring could not listen for its neighbour");
+      ::listen(listener.get(), std::max(16, world)) != 0) {
+    throw_errno("The communication lane could not listen for its peers");
   }
   ::getsockname(listener.get(), reinterpret_cast<sockaddr*>(&self.address.storage), &self.address.length);
-  const auto name = [&key](int of) { return "dear/ring/" + key + "/" + std::to_string(of); };
+  const auto name = [&key](int of) { return "dear/lane/" + key + "/" + std::to_string(of); };
   store->set(name(rank), to_bytes(self));
 
-  try {
-    store->wait({name(next)}, std::chrono::milliseconds(milliseconds_left(deadline)));
-  } catch (const std::exception&) {
-    TORCH_CHECK(false, "Rank ", next, " did not join the ring within ", timeout.count(),
-                " ms: check that every rank of the process group makes the same call.");
-  }
-  const std::vector<uint8_t> bytes = store->get(name(next));
-  TORCH_CHECK(bytes.size() == sizeof(Published), "Rank ", next, " runs another version of this library.");
-  Published peer;
-  std::memcpy(&peer, bytes.data(), sizeof(peer));
+  for (const int callee : callees) {
+    try {
+      store->wait({name(callee)}, std::chrono::milliseconds(milliseconds_left(deadline)));
+    } catch (const std::exception&) {
+      TORCH_CHECK(false, "Rank ", callee, " did not join the communication lane within ", timeout.count(),
+                  " ms: check that every rank of the process group makes the same call.");
+    }
+    const std::vector<uint8_t> bytes = store->get(name(callee));
+    TORCH_CHECK(bytes.size() == sizeof(Published), "Rank ", callee, " runs another version of this library.");
+    Published peer;
+    std::memcpy(&peer, bytes.data(), sizeof(peer));
 
-  Socket to_next = connect_to(peer.address, deadline, "rank " + std::to_string(next));
-  const Hello hello{peer.nonce, rank, world};
-  if (::send(to_next.get(), &hello, sizeof(hello), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(hello))) {
-    throw_errno("The ring could not greet rank " + std::to_string(next));
+    Socket socket = connect_to(peer.address, deadline, "rank " + std::to_string(callee));
+    const Hello hello{peer.nonce, rank, world};
+    if (::send(socket.get(), &hello, sizeof(hello), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(hello))) {
+      throw_errno("The communication lane could not greet rank " + std::to_string(callee));
+    }
+    made.called[static_cast<size_t>(callee)] = std::move(socket);
   }
-  while (from_prev_ < 0) {  // strangers (port scanners) are turned away
-    TORCH_CHECK(ready(listener.get(), POLLIN, deadline), "Rank ", prev, " did not connect to rank ", rank,
-                " within ", timeout.count(), " ms: check that it is alive and can reach this host.");
+  std::vector<int> missing = callers;
+  while (!missing.empty()) {  // strangers (port scanners) are turned away
+    TORCH_CHECK(ready(listener.get(), POLLIN, deadline), "Rank ", missing.front(),
+                " did not connect to rank ", rank, " within ", timeout.count(),
+                " ms: check that it is alive and can reach this host.");
     Socket caller(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     Hello theirs{};
     const auto patience = std::min(deadline, Clock::now() + std::chrono::seconds(5));
-    if (caller.get() >= 0 && receive_hello(caller.get(), &theirs, patience) && theirs.nonce == self.nonce &&
-        theirs.rank == prev && theirs.world == world) {
-      from_prev_ = caller.release();
+    if (caller.get() < 0 || !receive_hello(caller.get(), &theirs, patience)) continue;
+    const auto expected = std::find(missing.begin(), missing.end(), theirs.rank);
+    if (theirs.nonce == self.nonce && theirs.world == world && expected != missing.end()) {
+      made.accepted[static_cast<size_t>(theirs.rank)] = std::move(caller);
+      missing.erase(expected);
     }
   }
-  to_next_ = to_next.release();
-  const int on = 1;
-  ::setsockopt(to_next_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+  return made;
+}
+
+void set_option(int fd, int option, int value) {
+  ::setsockopt(fd, IPPROTO_TCP, option, &value, sizeof(value));
+}
+
+}  // namespace
+
+RingLinks::RingLinks(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank,
+                     int world, std::chrono::milliseconds timeout) {
+  const int next = (rank + 1) % world;
+  const int prev = (rank + world - 1) % world;
+  Connections made = connect_ranks(store, key, rank, world, {next}, {prev}, timeout);
+  to_next_ = made.called[static_cast<size_t>(next)].release();
+  from_prev_ = made.accepted[static_cast<size_t>(prev)].release();
+  set_option(to_next_, TCP_NODELAY, 1);
 }
 
 RingLinks::~RingLinks() {

@@ -51,8 +51,7 @@ class NativeExchange : public Exchange {
       const Shards shards{part.full.numel(), world};
       Buffers buffers;
       if (phase == Phase::kAllToAll) {
-        TORCH_CHECK(part.full.numel() % world == 0 && part.shard.numel() == part.full.numel(),
-                    "An all-to-all sends each rank a chunk of the same size.");
+        check_all_to_all(part, world);
         buffers.full = part.full;
         buffers.shard = part.shard;
       } else if (shards.chunk() * world == shards.numel) {

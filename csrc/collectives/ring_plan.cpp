@@ -37,12 +37,6 @@ std::vector<Piece> cut_chunk(const Exchange& exchange, int chunk, int rank, int 
   return pieces;
 }
 
-uint32_t mix(uint32_t hash, uint64_t value) {  // FNV-1a over eight bytes
-  for (int shift = 0; shift < 64; shift += 8)
-    hash = (hash ^ static_cast<uint8_t>(value >> shift)) * 16777619u;
-  return hash;
-}
-
 }  // namespace
 
 RingPlan make_ring_plan(const Exchange& exchange, int rank, int world) {
@@ -83,14 +77,7 @@ RingPlan make_ring_plan(const Exchange& exchange, int rank, int world) {
     }
   }
 
-  uint32_t hash = 2166136261u;
-  hash = mix(hash, exchange.phase() == Phase::kReduceScatter ? 1 : 2);
-  hash = mix(hash, exchange.reduction() == Reduction::kSum ? 1 : 2);
-  for (const Part& part : exchange.parts()) {
-    hash = mix(mix(hash, static_cast<uint64_t>(part.full.numel())),
-               static_cast<uint64_t>(part.full.scalar_type()));
-  }
-  plan.signature = hash;
+  plan.signature = exchange.signature();
   return plan;
 }
 

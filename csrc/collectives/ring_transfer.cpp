@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "collectives/accumulate.h"
+#include "collectives/frame.h"
 
 namespace dear {
 namespace {
@@ -19,27 +20,16 @@ using std::chrono::milliseconds;
 // In a ring a rank that waits sees only its neighbour wait, and would blame it. So a rank that is starved for
 // a quarter of the timeout tells the next one for whom it waits (kWaiting), and a rank that fails tells the
 // next one why (kFailure); both pass it on. The ring without the dead rank is a line, along which the news
-// reaches all. Frames are sent only when their whole content is at hand, so that such news never has to wait
-// inside a frame behind data that does not come.
-enum class FrameType : uint16_t { kData = 1, kWaiting = 2, kFailure = 3 };
-
-constexpr uint32_t kMagic = 0x52414544;  // "DEAR"
-constexpr size_t kLongestNews = 1024;
-
-struct FrameHeader {
-  uint32_t magic;
-  FrameType type;
-  uint16_t blamed;  // kWaiting: the rank for whom the sender waits, in the end
-  uint32_t sequence;
-  uint32_t signature;
-  uint64_t bytes;
-};
+// reaches all.
 
 class RingTransfer {
  public:
-  RingTransfer(const Exchange& exchange, const RingPlan& plan, const RingContext& context)
+  RingTransfer(const Exchange& exchange, const RingPlan& plan, const RingLinks& links,
+               std::vector<char>& scratch, const TransferContext& context)
       : exchange_(exchange),
         plan_(plan),
+        links_(links),
+        scratch_(scratch),
         context_(context),
         next_((context.rank + 1) % context.world),
         prev_((context.rank + context.world - 1) % context.world),
@@ -48,7 +38,7 @@ class RingTransfer {
         divisor_(exchange.reduction() == Reduction::kAverage ? context.world : 1) {
     if (!forwards_) {
       const size_t need = (plan.slots + 1) * static_cast<size_t>(plan.largest_piece);
-      if (context_.scratch->size() < need) context_.scratch->resize(need);
+      if (scratch_.size() < need) scratch_.resize(need);
     }
   }
 
@@ -62,8 +52,8 @@ class RingTransfer {
       }
     } catch (const std::exception& error) {
       tell_next(error.what());
-      ::shutdown(context_.links->to_next(), SHUT_RDWR);
-      ::shutdown(context_.links->from_prev(), SHUT_RDWR);
+      ::shutdown(links_.to_next(), SHUT_RDWR);
+      ::shutdown(links_.from_prev(), SHUT_RDWR);
       throw;
     }
   }
@@ -72,7 +62,7 @@ class RingTransfer {
   // --- sending ---
 
   char* slot(const Piece& received) {
-    return context_.scratch->data() + received.slot * static_cast<size_t>(plan_.largest_piece);
+    return scratch_.data() + received.slot * static_cast<size_t>(plan_.largest_piece);
   }
 
   bool next_piece_ready() const {
@@ -97,19 +87,12 @@ class RingTransfer {
     }
     const size_t bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
     iovec blocks[2];
-    int count = 0;
-    if (out_offset_ < sizeof(FrameHeader)) {
-      blocks[count++] = {reinterpret_cast<char*>(&out_header_) + out_offset_,
-                         sizeof(FrameHeader) - out_offset_};
-      blocks[count++] = {const_cast<char*>(outbound_data()), bytes};
-    } else {
-      const size_t done = out_offset_ - sizeof(FrameHeader);
-      blocks[count++] = {const_cast<char*>(outbound_data()) + done, bytes - done};
-    }
+    const int count =
+        frame_blocks(out_header_, const_cast<char*>(outbound_data()), bytes, out_offset_, blocks);
     msghdr message{};
     message.msg_iov = blocks;
     message.msg_iovlen = static_cast<size_t>(count);
-    const ssize_t put = ::sendmsg(context_.links->to_next(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    const ssize_t put = ::sendmsg(links_.to_next(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (put < 0) {
       if (errno == EINTR) return true;
       send_blocked_ = true;
@@ -141,25 +124,7 @@ class RingTransfer {
                              plan_.signature, text.size()};
     std::memcpy(frame.data(), &header, sizeof(header));
     std::memcpy(frame.data() + sizeof(header), text.data(), text.size());
-    push(frame.data(), frame.size(), milliseconds(1000));
-  }
-
-  // Writes all of it, or gives up after `patience`.
-  bool push(const char* data, size_t size, milliseconds patience) {
-    const auto deadline = Clock::now() + patience;
-    while (size > 0) {
-      const ssize_t put = ::send(context_.links->to_next(), data, size, MSG_NOSIGNAL | MSG_DONTWAIT);
-      if (put > 0) {
-        data += put;
-        size -= static_cast<size_t>(put);
-        continue;
-      }
-      if (put < 0 && errno != EAGAIN && errno != EINTR) return false;
-      pollfd entry{context_.links->to_next(), POLLOUT, 0};
-      const auto left = std::chrono::duration_cast<milliseconds>(deadline - Clock::now()).count();
-      if (left <= 0 || ::poll(&entry, 1, static_cast<int>(left)) == 0) return false;
-    }
-    return true;
+    push(links_.to_next(), frame.data(), frame.size(), milliseconds(1000));
   }
 
   void tell_next(const std::string& reason) {
@@ -168,11 +133,11 @@ class RingTransfer {
       const size_t bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
       if (out_offset_ < sizeof(FrameHeader)) {
         const char* rest = reinterpret_cast<const char*>(&out_header_) + out_offset_;
-        if (!push(rest, sizeof(FrameHeader) - out_offset_, milliseconds(2000))) return;
+        if (!push(links_.to_next(), rest, sizeof(FrameHeader) - out_offset_, milliseconds(2000))) return;
         out_offset_ = sizeof(FrameHeader);
       }
       const size_t done = out_offset_ - sizeof(FrameHeader);
-      if (!push(outbound_data() + done, bytes - done, milliseconds(2000))) return;
+      if (!push(links_.to_next(), outbound_data() + done, bytes - done, milliseconds(2000))) return;
     }
     send_control(FrameType::kFailure, blamed_, reason.substr(0, kLongestNews));
   }
@@ -200,31 +165,23 @@ class RingTransfer {
     return frame_bytes() - in_offset_;
   }
 
-  void set_low_water(size_t bytes) {
-    const int value = static_cast<int>(bytes);
-    if (value == low_water_) return;
-    low_water_ = value;
-    ::setsockopt(context_.links->from_prev(), SOL_SOCKET, SO_RCVLOWAT, &value, sizeof(value));
+  void want(size_t bytes) {
+    if (bytes == low_water_) return;
+    low_water_ = bytes;
+    set_low_water(links_.from_prev(), bytes);
   }
 
   void receive_some() {
     const size_t before = in_offset_;
     iovec blocks[2];
-    int count = 0;
-    if (before < sizeof(FrameHeader)) {
-      blocks[count++] = {reinterpret_cast<char*>(&in_header_) + before, sizeof(FrameHeader) - before};
-      blocks[count++] = {inbound_data(), inbound_bytes()};
-    } else {
-      blocks[count++] = {inbound_data() + (before - sizeof(FrameHeader)), frame_bytes() - before};
-    }
+    const int count = frame_blocks(in_header_, inbound_data(), inbound_bytes(), before, blocks);
     msghdr message{};
     message.msg_iov = blocks;
     message.msg_iovlen = static_cast<size_t>(count);
-    const ssize_t got = ::recvmsg(context_.links->from_prev(), &message, MSG_DONTWAIT);
+    const ssize_t got = ::recvmsg(links_.from_prev(), &message, MSG_DONTWAIT);
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (got <= 0) {
-      blame(prev_, got == 0 ? "closed its connection (its process has ended, or it has failed or detached)"
-                            : std::string("lost its connection (") + std::strerror(errno) + ")");
+      blame(prev_, got == 0 ? complaint::closed() : complaint::lost(errno));
     }
     in_offset_ += static_cast<size_t>(got);
     if (before < sizeof(FrameHeader) && in_offset_ >= sizeof(FrameHeader)) check_header();
@@ -243,35 +200,18 @@ class RingTransfer {
   }
 
   void check_header() {
-    if (in_header_.magic != kMagic)
-      blame(prev_, "sent bytes that are not this library's: the stream is corrupt");
+    if (in_header_.magic != kMagic) blame(prev_, complaint::corrupt());
     if (in_header_.type == FrameType::kFailure) take_failure();
     if (in_header_.sequence != context_.sequence || in_header_.signature != plan_.signature ||
         in_header_.bytes != inbound_bytes()) {
-      blame(prev_,
-            "is in another collective, or in one of other sizes or dtypes (every rank must make the same "
-            "calls in "
-            "the same order)");
+      blame(prev_, complaint::elsewhere());
     }
   }
 
   // Another rank has failed: its words become ours. The first of them came with the header.
   void take_failure() {
-    const size_t length = std::min<uint64_t>(in_header_.bytes, kLongestNews);
-    std::string text(inbound_data(), std::min(length, in_offset_ - sizeof(FrameHeader)));
-    char more[kLongestNews];
-    set_low_water(1);
-    const auto deadline = Clock::now() + milliseconds(1000);
-    while (text.size() < length && Clock::now() < deadline) {
-      const ssize_t got = ::recv(context_.links->from_prev(), more, length - text.size(), MSG_DONTWAIT);
-      if (got == 0) break;
-      if (got > 0) {
-        text.append(more, static_cast<size_t>(got));
-        continue;
-      }
-      pollfd entry{context_.links->from_prev(), POLLIN, 0};
-      ::poll(&entry, 1, 100);
-    }
+    const size_t came = std::min<uint64_t>(in_header_.bytes, in_offset_ - sizeof(FrameHeader));
+    const std::string text = read_news(links_.from_prev(), std::string(inbound_data(), came), in_header_);
     blamed_ = in_header_.blamed;
     throw std::runtime_error(text);
   }
@@ -299,9 +239,9 @@ class RingTransfer {
     const bool receiving = received_ < plan_.inbound.size() && slot_free();
     const bool sending = !next_lost_ && (out_offset_ > 0 || next_piece_ready());
     if (!receiving && !sending && received_ == plan_.inbound.size() && sent_ == plan_.outbound.size()) return;
-    if (receiving) set_low_water(wanted());
-    pollfd entries[3] = {{receiving ? context_.links->from_prev() : -1, POLLIN, 0},
-                         {sending && send_blocked_ ? context_.links->to_next() : -1, POLLOUT, 0},
+    if (receiving) want(wanted());
+    pollfd entries[3] = {{receiving ? links_.from_prev() : -1, POLLIN, 0},
+                         {sending && send_blocked_ ? links_.to_next() : -1, POLLOUT, 0},
                          {context_.wake_fd, POLLIN, 0}};
     if (sending && !send_blocked_) return;  // a piece became ready meanwhile
     const int events = ::poll(entries, 3, patience());
@@ -340,8 +280,7 @@ class RingTransfer {
     const int culprit = waits_for_prev || blamed_ != prev_ ? blamed_ : next_;
     if (quiet >= context_.timeout) {
       blamed_ = culprit;
-      blame(culprit, "sent or took nothing for " + std::to_string(context_.timeout.count()) +
-                         " ms (it has stalled, or is not in this collective)");
+      blame(culprit, complaint::silent(context_.timeout));
     }
     if (starved_told_ != blamed_ && out_offset_ == 0 && sent_ < plan_.outbound.size() && !next_lost_) {
       starved_told_ = blamed_;
@@ -362,7 +301,9 @@ class RingTransfer {
 
   const Exchange& exchange_;
   const RingPlan& plan_;
-  const RingContext& context_;
+  const RingLinks& links_;
+  std::vector<char>& scratch_;
+  const TransferContext& context_;
   const int next_;
   const int prev_;
   int blamed_;  // who holds us up, as far as we know
@@ -381,7 +322,7 @@ class RingTransfer {
   size_t received_ = 0;
   size_t in_offset_ = 0;
   FrameHeader in_header_{};
-  int low_water_ = -1;
+  size_t low_water_ = 0;
 
   Clock::time_point last_progress_;
   int starved_told_ = -1;  // the rank we last told the next one about in this silence
@@ -389,8 +330,9 @@ class RingTransfer {
 
 }  // namespace
 
-void run_ring_transfer(const Exchange& exchange, const RingPlan& plan, const RingContext& context) {
-  RingTransfer(exchange, plan, context).run();
+void run_ring_transfer(const Exchange& exchange, const RingPlan& plan, const RingLinks& links,
+                       std::vector<char>& scratch, const TransferContext& context) {
+  RingTransfer(exchange, plan, links, scratch, context).run();
 }
 
 }  // namespace dear
