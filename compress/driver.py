@@ -65,8 +65,9 @@ class Driver:
         lanes = list(lanes)
         for stage in range(len(lanes), max(2, compressor.exchanges)):
             lanes.append(make_lane(ranks, f"compress {stage}", chosen, timeout))
-        # A ring has no all-to-all, so this is the backend's own.
-        owners = make_lane(ranks, "compress all-to-all", "native", timeout) if compressor.exchange == "owners" else None
+        owners = None
+        if compressor.exchange == "owners":
+            owners = make_lane(ranks, "compress all-to-all", chosen, timeout, all_to_all=True)
         self.compressor = compressor
         self.pipeline = _C.Pipeline(lanes, owners, device)
         self.pipeline.steps = compressor.step

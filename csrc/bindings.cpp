@@ -3,6 +3,7 @@
 
 #include <pybind11/chrono.h>
 
+#include "collectives/mesh.h"
 #include "collectives/native.h"
 #include "collectives/ring.h"
 #include "schedule/comm_hook.h"
@@ -18,6 +19,18 @@ using dear::Phase;
 using dear::Reduction;
 using dear::bindings::make_shared_without_gil;
 using dear::bindings::NoGil;
+
+// A lane over connections of its own.
+template <typename HostLane>
+void bind_host_lane(py::module_& m, const char* name) {
+  py::class_<HostLane, Lane, std::shared_ptr<HostLane>>(m, name).def(
+      py::init([](const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
+                  std::chrono::milliseconds timeout) {
+        const py::gil_scoped_release release;
+        return make_shared_without_gil<HostLane>(store, key, rank, world, timeout);
+      }),
+      py::arg("store"), py::arg("key"), py::arg("rank"), py::arg("world"), py::arg("timeout"));
+}
 
 void bind_collectives(py::module_& m) {
   py::enum_<Phase>(m, "Phase")
@@ -49,13 +62,8 @@ void bind_collectives(py::module_& m) {
       .def_property_readonly("rank", &Lane::rank)
       .def_property_readonly("world", &Lane::world);
 
-  py::class_<dear::RingLane, Lane, std::shared_ptr<dear::RingLane>>(m, "RingLane")
-      .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank,
-                       int world, std::chrono::milliseconds timeout) {
-             const py::gil_scoped_release release;
-             return make_shared_without_gil<dear::RingLane>(store, key, rank, world, timeout);
-           }),
-           py::arg("store"), py::arg("key"), py::arg("rank"), py::arg("world"), py::arg("timeout"));
+  bind_host_lane<dear::RingLane>(m, "RingLane");
+  bind_host_lane<dear::MeshLane>(m, "MeshLane");
   py::class_<dear::NativeLane, Lane, std::shared_ptr<dear::NativeLane>>(m, "NativeLane")
       .def(py::init<c10::intrusive_ptr<c10d::ProcessGroup>>(), py::arg("group"));
 

@@ -74,15 +74,21 @@ def choose_algorithm(group: dist.ProcessGroup, device: torch.device, algorithm: 
     return "ring" if algorithm == "ring" else "native"
 
 
-def make_lane(group: dist.ProcessGroup, name: str, algorithm: Algorithm, timeout: timedelta) -> _C.Lane:
-    """A new lane over the ranks of ``group``; every rank of it must make the same call in the same order."""
+def make_lane(
+    group: dist.ProcessGroup, name: str, algorithm: Algorithm, timeout: timedelta, *, all_to_all: bool = False
+) -> _C.Lane:
+    """A new lane over the ranks of ``group``; every rank of it must make the same call in the same order.
+
+    With ``all_to_all`` a lane for all-to-alls, which are not for a ring: instead of it, connections to every rank.
+    """
     if algorithm == "native":
         ranks = dist.get_process_group_ranks(group)
         own = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc=f"dear {name}")
         return _C.NativeLane(own)
     number = next(_ring_numbers.setdefault(group, itertools.count()))
     store = c10d._get_process_group_store(group)
-    return _C.RingLane(store, f"{name}/{number}", group.rank(), group.size(), timeout)
+    make = _C.MeshLane if all_to_all else _C.RingLane
+    return make(store, f"{name}/{number}", group.rank(), group.size(), timeout)
 
 
 def _lane(group: dist.ProcessGroup | None, device: torch.device, algorithm: str | None) -> _C.Lane:

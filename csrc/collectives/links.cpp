@@ -23,6 +23,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr int kMeshUnsent = 128 << 10;  // bytes a mesh's socket holds before it counts as full
+
 // A file descriptor that closes itself: set-up may throw at any line.
 class Socket {
  public:
@@ -249,6 +251,36 @@ RingLinks::RingLinks(const c10::intrusive_ptr<c10d::Store>& store, const std::st
 RingLinks::~RingLinks() {
   if (to_next_ >= 0) ::close(to_next_);
   if (from_prev_ >= 0) ::close(from_prev_);
+}
+
+MeshLinks::MeshLinks(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank,
+                     int world, std::chrono::milliseconds timeout) {
+  std::vector<int> callees;
+  std::vector<int> callers;
+  for (int peer = 0; peer < world; ++peer) {
+    if (peer != rank) (peer > rank ? callees : callers).push_back(peer);
+  }
+  Connections made = connect_ranks(store, key, rank, world, callees, callers, timeout);
+  for (int peer = 0; peer < world; ++peer) {
+    const auto at = static_cast<size_t>(peer);
+    peers_.push_back((peer > rank ? made.called[at] : made.accepted[at]).release());
+    if (peer == rank) continue;
+    set_option(peers_.back(), TCP_NODELAY, 1);
+    // See Note [One after another] at MeshTransfer.
+    set_option(peers_.back(), TCP_NOTSENT_LOWAT, kMeshUnsent);
+  }
+}
+
+MeshLinks::~MeshLinks() {
+  for (const int peer : peers_) {
+    if (peer >= 0) ::close(peer);
+  }
+}
+
+void MeshLinks::shut_down() const {
+  for (const int peer : peers_) {
+    if (peer >= 0) ::shutdown(peer, SHUT_RDWR);
+  }
 }
 
 }  // namespace dear

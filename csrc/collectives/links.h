@@ -3,6 +3,7 @@
 #include <chrono>
 #include <string>
 #include <torch/csrc/distributed/c10d/Store.hpp>
+#include <vector>
 
 namespace dear {
 
@@ -30,6 +31,24 @@ class RingLinks {
  private:
   int to_next_ = -1;
   int from_prev_ = -1;
+};
+
+// A TCP connection to every other rank, used both ways. Made and closed as those of a ring.
+class MeshLinks {
+ public:
+  // Throws one sentence when a rank cannot be reached within `timeout`.
+  MeshLinks(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
+            std::chrono::milliseconds timeout);
+  ~MeshLinks();
+  MeshLinks(const MeshLinks&) = delete;
+  MeshLinks& operator=(const MeshLinks&) = delete;
+
+  int to(int peer) const { return peers_[static_cast<size_t>(peer)]; }
+  // Lets all of them see that nothing more will come.
+  void shut_down() const;
+
+ private:
+  std::vector<int> peers_;  // by rank; -1 for this one
 };
 
 }  // namespace dear

@@ -1,0 +1,41 @@
+#include "collectives/mesh.h"
+
+namespace dear {
+
+MeshLane::MeshLane(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
+                   std::chrono::milliseconds timeout)
+    : HostLane(rank, world, timeout) {
+  if (world > 1) {
+    links_ = std::make_unique<MeshLinks>(store, key, rank, world, timeout);
+    transfer_ = std::make_unique<MeshTransfer>(*links_, rank, world);
+  }
+  start("dear " + key);
+}
+
+MeshLane::~MeshLane() { stop(); }
+
+std::shared_ptr<Exchange> MeshLane::make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,
+                                                  std::string label) {
+  TORCH_CHECK(phase == Phase::kAllToAll, "A mesh moves all-to-alls, and a ", phase_name(phase),
+              " was asked for: use a ring.");
+  for (const Part& part : parts) {
+    check_all_to_all(part, world_);
+    TORCH_CHECK(part.full.device().is_cpu(), "The mesh moves host tensors, and one on ", part.full.device(),
+                " was given: use the native collectives of that device's backend.");
+  }
+  return std::make_shared<Exchange>(phase, reduction, std::move(parts), std::move(label));
+}
+
+void MeshLane::transfer(Exchange& exchange, const TransferContext& context) {
+  if (transfer_) {
+    transfer_->run(exchange, context);
+    return;
+  }
+  for (const Part& part : exchange.parts()) part.shard.copy_(part.full);
+}
+
+void MeshLane::hang_up() {
+  if (links_) links_->shut_down();
+}
+
+}  // namespace dear

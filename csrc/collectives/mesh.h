@@ -1,0 +1,28 @@
+#pragma once
+
+#include "collectives/host_lane.h"
+#include "collectives/mesh_transfer.h"
+
+namespace dear {
+
+// All-to-alls of host tensors over TCP connections to every peer.
+class MeshLane : public HostLane {
+ public:
+  // `key` must be the same on all ranks and new for every lane on this store.
+  MeshLane(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
+           std::chrono::milliseconds timeout);
+  ~MeshLane() override;
+
+  std::shared_ptr<Exchange> make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,
+                                          std::string label) override;
+
+ protected:
+  void transfer(Exchange& exchange, const TransferContext& context) override;
+  void hang_up() override;
+
+ private:
+  std::unique_ptr<MeshLinks> links_;  // null where the rank is alone
+  std::unique_ptr<MeshTransfer> transfer_;
+};
+
+}  // namespace dear
