@@ -23,7 +23,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int kMeshUnsent = 128 << 10;  // bytes
+constexpr int kMeshUnsent = 128 << 10;  // bytes a mesh's socket holds before it counts as full
 
 // A file descriptor that closes itself: set-up may throw at any line.
 class Socket {

@@ -11,12 +11,11 @@ namespace dear {
 // Moves all-to-alls, one at a time, over a mesh of connections.
 //
 // Note [One after another]
-// A rank that sends to all at once meets all the others at every port: each port is shared by as many streams
-// as there are peers, which lose packets to each other, never share it evenly, and leave links idle behind
-// the first to finish. So a rank sends to one peer at a time, rank r first to r + 1, then to r + 2: at any
-// moment each port carries about one stream each way. Nobody waits for the others to get there: what comes is
-// received, from whomever. For this, a socket holds little that is unsent (TCP_NOTSENT_LOWAT), or several
-// streams would be in it at once.
+// Where every rank sends to all at once, each port is shared by as many streams as there are peers, never
+// quite evenly, and links are idle once their faster streams have finished. So a rank sends to one peer at a
+// time, rank r first to r + 1, then to r + 2: at any moment each port carries about one stream each way.
+// Nobody waits for the others to get there: what comes is received, from whomever. For this, a socket holds
+// little that is unsent (TCP_NOTSENT_LOWAT), or several streams would be in the sockets at once.
 //
 // Threads: the lane's only.
 class MeshTransfer {
