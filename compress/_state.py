@@ -43,6 +43,28 @@ def check_loaded(
     return states
 
 
+def check_parameters(compressor: Compressor, sizes: dict[str, int]) -> None:
+    """Refuses a loaded state that is not of the model whose parameters (name: elements) are about to be used.
+
+    Raises:
+        ValueError: one sentence names a parameter that does not fit.
+    """
+    for name, numel in sizes.items():
+        error = compressor.feedback.errors.get(name)
+        if error is not None and error.numel() != numel:
+            raise ValueError(
+                f"The state loaded is of another model: {name} had {error.numel()} elements and now has {numel}; "
+                "load a state saved with this model."
+            )
+    known = compressor.loaded_names()
+    missing = [name for name in sizes if name not in known]
+    if known and missing:
+        raise ValueError(
+            f"The state loaded is of another model: it has no parameter {missing[0]}; load a state saved with this "
+            "model."
+        )
+
+
 def merge_states(states: list[dict[str, Any]], rank: int, world: int) -> tuple[dict[str, Any], Feedback]:
     """What this rank goes on with: a state, and its error feedback. See :meth:`Compressor.load_state_dict`."""
     feedback = Feedback()

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from compress.agree import agree
-from compress.checks import check_free, check_kind
+from compress.checks import REMEDY, check_kind, check_new, facts
 from compress.compressor import Compressor
-from compress.driver import Driver, facts, not_finite
+from compress.driver import Driver, not_finite
 from dear import _C, _ddp
+from dear._agree import agree
 
 
 def comm_hook(state: Compressor, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -40,7 +40,7 @@ def comm_hook(state: Compressor, bucket: dist.GradBucket) -> Future[Tensor]:
     """
     check_kind(state, "compress.comm_hook")
     if state.driver is None:
-        agree(state.ranks(), facts(state))
+        agree(state.ranks(), lambda: facts(state), REMEDY)
         state.driver = HookDriver(state, bucket.buffer().device)
     # DDP wants a future of a Python object from a Python hook; the native one holds a tensor.
     return state.driver.native.on_bucket(bucket).then(_value)  # type: ignore[no-any-return]
@@ -62,32 +62,16 @@ def register(model: DDP, compressor: Compressor) -> None:
         TypeError, ValueError, RuntimeError: this cannot work; one sentence says why, on every rank, and nothing has
             been changed.
     """
-    check_kind(compressor, "compress.register()")
-    if not isinstance(model, DDP):
-        raise TypeError(
-            f"compress.register() needs a DistributedDataParallel module, not {type(model).__name__}: wrap the model "
-            "in torch.nn.parallel.DistributedDataParallel first."
-        )
-    check_free(compressor)
-    if _ddp.has_hook(model):
-        raise RuntimeError(
-            "This DDP module has a communication hook already, and DDP takes only one: use a module on which "
-            "register_comm_hook() was not called."
-        )
-    if model.mixed_precision is not None:
-        raise ValueError(
-            "DDP's own mixed_precision uses the communication hook's place: leave it out and use torch.autocast, or "
-            "keep the parameters in 16 bits."
-        )
-    for name, module in model.module.named_modules():
-        if getattr(module, "sparse", False):
-            raise ValueError(
-                f"The module {name} makes sparse gradients, which are compressed already: build it with sparse=False."
-            )
-    names = {id(param): name for name, param in model.module.named_parameters() if param.requires_grad}
-    sizes = {name: param.numel() for name, param in model.module.named_parameters() if param.requires_grad}
+    _ddp.check_kind(model, "compress.register()")
+
+    def look() -> dict[str, Any]:
+        known = check_new(compressor, model, "compress.register()")
+        _ddp.check_hookable(model)
+        return known
+
+    agree(model.process_group, look, REMEDY)
     compressor.process_group = model.process_group
-    agree(compressor.ranks(), facts(compressor), compressor.stranger(sizes))
+    names = {id(param): name for name, param in model.module.named_parameters() if param.requires_grad}
     device = next(iter(model.module.parameters())).device
     compressor.driver = HookDriver(compressor, device, model, names)
     compressor.driver.calls = _ddp.register_driver(model, compressor.driver.native)

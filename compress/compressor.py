@@ -223,6 +223,10 @@ class Compressor:
         parts = [part for part in saved if set(part) <= set(names)]
         return parts if sorted(name for part in parts for name in part) == sorted(names) else [list(names)]
 
+    def loaded_names(self) -> set[str]:
+        """The parameters of the state that was loaded, as long as it counts."""
+        return {name for part in self._loaded["layout"] for name in part} if self._loaded else set()
+
     def steps(self, group: Group) -> Steps:
         """One step of a group alone, the one that began last: from this rank's ``group.gradient`` to the mean over the
         ranks, by way of exchanges, each of which must have been made before the next is asked for.
@@ -353,24 +357,6 @@ class Compressor:
         """Nothing is in flight after this."""
         if self.driver is not None:
             self.driver.synchronize()
-
-    def stranger(self, sizes: dict[str, int]) -> str | None:
-        """What is wrong with the loaded state if these are the parameters (name: elements) about to be used."""
-        for name, numel in sizes.items():
-            error = self.feedback.errors.get(name)
-            if error is not None and error.numel() != numel:
-                return (
-                    f"The state loaded is of another model: {name} had {error.numel()} elements and now has {numel}; "
-                    "load a state saved with this model."
-                )
-        known = {name for part in self._loaded["layout"] for name in part} if self._loaded else set()
-        missing = [name for name in sizes if name not in known]
-        if known and missing:
-            return (
-                f"The state loaded is of another model: it has no parameter {missing[0]}; load a state saved with "
-                "this model."
-            )
-        return None
 
     # --- statistics ---
 

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compress.agree import agree
+from compress._state import check_parameters
+from compress.checks import REMEDY, check_bucket, facts
 from compress.compressor import Compressor
 from compress.group import Group, Member, matrix_shape
 from dear import _C
+from dear._agree import agree
 from dear.collectives import choose_algorithm, group_timeout, make_lane
 
 
@@ -112,9 +114,13 @@ class Driver:
         flat and of one length. Collective, and raises on all ranks alike."""
         compressor = self.compressor
         sizes = {name: param.numel() for name, param in zip(names, params, strict=True)}
-        known = facts(compressor) | {"the parameters of a bucket": sizes, "seed": compressor.seed}
-        complaint = complain(names, params, source) or compressor.stranger(sizes)
-        compressor.seed = agree(compressor.ranks(), known, complaint, free=("seed",))["seed"]
+
+        def look() -> dict[str, Any]:
+            check_bucket(names, params, source)
+            check_parameters(compressor, sizes)
+            return facts(compressor) | {"the parameters of a bucket": sizes, "seed": compressor.seed}
+
+        compressor.seed = agree(compressor.ranks(), look, REMEDY, free=("seed",))["seed"]
         begins: dict[str, int] = {}
         shapes, offset = {}, source.storage_offset()
         for name, grad in zip(names, grads, strict=True):
@@ -160,34 +166,6 @@ class Driver:
         if self._exact:
             self._vnmse = wrong / total if total else 0.0
         self._exact = []
-
-
-def facts(compressor: Compressor) -> dict[str, Any]:
-    """What must be the same on every rank."""
-    return {
-        "compressor": type(compressor).__name__,
-        **compressor.options(),
-        "error_feedback": compressor.error_feedback,
-        "start_step": compressor.start_step,
-        "min_compression_ratio": compressor.min_compression_ratio,
-        "nonfinite": compressor.nonfinite,
-        "step": compressor.step,
-    }
-
-
-def complain(names: Sequence[str], params: Sequence[Tensor], buffer: Tensor) -> str | None:
-    """What is wrong with a bucket, in one sentence."""
-    if buffer.layout != torch.strided:
-        return f"The gradient of {names[0]} is sparse, and so compressed already: build its module with sparse=False."
-    for name, param in zip(names, params, strict=True):
-        if not name:
-            return "A bucket holds a parameter that the model did not have when the compressor was registered."
-        if not param.is_floating_point():
-            return (
-                f"The parameter {name} is {param.dtype}, whose gradient cannot be compressed: hold it as a real "
-                "floating-point tensor, or set requires_grad=False."
-            )
-    return None
 
 
 def not_finite(bound: Bound) -> RuntimeError:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from compress.agree import agree
-from compress.checks import check_free, check_kind
 from compress.compressor import Compressor
-from compress.driver import Driver, facts, not_finite
+from compress.driver import Driver, not_finite
 from dear import _C
 
 
@@ -34,6 +32,7 @@ class ScheduleDriver(Driver):
         scheduler: _C.Scheduler,
         synchronize: Callable[[], None],
     ) -> None:
+        compressor.process_group = model.process_group
         super().__init__(compressor, device, lanes=lanes, algorithm=algorithm)
         self._names = {id(param): name for name, param in model.module.named_parameters()}
         self._scheduler, self._synchronize = scheduler, synchronize
@@ -133,16 +132,3 @@ class ScheduleDriver(Driver):
         """Gives the compressor back, with its state."""
         self.compressor.driver = None
         self.compressor.step = self.pipeline.steps
-
-
-def check(compressor: Any, model: DDP) -> None:
-    """Refuses what cannot be attached, the same on every rank, before anything is changed. Collective.
-
-    Raises:
-        TypeError, RuntimeError, ValueError: one sentence says what and why.
-    """
-    check_kind(compressor, "dear.attach()")
-    check_free(compressor)
-    compressor.process_group = model.process_group
-    sizes = {name: param.numel() for name, param in model.module.named_parameters() if param.requires_grad}
-    agree(compressor.ranks(), facts(compressor), compressor.stranger(sizes))

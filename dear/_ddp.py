@@ -17,24 +17,28 @@ COMPRESS_HOOK_NAME = "compress"
 ENGINE = "_dear_engine"  # the attribute that marks a module and an optimizer as taken
 
 
-def check(model: Any, optimizer: Any, group: dist.ProcessGroup | None) -> None:
-    """Refuses what cannot work, before anything is changed.
+def check_kind(model: Any, caller: str) -> None:
+    """Refuses what is no DDP module, and so has no ranks who could be told.
 
     Raises:
-        TypeError, ValueError, RuntimeError: one sentence that says what is wrong and what to do.
+        TypeError: one sentence that says what it is instead.
     """
     if not isinstance(model, DDP):
         raise TypeError(
-            f"dear.attach() needs a DistributedDataParallel module, not {type(model).__name__}: wrap the model in "
+            f"{caller} needs a DistributedDataParallel module, not {type(model).__name__}: wrap the model in "
             "torch.nn.parallel.DistributedDataParallel first."
         )
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"dear.attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
-    if getattr(model, ENGINE, None) or getattr(optimizer, ENGINE, None):
-        raise RuntimeError("This model or optimizer is attached already: call engine.detach() on the first engine.")
+
+
+def check_hookable(model: DDP) -> None:
+    """Refuses a module that can take no native hook, or makes gradients that no hook of this library can reduce.
+
+    Raises:
+        ValueError, RuntimeError: one sentence that says what is wrong and what to do.
+    """
     if has_hook(model):
         raise RuntimeError(
-            "This DDP module has a communication hook already, and DDP takes only one: attach to a module on which "
+            "This DDP module has a communication hook already, and DDP takes only one: use a module on which "
             "register_comm_hook() was not called."
         )
     if model.mixed_precision is not None:
@@ -47,6 +51,28 @@ def check(model: Any, optimizer: Any, group: dist.ProcessGroup | None) -> None:
             'With torch._dynamo.config.optimize_ddp="python_reducer" DDP never calls a native hook: set it to '
             '"ddp_optimizer" before the model is wrapped.'
         )
+    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    sparse = [n for n, module in model.module.named_modules() if isinstance(module, embeddings) and module.sparse]
+    if sparse:
+        raise ValueError(
+            f"The module {sparse[0] or type(model.module).__name__} makes sparse gradients, which cannot be reduced in "
+            "shards: build it with sparse=False."
+        )
+
+
+def check(model: DDP, optimizer: Any, group: dist.ProcessGroup | None) -> None:
+    """Refuses what the schedule cannot work with, before anything is changed.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: one sentence that says what is wrong and what to do.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"dear.attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+    if getattr(model, ENGINE, None) or getattr(optimizer, ENGINE, None):
+        raise RuntimeError("This model or optimizer is attached already: call engine.detach() on the first engine.")
+    if hasattr(torch.optim, "SparseAdam") and isinstance(optimizer, torch.optim.SparseAdam):
+        raise ValueError("SparseAdam wants sparse gradients, which cannot be reduced in shards: use Adam.")
+    check_hookable(model)
     if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(model.process_group):
         raise ValueError("process_group must have the ranks of the DDP module's own group: build DDP on that group.")
     _check_parameters(model, optimizer)
@@ -54,15 +80,6 @@ def check(model: Any, optimizer: Any, group: dist.ProcessGroup | None) -> None:
 
 def _check_parameters(model: DDP, optimizer: Optimizer) -> None:
     names = {param: name for name, param in model.module.named_parameters()}
-    if hasattr(torch.optim, "SparseAdam") and isinstance(optimizer, torch.optim.SparseAdam):
-        raise ValueError("SparseAdam wants sparse gradients, which cannot be reduced in shards: use Adam.")
-    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-    sparse = [n for n, module in model.module.named_modules() if isinstance(module, embeddings) and module.sparse]
-    if sparse:
-        raise ValueError(
-            f"The module {sparse[0]} makes sparse gradients, which cannot be reduced in shards: build it with "
-            "sparse=False."
-        )
     trained = [param for param in names if param.requires_grad]
     if not trained:
         raise ValueError("No parameter of this model requires a gradient: there is nothing to communicate.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -57,41 +57,36 @@ def attach(
         The :class:`Engine`, also a context manager that detaches at its end.
 
     Raises:
-        TypeError, ValueError, RuntimeError: something cannot work (see the README's list); one sentence says what
-            and what to do, and nothing has been changed.
+        TypeError, ValueError, RuntimeError: something cannot work (see the README's list), on this rank or another;
+            one sentence says what and what to do, on every rank, and nothing has been changed.
 
     Source: Zhang et al., "Decoupling the All-Reduce Primitive for Accelerating Distributed Deep Learning", 2023;
     sharded update: Rajbhandari et al., "ZeRO", 2020, stage 1.
     """
-    _ddp.check(model, optimizer, process_group)
-    mode = choose_mode(optimizer, update, compresses=compressor is not None)
-    if compressor is not None:
-        from compress import scheduled  # compress needs dear
-
-        scheduled.check(compressor, model)
-    if bucket_cap_mb == "auto":
-        trained = sum(param.nbytes for param in model.module.parameters() if param.requires_grad)
-        bucket_cap_mb = default_group_bytes(trained, 1.0 if compressor is None else compressor.usual_ratio) / MIB
-    check_cap(bucket_cap_mb)
+    _ddp.check_kind(model, "dear.attach()")
     group = process_group if process_group is not None else model.process_group
-    device = next(param.device for param in model.module.parameters() if param.requires_grad)
-    chosen = choose_algorithm(group, device, algorithm)
-    options = {
-        "update": mode,
-        "bucket_cap_mb": bucket_cap_mb,
-        "algorithm": chosen,
-        "optimizer": type(optimizer).__name__,
-        "overlap_forward": overlap_forward,
-    }
-    agree(group, options, "dear.attach()")
-    return Engine(
-        model,
-        optimizer,
-        mode,
-        overlap_forward,
-        bucket_cap_mb=bucket_cap_mb,
-        group=group,
-        algorithm=chosen,
-        device=device,
-        compressor=compressor,
-    )
+    options: dict[str, Any] = {}
+
+    def look() -> dict[str, Any]:
+        _ddp.check(model, optimizer, process_group)
+        mode = choose_mode(optimizer, update, compresses=compressor is not None)
+        known = {"the compressor": None} if compressor is None else _check_compressor(compressor, model)
+        cap = bucket_cap_mb
+        if cap == "auto":
+            trained = sum(param.nbytes for param in model.module.parameters() if param.requires_grad)
+            cap = default_group_bytes(trained, 1.0 if compressor is None else compressor.usual_ratio) / MIB
+        check_cap(cap)
+        device = next(param.device for param in model.module.parameters() if param.requires_grad)
+        chosen = choose_algorithm(group, device, algorithm)
+        options.update(mode=mode, bucket_cap_mb=cap, algorithm=chosen, device=device)
+        known |= {"update": mode, "bucket_cap_mb": cap, "algorithm": chosen}
+        return known | {"optimizer": type(optimizer).__name__, "overlap_forward": overlap_forward}
+
+    agree(model.process_group, look, "every rank must call dear.attach() with the same arguments")
+    return Engine(model, optimizer, overlap_forward=overlap_forward, group=group, compressor=compressor, **options)
+
+
+def _check_compressor(compressor: Compressor, model: DDP) -> dict[str, Any]:
+    from compress import checks  # compress needs dear
+
+    return checks.check_new(compressor, model, "dear.attach()")

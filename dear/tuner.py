@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,18 +59,12 @@ class FusionTuner:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.sizes = list(sizes) if sizes is not None else [engine.bucket_cap_mb * factor for factor in FACTORS]
-        for size in self.sizes:
-            check_cap(size)
-        if not self.sizes or len(set(self.sizes)) < len(self.sizes):
-            raise ValueError(f"sizes must be different numbers of MiB, at least one, not {self.sizes!r}.")
-        if steps < 1 or rounds < 1:
-            raise ValueError(f"steps and rounds must be at least 1, not {steps!r} and {rounds!r}.")
-        if engine.compressor is not None:
-            raise RuntimeError(
-                "With a compressor the fusion groups are DDP's buckets, so they cannot be tuned while training: attach "
-                "with each bucket_cap_mb in turn."
-            )
-        agree(engine.process_group, {"sizes": self.sizes, "steps": steps, "rounds": rounds}, "dear.FusionTuner()")
+
+        def look() -> dict[str, Any]:
+            _check(engine, self.sizes, steps, rounds)
+            return {"sizes": self.sizes, "steps": steps, "rounds": rounds}
+
+        agree(engine.process_group, look, "every rank must call dear.FusionTuner() with the same arguments")
         self._engine, self._steps, self._clock = engine, steps, clock
         self._times: list[list[float]] = [[] for _ in self.sizes]  # seconds, by size
         self._turns = [index for _ in range(rounds) for index in range(len(self.sizes))]
@@ -118,3 +113,17 @@ class FusionTuner:
         times = self.times
         self.best = min(self.sizes, key=lambda size: times[size])
         self._engine.bucket_cap_mb = self.best
+
+
+def _check(engine: Engine, sizes: list[float], steps: int, rounds: int) -> None:
+    for size in sizes:
+        check_cap(size)
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise ValueError(f"sizes must be different numbers of MiB, at least one, not {sizes!r}.")
+    if steps < 1 or rounds < 1:
+        raise ValueError(f"steps and rounds must be at least 1, not {steps!r} and {rounds!r}.")
+    if engine.compressor is not None:
+        raise RuntimeError(
+            "With a compressor the fusion groups are DDP's buckets, so they cannot be tuned while training: attach "
+            "with each bucket_cap_mb in turn."
+        )

@@ -279,8 +279,11 @@ def refusals(rank, world):
         dear.attach(wrapped, opt, compressor="acp")
     with pytest.raises(TypeError, match=r"^compress.ACPSGD is a class; pass an instance, such as compress.ACPSGD\(\)"):
         dear.attach(wrapped, opt, compressor=compress.ACPSGD)
-    with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on rank \(1 and 2\)"):
+    with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on the compressor's rank \(1 and 2\)"):
         dear.attach(wrapped, opt, compressor=compress.ACPSGD(rank=1 + rank))
+    for ours, without in (("None and 'ACPSGD'", 0), ("'ACPSGD' and None", 1)):
+        with pytest.raises(ValueError, match=f"Ranks 0 and 1 disagree on the compressor \\({ours}\\): every rank must"):
+            dear.attach(wrapped, opt, update="replicated", compressor=None if rank == without else compress.ACPSGD())
     taken = compress.ACPSGD()
     compress.register(DDP(models.Mlp()), taken)
     with pytest.raises(RuntimeError, match="serves a model already"):

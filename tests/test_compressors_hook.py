@@ -1,6 +1,7 @@
 """Training through the hook: what DDP and its users do to gradients, and every refusal's sentence."""
 
 import os
+import time
 
 import compressing
 import models
@@ -196,9 +197,41 @@ def misuse(rank: int, world: int) -> None:
         attach(taken)
     with pytest.raises(ValueError, match="makes sparse gradients"):
         attach(compress.ACPSGD(), net=nn.Embedding(10, 10, sparse=True))
+    net = compressing.Prescribed()
+    net.sparse = True  # a name that modules use for something else
+    backward(attach(compress.ACPSGD(), net=net), gradients(rank, 0))
+    model = DDP(compressing.Prescribed())
+    torch._dynamo.config.optimize_ddp = "python_reducer"
+    try:
+        with pytest.raises(ValueError, match="python_reducer"):
+            compress.register(model, compress.ACPSGD())
+    finally:
+        torch._dynamo.config.optimize_ddp = True
     for named in (True, False):
-        with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on rank \(1 and 2\)"):
+        with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on the compressor's rank \(1 and 2\)"):
             backward(attach(compress.ACPSGD(rank=1 + rank), named), gradients(rank, 0))
+
+
+def on_one_rank(rank: int, world: int) -> None:
+    """A rank that cannot take part says so, and none waits for it in vain."""
+    taken, other, elsewhere = compress.ACPSGD(), compress.ACPSGD(), compress.ACPSGD()
+    attach(taken)
+    backward(attach(other), gradients(rank, 0))
+    elsewhere.load_state_dict(other.state_dict() | {"layout": [["nowhere"]]})
+    for wrong, kind, match in [
+        ("acp", TypeError, r"not str \(on rank 1\)\.$"),
+        (compress.ACPSGD, TypeError, r"^compress.ACPSGD is a class; .* \(on rank 1\)\.$"),
+        (taken, RuntimeError, r"^This compressor serves a model already.* \(on rank 1\)\.$"),
+        (elsewhere, ValueError, r"^The state loaded is of another model: it has no .* \(on rank 1\)\.$"),
+    ]:
+        model, good = DDP(compressing.Prescribed()), compress.ACPSGD()
+        start = time.monotonic()
+        with pytest.raises(kind, match=match):
+            compress.register(model, wrong if rank == 1 else good)
+        assert time.monotonic() - start < 5
+        assert good.driver is None and good.process_group is None
+        compress.register(model, good)
+        backward(model, gradients(rank, 0))
 
 
 def sparse(rank: int, world: int) -> None:
@@ -242,11 +275,11 @@ def other_states(rank: int, world: int) -> None:
     lonely = compress.ACPSGD(rank=2)
     if rank == 1:
         lonely.load_state_dict(state)
-    with pytest.raises(ValueError, match="disagree on step"):
+    with pytest.raises(ValueError, match="disagree on the compressor's step"):
         attach(lonely)
 
 
-@pytest.mark.parametrize("case", [misuse, sparse, complex_numbers, other_states])
+@pytest.mark.parametrize("case", [misuse, on_one_rank, sparse, complex_numbers, other_states])
 def test_one_sentence_on_every_rank(pool2, case):
     pool2.run(case)
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import compress
 import dear
 
 # At attach
@@ -215,6 +217,36 @@ def disagreeing(rank, world):
 
 def test_arguments_that_differ_by_rank_are_refused_on_every_rank(pool2):
     pool2.run(disagreeing)
+
+
+def on_one_rank(rank, world):
+    """What only one rank cannot do is refused on all, at once, and training goes on as before."""
+    attached = training.build("Mlp", training.SGD, {})
+    engine = dear.attach(*attached)
+    for wrong_optimizer, arguments, kind, match in [
+        (None, {"bucket_cap_mb": -1}, ValueError, "positive number of MiB"),
+        (None, {"update": "shared"}, ValueError, 'update must be "auto"'),
+        (None, {"algorithm": "tree"}, ValueError, 'algorithm must be "ring"'),
+        (None, {"compressor": "acp"}, TypeError, "needs a compressor"),
+        (None, {"update": "sharded", "compressor": compress.ACPSGD()}, ValueError, "which a compressor would spoil"),
+        (optim.SGD([torch.zeros(3)], lr=1.0), {}, ValueError, "1 parameters that are not in the DDP module"),
+        ([], {}, TypeError, "torch.optim.Optimizer, not list"),
+        (attached[1], {}, RuntimeError, "attached already"),
+    ]:
+        model, opt = training.build("Mlp", training.SGD, {})
+        start = time.monotonic()
+        with refused(kind, rf"{match}.* \(on rank 1\)\.$"):
+            if rank == 1:
+                dear.attach(model, opt if wrong_optimizer is None else wrong_optimizer, **arguments)
+            else:
+                dear.attach(model, opt)
+        assert time.monotonic() - start < 5
+        trains_on_like_plain(rank, model, opt, 0)
+    engine.detach()
+
+
+def test_what_one_rank_refuses_is_refused_on_every_rank(pool2):
+    pool2.run(on_one_rank)
 
 
 def entrances(rank, world, update):
