@@ -75,6 +75,7 @@ def train_until(rank, where, how, update, victim):
             end(how)
         if mine and where == "gather":
             if update == "sharded":
+                engine._scheduler.synchronize()  # or the last group may be updated while another is being reduced
                 gathers_but_one(engine, how)
             else:
                 opt.step()
