@@ -52,7 +52,7 @@ SLOW, MIDDLE, FAST = (
     )
 )
 POWERSGD = "ddp+powersgd:4"  # torch's hook, which with four workers aborts
-MIDDLE_TURNS = "--rounds 5 --warmup 1 --steps 2"
+TURNS = "--rounds 4 --warmup 1 --steps 2"
 FOUR = "--workers 4 --batch 2"
 FAST_RATES = "2.5gbit,10gbit,unlimited"
 COLLECTIVES = "-b 64K -e 64M -f 4 -n 3 --rounds 3"
@@ -109,14 +109,14 @@ SIZES: dict[str, tuple[Task, ...]] = {
         Task(
             "training-2",
             "training",
-            f"--strategies {MIDDLE},{POWERSGD} --rates 500mbit,1gbit {MIDDLE_TURNS} --breakdown --json {{json}}",
-            12,
+            f"--strategies {MIDDLE},{POWERSGD} --rates 500mbit,1gbit {TURNS} --breakdown --json {{json}}",
+            13.5,
         ),
         Task(
             "training-2-fast",
             "training",
-            f"--strategies {FAST},{POWERSGD} --rates {FAST_RATES} --rounds 5 --warmup 1 --steps 3 --json {{json}}",
-            14,
+            f"--strategies {FAST},{POWERSGD} --rates {FAST_RATES} {TURNS} --json {{json}}",
+            11.5,
         ),
         Task(
             "training-4-slow",
@@ -127,19 +127,19 @@ SIZES: dict[str, tuple[Task, ...]] = {
         Task(
             "training-4",
             "training",
-            f"--strategies {MIDDLE} {FOUR} --rates 500mbit,1gbit {MIDDLE_TURNS} --breakdown --json {{json}}",
-            16,
+            f"--strategies {MIDDLE} {FOUR} --rates 500mbit,1gbit {TURNS} --breakdown --json {{json}}",
+            16.5,
         ),
         Task(
             "training-4-fast",
             "training",
-            f"--strategies {FAST} {FOUR} --rates {FAST_RATES} --rounds 5 --warmup 1 --steps 3 --json {{json}}",
-            18,
+            f"--strategies {FAST} {FOUR} --rates {FAST_RATES} {TURNS} --json {{json}}",
+            15.5,
         ),
         Task(
             "training-again",
             "training",
-            f"--strategies {MIDDLE},{POWERSGD} --rates 1gbit {MIDDLE_TURNS} --json {{json}}",
+            f"--strategies {MIDDLE},{POWERSGD} --rates 1gbit {TURNS} --json {{json}}",
             5,
         ),
         Task(
