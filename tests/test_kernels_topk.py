@@ -101,6 +101,33 @@ def test_adversarial(kind: str, dtype: torch.dtype, device: str) -> None:
 
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("n", [512 * 1000, 1_000_003])
+def test_exact_selection_out_of_many(n: int, kind: str, dtype: torch.dtype, device: str) -> None:
+    """So many that a CPU looks at a sample first: where it says enough (normal, few), and where it does not."""
+    grad, error = gradient(kind, n, dtype), gradient("normal" if kind == "normal" else "few", n, seed=1)
+    for k in (1, n // 1000, n // 100, n // 3):
+        check_select(grad, error, device, k=k, owners=2, capacity=k)
+        check_select(None, torch.randn(n), device, k=k, owners=2, capacity=k)
+
+
+@on_devices
+@pytest.mark.parametrize("inside", [4.0, 0.25])
+def test_exact_selection_where_a_sample_misleads(inside: float, device: str) -> None:
+    """Magnitudes differ just where a CPU looks, at kSampleRun elements of every stretch: it sees all that are large,
+    and expects more of them than there are, or none."""
+    runs, run, stride, wander = 512, 16, 32, 13  # as in kernels/cpu/topk.cpp
+    values = torch.rand(runs, stride, run) + 1
+    values[torch.arange(runs), torch.arange(runs) * wander % stride] *= inside
+    values = values.flatten()
+    values[::2] *= -1
+    n = values.numel()
+    for k in (1, n // 100, n // 33, n // 30, n // 10, n // 4):
+        check_select(None, values, device, k=k, owners=2, capacity=k)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [1, 2, 3, 5])
 def test_misaligned(offset: int, dtype: torch.dtype, device: str) -> None:
     grad, error = gradient("normal", 9_001, dtype), torch.randn(9_001)

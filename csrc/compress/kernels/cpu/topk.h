@@ -13,9 +13,10 @@
 
 namespace dear::compress::cpu {
 
-// The k-th largest |grad + error|, exactly, by radix selection on the bits. *ties is how many of the elements
-// of exactly that magnitude belong to the k. `grad` may be null. 1 <= k <= n. Where grad + error is not
-// finite, error counts alone.
+// The k-th largest |grad + error|, exactly: a sample bounds it from below, one pass collects what lies above
+// the bound, and the k-th of those is found; where the sample cannot tell, radix selection on the bits takes
+// three passes. *ties is how many of the elements of exactly that magnitude belong to the k. `grad` may be
+// null. 1 <= k <= n. Where grad + error is not finite, error counts alone.
 void topk_threshold(const void* grad, GradType type, const float* error, int64_t n, int64_t k,
                     float* threshold, int32_t* ties);
 
