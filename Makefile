@@ -63,7 +63,7 @@ sanitize: $(VENV)/.installed
 	cp -r dear/*.py out/sanitize/dear/ && cp -r compress out/sanitize/
 	cd out/sanitize && LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH="$(CURDIR)/out/sanitize" \
 	  "$(CURDIR)/$(BIN)/python" -m pytest -p no:cacheprovider ../../tests/test_collectives.py ../../tests/test_all_to_all.py ../../tests/test_parity.py \
-	  ../../tests/test_compressors_golden.py ../../tests/test_compressed_schedule.py
+	  ../../tests/test_compressors_golden.py ../../tests/test_compressed_schedule.py ../../tests/test_kernels_*.py
 
 demo: build
 	$(BIN)/python -m benchmarks.demo
