@@ -82,6 +82,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed_list(text: str) -> list[int]:
+    """A comma-separated list of seeds, each of them once."""
+    found = [positive(part.strip()) for part in text.split(",")]
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
+    return found
+
+
 def number(text: str, above: float = 0) -> float:
     """A finite number above that."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import cells, losses
-from benchmarks.command import UNLIMITED, Parser, number, positive, terminal
+from benchmarks.command import UNLIMITED, Parser, number, positive, seed_list, terminal
 from benchmarks.crew import Crew
 from benchmarks.launch import Report, WorkersFailed, run_workers
 from benchmarks.network import LOOPBACK, Network
@@ -44,7 +44,7 @@ class Course:
 def arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.convergence", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--strategies", default=STRATEGIES, help=f"comma-separated, of: {FORMS}")
-    parser.add_argument("--seeds", type=_seeds, default=[1, 2, 3], help="such as 1,2,3")
+    parser.add_argument("--seeds", type=seed_list, default=[1, 2, 3], help="such as 1,2,3")
     parser.add_argument("--workload", choices=WORKLOADS, default="gpt")
     parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--batch", type=positive, help="examples per worker and step (default: the workload's)")
@@ -60,13 +60,6 @@ def arguments() -> argparse.Namespace:
     except StrategyError as error:
         parser.error(str(error))
     return given
-
-
-def _seeds(text: str) -> list[int]:
-    found = [positive(part.strip()) for part in text.split(",")]
-    if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
-    return found
 
 
 def courses(given: argparse.Namespace) -> dict[str, Course]:

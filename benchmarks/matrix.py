@@ -51,6 +51,7 @@ SLOW, MIDDLE, FAST = (
         "ddp:2,ddp:4,ddp:8,ddp:25,ddp+fp16:4,ddp+fp16:25",
     )
 )
+DIGITS = "none,ddp:1,ddp:25,ddp+fp16:1,ddp+powersgd:4,dear,bf16,acp:4,power:4,topk:0.01,sign,dear+acp:4,dear+sign"
 POWERSGD = "ddp+powersgd:4"  # torch's hook, which with four workers aborts
 TURNS = "--rounds 4 --warmup 1 --steps 2"
 FOUR = "--workers 4 --batch 2"
@@ -141,6 +142,13 @@ SIZES: dict[str, tuple[Task, ...]] = {
             "training",
             f"--strategies {MIDDLE},{POWERSGD} --rates 1gbit {TURNS} --json {{json}}",
             5,
+        ),
+        Task(
+            "digits",
+            "training",
+            f"--workload digits --strategies {DIGITS} --rates 100mbit,1gbit --seeds 1,2,3 --rounds 10 --warmup 2 "
+            "--steps 10 --json {json}",
+            3,
         ),
         Task(
             "convergence",

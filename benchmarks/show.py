@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import bandwidth, collectives_table, demo, kernels_table, losses, training
+from benchmarks import bandwidth, collectives_table, demo, kernels_table, losses, seeds, training
 from benchmarks.command import Parser, fail, terminal
 from benchmarks.report.sources import SourceError, load
 
@@ -25,8 +25,10 @@ def _each_cell(show: Show) -> Show:
     return show_all
 
 
-def _training(cell: dict[str, Any], console: Console) -> None:
-    training.show(cell, console, curves=[], target=None)
+def _training(payload: dict[str, Any], console: Console) -> None:
+    for cell in payload["cells"]:
+        training.show(cell, console, curves=[], target=None)
+    seeds.show(payload["cells"], console)
 
 
 def _bandwidth(payload: dict[str, Any], console: Console) -> None:
@@ -39,7 +41,7 @@ def _bandwidth(payload: dict[str, Any], console: Console) -> None:
 
 
 TABLES: dict[str, Show] = {
-    "training": _each_cell(_training),
+    "training": _training,
     "collectives": _each_cell(collectives_table.show),
     "compressors": kernels_table.show,
     "convergence": lambda payload, console: losses.show(payload["cells"], console),

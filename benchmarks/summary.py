@@ -86,12 +86,12 @@ def warn_of_others(share: float | None, console: Console) -> None:
         )
 
 
-def summarise(cell: dict[str, Any]) -> list[Row]:
-    """One row per strategy of a cell, failed ones included."""
+def summarise(cell: dict[str, Any], target: float | None = None) -> list[Row]:
+    """One row per strategy of a cell, failed ones included. A target loss of None takes the cell's own."""
     strategies = cell["strategies"]
     best = best_ddp(strategies)
     floor = next((one for one in strategies if one["name"] == "none" and _finished(one)), None)
-    target = target_loss(cell)
+    target = target_loss(cell) if target is None else target
     return [_row(one, best, floor, rate_bits(cell["rate"]), target) for one in strategies]
 
 
@@ -151,12 +151,16 @@ def _show(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def _variant(cell: dict[str, Any]) -> str:
+    return f" · {cell['variant']}" if cell.get("variant") else ""
+
+
 def table(cell: dict[str, Any]) -> Table:
     """The table a person reads, for one cell."""
     plan = cell["plan"]
     shown = Table(
         title=f"{show_rate(cell['rate'])} · {cell['workers']} workers · {cell['network']} · {plan['optimizer']} · "
-        f"{plan['rounds']} rounds of {plan['steps']} steps",
+        f"{plan['rounds']} rounds of {plan['steps']} steps{_variant(cell)}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import breakdown, cells, summary, tradeoff
-from benchmarks.command import Parser, positive
+from benchmarks import breakdown, cells, seeds, summary, tradeoff
+from benchmarks.command import Parser, positive, seed_list, terminal
 from benchmarks.crew import Crew
 from benchmarks.launch import Report, run_surviving, run_workers
 from benchmarks.losses import read
@@ -36,11 +36,10 @@ def plan_options(parser: Parser, *, strategies: str, rounds: int, warmup: int, s
     parser.add_argument("--warmup", type=positive, default=warmup, help="steps before the timed ones of a turn")
     parser.add_argument("--steps", type=positive, default=steps, help="timed steps of a turn")
     parser.add_argument("--batch", type=positive, help="examples per worker and step (default: the workload's)")
-    parser.add_argument("--seed", type=positive, default=1)
     cells.options(parser)
 
 
-def plan_of(given: argparse.Namespace) -> Plan:
+def plan_of(given: argparse.Namespace, seed: int = 1) -> Plan:
     """The plan that plan_options asked for."""
     return Plan(
         strategies=given.strategies,
@@ -49,7 +48,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
         warmup=given.warmup,
         steps=given.steps,
         batch=given.batch or WORKLOADS[given.workload].batch,
-        seed=given.seed,
+        seed=seed,
         workload=given.workload,
         backend=given.backend,
         device=given.device,
@@ -59,6 +58,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
 def arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0] if __doc__ else None)
     plan_options(parser, strategies=STRATEGIES, rounds=8, warmup=2, steps=6)
+    parser.add_argument("--seeds", type=seed_list, default=[1], help="such as 1,2,3: all is measured with each")
     parser.add_argument("--breakdown", action="store_true", help="then profile a few steps of each: what took how long")
     parser.add_argument("--losses", type=Path, help="JSON of benchmarks.convergence: adds the time to a target loss")
     parser.add_argument("--target", type=float, help="that loss (default: the lowest that all strategies reach)")
@@ -94,18 +94,29 @@ def show(cell: dict[str, Any], console: Console, curves: list[dict[str, Any]], t
     breakdown.show(cell, console)
 
 
+def plans(given: argparse.Namespace) -> dict[str, Plan]:
+    """One for each seed, by name; a single one needs none."""
+    return {
+        f"seed {seed}" if len(given.seeds) > 1 else "": replace(plan_of(given, seed), breakdown=given.breakdown)
+        for seed in given.seeds
+    }
+
+
 def main() -> None:
     asked: dict[str, Any] = {}
+    shown: list[dict[str, Any]] = []
 
     def given() -> tuple[argparse.Namespace, dict[str, Plan]]:
         options = arguments()
         asked.update(curves=options.curves, target=options.target)
-        return options, {"": replace(plan_of(options), breakdown=options.breakdown)}
+        return options, plans(options)
 
     def show_cell(cell: dict[str, Any], console: Console) -> None:
         show(cell, console, **asked)
+        shown.append(cell)
 
     cells.main(cells.Benchmark("training", measure, run_cell, show_cell), given)
+    seeds.show(shown, terminal())
 
 
 if __name__ == "__main__":

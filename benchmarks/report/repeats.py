@@ -78,7 +78,7 @@ def of_training(cells: Iterable[Cell]) -> list[Run]:
     """Rows are strategies, in ms per step; the ratio is to the best DDP."""
     return [
         Run(
-            (cell.setting, cell.rate),
+            (cell.setting, cell.rate, cell.data["plan"].get("seed")),
             f"{cell.setting.label}, {show_rate(cell.rate)}",
             "ms/step",
             cell.source,
