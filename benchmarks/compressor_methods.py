@@ -149,7 +149,7 @@ def exchange(wanted: Exchange, group: dist.ProcessGroup) -> None:
     flat = wanted.tensor.view(-1)
     if wanted.kind == "all_to_all":
         assert wanted.received is not None
-        dist.all_to_all_single(wanted.received.view(-1), flat, group=group)
+        dear.all_to_all(flat, wanted.received.view(-1), group=group).wait()
         return
     begin, end = dear.shard_range(flat.numel(), dist.get_world_size(group), dist.get_rank(group))
     if wanted.kind == "reduce_scatter":

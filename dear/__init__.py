@@ -6,7 +6,7 @@ The reduce-scatter runs under the backward pass, the all-gather under the next f
 import torch  # noqa: F401 - the native module links against it
 
 from dear.attaching import attach
-from dear.collectives import Work, all_gather, all_reduce, reduce_scatter, shard_range
+from dear.collectives import Work, all_gather, all_reduce, all_to_all, reduce_scatter, shard_range
 from dear.engine import Engine
 from dear.launch import init_process_group
 from dear.tuner import FusionTuner
@@ -17,6 +17,7 @@ __all__ = [
     "Work",
     "all_gather",
     "all_reduce",
+    "all_to_all",
     "attach",
     "init_process_group",
     "reduce_scatter",

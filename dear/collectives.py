@@ -1,9 +1,10 @@
-"""The halves of an all-reduce on their own, and the lanes they move in.
+"""The halves of an all-reduce on their own, the all-to-all that compressors use, and the lanes they move in.
 
 A flat tensor of n elements is cut among P ranks into chunks of ceil(n / P); rank r owns chunk r, and the last chunks
 are short or empty (:func:`shard_range`). Two algorithms move it: ``"native"`` is the backend's own collective
 (NCCL, MPI, UCC), ``"ring"`` is this library's segmented ring over TCP, for host tensors under gloo, which has no real
-reduce-scatter. Without a choice, the ring is taken for host tensors of a gloo group and native otherwise.
+reduce-scatter; its all-to-alls take connections to every rank instead. Without a choice, the ring is taken for host
+tensors of a gloo group and native otherwise.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def make_lane(
     return make(store, f"{name}/{number}", group.rank(), group.size(), timeout)
 
 
-def _lane(group: dist.ProcessGroup | None, device: torch.device, algorithm: str | None) -> _C.Lane:
+def _lane(
+    group: dist.ProcessGroup | None, device: torch.device, algorithm: str | None, *, all_to_all: bool = False
+) -> _C.Lane:
     """The lane that the functions below share, one for each group and algorithm."""
     if not dist.is_initialized():
         raise RuntimeError("The default process group is not initialised: call dear.init_process_group() first.")
@@ -100,12 +103,13 @@ def _lane(group: dist.ProcessGroup | None, device: torch.device, algorithm: str 
         raise ValueError("This rank is not a member of the process group it passed: only members may call.")
     chosen = choose_algorithm(group, device, algorithm)
     lanes = _shared_lanes.setdefault(group, {})
-    if chosen not in lanes:
+    name = "mesh" if all_to_all and chosen == "ring" else chosen
+    if name not in lanes:
         if chosen == "native":
-            lanes[chosen] = _C.NativeLane(group)
+            lanes[name] = _C.NativeLane(group)
         else:
-            lanes[chosen] = make_lane(group, "calls", chosen, group_timeout(group, device))
-    return lanes[chosen]
+            lanes[name] = make_lane(group, "calls", chosen, group_timeout(group, device), all_to_all=all_to_all)
+    return lanes[name]
 
 
 def _reduction(op: str) -> _C.Reduction:
@@ -213,3 +217,44 @@ def all_reduce(
         first.wait()  # the second half reads what the first one wrote
     second = lane.submit(_C.Phase.all_gather, _C.Reduction.sum, pair, "a call")
     return Work([first, second], tensor)
+
+
+def all_to_all(
+    input: torch.Tensor,
+    output: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    algorithm: str | None = None,
+) -> Work:
+    """Sends rank r the r-th of P equal chunks of ``input``; the chunk from rank r becomes the r-th of ``output``.
+
+    Asynchronous. Of host tensors under gloo each rank sends to one peer at a time, rank r first to r + 1, so that no
+    port is shared by several streams.
+
+    Args:
+        input: any shape, dense and contiguous, its elements a multiple of P; the same shape on every rank.
+        output: as many elements of the same dtype, in other memory.
+        group: the default group when None.
+        algorithm: ``"ring"`` (which for an all-to-all means this library's own), ``"native"``, or None to choose by
+            backend.
+
+    Returns:
+        A :class:`Work` whose ``wait()`` returns ``output``.
+
+    Raises:
+        ValueError: an argument is not of this form; the sentence says which and what to pass.
+    """
+    sent, received = _flat(input, "input"), _flat(output, "output")
+    lane = _lane(group, sent.device, algorithm, all_to_all=True)
+    if received.numel() != sent.numel() or received.dtype != sent.dtype:
+        raise ValueError(
+            f"The output of this all-to-all must be {sent.numel()} elements of {sent.dtype}, "
+            f"not {received.numel()} of {received.dtype}."
+        )
+    if sent.numel() % lane.world:
+        raise ValueError(
+            f"An all-to-all sends {lane.world} ranks chunks of the same size, and {sent.numel()} elements have none: "
+            "pad the input to a multiple."
+        )
+    if sent.numel() and received.data_ptr() == sent.data_ptr():
+        raise ValueError("The output of an all-to-all must not be its input: pass another tensor.")
+    return Work([lane.submit(_C.Phase.all_to_all, _C.Reduction.sum, [(sent, received)], "a call")], output)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from workers import WorkerDied, run_workers
 
+import dear
 from dear import _C
 from dear.collectives import make_lane
 
@@ -134,3 +135,41 @@ def misuse(rank, world):
 
 def test_misuse_is_one_sentence(pool2):
     pool2.run(misuse)
+
+
+def the_public_call(rank, world, algorithm):
+    group = dist.new_group([0, 1])
+    for dtype, chunk in [(torch.float32, 1000), (torch.int32, 0), (torch.bfloat16, 7)]:
+        sent = rows(rank, world, chunk, dtype)
+        received = torch.full_like(sent, 9)
+        want = torch.stack([rows(sender, world, chunk, dtype)[rank] for sender in range(world)])
+        assert torch.equal(dear.all_to_all(sent, received, algorithm=algorithm).wait(), want), (dtype, chunk)
+        assert torch.equal(sent, rows(rank, world, chunk, dtype)), "the input was changed"
+    total = torch.ones(world)
+    assert dear.all_reduce(total, algorithm=algorithm).wait().eq(world).all()  # the halves' lane is another one
+    if rank < 2:
+        sent, received = torch.tensor([10.0 * rank, 10.0 * rank + 1]), torch.zeros(2)
+        assert dear.all_to_all(sent, received, group, algorithm).wait().tolist() == [rank, 10.0 + rank]
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "native", None])
+def test_the_public_call(algorithm, pool4):
+    pool4.run(the_public_call, algorithm)
+
+
+def public_misuse(rank, world):
+    x = torch.zeros(4)
+    for call, message in [
+        (lambda: dear.all_to_all(torch.zeros(5), torch.zeros(5)), "5 elements have none: pad the input"),
+        (lambda: dear.all_to_all(x, torch.zeros(3)), "must be 4 elements of torch.float32, not 3"),
+        (lambda: dear.all_to_all(x, torch.zeros(4, dtype=torch.int32)), "not 4 of torch.int32"),
+        (lambda: dear.all_to_all(x, x), "must not be its input"),
+        (lambda: dear.all_to_all(torch.zeros(2, 2).t(), x), "must be contiguous"),
+        (lambda: dear.all_to_all(x, torch.zeros(4), algorithm="tree"), 'algorithm must be "ring"'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_public_misuse_is_one_sentence(pool2):
+    pool2.run(public_misuse)
