@@ -38,7 +38,7 @@ class Task:
 
 
 OTHERS = (
-    "fsdp2,dear,bf16,acp:4,power:4,topk:0.01,sign,dear+bf16,dear+acp:4,dear+power:4,dear+power:8,dear+sign,"
+    "fsdp2,dear,bf16:4,acp:4,power:4,topk:0.01,sign,dear+bf16,dear+acp:4,dear+power:4,dear+power:8,dear+sign,"
     "dear+topk:0.01"
 )
 # The best bucket size of DDP depends on the rate, and DDP is to have it: sizes that are left out were never the best in
@@ -90,7 +90,7 @@ SIZES: dict[str, tuple[Task, ...]] = {
     ),
     # A step of dense DDP takes four to six seconds at 100 Mbit/s, and differs little from the next: few will do.
     "full": (
-        Task("compressors", "compressors", "--rounds 21 --json {json}", 5),
+        Task("compressors", "compressors", "--rounds 21 --json {json}", 0.7),
         Task(
             "collectives-slow",
             "collectives",
@@ -123,7 +123,7 @@ SIZES: dict[str, tuple[Task, ...]] = {
             "training-4-slow",
             "training",
             f"--strategies {SLOW} {FOUR} --rates 100mbit --rounds 3 --warmup 1 --steps 1 --json {{json}}",
-            10,
+            15,
         ),
         Task(
             "training-4",
@@ -135,7 +135,7 @@ SIZES: dict[str, tuple[Task, ...]] = {
             "training-4-fast",
             "training",
             f"--strategies {FAST} {FOUR} --rates {FAST_RATES} {TURNS} --json {{json}}",
-            15.5,
+            19,
         ),
         Task(
             "training-again",
