@@ -41,7 +41,8 @@ def run(command: Sequence[str], log: Path, report: Callable[[float, str], None],
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     last = ""
-    with log.open("w") as kept, _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+    # SIGINT among them: a shell's background job inherits it as ignored, and would hand that on to the benchmark.
+    with log.open("w") as kept, _interrupted_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process = subprocess.Popen(
             command,
             env={**environment, "PYTHONUNBUFFERED": "1"},
