@@ -65,7 +65,11 @@ void bind_collectives(py::module_& m) {
   bind_host_lane<dear::RingLane>(m, "RingLane");
   bind_host_lane<dear::MeshLane>(m, "MeshLane");
   py::class_<dear::NativeLane, Lane, std::shared_ptr<dear::NativeLane>>(m, "NativeLane")
-      .def(py::init<c10::intrusive_ptr<c10d::ProcessGroup>>(), py::arg("group"));
+      .def(py::init([](c10::intrusive_ptr<c10d::ProcessGroup> group) {
+             // The lane may hold the group's last reference, and the backend's threads tensors of Python's.
+             return make_shared_without_gil<dear::NativeLane>(std::move(group));
+           }),
+           py::arg("group"));
 
   m.def("now_ns", &dear::now_ns);
   m.def("shard_range", [](int64_t numel, int world, int rank) {
