@@ -68,6 +68,14 @@ def cpus() -> int | None:
     return os.cpu_count()
 
 
+def congestion_control() -> str | None:
+    """TCP's, in this process's network namespace: how fast connections start again after a pause is up to it."""
+    try:
+        return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+    except OSError:
+        return None
+
+
 def _field(path: str, name: str) -> str | None:
     try:
         lines = Path(path).read_text().splitlines()

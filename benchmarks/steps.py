@@ -108,6 +108,7 @@ class Measurement:
             "plan": asdict(self.plan),
             "workers": self.crew.world,
             "cpus": results.cpus(),
+            "congestion_control": results.congestion_control(),
             "about": self.workload.about,
             "data": self._digest(),
             "strategies": [self._account(contestant) for contestant in self.contestants],

@@ -16,7 +16,7 @@ from compress._state import check_loaded, merge_states
 from compress.exchange import Exchange, Steps
 from compress.feedback import Feedback
 from compress.generated import GeneratedCodec
-from compress.group import Group, Member
+from compress.group import Group, Member, in_parts
 from dear import _C
 
 NonFinite = Literal["raise", "skip", "propagate"]
@@ -61,6 +61,9 @@ class Compressor:
     exchange: ClassVar[Literal["sum", "owners", "gather"]] = "sum"
     #: By how much gradients shrink, roughly: what is sent little of may be fused more.
     usual_ratio: ClassVar[float] = 16.0
+    #: Buckets of host tensors are cut into groups of about so many elements, so that one is encoded, merged or decoded
+    #: while another is sent. None, where little is sent: one group for each bucket.
+    part_numel: ClassVar[int | None] = None
 
     def __init__(
         self,
@@ -214,14 +217,19 @@ class Compressor:
         self.groups[key] = group
         return group
 
-    def planned(self, names: Sequence[str]) -> list[list[str]]:
-        """How a bucket of these parameters is cut into groups: in one, unless a loaded state cut it otherwise.
+    def planned(self, sizes: dict[str, int], device: torch.device) -> list[list[str]]:
+        """How a bucket of these parameters (name: elements) is cut into groups: as a loaded state cut it, else by
+        :attr:`part_numel`.
 
         DDP begins with one bucket and rebuilds it at the second step; a resumed run begins with the groups it had.
         """
         saved = self._loaded["layout"] if self._loaded else []
-        parts = [part for part in saved if set(part) <= set(names)]
-        return parts if sorted(name for part in parts for name in part) == sorted(names) else [list(names)]
+        parts = [part for part in saved if set(part) <= set(sizes)]
+        if sorted(name for part in parts for name in part) == sorted(sizes):
+            return parts
+        if self.part_numel is None or device.type != "cpu":
+            return [list(sizes)]
+        return in_parts(sizes, self.part_numel)
 
     def loaded_names(self) -> set[str]:
         """The parameters of the state that was loaded, as long as it counts."""

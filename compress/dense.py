@@ -25,6 +25,7 @@ class Dense(Compressor):
 
     exchange: ClassVar[Literal["sum", "owners", "gather"]] = "owners"
     usual_ratio: ClassVar[float] = 2.0
+    part_numel: ClassVar[int | None] = 1 << 20
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, *, error_feedback: bool = False, **options: Any) -> None:
         super().__init__(error_feedback=error_feedback, **options)

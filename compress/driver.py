@@ -126,7 +126,7 @@ class Driver:
         for name, grad in zip(names, grads, strict=True):
             begins[name], shapes[name] = int(grad.storage_offset() - offset), matrix_shape(grad)
         bounds: list[Bound] = []
-        for part in compressor.planned(names):
+        for part in compressor.planned(sizes, source.device):
             members, start = [], 0
             for name in part:
                 members.append(Member(name, start, *shapes[name]))

@@ -40,6 +40,21 @@ def matrix_shape(grad: Tensor) -> tuple[int, int]:
     return sizes[0], grad.numel() // sizes[0]
 
 
+def in_parts(sizes: dict[str, int], numel: int) -> list[list[str]]:
+    """Consecutive parameters (name: elements) in parts of about ``numel`` elements or more, none of them cut."""
+    total = sum(sizes.values())
+    target = max(1, total) / max(1, total // numel)
+    parts: list[list[str]] = []
+    begin, last = 0, -1
+    for name, size in sizes.items():
+        part = int((begin + size / 2) / target)  # that in which the parameter's middle lies
+        if part != last:
+            parts.append([])
+        parts[-1].append(name)
+        begin, last = begin + size, part
+    return parts
+
+
 @dataclass(eq=False)
 class Group:
     """Consecutive gradients that are compressed and sent together.

@@ -316,7 +316,9 @@ def test_training_end_to_end(tmp_path: Path) -> None:
         *("--batch", "1", "--network", "loopback", "--json", str(path)),
     )
     assert done.returncode == 0, done.stderr
-    floor, ddp, half = json.loads(path.read_text())["cells"][0]["strategies"]
+    (cell,) = json.loads(path.read_text())["cells"]
+    assert cell["congestion_control"] == results.congestion_control()  # loopback's: of this very namespace
+    floor, ddp, half = cell["strategies"]
     assert floor["failure"] is None and len(ddp["blocks"][0]["ms"]) == 2
     assert len(ddp["losses"]) == len(ddp["clock_ms"]) == 5
     assert ddp["losses"][0] == half["losses"][0] and ddp["held_out_loss"] > 0

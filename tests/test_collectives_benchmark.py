@@ -328,6 +328,7 @@ def test_every_mpi_has_a_cell_of_its_own(launcher: mpi.Launcher, tmp_path: Path)
     plain, through_mpi = json.loads(path.read_text())["cells"]
     assert names(plain) == ["all_reduce"] and "variant" not in plain
     assert through_mpi["variant"] == launcher.title and clean(through_mpi, *methods.split(","))
+    assert plain["congestion_control"] and plain["congestion_control"] == through_mpi["congestion_control"]
     if through_mpi["network"] == "emulated network":
         (one,) = (one for one in through_mpi["sizes"][0]["methods"] if one["name"] == "mpi")
         assert min(one["blocks"][0]["sent_bytes"]) > 2**16  # 64 KiB of two ranks, and the headers

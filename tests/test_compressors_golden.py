@@ -8,6 +8,7 @@ from torch import Tensor
 
 import compress
 from compress import reference
+from compress.group import in_parts
 
 STEPS = 6
 MATRICES = {"first": (300, 50), "second": (300, 50), "wide": (20, 900), "convolution": (32, 216)}
@@ -140,22 +141,41 @@ def test_flat_kinds(pool2, pool4, world, kind):
     (pool2 if world == 2 else pool4).run(flat_kinds, kind)
 
 
-def sixteen_bits(rank: int, world: int, dtype: torch.dtype) -> None:
+def sixteen_bits(rank: int, world: int, dtype: torch.dtype, part_numel: int | None) -> None:
     compressor = compress.Dense(dtype)
-    model = attach(compressor)
+    compressor.part_numel = part_numel
+    model = attach(compressor, bucket_cap_mb=25)
     for step in range(3):
         grads = [gradients(r, step) for r in range(world)]
         have = backward(model, grads[rank])
         for name in SHAPES:
             total = torch.stack([grad[name].to(dtype).float() for grad in grads]).sum(0) / world
             assert torch.equal(have[name], total.to(dtype).float()), "rounded once by each rank and once by the owner"
+    assert len(compressor.groups) == (3 if part_numel else 1)
     stats = compressor.stats()
     assert stats["bytes_sent"] < 0.51 * stats["dense_bytes"]
 
 
+@pytest.mark.parametrize("part_numel", [None, 15_000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits(pool4, dtype):
-    pool4.run(sixteen_bits, dtype)
+def test_sixteen_bits(pool4, dtype, part_numel):
+    pool4.run(sixteen_bits, dtype, part_numel)
+
+
+def test_parts_of_a_bucket():
+    def sizes(*numels):
+        return {f"p{i}": numel for i, numel in enumerate(numels)}
+
+    def cut(*numels):
+        return [[sizes(*numels)[name] for name in part] for part in in_parts(sizes(*numels), 100)]
+
+    assert cut(199) == [[199]]
+    assert cut(20, 30) == [[20, 30]]  # less than a part
+    assert cut(100, 100, 100) == [[100], [100], [100]]
+    assert cut(60, 60, 60, 60) == [[60, 60], [60, 60]]
+    assert cut(1000, 1, 1, 1) == [[1000], [1, 1, 1]]  # no parameter is cut, and no part made of crumbs
+    assert cut(5, 5, 1000) == [[5, 5], [1000]]
+    assert cut(0, 0) == [[0, 0]]
 
 
 def other_types(rank: int, world: int) -> None:
