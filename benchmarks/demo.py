@@ -132,11 +132,12 @@ def about_the_network(result: dict[str, Any]) -> str:
         return "Without a rate limit DDP hides most of its communication: there is little for DeAR to gain here."
     all_reduce = training["strategies"][1]["payload_bytes_per_step"] * 8 / bits * 1e3
     backward = next((backward_ms(trace) for trace in result["traces"].values()), None)
-    measured = f"; it took {backward:.0f} ms here" if backward else ""
+    here = ""
+    if backward:
+        here = f", {all_reduce / backward:.1f} times the backward pass, which took {backward:.0f} ms here"
     return (
-        f"At {show_rate(training['rate'])} an all-reduce takes {all_reduce:.0f} ms (computed from bytes and rate), "
-        f"about twice the backward pass{measured}: this is DeAR's best case. Faster and slower networks leave less "
-        "to gain."
+        f"At {show_rate(training['rate'])} an all-reduce takes {all_reduce:.0f} ms (computed from bytes and "
+        f"rate){here}. DeAR gains most where that is about twice: faster and slower networks leave less to gain."
     )
 
 

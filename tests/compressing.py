@@ -86,6 +86,13 @@ def kept(compressor: compress.Compressor) -> dict[str, Tensor]:
     return total
 
 
+def in_parts(**options: Any) -> compress.Dense:
+    """16 bits, with buckets that are cut into several groups."""
+    compressor = compress.Dense(torch.bfloat16, error_feedback=True, **options)
+    compressor.part_numel = 500
+    return compressor
+
+
 KINDS = {
     "acp": lambda **o: compress.ACPSGD(rank=3, **o),
     "power": lambda **o: compress.PowerSGD(rank=3, **o),
@@ -93,4 +100,5 @@ KINDS = {
     "threshold": lambda **o: compress.TopK(density=0.7, selection="threshold", **({"min_compression_ratio": 0.1} | o)),
     "sign": lambda **o: compress.SignSGD(**o),
     "bf16": lambda **o: compress.Dense(torch.bfloat16, error_feedback=True, **o),
+    "parts": in_parts,
 }

@@ -161,6 +161,10 @@ def test_demo_table_and_pictures(cell: dict[str, Any], tmp_path: Path) -> None:
     assert "DeAR (sharded)" in text and "DDP (tuned, 1 MiB buckets)" in text and "500 Mbit/s" in text
     assert "No timeline of ddp:1: rank 0: no trace" in text
     assert demo.backward_ms(trace) == 50
+    payload = cell["strategies"][1]["payload_bytes_per_step"]
+    assert f"{payload * 8 / 500e6 * 1e3 / 50:.1f} times the backward pass, which took 50 ms here" in " ".join(
+        text.split()
+    )
 
 
 def test_the_typical_step_is_the_one_of_median_length() -> None:
