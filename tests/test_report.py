@@ -125,7 +125,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *results: dict[str, A
     monkeypatch.setattr(winners, "_one", note)
     read = [sources.Source(f"{number}.json", one["benchmark"], one) for number, one in enumerate(results)]
     evidence = Evidence.of(read)
-    everything = winners.Map("all", lambda _, name: not evidence.is_barred(name, "gpt"), lambda *_: False)
+    everything = winners.Map("all", lambda cell, name: not evidence.is_barred(name, cell.setting), lambda *_: False)
     winners.draw(evidence.chosen, [everything], [], tmp_path / "map.png")
     return shown
 
@@ -157,6 +157,24 @@ def test_speed_wins_nothing_where_the_loss_did_not_hold(monkeypatch: pytest.Monk
     assert held["500mbit"][0].winner == "acp:4"
     lost = drawn(monkeypatch, tmp_path, reported.training(), reported.convergence({"ddp": 1.0, "acp:4": 1.05}))
     assert lost["500mbit"][0].winner == "ddp+fp16:4"
+
+
+def test_seeds_of_the_very_setting_say_more_of_the_loss_than_other_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def seeded(of_acp: float) -> dict[str, Any]:
+        made = [reported.training() for _ in range(2)]
+        for seed, one in enumerate(made):
+            one["cells"][0]["plan"]["seed"] = seed
+            for strategy in one["cells"][0]["strategies"]:
+                strategy["held_out_loss"] = of_acp if strategy["name"] == "acp:4" else 1.0
+        return {**made[0], "cells": [one["cells"][0] for one in made]}
+
+    elsewhere = reported.convergence({"ddp": 1.0, "acp:4": 1.5})
+    assert drawn(monkeypatch, tmp_path, seeded(1.02), elsewhere)["500mbit"][0].winner == "acp:4"
+    assert drawn(monkeypatch, tmp_path, seeded(1.05))["500mbit"][0].winner == "ddp+fp16:4"
+    text = text_of(page(tmp_path, training=seeded(1.05)))
+    assert "more than 3% above dense: acp:4 (gpt with sgd, +5.0%)" in text
 
 
 # The page

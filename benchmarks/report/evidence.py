@@ -1,13 +1,27 @@
 """Everything the report draws on, sorted once: the sources by benchmark, the training cells, and which losses held."""
 
+import functools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import losses
+from benchmarks import losses, seeds
 from benchmarks.report import contest, sources
 from benchmarks.report.contest import Cell, Setting
 from benchmarks.report.sources import Source
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Held-out loss over dense's, and what was trained to find out."""
+
+    ratio: float
+    trained: str
+
+    @property
+    def holds(self) -> bool:
+        return self.ratio <= losses.TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -40,23 +54,40 @@ class Evidence:
         cells = [cell for source in self.of_benchmark("convergence") for cell in source.cells]
         return [cell for cell in cells if cell["plan"].get("workload", "gpt") == workload]
 
-    def loss_ratio(self, name: str, workload: str) -> float | None:
-        """Held-out loss over dense's of what trains as this strategy does; None where that was not measured."""
+    @functools.cached_property
+    def _seeded(self) -> dict[tuple[Setting, str], float]:
+        """Held-out loss over DDP's by setting and kind, the mean over the seeds, where there were several."""
+        found: dict[tuple[Setting, str], float] = {}
+        for setting in {cell.setting for cell in self.cells}:
+            for group in seeds.groups([cell.data for cell in self.cells if cell.setting == setting]):
+                for row in seeds.rows(group):
+                    if row.held_out_ratio is not None:
+                        key = setting, contest.kind(row.name)
+                        found[key] = max(found.get(key, 0.0), statistics.mean(row.held_out_ratio.values))
+        return found
+
+    def loss(self, name: str, setting: Setting) -> Loss | None:
+        """What is known of the loss with this strategy: from the setting's own runs with several seeds, or else from
+        those of the convergence benchmark that trained as this strategy does; None where nobody measured it."""
         if contest.is_exact(name):
-            return 1.0
-        curves = self.curves(workload)
+            return Loss(1.0, setting.workload)
+        if (own := self._seeded.get((setting, contest.kind(name)))) is not None:
+            return Loss(own, f"{setting.workload} with {setting.optimizer}")
+        curves = self.curves(setting.workload)
         alike = contest.trains_like(name, curves)
-        return next((row.ratio for row in losses.rows(curves) if row.name == alike), None)
+        ratio = next((row.ratio for row in losses.rows(curves) if row.name == alike), None)
+        trained = ", ".join(sorted({cell["plan"]["optimizer"] for cell in curves}))
+        return None if ratio is None else Loss(ratio, f"{setting.workload} with {trained}")
 
-    def is_barred(self, name: str, workload: str) -> bool:
+    def is_barred(self, name: str, setting: Setting) -> bool:
         """Whether its loss was measured and did not hold: then its speed wins nothing."""
-        ratio = self.loss_ratio(name, workload)
-        return ratio is not None and ratio > losses.TOLERANCE
+        known = self.loss(name, setting)
+        return known is not None and not known.holds
 
-    def inexact(self) -> list[tuple[str, str]]:
-        """Kinds in the chosen cells that do not train exactly as DDP does, each with its workload."""
+    def inexact(self) -> list[tuple[str, Setting]]:
+        """Kinds in the chosen cells that do not train exactly as DDP does, each with its setting."""
         found = {
-            (contest.kind(row.name), setting.workload)
+            (contest.kind(row.name), setting)
             for (setting, _), cell in self.chosen.items()
             for row in cell.finished
             if row.name != contest.FLOOR and not contest.is_exact(row.name)

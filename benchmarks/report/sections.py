@@ -8,7 +8,7 @@ from rich.table import Table
 
 from benchmarks import losses, matrix, show
 from benchmarks.report import contest, figures, losses_figures, phases, repeats, tables, winners
-from benchmarks.report.contest import Cell
+from benchmarks.report.contest import Cell, Setting
 from benchmarks.report.evidence import Evidence, origin
 from benchmarks.report.page import Missing, Picture, PlacedTable, Section
 from benchmarks.report.sources import Source, provenance
@@ -50,10 +50,10 @@ def where_each_wins(evidence: Evidence, out: Path) -> Section:
     if inexact := evidence.inexact():
 
         def holds(cell: Cell, name: str) -> bool:
-            return not evidence.is_barred(name, cell.setting.workload)
+            return not evidence.is_barred(name, cell.setting)
 
         def unknown(cell: Cell, name: str) -> bool:
-            return evidence.loss_ratio(name, cell.setting.workload) is None
+            return evidence.loss(name, cell.setting) is None
 
         maps.append(winners.Map("Any method, 16-bit and compressed ones too", holds, unknown))
         note = _about_losses(evidence, inexact)
@@ -64,24 +64,23 @@ def where_each_wins(evidence: Evidence, out: Path) -> Section:
     return section
 
 
-def _about_losses(evidence: Evidence, inexact: Sequence[tuple[str, str]]) -> str:
+def _about_losses(evidence: Evidence, inexact: Sequence[tuple[str, Setting]]) -> str:
     """Which methods the second map leaves out, and whose loss nobody has measured."""
-    barred, unknown = [], []
-    for name, workload in inexact:
-        ratio = evidence.loss_ratio(name, workload)
-        if ratio is None:
-            unknown.append(f"{name} ({workload})")
-        elif evidence.is_barred(name, workload):
-            trained = ", ".join(sorted({cell["plan"]["optimizer"] for cell in evidence.curves(workload)}))
-            barred.append(f"{name} ({workload} with {trained}, {100 * (ratio - 1):+.1f}%)")
+    barred, unknown = set(), set()
+    for name, setting in inexact:
+        known = evidence.loss(name, setting)
+        if known is None:
+            unknown.add(f"{name} ({setting.workload})")
+        elif not known.holds:
+            barred.add(f"{name} ({known.trained}, {100 * (known.ratio - 1):+.1f}%)")
     parts = []
     if barred:
         limit = f"{100 * (losses.TOLERANCE - 1):.0f}%"
         parts.append(
-            f"Left out of the second map, their loss being more than {limit} above dense: {', '.join(barred)}."
+            f"Left out of the second map, their loss being more than {limit} above dense: {', '.join(sorted(barred))}."
         )
     if unknown:
-        parts.append(f"In it although their loss was not measured: {', '.join(unknown)}.")
+        parts.append(f"In it although their loss was not measured: {', '.join(sorted(unknown))}.")
     return " ".join(parts)
 
 
