@@ -41,7 +41,7 @@ def matrix_shape(grad: Tensor) -> tuple[int, int]:
 
 
 def in_parts(sizes: dict[str, int], numel: int) -> list[list[str]]:
-    """Consecutive parameters (name: elements) in parts of about ``numel`` elements or more, none of them cut."""
+    """Consecutive parameters (name: elements) in parts of about ``numel`` elements; no parameter is cut."""
     total = sum(sizes.values())
     target = max(1, total) / max(1, total // numel)
     parts: list[list[str]] = []

@@ -86,10 +86,10 @@ def kept(compressor: compress.Compressor) -> dict[str, Tensor]:
     return total
 
 
-def in_parts(**options: Any) -> compress.Dense:
-    """16 bits, with buckets that are cut into several groups."""
+def dense_in_parts(part_numel: int, **options: Any) -> compress.Dense:
+    """16 bits, with buckets that are cut into groups of about so many elements."""
     compressor = compress.Dense(torch.bfloat16, error_feedback=True, **options)
-    compressor.part_numel = 500
+    compressor.part_numel = part_numel
     return compressor
 
 
@@ -100,5 +100,6 @@ KINDS = {
     "threshold": lambda **o: compress.TopK(density=0.7, selection="threshold", **({"min_compression_ratio": 0.1} | o)),
     "sign": lambda **o: compress.SignSGD(**o),
     "bf16": lambda **o: compress.Dense(torch.bfloat16, error_feedback=True, **o),
-    "parts": in_parts,
+    # Not cut alike before and after DDP rebuilds the buckets of SHAPES.
+    "parts": lambda **o: dense_in_parts(12_000, **o),
 }

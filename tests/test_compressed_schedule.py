@@ -7,7 +7,7 @@ import models
 import pytest
 import torch
 import training
-from compressing import KINDS, kept
+from compressing import KINDS, dense_in_parts, kept
 from own_compressors import RandomK
 from torch.nn.parallel import DistributedDataParallel as DDP
 from workers import run_workers
@@ -16,7 +16,12 @@ import compress
 import dear
 
 SMALL = 0.02  # MiB: several buckets in these models
-KINDS = {**KINDS, "random": lambda **o: RandomK(0.25, **o), "dense": lambda **o: compress.Dense(**o)}
+KINDS = {
+    **KINDS,
+    "parts": lambda **o: dense_in_parts(500, **o),
+    "random": lambda **o: RandomK(0.25, **o),
+    "dense": lambda **o: compress.Dense(**o),
+}
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 

@@ -144,14 +144,15 @@ def test_flat_kinds(pool2, pool4, world, kind):
 def sixteen_bits(rank: int, world: int, dtype: torch.dtype, part_numel: int | None) -> None:
     compressor = compress.Dense(dtype)
     compressor.part_numel = part_numel
-    model = attach(compressor, bucket_cap_mb=25)
+    model = attach(compressor, **({"bucket_cap_mb": 25} if part_numel else {}))
     for step in range(3):
         grads = [gradients(r, step) for r in range(world)]
         have = backward(model, grads[rank])
         for name in SHAPES:
             total = torch.stack([grad[name].to(dtype).float() for grad in grads]).sum(0) / world
             assert torch.equal(have[name], total.to(dtype).float()), "rounded once by each rank and once by the owner"
-    assert len(compressor.groups) == (3 if part_numel else 1)
+    if part_numel:
+        assert len(compressor.groups) == 3, "one bucket was to go out in three parts"
     stats = compressor.stats()
     assert stats["bytes_sent"] < 0.51 * stats["dense_bytes"]
 
@@ -176,6 +177,14 @@ def test_parts_of_a_bucket():
     assert cut(1000, 1, 1, 1) == [[1000], [1, 1, 1]]  # no parameter is cut, and no part made of crumbs
     assert cut(5, 5, 1000) == [[5, 5], [1000]]
     assert cut(0, 0) == [[0, 0]]
+
+
+def test_only_much_that_is_sent_from_a_host_goes_out_in_parts():
+    bucket = {"first": 1 << 20, "second": 1 << 20}
+    host, device = torch.device("cpu"), torch.device("cuda")
+    assert compress.Dense().planned(bucket, host) == [["first"], ["second"]]
+    for compressor, where in [(compress.Dense(), device), (compress.SignSGD(), host), (compress.ACPSGD(), host)]:
+        assert compressor.planned(bucket, where) == [["first", "second"]]
 
 
 def other_types(rank: int, world: int) -> None:
