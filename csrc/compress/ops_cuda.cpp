@@ -9,6 +9,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cstdint>
+
 #include "compress/kernels/cuda/dense.h"
 #include "compress/kernels/cuda/error_feedback.h"
 #include "compress/kernels/cuda/low_rank.h"
@@ -202,6 +204,9 @@ void scatter_segments(const at::Tensor& message, const at::Tensor& table, const 
 
 void orthogonalize(const at::Tensor& matrices, const at::Tensor& workspace) {
   check_orthogonalize(matrices, workspace);
+  // The kernels read it two at once.
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(workspace.const_data_ptr()) % (2 * sizeof(double)) == 0,
+                    "the workspace must begin at a multiple of 16 bytes: allocate it for itself.");
   const Launch launch(matrices);
   cuda::orthogonalize(floats(matrices), matrices.size(0), matrices.size(1), matrices.size(2),
                       workspace.mutable_data_ptr<double>(), launch.stream());

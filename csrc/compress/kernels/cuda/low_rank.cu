@@ -115,7 +115,8 @@ __global__ __launch_bounds__(kThreads) void subtract_kernel(MatrixBatch batch, c
       const float rest = kept[j] - sums[i][j];
       const bool finite = is_finite(rest);
       kept[j] = finite ? rest : kept[j];
-      bad += finite ? 0 : 1;  // columns behind the last are zeros of zero factors: finite
+      // Behind the last column an infinite P times a Q of zero is not finite either, and nobody's.
+      bad += finite || tile.own_column() + j >= batch.columns ? 0 : 1;
     }
     store_four(kept, row, tile.own_column(), batch.columns, aligned);
   }

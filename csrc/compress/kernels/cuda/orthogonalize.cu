@@ -63,7 +63,7 @@ __device__ void load_tile(const Problem& problem, int64_t matrix, int64_t first,
 // the rows; the shares are then added in order.
 __global__ __launch_bounds__(kThreads) void gram_kernel(Problem problem) {
   __shared__ union {
-    float tile[kTileFloats];
+    alignas(sizeof(float4)) float tile[kTileFloats];  // read four at once
     double sums[kThreads * 16];
   } shared;
   const int64_t matrix = blockIdx.x / problem.parts;

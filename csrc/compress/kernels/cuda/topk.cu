@@ -249,16 +249,18 @@ __device__ int64_t slot_count(const int32_t* slot, int64_t capacity) {
   return min(max(static_cast<int64_t>(slot[0]), int64_t{0}), capacity);
 }
 
-// The first entry whose index is at least `index`; entries are sorted.
+// The first entry whose index is at least `index`; entries are sorted. The lanes of a warp search together,
+// at 32 places at a time: a search waits for memory as often as it has rounds.
 __device__ int64_t lower_bound(const int32_t* indices, int64_t count, int64_t index) {
   int64_t low = 0;
   while (low < count) {
-    const int64_t middle = (low + count) / 2;
-    if (indices[middle] < index) {
-      low = middle + 1;
-    } else {
-      count = middle;
-    }
+    const int64_t step = ceil_div(count - low, int64_t{32});
+    const int64_t place = low + threadIdx.x % 32 * step;
+    const int before = __popc(__ballot_sync(kAllLanes, place < count && indices[place] < index));
+    if (before == 0) break;
+    low += (before - 1) * step;  // this one is before it; the next place, if there is one, is not
+    count = min(count, low + step);
+    ++low;
   }
   return low;
 }
@@ -283,8 +285,10 @@ __global__ __launch_bounds__(kThreads) void accumulate_kernel(const int32_t* pay
   const int64_t last = min(first + kBlock, n);
   for (int64_t list = 0; list < lists; ++list) {
     // Indices are unique within a list, and lists are kept apart: every sum runs in list order.
-    for_entries(payloads + list * slot_words(capacity), capacity, first, last,
-                [&](int64_t index, float value) { dense[index] += alpha * value; });
+    for_entries(
+        payloads + list * slot_words(capacity), capacity, first, last,
+        // Not fused: rounded twice, as on a CPU.
+        [&](int64_t index, float value) { dense[index] = __fadd_rn(dense[index], __fmul_rn(alpha, value)); });
     __syncthreads();
   }
 }
