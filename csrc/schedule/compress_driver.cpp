@@ -52,9 +52,14 @@ void CompressDriver::start(size_t index, const Bucket& bucket, const Future& fut
   if (measuring_) callbacks_.measure(index);
   const Relays& relays = buckets_[index].relays;
   const auto left = std::make_shared<std::atomic<size_t>>(relays.size());
-  const auto done = [this, left, future, buffer = bucket.buffer](std::exception_ptr error) {
+  // On a GPU the future stands for the stream it is completed on, the last group's: others go before.
+  Relays queued = bucket.buffer.is_cpu() ? Relays{} : relays;
+  const auto done = [this, left, future, buffer = bucket.buffer,
+                     queued = std::move(queued)](std::exception_ptr error) {
     if (error) note(std::move(error));
-    if (--*left == 0) future->markCompleted(c10::IValue(buffer));
+    if (--*left > 0) return;
+    for (const auto& relay : queued) relay->follow();
+    future->markCompleted(c10::IValue(buffer));
   };
   try {
     for (const auto& relay : relays) relay->start();

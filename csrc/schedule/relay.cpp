@@ -25,6 +25,7 @@ Relay::Relay(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec
     const c10::impl::VirtualGuardImpl guard(device.type());
     stream_ = guard.getStreamFromGlobalPool(device);
     ready_.emplace(device.type());
+    encoded_.emplace(device.type());
     event_.emplace(device.type());
   }
 }
@@ -40,6 +41,7 @@ Relay::~Relay() {
     } catch (const std::exception&) {  // whoever waited for the relay has heard of it
     }
   }
+  follow();  // its buffers go back to the stream that they came from
 }
 
 void Relay::bind(const at::Tensor& source, const at::Tensor& target, int64_t begin, int64_t numel,
@@ -88,6 +90,7 @@ void Relay::start() {
     }
     const std::optional<Message> message = advance(0);
     dropped_.copy_(codec_->dropped());
+    if (stream_) encoded_->record(*stream_);
     TORCH_CHECK(message, "A compressor sent nothing for ", label_, ".");
     auto exchange = exchange_for(0, *message);
     if (stages_ == 1) {
@@ -205,10 +208,20 @@ void Relay::wait() {
     ended_.wait(lock, [this] { return !in_flight_; });
     if (error_) std::rethrow_exception(error_);
   }
-  if (stream_) {
-    const c10::impl::VirtualGuardImpl guard(stream_->device_type());
-    event_->block(guard.getStream(stream_->device()));
-  }
+  follow();
+}
+
+void Relay::follow() { order_behind(event_); }
+
+at::Tensor Relay::dropped() {
+  order_behind(encoded_);
+  return dropped_;
+}
+
+void Relay::order_behind(const std::optional<c10::Event>& event) {
+  if (!stream_) return;
+  const c10::impl::VirtualGuardImpl guard(stream_->device_type());
+  event->block(guard.getStream(stream_->device()));
 }
 
 bool Relay::done() {

@@ -49,8 +49,12 @@ class Relay {
   // --- after the step ---
 
   bool compressed() const { return codec_->compresses(step_); }
-  // This rank has dropped elements that were not finite. Known after start(); int32 [1].
-  at::Tensor dropped() const { return dropped_; }
+  // Orders the caller's current stream, on a GPU, behind what is queued of the group so far. Nothing on the
+  // host.
+  void follow();
+  // This rank has dropped elements that were not finite. Known after start(); int32 [1], for the current
+  // stream.
+  at::Tensor dropped();
   // Any rank has; known after wait(). Reads the device.
   bool is_bad() const;
   // Makes the error feedback what it was before the step.
@@ -83,6 +87,8 @@ class Relay {
   void decode();
   template <typename Work>
   void on_stream(Work work);
+  // Orders the caller's current stream behind the event.
+  void order_behind(const std::optional<c10::Event>& event);
 
   const std::shared_ptr<Pipeline> pipeline_;
   const std::shared_ptr<compress::Codec> codec_;
@@ -106,6 +112,7 @@ class Relay {
   std::optional<c10::Stream>
       stream_;  // on a GPU, with what orders it behind the caller, and the caller behind it
   std::optional<c10::Event> ready_;
+  std::optional<c10::Event> encoded_;
   std::optional<c10::Event> event_;
 
   std::mutex mutex_;
