@@ -4,38 +4,45 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
 namespace dear {
 namespace {
 
-// torch renamed these two between 2.11 and 2.13; either name is called where it exists.
+using Work = c10::intrusive_ptr<c10d::Work>;
+using Tensors = std::vector<at::Tensor>;
+
+// torch renamed these between 2.11 and 2.13; either name is called where it exists.
 template <typename Group, typename = void>
 struct HasSingle : std::false_type {};
 template <typename Group>
 struct HasSingle<Group, std::void_t<decltype(&Group::reduce_scatter_single)>> : std::true_type {};
 
 template <typename Group>
-c10::intrusive_ptr<c10d::Work> call_reduce_scatter(Group& group, at::Tensor& out, at::Tensor& in,
-                                                   const c10d::ReduceScatterOptions& options) {
+Work call_reduce_scatter(Group& group, Tensors& out, Tensors& in, const c10d::ReduceScatterOptions& options) {
   if constexpr (HasSingle<Group>::value) {
-    return group.reduce_scatter_single(out, in, options);
+    return in.size() == 1 ? group.reduce_scatter_single(out[0], in[0], options)
+                          : group.reduce_scatter_single_coalesced(out, in, options);
   } else {
-    return group._reduce_scatter_base(out, in, options);
+    return in.size() == 1 ? group._reduce_scatter_base(out[0], in[0], options)
+                          : group.reduce_scatter_tensor_coalesced(out, in, options);
   }
 }
 
 template <typename Group>
-c10::intrusive_ptr<c10d::Work> call_all_gather(Group& group, at::Tensor& out, at::Tensor& in) {
+Work call_all_gather(Group& group, Tensors& out, Tensors& in) {
   if constexpr (HasSingle<Group>::value) {
-    return group.all_gather_single(out, in);
+    return in.size() == 1 ? group.all_gather_single(out[0], in[0])
+                          : group.all_gather_single_coalesced(out, in);
   } else {
-    return group._allgather_base(out, in);
+    return in.size() == 1 ? group._allgather_base(out[0], in[0])
+                          : group.allgather_into_tensor_coalesced(out, in);
   }
 }
 
-c10::intrusive_ptr<c10d::Work> call_all_to_all(c10d::ProcessGroup& group, at::Tensor& out, at::Tensor& in) {
+Work call_all_to_all(c10d::ProcessGroup& group, at::Tensor& out, at::Tensor& in) {
   std::vector<int64_t> equal;
   return group.alltoall_base(out, in, equal, equal);
 }
@@ -68,28 +75,38 @@ class NativeExchange : public Exchange {
 
   void issue(c10d::ProcessGroup& group) {
     start_ns_ = now_ns();
-    // Only NCCL averages; elsewhere the sum is divided when it has arrived.
-    divides_ = phase_ == Phase::kReduceScatter && reduction_ == Reduction::kAverage;
-    c10d::ReduceScatterOptions options;
-    if (divides_ && group.getBackendName() == "nccl") {
-      options.reduceOp = c10d::ReduceOp::AVG;
-      divides_ = false;
-    }
+    Tensors out;
+    Tensors in;
     for (size_t i = 0; i < parts_.size(); ++i) {
+      const Part& part = parts_[i];
       Buffers& buffers = buffers_[i];
-      if (parts_[i].full.numel() == 0) continue;
+      if (part.full.numel() == 0) continue;
       if (phase_ == Phase::kAllToAll && world_ == 1) {
         buffers.shard.copy_(buffers.full);
-      } else if (phase_ == Phase::kAllToAll) {
-        works_.push_back(call_all_to_all(group, buffers.shard, buffers.full));
-      } else if (phase_ == Phase::kReduceScatter) {
-        if (buffers.staged) buffers.full.narrow(0, 0, parts_[i].full.numel()).copy_(parts_[i].full);
-        works_.push_back(call_reduce_scatter(group, buffers.shard, buffers.full, options));
-      } else {
-        if (buffers.staged)
-          mine(buffers.full.narrow(0, 0, parts_[i].full.numel())).copy_(mine(parts_[i].full));
-        works_.push_back(call_all_gather(group, buffers.full, buffers.shard));
+        continue;
       }
+      if (buffers.staged) stage(part, buffers);
+      const bool gathers = phase_ == Phase::kAllGather;
+      in.push_back(gathers ? buffers.shard : buffers.full);
+      out.push_back(gathers ? buffers.full : buffers.shard);
+    }
+    if (in.empty()) return;
+    // A group may have several backends, one for each type of device.
+    const c10::Device device = in[0].device();
+    nccl_ = device.is_cuda() && group.getBackend(device.type())->getBackendName() == "nccl";
+    // NCCL makes one operation of many, which on Ethernet is worth a good part of a small one's time.
+    const bool together = phase_ != Phase::kAllToAll && nccl_ &&
+                          std::all_of(in.begin(), in.end(), [&](const at::Tensor& tensor) {
+                            return tensor.scalar_type() == in[0].scalar_type();
+                          });
+    if (together) {
+      send(group, out, in);
+      return;
+    }
+    for (size_t i = 0; i < in.size(); ++i) {
+      Tensors one_out{out[i]};
+      Tensors one_in{in[i]};
+      send(group, one_out, one_in);
     }
   }
 
@@ -132,6 +149,35 @@ class NativeExchange : public Exchange {
     bool staged = false;
   };
 
+  void stage(const Part& part, Buffers& buffers) {
+    const at::Tensor inside = buffers.full.narrow(0, 0, part.full.numel());
+    if (phase_ == Phase::kReduceScatter) {
+      inside.copy_(part.full);
+    } else {
+      mine(inside).copy_(mine(part.full));
+    }
+  }
+
+  // Tensors of one type; of several only with NCCL.
+  void send(c10d::ProcessGroup& group, Tensors& out, Tensors& in) {
+    if (phase_ == Phase::kAllToAll) {
+      works_.push_back(call_all_to_all(group, out[0], in[0]));
+    } else if (phase_ == Phase::kAllGather) {
+      works_.push_back(call_all_gather(group, out, in));
+    } else {
+      c10d::ReduceScatterOptions options;
+      if (averages_itself(in[0])) options.reduceOp = c10d::ReduceOp::AVG;
+      works_.push_back(call_reduce_scatter(group, out, in, options));
+    }
+  }
+
+  // Elsewhere the sum is divided when it has arrived. NCCL could average, but not by PAT, its algorithm for
+  // hosts of one GPU each: by the ring, whose protocol for small messages sends every byte twice. Only a sum
+  // of 16 bits of float16's range needs it, since it may overflow.
+  bool averages_itself(const at::Tensor& tensor) const {
+    return nccl_ && reduction_ == Reduction::kAverage && tensor.scalar_type() == at::kHalf;
+  }
+
   at::Tensor mine(const at::Tensor& full) const {
     const Shards shards{full.numel(), world_};
     return full.narrow(0, shards.begin(rank_), shards.size(rank_));
@@ -144,7 +190,7 @@ class NativeExchange : public Exchange {
       return;
     }
     if (buffers.staged) part.shard.copy_(buffers.shard.narrow(0, 0, part.shard.numel()));
-    if (!divides_) return;
+    if (reduction_ != Reduction::kAverage || averages_itself(part.full)) return;
     at::Tensor shard = part.shard;
     if (at::isIntegralType(shard.scalar_type(), true)) {
       shard.div_(world_, "trunc");
@@ -156,7 +202,7 @@ class NativeExchange : public Exchange {
   const int rank_;
   const int world_;
   std::mutex waiting_;
-  bool divides_ = false;
+  bool nccl_ = false;
   std::vector<Buffers> buffers_;
   std::vector<c10::intrusive_ptr<c10d::Work>> works_;
 };
