@@ -196,7 +196,7 @@ def ended_by_a_sentence(path: Path | None) -> Iterator[None]:
 
 
 def _open(benchmark: Benchmark, given: argparse.Namespace) -> Kept:
-    header = results.header(benchmark.name, {"workers": given.workers, "rates": given.rates})
+    header = results.header(benchmark.name, {"workers": given.workers, "rates": given.rates}, given.device)
     return Kept.open(header, given.json, given.resume)
 
 

@@ -22,13 +22,21 @@ overwrite, which an update in place needs not, so a kernel can exceed 100% of it
 and the copy take turns in every round, so that a noisy machine is equally noisy to all; the figures are medians over
 the rounds.
 
+On a GPU a sample is one call in each of several input sets, between two CUDA events. The sets together exceed the L2
+cache CACHES times over, so that what a call reads has left the cache since the set's last turn, and what it writes
+pushes out what the call before it wrote. The host launches a sample while the GPU waits (HEAD_START_CYCLES), or the
+time of small kernels would be that of launching them. Two kernels move less, and find some of it in the cache:
+orthogonalising, and the merge of sparse lists.
+
     python -m benchmarks.compressors --json benchmarks/results/compressors.json
+    python -m benchmarks.compressors --device cuda --json benchmarks/results/compressors-h100.json
 """
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -36,11 +44,19 @@ from typing import Any
 import torch
 
 from benchmarks import cells, kernels_table, results
-from benchmarks.command import Parser, number, positive, terminal
+from benchmarks.command import Parser, fail, number, positive, terminal
 from benchmarks.crew import user_seconds
 from benchmarks.kernels import FAMILIES, Case
 from benchmarks.launch import Report
 from compress import ops
+
+Call = Callable[[], object]
+Clock = Callable[[Sequence[Call]], float]  # seconds of one of the calls, which are timed together
+
+CACHES = 2  # how many times the L2 cache the input sets of one kernel fill at least, where MOST_SETS suffice
+SMALLEST_BYTES = 0.5  # what the smallest kernel moves per element of the group: a threshold of a sample of 1/16
+MOST_SETS = 16  # bounds the memory and the time of small groups
+HEAD_START_CYCLES = 4_000_000  # of the GPU, about 2 ms
 
 
 @dataclass(frozen=True)
@@ -52,53 +68,98 @@ class Plan:
     rank: int
     threads: int
     rounds: int
+    device: str  # "cpu" or "cuda"
 
 
-def timed(call: Callable[[], object]) -> float:
+def timed(calls: Sequence[Call]) -> float:
+    """The clock of the CPU."""
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for call in calls:
+        call()
+    return (time.perf_counter() - start) / len(calls)
 
 
-def measure(cases: list[Case], copy: Callable[[], object], rounds: int, report: Report) -> list[float]:
-    """Times all cases in turn, and the copy before each: one list of copies for all."""
-    copies = []
+def timed_on_gpu(calls: Sequence[Call]) -> float:
+    """The clock of the current GPU: from when it begins with the first call to when it has finished the last."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START_CYCLES)  # private, but what torch's own tests keep a stream busy with
+    start.record()
+    for call in calls:
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / len(calls)
+
+
+def sets_needed(numel: int, cache: int) -> int:
+    """How many input sets of a group of that many elements keep a cache of so many bytes from serving them."""
+    return min(MOST_SETS, max(2, math.ceil(CACHES * cache / (SMALLEST_BYTES * numel))))
+
+
+def measure(
+    sets: Sequence[list[Case]], copies: Sequence[Call], clock: Clock, rounds: int, report: Report
+) -> list[float]:
+    """Times all cases in turn, and the copy before each: one list of copies for all.
+
+    sets: the same cases in each input set; the times are kept in those of the first. copies: one of each set.
+    """
+    copy_seconds, cases = [], sets[0]
     for turn in range(rounds + 1):  # the first round warms up, and is dropped
         report(turn, rounds + 1, f"round {turn} of {rounds}" if turn else "warming up")
-        for case in cases:
-            copies.append(timed(copy))
-            case.prepare()
-            case.seconds.append(timed(case.run))
-            # Where plain torch is very slow, fewer rounds give as good a median.
-            if case.plain is not None and (turn % 3 == 0 or case.plain_seconds[-1] < 0.05):
-                case.prepare()
-                case.plain_seconds.append(timed(case.plain))
+        for same in zip(*sets, strict=True):
+            case = same[0]
+            copy_seconds.append(clock(copies))
+            if "kernel" not in case.failures:
+                case.seconds += sample(same, "kernel", [one.run for one in same], clock)
+            # Where plain torch is very slow, fewer rounds give as good a median, and a cache helps it little.
+            last = case.plain_seconds[-1] if case.plain_seconds else 0.0
+            if case.plain is not None and "plain torch" not in case.failures and (turn % 3 == 0 or last < 0.05):
+                some = same if last < 0.005 else same[:1]
+                case.plain_seconds += sample(some, "plain torch", [one.plain for one in some if one.plain], clock)
     for case in cases:
-        del case.seconds[0], case.plain_seconds[:1]
-    return copies[len(cases) :]
+        del case.seconds[:1], case.plain_seconds[:1]
+    return copy_seconds[len(cases) :]
+
+
+def sample(same: Sequence[Case], way: str, calls: Sequence[Call], clock: Clock) -> list[float]:
+    """The time of a call; nothing where it fails, and from then on the case says why."""
+    try:
+        for one in same:
+            one.prepare()
+        return [clock(calls)]
+    except RuntimeError as error:  # also of what torch has no kernel for, or no memory
+        same[0].failures[way] = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return []
 
 
 def measure_family(family: str, plan: Plan, report: Report) -> dict[str, Any]:
     """One cell."""
     torch.set_num_threads(plan.threads)
     torch.manual_seed(0)
-    grad = torch.randn(plan.numel) * 1e-3
-    target = torch.empty_like(grad)
-    cases = FAMILIES[family](grad, plan.density, plan.rank)
+    on_gpu = plan.device == "cuda"
+    count = sets_needed(plan.numel, torch.cuda.get_device_properties().L2_cache_size) if on_gpu else 1
+    sets: list[list[Case]] = []
+    copies: list[Call] = []
+    with torch.device(plan.device):
+        for _ in range(count):
+            grad = torch.randn(plan.numel) * 1e-3
+            copies.append(partial(torch.empty_like(grad).copy_, grad))
+            sets.append(FAMILIES[family](grad, plan.density, plan.rank))
     user, begun = user_seconds(), time.perf_counter()
-    copies = measure(cases, lambda: target.copy_(grad), plan.rounds, report)
+    copy_seconds = measure(sets, copies, timed_on_gpu if on_gpu else timed, plan.rounds, report)
     wall, user_after = time.perf_counter() - begun, user_seconds()
     return {
         "plan": asdict(plan),
+        "input_sets": count,
         "kernel_threads": ops.kernel_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": results.cpus(),
         "wall_s": wall,
         # User-mode CPU seconds meanwhile: the machine's, this process's. What is left over, others have taken.
         "user_s": [b - a for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
-        "copy_bytes_per_s": 8 * plan.numel / statistics.median(copies),
-        "copy_seconds": copies,
-        "kernels": [account(case) for case in cases],
+        "copy_bytes_per_s": 8 * plan.numel / statistics.median(copy_seconds),
+        "copy_seconds": copy_seconds,
+        "kernels": [account(case) for case in sets[0]],
     }
 
 
@@ -107,13 +168,27 @@ def account(case: Case) -> dict[str, Any]:
     return {
         "name": case.name,
         "bytes": case.bytes,
-        "median_s": statistics.median(case.seconds),
+        "median_s": statistics.median(case.seconds) if case.seconds else None,
         "plain_median_s": statistics.median(case.plain_seconds) if case.plain_seconds else None,
-        "best_s": min(case.seconds),
+        "best_s": min(case.seconds, default=None),
         "plain_best_s": min(case.plain_seconds, default=None),
         "seconds": case.seconds,
         "plain_seconds": case.plain_seconds,
+        "failures": case.failures,
     }
+
+
+def need_gpu() -> None:
+    """Ends the command with a sentence where the kernels cannot run on a GPU."""
+    if not torch.cuda.is_available():
+        fail("torch sees no GPU here: leave out --device cuda.")
+    try:
+        ops.error_correct(torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda"))
+    except NotImplementedError:
+        fail(
+            "The kernels were built without CUDA: build them again where nvcc and a torch with CUDA are, or leave out "
+            "--device cuda."
+        )
 
 
 def arguments() -> argparse.Namespace:
@@ -123,18 +198,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=positive, default=4, help="rank of the low-rank factors")
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where tensors live (default: cpu)")
     cells.file_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     given, console = arguments(), terminal()
-    plan = Plan(given.numel, given.density, given.rank, given.threads, given.rounds)
+    plan = Plan(given.numel, given.density, given.rank, given.threads, given.rounds, given.device)
+    if plan.device == "cuda":
+        need_gpu()
     with cells.ended_by_a_sentence(given.json):
-        kept = cells.Kept.open(results.header("compressors", asdict(plan)), given.json, given.resume)
+        kept = cells.Kept.open(results.header("compressors", asdict(plan), plan.device), given.json, given.resume)
         for index, family in enumerate(FAMILIES, 1):
             title = f"cell {index} of {len(FAMILIES)}: {family}"
-            cells.obtain(kept, {"family": family}, plan, title, partial(measure_family, family, plan), console)
+            try:
+                cells.obtain(kept, {"family": family}, plan, title, partial(measure_family, family, plan), console)
+            except torch.OutOfMemoryError:
+                fail(f"The GPU's memory does not hold the inputs of {family}: give a smaller --numel.")
     kernels_table.show(kept.payload, console)
 
 

@@ -21,6 +21,7 @@ class Examples(ABC):
     """What a model is trained on. `digest` says of two runs whether they read the same."""
 
     digest: str
+    varies = True  # from step to step
 
     @abstractmethod
     def batch(self, step: int, *, rank: int, world: int, batch: int, seed: int) -> Batch:
@@ -112,9 +113,10 @@ class Noise(Examples):
     classes: int
     inputs_below: int = 0
     digest: str = "synthetic"
+    varies = False  # drawing costs time, and bringing it to a device
 
     def batch(self, step: int, *, rank: int, world: int, batch: int, seed: int) -> Batch:
-        generator = torch.Generator().manual_seed(seed * world + rank)  # the same in every step: drawing costs time
+        generator = torch.Generator().manual_seed(seed * world + rank)
         if self.inputs_below:
             inputs = torch.randint(self.inputs_below, (batch, *self.shape), generator=generator)
             return inputs, torch.randint(self.classes, inputs.shape, generator=generator)

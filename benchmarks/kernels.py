@@ -28,6 +28,7 @@ class Case:
     prepare: Callable[[], object] = nothing
     seconds: list[float] = field(default_factory=list)
     plain_seconds: list[float] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)  # which of the two ways, and why it was not measured
 
 
 def sign_cases(grad: Tensor, dtype: torch.dtype) -> list[Case]:
@@ -273,7 +274,8 @@ def orthogonalize_case(rank: int) -> Case:
     )
 
 
-#: Every kernel, by family, on a float32 gradient [n]; top-k at that density, low-rank factors of that rank.
+#: Every kernel, by family, on a float32 gradient [n]; top-k at that density, low-rank factors of that rank. All other
+#: tensors are made on torch's default device, which must be the gradient's: ``with torch.device(grad.device): ...``.
 FAMILIES: dict[str, Callable[[Tensor, float, int], list[Case]]] = {
     "sign": lambda grad, density, rank: [
         case for dtype in (torch.float32, torch.bfloat16, torch.float16) for case in sign_cases(grad.to(dtype), dtype)

@@ -11,20 +11,31 @@ from benchmarks.summary import share_of_others, warn_of_others
 
 
 def show(payload: dict[str, Any], console: Console) -> None:
-    """One row per kernel, beside the plain-torch way to the same end."""
+    """One row per kernel, beside the plain-torch way to the same end, then why rows have no numbers."""
     cells = payload.get("cells") or [payload]  # results from before there were cells are one cell by themselves
+    gpu = _gpu(payload)
+    unit, per_second = ("µs", 1e6) if gpu else ("ms", 1e3)
     table = Table(title=_title(payload, cells), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("kernel", no_wrap=True)
-    for column in ("ms", "GB/s", "% of\ncopy", "plain torch\nms", "times\nfaster", "best against\nbest"):
+    for column in (unit, "GB/s", "% of\ncopy", f"plain torch\n{unit}", "times\nfaster", "best against\nbest"):
         table.add_column(column, justify="right")
     for cell in cells:
         for kernel in cell["kernels"]:
-            table.add_row(*_row(kernel, cell["copy_bytes_per_s"]))
+            table.add_row(*_row(kernel, cell["copy_bytes_per_s"], per_second))
     console.print(table)
+    for cell in cells:
+        for kernel in cell["kernels"]:
+            for way, why in kernel.get("failures", {}).items():
+                console.print(f"{kernel['name']}, {way}: {why}", style="red", highlight=False, markup=False)
     console.print(
         "Medians over the rounds, in which kernels, plain torch and the copy take turns. GB/s: the bytes that the "
-        "kernel must move at least, by its time. % of copy: of what a copy of as many elements moves on this machine; "
-        "a copy also reads the lines it overwrites, so an update in place can exceed 100.",
+        "kernel must move at least, by its time. % of copy: of what a copy of as many elements moves on this "
+        + (
+            "GPU. Times are the GPU's own, between two events; input sets take turns, so that the L2 cache serves "
+            "little of them."
+            if gpu
+            else "machine; a copy also reads the lines it overwrites, so an update in place can exceed 100."
+        ),
         style="dim",
         highlight=False,
     )
@@ -34,24 +45,31 @@ def show(payload: dict[str, Any], console: Console) -> None:
         warn_of_others(share_of_others(sum(machine), sum(own), sum(wall), cpus), console)
 
 
+def _gpu(payload: dict[str, Any]) -> str | None:
+    """The name of the GPU that was measured, None for the CPU."""
+    return payload["machine"]["gpu"] if payload.get("settings", payload).get("device") == "cuda" else None
+
+
 def _title(payload: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
     copies = [f"{cell['copy_bytes_per_s'] / 1e9:.1f}" for cell in cells]
     slowest, fastest = min(copies, key=float), max(copies, key=float)
     copy = fastest if slowest == fastest else f"{slowest} to {fastest}"
-    about = payload.get("settings", payload)
+    about, gpu = payload.get("settings", payload), _gpu(payload)
     elements = f"{about['numel']} elements · " if "numel" in about else ""
-    return f"Kernels · {elements}copy {copy} GB/s · {about.get('threads', '?')} threads"
+    by = f"{cells[0]['input_sets']} input sets" if gpu else f"{about.get('threads', '?')} threads"
+    return f"Kernels on {gpu or 'the CPU'} · {elements}copy {copy} GB/s · {by}"
 
 
-def _row(kernel: dict[str, Any], copy: float) -> list[str]:
+def _row(kernel: dict[str, Any], copy: float, per_second: float) -> list[str]:
     seconds, plain = kernel["median_s"], kernel.get("plain_median_s")
+    failures = kernel.get("failures", {})
     best, plain_best = kernel.get("best_s"), kernel.get("plain_best_s")
     return [
         kernel["name"],
-        f"{seconds * 1e3:.2f}",
-        f"{kernel['bytes'] / seconds / 1e9:.1f}",
-        f"{100 * kernel['bytes'] / seconds / copy:.0f}",
-        f"{plain * 1e3:.2f}" if plain else "",
-        f"{plain / seconds:.1f}" if plain else "",
+        f"{seconds * per_second:.2f}" if seconds else "[red]failed[/red]",
+        f"{kernel['bytes'] / seconds / 1e9:.1f}" if seconds else "",
+        f"{100 * kernel['bytes'] / seconds / copy:.0f}" if seconds else "",
+        f"{plain * per_second:.2f}" if plain else "[red]failed[/red]" if "plain torch" in failures else "",
+        f"{plain / seconds:.1f}" if plain and seconds else "",
         f"{plain_best / best:.1f}" if plain_best and best else "",
     ]

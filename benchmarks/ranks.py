@@ -101,6 +101,8 @@ class Ranks:
             "MASTER_PORT": str(self.port),
             "GLOO_SOCKET_IFNAME": self.interface(),
             "NCCL_SOCKET_IFNAME": self.interface(),
+            "NCCL_HOSTID": f"host {rank}",  # or NCCL goes through this machine's memory, and refuses to share a GPU
+            "NCCL_IB_DISABLE": "1",
             reaper.MARK: self._mark,
         }
 

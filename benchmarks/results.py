@@ -15,21 +15,31 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SCHEMA = 1  # raised when a reader of older files would misread newer ones
 ROOT = Path(__file__).resolve().parent.parent
 SMOOTHED_OVER = 9  # steps: the loss of single batches of a few hundred bytes is noisy
 
 
-def header(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The first part of a result: what was run, with what, on what. Holds no host name and no path of this machine."""
+def header(benchmark: str, settings: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """The first part of a result: what was run, with what, on what. Holds no host name and no path of this machine.
+
+    device: where tensors live; for "cuda" the GPU is named, with the versions of CUDA and NCCL that torch has.
+    """
+    on, with_what = machine(), versions()
+    if device == "cuda" and torch.cuda.is_available():
+        on["gpu"] = torch.cuda.get_device_name()
+        with_what["cuda"] = torch.version.cuda
+        with_what["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return {
         "benchmark": benchmark,
         "schema": SCHEMA,
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": f"python -m benchmarks.{benchmark} {' '.join(sys.argv[1:])}".strip(),
         "commit": commit(),
-        "machine": machine(),
-        "versions": versions(),
+        "machine": on,
+        "versions": with_what,
         "settings": settings,
     }
 

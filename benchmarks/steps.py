@@ -70,6 +70,7 @@ class Measurement:
         profiled = breakdown.STEPS if plan.breakdown else 0
         self.total = len(self.contestants) * (TRIAL_STEPS + plan.rounds * block + profiled)
         self.done = 0
+        self.same: Batch | None = None  # the last one drawn, on this rank's device
 
     def run(self) -> dict[str, Any]:
         """Everything, in order."""
@@ -156,14 +157,18 @@ class Measurement:
 
     def next_batch(self, contestant: Contestant) -> Batch:
         """What the contestant trains on next: the same examples in the same order for every one of them."""
-        inputs, targets = self.workload.data().batch(
+        data = self.workload.data()
+        if self.same is not None and not data.varies:
+            return self.same
+        inputs, targets = data.batch(
             len(contestant.losses),
             rank=self.crew.rank,
             world=self.crew.world,
             batch=self.plan.batch,
             seed=self.plan.seed,
         )
-        return inputs.to(self.crew.device), targets.to(self.crew.device)
+        self.same = inputs.to(self.crew.device), targets.to(self.crew.device)
+        return self.same
 
     def step(self, contestant: Contestant, trainer: Trainer) -> None:
         start = time.perf_counter()
@@ -174,6 +179,7 @@ class Measurement:
         """Waits for what is in flight, on the last step's account: else its cost would be in no step."""
         start = time.perf_counter()
         trainer.synchronize()
+        self.crew.synchronize()
         contestant.clock[-1] += (time.perf_counter() - start) * 1e3
 
     def _block(self, contestant: Contestant, number: int) -> None:

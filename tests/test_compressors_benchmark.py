@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ import reported
 import torch
 from rich.console import Console
 
-from benchmarks import compressors, kernels_table
-from benchmarks.kernels import FAMILIES
+from benchmarks import compressors, kernels, kernels_table
+from benchmarks.kernels import FAMILIES, Case
+from benchmarks.report import sections
+from benchmarks.report.evidence import Evidence
+from benchmarks.report.sources import load
+from compress import ops
 
 
 def run(monkeypatch: pytest.MonkeyPatch, path: Path, *more: str) -> None:
@@ -48,7 +53,7 @@ def test_an_interrupted_run_goes_on_with_the_next_family(
     second = json.loads(path.read_text())
     assert second["cells"][0] == first["cells"][0] and second["cells"][1]["family"] == "dense"
     for kernel in (kernel for cell in second["cells"] for kernel in cell["kernels"]):
-        assert len(kernel["seconds"]) == 2 and kernel["median_s"] > 0
+        assert len(kernel["seconds"]) == 2 and kernel["median_s"] > 0 and kernel["failures"] == {}
     said = " ".join(capsys.readouterr().out.split())
     assert "cell 1 of 2: sign: resumed" in said and "cell 2 of 2: dense · 33% · round 1 of 2" in said
     assert "sign majority vote" in said and "dense members gathered" in said
@@ -66,3 +71,160 @@ def test_the_table_of_results_with_and_without_the_common_header() -> None:
     # Of two processors' 2 s the machine used 1.5, and the benchmark 1.
     assert "Other programs took 25%" in " ".join(now.split())
     assert "Other programs" not in before  # those did not say how many processors there were
+
+
+# What only a GPU can measure
+
+
+def on_gpu() -> dict[str, Any]:
+    """The canned results as if a GPU had given them."""
+    payload = reported.compressors()
+    payload["settings"]["device"] = "cuda"
+    payload["machine"] = payload["machine"] | {"gpu": "GPU 9000"}
+    payload["versions"] = payload["versions"] | {"cuda": "13.x"}
+    payload["cells"][0]["input_sets"] = 13
+    return payload
+
+
+def test_without_a_gpu_one_sentence_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tmp_path / "gpu.json", "--device", "cuda")
+    assert ended.value.code == 1 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == "error: torch sees no GPU here: leave out --device cuda.\n"
+
+
+def test_kernels_built_without_cuda_are_named_as_the_cause(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: Any) -> None:
+        raise NotImplementedError("Could not run 'dear::error_correct' with arguments from the 'CUDA' backend.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(ops, "error_correct", missing)
+    with pytest.raises(SystemExit):
+        compressors.need_gpu()
+    assert "built without CUDA" in capsys.readouterr().err
+
+
+def test_the_gpu_waits_until_a_sample_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("synchronize")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 6.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    assert compressors.timed_on_gpu([partial(log.append, "a"), partial(log.append, "b")]) == pytest.approx(0.003)
+    assert log == ["sleep", "record", "a", "b", "record", "synchronize"]
+
+
+def test_input_sets_exceed_the_cache() -> None:
+    h100, mib = 50 * 2**20, 2**20
+    assert compressors.sets_needed(16 * mib, h100) == 13  # 13 x 8 MiB, the smallest kernel's, are 104 MiB
+    assert compressors.sets_needed(64 * mib, h100) == 4
+    assert compressors.sets_needed(2**30, h100) == 2 and compressors.sets_needed(4096, h100) == 16
+
+
+def test_a_sample_calls_every_input_set_and_a_slow_way_only_one() -> None:
+    log: list[str] = []
+
+    def case(index: int, plain: str) -> Case:
+        prepare = partial(log.append, f"prepare {index}")
+        return Case(plain, 8, partial(log.append, f"run {index}"), partial(log.append, f"{plain} {index}"), prepare)
+
+    def clock(calls: Any) -> float:
+        before = len(log)
+        for call in calls:
+            call()
+        return 1.0 if log[before].startswith("slow") else 0.001
+
+    sets = [[case(index, "quick"), case(index, "slow")] for index in range(3)]
+    copies = compressors.measure(sets, [partial(log.append, "copy")] * 3, clock, 4, lambda *_: None)
+    quick, slow = sets[0]
+    assert len(copies) == 8 and len(quick.seconds) == len(quick.plain_seconds) == len(slow.seconds) == 4
+    assert len(slow.plain_seconds) == 1  # besides the round that warms up, only the fourth
+    sample = [f"{what} {index}" for what in ("prepare", "run", "prepare", "quick") for index in range(3)]
+    assert log[:15] == ["copy"] * 3 + sample
+    assert [log.count(f"slow {index}") for index in range(3)] == [2, 1, 1]
+    assert not any(one.seconds for same in sets[1:] for one in same)
+
+
+def test_what_cannot_run_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent() -> None:
+        raise NotImplementedError("not built [here]\nat all")
+
+    def some(*_: Any) -> list[Case]:
+        return [Case("a", 8, absent, lambda: None), Case("b", 8, lambda: None, absent)]
+
+    monkeypatch.setattr(compressors, "FAMILIES", {"some": some})
+    run(monkeypatch, tmp_path / "some.json")
+    payload = json.loads((tmp_path / "some.json").read_text())
+    a, b = payload["cells"][0]["kernels"]
+    assert a["median_s"] is None and a["failures"] == {"kernel": "not built [here]"} and a["plain_median_s"] > 0
+    assert b["median_s"] > 0 and b["failures"] == {"plain torch": "not built [here]"} and b["plain_median_s"] is None
+    said = printed(payload)
+    assert "a, kernel: not built [here]" in said and "b, plain torch: not built [here]" in said
+    assert said.count("failed") == 2
+
+
+def test_all_that_a_kernel_is_given_is_on_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On "meta", which has no kernels and no numbers: a tensor left on the CPU shows."""
+    seen: set[str] = set()
+
+    def instead(name: str) -> Any:
+        real = getattr(ops, name)
+
+        def call(*given: Any) -> Any:
+            seen.update(one.device.type for one in given if isinstance(one, torch.Tensor))
+            return real(*given) if name.endswith("_numel") else None
+
+        return call
+
+    class Stub:
+        def __getattr__(self, name: str) -> Any:
+            return instead(name)
+
+    monkeypatch.setattr(kernels, "ops", Stub())
+    with torch.device("meta"):
+        cases = [case for family in FAMILIES.values() for case in family(torch.randn(2**21), 0.01, 2)]
+    for case in cases:
+        case.prepare()
+        case.run()
+        if case.plain is not None and not case.name.startswith("top-k by threshold"):  # its size is up to the numbers
+            case.plain()
+    assert seen == {"meta"}
+
+
+def test_tables_of_cpu_and_gpu_stand_together_and_name_their_device(tmp_path: Path) -> None:
+    files = reported.write(tmp_path, cpu=reported.compressors(), gpu=on_gpu())
+    cpu, gpu = sections.kernels(Evidence.of(load(files)), tmp_path).tables
+    assert cpu.table.caption == "Kernels on the CPU · 1048576 elements · copy 8.0 GB/s · 2 threads"
+    assert gpu.table.caption == "Kernels on GPU 9000 · 1048576 elements · copy 8.0 GB/s · 13 input sets"
+    assert "GPU 9000" not in cpu.origin[0] and "4 GiB, GPU 9000; torch 2.x, cuda 13.x" in gpu.origin[0]
+    times = [row.words[0][0] for placed in (cpu, gpu) for row in (placed.table.head[1], placed.table.rows[0][1])]
+    assert times == ["ms", "2.00", "µs", "2000.00"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run(monkeypatch, tmp_path / "gpu.json", "--device", "cuda")
+    payload = json.loads((tmp_path / "gpu.json").read_text())
+    assert payload["machine"]["gpu"] == torch.cuda.get_device_name()
+    assert payload["versions"]["cuda"] == torch.version.cuda and len(payload["cells"]) == len(FAMILIES)
+    for cell in payload["cells"]:
+        assert cell["input_sets"] == 16 and cell["copy_bytes_per_s"] > 0
+        assert all(kernel["median_s"] > 0 and not kernel["failures"] for kernel in cell["kernels"])

@@ -216,7 +216,11 @@ def collectives(evidence: Evidence, out: Path) -> Section:
 
 
 def kernels(evidence: Evidence, out: Path) -> Section:
-    section = Section("kernels", "The kernels alone", "Every compression kernel by itself, beside the plain-torch way.")
+    section = Section(
+        "kernels",
+        "The kernels alone",
+        "Every compression kernel by itself, beside the plain-torch way. A table's title names the device.",
+    )
     return _printed_benchmark(section, evidence, "compressors")
 
 

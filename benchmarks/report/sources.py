@@ -45,7 +45,8 @@ class Source:
         if isinstance(machine, str):
             return machine
         memory = f", {machine['memory_gib']:g} GiB" if "memory_gib" in machine else ""
-        return f"{machine.get('cpu', 'unknown processor')}, {machine.get('cores', '?')} cores{memory}"
+        gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+        return f"{machine.get('cpu', 'unknown processor')}, {machine.get('cores', '?')} cores{memory}{gpu}"
 
     @property
     def versions(self) -> str:
