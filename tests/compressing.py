@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from place import place
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -52,7 +53,7 @@ def gradients(rank: int, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES)
 
 def attach(compressor: compress.Compressor, named: bool = True, net: nn.Module | None = None, **ddp: Any) -> DDP:
     """A DDP module with the compressor as its hook."""
-    model = DDP(net if net is not None else Prescribed(), **(SEVERAL_BUCKETS | ddp))
+    model = DDP((net if net is not None else Prescribed()).to(place()), **(SEVERAL_BUCKETS | ddp))
     if named:
         compress.register(model, compressor)
     else:
@@ -61,10 +62,10 @@ def attach(compressor: compress.Compressor, named: bool = True, net: nn.Module |
 
 
 def backward(model: DDP, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One backward pass; the aggregated gradients."""
+    """One backward pass; the aggregated gradients, on the host."""
     model.zero_grad()
-    model(grads).backward()
-    return {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}
+    model({name: grad.to(place()) for name, grad in grads.items()}).backward()
+    return {name: p.grad.cpu().clone() for name, p in model.module.named_parameters() if p.grad is not None}
 
 
 def everyones(value: Any) -> list[Any]:
@@ -79,9 +80,9 @@ def kept(compressor: compress.Compressor) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for state in everyones(compressor.state_dict()):
         for name, error in state["errors"].items():
-            error = error.double()
+            error = error.cpu().double()
             first, values = state["owned"].get(name, (0, error[:0]))
-            error[first : first + values.numel()] += state["world_size"] * values.double()
+            error[first : first + values.numel()] += state["world_size"] * values.cpu().double()
             total[name] = total.get(name, 0) + error
     return total
 

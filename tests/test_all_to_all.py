@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from place import place
 from workers import WorkerDied, run_workers
 
 import dear
@@ -27,7 +28,7 @@ def submit(lane, pairs):
 def rows(sender, world, chunk, dtype):
     """What a rank sends: row r goes to rank r."""
     generator = torch.Generator().manual_seed(sender)
-    return torch.randint(0, 100, (world, chunk), generator=generator).to(dtype)
+    return torch.randint(0, 100, (world, chunk), generator=generator).to(place(), dtype)
 
 
 def everybody_gets_their_rows(rank, world):
@@ -144,7 +145,7 @@ def the_public_call(rank, world, algorithm):
         want = torch.stack([rows(sender, world, chunk, dtype)[rank] for sender in range(world)])
         assert torch.equal(dear.all_to_all(sent, received, algorithm=algorithm).wait(), want), (dtype, chunk)
         assert torch.equal(sent, rows(rank, world, chunk, dtype)), "the input was changed"
-    total = torch.ones(world)
+    total = torch.ones(world, device=place())
     assert dear.all_reduce(total, algorithm=algorithm).wait().eq(world).all()  # the halves' lane is another one
 
 

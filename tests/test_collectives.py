@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from place import place
 from workers import WorkerDied, run_workers
 
 import dear
@@ -26,7 +27,7 @@ TYPES = [
 
 def inputs_of(rank, length, dtype):
     """Small whole numbers: their sums are exact in every type."""
-    return torch.randint(0, 8, (length,), generator=torch.Generator().manual_seed(rank)).to(dtype)
+    return torch.randint(0, 8, (length,), generator=torch.Generator().manual_seed(rank)).to(place(), dtype)
 
 
 def halves_are_exact(rank, world, algorithm):

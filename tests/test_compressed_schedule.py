@@ -9,6 +9,7 @@ import torch
 import training
 from compressing import KINDS, dense_in_parts, kept
 from own_compressors import RandomK
+from place import place
 from torch.nn.parallel import DistributedDataParallel as DDP
 from workers import run_workers
 
@@ -183,7 +184,7 @@ def test_bad_gradients_at_the_end(pool2):
 
 def grad_scaler(rank, world):
     wrapped, opt, _, engine = build("acp", "Mlp", True, nonfinite="propagate")
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(place().type, init_scale=4.0)
     for step in range(5):
         before = [p.detach().clone() for p in wrapped.parameters()]
         scaler.scale(training.loss_of(wrapped, rank, step) * (torch.inf if step == 3 and rank == 0 else 1)).backward()
@@ -233,9 +234,11 @@ def statistics(rank, world):
             training.plain_step(wrapped, opt, rank, step)
         stats = compressor.stats()
         said.append([stats[key] for key in ("steps", "bytes_sent", "dense_bytes", "error_norm", "vnmse")])
-        assert stats["encode_ms"] > 0 and stats["decode_ms"] > 0
+        for told in (stats, engine.stats() if engine is not None else stats):
+            # On a GPU the host only queues what is computed.
+            assert place().type == "cuda" or (told["encode_ms"] > 0 and told["decode_ms"] > 0)
         if engine is not None:
-            assert engine.stats()["encode_ms"] > 0 and engine.stats()["update"] == "replicated"
+            assert engine.stats()["update"] == "replicated"
             engine.detach()
     assert said[0] == said[1] and said[0][4] > 0
     assert 0 < said[0][1] < said[0][2]

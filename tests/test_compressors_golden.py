@@ -125,7 +125,7 @@ def flat_kinds(rank: int, world: int, kind: str) -> None:
         states = compressing.everyones(compressor.state_dict())
         if kind != "majority":
             for r, state in enumerate(states):
-                mine = torch.cat([state["errors"][name] for name in order])
+                mine = torch.cat([state["errors"][name].cpu() for name in order])
                 assert ((mine - errors[r]).abs() < 1e-4).double().mean() > 0.999
                 errors[r].copy_(mine)
                 start = 0

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from compressing import KINDS, SHAPES, attach, backward, everyones, gradients, kept
 from own_compressors import RandomK
+from place import place
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from workers import run_workers
@@ -20,7 +21,7 @@ import compress
 def learn(rank: int, world: int, compressor: compress.Compressor | None) -> float:
     """The loss after some steps of regression, with the rank's own seed."""
     torch.manual_seed(3)
-    net = nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 8))
+    net = nn.Sequential(nn.Linear(16, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 8)).to(place())
     torch.manual_seed(rank)
     model = DDP(net, bucket_cap_mb=0.05)
     if compressor is not None:
@@ -28,7 +29,7 @@ def learn(rank: int, world: int, compressor: compress.Compressor | None) -> floa
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     losses = []
     for step in range(60):
-        x, _ = models.data(rank, step % 8, batch=32)
+        x = models.data(rank, step % 8, batch=32)[0].to(place())
         loss = F.mse_loss(model(x), torch.sin(2 * x[:, :8]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -61,10 +62,11 @@ def accumulation(rank: int, world: int) -> None:
             for step in range(3):
                 if accumulate:
                     model.zero_grad()
+                    grads = {name: grad.to(place()) for name, grad in gradients(rank, step).items()}
                     with model.no_sync():
-                        model({name: 0.25 * grad for name, grad in gradients(rank, step).items()}).backward()
-                    model({name: 0.75 * grad for name, grad in gradients(rank, step).items()}).backward()
-                    have = {name: p.grad.clone() for name, p in model.module.named_parameters()}
+                        model({name: 0.25 * grad for name, grad in grads.items()}).backward()
+                    model({name: 0.75 * grad for name, grad in grads.items()}).backward()
+                    have = {name: p.grad.cpu() for name, p in model.module.named_parameters()}
                 else:
                     have = backward(model, gradients(rank, step))
             results.append(have)
@@ -82,12 +84,12 @@ def all_models(rank: int, world: int) -> None:
     for name in ("Tied", "Functional", "Attention", "Checkpointed", "Convolution", "Frozen", "MixedTypes", "Unused"):
         for named in (True, False):
             torch.manual_seed(0)
-            net = getattr(models, name)()
+            net = getattr(models, name)().to(place())
             options = {"find_unused_parameters": True} if name == "Unused" else {}
             model = attach(compress.ACPSGD(rank=2, min_compression_ratio=1.1), named, net=net, **options)
             optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
             for step in range(4):
-                x, y = models.data(rank, step)
+                x, y = (each.to(place()) for each in models.data(rank, step))
                 F.mse_loss(model(x), y).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -140,13 +142,13 @@ def test_bad_gradients(pool2):
 def grad_scaler(rank: int, world: int) -> None:
     model = attach(compress.ACPSGD(rank=2, nonfinite="propagate"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(place().type, init_scale=4.0)
     for step in range(4):
         grads = gradients(rank, step)
         if step == 2 and rank == 0:
             grads["first"][0, 0] = torch.inf
         before = [p.detach().clone() for p in model.parameters()]
-        scaler.scale(model(grads)).backward()
+        scaler.scale(model({name: grad.to(place()) for name, grad in grads.items()})).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

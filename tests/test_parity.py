@@ -6,6 +6,7 @@ Two workers add two numbers, in either order the same, so there the comparison i
 import pytest
 import torch
 import training
+from place import place
 from torch import optim
 from workers import run_workers
 
@@ -267,7 +268,9 @@ def clip(rank, world):
     for update in ("sharded", "replicated"):
         training.compare(rank, world, "Mlp", attach={**SMALL, "update": update}, step=clipping, exact=False)
     whole = {**SMALL, "update": "replicated"}
-    training.compare(rank, world, "Mlp", attach=whole, step=torch_clipping, exact=world == 2)
+    # A GPU adds up a norm in another order where a gradient begins elsewhere in memory.
+    exact = world == 2 and place().type == "cpu"
+    training.compare(rank, world, "Mlp", attach=whole, step=torch_clipping, exact=exact)
 
 
 def test_clipping(pool2, pool4):
@@ -279,7 +282,7 @@ def scaler(rank, world):
     """GradScaler on host tensors, with a step that overflows: replicated works, sharded refuses."""
 
     def run(attach):
-        scale = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        scale = torch.amp.GradScaler(place().type, init_scale=2.0**10, growth_interval=2)
 
         def step(model, optimizer, rank, index):
             loss = training.loss_of(model, rank, index) * (1e38 if index == 3 else 1)

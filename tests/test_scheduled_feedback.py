@@ -5,6 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 from compressing import KINDS, Sometimes, gradients, kept
+from place import place
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dear
@@ -19,7 +20,7 @@ class Sparing:
     SHAPES: ClassVar = {"often": (200, 100), "rarely": (100, 200)}
 
     def __init__(self, kind):
-        self.model = DDP(Sometimes(self.SHAPES), bucket_cap_mb=SMALL, find_unused_parameters=True)
+        self.model = DDP(Sometimes(self.SHAPES).to(place()), bucket_cap_mb=SMALL, find_unused_parameters=True)
         self.opt = torch.optim.SGD(self.model.parameters(), lr=1.0)
         self.compressor = KINDS[kind](min_compression_ratio=0.2)
         self.engine = dear.attach(self.model, self.opt, compressor=self.compressor, bucket_cap_mb=SMALL)
@@ -33,11 +34,11 @@ class Sparing:
                 del grads["rarely"]
             for name, grad in grads.items():
                 self.balance[name] += grad.double()
-        self.model(given[rank]).backward()
+        self.model({name: grad.to(place()) for name, grad in given[rank].items()}).backward()
 
     def params(self):
-        """Copies of the parameters, in float64."""
-        return {name: p.detach().double() for name, p in self.model.module.named_parameters()}
+        """Copies of the parameters, in float64 and on the host."""
+        return {name: p.detach().cpu().double() for name, p in self.model.module.named_parameters()}
 
     def take(self, world, results):
         """These were the results; nothing else may be missing."""

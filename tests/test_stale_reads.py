@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import training
 from holding import HEAD_START, hold_updates, parameters_of_plain_ddp, release, step_ahead
+from place import place
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -59,9 +60,13 @@ def saved(model):
     return torch.load(file)
 
 
+def ones():
+    return torch.ones(4, 16, device=place())
+
+
 def output_of(forward):
     with torch.no_grad():
-        return forward(torch.ones(4, 16))
+        return forward(ones())
 
 
 def synchronized(model, engine):
@@ -91,12 +96,12 @@ STATE_READS = {
 
 FORWARDS = {
     "no-grad forward": lambda model: output_of(model),
-    "inference": lambda model: torch.inference_mode()(model.__call__)(torch.ones(4, 16)),
+    "inference": lambda model: torch.inference_mode()(model.__call__)(ones()),
     "evaluation": lambda model: output_of(model.eval()),
-    "evaluation with gradients": lambda model: model.eval()(torch.ones(4, 16)).detach(),
+    "evaluation with gradients": lambda model: model.eval()(ones()).detach(),
     "forward of the inner module": lambda model: output_of(model.module),
-    "forward of the inner module with gradients": lambda model: model.module(torch.ones(4, 16)).detach(),
-    "a second forward": lambda model: model(torch.ones(4, 16)).detach(),
+    "forward of the inner module with gradients": lambda model: model.module(ones()).detach(),
+    "a second forward": lambda model: model(ones()).detach(),
 }
 
 
@@ -120,7 +125,7 @@ def test_reads_of_the_state_see_finished_parameters(pool2, update):
 
 def forwards(rank, world, update, name):
     want = parameters_of_plain_ddp(rank, name, WARM + len(FORWARDS))
-    plain = getattr(training.models, name)()
+    plain = getattr(training.models, name)().to(place())
     model, opt, engine = warm(rank, name, update)
     for step, (kind, forward) in enumerate(FORWARDS.items(), WARM):
         step_ahead(rank, model, opt, engine, step, kind)

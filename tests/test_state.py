@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import training
+from place import place
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -50,7 +51,7 @@ def through_file(state):
 def fresh(optimizer=ADAM, **attach):
     """Another start than training.build gives, so that only what is loaded can make it equal."""
     torch.manual_seed(99)
-    model = DDP(training.models.Mlp())
+    model = DDP(training.models.Mlp().to(place()))
     opt = optimizer[0](model.parameters(), **optimizer[1])
     return model, opt, dear.attach(model, opt, **{**SMALL, **attach})
 
@@ -98,7 +99,7 @@ def from_plain(rank, world, update, when):
     steps(plain, plain_opt, rank, range(3, 6))
 
     torch.manual_seed(99)
-    model = DDP(training.models.Mlp())
+    model = DDP(training.models.Mlp().to(place()))
     opt = ADAM[0](model.parameters(), **ADAM[1])
     if when == "before attach":
         model.module.load_state_dict(state["model"])

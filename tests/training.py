@@ -6,6 +6,7 @@ from typing import Any
 import models
 import torch
 import torch.nn.functional as F
+from place import place
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dear
@@ -16,7 +17,7 @@ SGD = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
 def build(model: str, optimizer: tuple[Any, dict[str, Any]], ddp: dict[str, Any]) -> tuple[DDP, torch.optim.Optimizer]:
     """A DDP module and its optimizer, the same on every rank and every time."""
     torch.manual_seed(0)
-    net = getattr(models, model)()
+    net = getattr(models, model)().to(place())
     wrapped = DDP(net, **ddp)
     kind, options = optimizer
     return wrapped, kind(net.parameters(), **options)
@@ -24,7 +25,7 @@ def build(model: str, optimizer: tuple[Any, dict[str, Any]], ddp: dict[str, Any]
 
 def loss_of(model: torch.nn.Module, rank: int, step: int) -> torch.Tensor:
     """The loss on this rank's data of this step."""
-    x, y = models.data(rank, step)
+    x, y = (each.to(place()) for each in models.data(rank, step))
     return F.mse_loss(model(x), y)
 
 

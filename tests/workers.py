@@ -245,6 +245,8 @@ class _Worker:
             [sys.executable, "-m", "workers", *map(str, (theirs.fileno(), os.getpid(), rank, world_size))],
             env=os.environ
             | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(paths)}
+            # Hosts of their own to NCCL, which refuses to share a GPU within one.
+            | {"NCCL_SOCKET_IFNAME": "lo", "NCCL_HOSTID": f"host {rank}", "NCCL_IB_DISABLE": "1"}
             | dict(env),
             stdin=subprocess.DEVNULL,
             stdout=self._log,

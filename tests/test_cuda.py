@@ -1,0 +1,89 @@
+"""What holds on the host holds on a GPU: the same tests with CUDA tensors, over NCCL.
+
+Two workers share one GPU: to NCCL they are hosts of their own (see workers.py), which it connects by sockets.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import test_all_to_all
+import test_collectives
+import test_compressed_schedule
+import test_compressors_feedback
+import test_compressors_golden
+import test_compressors_hook
+import test_parity
+import test_schedule
+import test_scheduled_feedback
+import test_stale_reads
+import test_state
+import torch
+from workers import WorkerPool
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+
+MODES = ["sharded", "replicated"]
+KINDS = list(test_compressors_golden.KINDS)
+
+# Functions of the host's tests, with what they are called with.
+CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+    (test_collectives.halves_are_exact, ("native",)),
+    (test_all_to_all.the_public_call, ("native",)),
+    *((test_parity.all_models, (mode, view, True)) for mode in MODES for view in (False, True)),
+    *((test_parity.optimizers, (mode,)) for mode in MODES),
+    *((test_parity.loops, (mode, False)) for mode in MODES),
+    *((test_parity.schedule_and_groups, (mode,)) for mode in MODES),
+    (test_parity.clip, ()),
+    (test_parity.scaler, ()),
+    *((test_stale_reads.state_reads, (mode,)) for mode in MODES),
+    *((test_stale_reads.forwards, (mode, name)) for mode in MODES for name in ("Mlp", "Functional")),
+    *((test_schedule.hook_calls, (mode,)) for mode in MODES),
+    *((test_state.resumed, (mode, test_state.ADAM, 3)) for mode in MODES),
+    *((test_compressors_golden.low_rank, case) for case in itertools.product(("acp", "power"), (True, False))),
+    *((test_compressors_golden.flat_kinds, (kind,)) for kind in ("topk", "sign", "majority")),
+    *((test_compressors_golden.sixteen_bits, (dtype, None)) for dtype in (torch.bfloat16, torch.float16)),
+    *((test_compressors_feedback.conserved, (kind, True, True)) for kind in KINDS),
+    *((test_compressors_feedback.resume, (kind, True, False)) for kind in KINDS),
+    (test_compressors_hook.all_models, ()),
+    (test_compressors_hook.accumulation, ()),
+    (test_compressors_hook.bad_gradients, ()),
+    (test_compressors_hook.grad_scaler, ()),
+    *((test_compressed_schedule.same_training, (kind,)) for kind in test_compressed_schedule.KINDS),
+    *((test_compressed_schedule.bad_gradients, (kind,)) for kind in ("acp", "topk", "bf16")),
+    (test_compressed_schedule.grad_scaler, ()),
+    (test_compressed_schedule.clipping, ()),
+    (test_compressed_schedule.statistics, ()),
+    *((test_scheduled_feedback.unused, (kind, False)) for kind in KINDS),
+]
+
+
+@pytest.fixture(scope="module")
+def gpu2() -> Iterator[WorkerPool]:
+    """Two warm workers on one GPU, with a cuBLAS that computes the same each time."""
+    with WorkerPool(2, env={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}) as pool:
+        yield pool
+
+
+def on_the_gpu(rank: int, world: int, case: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """The case, where the same computation gives the same bits."""
+    torch.cuda.set_device(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.cuda.reset_peak_memory_stats()
+    case(rank, world, *args)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() > 0, "nothing was on the GPU"
+
+
+def name_of(case: tuple[Callable[..., Any], tuple[Any, ...]]) -> str:
+    function, args = case
+    module = function.__module__.removeprefix("test_")
+    return "-".join([module, function.__name__, *(str(each) for each in args if not isinstance(each, tuple))])
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_as_on_the_host(gpu2: WorkerPool, case: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
+    gpu2.run(on_the_gpu, *case, backend="nccl", timeout=100, group_timeout=60)
