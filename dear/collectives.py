@@ -83,13 +83,21 @@ def make_lane(
     With ``all_to_all`` a lane for all-to-alls, which are not for a ring: instead of it, connections to every rank.
     """
     if algorithm == "native":
-        ranks = dist.get_process_group_ranks(group)
-        own = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc=f"dear {name}")
+        own = dist.new_group(
+            dist.get_process_group_ranks(group), backend=_backend_of(group), timeout=timeout,
+            use_local_synchronization=True, group_desc=f"dear {name}",
+        )  # fmt: skip
         return _C.NativeLane(own)
     number = next(_ring_numbers.setdefault(group, itertools.count()))
     store = c10d._get_process_group_store(group)
     make = _C.MeshLane if all_to_all else _C.RingLane
     return make(store, f"{name}/{number}", group.rank(), group.size(), timeout)
+
+
+def _backend_of(group: dist.ProcessGroup) -> str:
+    """What makes another group of the same kind; left out, `new_group` would take the default group's."""
+    name = dist.get_backend(group)
+    return dist.get_backend_config(group) if name == dist.Backend.UNDEFINED else name
 
 
 def _lane(

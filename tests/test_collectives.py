@@ -1,15 +1,19 @@
 """The halves of an all-reduce: exact sums at any length and dtype, failures that name who failed, misuse refused."""
 
+import importlib
 import os
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from place import place
+from torch.distributed import distributed_c10d as c10d
 from workers import WorkerDied, run_workers
 
 import dear
+from dear.collectives import make_lane
 
 LENGTHS = [0, 1, 2, 3, 7, 1000, 100_003]
 TYPES = [
@@ -108,6 +112,22 @@ def part_of_the_world(rank, world):
 
 def test_part_of_the_world(pool4):
     pool4.run(part_of_the_world)
+
+
+def lanes_of_groups_of_another_backend(rank, world):
+    """A lane is of its group's backend, whichever the default group's is: NCCL's, where DDP was given such a group."""
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")  # torch then knows a backend "fake"
+    for backend in ("fake", "gloo", "cpu:gloo,cuda:gloo"):
+        group = dist.new_group(backend=backend)
+        before = set(c10d._world.pg_map)
+        lane = make_lane(group, "a test", "native", timedelta(seconds=10))
+        (own,) = set(c10d._world.pg_map) - before
+        assert dist.get_backend_config(own) == dist.get_backend_config(group)
+        del lane
+
+
+def test_lanes_of_groups_of_another_backend(pool2):
+    pool2.run(lanes_of_groups_of_another_backend)
 
 
 def misuse(rank, world):

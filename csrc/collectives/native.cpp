@@ -94,7 +94,7 @@ class NativeExchange : public Exchange {
     // A group may have several backends, one for each type of device.
     const c10::Device device = in[0].device();
     nccl_ = device.is_cuda() && group.getBackend(device.type())->getBackendName() == "nccl";
-    // NCCL makes one operation of many, which on Ethernet is worth a good part of a small one's time.
+    // NCCL makes one operation of many: one launch, and no pause between them.
     const bool together = phase_ != Phase::kAllToAll && nccl_ &&
                           std::all_of(in.begin(), in.end(), [&](const at::Tensor& tensor) {
                             return tensor.scalar_type() == in[0].scalar_type();
@@ -171,9 +171,9 @@ class NativeExchange : public Exchange {
     }
   }
 
-  // Elsewhere the sum is divided when it has arrived. NCCL could average, but not by PAT, its algorithm for
-  // hosts of one GPU each: by the ring, whose protocol for small messages sends every byte twice. Only a sum
-  // of 16 bits of float16's range needs it, since it may overflow.
+  // The sum is divided when it has arrived, by every backend alike. NCCL could average, but it scales what
+  // each rank gives, which rounds once more, and does not do so by PAT, its algorithm for many hosts of one
+  // GPU each. Float16 needs it: its sum may overflow.
   bool averages_itself(const at::Tensor& tensor) const {
     return nccl_ && reduction_ == Reduction::kAverage && tensor.scalar_type() == at::kHalf;
   }
