@@ -156,8 +156,9 @@ class Engine(Schedule):
 
     def stats(self) -> dict[str, Any]:
         """Counters: ``steps``; ``bytes_sent`` by this rank in all; of the last step, how many ms the training thread
-        waited for communication (``exposed_ms``, and by phase); the fusion plan; with a compressor, what it computed
-        in the step before (``encode_ms``, ``merge_ms``, ``decode_ms``)."""
+        waited for communication (``exposed_ms``, and by phase; with NCCL none, since streams wait in its place); the
+        fusion plan; for host tensors, what a compressor computed in the step before (``encode_ms``, ``merge_ms``,
+        ``decode_ms``)."""
         reduce_ns, gather_ns = self._last_waits
         return {
             "steps": self._steps,
