@@ -41,7 +41,10 @@ Relay::~Relay() {
     } catch (const std::exception&) {  // whoever waited for the relay has heard of it
     }
   }
-  follow();  // its buffers go back to the stream that they came from
+  try {
+    follow();                        // its buffers go back to the stream that they came from
+  } catch (const std::exception&) {  // the process ends, and CUDA has ended before us
+  }
 }
 
 void Relay::bind(const at::Tensor& source, const at::Tensor& target, int64_t begin, int64_t numel,
