@@ -158,7 +158,7 @@ def scripts(tmp_path, update, *bodies):
         for rank, body in enumerate(bodies)
     ]
     try:
-        outputs = [process.communicate(timeout=40)[0] for process in processes]
+        outputs = [process.communicate(timeout=100)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
