@@ -105,11 +105,18 @@ class Crew:
         """Ends the worker. After a failure, at once: a broken group may block in its destructor."""
         self.barrier()
         if self.had_failure:
-            mpi = sys.modules.get("mpi4py.MPI")
-            if mpi and mpi.Is_initialized() and not mpi.Is_finalized():
-                mpi.Finalize()  # or mpirun takes the end for a crash
-            os._exit(0)
+            end_at_once()
         dist.destroy_process_group()
+
+
+def end_at_once() -> None:
+    """Ends the process with what it has said, but without the interpreter's clean-up."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()  # or mpirun takes the end for a crash
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def user_seconds() -> tuple[float, float] | None:

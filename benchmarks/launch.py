@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import mpi
-from benchmarks.crew import Crew
+from benchmarks.crew import Crew, end_at_once
 from benchmarks.netlab import Lab, Loopback
 from benchmarks.results import ROOT
 
@@ -103,6 +103,9 @@ def worker(spool: Path, measure: Callable[[Crew, dict[str, Any], Report], dict[s
     if crew.rank == 0:
         (spool / "result.json").write_text(json.dumps(result))
     crew.leave()
+    # DDP keeps the default group, and with it gloo's threads: one that, on a busy machine, has yet to drop a tensor
+    # when the interpreter ends takes the process down ("terminate called without an active exception").
+    end_at_once()
 
 
 @contextmanager
