@@ -72,10 +72,15 @@ def on_the_gpu(rank: int, world: int, case: Callable[..., Any], args: tuple[Any,
     """The case, where the same computation gives the same bits."""
     torch.cuda.set_device(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.cuda.reset_peak_memory_stats()
+    before = allocations()
     case(rank, world, *args)
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() > 0, "nothing was on the GPU"
+    assert allocations() > before, "nothing was on the GPU"
+
+
+def allocations() -> int:
+    """How many there have been on the GPU."""
+    return int(torch.cuda.memory_stats().get("allocation.all.allocated", 0))
 
 
 def name_of(case: tuple[Callable[..., Any], tuple[Any, ...]]) -> str:

@@ -41,9 +41,10 @@ Relay::~Relay() {
     } catch (const std::exception&) {  // whoever waited for the relay has heard of it
     }
   }
+  // Its buffers go back to the stream that they came from. At the process's end CUDA may have ended first.
   try {
-    follow();                        // its buffers go back to the stream that they came from
-  } catch (const std::exception&) {  // the process ends, and CUDA has ended before us
+    follow();
+  } catch (const std::exception&) {
   }
 }
 
