@@ -35,4 +35,4 @@ class ACPSGD(LowRank):
         return (rows + columns) * rank / 2
 
     def native(self, group: Group) -> _C.Codec:
-        return _C.AcpCodec(start_step=self.start_step, **self.parts(group))
+        return _C.AcpCodec(start_step=self.start_step, **self.codec_arguments(group))

@@ -9,24 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from compress._state import check_parameters
-from compress.compressor import Compressor
+from compress.contract import Contract
+from compress.saved import check_parameters
+from dear import compression
 
 #: What to do when ranks disagree.
 REMEDY = "configure the compressor alike on every rank"
-
-
-def check_kind(thing: Any, caller: str) -> None:
-    """Refuses what is no compressor.
-
-    Raises:
-        TypeError: one sentence says what it is instead.
-    """
-    if isinstance(thing, type) and issubclass(thing, Compressor):
-        name = f"compress.{thing.__name__}" if thing.__module__.startswith("compress.") else thing.__name__
-        raise TypeError(f"{name} is a class; pass an instance, such as {name}().")
-    if not isinstance(thing, Compressor):
-        raise TypeError(f"{caller} needs a compressor, such as compress.ACPSGD(), not {type(thing).__name__}.")
 
 
 def check_new(compressor: Any, model: DDP, caller: str) -> dict[str, Any]:
@@ -37,15 +25,15 @@ def check_new(compressor: Any, model: DDP, caller: str) -> dict[str, Any]:
         RuntimeError: it serves a model already.
         ValueError: it has loaded the state of another model.
     """
-    check_kind(compressor, caller)
-    if compressor.driver is not None:
+    compression.check_kind(compressor, caller)
+    if compressor.binding is not None:
         raise RuntimeError("This compressor serves a model already, and keeps its state: make another one.")
     sizes = {name: param.numel() for name, param in model.module.named_parameters() if param.requires_grad}
     check_parameters(compressor, sizes)
     return facts(compressor)
 
 
-def facts(compressor: Compressor) -> dict[str, Any]:
+def facts(compressor: Contract) -> dict[str, Any]:
     """What must be the same on every rank, by what it is called in a sentence."""
     own = {
         **compressor.options(),

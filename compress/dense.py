@@ -43,4 +43,4 @@ class Dense(Compressor):
         return -(-group.numel // (2 * group.world)) * 2  # whole 32-bit words
 
     def native(self, group: Group) -> _C.Codec:
-        return _C.HalfCodec(shard=self.shard_numel(group), dtype=self.dtype, **self.parts(group))
+        return _C.HalfCodec(shard=self.shard_numel(group), dtype=self.dtype, **self.codec_arguments(group))

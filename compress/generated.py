@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from compress.contract import Contract
 from compress.exchange import Steps
 from compress.group import Group
 from dear import _C
-
-if TYPE_CHECKING:
-    from compress.compressor import Compressor
 
 
 class GeneratedCodec:
     """Advances a compressor's generator of exchanges; called by the native ``PythonCodec``, with the GIL."""
 
-    def __init__(self, compressor: Compressor, group: Group) -> None:
+    def __init__(self, compressor: Contract, group: Group) -> None:
         self._compressor = weakref.ref(compressor)  # which holds the group, which holds this
         self._group = group
         self._exchanges: Steps = iter(())
@@ -43,16 +40,16 @@ class GeneratedCodec:
         if stage == 0:
             if self._source.data_ptr() != group.gradient.data_ptr():  # which a compressor may write to, and DDP's not
                 group.gradient.copy_(self._source)
-            group.step, group.bad = step, None
+            group.step, group.nonfinite = step, None
             group.dropped.zero_()
             self._exchanges = self._alive().compressed_steps(group)
         exchange = next(self._exchanges, None)
         return None if exchange is None else exchange.message(group.rank, group.world)
 
     def bad(self) -> Tensor | None:
-        return self._group.bad
+        return self._group.nonfinite
 
-    def _alive(self) -> Compressor:
+    def _alive(self) -> Contract:
         compressor = self._compressor()
         if compressor is None:
             raise RuntimeError("The compressor was dropped while its model was training: keep a reference to it.")

@@ -77,10 +77,10 @@ class Group:
     step: int = 0
     feedback: list[Tensor] = field(default_factory=list)
     buffers: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = field(default_factory=dict)
-    plan: Any = None  # the compressor's own
+    private: Any = None  # the compressor's own
     codec: Any = None  # what drives it, native
     dropped: Tensor = field(init=False)
-    bad: Tensor | None = None
+    nonfinite: Tensor | None = None  # not zero somewhere if any rank dropped anything
 
     def __post_init__(self) -> None:
         self.dropped = torch.zeros(1, dtype=torch.int32, device=self.device)

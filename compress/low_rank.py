@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.compressor import COMPRESSIBLE, Compressor
+from compress.compressor import Compressor
+from compress.contract import COMPRESSIBLE
 from compress.group import Group, Member
 from dear import _C
 
@@ -25,7 +26,7 @@ class Batch:
 
 
 @dataclass
-class Plan:
+class Layout:
     """How a group is sent: batches of matrices, and the members that travel dense in the same message."""
 
     batches: list[Batch]
@@ -76,7 +77,7 @@ class LowRank(Compressor):
             if self._rank_of(member):
                 shapes.setdefault((member.rows, member.columns), []).append(member)
         batches = [self._make_batch(group, members) for members in shapes.values()]
-        group.plan = Plan(batches, [member for member in group.members if not self._rank_of(member)])
+        group.private = Layout(batches, [member for member in group.members if not self._rank_of(member)])
 
     def _make_batch(self, group: Group, members: list[Member]) -> Batch:
         (first, *_), count = members, len(members)
@@ -96,21 +97,21 @@ class LowRank(Compressor):
             group.feedback.append(error)
         return Batch(members, error, p, q)
 
-    def parts(self, group: Group) -> dict[str, Any]:
-        plan: Plan = group.plan
+    def codec_arguments(self, group: Group) -> dict[str, Any]:
+        layout: Layout = group.private
         batches = []
-        for batch in plan.batches:
+        for batch in layout.batches:
             starts = torch.tensor([member.start for member in batch.members], device=group.device)
             batches.append(_C.MatrixBatch(starts=starts, error=batch.error, p=batch.p, q=batch.q))
         segments, position = [], 0
-        for member in plan.dense:
+        for member in layout.dense:
             segments.append([member.start, member.numel, position])
             position += member.numel
         return {
-            **super().parts(group),
+            **super().codec_arguments(group),
             "batches": batches,
             "segments": torch.tensor(segments, dtype=torch.int64, device=group.device).view(-1, 3),
-            "dense_numel": plan.dense_numel,
+            "dense_numel": layout.dense_numel,
         }
 
     # --- state: the factors are the same on all ranks ---

@@ -35,4 +35,4 @@ class PowerSGD(LowRank):
         return (rows + columns) * rank
 
     def native(self, group: Group) -> _C.Codec:
-        return _C.PowerCodec(**self.parts(group))
+        return _C.PowerCodec(**self.codec_arguments(group))

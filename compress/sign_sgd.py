@@ -50,7 +50,7 @@ class SignSGD(Compressor):
         return group.numel / (group.world * self._words(group))
 
     def native(self, group: Group) -> _C.Codec:
-        return _C.SignCodec(words=self._words(group), scaled=self.vote == "mean", **self.parts(group))
+        return _C.SignCodec(words=self._words(group), scaled=self.vote == "mean", **self.codec_arguments(group))
 
     def _words(self, group: Group) -> int:
         """int32 words that say one owner's shard."""

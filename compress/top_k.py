@@ -73,15 +73,17 @@ class TopK(Compressor):
             owner_k=max(1, k // self._owners(group)),
             capacity=self._capacity(group),
             stretch=self._stretch(group),
-            **self.parts(group),
+            **self.codec_arguments(group),
         )
         if group.names in self._thresholds:
             codec.threshold.fill_(self._thresholds.pop(group.names))
-        group.plan = codec
+        group.private = codec
         return codec
 
     def own_state(self) -> dict[tuple[str, ...], float]:
-        kept = {names: float(group.plan.threshold) for names, group in self.groups.items() if group.plan is not None}
+        kept = {
+            names: float(group.private.threshold) for names, group in self.groups.items() if group.private is not None
+        }
         return self._thresholds | kept
 
     def load_own_state(self, state: dict[tuple[str, ...], float]) -> None:

@@ -1,4 +1,4 @@
-// Collectives and schedule, for Python, and the module.
+// Collectives, for Python, and the module.
 #include "bindings.h"
 
 #include <pybind11/chrono.h>
@@ -6,7 +6,6 @@
 #include "collectives/mesh.h"
 #include "collectives/native.h"
 #include "collectives/ring.h"
-#include "schedule/comm_hook.h"
 
 namespace {
 
@@ -78,109 +77,11 @@ void bind_collectives(py::module_& m) {
   });
 }
 
-// A forward pre-hook without a Python frame: waits for its fusion groups, and costs a call when nothing is in
-// flight.
-struct GroupWait {
-  std::shared_ptr<dear::Scheduler> scheduler;
-  std::vector<size_t> groups;
-
-  void operator()() const {
-    if (!scheduler->gathering()) return;
-    py::gil_scoped_release release;
-    for (const size_t group : groups) scheduler->wait_gathered(group);
-  }
-};
-
-void bind_schedule(py::module_& m) {
-  using dear::Bucket;
-  using dear::Scheduler;
-
-  py::class_<Bucket>(m, "Bucket")
-      .def_readonly("buffer", &Bucket::buffer)
-      .def_readonly("params", &Bucket::params)
-      .def_readonly("grads", &Bucket::grads);
-  py::class_<dear::TraceEvent>(m, "TraceEvent")
-      .def_readonly("lane", &dear::TraceEvent::lane)
-      .def_readonly("name", &dear::TraceEvent::name)
-      .def_readonly("start_ns", &dear::TraceEvent::start_ns)
-      .def_readonly("end_ns", &dear::TraceEvent::end_ns);
-  py::class_<dear::HookCalls, std::shared_ptr<dear::HookCalls>>(m, "HookCalls")
-      .def(py::init<>())
-      .def_readonly("total", &dear::HookCalls::total)
-      .def_readonly("with_gil", &dear::HookCalls::with_gil);
-
-  py::class_<Scheduler, std::shared_ptr<Scheduler>>(m, "Scheduler")
-      .def(py::init([](std::shared_ptr<Lane> reduce_lane, std::shared_ptr<Lane> gather_lane,
-                       bool gather_gradients) {
-             return make_shared_without_gil<Scheduler>(std::move(reduce_lane), std::move(gather_lane),
-                                                       gather_gradients);
-           }),
-           py::arg("reduce_lane"), py::arg("gather_lane"), py::arg("gather_gradients"))
-      .def("set_backward_ended",
-           [](Scheduler& self, py::function callback, bool always) {
-             // Steady state never enters Python: only a new layout does, unless the caller wants every pass.
-             const auto held = dear::bindings::hold(std::move(callback));
-             self.set_backward_ended([held, always](bool layout_is_new) {
-               if (!layout_is_new && !always) return;
-               py::gil_scoped_acquire acquire;
-               (*held)(layout_is_new);
-             });
-           })
-      .def("clear_backward_ended", [](Scheduler& self) { self.set_backward_ended(nullptr); })
-      .def("incoming", &Scheduler::incoming)
-      .def("set_layout",
-           [](Scheduler& self, const std::vector<std::pair<at::Tensor, at::Tensor>>& pairs,
-              std::vector<std::pair<at::Tensor, at::Tensor>> stand_ins) {
-             std::vector<dear::BucketBuffers> buffers;
-             for (const auto& [shard, full] : pairs) buffers.push_back({shard, full});
-             py::gil_scoped_release release;
-             self.set_layout(std::move(buffers), std::move(stand_ins));
-           })
-      .def("set_groups", &Scheduler::set_groups, py::arg("sizes"), py::arg("gather_order"), NoGil())
-      .def("forget_layout", &Scheduler::forget_layout, NoGil())
-      .def("submit_all", &Scheduler::submit_all, NoGil())
-      .def("set_pipeline", &Scheduler::set_pipeline, py::arg("pipeline"))
-      .def("set_relays", &Scheduler::set_relays, py::arg("relays"), NoGil())
-      .def("any_dropped", &Scheduler::any_dropped, NoGil())
-      .def("has_gradients", &Scheduler::has_gradients)
-      .def("check_untouched", &Scheduler::check_untouched)
-      .def("gradients_used", &Scheduler::gradients_used)
-      .def("reduced", &Scheduler::reduced)
-      .def("wait_reduced", &Scheduler::wait_reduced, NoGil())
-      .def("submit_gather", &Scheduler::submit_gather, NoGil())
-      .def("wait_gathered", &Scheduler::wait_gathered, NoGil())
-      .def("gathering", &Scheduler::gathering)
-      .def("synchronize", &Scheduler::synchronize, NoGil())
-      .def("take_wait_times",
-           [](Scheduler& self) {
-             const dear::WaitTimes times = self.take_wait_times();
-             return std::make_pair(times.reduce_scatter_ns, times.all_gather_ns);
-           })
-      .def("bytes_sent", &Scheduler::bytes_sent)
-      .def("start_trace", &Scheduler::start_trace)
-      .def("stop_trace", &Scheduler::stop_trace)
-      .def("trace", &Scheduler::trace)
-      .def("abort", &Scheduler::abort, NoGil());
-
-  py::class_<GroupWait>(m, "GroupWait")
-      .def(py::init([](std::shared_ptr<Scheduler> scheduler, std::vector<size_t> groups) {
-        return GroupWait{std::move(scheduler), std::move(groups)};
-      }))
-      .def("__call__", [](const GroupWait& self, const py::args&) { self(); });
-
-  m.def("register_scheduler",
-        [](const std::shared_ptr<c10d::Reducer>& reducer, std::shared_ptr<Scheduler> scheduler,
-           std::shared_ptr<dear::HookCalls> calls) {
-          dear::register_scheduler(*reducer, std::move(scheduler), std::move(calls),
-                                   [] { return PyGILState_Check() != 0; });
-        });
-}
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The native part: collectives, schedule and compressors.";
   bind_collectives(m);
-  bind_schedule(m);
   dear::bindings::bind_compress(m);
+  dear::bindings::bind_schedule(m);
 }

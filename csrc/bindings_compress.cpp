@@ -1,12 +1,9 @@
-// Codecs, pipelines and the driver of compressors, for Python.
-#include <torch/csrc/jit/python/pybind_utils.h>
-
+// Codecs of compressors, for Python.
 #include "bindings.h"
 #include "compress/codecs/half.h"
 #include "compress/codecs/low_rank.h"
 #include "compress/codecs/sign.h"
 #include "compress/codecs/topk.h"
-#include "schedule/comm_hook.h"
 
 namespace dear::bindings {
 namespace {
@@ -113,97 +110,8 @@ void bind_codecs(py::module_& m) {
            py::arg("dense_numel"));
 }
 
-CompressDriver::Callbacks make_callbacks(py::function bind, py::function measure, py::function ended) {
-  CompressDriver::Callbacks callbacks;
-  callbacks.bind = [call = hold(std::move(bind))](size_t index, const Bucket& bucket) {
-    const py::gil_scoped_acquire acquire;
-    return (*call)(index, bucket).cast<Relays>();
-  };
-  callbacks.measure = [call = hold(std::move(measure))](size_t index) {
-    const py::gil_scoped_acquire acquire;
-    (*call)(index);
-  };
-  callbacks.ended = [call = hold(std::move(ended))](const std::vector<size_t>& bad) {
-    const py::gil_scoped_acquire acquire;
-    (*call)(bad);
-  };
-  return callbacks;
-}
-
-void bind_driver(py::module_& m) {
-  py::class_<Pipeline::Counts>(m, "PipelineCounts")
-      .def_readonly("bytes_sent", &Pipeline::Counts::bytes_sent)
-      .def_readonly("encode_ns", &Pipeline::Counts::encode_ns)
-      .def_readonly("between_ns", &Pipeline::Counts::between_ns)
-      .def_readonly("decode_ns", &Pipeline::Counts::decode_ns);
-  py::class_<Pipeline, std::shared_ptr<Pipeline>>(m, "Pipeline")
-      .def(py::init([](std::vector<std::shared_ptr<Lane>> lanes, std::shared_ptr<Lane> all_to_all,
-                       at::Device device) {
-             return make_shared_without_gil<Pipeline>(std::move(lanes), std::move(all_to_all), device);
-           }),
-           py::arg("lanes"), py::arg("all_to_all"), py::arg("device"))
-      .def_property("steps", &Pipeline::steps, &Pipeline::set_steps)
-      .def("abort", &Pipeline::abort, NoGil())
-      .def_property_readonly("counts_of_step", &Pipeline::counts_of_step)
-      .def_property_readonly("counts_of_last_step", &Pipeline::counts_of_last_step);
-
-  py::class_<Relay, std::shared_ptr<Relay>>(m, "Relay")
-      .def(py::init([](std::shared_ptr<Pipeline> pipeline, std::shared_ptr<Codec> codec, std::string label,
-                       std::vector<at::Tensor> keeps, bool rolls_back) {
-             return make_shared_without_gil<Relay>(std::move(pipeline), std::move(codec), std::move(label),
-                                                   std::move(keeps), rolls_back);
-           }),
-           py::arg("pipeline"), py::arg("codec"), py::arg("label"), py::arg("keeps"), py::arg("rolls_back"))
-      .def(
-          "bind",
-          [](Relay& self, const at::Tensor& source, const at::Tensor& target, int64_t begin, int64_t numel,
-             const std::vector<std::tuple<int64_t, int64_t, int64_t>>& tuples) {
-            std::vector<Run> runs;
-            for (const auto& [in_bucket, in_group, length] : tuples)
-              runs.push_back({in_bucket, in_group, length});
-            self.bind(source, target, begin, numel, std::move(runs));
-          },
-          py::arg("source"), py::arg("target"), py::arg("begin"), py::arg("numel"), py::arg("runs"), NoGil())
-      .def("compressed", &Relay::compressed, NoGil())
-      .def("is_bad", &Relay::is_bad)
-      .def("roll_back", &Relay::roll_back, NoGil());
-
-  py::class_<CompressDriver, std::shared_ptr<CompressDriver>>(m, "CompressDriver")
-      .def(py::init([](std::shared_ptr<Pipeline> pipeline, py::function bind, py::function measure,
-                       py::function ended) {
-             return make_shared_without_gil<CompressDriver>(
-                 std::move(pipeline), make_callbacks(std::move(bind), std::move(measure), std::move(ended)));
-           }),
-           py::arg("pipeline"), py::arg("bind"), py::arg("measure"), py::arg("ended"))
-      .def(
-          "on_bucket",
-          [](CompressDriver& self, c10d::GradBucket& bucket) {
-            c10::intrusive_ptr<c10::ivalue::Future> future;
-            {
-              const py::gil_scoped_release release;
-              future = self.on_bucket(bucket.getIndex(),
-                                      {bucket.getBuffer(), bucket.getParameters(), bucket.getGradients()});
-            }
-            return std::make_shared<torch::jit::PythonFutureWrapper>(future);
-          },
-          py::arg("bucket"))
-      .def("set_always_ended", &CompressDriver::set_always_ended)
-      .def("measure_next", &CompressDriver::measure_next)
-      .def("forget", &CompressDriver::forget, NoGil())
-      .def("roll_back", &CompressDriver::roll_back, NoGil())
-      .def_property_readonly("exposed_ns", &CompressDriver::exposed_ns);
-
-  m.def("register_driver", [](const std::shared_ptr<c10d::Reducer>& reducer,
-                              std::shared_ptr<CompressDriver> driver, std::shared_ptr<HookCalls> calls) {
-    register_driver(*reducer, std::move(driver), std::move(calls), [] { return PyGILState_Check() != 0; });
-  });
-}
-
 }  // namespace
 
-void bind_compress(py::module_& m) {
-  bind_codecs(m);
-  bind_driver(m);
-}
+void bind_compress(py::module_& m) { bind_codecs(m); }
 
 }  // namespace dear::bindings

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear import _C
+from dear._look_again import check_members
+from dear._pending import can_be_pending
 
 HOOK_NAME = "dear"
 COMPRESS_HOOK_NAME = "compress"
@@ -68,6 +72,11 @@ def check(model: DDP, optimizer: Any, group: dist.ProcessGroup | None) -> None:
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"dear.attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} is a wrapper around an optimizer, which never called Optimizer.__init__(): "
+            "pass the optimizer inside."
+        )
     if getattr(model, ENGINE, None) or getattr(optimizer, ENGINE, None):
         raise RuntimeError("This model or optimizer is attached already: call engine.detach() on the first engine.")
     if hasattr(torch.optim, "SparseAdam") and isinstance(optimizer, torch.optim.SparseAdam):
@@ -79,10 +88,8 @@ def check(model: DDP, optimizer: Any, group: dist.ProcessGroup | None) -> None:
 
 
 def _check_parameters(model: DDP, optimizer: Optimizer) -> None:
-    names = {param: name for name, param in model.module.named_parameters()}
-    trained = [param for param in names if param.requires_grad]
-    if not trained:
-        raise ValueError("No parameter of this model requires a gradient: there is nothing to communicate.")
+    names = parameter_names(model)
+    trained = reduced_parameters(model)
     for param in trained:
         if param.is_complex():
             raise ValueError(
@@ -94,15 +101,56 @@ def _check_parameters(model: DDP, optimizer: Optimizer) -> None:
                 f"The parameter {names[param]} is updated in backward by _apply_optimizer_in_backward(), before its "
                 "gradient is reduced: use an ordinary optimizer."
             )
+        if not can_be_pending(param):
+            raise ValueError(
+                f"The parameter {names[param]} is a {type(param).__name__}, whose class cannot be changed while its "
+                "update is under way: make it a torch.nn.Parameter."
+            )
+    if _is_parallel(model):
+        raise ValueError(
+            "This model's parameters are DTensors, or parts of them (tensor parallelism), which an update cannot be "
+            "cut into shards of: use plain DDP for it."
+        )
     devices = sorted({str(param.device) for param in trained})
     if len(devices) > 1:
         raise ValueError(f"The model's parameters lie on {' and '.join(devices)}: put the model on one device.")
-    strangers = sum(param not in names for group in optimizer.param_groups for param in group["params"])
-    if strangers:
+    check_members([p for g in optimizer.param_groups for p in g["params"]], names, set(trained))
+
+
+def _is_parallel(model: DDP) -> bool:
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is not None and getattr(mesh, "_get_root_mesh", lambda: mesh)() != mesh:
+        return True
+    return any(hasattr(param, "device_mesh") for param in model.module.parameters())
+
+
+def parameter_names(model: DDP) -> dict[torch.nn.Parameter, str]:
+    """All parameters of the module, and their names in it."""
+    return {param: name for name, param in model.module.named_parameters()}
+
+
+def reduced_parameters(model: DDP) -> list[torch.nn.Parameter]:
+    """The parameters whose gradients DDP reduces: those that required one when it was built.
+
+    Raises:
+        ValueError: there are none; or some were frozen or thawed since, and DDP does not tell which.
+    """
+    count = model._get_ddp_logging_data()["num_parameter_tensors"]
+    ignored = set(model.parameters_to_ignore)
+    candidates = [param for name, param in model.module.named_parameters() if name not in ignored]
+    trained = [param for param in candidates if param.requires_grad]
+    if len(trained) == count:
+        found = trained
+    elif len(candidates) == count:
+        found = candidates
+    else:
         raise ValueError(
-            f"The optimizer holds {strangers} parameters that are not in the DDP module, so nobody would reduce their "
-            "gradients: give them an optimizer of their own, or put them into the module."
+            f"DDP was built when {count} parameters required a gradient and now {len(trained)} do: freeze or thaw "
+            "parameters before the model is wrapped in DistributedDataParallel."
         )
+    if not found:
+        raise ValueError("No parameter of this model requires a gradient: there is nothing to communicate.")
+    return found
 
 
 def has_hook(model: DDP) -> bool:
@@ -129,8 +177,21 @@ def reducer_options(model: DDP) -> ReducerOptions:
     return ReducerOptions(int(model.bucket_bytes_cap), int(first), model.gradient_as_bucket_view)
 
 
-def rebuild_reducer(model: DDP, options: ReducerOptions) -> None:
-    """Gives ``model`` a new reducer, without a hook."""
+@contextlib.contextmanager
+def _thawed(params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """A reducer is built of the parameters that require a gradient, and cannot be told otherwise."""
+    frozen = [param for param in params if not param.requires_grad]
+    for param in frozen:
+        param.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for param in frozen:
+            param.requires_grad_(False)
+
+
+def rebuild_reducer(model: DDP, options: ReducerOptions, params: Sequence[torch.nn.Parameter]) -> None:
+    """Gives ``model`` a new reducer of these parameters, frozen or not, without a hook."""
     model._remove_autograd_hooks()
     cap = options.cap
     model.gradient_as_bucket_view = options.views
@@ -143,9 +204,10 @@ def rebuild_reducer(model: DDP, options: ReducerOptions) -> None:
     else:
         model.bucket_bytes_cap_default = options.first < cap
     model.bucket_bytes_cap_list = []
-    parameters, sparse = model._build_params_for_reducer()
-    names = model._build_debug_param_to_name_mapping(parameters)
-    model._ddp_init_helper(parameters, sparse, names, model.static_graph)
+    with _thawed(params):
+        parameters, sparse = model._build_params_for_reducer()
+        names = model._build_debug_param_to_name_mapping(parameters)
+        model._ddp_init_helper(parameters, sparse, names, model.static_graph)
     if model.static_graph:
         model.reducer._set_static_graph()
         assert model.logger is not None
@@ -161,10 +223,10 @@ def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:
     return calls
 
 
-def register_driver(model: DDP, driver: _C.CompressDriver) -> _C.HookCalls:
-    """Makes a compressor's ``driver`` the module's communication hook."""
+def register_compressed(model: DDP, hook: _C.CompressedHook) -> _C.HookCalls:
+    """Makes a compressor's ``hook`` the module's communication hook."""
     calls = _C.HookCalls()
-    _C.register_driver(model.reducer, driver, calls)
+    _C.register_compressed_hook(model.reducer, hook, calls)
     assert model.logger is not None
     model.logger._set_comm_hook_name(COMPRESS_HOOK_NAME)
     return calls
@@ -175,13 +237,14 @@ def tracks_unused(model: DDP) -> bool:
     return bool(model.find_unused_parameters or model.static_graph)
 
 
-def reducer_parameters(model: DDP) -> list[torch.nn.Parameter]:
-    """The parameters in the order in which the reducer numbers them."""
-    return list(model._build_params_for_reducer()[0])
+def in_reducer_order(model: DDP, params: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """These parameters, all of the reducer's, in the order in which it numbers them."""
+    with _thawed(params):
+        return list(model._build_params_for_reducer()[0])
 
 
 def used_parameters(model: DDP, parameters: list[torch.nn.Parameter]) -> set[torch.nn.Parameter] | None:
-    """Those of :func:`reducer_parameters` that some rank has used in the last backward pass, or None when DDP does
+    """Those of :func:`in_reducer_order` that some rank has used in the last backward pass, or None when DDP does
     not count (all have)."""
     if not tracks_unused(model):
         return None

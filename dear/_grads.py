@@ -3,48 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 
-StandIns = list[tuple[torch.nn.Parameter, torch.Tensor]]
+from dear._placeholders import Placeholders
+
+Param = torch.nn.Parameter
+Grads = dict[Param, torch.Tensor]
+
+WRITTEN_LATE = (
+    "Gradients were written to after the backward pass that sent them: the last backward pass before optimizer.step() "
+    "must be the one outside model.no_sync()."
+)
 
 
-def look(stand_ins: StandIns, skip: set[torch.nn.Parameter]) -> Literal["ours", "none", "changed"]:
-    """What the parameters but ``skip`` have in ``.grad``: all what the engine put there (or views of that memory), all
-    nothing, or something else."""
-    ours = none = False
-    for param, stand_in in stand_ins:
-        if param in skip:
-            continue
-        grad = param.grad
-        if grad is None:
-            none = True
-        elif grad is stand_in or grad.data_ptr() == stand_in.data_ptr():
-            ours = True
+@dataclass
+class Found:
+    """What stands in ``.grad``, by parameter."""
+
+    reduced: bool = False  # some have what the engine put there, or a view of that memory
+    missing: list[Param] = field(default_factory=list)  # None
+    own: Grads = field(default_factory=dict)  # anything else
+
+    @property
+    def nothing(self) -> bool:
+        """No parameter has a gradient."""
+        return not self.reduced and not self.own
+
+
+def look(placeholders: Placeholders) -> Found:
+    """What the parameters have in ``.grad``, against what the last backward pass should have left there."""
+    found = Found()
+    with torch._C.DisableTorchFunctionSubclass():
+        for param, placeholder in placeholders:
+            grad = param.grad
+            if grad is None:
+                found.missing.append(param)
+            elif grad is placeholder or grad.data_ptr() == placeholder.data_ptr():
+                found.reduced = True
+            else:
+                found.own[param] = grad
+    return found
+
+
+def look_without_layout(params: Iterable[Param]) -> Found:
+    """The same before the first backward pass has delivered anything."""
+    found = Found()
+    for param in params:
+        if param.grad is None:
+            found.missing.append(param)
         else:
-            return "changed"
-    if ours and none:
-        return "changed"
-    return "none" if none else "ours"
+            found.own[param] = param.grad
+    return found
 
 
-def refuse_unreduced(params: Iterable[torch.nn.Parameter]) -> None:
-    """To be called when no backward pass has delivered gradients since the last step: there should be none.
-
-    Raises:
-        RuntimeError: there are.
-    """
-    if any(param.grad is not None for param in params):
-        raise RuntimeError(
-            "optimizer.step() found gradients that were not reduced since the last step: run backward() outside "
-            "model.no_sync(), and zero_grad() after each step."
-        )
+def unreduced(name: str) -> RuntimeError:
+    """The error for a gradient of a pass under no_sync() that no other pass has reduced."""
+    return RuntimeError(
+        f"optimizer.step() found a gradient of {name} that was not reduced, since every backward pass after the last "
+        "step ran under model.no_sync(): run the last backward pass before optimizer.step() outside of it."
+    )
 
 
-def refuse_changes() -> None:
-    """Raises the sentence for a gradient that was replaced where only its shards count."""
-    raise RuntimeError(
-        'A gradient was set to None or to another tensor after backward(), which has no effect with update="sharded", '
-        'since the average exists only in shards: use dear.attach(..., update="replicated").'
+def dropped(name: str) -> RuntimeError:
+    """The error for a gradient that was set to None where only shards of it count."""
+    return RuntimeError(
+        f'The .grad of {name} was set to None after backward(), which has no effect with update="sharded", since the '
+        'average exists only in shards: use dear.attach(..., update="replicated").'
     )

@@ -1,27 +1,23 @@
-"""The places where a model or an optimizer is entered from outside, and what must be finished before."""
+"""The places where a model or an optimizer is entered from outside, and what must be finished or refused there.
+
+Module hooks settle a module's parameters before its forward, one wait for each fusion group; that is for speed and
+order, since any other reader waits too (Note [Pending parameters]).
+"""
 
 from __future__ import annotations
 
 import copy
-import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
-from dear import _C
-from dear._observe import plan_waits
+from dear._pending import Pending
 
-if TYPE_CHECKING:
-    from dear._schedule import Schedule
-
-
-# Note [Guarded methods]
-# Python asks an instance before its class, copy.deepcopy and pickle included. named_parameters() is what parameters()
-# and so an average of the weights go through, _apply() is to(), cpu(), half() and their like. zero_grad() goes through
-# parameters() too, but reads none, and must not wait.
-GUARDED = ("__deepcopy__", "__reduce_ex__", "named_parameters", "_apply", "zero_grad", "join_hook")
+# What is put before methods of a module's own: Python asks an instance before its class.
+GUARDED = ("__deepcopy__", "__reduce_ex__", "join_hook")
 
 
 def _refusal(sentence: str) -> Any:
@@ -31,22 +27,59 @@ def _refusal(sentence: str) -> Any:
     return refuse
 
 
-class ModelHooks:
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Whether the module's forward is a compiled graph, in which no hook runs."""
+    wrapper = type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch._dynamo")
+    return wrapper or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def settle_parameters(module: torch.nn.Module, args: Any) -> None:
+    """A forward pre-hook: a module's parameters are finished before it reads them.
+
+    Compiled code must meet finished parameters only, or its guards would see their classes change: what is compiled
+    below a module, and what a compiled module holds, is finished here too.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for param in module._parameters.values():
+        if isinstance(param, Pending):
+            param._settle()
+    for child in module._modules.values():
+        if child is not None and _is_compiled(child):
+            settle_all(child)
+
+
+def settle_all(module: torch.nn.Module) -> None:
+    """Finishes every parameter of the module and of those below it."""
+    for param in module.parameters():
+        if isinstance(param, Pending):
+            param._settle()
+
+
+class Hooks:
     """Everything the engine hangs on a model and an optimizer, so that it can all be taken off again."""
 
-    def __init__(self, model: DDP, scheduler: _C.Scheduler, engine: Schedule) -> None:
-        self._model, self._scheduler, self._engine = model, scheduler, engine
+    def __init__(self, model: DDP) -> None:
+        self._model = model
         self._handles: list[Any] = []
-        self._waits: list[Any] = []
-        self._quiet = False  # parameters are listed, not read
-        self.exporting = False  # the full optimizer state is in place, so state_dict() may run
 
-    def install(self, optimizer: Optimizer, sharded: bool) -> None:
-        """Puts the hooks on that stay; those that wait for groups come with :meth:`set_waits`."""
-        engine = self._engine
+    def install(
+        self,
+        optimizer: Optimizer,
+        *,
+        before_forward: Callable[[], None],
+        after_forward: Callable[[bool], None],
+        before_export: Callable[[], None],
+        after_load: Callable[[], None],
+    ) -> None:
+        """Puts them on. ``after_forward`` is told whether the pass failed; the last two are of the optimizer's
+        ``state_dict()`` and ``load_state_dict()``."""
 
-        def finish(*_: Any) -> None:
-            engine.synchronize()
+        def before(module: torch.nn.Module, args: Any) -> None:
+            before_forward()
+
+        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+            after_forward(output is None)
 
         def before_load_model(module: Any, state: Any, prefix: str, local_metadata: Any, *_: Any) -> None:
             if local_metadata.get("assign_to_params_buffers"):
@@ -54,37 +87,17 @@ class ModelHooks:
                     "load_state_dict(assign=True) would put parameters into the model that neither DDP nor the "
                     "optimizer knows: leave assign=True out."
                 )
-            engine.synchronize()
 
-        def before(module: torch.nn.Module, args: Any) -> None:
-            engine.before_forward()
-
-        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-            engine.after_forward(failed=output is None)
-
-        self._handles.append(self._model.register_forward_pre_hook(before, prepend=True))
-        self._handles.append(self._model.register_forward_hook(after, always_call=True))
+        keep = self._handles.append
+        keep(self._model.register_forward_pre_hook(before, prepend=True))
+        keep(self._model.register_forward_hook(after, always_call=True))
+        for module in self._model.module.modules():
+            keep(module.register_forward_pre_hook(settle_parameters, prepend=True))
         for module in self._model.modules():
-            self._handles.append(module.register_state_dict_pre_hook(finish))
-            self._handles.append(module.register_load_state_dict_pre_hook(before_load_model))
-
-        def before_export(_: Optimizer) -> None:
-            engine.synchronize()
-            if sharded and not self.exporting:
-                raise RuntimeError(
-                    "The optimizer's state is held in shards, so optimizer.state_dict() has only a part: call "
-                    "engine.state_dict() on every rank, and save its result."
-                )
-
-        def before_load(_: Optimizer, state: Any) -> None:
-            engine.synchronize()
-
-        self._handles.append(optimizer.register_state_dict_pre_hook(before_export))
-        self._handles.append(optimizer.register_load_state_dict_pre_hook(before_load))
-        self._handles.append(optimizer.register_load_state_dict_post_hook(lambda _: engine.state_was_loaded()))
-
-        for module in self._model.modules():
+            keep(module.register_load_state_dict_pre_hook(before_load_model))
             self._guard(module)
+        keep(optimizer.register_state_dict_pre_hook(lambda _: before_export()))
+        keep(optimizer.register_load_state_dict_post_hook(lambda _: after_load()))
         self._model.__dict__["__deepcopy__"] = _refusal(
             "A deep copy of this DDP module would lose its communication hook without a word: copy model.module, or "
             "call engine.detach() first."
@@ -95,11 +108,7 @@ class ModelHooks:
         )
 
     def _guard(self, module: torch.nn.Module) -> None:
-        """Puts methods before the module's own: those that read parameters wait first. See Note [Guarded methods]."""
-        engine, kind = self._engine, type(module)
-
-        def copy_finished(memo: Any) -> Any:
-            engine.synchronize()
+        def copy_without_hooks(memo: Any) -> Any:
             taken = self._take_off(module)
             try:
                 return copy.deepcopy(module, memo)
@@ -107,80 +116,28 @@ class ModelHooks:
                 for registry, entries in taken:
                     registry.update(entries)
 
-        def finished(name: str) -> Any:
-            @functools.wraps(getattr(kind, name))
-            def method(*args: Any, **kwargs: Any) -> Any:
-                if not self._quiet:
-                    engine.synchronize()
-                return getattr(kind, name)(module, *args, **kwargs)
-
-            return method
-
-        def zero_grad(set_to_none: bool = True) -> None:
-            self._quiet = True
-            try:
-                kind.zero_grad(module, set_to_none)
-            finally:
-                self._quiet = False
-
-        module.__dict__.update(
-            __deepcopy__=copy_finished,
-            __reduce_ex__=_refusal(
-                "A module under dear.attach() cannot be pickled: save its state_dict(), or call engine.detach() first."
-            ),
-            named_parameters=finished("named_parameters"),
-            _apply=finished("_apply"),
-            zero_grad=zero_grad,
+        module.__dict__["__deepcopy__"] = copy_without_hooks
+        module.__dict__["__reduce_ex__"] = _refusal(
+            "A module under dear.attach() cannot be pickled: save its state_dict(), or call engine.detach() first."
         )
 
     def _take_off(self, root: torch.nn.Module) -> list[tuple[Any, Any]]:
         """Removes this engine's hooks and methods from all modules below ``root``; returns what to put back."""
-        ours = {handle.id for handle in self._handles + self._waits}
+        ours = {handle.id for handle in self._handles}
         taken: list[tuple[Any, Any]] = []
         for module in root.modules():
-            for name in ("_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
+            for name in ("_forward_pre_hooks", "_load_state_dict_pre_hooks"):
                 registry = getattr(module, name)
-                entries = {key: registry.pop(key) for key in list(registry) if key in ours}
-                taken.append((registry, entries))
+                taken.append((registry, {key: registry.pop(key) for key in list(registry) if key in ours}))
             methods = {name: module.__dict__.pop(name) for name in GUARDED if name in module.__dict__}
             taken.append((module.__dict__, methods))
         return taken
 
-    def set_waits(
-        self,
-        reads: dict[torch.nn.Module, set[torch.nn.Parameter]],
-        group_of: dict[torch.nn.Parameter, int],
-        order: list[int],
-    ) -> None:
-        """Makes each module wait for the fusion groups it reads from; without observed reads, the root for all."""
-        for handle in self._waits:
-            handle.remove()
-        self._waits = []
-        root = self._model.module
-        waits = plan_waits(root, reads) if reads else {root: None}
-        for module, params in waits.items():
-            wanted = set(order) if params is None else {group_of[param] for param in params if param in group_of}
-            groups = [index for index in order if index in wanted]
-            if not groups:
-                continue
-            hook: Any = _C.GroupWait(self._scheduler, groups)
-            if self._engine.update == "replicated":
-                hook = self._settle_hook(groups)
-            self._waits.append(module.register_forward_pre_hook(hook, prepend=True))
-
-    def _settle_hook(self, groups: list[int]) -> Any:
-        engine = self._engine
-
-        def settle(module: torch.nn.Module, args: Any) -> None:
-            engine.settle(groups)
-
-        return settle
-
     def remove(self) -> None:
         """Takes everything off."""
-        for handle in self._handles + self._waits:
+        for handle in self._handles:
             handle.remove()
-        self._handles, self._waits = [], []
+        self._handles = []
         for module in self._model.modules():
             for name in GUARDED:
                 module.__dict__.pop(name, None)

@@ -94,14 +94,6 @@ def read_places(buckets: list[_C.Bucket], params: Iterable[torch.nn.Parameter]) 
     return places
 
 
-def rehome(places: Iterable[Place], full: list[torch.Tensor]) -> None:
-    """Moves each parameter's values into its bucket's flat buffer and makes the parameter a view of it."""
-    for place in places:
-        view = place.view(full[place.bucket])
-        view.copy_(place.param.detach())
-        place.param.data = view
-
-
 def cut_segments(
     layout: Layout,
     world: int,

@@ -1,131 +1,116 @@
-"""Running the user's optimizer on what this rank must update, when it must be updated.
+"""Who updates what between the two halves of an exchange: the interface of the strategies, and the choice of one.
 
-The optimizer object stays the user's: its groups, hyper-parameters and ``step`` are used as they are. For one call
-its ``param_groups`` (and, sharded, its ``state``) are swapped for those of the work at hand.
+Note [Update strategies]
+A strategy owns everything that depends on who updates what: what the flat buffers hold, what ``.grad`` shows, the
+optimizer's step, what a pending parameter still needs, clipping, and the optimizer's state in and out. The schedule
+and the engine know no strategy by name: another one is a file with a subclass of :class:`Update`, and a line in
+:mod:`dear.attaching`.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections import defaultdict
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import optim
 
-from dear._layout import Segment
-
-Mode = Literal["sharded", "replicated"]
-Groups = list[dict[str, Any]]
-
-# Exact types: a subclass may override step(). Their update of an element depends on that element alone.
-ELEMENTWISE = {
-    optim.SGD,
-    optim.Adam,
-    optim.AdamW,
-    optim.NAdam,
-    optim.RAdam,
-    optim.Adamax,
-    optim.Adagrad,
-    optim.Adadelta,
-    optim.RMSprop,
-    optim.Rprop,
-    optim.ASGD,
-}
-# Their update of a parameter depends on that parameter alone, so groups of parameters can be updated one by one.
-PER_PARAMETER = ELEMENTWISE | {getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)}
+from dear._attached import Attached
+from dear._grads import Found, Grads
+from dear._layout import Layout
+from dear._placeholders import Placeholders
 
 
-def choose_mode(optimizer: optim.Optimizer, update: str, compresses: bool = False) -> Mode:
-    """The update mode for ``optimizer``, where gradients are compressed or not.
+@dataclass(frozen=True)
+class Request:
+    """What a strategy is asked to serve."""
 
-    Raises:
-        ValueError: an unknown mode, or ``"sharded"`` for an optimizer that is not known to be elementwise or for
-            compressed gradients.
-    """
-    if update not in ("auto", "sharded", "replicated"):
-        raise ValueError(f'update must be "auto", "sharded" or "replicated", not {update!r}.')
-    if update == "sharded" and compresses:
-        raise ValueError(
-            'update="sharded" gathers updated parameters, which a compressor would spoil: leave update out, or use '
-            'update="replicated".'
-        )
-    elementwise = type(optimizer) in ELEMENTWISE and not compresses
-    if update == "sharded" and not elementwise:
-        raise ValueError(
-            f'update="sharded" cuts parameters anywhere, and {type(optimizer).__name__} is not known to update each '
-            'element on its own: use update="replicated".'
-        )
-    return "sharded" if elementwise and update != "replicated" else "replicated"
+    optimizer: type
+    compresses: bool  # gradients are compressed
+    shared: tuple[str, str] | None  # the names of two parameters that share memory
 
 
-@contextlib.contextmanager
-def _swapped(optimizer: optim.Optimizer, groups: Groups, state: Any) -> Iterator[None]:
-    kept = optimizer.param_groups, optimizer.state
-    optimizer.param_groups, optimizer.state = groups, state
-    try:
+class Update(ABC):
+    """One strategy at work for one engine. Called from the training thread, at a step boundary unless said."""
+
+    kind: ClassVar[str]  #: what ``dear.attach(update=...)`` calls it
+    gathers_gradients: ClassVar[bool]  #: the all-gather is of averaged gradients, and follows unasked
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
+
+    @classmethod
+    def refusal(cls, request: Request) -> str | None:
+        """Why the strategy cannot serve the request, in a sentence with a remedy; None where it can."""
+        return None
+
+    # --- the layout ---
+
+    @abstractmethod
+    def shard_of(self, full: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Where the averaged gradients ``[begin, end)`` of a bucket go, whose flat buffer is ``full``."""
+
+    @abstractmethod
+    def adopt(self, layout: Layout) -> Placeholders:
+        """Takes a new layout, at the end of a backward pass; nothing is in flight, ``attached.layout`` is the former.
+
+        Returns what is to stand in ``.grad`` after every backward pass.
+        """
+
+    def regroup(self) -> None:  # noqa: B027 - not every strategy needs it
+        """The fusion groups of ``attached.layout`` have changed; nothing is in flight."""
+
+    def parameters_changed(self, members: bool) -> None:  # noqa: B027 - not every strategy needs it
+        """Parameters have another place in memory, or, ``members``, the optimizer has other ones or other groups;
+        nothing is in flight."""
+
+    def before_forward(self, reduces: bool) -> None:  # noqa: B027 - not every strategy needs it
+        """A forward pass begins, whose backward pass ``reduces`` gradients or keeps them local."""
+
+    # --- the step ---
+
+    @abstractmethod
+    def step(self, found: Found) -> None:
+        """One step of the optimizer, or its beginning, with the gradients ``found`` in ``.grad``. What it leaves for
+        later makes the parameters pending, and :meth:`finish` does it."""
+
+    def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:
+        """For strategies that let the optimizer call the closure: whether that was done, and the step's result."""
+        return False, None
+
+    @abstractmethod
+    def finish(self, group: int) -> None:
+        """Does what :meth:`step` left to do for a fusion group, in whatever context; its parameters stand then."""
+
+    # --- gradients ---
+
+    @abstractmethod
+    def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
+        """As :meth:`dear.Engine.clip_grad_norm_`."""
+
+    @abstractmethod
+    def averaged_gradients(self) -> Grads:
+        """The averaged gradients of the last backward pass, copied. Collective."""
+
+    # --- the optimizer's state ---
+
+    @contextmanager
+    def full_state(self) -> Iterator[None]:
+        """``optimizer.state`` is the full state inside. Collective where it is held in parts."""
         yield
-    finally:
-        optimizer.param_groups, optimizer.state = kept
 
+    def check_export(self) -> None:  # noqa: B027 - not every strategy needs it
+        """Raises RuntimeError where ``optimizer.state_dict()`` would give a part of the state only."""
 
-class ShardedUpdate:
-    """Updates this rank's segments, whose gradients are the averaged shards."""
+    def state_was_loaded(self) -> None:  # noqa: B027 - not every strategy needs it
+        """The optimizer has loaded, or was given, another full state."""
 
-    def __init__(self, optimizer: optim.Optimizer, step: Callable[[], Any]) -> None:
-        self.optimizer = optimizer
-        self.step = step
-        self.state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
-        self.segments: list[Segment] = []
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes of this rank's optimizer state."""
 
-    def run(self, segments: list[Segment]) -> None:
-        """One update of these segments with the hyper-parameters as they stand."""
-        groups: Groups = []
-        for index, group in enumerate(self.optimizer.param_groups):
-            tensors = [segment.tensor for segment in segments if segment.group == index]
-            if tensors:
-                groups.append({**group, "params": tensors})
-        if not groups:
-            return
-        with _swapped(self.optimizer, groups, self.state):
-            self.step()
-
-
-class ReplicatedUpdate:
-    """Updates whole parameters, each when its averaged gradient has come, with the hyper-parameters of step()."""
-
-    def __init__(self, optimizer: optim.Optimizer, step: Callable[[], Any]) -> None:
-        self.optimizer = optimizer
-        self.step = step
-        self._captured: Groups = []
-
-    def capture(self) -> None:
-        """Notes the hyper-parameters for the updates that follow."""
-        self._captured = [
-            {
-                key: value.clone() if isinstance(value, torch.Tensor) else value
-                for key, value in group.items()
-                if key != "params"
-            }
-            for group in self.optimizer.param_groups
-        ]
-
-    def run(self, grads: dict[torch.nn.Parameter, torch.Tensor]) -> None:
-        """One update of these parameters with these gradients."""
-        groups: Groups = []
-        for group, captured in zip(self.optimizer.param_groups, self._captured, strict=True):
-            params = [param for param in group["params"] if param in grads]
-            if params:
-                groups.append({**captured, "params": params})
-        if not groups:
-            return
-        shown = {param: param.grad for param in grads}
-        for param, grad in grads.items():
-            param.grad = grad
-        try:
-            with _swapped(self.optimizer, groups, self.optimizer.state):
-                self.step()
-        finally:
-            for param, before in shown.items():
-                param.grad = before
+    @abstractmethod
+    def release(self) -> None:
+        """Puts the full state into the optimizer. Collective where it is held in parts; nothing is in flight."""

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
-from dear import _ddp
+from dear import _C, _ddp
 from dear._agree import agree
+from dear._attached import Attached, weakly
+from dear._context import StepContext, ordinary
 from dear._fusion import MIB, check_cap, default_group_bytes
-from dear._update import choose_mode
-from dear.collectives import choose_algorithm
+from dear._look_again import overlapping
+from dear._optimizer import UserOptimizer
+from dear._pending import Barrier
+from dear._replicated import ReplicatedUpdate
+from dear._schedule import Schedule
+from dear._sharded import ShardedUpdate
+from dear._update import Request, Update
+from dear.collectives import Algorithm, choose_algorithm, group_timeout, make_lane
+from dear.compression import Compressor, Site, Uncompressed, check_kind
 from dear.engine import Engine
 
-if TYPE_CHECKING:
-    from compress import Compressor
+#: In the order in which ``update="auto"`` tries them.
+STRATEGIES: dict[str, type[Update]] = {kind.kind: kind for kind in (ShardedUpdate, ReplicatedUpdate)}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was decided, equal on every rank."""
+
+    strategy: type[Update]
+    bucket_cap_mb: float
+    algorithm: Algorithm
+    device: torch.device
 
 
 def attach(
@@ -43,13 +66,12 @@ def attach(
         update: ``"sharded"``: each rank updates its shard of the parameters between the halves, and the updated
             parameters are gathered (optimizer state and work divided by the world size; for elementwise optimizers).
             ``"replicated"``: averaged gradients are gathered and every rank updates everything, each layer when its
-            gradients have come. ``"auto"``: sharded where the optimizer is known to be elementwise and nothing is
-            compressed.
+            gradients have come. ``"auto"``: sharded where the optimizer is known to be elementwise, nothing is
+            compressed, and no two parameters share memory.
         bucket_cap_mb: size of a fusion group in MiB of gradients; ``"auto"`` takes a sixteenth of the model's, from 1
             to 25, and more of what a compressor shrinks. Smaller groups overlap better, larger ones cost fewer
             messages. Where DDP's own buckets are larger, DDP is made to bucket finer.
-        overlap_forward: False waits for the all-gathers in ``step()``: a drop-in for code that reads parameters
-            right after it.
+        overlap_forward: False waits for the all-gathers in ``step()``.
         process_group: must have the ranks of the module's own group, which is the default.
         algorithm: ``"ring"``, ``"native"`` or None to choose by backend; see :mod:`dear.collectives`.
 
@@ -57,36 +79,92 @@ def attach(
         The :class:`Engine`, also a context manager that detaches at its end.
 
     Raises:
-        TypeError, ValueError, RuntimeError: something cannot work (see the README's list), on this rank or another;
-            one sentence says what and what to do, on every rank, and nothing has been changed.
+        TypeError, ValueError, RuntimeError: something cannot work, on this rank or another; one sentence says what
+            and what to do, on every rank, and nothing has been changed.
 
     Source: Zhang et al., "Decoupling the All-Reduce Primitive for Accelerating Distributed Deep Learning", 2023;
     sharded update: Rajbhandari et al., "ZeRO", 2020, stage 1.
     """
     _ddp.check_kind(model, "dear.attach()")
     group = process_group if process_group is not None else model.process_group
-    options: dict[str, Any] = {}
+    plans: list[_Plan] = []
 
     def look() -> dict[str, Any]:
         _ddp.check(model, optimizer, process_group)
-        mode = choose_mode(optimizer, update, compresses=compressor is not None)
-        known = {"the compressor": None} if compressor is None else _check_compressor(compressor, model)
+        known: dict[str, Any] = {"the compressor": None}
+        if compressor is not None:
+            check_kind(compressor, "dear.attach()")
+            known = compressor.check_new(model, "dear.attach()")
+        request = Request(type(optimizer), compressor is not None, overlapping(_ddp.parameter_names(model)))
+        strategy = choose_strategy(request, update)
         cap = bucket_cap_mb
+        params = _ddp.reduced_parameters(model)
         if cap == "auto":
-            trained = sum(param.nbytes for param in model.module.parameters() if param.requires_grad)
-            cap = default_group_bytes(trained, 1.0 if compressor is None else compressor.usual_ratio) / MIB
+            ratio = 1.0 if compressor is None else compressor.usual_ratio
+            cap = default_group_bytes(sum(param.nbytes for param in params), ratio) / MIB
         check_cap(cap)
-        device = next(param.device for param in model.module.parameters() if param.requires_grad)
-        chosen = choose_algorithm(group, device, algorithm)
-        options.update(mode=mode, bucket_cap_mb=cap, algorithm=chosen, device=device)
-        known |= {"update": mode, "bucket_cap_mb": cap, "algorithm": chosen}
+        device = params[0].device
+        plan = _Plan(strategy, cap, choose_algorithm(group, device, algorithm), device)
+        plans.append(plan)
+        known |= dataclasses.asdict(plan) | {"update": strategy.kind}
+        del known["strategy"], known["device"]
         return known | {"optimizer": type(optimizer).__name__, "overlap_forward": overlap_forward}
 
     agree(model.process_group, look, "every rank must call dear.attach() with the same arguments")
-    return Engine(model, optimizer, overlap_forward=overlap_forward, group=group, compressor=compressor, **options)
+    with ordinary(StepContext(plans[0].device, grad=False)):
+        return _assemble(model, optimizer, group, compressor, plans[0], overlap_forward)
 
 
-def _check_compressor(compressor: Compressor, model: DDP) -> dict[str, Any]:
-    from compress import checks  # compress needs dear
+def choose_strategy(request: Request, update: str) -> type[Update]:
+    """The strategy that ``update`` names, or the first one that can serve the request.
 
-    return checks.check_new(compressor, model, "dear.attach()")
+    Raises:
+        ValueError: an unknown name, or a strategy that cannot serve it.
+    """
+    if update == "auto":
+        return next(kind for kind in STRATEGIES.values() if kind.refusal(request) is None)
+    if update not in STRATEGIES:
+        names = ", ".join(f'"{name}"' for name in STRATEGIES)
+        raise ValueError(f'update must be "auto" or one of {names}, not {update!r}.')
+    refusal = STRATEGIES[update].refusal(request)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return STRATEGIES[update]
+
+
+def _assemble(
+    model: DDP,
+    optimizer: Optimizer,
+    group: dist.ProcessGroup,
+    compressor: Compressor | None,
+    plan: _Plan,
+    overlap_forward: bool,
+) -> Engine:
+    """Makes the parts. Collective."""
+    timeout = group_timeout(group, plan.device)
+    gather_lane = make_lane(group, "all-gather", plan.algorithm, timeout)
+    reduce_lane = make_lane(group, "reduce-scatter", plan.algorithm, timeout)
+    scheduler = _C.Scheduler(reduce_lane, gather_lane, plan.strategy.gathers_gradients)
+    finish: list[Callable[[int], None]] = []  # the strategy's, once there is one
+    attached = Attached(
+        model=model,
+        user=UserOptimizer(optimizer),
+        group=group,
+        device=plan.device,
+        params=_ddp.reduced_parameters(model),
+        names=_ddp.parameter_names(model),
+        scheduler=scheduler,
+        gather_lane=gather_lane,
+        barrier=Barrier(lambda index: finish[0](index)),
+        compression=Uncompressed(),
+    )
+    if compressor is not None:
+        lanes = [reduce_lane, gather_lane]
+        wait = weakly(attached, Attached.synchronize)
+        attached.compression = compressor.bind_to_schedule(
+            Site(model, plan.device, lanes, plan.algorithm, scheduler, wait)
+        )
+    update = plan.strategy(attached)
+    finish.append(update.finish)
+    schedule = Schedule(attached, update, plan.bucket_cap_mb)
+    return Engine(attached, schedule, update, overlap_forward)

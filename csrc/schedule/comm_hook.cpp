@@ -46,10 +46,10 @@ void register_scheduler(c10d::Reducer& reducer, std::shared_ptr<Scheduler> sched
   reducer.set_optimizer_in_backward();
 }
 
-void register_driver(c10d::Reducer& reducer, std::shared_ptr<CompressDriver> driver,
-                     std::shared_ptr<HookCalls> calls, HoldsGil holds_gil) {
-  const auto on_bucket = [driver = std::move(driver)](c10d::GradBucket& bucket) {
-    return driver->on_bucket(bucket.getIndex(), copy_out(bucket));
+void register_compressed_hook(c10d::Reducer& reducer, std::shared_ptr<CompressedHook> hook,
+                              std::shared_ptr<HookCalls> calls, HoldsGil holds_gil) {
+  const auto on_bucket = [hook = std::move(hook)](c10d::GradBucket& bucket) {
+    return hook->on_bucket(bucket.getIndex(), copy_out(bucket));
   };
   reducer.register_comm_hook(
       std::make_unique<Hook>(HookState{on_bucket, std::move(calls), std::move(holds_gil)}));

@@ -4,7 +4,7 @@
 #include <memory>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
-#include "schedule/compress_driver.h"
+#include "schedule/compressed_hook.h"
 #include "schedule/scheduler.h"
 
 namespace dear {
@@ -23,8 +23,8 @@ using HoldsGil = std::function<bool()>;
 void register_scheduler(c10d::Reducer& reducer, std::shared_ptr<Scheduler> scheduler,
                         std::shared_ptr<HookCalls> calls, HoldsGil holds_gil);
 
-// Registers a compressor's driver: .grad becomes the aggregate.
-void register_driver(c10d::Reducer& reducer, std::shared_ptr<CompressDriver> driver,
-                     std::shared_ptr<HookCalls> calls, HoldsGil holds_gil);
+// Registers the hook of a compressor: .grad becomes the aggregate.
+void register_compressed_hook(c10d::Reducer& reducer, std::shared_ptr<CompressedHook> hook,
+                              std::shared_ptr<HookCalls> calls, HoldsGil holds_gil);
 
 }  // namespace dear

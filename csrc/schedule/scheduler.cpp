@@ -27,6 +27,7 @@ void Scheduler::on_bucket(size_t index, Bucket bucket, bool last) {
     synchronize();
     layout_is_new_ = !same_layout(0, bucket);
     has_gradients_ = true;
+    ++passes_;
     if (pipeline_) {
       pipeline_->begin_step();
       dropped_.zero_();
@@ -53,21 +54,26 @@ void Scheduler::on_bucket(size_t index, Bucket bucket, bool last) {
 void Scheduler::finish_backward() {
   if (ended_) ended_(layout_is_new_);
   layout_is_new_ = false;
-  for (auto& [param, stand_in] : stand_ins_) param.mutable_grad() = stand_in;
+  for (auto& [param, stand_in] : placeholders_) param.mutable_grad() = stand_in;
 }
 
-void Scheduler::set_layout(std::vector<BucketBuffers> buffers,
-                           std::vector<std::pair<at::Tensor, at::Tensor>> stand_ins) {
+void Scheduler::adopt_layout(std::vector<BucketBuffers> buffers, std::vector<TwoPhaseExchanges> exchanges,
+                             Placeholders placeholders, const std::vector<size_t>& sizes,
+                             std::vector<size_t> gather_order) {
   TORCH_CHECK(buffers.size() == incoming_.size(), "A layout needs one pair of buffers for each bucket.");
+  TORCH_CHECK(exchanges.size() == (pipeline_ ? incoming_.size() : 0),
+              "A layout needs the compression groups of each bucket, and only with a compressor.");
   synchronize();
+  groups_.clear();
   buckets_ = std::exchange(incoming_, {});
   buffers_ = std::move(buffers);
-  stand_ins_ = std::move(stand_ins);
-  groups_.clear();
-  gather_order_.clear();
+  exchanges_ = std::move(exchanges);
+  placeholders_ = std::move(placeholders);
+  regroup(sizes, std::move(gather_order));
+  submit_all();
 }
 
-void Scheduler::set_groups(const std::vector<size_t>& sizes, std::vector<size_t> gather_order) {
+void Scheduler::regroup(const std::vector<size_t>& sizes, std::vector<size_t> gather_order) {
   synchronize();
   groups_.clear();
   group_of_bucket_.clear();
@@ -83,6 +89,13 @@ void Scheduler::set_groups(const std::vector<size_t>& sizes, std::vector<size_t>
   TORCH_CHECK(group_of_bucket_.size() == buffers_.size() && gather_order.size() == groups_.size(),
               "Fusion groups must cover the buckets exactly.");
   gather_order_ = std::move(gather_order);
+}
+
+void Scheduler::replace_buffers(std::vector<BucketBuffers> buffers) {
+  TORCH_CHECK(buffers.size() == buffers_.size(), "A layout needs one pair of buffers for each bucket.");
+  synchronize();
+  groups_.clear();
+  buffers_ = std::move(buffers);
 }
 
 void Scheduler::forget_layout() {
@@ -109,18 +122,18 @@ void Scheduler::make_dense(Group& group) {
       return nullptr;
     });
   }
-  group.reduce = std::make_unique<DenseHalf>(reduce_lane_, reduce);
-  group.gather = std::make_unique<DenseHalf>(gather_lane_, gather);
+  group.reduce = std::make_unique<DensePhase>(reduce_lane_, reduce);
+  group.gather = std::make_unique<DensePhase>(gather_lane_, gather);
 }
 
 void Scheduler::make_compressed(Group& group) {
-  Relays relays;
+  TwoPhaseExchanges exchanges;
   for (size_t i = group.first; i < group.last; ++i) {
-    relays.insert(relays.end(), relays_.at(i).begin(), relays_.at(i).end());
+    exchanges.insert(exchanges.end(), exchanges_.at(i).begin(), exchanges_.at(i).end());
   }
-  group.reduce = std::make_unique<FirstPhase>(relays);
-  group.gather = std::make_unique<SecondPhase>(relays);
-  group.relays = std::move(relays);
+  group.reduce = std::make_unique<FirstPhase>(exchanges);
+  group.gather = std::make_unique<SecondPhase>(exchanges);
+  group.exchanges = std::move(exchanges);
 }
 
 void Scheduler::set_pipeline(std::shared_ptr<Pipeline> pipeline) {
@@ -136,7 +149,7 @@ void Scheduler::set_pipeline(std::shared_ptr<Pipeline> pipeline) {
 void Scheduler::submit_dropped() {
   at::Tensor own = dropped_.narrow(0, pipeline_->rank(), 1);
   for (const Group& group : groups_) {
-    for (const auto& relay : group.relays) own.add_(relay->dropped());
+    for (const auto& exchange : group.exchanges) own.add_(exchange->dropped());
   }
   gather_lane_->submit(tell_dropped_);
 }
@@ -180,7 +193,7 @@ void Scheduler::submit_gather(size_t index) {
 }
 
 template <typename Wait>
-void Scheduler::timed_wait(const Half& half, size_t group, int64_t* total, Wait wait) {
+void Scheduler::timed_wait(const GroupPhase& half, size_t group, int64_t* total, Wait wait) {
   const int64_t start = now_ns();
   wait();
   const int64_t end = now_ns();

@@ -10,7 +10,7 @@
 
 #include "collectives/exchange.h"
 #include "schedule/bucket.h"
-#include "schedule/half.h"
+#include "schedule/group_phase.h"
 #include "schedule/trace.h"
 
 namespace dear {
@@ -23,6 +23,9 @@ struct BucketBuffers {
   at::Tensor shard;
   at::Tensor full;
 };
+
+// Parameters and what stands in their .grad.
+using Placeholders = std::vector<std::pair<at::Tensor, at::Tensor>>;
 
 // Decides when each half of each fusion group moves.
 //
@@ -49,38 +52,42 @@ class Scheduler {
   // `index`.
   void on_bucket(size_t index, Bucket bucket, bool last);
   // Called once when gradients have been delivered and DDP has finished with them; `layout_is_new` tells that
-  // the buckets differ from those of set_layout() and nothing has been submitted.
+  // the buckets differ from those of adopt_layout() and nothing has been submitted.
   void set_backward_ended(std::function<void(bool layout_is_new)> callback) { ended_ = std::move(callback); }
 
   // --- layout; at a step boundary, or from the callback above ---
 
   const std::vector<Bucket>& incoming() const { return incoming_; }
-  // Adopts the incoming buckets with these buffers. `stand_ins` become the .grad of their parameters after
-  // every backward pass: tensors that know that they are not finished.
-  void set_layout(std::vector<BucketBuffers> buffers,
-                  std::vector<std::pair<at::Tensor, at::Tensor>> stand_ins);
+  // Adopts the incoming buckets, and reduces what was delivered in them. Waits for what is in flight.
+  //   buffers       by bucket
+  //   exchanges     by bucket, the compression groups in it; empty without a pipeline
+  //   placeholders  become the .grad of their parameters after every backward pass: tensors that know that
+  //                 they are not finished
+  //   sizes, gather_order  as regroup() says
+  void adopt_layout(std::vector<BucketBuffers> buffers, std::vector<TwoPhaseExchanges> exchanges,
+                    Placeholders placeholders, const std::vector<size_t>& sizes,
+                    std::vector<size_t> gather_order);
   // Fusion groups of consecutive buckets, by the number of buckets in each; `gather_order` lists groups.
   // Waits for what is in flight.
-  void set_groups(const std::vector<size_t>& sizes, std::vector<size_t> gather_order);
+  void regroup(const std::vector<size_t>& sizes, std::vector<size_t> gather_order);
+  // Other buffers for the same buckets; regroup() must follow. Waits for what is in flight.
+  void replace_buffers(std::vector<BucketBuffers> buffers);
   // The next backward pass brings a new layout, whatever its buckets. Waits for what is in flight.
   void forget_layout();
-  // Reduces the buckets that were delivered while the layout was unknown.
-  void submit_all();
 
   // --- compression; needs `gather_gradients` ---
 
   // Gradients go through this pipeline from now on, which shares the gather lane.
   void set_pipeline(std::shared_ptr<Pipeline> pipeline);
-  // The compressed groups of each incoming bucket; before set_groups(), which then gives each fusion group
-  // those of its buckets.
-  void set_relays(std::vector<Relays> relays) { relays_ = std::move(relays); }
   // Whether on any rank a gradient of the last backward pass was not finite. Waits until all ranks have said
   // so, which none can do before it has finished its backward pass; reads the device.
   bool any_dropped();
 
   // --- the step ---
 
-  // A backward pass has delivered gradients that no step has used.
+  // Backward passes that have been reduced.
+  int64_t passes() const { return passes_; }
+  // The last one has delivered gradients that no step has used.
   bool has_gradients() const { return has_gradients_; }
   // Throws if gradients were written to after the backward pass that sent them.
   void check_untouched() const;
@@ -107,9 +114,9 @@ class Scheduler {
   struct Group {
     size_t first = 0;  // bucket
     size_t last = 0;   // one past
-    std::unique_ptr<Half> reduce;
-    std::unique_ptr<Half> gather;
-    Relays relays;  // where there is a compressor
+    std::unique_ptr<GroupPhase> reduce;
+    std::unique_ptr<GroupPhase> gather;
+    TwoPhaseExchanges exchanges;  // where there is a compressor
     bool reducing = false;
     bool gathering = false;
     std::vector<uint32_t> versions;  // of the buckets' buffers when they were submitted
@@ -119,11 +126,12 @@ class Scheduler {
   bool untouched(const Group& group) const;
   void make_dense(Group& group);
   void make_compressed(Group& group);
+  void submit_all();
   void submit_reduce(size_t group);
   void submit_gathers_in_order();
   void finish_backward();
   template <typename Wait>
-  void timed_wait(const Half& half, size_t group, int64_t* total, Wait wait);
+  void timed_wait(const GroupPhase& half, size_t group, int64_t* total, Wait wait);
   void submit_dropped();
 
   std::shared_ptr<Lane> reduce_lane_;
@@ -131,20 +139,21 @@ class Scheduler {
   const bool gather_gradients_;
   std::function<void(bool)> ended_;
 
-  std::vector<Bucket> incoming_;  // buckets that DDP has changed, until set_layout()
+  std::vector<Bucket> incoming_;  // buckets that DDP has changed, until adopt_layout()
   std::vector<Bucket> buckets_;   // empty until the first layout
   std::vector<BucketBuffers> buffers_;
-  std::vector<std::pair<at::Tensor, at::Tensor>> stand_ins_;
+  Placeholders placeholders_;
   std::vector<Group> groups_;
   std::vector<size_t> group_of_bucket_;
   std::vector<size_t> gather_order_;
   bool layout_is_new_ = false;
   bool has_gradients_ = false;
+  int64_t passes_ = 0;
   int gathering_ = 0;
 
-  std::shared_ptr<Pipeline> pipeline_;  // null: dense
-  std::vector<Relays> relays_;          // by bucket
-  at::Tensor dropped_;                  // int32 [ranks]: by each rank
+  std::shared_ptr<Pipeline> pipeline_;        // null: dense
+  std::vector<TwoPhaseExchanges> exchanges_;  // by bucket
+  at::Tensor dropped_;                        // int32 [ranks]: by each rank
   std::shared_ptr<Exchange> tell_dropped_;
 
   WaitTimes waits_;

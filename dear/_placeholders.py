@@ -1,7 +1,7 @@
 """Tensors that take the place of ``.grad`` while a gradient is not, or not yet, what plain DDP would show there.
 
 Wrong order is never silent: code that reads a gradient which is only one worker's own gets a sentence that says so,
-and code that reads one which is still on its way waits for it.
+and code that reads or writes one which is still on its way waits for it, also when it does so below Python.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_iter, tree_map
 
+Placeholders = list[tuple[torch.nn.Parameter, torch.Tensor]]
+
 # What Optimizer.zero_grad() and DDP do with a gradient without looking at its values.
+_METADATA = (
+    "shape", "dtype", "device", "layout", "grad_fn", "requires_grad", "is_sparse", "is_cuda", "is_cpu", "is_leaf",
+    "is_quantized", "is_meta", "ndim", "itemsize", "nbytes", "_version", "_backward_hooks", "grad", "names",
+)  # fmt: skip
 _HARMLESS = {
     torch.Tensor.zero_,
     torch.Tensor.detach_,
@@ -29,31 +35,8 @@ _HARMLESS = {
     torch.Tensor.storage_offset,
     torch.Tensor.as_subclass,
     torch._foreach_zero_,
+    *(getattr(torch.Tensor, name).__get__ for name in _METADATA if hasattr(torch.Tensor, name)),
 }
-_METADATA = {
-    "shape",
-    "dtype",
-    "device",
-    "layout",
-    "grad_fn",
-    "requires_grad",
-    "is_sparse",
-    "is_cuda",
-    "is_cpu",
-    "is_leaf",
-    "is_quantized",
-    "is_meta",
-    "ndim",
-    "itemsize",
-    "nbytes",
-    "_version",
-    "_backward_hooks",
-    "grad",
-    "names",
-}
-_HARMLESS |= {getattr(torch.Tensor, name).__get__ for name in _METADATA if hasattr(torch.Tensor, name)}
-
-
 _ZERO = (torch.Tensor.zero_, torch._foreach_zero_)
 
 
@@ -81,24 +64,32 @@ class LocalGrad(torch.Tensor):
 
 
 class PendingGrad(torch.Tensor):
-    """An averaged gradient that may still be on its way, under ``update="replicated"``; touching it waits for it."""
+    """An averaged gradient that may still be on its way, under ``update="replicated"``; touching it waits for it.
+
+    Autograd adds to gradients, and DDP copies them, below Python: their operators come to ``__torch_dispatch__``.
+    """
 
     settle: Callable[[], None]
+    plain: torch.Tensor  # the same memory
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func not in _HARMLESS or func in _ZERO:
+        if func in _HARMLESS and func not in _ZERO:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        return func(*tree_map(_settled, args), **tree_map(_settled, kwargs))
 
-                def settled(value: Any) -> Any:
-                    if isinstance(value, PendingGrad):
-                        value.settle()
-                        return value.as_subclass(torch.Tensor)
-                    return value
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*tree_map(_settled, args), **tree_map(_settled, kwargs or {}))
 
-                args, kwargs = tree_map(settled, args), tree_map(settled, kwargs)
-            return func(*args, **kwargs)
+
+def _settled(value: Any) -> Any:
+    if isinstance(value, PendingGrad):
+        value.settle()
+        return value.plain
+    return value
 
 
 def local_grad(view: torch.Tensor, settle: Callable[[], None]) -> LocalGrad:
@@ -110,6 +101,6 @@ def local_grad(view: torch.Tensor, settle: Callable[[], None]) -> LocalGrad:
 
 def pending_grad(view: torch.Tensor, settle: Callable[[], None]) -> PendingGrad:
     """``view`` as a gradient that calls ``settle`` before its values are read or written."""
-    grad = view.as_subclass(PendingGrad)
-    grad.settle = settle
+    grad = torch.Tensor._make_subclass(PendingGrad, view)
+    grad.settle, grad.plain = settle, view
     return grad

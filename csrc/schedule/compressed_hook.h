@@ -1,7 +1,7 @@
 #pragma once
 
 #include "schedule/bucket.h"
-#include "schedule/half.h"
+#include "schedule/group_phase.h"
 
 namespace dear {
 
@@ -10,11 +10,11 @@ namespace dear {
 // Threads: on_bucket() is called on the autograd thread, bucket after bucket. Steady state never takes the
 // GIL: the callbacks into Python are called for a bucket that is new, at the end of a backward pass that
 // needs attention, and for compressors written in Python.
-class CompressDriver {
+class CompressedHook {
  public:
   struct Callbacks {
     // The groups of a bucket that is new, bound to its buffer. Collective.
-    std::function<Relays(size_t index, const Bucket& bucket)> bind;
+    std::function<TwoPhaseExchanges(size_t index, const Bucket& bucket)> bind;
     // Before a bucket goes out, in a step that is measured.
     std::function<void(size_t index)> measure;
     // At the end of a backward pass in which nothing failed, if attention was asked for or a gradient was not
@@ -22,7 +22,7 @@ class CompressDriver {
     std::function<void(const std::vector<size_t>& bad)> ended;
   };
 
-  CompressDriver(std::shared_ptr<Pipeline> pipeline, Callbacks callbacks)
+  CompressedHook(std::shared_ptr<Pipeline> pipeline, Callbacks callbacks)
       : pipeline_(std::move(pipeline)), callbacks_(std::move(callbacks)) {}
 
   // Starts a bucket on its way; the future is complete when the aggregate is in it.
@@ -43,7 +43,7 @@ class CompressDriver {
  private:
   struct Known {
     at::Tensor buffer;  // held, so that no other tensor can be taken for it
-    Relays relays;
+    TwoPhaseExchanges exchanges;
   };
 
   void begin();

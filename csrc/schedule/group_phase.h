@@ -1,13 +1,13 @@
 #pragma once
 
-#include "schedule/relay.h"
+#include "schedule/two_phase_exchange.h"
 
 namespace dear {
 
 // One half of a fusion group's exchange, as the scheduler sees it: dense, or made by a compressor.
-class Half {
+class GroupPhase {
  public:
-  virtual ~Half() = default;
+  virtual ~GroupPhase() = default;
   virtual void start() = 0;
   virtual void wait() = 0;
   virtual bool done() = 0;
@@ -19,9 +19,9 @@ class Half {
 };
 
 // The group's buckets as they are.
-class DenseHalf : public Half {
+class DensePhase : public GroupPhase {
  public:
-  DenseHalf(std::shared_ptr<Lane> lane, std::shared_ptr<Exchange> exchange)
+  DensePhase(std::shared_ptr<Lane> lane, std::shared_ptr<Exchange> exchange)
       : lane_(std::move(lane)), exchange_(std::move(exchange)) {}
   void start() override { lane_->submit(exchange_); }
   void wait() override { exchange_->wait(); }
@@ -36,49 +36,51 @@ class DenseHalf : public Half {
   const std::shared_ptr<Exchange> exchange_;
 };
 
-using Relays = std::vector<std::shared_ptr<Relay>>;
+using TwoPhaseExchanges = std::vector<std::shared_ptr<TwoPhaseExchange>>;
 
 // The first phase of a compressor, and the second.
-class FirstPhase : public Half {
+class FirstPhase : public GroupPhase {
  public:
-  explicit FirstPhase(Relays relays) : relays_(std::move(relays)) {}
+  explicit FirstPhase(TwoPhaseExchanges exchanges) : exchanges_(std::move(exchanges)) {}
   void start() override {
-    for (const auto& relay : relays_) relay->start();
+    for (const auto& exchange : exchanges_) exchange->start();
   }
   void wait() override {
-    for (const auto& relay : relays_) relay->wait_first();
+    for (const auto& exchange : exchanges_) exchange->wait_first();
   }
   bool done() override {
-    return std::all_of(relays_.begin(), relays_.end(), [](const auto& relay) { return relay->first_done(); });
+    return std::all_of(exchanges_.begin(), exchanges_.end(),
+                       [](const auto& exchange) { return exchange->first_done(); });
   }
   Phase phase() const override { return Phase::kReduceScatter; }
-  int64_t start_ns() const override { return relays_.front()->first_start_ns(); }
-  int64_t end_ns() const override { return relays_.back()->first_end_ns(); }
+  int64_t start_ns() const override { return exchanges_.front()->first_start_ns(); }
+  int64_t end_ns() const override { return exchanges_.back()->first_end_ns(); }
   int64_t bytes_sent() const override { return 0; }
 
  private:
-  const Relays relays_;
+  const TwoPhaseExchanges exchanges_;
 };
 
-class SecondPhase : public Half {
+class SecondPhase : public GroupPhase {
  public:
-  explicit SecondPhase(Relays relays) : relays_(std::move(relays)) {}
+  explicit SecondPhase(TwoPhaseExchanges exchanges) : exchanges_(std::move(exchanges)) {}
   void start() override {
-    for (const auto& relay : relays_) relay->start_last({});
+    for (const auto& exchange : exchanges_) exchange->start_last({});
   }
   void wait() override {
-    for (const auto& relay : relays_) relay->wait();
+    for (const auto& exchange : exchanges_) exchange->wait();
   }
   bool done() override {
-    return std::all_of(relays_.begin(), relays_.end(), [](const auto& relay) { return relay->done(); });
+    return std::all_of(exchanges_.begin(), exchanges_.end(),
+                       [](const auto& exchange) { return exchange->done(); });
   }
   Phase phase() const override { return Phase::kAllGather; }
-  int64_t start_ns() const override { return relays_.front()->last_start_ns(); }
-  int64_t end_ns() const override { return relays_.back()->last_end_ns(); }
+  int64_t start_ns() const override { return exchanges_.front()->last_start_ns(); }
+  int64_t end_ns() const override { return exchanges_.back()->last_end_ns(); }
   int64_t bytes_sent() const override { return 0; }
 
  private:
-  const Relays relays_;
+  const TwoPhaseExchanges exchanges_;
 };
 
 }  // namespace dear

@@ -1,60 +1,35 @@
-"""What feeds a compressor: its native pipeline, and the relays that carry each group of a bucket through it.
+"""What feeds a compressor: its native pipeline, and the two-phase exchanges of the groups in each bucket.
 
-The hook of :mod:`compress.comm_hook` is one driver, the DeAR schedule another.
+There is one for DDP's own hook (:mod:`compress.hook_binding`), and one for the DeAR schedule
+(:mod:`compress.schedule_binding`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compress._state import check_parameters
+from compress.bound import Bound
 from compress.checks import REMEDY, check_bucket, facts
-from compress.compressor import Compressor
+from compress.contract import Contract
 from compress.group import Group, Member, matrix_shape
+from compress.groups import make_group, parts_of_bucket
+from compress.saved import check_parameters
 from dear import _C
 from dear._agree import agree
 from dear.collectives import choose_algorithm, group_timeout, make_lane
 
 
-@dataclass
-class Bound:
-    """A group in a bucket: where its members begin there, and the bucket's flat buffer before and after."""
-
-    group: Group
-    relay: _C.Relay
-    begins: list[int]
-    source: Tensor
-    target: Tensor
-
-    def result(self, index: int) -> Tensor:
-        """The flat result of the group's member of that number."""
-        return self._part(self.target, index)
-
-    def gradient(self) -> Tensor:
-        """This rank's flat gradient, copied."""
-        return torch.cat([self._part(self.source, index) for index in range(len(self.begins))])
-
-    def aggregate(self) -> Tensor:
-        """The flat result, copied."""
-        return torch.cat([self.result(index) for index in range(len(self.begins))])
-
-    def _part(self, flat: Tensor, index: int) -> Tensor:
-        begin = self.begins[index]
-        return flat[begin : begin + self.group.members[index].numel]
-
-
-class Driver:
-    """A compressor's pipeline, and its groups by bucket."""
+class Binding:
+    """A compressor at work: its pipeline, and its groups by bucket."""
 
     def __init__(
         self,
-        compressor: Compressor,
+        compressor: Contract,
         device: torch.device,
         *,
         lanes: Sequence[_C.Lane] = (),
@@ -72,22 +47,31 @@ class Driver:
             owners = make_lane(ranks, "compress all-to-all", chosen, timeout, all_to_all=True)
         self.compressor = compressor
         self.pipeline = _C.Pipeline(lanes, owners, device)
-        self.pipeline.steps = compressor.step
+        self.pipeline.steps = compressor.initial_step
+        self._measure = compressor.measure_first
+        compressor.measure_first = False
         self.bounds: dict[int, list[Bound]] = {}
         self._vnmse: float | None = None
         self._exact: list[tuple[Bound, Tensor]] = []
 
     # --- for the compressor ---
 
+    @property
+    def steps(self) -> int:
+        """How many have begun."""
+        return int(self.pipeline.steps)
+
     def synchronize(self) -> None:
         """Waits until nothing is in flight."""
 
-    def forget_groups(self) -> None:
-        """The compressor has loaded a state: groups are to be made anew."""
+    def forget_groups(self, step: int) -> None:
+        """The compressor has loaded a state of that step: groups are to be made anew."""
         self.bounds.clear()
+        self.pipeline.steps = step
 
     def measure_next(self) -> None:
         """The next step is compared with a dense one."""
+        self._measure = True
 
     def stats(self) -> dict[str, Any]:
         """The driver's part of :meth:`Compressor.stats`; nothing is in flight."""
@@ -109,7 +93,7 @@ class Driver:
     def bind(
         self, index: int, names: list[str], params: Sequence[Tensor], grads: Sequence[Tensor], source: Tensor,
         target: Tensor,
-    ) -> list[_C.Relay]:  # fmt: skip
+    ) -> list[_C.TwoPhaseExchange]:  # fmt: skip
         """Groups for the bucket of that number: gradients ``grads`` lie in ``source``, results go to ``target``, both
         flat and of one length. Collective, and raises on all ranks alike."""
         compressor = self.compressor
@@ -126,27 +110,27 @@ class Driver:
         for name, grad in zip(names, grads, strict=True):
             begins[name], shapes[name] = int(grad.storage_offset() - offset), matrix_shape(grad)
         bounds: list[Bound] = []
-        for part in compressor.planned(sizes, source.device):
+        for part in parts_of_bucket(compressor, sizes, source.device):
             members, start = [], 0
             for name in part:
                 members.append(Member(name, start, *shapes[name]))
                 start += sizes[name]
             label = f"bucket {index}" + (f", part {len(bounds)}" if len(part) < len(names) else "")
-            group = compressor.make_group(members, source.dtype, source.device, label)
+            group = make_group(compressor, members, source.dtype, source.device, label)
             group.label = label
             bounds.append(self._bound(group, [begins[name] for name in part], source, target))
         self.bounds[index] = bounds
-        return [bound.relay for bound in bounds]
+        return [bound.exchange for bound in bounds]
 
     def _bound(self, group: Group, begins: list[int], source: Tensor, target: Tensor) -> Bound:
         rolls_back = self.compressor.nonfinite != "raise"
-        relay = _C.Relay(self.pipeline, group.codec, group.label, group.feedback, rolls_back)
+        exchange = _C.TwoPhaseExchange(self.pipeline, group.codec, group.label, group.feedback, rolls_back)
         offsets = {begin - member.start for begin, member in zip(begins, group.members, strict=True)}
         runs = []
         if len(offsets) > 1:  # not in one run there, so it is copied
             runs = [(begin, m.start, m.numel) for begin, m in zip(begins, group.members, strict=True)]
-        relay.bind(source, target, begins[0], group.numel, runs)
-        return Bound(group, relay, begins, source, target)
+        exchange.bind(source, target, begins[0], group.numel, runs)
+        return Bound(group, exchange, begins, source, target)
 
     # --- a measured step ---
 
@@ -166,12 +150,3 @@ class Driver:
         if self._exact:
             self._vnmse = wrong / total if total else 0.0
         self._exact = []
-
-
-def not_finite(bound: Bound) -> RuntimeError:
-    """The error for a gradient that is not finite."""
-    names = bound.group.names
-    return RuntimeError(
-        f"On some rank a gradient in {bound.group.label} (from {names[0]} to {names[-1]}) is not finite: look for the "
-        'cause, or pass nonfinite="skip", or with a GradScaler nonfinite="propagate".'
-    )

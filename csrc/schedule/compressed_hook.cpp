@@ -1,4 +1,4 @@
-#include "schedule/compress_driver.h"
+#include "schedule/compressed_hook.h"
 
 #include <torch/csrc/autograd/engine.h>
 
@@ -6,7 +6,7 @@ namespace dear {
 
 using Future = c10::intrusive_ptr<c10::ivalue::Future>;
 
-Future CompressDriver::on_bucket(size_t index, Bucket bucket) {
+Future CompressedHook::on_bucket(size_t index, Bucket bucket) {
   Future future = make_future(bucket.buffer);
   if (index == 0) begin();
   ++delivered_;
@@ -29,7 +29,7 @@ Future CompressDriver::on_bucket(size_t index, Bucket bucket) {
   return future;
 }
 
-void CompressDriver::begin() {
+void CompressedHook::begin() {
   pipeline_->begin_step();
   delivered_ = 0;
   measuring_ = std::exchange(measure_next_, false);
@@ -39,45 +39,45 @@ void CompressDriver::begin() {
   engine.queue_callback([this, &engine] { engine.queue_callback([this] { end(); }); });
 }
 
-void CompressDriver::start(size_t index, const Bucket& bucket, const Future& future) {
+void CompressedHook::start(size_t index, const Bucket& bucket, const Future& future) {
   const bool known = index < buckets_.size() &&
                      buckets_[index].buffer.unsafeGetTensorImpl() == bucket.buffer.unsafeGetTensorImpl();
   if (!known) {
     // DDP rebuilds all of its buckets or none, so those behind this one are old too.
     buckets_.resize(index);
-    Relays relays = callbacks_.bind(index, bucket);
-    TORCH_CHECK(!relays.empty(), "A bucket was bound to no group.");
-    buckets_.push_back({bucket.buffer, std::move(relays)});
+    TwoPhaseExchanges exchanges = callbacks_.bind(index, bucket);
+    TORCH_CHECK(!exchanges.empty(), "A bucket was bound to no group.");
+    buckets_.push_back({bucket.buffer, std::move(exchanges)});
   }
   if (measuring_) callbacks_.measure(index);
-  const Relays& relays = buckets_[index].relays;
-  const auto left = std::make_shared<std::atomic<size_t>>(relays.size());
+  const TwoPhaseExchanges& exchanges = buckets_[index].exchanges;
+  const auto left = std::make_shared<std::atomic<size_t>>(exchanges.size());
   // On a GPU the future stands for the stream it is completed on, the last group's: others go before.
-  Relays queued = bucket.buffer.is_cpu() ? Relays{} : relays;
+  TwoPhaseExchanges queued = bucket.buffer.is_cpu() ? TwoPhaseExchanges{} : exchanges;
   const auto done = [this, left, future, buffer = bucket.buffer,
                      queued = std::move(queued)](std::exception_ptr error) {
     if (error) note(std::move(error));
     if (--*left > 0) return;
-    for (const auto& relay : queued) relay->follow();
+    for (const auto& exchange : queued) exchange->follow();
     future->markCompleted(c10::IValue(buffer));
   };
   try {
-    for (const auto& relay : relays) relay->start();
+    for (const auto& exchange : exchanges) exchange->start();
   } catch (...) {
     // The peers wait for what this rank will not send.
     const auto error = std::current_exception();
     pipeline_->abort("Rank " + std::to_string(pipeline_->rank()) + " failed to compress a gradient.");
     std::rethrow_exception(error);
   }
-  for (const auto& relay : relays) relay->start_last(done);
+  for (const auto& exchange : exchanges) exchange->start_last(done);
 }
 
-void CompressDriver::note(std::exception_ptr error) {
+void CompressedHook::note(std::exception_ptr error) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (!error_) error_ = std::move(error);
 }
 
-void CompressDriver::end() {
+void CompressedHook::end() {
   exposed_ns_ = now_ns() - last_bucket_ns_;
   std::exception_ptr error;
   {
@@ -87,18 +87,19 @@ void CompressDriver::end() {
   if (error) std::rethrow_exception(error);
   std::vector<size_t> bad;
   for (size_t i = 0; i < delivered_; ++i) {
-    const Relays& relays = buckets_[i].relays;
-    // The futures completed a moment before the relays were done.
-    for (const auto& relay : relays) relay->wait();
-    if (std::any_of(relays.begin(), relays.end(), [](const auto& relay) { return relay->is_bad(); }))
+    const TwoPhaseExchanges& exchanges = buckets_[i].exchanges;
+    // The futures completed a moment before the exchanges were done.
+    for (const auto& exchange : exchanges) exchange->wait();
+    if (std::any_of(exchanges.begin(), exchanges.end(),
+                    [](const auto& exchange) { return exchange->has_nonfinite(); }))
       bad.push_back(i);
   }
   if (always_ended_ || measuring_ || !bad.empty()) callbacks_.ended(bad);
 }
 
-void CompressDriver::roll_back() {
+void CompressedHook::roll_back() {
   for (size_t i = 0; i < std::min(delivered_, buckets_.size()); ++i) {
-    for (const auto& relay : buckets_[i].relays) relay->roll_back();
+    for (const auto& exchange : buckets_[i].exchanges) exchange->roll_back();
   }
 }
 

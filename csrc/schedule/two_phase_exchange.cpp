@@ -1,4 +1,4 @@
-#include "schedule/relay.h"
+#include "schedule/two_phase_exchange.h"
 
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -7,8 +7,8 @@ namespace dear {
 
 using compress::Message;
 
-Relay::Relay(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec> codec, std::string label,
-             std::vector<at::Tensor> keeps, bool rolls_back)
+TwoPhaseExchange::TwoPhaseExchange(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec> codec,
+                                   std::string label, std::vector<at::Tensor> keeps, bool rolls_back)
     : pipeline_(std::move(pipeline)),
       codec_(std::move(codec)),
       label_(std::move(label)),
@@ -30,7 +30,7 @@ Relay::Relay(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec
   }
 }
 
-Relay::~Relay() {
+TwoPhaseExchange::~TwoPhaseExchange() {
   {
     std::unique_lock<std::mutex> lock(mutex_);
     ended_.wait(lock, [this] { return !in_flight_; });
@@ -38,7 +38,7 @@ Relay::~Relay() {
   for (const auto& exchange : queued_) {
     try {
       if (exchange) exchange->wait();
-    } catch (const std::exception&) {  // whoever waited for the relay has heard of it
+    } catch (const std::exception&) {  // whoever waited for the exchange has heard of it
     }
   }
   // Its buffers go back to the stream that they came from. At the process's end CUDA may have ended first.
@@ -48,8 +48,8 @@ Relay::~Relay() {
   }
 }
 
-void Relay::bind(const at::Tensor& source, const at::Tensor& target, int64_t begin, int64_t numel,
-                 std::vector<Run> runs) {
+void TwoPhaseExchange::bind(const at::Tensor& source, const at::Tensor& target, int64_t begin, int64_t numel,
+                            std::vector<Run> runs) {
   runs_ = std::move(runs);
   source_ = source;
   target_ = target;
@@ -63,7 +63,7 @@ void Relay::bind(const at::Tensor& source, const at::Tensor& target, int64_t beg
 
 // Queues what `work` does on the group's stream, behind what the caller's stream has to do.
 template <typename Work>
-void Relay::on_stream(Work work) {
+void TwoPhaseExchange::on_stream(Work work) {
   if (!stream_) {
     work();
     return;
@@ -76,7 +76,7 @@ void Relay::on_stream(Work work) {
   event_->record(*stream_);
 }
 
-void Relay::start() {
+void TwoPhaseExchange::start() {
   wait();  // for a step that nobody has waited for
   step_ = pipeline_->steps() - 1;
   stages_ = codec_->stages(step_);
@@ -106,7 +106,7 @@ void Relay::start() {
   });
 }
 
-void Relay::start_last(std::function<void(std::exception_ptr)> done) {
+void TwoPhaseExchange::start_last(std::function<void(std::exception_ptr)> done) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     in_flight_ = true;
@@ -134,7 +134,7 @@ void Relay::start_last(std::function<void(std::exception_ptr)> done) {
   finish(error, done);
 }
 
-void Relay::decode() {
+void TwoPhaseExchange::decode() {
   last()->wait();
   TORCH_CHECK(!advance(stages_), "A compressor announced ", stages_, " exchanges and makes more.");
   for (const Run& run : runs_) {
@@ -142,7 +142,7 @@ void Relay::decode() {
   }
 }
 
-void Relay::finish(std::exception_ptr error, const std::function<void(std::exception_ptr)>& done) {
+void TwoPhaseExchange::finish(std::exception_ptr error, const std::function<void(std::exception_ptr)>& done) {
   if (done) done(error);
   std::lock_guard<std::mutex> lock(mutex_);
   error_ = error;
@@ -150,7 +150,7 @@ void Relay::finish(std::exception_ptr error, const std::function<void(std::excep
   ended_.notify_all();
 }
 
-std::optional<Message> Relay::advance(size_t stage) {
+std::optional<Message> TwoPhaseExchange::advance(size_t stage) {
   const int64_t start = now_ns();
   auto message = codec_->advance(step_, stage);
   auto& total = stage == 0         ? pipeline_->encode_ns
@@ -160,7 +160,7 @@ std::optional<Message> Relay::advance(size_t stage) {
   return message;
 }
 
-std::shared_ptr<Exchange> Relay::exchange_for(size_t stage, const Message& message) {
+std::shared_ptr<Exchange> TwoPhaseExchange::exchange_for(size_t stage, const Message& message) {
   const void* full = message.full.const_data_ptr();
   const void* shard = message.shard.defined() ? message.shard.const_data_ptr() : nullptr;
   const int64_t numel = message.full.numel();
@@ -178,7 +178,7 @@ std::shared_ptr<Exchange> Relay::exchange_for(size_t stage, const Message& messa
   return exchange;
 }
 
-std::shared_ptr<Exchange> Relay::ticket_for(size_t stage) {
+std::shared_ptr<Exchange> TwoPhaseExchange::ticket_for(size_t stage) {
   auto& ticket = tickets_.at(stage);
   if (!ticket) {
     ticket = pipeline_->lane(Phase::kAllGather, stage)
@@ -195,18 +195,20 @@ std::shared_ptr<Exchange> Relay::ticket_for(size_t stage) {
   return ticket;
 }
 
-void Relay::submit(size_t stage, const std::shared_ptr<Exchange>& exchange) {
+void TwoPhaseExchange::submit(size_t stage, const std::shared_ptr<Exchange>& exchange) {
   queued_[stage] = exchange;
   pipeline_->lane(exchange->phase(), stage).submit(exchange);
 }
 
-void Relay::wait_first() {
+void TwoPhaseExchange::wait_first() {
   if (stages_ > 1 && queued(stages_ - 2)) queued(stages_ - 2)->wait();
 }
 
-bool Relay::first_done() { return stages_ < 2 || !queued(stages_ - 2) || queued(stages_ - 2)->done(); }
+bool TwoPhaseExchange::first_done() {
+  return stages_ < 2 || !queued(stages_ - 2) || queued(stages_ - 2)->done();
+}
 
-void Relay::wait() {
+void TwoPhaseExchange::wait() {
   {
     std::unique_lock<std::mutex> lock(mutex_);
     ended_.wait(lock, [this] { return !in_flight_; });
@@ -215,30 +217,30 @@ void Relay::wait() {
   follow();
 }
 
-void Relay::follow() { order_behind(event_); }
+void TwoPhaseExchange::follow() { order_behind(event_); }
 
-at::Tensor Relay::dropped() {
+at::Tensor TwoPhaseExchange::dropped() {
   order_behind(encoded_);
   return dropped_;
 }
 
-void Relay::order_behind(const std::optional<c10::Event>& event) {
+void TwoPhaseExchange::order_behind(const std::optional<c10::Event>& event) {
   if (!stream_) return;
   const c10::impl::VirtualGuardImpl guard(stream_->device_type());
   event->block(guard.getStream(stream_->device()));
 }
 
-bool Relay::done() {
+bool TwoPhaseExchange::done() {
   std::lock_guard<std::mutex> lock(mutex_);
   return !in_flight_;
 }
 
-bool Relay::is_bad() const {
+bool TwoPhaseExchange::has_nonfinite() const {
   const at::Tensor bad = codec_->bad();
   return bad.defined() && bad.ne(0).any().item<bool>();
 }
 
-void Relay::roll_back() {
+void TwoPhaseExchange::roll_back() {
   if (!codec_->compresses(step_)) return;
   for (size_t i = 0; i < before_.size(); ++i) keeps_[i].copy_(before_[i]);
 }

@@ -20,15 +20,15 @@ struct Run {
 // The first phase is everything before the last exchange, the second phase that exchange and the decoding.
 //
 // Threads: start(), start_last() and the waits as Pipeline says; `done` is called on the decoding thread.
-class Relay {
+class TwoPhaseExchange {
  public:
   // `keeps`: what a bad step must leave as it was; copied at each step where `rolls_back`.
-  Relay(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec> codec, std::string label,
-        std::vector<at::Tensor> keeps, bool rolls_back);
+  TwoPhaseExchange(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec> codec,
+                   std::string label, std::vector<at::Tensor> keeps, bool rolls_back);
   // Waits for what is in flight.
-  ~Relay();
-  Relay(const Relay&) = delete;
-  Relay& operator=(const Relay&) = delete;
+  ~TwoPhaseExchange();
+  TwoPhaseExchange(const TwoPhaseExchange&) = delete;
+  TwoPhaseExchange& operator=(const TwoPhaseExchange&) = delete;
 
   // Where the gradient comes from and where the result goes: flat buffers of a bucket, maybe the same. The
   // group is `numel` elements from `begin` on, or where `runs` says, if there are any.
@@ -56,7 +56,7 @@ class Relay {
   // stream.
   at::Tensor dropped();
   // Any rank has; known after wait(). Reads the device.
-  bool is_bad() const;
+  bool has_nonfinite() const;
   // Makes the error feedback what it was before the step.
   void roll_back();
   const std::string& label() const { return label_; }

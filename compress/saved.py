@@ -1,19 +1,70 @@
-"""Saved states of compressors: are they what they should be, and what do they mean at another world size."""
+"""Saved states of compressors: what is saved, what may be loaded, and what it means at another world size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch.distributed as dist
+
+from compress.contract import Contract
 from compress.feedback import Feedback
 
-if TYPE_CHECKING:
-    from compress.compressor import Compressor
+State = dict[str, Any]
 
 
-def check_loaded(
-    compressor: Compressor, state: dict[str, Any] | Sequence[dict[str, Any]], rank: int, world: int
-) -> list[dict[str, Any]]:
+def save(compressor: Contract, gather: bool) -> State:
+    """See :meth:`compress.Compressor.state_dict`."""
+    ranks = compressor.ranks()
+    if compressor.binding is not None:
+        compressor.binding.synchronize()
+    if compressor.groups or compressor.loaded is None:
+        layout = [list(group.names) for group in compressor.groups.values()]
+    else:
+        layout = compressor.loaded["layout"]
+    state = {
+        "compressor": type(compressor).__name__,
+        "options": compressor.options() | {"error_feedback": compressor.error_feedback},
+        "step": compressor.step,
+        "seed": compressor.seed,
+        "rank": ranks.rank(),
+        "world_size": ranks.size(),
+        "layout": layout,
+        **compressor.feedback.state(),
+        "named": compressor.named_state(),
+        "own": compressor.own_state(),
+    }
+    if not gather:
+        return state
+    states: list[State] = [{}] * ranks.size()
+    dist.all_gather_object(states, state, group=ranks)
+    return {"ranks": states}
+
+
+def load(compressor: Contract, state: State | Sequence[State]) -> None:
+    """See :meth:`compress.Compressor.load_state_dict`."""
+    ranks = compressor.ranks()
+    if compressor.binding is not None:
+        compressor.binding.synchronize()
+    states = check_loaded(compressor, state, ranks.rank(), ranks.size())
+    mine, compressor.feedback = merge_states(states, ranks.rank(), ranks.size())
+    compressor.seed = mine["seed"]
+    compressor.load_named_state(mine["named"])
+    if mine["world_size"] == ranks.size():
+        compressor.load_own_state(mine["own"])
+    compressor.initial_step = mine["step"]
+    if compressor.binding is not None:
+        compressor.binding.forget_groups(mine["step"])
+    compressor.groups.clear()
+    compressor.loaded = mine
+
+
+def loaded_names(compressor: Contract) -> set[str]:
+    """The parameters of the state that was loaded, as long as it counts."""
+    return {name for part in compressor.loaded["layout"] for name in part} if compressor.loaded else set()
+
+
+def check_loaded(compressor: Contract, state: State | Sequence[State], rank: int, world: int) -> list[State]:
     """The states by old rank, all of them or this rank's own alone.
 
     Raises:
@@ -43,7 +94,7 @@ def check_loaded(
     return states
 
 
-def check_parameters(compressor: Compressor, sizes: dict[str, int]) -> None:
+def check_parameters(compressor: Contract, sizes: dict[str, int]) -> None:
     """Refuses a loaded state that is not of the model whose parameters (name: elements) are about to be used.
 
     Raises:
@@ -56,7 +107,7 @@ def check_parameters(compressor: Compressor, sizes: dict[str, int]) -> None:
                 f"The state loaded is of another model: {name} had {error.numel()} elements and now has {numel}; "
                 "load a state saved with this model."
             )
-    known = compressor.loaded_names()
+    known = loaded_names(compressor)
     missing = [name for name in sizes if name not in known]
     if known and missing:
         raise ValueError(
@@ -65,7 +116,7 @@ def check_parameters(compressor: Compressor, sizes: dict[str, int]) -> None:
         )
 
 
-def merge_states(states: list[dict[str, Any]], rank: int, world: int) -> tuple[dict[str, Any], Feedback]:
+def merge_states(states: list[State], rank: int, world: int) -> tuple[State, Feedback]:
     """What this rank goes on with: a state, and its error feedback. See :meth:`Compressor.load_state_dict`."""
     feedback = Feedback()
     old = states[0]["world_size"]

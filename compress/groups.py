@@ -1,0 +1,61 @@
+"""Compression groups: how a bucket is cut into them, what one is made of, and a step of one alone."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.contract import Contract
+from compress.exchange import Exchange, Steps
+from compress.generated import GeneratedCodec
+from compress.group import Group, Member, in_parts
+from dear import _C
+
+
+def parts_of_bucket(compressor: Contract, sizes: dict[str, int], device: torch.device) -> list[list[str]]:
+    """How a bucket of these parameters (name: elements) is cut into groups: as a loaded state cut it, else by
+    ``compressor.part_numel``.
+
+    DDP begins with one bucket and rebuilds it at the second step; a resumed run begins with the groups it had.
+    """
+    saved = compressor.loaded["layout"] if compressor.loaded else []
+    parts = [part for part in saved if set(part) <= set(sizes)]
+    if sorted(name for part in parts for name in part) == sorted(sizes):
+        return parts
+    if compressor.part_numel is None or device.type != "cpu":
+        return [list(sizes)]
+    return in_parts(sizes, compressor.part_numel)
+
+
+def make_group(
+    compressor: Contract, members: list[Member], dtype: torch.dtype, device: torch.device, label: str
+) -> Group:
+    """The group of these parameters, with what is known about them: from other groups, or from a loaded state."""
+    key = tuple(member.name for member in members)
+    if key in compressor.groups:
+        return compressor.groups[key]
+    for old in [old for old in compressor.groups if not set(old).isdisjoint(key)]:
+        del compressor.groups[old]  # its error feedback moves to the new group
+    ranks = compressor.ranks()
+    group = Group(members, dtype, device, ranks.rank(), ranks.size(), label)
+    compressor.feedback.world = ranks.size()
+    group.codec = _C.DenseCodec(group.device, group.rank, group.world)
+    if compressor.compresses(group):
+        compressor.prepare(group)
+        codec = compressor.native(group) or GeneratedCodec(compressor, group).native()
+        group.codec = _C.StartingCodec(group.device, group.codec, codec, compressor.start_step)
+    compressor.groups[key] = group
+    return group
+
+
+def step_alone(compressor: Contract, group: Group) -> Steps:
+    """One step of a group alone, the one that began last: from this rank's ``group.gradient`` to the mean over the
+    ranks, by way of exchanges, each of which must have been made before the next is asked for.
+
+    What comes before the last exchange is the first phase, that exchange and what follows is the second.
+    """
+    gradient, step = group.gradient.view(-1), max(0, compressor.step - 1)
+    group.codec.bind(gradient, gradient)
+    for stage in range(group.codec.stages(step)):
+        yield Exchange.of(group.codec.advance(step, stage), group.world)
+    group.codec.advance(step, group.codec.stages(step))
+    group.nonfinite = group.codec.bad()

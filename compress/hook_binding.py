@@ -1,0 +1,121 @@
+"""Compression as a plain DDP hook, natively: names, groups, and what a backward pass that needs attention gets."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from compress.binding import Binding
+from compress.bound import Bound
+from compress.contract import Contract
+from compress.outcome import keep_unused, treat_nonfinite
+from dear import _C, _ddp
+from dear._look_again import Facts
+
+
+class HookBinding(Binding):
+    """What :func:`compress.register` and :func:`compress.comm_hook` put between DDP and a compressor.
+
+    Without a model, parameters are named as Note [What a hook sees of the model] in :mod:`compress.comm_hook` says.
+    """
+
+    calls: _C.HookCalls | None = None  # of the native hook, counted
+
+    def __init__(self, compressor: Contract, device: torch.device, model: DDP | None = None) -> None:
+        """Collective."""
+        super().__init__(compressor, device)
+        self._model = model
+        self._names: dict[int, str] = {}
+        self._params: dict[str, Tensor] = {}
+        me = weakref.ref(self)  # the model's reducer holds the native driver, and must not hold the model
+
+        def bind(index: int, bucket: _C.Bucket) -> list[_C.TwoPhaseExchange]:
+            return _alive(me)._bind(index, bucket)
+
+        def measure(index: int) -> None:
+            _alive(me).note_exact(index)
+
+        def ended(nonfinite: Sequence[int]) -> None:
+            _alive(me)._ended(bool(nonfinite))
+
+        self.native = _C.CompressedHook(self.pipeline, bind, measure, ended)
+        if self._measure:
+            self.native.measure_next()
+
+    def register(self) -> None:
+        """Makes this the communication hook of the model."""
+        model = self._model
+        assert model is not None
+        self._names = {id(param): name for name, param in model.module.named_parameters()}
+        self._reduced = _ddp.reduced_parameters(model)
+        self._facts = Facts(_ddp.parameter_names(model), self._reduced)
+        self.native.set_always_ended(_ddp.tracks_unused(model))
+        self.calls = _ddp.register_compressed(model, self.native)
+        me = weakref.ref(self)
+
+        def look_again(module: torch.nn.Module, args: Any) -> None:
+            binding = me()
+            if binding is not None:
+                binding._look_again()
+
+        model.register_forward_pre_hook(look_again, prepend=True)
+
+    def _look_again(self) -> None:
+        """DDP lays its buckets out by the parameters' strides: it must do so again when these have changed."""
+        model = self._model
+        if model is None or not self._facts.changed():
+            return
+        if self._facts.restrided():
+            _ddp.rebuild_reducer(model, _ddp.reducer_options(model), self._reduced)
+            self.native.forget()
+            self.calls = _ddp.register_compressed(model, self.native)
+        self._facts.note()
+
+    def forget_groups(self, step: int) -> None:
+        super().forget_groups(step)
+        self.native.forget()
+
+    def measure_next(self) -> None:
+        self.native.measure_next()
+
+    def stats(self) -> dict[str, Any]:
+        return {**super().stats(), "exposed_ms": self.native.exposed_ns / 1e6}
+
+    def _bind(self, index: int, bucket: _C.Bucket) -> list[_C.TwoPhaseExchange]:
+        if self._model is None:
+            for param in bucket.params:
+                self._names.setdefault(id(param), f"parameter {len(self._names)} {list(param.shape)}")
+        names = [self._names.get(id(param), "") for param in bucket.params]
+        self._params.update(zip(names, bucket.params, strict=True))
+        buffer = bucket.buffer.view(-1) if bucket.buffer.layout == torch.strided else bucket.buffer
+        return self.bind(index, names, bucket.params, bucket.grads, buffer, buffer)
+
+    def _ended(self, nonfinite: bool) -> None:
+        """At the end of a backward pass, when every ``.grad`` stands."""
+        self.compare_exact()
+        bounds = [bound for bounds in self.bounds.values() for bound in bounds]
+        if nonfinite:
+            treat_nonfinite(self.compressor.nonfinite, bounds, self._params.values(), self._spoil)
+        elif self._model is not None and _ddp.tracks_unused(self._model):
+            # DDP drops the results for parameters that no rank has used.
+            order = _ddp.in_reducer_order(self._model, self._reduced)
+            used = {self._names[id(param)] for param in _ddp.used_parameters(self._model, order) or ()}
+            keep_unused(bounds, lambda name: name not in used, self.compressor.feedback.errors)
+
+    def _spoil(self, bound: Bound) -> None:
+        for name in bound.group.names:
+            grad = self._params[name].grad
+            if grad is not None:
+                grad.fill_(torch.nan)
+
+
+def _alive(binding: weakref.ref[HookBinding]) -> HookBinding:
+    alive = binding()
+    if alive is None:
+        raise RuntimeError("The compressor was dropped while its model was training: keep a reference to it.")
+    return alive

@@ -1,0 +1,99 @@
+"""Compression under the DeAR schedule: the second phase moves under the next forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.binding import Binding
+from compress.bound import Bound
+from compress.contract import Contract
+from compress.outcome import keep_unused, treat_nonfinite
+from dear import _C
+from dear.compression import Site
+
+
+class ScheduleBinding(Binding):
+    """What ``dear.attach(..., compressor=...)`` puts between the scheduler and a compressor.
+
+    The scheduler keeps the order and the waits; here are groups by bucket, and what becomes of a step in which a
+    gradient was not finite. See :class:`dear.compression.Binding`.
+    """
+
+    def __init__(self, compressor: Contract, site: Site) -> None:
+        """Collective."""
+        compressor.process_group = site.model.process_group
+        super().__init__(compressor, site.device, lanes=site.lanes, algorithm=site.algorithm)
+        self._names = {id(param): name for name, param in site.model.module.named_parameters()}
+        self._scheduler, self._synchronize = site.scheduler, site.synchronize
+        self._params: list[Tensor] = []
+        self._validated = self.pipeline.steps  # how many steps had begun then
+        self._unused: set[str] = set()
+        self._to_keep: set[int] = set()  # buckets whose results for unused parameters are still to go back
+        compressor.binding = self
+        site.scheduler.set_pipeline(self.pipeline)
+
+    def synchronize(self) -> None:
+        self._synchronize()
+
+    def forget_groups(self, step: int) -> None:
+        super().forget_groups(step)
+        self._scheduler.forget_layout()
+        self._validated = step
+        self._to_keep = set()
+
+    def exchanges(self, buckets: list[_C.Bucket], full: list[Tensor]) -> list[list[_C.TwoPhaseExchange]]:
+        self.bounds.clear()
+        self._params = [param for bucket in buckets for param in bucket.params]
+        exchanges = []
+        for index, (bucket, result) in enumerate(zip(buckets, full, strict=True)):
+            names = [self._names[id(param)] for param in bucket.params]
+            exchanges.append(self.bind(index, names, bucket.params, bucket.grads, bucket.buffer.view(-1), result))
+        return exchanges
+
+    def note_unused(self, unused: set[torch.nn.Parameter]) -> None:
+        self._unused = {self._names[id(param)] for param in unused}
+        self._to_keep = set(self.bounds) if unused else set()
+
+    def validate(self) -> None:
+        """Waits, once a step, until every rank has ended its backward pass. See :class:`dear.compression.Binding`."""
+        step = self.pipeline.steps
+        if self._validated == step:
+            return
+        if self._scheduler.any_dropped():
+            self._scheduler.synchronize()
+            self._validated = step
+            self._to_keep.clear()
+            bounds = [bound for bounds in self.bounds.values() for bound in bounds]
+            treat_nonfinite(self.compressor.nonfinite, bounds, self._params, _spoil_results)
+        else:
+            self._compare()
+            self._validated = step
+
+    def arrived(self, bucket: int) -> None:
+        """Results for parameters that no rank has used go back to the error feedback, once."""
+        if bucket in self._to_keep:
+            self._to_keep.remove(bucket)
+            keep_unused(self.bounds[bucket], self._unused.__contains__, self.compressor.feedback.errors)
+
+    def _compare(self) -> None:
+        """If that was asked for, compares this step with a dense one. Collective."""
+        if self._measure:
+            self._measure = False
+            self._synchronize()
+            for index in self.bounds:
+                self.note_exact(index)
+            self.compare_exact()
+
+    def stats_of_last_step(self) -> dict[str, Any]:
+        return self.times(self.pipeline.counts_of_last_step)
+
+    def release(self) -> None:
+        self.compressor.initial_step, self.compressor.binding = self.steps, None
+
+
+def _spoil_results(bound: Bound) -> None:
+    for index in range(len(bound.begins)):
+        bound.result(index).fill_(torch.nan)

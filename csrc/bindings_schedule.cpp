@@ -1,0 +1,205 @@
+// The schedule, dense and compressed, for Python.
+#include <torch/csrc/jit/python/pybind_utils.h>
+
+#include "bindings.h"
+#include "schedule/comm_hook.h"
+#include "schedule/parameters.h"
+
+namespace dear::bindings {
+namespace {
+
+void bind_parameters(py::module_& m) {
+  m.def("fingerprint", &fingerprint, py::arg("tensors"));
+  m.def("can_move", &can_move, py::arg("tensor"));
+  m.def("move_storage", &move_storage, py::arg("tensor"), py::arg("home"));
+  m.def("has_aliases", &has_aliases, py::arg("tensors"));
+  m.def("set_python_dispatch", &set_python_dispatch, py::arg("tensors"), py::arg("on"));
+}
+
+std::vector<BucketBuffers> to_buffers(const std::vector<std::pair<at::Tensor, at::Tensor>>& pairs) {
+  std::vector<BucketBuffers> buffers;
+  for (const auto& [shard, full] : pairs) buffers.push_back({shard, full});
+  return buffers;
+}
+
+void bind_scheduler(py::module_& m) {
+  py::class_<Bucket>(m, "Bucket")
+      .def_readonly("buffer", &Bucket::buffer)
+      .def_readonly("params", &Bucket::params)
+      .def_readonly("grads", &Bucket::grads);
+  py::class_<TraceEvent>(m, "TraceEvent")
+      .def_readonly("lane", &TraceEvent::lane)
+      .def_readonly("name", &TraceEvent::name)
+      .def_readonly("start_ns", &TraceEvent::start_ns)
+      .def_readonly("end_ns", &TraceEvent::end_ns);
+  py::class_<HookCalls, std::shared_ptr<HookCalls>>(m, "HookCalls")
+      .def(py::init<>())
+      .def_readonly("total", &HookCalls::total)
+      .def_readonly("with_gil", &HookCalls::with_gil);
+
+  py::class_<Scheduler, std::shared_ptr<Scheduler>>(m, "Scheduler")
+      .def(py::init([](std::shared_ptr<Lane> reduce_lane, std::shared_ptr<Lane> gather_lane,
+                       bool gather_gradients) {
+             return make_shared_without_gil<Scheduler>(std::move(reduce_lane), std::move(gather_lane),
+                                                       gather_gradients);
+           }),
+           py::arg("reduce_lane"), py::arg("gather_lane"), py::arg("gather_gradients"))
+      .def("set_backward_ended",
+           [](Scheduler& self, py::function callback, bool always) {
+             // Steady state never enters Python: only a new layout does, unless the caller wants every pass.
+             const auto held = hold(std::move(callback));
+             self.set_backward_ended([held, always](bool layout_is_new) {
+               if (!layout_is_new && !always) return;
+               py::gil_scoped_acquire acquire;
+               (*held)(layout_is_new);
+             });
+           })
+      .def("clear_backward_ended", [](Scheduler& self) { self.set_backward_ended(nullptr); })
+      .def("incoming", &Scheduler::incoming)
+      .def(
+          "adopt_layout",
+          [](Scheduler& self, const std::vector<std::pair<at::Tensor, at::Tensor>>& pairs,
+             std::vector<TwoPhaseExchanges> exchanges, Placeholders placeholders,
+             const std::vector<size_t>& sizes, std::vector<size_t> gather_order) {
+            std::vector<BucketBuffers> buffers = to_buffers(pairs);
+            const py::gil_scoped_release release;
+            self.adopt_layout(std::move(buffers), std::move(exchanges), std::move(placeholders), sizes,
+                              std::move(gather_order));
+          },
+          py::arg("buffers"), py::arg("exchanges"), py::arg("placeholders"), py::arg("sizes"),
+          py::arg("gather_order"))
+      .def("regroup", &Scheduler::regroup, py::arg("sizes"), py::arg("gather_order"), NoGil())
+      .def(
+          "replace_buffers",
+          [](Scheduler& self, const std::vector<std::pair<at::Tensor, at::Tensor>>& pairs) {
+            self.replace_buffers(to_buffers(pairs));
+          },
+          py::arg("buffers"))
+      .def("forget_layout", &Scheduler::forget_layout, NoGil())
+      .def("set_pipeline", &Scheduler::set_pipeline, py::arg("pipeline"))
+      .def("any_dropped", &Scheduler::any_dropped, NoGil())
+      .def("passes", &Scheduler::passes)
+      .def("has_gradients", &Scheduler::has_gradients)
+      .def("check_untouched", &Scheduler::check_untouched)
+      .def("gradients_used", &Scheduler::gradients_used)
+      .def("reduced", &Scheduler::reduced)
+      .def("wait_reduced", &Scheduler::wait_reduced, NoGil())
+      .def("submit_gather", &Scheduler::submit_gather, NoGil())
+      .def("wait_gathered", &Scheduler::wait_gathered, NoGil())
+      .def("gathering", &Scheduler::gathering)
+      .def("synchronize", &Scheduler::synchronize, NoGil())
+      .def("take_wait_times",
+           [](Scheduler& self) {
+             const WaitTimes times = self.take_wait_times();
+             return std::make_pair(times.reduce_scatter_ns, times.all_gather_ns);
+           })
+      .def("bytes_sent", &Scheduler::bytes_sent)
+      .def("start_trace", &Scheduler::start_trace)
+      .def("stop_trace", &Scheduler::stop_trace)
+      .def("trace", &Scheduler::trace)
+      .def("abort", &Scheduler::abort, NoGil());
+
+  m.def("register_scheduler", [](const std::shared_ptr<c10d::Reducer>& reducer,
+                                 std::shared_ptr<Scheduler> scheduler, std::shared_ptr<HookCalls> calls) {
+    register_scheduler(*reducer, std::move(scheduler), std::move(calls),
+                       [] { return PyGILState_Check() != 0; });
+  });
+}
+
+CompressedHook::Callbacks make_callbacks(py::function bind, py::function measure, py::function ended) {
+  CompressedHook::Callbacks callbacks;
+  callbacks.bind = [call = hold(std::move(bind))](size_t index, const Bucket& bucket) {
+    const py::gil_scoped_acquire acquire;
+    return (*call)(index, bucket).cast<TwoPhaseExchanges>();
+  };
+  callbacks.measure = [call = hold(std::move(measure))](size_t index) {
+    const py::gil_scoped_acquire acquire;
+    (*call)(index);
+  };
+  callbacks.ended = [call = hold(std::move(ended))](const std::vector<size_t>& bad) {
+    const py::gil_scoped_acquire acquire;
+    (*call)(bad);
+  };
+  return callbacks;
+}
+
+void bind_compressed(py::module_& m) {
+  py::class_<Pipeline::Counts>(m, "PipelineCounts")
+      .def_readonly("bytes_sent", &Pipeline::Counts::bytes_sent)
+      .def_readonly("encode_ns", &Pipeline::Counts::encode_ns)
+      .def_readonly("between_ns", &Pipeline::Counts::between_ns)
+      .def_readonly("decode_ns", &Pipeline::Counts::decode_ns);
+  py::class_<Pipeline, std::shared_ptr<Pipeline>>(m, "Pipeline")
+      .def(py::init([](std::vector<std::shared_ptr<Lane>> lanes, std::shared_ptr<Lane> all_to_all,
+                       at::Device device) {
+             return make_shared_without_gil<Pipeline>(std::move(lanes), std::move(all_to_all), device);
+           }),
+           py::arg("lanes"), py::arg("all_to_all"), py::arg("device"))
+      .def_property("steps", &Pipeline::steps, &Pipeline::set_steps)
+      .def("abort", &Pipeline::abort, NoGil())
+      .def_property_readonly("counts_of_step", &Pipeline::counts_of_step)
+      .def_property_readonly("counts_of_last_step", &Pipeline::counts_of_last_step);
+
+  py::class_<TwoPhaseExchange, std::shared_ptr<TwoPhaseExchange>>(m, "TwoPhaseExchange")
+      .def(py::init([](std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec> codec,
+                       std::string label, std::vector<at::Tensor> keeps, bool rolls_back) {
+             return make_shared_without_gil<TwoPhaseExchange>(std::move(pipeline), std::move(codec),
+                                                              std::move(label), std::move(keeps), rolls_back);
+           }),
+           py::arg("pipeline"), py::arg("codec"), py::arg("label"), py::arg("keeps"), py::arg("rolls_back"))
+      .def(
+          "bind",
+          [](TwoPhaseExchange& self, const at::Tensor& source, const at::Tensor& target, int64_t begin,
+             int64_t numel, const std::vector<std::tuple<int64_t, int64_t, int64_t>>& tuples) {
+            std::vector<Run> runs;
+            for (const auto& [in_bucket, in_group, length] : tuples)
+              runs.push_back({in_bucket, in_group, length});
+            self.bind(source, target, begin, numel, std::move(runs));
+          },
+          py::arg("source"), py::arg("target"), py::arg("begin"), py::arg("numel"), py::arg("runs"), NoGil())
+      .def("compressed", &TwoPhaseExchange::compressed, NoGil())
+      .def("has_nonfinite", &TwoPhaseExchange::has_nonfinite)
+      .def("roll_back", &TwoPhaseExchange::roll_back, NoGil());
+
+  py::class_<CompressedHook, std::shared_ptr<CompressedHook>>(m, "CompressedHook")
+      .def(py::init([](std::shared_ptr<Pipeline> pipeline, py::function bind, py::function measure,
+                       py::function ended) {
+             return make_shared_without_gil<CompressedHook>(
+                 std::move(pipeline), make_callbacks(std::move(bind), std::move(measure), std::move(ended)));
+           }),
+           py::arg("pipeline"), py::arg("bind"), py::arg("measure"), py::arg("ended"))
+      .def(
+          "on_bucket",
+          [](CompressedHook& self, c10d::GradBucket& bucket) {
+            c10::intrusive_ptr<c10::ivalue::Future> future;
+            {
+              const py::gil_scoped_release release;
+              future = self.on_bucket(bucket.getIndex(),
+                                      {bucket.getBuffer(), bucket.getParameters(), bucket.getGradients()});
+            }
+            return std::make_shared<torch::jit::PythonFutureWrapper>(future);
+          },
+          py::arg("bucket"))
+      .def("set_always_ended", &CompressedHook::set_always_ended)
+      .def("measure_next", &CompressedHook::measure_next)
+      .def("forget", &CompressedHook::forget, NoGil())
+      .def("roll_back", &CompressedHook::roll_back, NoGil())
+      .def_property_readonly("exposed_ns", &CompressedHook::exposed_ns);
+
+  m.def("register_compressed_hook",
+        [](const std::shared_ptr<c10d::Reducer>& reducer, std::shared_ptr<CompressedHook> hook,
+           std::shared_ptr<HookCalls> calls) {
+          register_compressed_hook(*reducer, std::move(hook), std::move(calls),
+                                   [] { return PyGILState_Check() != 0; });
+        });
+}
+
+}  // namespace
+
+void bind_schedule(py::module_& m) {
+  bind_parameters(m);
+  bind_compressed(m);  // the scheduler's signatures name its types
+  bind_scheduler(m);
+}
+
+}  // namespace dear::bindings

@@ -1,0 +1,55 @@
+#include "schedule/parameters.h"
+
+#include <c10/core/StorageImpl.h>
+
+#include <algorithm>
+
+namespace dear {
+namespace {
+
+// FNV-1a over 64-bit words.
+uint64_t mix(uint64_t hash, uint64_t word) { return (hash ^ word) * 0x100000001b3ULL; }
+
+void drop_tensor(void* context) { delete static_cast<at::Tensor*>(context); }
+
+}  // namespace
+
+uint64_t fingerprint(const std::vector<at::Tensor>& tensors) {
+  uint64_t hash = 0xcbf29ce484222325ULL;
+  for (const at::Tensor& tensor : tensors) {
+    hash = mix(hash, tensor.has_storage() ? reinterpret_cast<uint64_t>(tensor.const_data_ptr()) : 0);
+    hash = mix(hash, (static_cast<uint64_t>(tensor.scalar_type()) << 1) | (tensor.requires_grad() ? 1 : 0));
+    for (const int64_t stride : tensor.strides()) hash = mix(hash, static_cast<uint64_t>(stride));
+  }
+  return hash;
+}
+
+bool can_move(const at::Tensor& tensor) {
+  if (!tensor.has_storage() || tensor.storage_offset() != 0 || !tensor.is_non_overlapping_and_dense())
+    return false;
+  const c10::Storage& storage = tensor.storage();
+  // An array of numpy makes a storage non-resizable, and holds its address.
+  return storage.nbytes() == tensor.nbytes() && storage.resizable() && storage.use_count() == 1;
+}
+
+void move_storage(const at::Tensor& tensor, const at::Tensor& home) {
+  TORCH_CHECK(can_move(tensor) && home.is_contiguous() && home.nbytes() == tensor.nbytes() &&
+                  home.scalar_type() == tensor.scalar_type() && home.device() == tensor.device(),
+              "A storage can be moved only to as many contiguous elements of the same type.");
+  home.as_strided(tensor.sizes(), tensor.strides(), home.storage_offset()).copy_(tensor.detach());
+  c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
+  storage->set_data_ptr(
+      c10::DataPtr(home.mutable_data_ptr(), new at::Tensor(home), &drop_tensor, tensor.device()));
+}
+
+bool has_aliases(const std::vector<at::Tensor>& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) {
+    return tensor.storage().use_count() > 1 || !tensor.storage().resizable();
+  });
+}
+
+void set_python_dispatch(const std::vector<at::Tensor>& tensors, bool on) {
+  for (const at::Tensor& tensor : tensors) tensor.unsafeGetTensorImpl()->set_python_dispatch(on);
+}
+
+}  // namespace dear

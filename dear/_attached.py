@@ -1,0 +1,86 @@
+"""What the parts of an engine share: the model, its parameters, the native scheduler, and the layout as it stands."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from dear import _C
+from dear._layout import Layout
+from dear._optimizer import UserOptimizer
+from dear._pending import Barrier
+from dear._placeholders import Placeholders
+from dear.compression import Binding
+
+Param = torch.nn.Parameter
+
+
+@dataclass(eq=False)
+class Attached:
+    """A model and its optimizer under the schedule. Everybody reads it; each field says who writes it."""
+
+    model: DDP
+    user: UserOptimizer
+    group: dist.ProcessGroup
+    device: torch.device
+    params: list[Param]  # those that DDP's reducer knows, in the model's order
+    names: dict[Param, str]  # of all parameters of the model
+    scheduler: _C.Scheduler
+    gather_lane: _C.Lane
+    barrier: Barrier
+    compression: Binding
+
+    layout: Layout | None = None  # the schedule: None before the first backward pass
+    order: list[int] = field(default_factory=list)  # the schedule: fusion groups as the forward pass wants them
+    placeholders: Placeholders = field(default_factory=list)  # the schedule: what backward leaves in .grad
+    unused: set[Param] = field(default_factory=set)  # the schedule: those no rank used in the last backward pass
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def world(self) -> int:
+        return self.group.size()
+
+    @property
+    def known_layout(self) -> Layout:
+        """The layout, after the first backward pass."""
+        assert self.layout is not None
+        return self.layout
+
+    def expected(self) -> Placeholders:
+        """What the last backward pass should have left in the ``.grad`` of the optimizer's parameters."""
+        managed = set(self.user.params)
+        return [(p, grad) for p, grad in self.placeholders if p in managed and p not in self.unused]
+
+    def synchronize(self) -> None:
+        """Waits until nothing is in flight and every parameter is finished.
+
+        Raises:
+            RuntimeError: a peer has died or stalled; names the rank, the phase and the fusion group.
+        """
+        self.scheduler.synchronize()
+        self.barrier.settle(self.order)
+
+    def wait_gathered(self, groups: Iterable[int]) -> None:
+        """Waits for the all-gathers of these fusion groups."""
+        for group in groups:
+            self.scheduler.wait_gathered(group)
+
+
+def weakly(owner: Attached, action: Callable[[Attached], None]) -> Callable[[], None]:
+    """``action(owner)`` as long as there is an owner: for callbacks that must not keep it alive."""
+    held = weakref.ref(owner)
+
+    def act() -> None:
+        alive = held()
+        if alive is not None:
+            action(alive)
+
+    return act

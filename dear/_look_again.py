@@ -1,0 +1,93 @@
+"""What ``attach`` read of the model, compared at every step boundary: none of it may change in silence."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from dear import _C
+
+Param = torch.nn.Parameter
+
+
+class Facts:
+    """Type, place, strides and ``requires_grad`` of every parameter of a model."""
+
+    def __init__(self, names: dict[Param, str], reduced: Iterable[Param]) -> None:
+        """``reduced``: those whose gradients DDP reduces."""
+        self._names = names
+        self._params = list(names)
+        self._reduced = set(reduced)
+        self.note()
+
+    def note(self) -> None:
+        """Takes the model as it is now."""
+        self._fingerprint = _C.fingerprint(self._params)
+        with torch._C.DisableTorchFunctionSubclass():
+            self._strides = [param.stride() for param in self._params]
+            self._types = [(param.dtype, param.device) for param in self._params]
+
+    def changed(self) -> bool:
+        """Whether anything has. Cheap: some 20 ns a parameter."""
+        return bool(_C.fingerprint(self._params) != self._fingerprint)
+
+    def restrided(self) -> bool:
+        """Whether a reduced parameter has other strides, as after ``model.to(memory_format=...)``.
+
+        Raises:
+            RuntimeError: a parameter has another type, or is on another device.
+        """
+        restrided = False
+        for param, stride, kind in zip(self._params, self._strides, self._types, strict=True):
+            if (param.dtype, param.device) != kind:
+                raise RuntimeError(
+                    f"The parameter {self._names[param]} was changed from {kind[0]} on {kind[1]} to {param.dtype} on "
+                    f"{param.device} under dear.attach(): call engine.detach(), convert, wrap and attach again."
+                )
+            restrided = restrided or (param in self._reduced and param.stride() != stride)
+        return restrided
+
+    def check_members(self, params: Iterable[Param]) -> None:
+        """Refuses an optimizer of parameters that DDP would not train alike on all ranks.
+
+        Raises:
+            ValueError: a parameter is not in the model.
+            RuntimeError: a parameter is trained, and DDP does not reduce its gradient.
+        """
+        check_members(params, self._names, self._reduced)
+
+
+def check_members(params: Iterable[Param], names: dict[Param, str], reduced: set[Param]) -> None:
+    """See :meth:`Facts.check_members`."""
+    strangers = [param for param in params if param not in names]
+    if strangers:
+        raise ValueError(
+            f"The optimizer holds {len(strangers)} parameters that are not in the DDP module, so nobody would reduce "
+            "their gradients: give them an optimizer of their own, or put them into the module."
+        )
+    for param in params:
+        if param.requires_grad and param not in reduced:
+            raise RuntimeError(
+                f"The parameter {names[param]} did not require a gradient when the model was wrapped, or DDP was told "
+                "to ignore it, so DDP does not reduce its gradient and replicas would part: call engine.detach(), thaw "
+                "it, wrap the model again, and attach."
+            )
+
+
+def overlapping(names: dict[Param, str]) -> tuple[str, str] | None:
+    """The names of two parameters that share memory, if there are any."""
+    spans: list[tuple[Any, int, int, str]] = []
+    for param, name in names.items():
+        if param.numel() and not param.is_meta:
+            storage = param.untyped_storage()
+            reach = sum((size - 1) * abs(stride) for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
+            begin = param.data_ptr()
+            spans.append((storage.data_ptr(), begin, begin + reach * param.element_size(), name))
+    spans.sort(key=lambda span: span[:3])
+    for (storage, _, end, name), (other, begin, _, next_name) in itertools.pairwise(spans):
+        if storage == other and begin < end:
+            return name, next_name
+    return None

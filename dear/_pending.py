@@ -1,0 +1,197 @@
+"""The barrier: a parameter that is not finished says so by its class.
+
+Note [Pending parameters]
+Between ``optimizer.step()`` and the moment a parameter stands, nobody may read or write it without the wait, by
+whatever road: a module's forward, an attribute, a list kept from before, ``param_groups``, ``.data``, a foreach
+operator, a copy, a pickle. So for that time ``param.__class__`` is a subclass of its own class whose
+``__torch_function__`` finishes the parameter, restores the class, and lets the call go on. Its metadata (shape, dtype,
+``requires_grad``, ``.grad``) pass without a wait. What reaches the tensor below Python (a functorch wrapper, an
+operator called from C++) is caught by ``__torch_dispatch__``, for which the tensor carries the dispatch key meanwhile.
+
+Module hooks settle parameters before they are read, in the order of the forward pass; they are there for speed alone.
+
+Aliases that were made before ``step()`` are ordinary tensors, and nothing stops who reads them. So a step that finds
+any finishes at once (``_C.has_aliases``).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_iter
+
+from dear import _C
+
+Param = torch.nn.Parameter
+
+# What tells about a tensor without its values. Version counters and addresses do not pass: whoever asks means values.
+_NAMES = (
+    "shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad", "grad_fn", "ndim", "itemsize", "nbytes",
+    "is_sparse", "is_sparse_csr", "is_cuda", "is_cpu", "is_xpu", "is_mps", "is_meta", "is_quantized", "is_nested",
+    "is_mkldnn", "is_vulkan", "names", "output_nr", "retains_grad", "_backward_hooks", "_post_accumulate_grad_hooks",
+)  # fmt: skip
+_METADATA = {getattr(torch.Tensor, name).__get__ for name in _NAMES if hasattr(torch.Tensor, name)}
+_METADATA |= {
+    torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__delete__,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    torch.Tensor._backward_hooks.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad_,
+    torch.Tensor.register_hook,
+    torch.Tensor.register_post_accumulate_grad_hook,
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.stride,
+    torch.Tensor.storage_offset,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.Tensor.is_contiguous,
+    torch.Tensor.get_device,
+    torch.Tensor.is_shared,
+    torch.Tensor.__len__,
+    torch.is_floating_point,
+    torch.is_complex,
+}
+
+
+class Pending:
+    """What the classes of pending parameters add to the parameter's own class."""
+
+    _dear_pending: tuple[Barrier, int]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        _settle_among(args, kwargs)
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        _settle_among(args, kwargs)
+        return func(*args, **kwargs)
+
+    def _settle(self) -> None:
+        barrier, group = self._dear_pending
+        barrier.settle((group,))
+
+    # Copies and pickles look at the class before they call anything.
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        self._settle()
+        return self.__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._settle()
+        return self.__reduce_ex__(protocol)
+
+
+def _settle_among(args: Any, kwargs: Any) -> None:
+    found = False
+    for value in tree_iter((args, kwargs)):
+        if isinstance(value, Pending):
+            found = True
+            value._settle()
+    if not found:
+        raise RuntimeError(
+            "A pending parameter was passed inside an object that cannot be searched: call engine.synchronize() first."
+        )
+
+
+_classes: dict[type, type] = {}
+
+
+def _pending_class(kind: type) -> type:
+    """The class of a pending parameter whose class is ``kind``."""
+    if kind not in _classes:
+        _classes[kind] = type(f"Pending{kind.__name__}", (Pending, kind), {"__module__": __name__})
+    return _classes[kind]
+
+
+def can_be_pending(param: Param) -> bool:
+    """Whether the parameter's class can be changed for a while, as that of ``nn.Parameter`` can."""
+    kind = type(param)
+    try:
+        param.__class__ = _pending_class(kind)
+        param.__class__ = kind
+    except TypeError:
+        return False
+    return True
+
+
+class Barrier:
+    """The parameters of fusion groups that are on their way, and who finishes them.
+
+    Threads: any may touch a pending parameter; one of them finishes it while the others wait.
+    """
+
+    def __init__(self, finish: Callable[[int], None]) -> None:
+        """``finish(group)`` waits for the group and does what ``step()`` left to do; its parameters are open then."""
+        self._finish = finish
+        self._members: list[list[tuple[Param, type, type]]] = []  # by group: parameter, its class, its pending class
+        self._lock = threading.RLock()
+        self._process = os.getpid()
+        self.pending: set[int] = set()
+
+    def set_groups(self, members: Iterable[Iterable[Param]]) -> None:
+        """The parameters of each fusion group. Nothing may be pending."""
+        assert not self.pending
+        self._members = [[(p, type(p), _pending_class(type(p))) for p in group] for group in members]
+
+    def close(self, groups: Iterable[int]) -> None:
+        """From here on the parameters of these groups are pending."""
+        for group in groups:
+            self.pending.add(group)
+            mark = (self, group)
+            for param, _, pending in self._members[group]:
+                param._dear_pending = mark  # type: ignore[attr-defined]
+                param.__class__ = pending
+            _C.set_python_dispatch([param for param, _, _ in self._members[group]], True)
+
+    def settle(self, groups: Iterable[int]) -> None:
+        """Finishes those of the groups that are pending.
+
+        Raises:
+            RuntimeError: what was left to do has failed, and the parameters stay pending; or this is a forked child,
+                where nobody can finish them.
+        """
+        if not self.pending:
+            return
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "A parameter was used in a forked process while its update was under way in the parent: call "
+                "engine.synchronize() before the process is forked."
+            )
+        with self._lock:
+            for group in groups:
+                if group not in self.pending:
+                    continue
+                self.pending.remove(group)
+                self._open(group)
+                try:
+                    self._finish(group)
+                except BaseException:
+                    self.close((group,))
+                    raise
+
+    def give_up(self) -> None:
+        """Nothing more can be finished: what is pending is left as it is."""
+        for group in self.pending:
+            self._open(group)
+        self.pending.clear()
+
+    def _open(self, group: int) -> None:
+        members = self._members[group]
+        _C.set_python_dispatch([param for param, _, _ in members], False)
+        for param, kind, _ in members:
+            param.__class__ = kind
+            del param._dear_pending  # type: ignore[attr-defined]

@@ -1,0 +1,205 @@
+"""``update="replicated"``: averaged gradients are gathered, and every rank updates everything.
+
+A step only notes the hyper-parameters; each fusion group is updated when its gradients have come and somebody wants its
+parameters. Optimizers whose update of one parameter may depend on others step at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from dear import _C, _grads
+from dear._attached import Attached, Param, weakly
+from dear._context import StepContext, is_ordinary, ordinary
+from dear._grads import Found, Grads
+from dear._layout import Layout
+from dear._look_again import overlapping
+from dear._optimizer import Groups
+from dear._placeholders import PendingGrad, Placeholders, pending_grad
+from dear._state_views import PendingState
+from dear._update import Update
+
+
+class ReplicatedUpdate(Update):
+    """See the module."""
+
+    kind: ClassVar[str] = "replicated"
+    gathers_gradients: ClassVar[bool] = True
+
+    def __init__(self, attached: Attached) -> None:
+        super().__init__(attached)
+        # Parameters that share memory must be updated in order.
+        self._in_order = overlapping(attached.names) is not None
+        self._to_update: set[int] = set()  # fusion groups whose update is still to come
+        self._hyper_parameters: Groups = []
+        self._context = StepContext(attached.device)
+        self._versions: list[int] | None = None  # of the averages, before a pass that is not reduced
+        self.state_was_loaded()
+
+    # --- the layout ---
+
+    def shard_of(self, full: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        return full[begin:end]
+
+    def adopt(self, layout: Layout) -> Placeholders:
+        placeholders: Placeholders = []
+        for place in layout.places:
+            bucket = place.bucket
+
+            def settle(attached: Attached, bucket: int = bucket) -> None:
+                self._settle_gradients(attached.known_layout.group_of_bucket[bucket])
+
+            placeholders.append(
+                (place.param, pending_grad(place.view(layout.full[bucket]), weakly(self.attached, settle)))
+            )
+        return placeholders
+
+    def before_forward(self, reduces: bool) -> None:
+        """DDP and autograd touch gradients below Python: those that were kept are finished. And a pass under no_sync()
+        after one that was reduced would add a local gradient to an average."""
+        self._versions = None
+        attached = self.attached
+        if attached.layout is None:
+            return
+        if _grads.look(attached.placeholders).nothing:
+            return
+        attached.synchronize()
+        for group in attached.order:
+            self._show_plain(group)
+        if not reduces and attached.scheduler.has_gradients():
+            self._versions = [flat._version for flat in attached.layout.full]
+
+    def _check_untouched(self) -> None:
+        self.attached.scheduler.check_untouched()
+        if self._versions not in (None, [flat._version for flat in self.attached.known_layout.full]):
+            raise RuntimeError(_grads.WRITTEN_LATE)
+
+    # --- the step ---
+
+    def step(self, found: Found) -> None:
+        attached = self.attached
+        if attached.layout is not None:
+            if attached.scheduler.has_gradients():
+                self._check_untouched()
+            attached.compression.validate()
+        if found.own or found.missing or attached.layout is None:  # what the user has put there counts
+            if attached.layout is not None:
+                self._finish_gradients()
+            attached.user.original_step(None)
+            return
+        attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
+        self._hyper_parameters = attached.user.hyper_parameters()
+        self._context = StepContext.here(attached.device)
+        self._to_update = set(attached.order)
+        attached.barrier.close(attached.order)
+        if not is_ordinary(attached.device):
+            attached.barrier.settle(attached.order)
+
+    def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:
+        """For optimizers whose update of one parameter may depend on others, or that evaluate the closure again."""
+        if self.attached.user.updates_one_by_one and not self._in_order:
+            return False, None
+
+        def finish() -> None:
+            scheduler = self.attached.scheduler
+            if scheduler.has_gradients():
+                self._check_untouched()
+                self._finish_gradients()
+                scheduler.gradients_used()
+
+        def finished() -> Any:
+            assert closure is not None
+            loss = closure()
+            finish()
+            return loss
+
+        if closure is None:
+            finish()
+        return True, self.attached.user.original_step(finished if closure is not None else None)
+
+    def finish(self, group: int) -> None:
+        attached = self.attached
+        attached.scheduler.wait_gathered(group)
+        if group not in self._to_update:
+            return
+        self._to_update.remove(group)  # never twice, also if the optimizer fails
+        start = _C.now_ns()
+        with ordinary(self._context):
+            attached.compression.arrived(group)
+            self._run(self._averages(group))
+        attached.scheduler.trace("update", f"fusion group {group}", start, _C.now_ns())
+
+    def _run(self, grads: dict[Param, torch.Tensor]) -> None:
+        """One update of these parameters with these gradients and the hyper-parameters of the step."""
+        user = self.attached.user
+        groups: Groups = []
+        for group, noted in zip(user.optimizer.param_groups, self._hyper_parameters, strict=False):
+            params = [param for param in group["params"] if param in grads]
+            if params:
+                groups.append({**noted, "params": params})
+        if not groups:
+            return
+        shown = {param: param.grad for param in grads}
+        for param, grad in grads.items():
+            param.grad = grad
+        try:
+            with self._view.unsettled():
+                user.run(groups, self._view)
+        finally:
+            for param, before in shown.items():
+                param.grad = before
+
+    # --- gradients ---
+
+    def _averages(self, group: int) -> dict[Param, torch.Tensor]:
+        attached = self.attached
+        return {p: grad for p, grad in attached.known_layout.views(group).items() if p not in attached.unused}
+
+    def _settle_gradients(self, group: int) -> None:
+        """Somebody touches gradients of this fusion group, and shall find plain tensors from now on."""
+        attached = self.attached
+        attached.barrier.settle((group,))
+        attached.compression.validate()
+        attached.scheduler.wait_gathered(group)
+        self._show_plain(group)
+
+    def _show_plain(self, group: int) -> None:
+        for param, grad in self._averages(group).items():
+            if isinstance(param.grad, PendingGrad):
+                param.grad = grad
+
+    def _finish_gradients(self) -> None:
+        """``.grad`` of every used parameter is the averaged gradient, as a plain tensor."""
+        attached = self.attached
+        attached.compression.validate()
+        attached.scheduler.synchronize()
+        for group in attached.order:
+            attached.compression.arrived(group)
+            self._show_plain(group)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
+        self._finish_gradients()
+        return torch.nn.utils.clip_grad_norm_(self.attached.user.params, max_norm, norm_type, error_if_nonfinite)
+
+    def averaged_gradients(self) -> Grads:
+        layout = self.attached.known_layout
+        return {place.param: place.view(layout.full[place.bucket]).clone() for place in layout.places}
+
+    # --- the optimizer's state ---
+
+    def state_was_loaded(self) -> None:
+        """What the user sees in ``optimizer.state`` finishes the update before it is read."""
+        optimizer = self.attached.user.optimizer
+        settle = weakly(self.attached, lambda attached: attached.barrier.settle(attached.order))
+        optimizer.state = self._view = PendingState(dict(optimizer.state), settle)
+
+    def state_bytes(self) -> int:
+        with self._view.unsettled():
+            states = list(self._view.values())
+        return sum(v.nbytes for values in states for v in values.values() if isinstance(v, torch.Tensor))
+
+    def release(self) -> None:
+        self.attached.user.optimizer.state = self._view.copy()

@@ -1,0 +1,96 @@
+"""What stands in ``optimizer.state`` while the state itself is elsewhere, or is not finished.
+
+Both are dicts like torch's, and whatever is done with them goes through the methods here: reading, writing, copying,
+pickling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_METHODS = (
+    "__getitem__", "__setitem__", "__delitem__", "__contains__", "__iter__", "__len__", "__eq__", "__ne__", "__or__",
+    "__ior__", "__ror__", "__reversed__", "__repr__", "get", "items", "keys", "values", "pop", "popitem", "setdefault",
+    "update", "clear",
+)  # fmt: skip
+
+
+class PendingState(defaultdict):  # type: ignore[type-arg]
+    """A state that calls ``settle`` before anything is read or written."""
+
+    def __init__(self, content: dict[Any, Any], settle: Callable[[], None]) -> None:
+        super().__init__(dict, content)
+        self._settle = settle
+        self._unsettled = False
+
+    @contextlib.contextmanager
+    def unsettled(self) -> Iterator[None]:
+        """Inside, the state as it is: for the update itself."""
+        before, self._unsettled = self._unsettled, True
+        try:
+            yield
+        finally:
+            self._unsettled = before
+
+    def settle(self) -> None:
+        """Finishes the update under way."""
+        if not self._unsettled:
+            self._settle()
+
+
+class ShardedState(defaultdict):  # type: ignore[type-arg]
+    """Nothing: each rank holds its part elsewhere. Reading it would show another state than plain DDP's."""
+
+    def __init__(self, clear: Callable[[], None]) -> None:
+        super().__init__(dict)
+        self._clear = clear
+
+    def clear(self) -> None:
+        """Forgets every rank's part, as clearing plain DDP's state would."""
+        self._clear()
+
+
+def _settling(name: str) -> Any:
+    original = getattr(defaultdict, name)
+
+    def method(self: PendingState, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return original(self, *args, **kwargs)
+
+    return method
+
+
+def _converting(name: str) -> Any:
+    """Copies and pickles are of torch's own kind."""
+
+    def method(self: PendingState, *args: Any) -> Any:
+        self.settle()
+        plain = defaultdict(dict, dict.items(self))
+        return copy.deepcopy(plain, *args) if name == "__deepcopy__" else getattr(plain, name)(*args)
+
+    return method
+
+
+def _refusing(name: str) -> Any:
+    def refuse(self: ShardedState, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "The optimizer's state is held in shards, one on each rank, so optimizer.state cannot be read, changed or "
+            'copied: call engine.state_dict() on every rank, or use dear.attach(..., update="replicated").'
+        )
+
+    return refuse
+
+
+_COPYING = ("copy", "__copy__", "__deepcopy__", "__reduce_ex__")
+
+for _name in _METHODS:
+    setattr(PendingState, _name, _settling(_name))
+    if _name not in ("__repr__", "clear"):
+        setattr(ShardedState, _name, _refusing(_name))
+for _name in _COPYING:
+    setattr(PendingState, _name, _converting(_name))
+    setattr(ShardedState, _name, _refusing(_name))
