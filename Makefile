@@ -75,7 +75,7 @@ sanitize: $(VENV)/.installed  ## the native code under AddressSanitizer and UBSa
 
 # The documentation, into out/site. A warning is an error.
 docs: $(VENV)/.installed  ## the documentation as a web site, in out/site
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: build  ## trains a GPT with tuned DDP and with DeAR over an emulated slow network
 	$(BIN)/python -m benchmarks.demo
