@@ -22,9 +22,7 @@ def to_markdown(text: str) -> str:
     text = re.sub(r"^(\s+)Others: ", r"\1**options: ", text, flags=re.MULTILINE)
     blocks = re.split(r"\n{2,}", text)
     drawn = [any(RULE.match(line) for line in block.splitlines()) for block in blocks]
-    return "\n\n".join(
-        f"```text\n{block}\n```" if table else block for block, table in zip(blocks, drawn, strict=True)
-    )
+    return "\n\n".join(f"```text\n{block}\n```" if table else block for block, table in zip(blocks, drawn, strict=True))
 
 
 class Docstrings(griffe.Extension):

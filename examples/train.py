@@ -5,7 +5,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dear
 
-dear.init_process_group()  # torchrun, mpirun or srun: whichever started us
+dear.init_process_group(backend="gloo")  # torchrun, mpirun or srun: whichever started us
 torch.manual_seed(1)
 model = DDP(torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10)))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -8,9 +8,8 @@ import pytest
 import sentences
 
 PAGE = sentences.ROOT / "docs" / "troubleshooting.md"
-QUOTED = [
-    " ".join(block.split()) for block in re.findall(r"^```text\n(.*?)\n```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-]
+BLOCKS = re.findall(r"^```text\n(.*?)\n```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+QUOTED = [" ".join(block.split()) for block in BLOCKS]
 
 SHORTEST = 10  # letters that a half of a sentence has at least
 
@@ -54,7 +53,9 @@ def test_what_nothing_says_is_found(fragments):
 
 
 def test_strings_of_python():
-    assert sentences.of_python('raise ValueError(f"a must be 1, not {a!r}: " "pass 1.")') == ["a must be 1, not …: pass 1."]
+    assert sentences.of_python('raise ValueError(f"a must be 1, not {a!r}: " "pass 1.")') == [
+        "a must be 1, not …: pass 1."
+    ]
 
 
 def test_strings_of_cpp():
