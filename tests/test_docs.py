@@ -151,5 +151,14 @@ def test_own_compressor_runs(pool2):
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_python_blocks_are_python(page):
     for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
-        if "--8<--" not in block:
-            compile(block, str(page), "exec")
+        compile(block, str(page), "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_included_files_exist(page):
+    """Where a page takes a file in, or a section of it; a formatter that spaces the marker out would show it as it is."""
+    for line in re.findall(r"^.*8 ?<.*$", page.read_text(), re.MULTILINE):
+        found = re.fullmatch(r'--8<-- "([\w./-]+)(?::(\w+))?"', line)
+        assert found is not None, f"{page.name} has {line!r}, which includes nothing"
+        text = (ROOT / found[1]).read_text()
+        assert found[2] is None or f"[start:{found[2]}]" in text
