@@ -1,4 +1,7 @@
-"""The text that a source can show: its string literals, with a mark where a value is filled in."""
+"""The text that a source can show: its string literals, with a mark where a value is filled in.
+
+python tests/sentences.py     lists what the library raises and docs/troubleshooting.md does not quote
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,12 @@ def of_cpp(source: str) -> list[str]:
     return found
 
 
+def raised_by_python(source: str) -> list[str]:
+    """The strings of a source's raise statements."""
+    raises = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise) and node.exc is not None]
+    return [text for node in raises for text in of_python(ast.unparse(node))]
+
+
 def of_library() -> list[str]:
     """Everything that ``dear``, ``compress`` and the native module can say."""
     found = []
@@ -60,3 +69,21 @@ def of_library() -> list[str]:
         text = (ROOT / name).read_text()
         found += of_python(text) if name.endswith(".py") else of_cpp(text.replace("#", "//"))
     return found
+
+
+def unquoted(page: str) -> list[str]:
+    """What the library raises and ``page`` does not have; in C++, whatever looks like a sentence. Without the checks of
+    the operators' arguments, which that page leaves out."""
+    known = " ".join(page.split())
+    found = []
+    for folder in ("dear", "compress"):
+        for path in sorted((ROOT / folder).glob("**/*.py")):
+            found += raised_by_python(path.read_text())
+    for path in sorted((ROOT / "csrc").glob("**/*.cpp")):
+        found += of_cpp(path.read_text()) if not path.name.startswith("ops") else []
+    texts = [" ".join(text.split()) for text in found if len(text) > 25 and text.count(" ") > 2]
+    return [text for text in texts if not all(len(part) < 6 or part.strip() in known for part in text.split(HOLE))]
+
+
+if __name__ == "__main__":
+    print("\n".join(unquoted((ROOT / "docs" / "troubleshooting.md").read_text())))

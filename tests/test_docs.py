@@ -156,7 +156,7 @@ def test_python_blocks_are_python(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_included_files_exist(page):
-    """Where a page takes a file in, or a section of it; a formatter that spaces the marker out would show it as it is."""
+    """Where a page takes in a file or a section of one: spaced out by a formatter, the marker itself would be shown."""
     for line in re.findall(r"^.*8 ?<.*$", page.read_text(), re.MULTILINE):
         found = re.fullmatch(r'--8<-- "([\w./-]+)(?::(\w+))?"', line)
         assert found is not None, f"{page.name} has {line!r}, which includes nothing"
