@@ -45,7 +45,7 @@ DEAR_HOST_DEVICE constexpr int64_t padded_rank(int64_t columns) { return (column
 
 // Matrices of one shape [rows, columns], row-major, and of the rank of their factors P [rows, rank] and
 // Q [columns, rank].
-struct MatrixBatch {
+struct BatchShape {
   int64_t count;
   int64_t rows;
   int64_t columns;

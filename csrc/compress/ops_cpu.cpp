@@ -17,7 +17,7 @@ namespace dear::compress {
 namespace {
 
 // The table of where the matrices of a batch begin in the gradient.
-const int64_t* starts_within(const at::Tensor& table, const MatrixBatch& batch, int64_t numel) {
+const int64_t* starts_within(const at::Tensor& table, const BatchShape& batch, int64_t numel) {
   const int64_t* starts = table.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < batch.count; ++i) {
     TORCH_CHECK_VALUE(starts[i] >= 0 && starts[i] <= numel - batch.numel(), "a matrix of ", batch.numel(),
@@ -132,7 +132,7 @@ void low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const
                       const at::Tensor& factor, const OptionalTensor& starts, bool transposed, bool residual,
                       const OptionalTensor& dropped) {
   check_low_rank_project(grad, error, fixed, factor, starts, transposed, dropped);
-  const MatrixBatch batch{error.size(0), error.size(1), error.size(2), fixed.size(2)};
+  const BatchShape batch{error.size(0), error.size(1), error.size(2), fixed.size(2)};
   const cpu::Projection projection{data_or_null(grad),
                                    type_or_float(grad),
                                    grad ? starts_within(*starts, batch, grad->numel()) : nullptr,
@@ -146,7 +146,7 @@ void low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const
 void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
                      const at::Tensor& starts) {
   check_low_rank_decode(p, q, out, starts);
-  const MatrixBatch batch{p.size(0), p.size(1), q.size(1), p.size(2)};
+  const BatchShape batch{p.size(0), p.size(1), q.size(1), p.size(2)};
   cpu::low_rank_decode(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(),
                        starts_within(starts, batch, out.numel()), grad_type(out), out.mutable_data_ptr());
 }

@@ -154,7 +154,7 @@ void low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const
                       const at::Tensor& factor, const OptionalTensor& starts, bool transposed, bool residual,
                       const OptionalTensor& dropped) {
   check_low_rank_project(grad, error, fixed, factor, starts, transposed, dropped);
-  const MatrixBatch batch{error.size(0), error.size(1), error.size(2), fixed.size(2)};
+  const BatchShape batch{error.size(0), error.size(1), error.size(2), fixed.size(2)};
   const Launch launch(error);
   if (grad) {
     cuda::correct_matrices(batch, grad->const_data_ptr(), grad_type(*grad), grad->numel(),
@@ -176,7 +176,7 @@ void low_rank_project(const OptionalTensor& grad, const at::Tensor& error, const
 void low_rank_decode(const at::Tensor& p, const at::Tensor& q, const at::Tensor& out,
                      const at::Tensor& starts) {
   check_low_rank_decode(p, q, out, starts);
-  const MatrixBatch batch{p.size(0), p.size(1), q.size(1), p.size(2)};
+  const BatchShape batch{p.size(0), p.size(1), q.size(1), p.size(2)};
   const Launch launch(out);
   cuda::low_rank_decode(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(),
                         starts.const_data_ptr<int64_t>(), grad_type(out), out.mutable_data_ptr(), out.numel(),

@@ -117,12 +117,12 @@ namespace {
 
 // What is asked, and what both directions share.
 struct Sweep {
-  const MatrixBatch& batch;
+  const BatchShape& batch;
   const Projection& projection;
   const int64_t rank;  // padded
   std::atomic<int64_t> dropped{0};
 
-  Sweep(const MatrixBatch& batch, const Projection& projection)
+  Sweep(const BatchShape& batch, const Projection& projection)
       : batch(batch), projection(projection), rank(padded_rank(batch.rank)) {}
 
   void drop(int64_t count) {
@@ -171,7 +171,7 @@ struct RowScratch {
 };
 
 void project_two_rows(Sweep& sweep, int64_t matrix, int64_t first, const RowScratch& scratch) {
-  const MatrixBatch& batch = sweep.batch;
+  const BatchShape& batch = sweep.batch;
   const Projection& projection = sweep.projection;
   const int64_t rank = sweep.rank;
   const int64_t count = std::min(kRows, batch.rows - first);
@@ -193,7 +193,7 @@ void project_two_rows(Sweep& sweep, int64_t matrix, int64_t first, const RowScra
 }
 
 void project_rows(Sweep& sweep) {
-  const MatrixBatch& batch = sweep.batch;
+  const BatchShape& batch = sweep.batch;
   const int64_t pairs = ceil_div(batch.rows, kRows);
   at::parallel_for(0, batch.count * pairs, grain_of(kRows * batch.columns), [&](int64_t first, int64_t last) {
     const RowScratch scratch(sweep);
@@ -222,7 +222,7 @@ class ColumnSweep {
         square_(sweep.rank * sweep.batch.columns),
         down_(thread_scratch<float>(padded_rows() * sweep.rank + (parts() + 1) * square_)),
         total_(down_ + padded_rows() * sweep.rank) {
-    const MatrixBatch& batch = sweep_.batch;
+    const BatchShape& batch = sweep_.batch;
     const int64_t rank = sweep_.rank;
     const float* fixed = sweep.projection.fixed + matrix * batch.rows * batch.rank;
     std::fill(down_, down_ + padded_rows() * rank, 0.0f);
@@ -235,7 +235,7 @@ class ColumnSweep {
 
   // Corrects the rows of one part, and sums up its share of Q^T.
   void project(int64_t part) const {
-    const MatrixBatch& batch = sweep_.batch;
+    const BatchShape& batch = sweep_.batch;
     const int64_t rank = sweep_.rank;
     float* across = part_of(part);
     std::fill(across, across + square_, 0.0f);
@@ -255,7 +255,7 @@ class ColumnSweep {
 
   // Adds the shares in order.
   void finish() const {
-    const MatrixBatch& batch = sweep_.batch;
+    const BatchShape& batch = sweep_.batch;
     std::fill(total_, total_ + square_, 0.0f);
     for (int64_t part = 0; part < parts(); ++part) add_values(part_of(part), square_, total_);
     float* factor = sweep_.projection.factor + matrix_ * batch.columns * batch.rank;
@@ -288,7 +288,7 @@ class ColumnSweep {
 
 void project_columns(Sweep& sweep) {
   // One thread takes a matrix from start to end. Those that do not come out even are shared by all.
-  const MatrixBatch& batch = sweep.batch;
+  const BatchShape& batch = sweep.batch;
   const int64_t count = batch.count;
   const int64_t whole = count - count % at::get_num_threads();
   const bool residual = sweep.projection.residual;
@@ -323,7 +323,7 @@ void lay_across(const float* factor, int64_t length, int64_t rank, float* across
   }
 }
 
-int64_t low_rank_project(const MatrixBatch& batch, const Projection& projection, bool transposed) {
+int64_t low_rank_project(const BatchShape& batch, const Projection& projection, bool transposed) {
   Sweep sweep(batch, projection);
   transposed ? project_columns(sweep) : project_rows(sweep);
   return sweep.dropped.load();

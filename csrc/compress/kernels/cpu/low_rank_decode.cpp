@@ -40,7 +40,7 @@ DEAR_CLONES void expand_tile(const float* p, const float* q, int64_t stride, int
   }
 }
 
-void low_rank_decode(const MatrixBatch& batch, const float* p, const float* q, const int64_t* starts,
+void low_rank_decode(const BatchShape& batch, const float* p, const float* q, const int64_t* starts,
                      GradType type, void* out) {
   const int64_t n = batch.columns;
   const int64_t rank = padded_rank(batch.rank);

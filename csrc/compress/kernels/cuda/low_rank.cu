@@ -19,7 +19,7 @@ __device__ __forceinline__ int64_t start_of(const int64_t* starts, int64_t matri
 }
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void correct_kernel(MatrixBatch batch, const T* grad, int64_t numel,
+__global__ __launch_bounds__(kThreads) void correct_kernel(BatchShape batch, const T* grad, int64_t numel,
                                                            const int64_t* starts, float* error,
                                                            int32_t* dropped) {
   const int64_t size = batch.numel();
@@ -50,7 +50,7 @@ struct Tile {
   int64_t row;
   int64_t column;
 
-  __device__ explicit Tile(const MatrixBatch& batch) {
+  __device__ explicit Tile(const BatchShape& batch) {
     const int64_t across = ceil_div(batch.columns, kTileColumns);
     const int64_t tiles = across * ceil_div(batch.rows, kTileRows);
     matrix = blockIdx.x / tiles;
@@ -63,7 +63,7 @@ struct Tile {
 };
 
 // The thread's part of the tile of P Q^T. The sum over the rank runs in order. All threads must call it.
-__device__ __forceinline__ void multiply(const MatrixBatch& batch, const Tile& tile, const float* p,
+__device__ __forceinline__ void multiply(const BatchShape& batch, const Tile& tile, const float* p,
                                          const float* q, float (&sums)[4][4]) {
   __shared__ float rows[kTileRank][kTileRows];
   __shared__ float columns[kTileRank][kTileColumns];
@@ -97,7 +97,7 @@ __device__ __forceinline__ void multiply(const MatrixBatch& batch, const Tile& t
   }
 }
 
-__global__ __launch_bounds__(kThreads) void subtract_kernel(MatrixBatch batch, const float* p, const float* q,
+__global__ __launch_bounds__(kThreads) void subtract_kernel(BatchShape batch, const float* p, const float* q,
                                                             float* error, int32_t* dropped) {
   const Tile tile(batch);
   float sums[4][4] = {};
@@ -124,7 +124,7 @@ __global__ __launch_bounds__(kThreads) void subtract_kernel(MatrixBatch batch, c
 }
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void decode_kernel(MatrixBatch batch, const float* p, const float* q,
+__global__ __launch_bounds__(kThreads) void decode_kernel(BatchShape batch, const float* p, const float* q,
                                                           const int64_t* starts, T* out, int64_t numel) {
   const Tile tile(batch);
   float sums[4][4] = {};
@@ -138,14 +138,14 @@ __global__ __launch_bounds__(kThreads) void decode_kernel(MatrixBatch batch, con
   }
 }
 
-unsigned tile_count(const MatrixBatch& batch) {
+unsigned tile_count(const BatchShape& batch) {
   return static_cast<unsigned>(batch.count * ceil_div(batch.rows, kTileRows) *
                                ceil_div(batch.columns, kTileColumns));
 }
 
 }  // namespace
 
-void correct_matrices(const MatrixBatch& batch, const void* grad, GradType type, int64_t numel,
+void correct_matrices(const BatchShape& batch, const void* grad, GradType type, int64_t numel,
                       const int64_t* starts, float* error, int32_t* dropped, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(batch.count * block_count(batch.numel()));
   if (grid == 0) return;
@@ -156,13 +156,13 @@ void correct_matrices(const MatrixBatch& batch, const void* grad, GradType type,
   });
 }
 
-void low_rank_subtract(const MatrixBatch& batch, const float* p, const float* q, float* error,
+void low_rank_subtract(const BatchShape& batch, const float* p, const float* q, float* error,
                        int32_t* dropped, cudaStream_t stream) {
   if (tile_count(batch) == 0) return;
   subtract_kernel<<<tile_count(batch), kThreads, 0, stream>>>(batch, p, q, error, dropped);
 }
 
-void low_rank_decode(const MatrixBatch& batch, const float* p, const float* q, const int64_t* starts,
+void low_rank_decode(const BatchShape& batch, const float* p, const float* q, const int64_t* starts,
                      GradType type, void* out, int64_t numel, cudaStream_t stream) {
   if (tile_count(batch) == 0) return;
   dispatch(type, [&](auto* tag) {
