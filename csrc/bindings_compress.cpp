@@ -1,4 +1,8 @@
 // Codecs, pipelines and the driver of compressors, for Python.
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 believes that an empty optional of torch's, PythonFutureWrapper's default argument, is read.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <torch/csrc/jit/python/pybind_utils.h>
 
 #include "bindings.h"
@@ -6,6 +10,7 @@
 #include "compress/codecs/low_rank.h"
 #include "compress/codecs/sign.h"
 #include "compress/codecs/topk.h"
+#include "compress/layout.h"
 #include "schedule/comm_hook.h"
 
 namespace dear::bindings {
@@ -55,6 +60,18 @@ class PythonCodec : public Codec {
  private:
   py::object object_;
 };
+
+// The sizes of payloads and workspaces, which Python allocates and the operators check: layout.h is where
+// they are written.
+void bind_sizes(py::module_& m) {
+  m.attr("BLOCK") = compress::kBlock;
+  m.attr("SIGN_RECORD") = compress::kSignRecord;
+  m.def("sign_payload_numel", &compress::sign_payload_numel, py::arg("numel"));
+  m.def("topk_slot_numel", &compress::slot_words, py::arg("capacity"));
+  m.def("topk_workspace_numel", &compress::topk_workspace_numel, py::arg("numel"));
+  m.def("orthogonalize_workspace_numel", &compress::orthogonalize_workspace_numel, py::arg("batch"),
+        py::arg("rows"), py::arg("columns"));
+}
 
 void bind_codecs(py::module_& m) {
   using compress::MatrixBatch;
@@ -202,6 +219,7 @@ void bind_driver(py::module_& m) {
 }  // namespace
 
 void bind_compress(py::module_& m) {
+  bind_sizes(m);
   bind_codecs(m);
   bind_driver(m);
 }

@@ -109,6 +109,18 @@ DEAR_CLONES uint32_t keep_finite(const float* values, float* kept, int64_t n) {
   return count;
 }
 
+// Makes zero of what lies beyond the limit or is NaN; returns how many those are.
+DEAR_CLONES uint32_t drop_beyond(float limit, int64_t n, float* values) {
+  uint32_t count = 0;
+  DEAR_SIMD_SUM(count)
+  for (int64_t i = 0; i < n; ++i) {
+    const bool kept = within(values[i], limit);
+    count += kept ? 0u : 1u;
+    values[i] = kept ? values[i] : 0.0f;
+  }
+  return count;
+}
+
 DEAR_CLONES void add_values(const float* values, int64_t n, float* total) {
   for (int64_t i = 0; i < n; ++i) total[i] += values[i];
 }
@@ -138,8 +150,8 @@ struct Sweep {
     float* kept = row(matrix, index);
     if (projection.grad != nullptr) {
       const int64_t start = projection.starts[matrix] + index * batch.columns;
-      drop(correct_run(element(projection.grad, projection.type, start), projection.type, kept,
-                       batch.columns));
+      drop(correct_run(element(projection.grad, projection.type, start), projection.type, kept, batch.columns,
+                       kLargestElement));
     }
     return kept;
   }
@@ -186,7 +198,8 @@ void project_two_rows(Sweep& sweep, int64_t matrix, int64_t first, const RowScra
     for (int64_t i = 0; i < kRows; ++i) std::copy_n(sums + i * kTile, kTile, scratch.down + i * rank + k);
   }
   for (int64_t i = 0; i < count; ++i) {
-    const float* down = scratch.down + i * rank;
+    float* down = scratch.down + i * rank;
+    sweep.drop(drop_beyond(kLargestFactor, batch.rank, down));
     std::copy_n(down, batch.rank, projection.factor + (matrix * batch.rows + first + i) * batch.rank);
     if (projection.residual) sweep.subtract(rows[i], down, scratch.across, scratch.row);
   }
@@ -253,11 +266,12 @@ class ColumnSweep {
     }
   }
 
-  // Adds the shares in order.
+  // Adds the shares in order. See Note [Overflow in low-rank factors].
   void finish() const {
     const BatchShape& batch = sweep_.batch;
     std::fill(total_, total_ + square_, 0.0f);
     for (int64_t part = 0; part < parts(); ++part) add_values(part_of(part), square_, total_);
+    sweep_.drop(drop_beyond(kLargestFactor, batch.rank * batch.columns, total_));
     float* factor = sweep_.projection.factor + matrix_ * batch.columns * batch.rank;
     for (int64_t column = 0; column < batch.columns; ++column) {
       for (int64_t k = 0; k < batch.rank; ++k) {

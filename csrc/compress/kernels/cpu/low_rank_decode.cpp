@@ -62,7 +62,7 @@ void low_rank_decode(const BatchShape& batch, const float* p, const float* q, co
       for (int64_t k = 0; k < rank; k += kTile) {
         expand_tile(coefficients + k, across + k * n, n, n, k > 0, target);
       }
-      if (type != GradType::kFloat32) store_block(row, type, n, place);
+      if (type != GradType::kFloat32) store_within_range(row, type, n, place);
     }
   });
 }

@@ -38,8 +38,31 @@ __global__ __launch_bounds__(kThreads) void correct_kernel(BatchShape batch, con
     float sums[4];
     load_four(own, offset, size, own_aligned, values);
     load_four(kept, offset, size, kept_aligned, sums);
-    bad += correct_four(values, sums, sums);
+    bad += correct_four(values, sums, sums, kLargestElement);
     store_four(sums, kept, offset, size, kept_aligned);
+  }
+  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+}
+
+// See Note [Overflow in low-rank factors].
+__global__ __launch_bounds__(kThreads) void limit_kernel(float* factor, int64_t n, int32_t* dropped) {
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlock;
+  const bool aligned = vector_aligned(factor);
+  int bad = 0;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int64_t offset = start + group_offset(group);
+    float values[4];
+    load_four(factor, offset, n, aligned, values);
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (within(values[i], kLargestFactor)) continue;
+      values[i] = 0.0f;
+      ++own;
+    }
+    if (own != 0) store_four(values, factor, offset, n, aligned);
+    bad += own;
   }
   if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
 }
@@ -134,6 +157,8 @@ __global__ __launch_bounds__(kThreads) void decode_kernel(BatchShape batch, cons
   for (int i = 0; i < 4; ++i) {
     if (tile.own_row() + i >= batch.rows) break;
     T* row = matrix + (tile.own_row() + i) * batch.columns;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[i][j] = held(sums[i][j], row);
     store_four(sums[i], row, tile.own_column(), batch.columns, vector_aligned(row));
   }
 }
@@ -154,6 +179,11 @@ void correct_matrices(const BatchShape& batch, const void* grad, GradType type, 
     correct_kernel<T>
         <<<grid, kThreads, 0, stream>>>(batch, static_cast<const T*>(grad), numel, starts, error, dropped);
   });
+}
+
+void limit_factor(float* factor, int64_t n, int32_t* dropped, cudaStream_t stream) {
+  if (n == 0) return;
+  limit_kernel<<<static_cast<unsigned>(block_count(n)), kThreads, 0, stream>>>(factor, n, dropped);
 }
 
 void low_rank_subtract(const BatchShape& batch, const float* p, const float* q, float* error,
