@@ -1,8 +1,4 @@
 // Codecs, pipelines and the driver of compressors, for Python.
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 believes that an empty optional of torch's, PythonFutureWrapper's default argument, is read.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 #include <torch/csrc/jit/python/pybind_utils.h>
 
 #include "bindings.h"
@@ -10,7 +6,6 @@
 #include "compress/codecs/low_rank.h"
 #include "compress/codecs/sign.h"
 #include "compress/codecs/topk.h"
-#include "compress/layout.h"
 #include "schedule/comm_hook.h"
 
 namespace dear::bindings {
