@@ -71,6 +71,7 @@ void bind_sizes(py::module_& m) {
 void bind_codecs(py::module_& m) {
   using compress::MatrixBatch;
 
+  bind_sizes(m);
   py::class_<Message>(m, "Message")
       .def_readonly("phase", &Message::phase)
       .def_readonly("full", &Message::full)
@@ -214,7 +215,6 @@ void bind_driver(py::module_& m) {
 }  // namespace
 
 void bind_compress(py::module_& m) {
-  bind_sizes(m);
   bind_codecs(m);
   bind_driver(m);
 }

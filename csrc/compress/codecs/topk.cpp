@@ -1,6 +1,5 @@
 #include "compress/codecs/topk.h"
 
-#include "compress/layout.h"
 #include "compress/ops/topk.h"
 
 namespace dear::compress {
