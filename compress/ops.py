@@ -5,24 +5,25 @@ Gradients (``grad``) are float32, float16 or bfloat16; error feedback is float32
 contiguous, on one device. Shapes are checked before anything is written: a mismatch raises ValueError, a wrong type
 TypeError. :mod:`compress.reference` says in plain torch what each computes.
 
-Bad gradients: where gradient + error is not finite, the error stands, the gradient element is dropped, and a counter
-is raised. The error feedback is never poisoned.
+Non-finite values: where gradient + error is not finite, the error stands, the gradient element is dropped, and a
+counter is raised. What overflows while it is encoded or merged is dropped and counted likewise. So the error feedback
+is always finite, and so is every payload, but for a 16-bit one without error feedback. Averages are finite where their
+terms are. Decoded values are held within the range of the gradients' type.
 
 Counters are added to, not overwritten: zero them once per step and share them among groups.
 """
 
-import dear._C  # noqa: F401  (loading it registers the operators)
 import torch
 from torch import Tensor
 
-from .reference import BLOCK, RECORD
+from dear import _C  # loading it registers the operators
 
 _ops = torch.ops.dear
 
 
 def shard_numel(numel: int, owners: int) -> int:
     """Elements per owner when ``numel`` elements are shared out in whole blocks; the last shards may be short."""
-    return max(1, -(-numel // (owners * BLOCK))) * BLOCK
+    return max(1, -(-numel // (owners * _C.BLOCK))) * _C.BLOCK
 
 
 def kernel_threads() -> int:
@@ -50,7 +51,7 @@ def dense_round(grad: Tensor, error: Tensor | None, out: Tensor, dropped: Tensor
 def dense_average(payloads: Tensor, error: Tensor | None, out: Tensor, dropped: Tensor | None = None) -> None:
     """:func:`dense_round` of the mean over the ranks of ``payloads`` [ranks, n] into ``out`` [n] of the same type.
 
-    Summed in float32, in order of the ranks. Rows of the payloads may lie apart.
+    Summed in float32, in order of the ranks; no sum overflows. Rows of the payloads may lie apart.
     """
     _ops.dense_average(payloads, error, out, dropped)
 
@@ -64,7 +65,7 @@ def sign_payload_numel(numel: int) -> int:
     A range of whole blocks of elements is a contiguous range of the payload, so the payload of a group of
     ``owners * shard_numel(n, owners)`` elements splits evenly by owner.
     """
-    return -(-numel // BLOCK) * RECORD
+    return _C.sign_payload_numel(numel)
 
 
 def sign_encode(
@@ -88,12 +89,14 @@ def sign_vote(payloads: Tensor, out: Tensor, tie_breaker: int = 0) -> None:
     _ops.sign_vote(payloads, out, tie_breaker)
 
 
-def sign_average(payloads: Tensor, error: Tensor | None, out: Tensor, numel: int) -> None:
+def sign_average(
+    payloads: Tensor, error: Tensor | None, out: Tensor, numel: int, dropped: Tensor | None = None
+) -> None:
     """The mean of the decoded ``payloads`` [voters, words] plus the owner's ``error`` [numel], packed into ``out``.
 
     ``numel`` is how many elements of the shard exist; ``error`` becomes what ``out`` does not say.
     """
-    _ops.sign_average(payloads, error, out, numel)
+    _ops.sign_average(payloads, error, out, numel, dropped)
 
 
 def sign_decode(payload: Tensor, out: Tensor) -> None:
@@ -106,12 +109,12 @@ def sign_decode(payload: Tensor, out: Tensor) -> None:
 
 def topk_slot_numel(capacity: int) -> int:
     """int32 words of one owner's slot: the count, ``capacity`` indices, ``capacity`` float32 values."""
-    return 1 + 2 * capacity
+    return _C.topk_slot_numel(capacity)
 
 
 def topk_workspace_numel(numel: int) -> int:
     """int32 elements of workspace for the selection among ``numel`` elements."""
-    return -(-numel // BLOCK) * (BLOCK // 32 + 2) + 3 * 2048 + 16
+    return _C.topk_workspace_numel(numel)
 
 
 def topk_threshold(
@@ -158,13 +161,13 @@ def topk_select(
     _ops.topk_select(grad, error, threshold, ties, shard, payload, stats, workspace)
 
 
-def topk_accumulate(payloads: Tensor, dense: Tensor, alpha: float) -> None:
+def topk_accumulate(payloads: Tensor, dense: Tensor, alpha: float, dropped: Tensor | None = None) -> None:
     """``dense`` [shard] float32 += ``alpha`` * value for every entry of ``payloads`` [lists, slot words], in order.
 
     The owner's merge: with ``dense`` its error feedback and ``alpha`` 1 / ranks, a :func:`topk_select` on the result
     with ``grad`` None compresses the mean again. Entries outside the shard are ignored.
     """
-    _ops.topk_accumulate(payloads, dense, alpha)
+    _ops.topk_accumulate(payloads, dense, alpha, dropped)
 
 
 def topk_decode(payloads: Tensor, out: Tensor, shard: int, alpha: float = 1.0) -> None:
@@ -194,8 +197,7 @@ def scatter_segments(message: Tensor, table: Tensor, out: Tensor) -> None:
 
 def orthogonalize_workspace_numel(batch: int, rows: int, columns: int) -> int:
     """float64 elements of workspace: a Gram matrix for every 1024 rows, one more, and a status, for each matrix."""
-    stride = -(-columns // 4) * 4
-    return batch * ((-(-rows // 1024) + 1) * stride * stride + 1)
+    return _C.orthogonalize_workspace_numel(batch, rows, columns)
 
 
 def orthogonalize(matrices: Tensor, workspace: Tensor) -> None:
@@ -227,9 +229,10 @@ def low_rank_project(
         not transposed:  factor [batch, n, r] = C fixed,     fixed [batch, m, r]
         transposed:      factor [batch, m, r] = C^T fixed,   fixed [batch, n, r]
 
-    ``residual``: ``error`` becomes C - P Q^T of the two factors, else C. Where C - P Q^T is not finite, because the
-    factor overflowed, the error is C. ``dropped`` counts these elements, and those of the gradient that were dropped.
-    ``grad`` and ``starts`` None: nothing is added. 1 <= r <= 256.
+    ``residual``: ``error`` becomes C - P Q^T of the two factors, else C. So that nothing overflows, now or when factors
+    are averaged and decoded, an element of the gradient is dropped where |C| would exceed 2^90, and an element of
+    ``factor`` beyond 2^110 is zero; ``dropped`` counts both. ``grad`` and ``starts`` None: nothing is added.
+    1 <= r <= 256.
     """
     _ops.low_rank_project(grad, error, fixed, factor, starts, transposed, residual, dropped)
 

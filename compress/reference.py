@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Elements that share one scale, and the unit in which a group is cut into shards. ``kBlock`` in ``layout.h``.
+#: Elements that share one scale, and the unit in which a group is cut into shards. The golden model's own definition
+#: of what ``layout.h`` says; tests compare the two.
 BLOCK = 4096
 WORD = 32
 RECORD = 1 + BLOCK // WORD
@@ -19,22 +20,31 @@ RECORD = 1 + BLOCK // WORD
 # --- Error feedback ---------------------------------------------------------------------------------------------------
 
 
-def correct(grad: Tensor, error: Tensor | None) -> tuple[Tensor, int]:
-    """``grad + error`` [n], and how many elements were not finite: there the error stands and the gradient is dropped.
+FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+def correct(grad: Tensor, error: Tensor | None, limit: float = FLOAT_MAX) -> tuple[Tensor, int]:
+    """``grad + error`` [n], and how many elements were not finite, or larger than ``limit``: there the error stands and
+    the gradient is dropped.
 
     No input can make the result, and so the error feedback, non-finite.
     """
     kept = torch.zeros(grad.shape, dtype=torch.float32) if error is None else error
     total = grad.float() + kept
-    finite = torch.isfinite(total)
-    return torch.where(finite, total, kept), int((~finite).sum())
+    within = total.abs() <= limit
+    return torch.where(within, total, kept), int((~within).sum())
+
+
+def to_gradient_type(decoded: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decoded float32 values rounded to the gradients' type and held within its range; NaN stays NaN."""
+    return decoded.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
 
 
 # --- Dense ------------------------------------------------------------------------------------------------------------
 
 
 def dense_round(grad: Tensor, error: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, int]:
-    """The gradient [n] in 16 bits, the new error, and how many elements were bad.
+    """The gradient [n] in 16 bits, the new error, and how many elements count.
 
     Without error those that are not finite after rounding. With it ``grad + error`` is held within the type's range,
     and those count whose gradient was dropped.
@@ -48,11 +58,15 @@ def dense_round(grad: Tensor, error: Tensor | None, dtype: torch.dtype) -> tuple
 
 
 def dense_average(payloads: Tensor, error: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
-    """:func:`dense_round` of the mean of ``payloads`` [ranks, n], summed in float32 in order of the ranks."""
-    total = torch.zeros(payloads.shape[1])
+    """:func:`dense_round` of the mean of ``payloads`` [ranks, n], summed in float32 in order of the ranks.
+
+    They are first multiplied by a power of two that is at most 1 / ranks, so that no sum overflows: no bits change.
+    """
+    ranks, total = payloads.shape[0], torch.zeros(payloads.shape[1])
+    scale = 0.5 ** (ranks - 1).bit_length()
     for payload in payloads:
-        total = total + payload.float()
-    return dense_round(total / payloads.shape[0], error, payloads.dtype)
+        total = total + payload.float() * scale
+    return dense_round(total / (ranks * scale), error, payloads.dtype)
 
 
 # --- Sign -------------------------------------------------------------------------------------------------------------
@@ -103,8 +117,9 @@ def sign_vote(ballots: list[Signs], tie_breaker: int = 0) -> Signs:
     return Signs((2 * count > len(ballots)) | tie, scales)
 
 
-def sign_average(ballots: list[Signs], error: Tensor | None) -> tuple[Signs, Tensor]:
-    """The average of the decoded payloads, plus the owner's error, compressed again; and the owner's new error.
+def sign_average(ballots: list[Signs], error: Tensor | None) -> tuple[Signs, Tensor, int]:
+    """The average of the decoded payloads, plus the owner's error, compressed again; the owner's new error; and how
+    many elements of the average were dropped.
 
     Source: dist-EF-blockSGD, Algorithm 2, the server's side.
     """
@@ -112,8 +127,7 @@ def sign_average(ballots: list[Signs], error: Tensor | None) -> tuple[Signs, Ten
     total = torch.zeros(n)
     for ballot in ballots:
         total += sign_decode(Signs(ballot.bits, ballot.scales / len(ballots)))
-    signs, new_error, _ = sign_encode(total, error)
-    return signs, new_error
+    return sign_encode(total, error)
 
 
 def sign_pack(signs: Signs, blocks: int | None = None) -> Tensor:
@@ -149,7 +163,7 @@ def sign_step(grads: list[Tensor], errors: list[Tensor], server_error: Tensor) -
         signs, new_error, _ = sign_encode(grad, error)
         error.copy_(new_error)
         ballots.append(signs)
-    result, new_server_error = sign_average(ballots, server_error)
+    result, new_server_error, _ = sign_average(ballots, server_error)
     server_error.copy_(new_server_error)
     return sign_decode(result)
 
@@ -199,12 +213,15 @@ def topk_select(
     return slots, error, int(selected.sum())
 
 
-def topk_accumulate(lists: list[Sparse], dense: Tensor, alpha: float) -> Tensor:
-    """``dense`` [shard] plus ``alpha`` times every entry of the lists, added in list order: the owner's merge."""
-    result = dense.clone()
+def topk_accumulate(lists: list[Sparse], dense: Tensor, alpha: float) -> tuple[Tensor, int]:
+    """``dense`` [shard] plus ``alpha`` times every entry of the lists, added in list order: the owner's merge. And how
+    many entries were dropped, because the sum was not finite."""
+    result, dropped = dense.clone(), 0
     for entries in lists:
-        result[entries.indices] += torch.tensor(alpha) * entries.values
-    return result
+        total, lost = correct(torch.tensor(alpha) * entries.values, result[entries.indices])
+        result[entries.indices] = total
+        dropped += lost
+    return result, dropped
 
 
 def topk_decode(slots: list[Sparse], n: int, shard: int, alpha: float = 1.0) -> Tensor:
@@ -233,7 +250,7 @@ def topk_step(grads: list[Tensor], errors: list[Tensor], server_error: Tensor, k
     results = []
     for owner, lists in enumerate(received):
         kept = server_error[owner * shard : (owner + 1) * shard]
-        merged = topk_accumulate(lists, kept, 1 / world)
+        merged, _ = topk_accumulate(lists, kept, 1 / world)
         quota = min(max(1, k // owners), merged.numel())
         slots, new_error, _ = topk_select(merged, *topk_threshold(merged, quota), merged.numel(), 1, n)
         kept.copy_(new_error)
@@ -290,10 +307,16 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return q.float()
 
 
+#: A matrix's element, with its error, beyond this is dropped; a factor's element beyond that is sent as zero. See
+#: Note [Overflow in low-rank factors] in ``layout.h``.
+LARGEST_ELEMENT, LARGEST_FACTOR = 2.0**90, 2.0**110
+
+
 def low_rank_project(
     grad: Tensor | None, error: Tensor, fixed: Tensor, starts: list[int], transposed: bool
 ) -> tuple[Tensor, Tensor, int]:
-    """The other factor of C = error + grad [B, n, m], C itself, and how many elements of the gradient were dropped.
+    """The other factor of C = error + grad [B, n, m], C itself, and how many elements of gradient and factor were
+    dropped.
 
     ``grad`` is flat, matrix b begins at ``starts[b]``. The factor is C ``fixed`` [B, n, r] or, transposed, C^T
     ``fixed`` [B, m, r], summed in float64.
@@ -301,11 +324,13 @@ def low_rank_project(
     corrected, dropped = error.clone(), 0
     if grad is not None:
         for matrix, start in zip(corrected, starts, strict=True):
-            total, bad = correct(grad[start : start + matrix.numel()], matrix.flatten())
+            total, lost = correct(grad[start : start + matrix.numel()], matrix.flatten(), LARGEST_ELEMENT)
             matrix.copy_(total.view_as(matrix))
-            dropped += bad
+            dropped += lost
     c = corrected.double()
-    return ((c.mT if transposed else c) @ fixed.double()).float(), corrected, dropped
+    factor = ((c.mT if transposed else c) @ fixed.double()).float()
+    within = factor.abs() <= LARGEST_FACTOR
+    return factor.where(within, 0.0), corrected, dropped + int((~within).sum())
 
 
 def low_rank_residual(corrected: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, int]:
@@ -316,10 +341,11 @@ def low_rank_residual(corrected: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, 
 
 
 def low_rank_decode(p: Tensor, q: Tensor, out: Tensor, starts: list[int]) -> Tensor:
-    """``out`` [n], with P Q^T of matrix b, rounded once from float64 and once to the type, from ``starts[b]`` on."""
+    """``out`` [n], with P Q^T of matrix b, rounded once from float64 and once to the type, from ``starts[b]`` on, and
+    held within the type's range."""
     result = out.clone()
     for matrix, start in zip((p.double() @ q.double().mT).float(), starts, strict=True):
-        result[start : start + matrix.numel()] = matrix.flatten().to(out.dtype)
+        result[start : start + matrix.numel()] = to_gradient_type(matrix.flatten(), out.dtype)
     return result
 
 

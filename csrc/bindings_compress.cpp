@@ -53,9 +53,22 @@ class PythonCodec : public Codec {
   py::object object_;
 };
 
+// The sizes of payloads and workspaces, which Python allocates and the operators check: layout.h is where
+// they are written.
+void bind_sizes(py::module_& m) {
+  m.attr("BLOCK") = compress::kBlock;
+  m.attr("SIGN_RECORD") = compress::kSignRecord;
+  m.def("sign_payload_numel", &compress::sign_payload_numel, py::arg("numel"));
+  m.def("topk_slot_numel", &compress::slot_words, py::arg("capacity"));
+  m.def("topk_workspace_numel", &compress::topk_workspace_numel, py::arg("numel"));
+  m.def("orthogonalize_workspace_numel", &compress::orthogonalize_workspace_numel, py::arg("batch"),
+        py::arg("rows"), py::arg("columns"));
+}
+
 void bind_codecs(py::module_& m) {
   using compress::MatrixBatch;
 
+  bind_sizes(m);
   py::class_<Message>(m, "Message")
       .def_readonly("phase", &Message::phase)
       .def_readonly("full", &Message::full)

@@ -8,6 +8,7 @@ from kernel_cases import DEVICES, counter
 from torch import Tensor
 
 from compress import ops, reference
+from dear import _C
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 N = 4096 + 10
@@ -28,12 +29,12 @@ def arguments(name: str, device: str) -> tuple[object, ...]:
         "dense_average": (torch.randn(3, N, device=device).half(), error, narrow, ties),
         "sign_encode": (grad, error, payload, ties, True),
         "sign_vote": (ballots, payload, 1),
-        "sign_average": (ballots, error, payload, N),
+        "sign_average": (ballots, error, payload, N, ties),
         "sign_decode": (payload, grad),
         "topk_threshold": (grad, error, 40, one, ties, scratch),
         "topk_refresh": (grad, error, 40, one, ties, scratch, 0.1),
         "topk_select": (grad, error, one, None, 4096, slots, stats, scratch),
-        "topk_accumulate": (slots, error, 0.5),
+        "topk_accumulate": (slots, error, 0.5, ties),
         "topk_decode": (slots, grad, 4096, 1.0),
         "low_rank_project": (
             *(torch.randn(300, device=device), torch.randn(2, 10, 12, device=device)),
@@ -99,6 +100,11 @@ def test_workspace_sizes_agree_with_the_kernels() -> None:
         ops.orthogonalize(matrices, torch.zeros(size, dtype=torch.float64))
         with pytest.raises(ValueError, match="workspace"):
             ops.orthogonalize(matrices, torch.zeros(size - 1, dtype=torch.float64))
+
+
+def test_the_golden_model_defines_the_same_payloads() -> None:
+    assert _C.BLOCK == reference.BLOCK
+    assert _C.SIGN_RECORD == reference.RECORD
 
 
 def test_shards_are_whole_blocks_and_cover_the_group() -> None:

@@ -111,7 +111,7 @@ def test_vote_ties_go_to_the_tie_breaker(device: str) -> None:
 def test_average(voters: int, n: int, device: str) -> None:
     ballots = ballots_of(voters, n)
     for error in (None, torch.randn(n)):
-        expected, _ = reference.sign_average(ballots, error)
+        expected, _, _ = reference.sign_average(ballots, error)
         new_error = None if error is None else error.clone().to(device)
         payloads = packed(ballots, device)
         out = torch.full((payloads.shape[1],), -1, dtype=torch.int32, device=device)

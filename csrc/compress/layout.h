@@ -17,6 +17,9 @@ namespace dear::compress {
 // from memory once although the scale of a block is known only after all of it was seen.
 constexpr int64_t kBlock = 4096;
 
+DEAR_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DEAR_HOST_DEVICE constexpr int64_t block_count(int64_t numel) { return ceil_div(numel, kBlock); }
+
 // Sign bits of 32 elements make one word. Bit j of word w belongs to element 32 * w + j of the block; it is
 // set where the sign bit of the float is clear (+0 counts as positive, -0 as negative).
 constexpr int64_t kWordBits = 32;
@@ -25,16 +28,21 @@ constexpr int64_t kBlockWords = kBlock / kWordBits;
 // A sign payload is one record per block: the float32 scale, then the words. So the payload of any range of
 // whole blocks is contiguous, and an all-to-all can cut it by owner without repacking.
 constexpr int64_t kSignRecord = 1 + kBlockWords;
+constexpr int64_t sign_payload_numel(int64_t numel) { return block_count(numel) * kSignRecord; }
 
 // A sparse payload is one slot per owner: the count, then `capacity` indices relative to the owner's shard,
 // in rising order, then `capacity` float32 values. What lies behind `count` entries is not written.
 constexpr int64_t kSlotHeader = 1;
 DEAR_HOST_DEVICE constexpr int64_t slot_words(int64_t capacity) { return kSlotHeader + 2 * capacity; }
 
-// Workspace of the top-k kernels behind the masks and counts of the blocks: one histogram per radix digit,
-// and the state of the selection. Only the CUDA kernels need it.
+// Workspace of the top-k kernels, in int32: one bit per element, two counts per block; and for the CUDA
+// kernels a histogram per radix digit, and the state of the selection.
 constexpr int64_t kHistogramBins = 2048;
 constexpr int64_t kHistogramWords = 3 * kHistogramBins + 16;
+constexpr int64_t topk_mask_words(int64_t numel) { return block_count(numel) * kBlockWords; }
+constexpr int64_t topk_workspace_numel(int64_t numel) {
+  return topk_mask_words(numel) + 2 * block_count(numel) + kHistogramWords;
+}
 
 // Rows of one partial Gram matrix: enough parts to share one tall matrix among threads.
 constexpr int64_t kGramRows = 1024;
@@ -43,9 +51,28 @@ constexpr int64_t kMaxRank = 256;
 // Gram matrices are stored with their rows padded to whole vectors of four.
 DEAR_HOST_DEVICE constexpr int64_t padded_rank(int64_t columns) { return (columns + 3) / 4 * 4; }
 
+// Workspace of orthogonalize, in float64: for each matrix a Gram matrix of every kGramRows rows, one more,
+// and a status.
+constexpr int64_t orthogonalize_workspace_numel(int64_t batch, int64_t rows, int64_t columns) {
+  return batch * ((ceil_div(rows, kGramRows) + 1) * padded_rank(columns) * padded_rank(columns) + 1);
+}
+
+// Note [Overflow in low-rank factors]
+// Gradients that are finite may still overflow when they are multiplied, or when factors are summed over the
+// ranks. So two bounds hold, far above what training survives:
+// - An element of a matrix, plus its error, of more than kLargestElement is dropped and counted, as one that
+//   is not finite. Its product with an orthonormal factor then stays below 2^106, for up to 2^31 elements.
+// - An element of a factor of more than kLargestFactor becomes zero and is counted. That can only be one of
+//   Power-SGD's P, whose other factor is not orthonormal. What it would have said stays in the error
+//   feedback.
+// Sums of factors over 2^17 ranks, and the decoded product with an orthonormal factor, are finite then. All
+// is known once the first message is encoded, before anything is exchanged.
+constexpr float kLargestElement = 0x1p90f;
+constexpr float kLargestFactor = 0x1p110f;
+
 // Matrices of one shape [rows, columns], row-major, and of the rank of their factors P [rows, rank] and
 // Q [columns, rank].
-struct MatrixBatch {
+struct BatchShape {
   int64_t count;
   int64_t rows;
   int64_t columns;
@@ -66,13 +93,18 @@ struct Segment {
   }
 };
 
-DEAR_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-DEAR_HOST_DEVICE constexpr int64_t block_count(int64_t numel) { return ceil_div(numel, kBlock); }
-
 // The gradient types. Error feedback and arithmetic are float32 always.
 enum class GradType : int { kFloat32, kFloat16, kBFloat16 };
 
 constexpr int64_t grad_bytes(GradType type) { return type == GradType::kFloat32 ? 4 : 2; }
+
+// What values are multiplied by before `ranks` of them are summed, so that the sum does not overflow where
+// the mean does not: the power of two that is at most 1 / ranks. Scaling by it changes no bits of the mean.
+constexpr float average_scale(int64_t ranks) {
+  float scale = 1;
+  for (int64_t power = 1; power < ranks; power *= 2) scale /= 2;
+  return scale;
+}
 
 // The largest finite value of a type.
 DEAR_HOST_DEVICE constexpr float largest(GradType type) {

@@ -1,6 +1,6 @@
 #include "compress/codecs/half.h"
 
-#include "compress/ops.h"
+#include "compress/ops/dense.h"
 
 namespace dear::compress {
 

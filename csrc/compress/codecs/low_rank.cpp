@@ -1,7 +1,9 @@
 #include "compress/codecs/low_rank.h"
 
 #include "collectives/shard.h"
-#include "compress/ops.h"
+#include "compress/layout.h"
+#include "compress/ops/low_rank.h"
+#include "compress/ops/segments.h"
 
 namespace dear::compress {
 
@@ -16,8 +18,8 @@ LowRankCodec::LowRankCodec(at::Device device, int64_t rank, int64_t world, std::
   for (const MatrixBatch& batch : batches_) {
     const int64_t count = batch.p.size(0), rows = batch.p.size(1), columns = batch.q.size(1);
     corrected_.push_back(batch.error ? *batch.error : at::empty({count, rows, columns}, batch.p.options()));
-    const int64_t numel = std::max(ops::orthogonalize_workspace(count, rows, batch.p.size(2)),
-                                   ops::orthogonalize_workspace(count, columns, batch.p.size(2)));
+    const int64_t numel = std::max(orthogonalize_workspace_numel(count, rows, batch.p.size(2)),
+                                   orthogonalize_workspace_numel(count, columns, batch.p.size(2)));
     workspace_.push_back(at::zeros({numel}, batch.p.options().dtype(at::kDouble)));
   }
 }
@@ -43,7 +45,7 @@ LowRankCodec::Average LowRankCodec::make_average(bool of_p, bool with_dense) con
 }
 
 void LowRankCodec::orthogonalize(size_t batch, const at::Tensor& factors) const {
-  const int64_t numel = ops::orthogonalize_workspace(factors.size(0), factors.size(1), factors.size(2));
+  const int64_t numel = orthogonalize_workspace_numel(factors.size(0), factors.size(1), factors.size(2));
   ops::orthogonalize(factors, workspace_[batch].narrow(0, 0, numel));
 }
 

@@ -1,6 +1,6 @@
 #include "compress/codecs/sign.h"
 
-#include "compress/ops.h"
+#include "compress/ops/sign.h"
 
 namespace dear::compress {
 
@@ -21,7 +21,7 @@ void SignCodec::encode(int64_t, const at::Tensor& rows) {
 
 void SignCodec::merge(int64_t step, const at::Tensor& rows, const at::Tensor& merged) {
   if (scaled_) {
-    ops::sign_average(rows, owner_error_, merged, owned_);
+    ops::sign_average(rows, owner_error_, merged, owned_, dropped_);
   } else {
     ops::sign_vote(rows, merged, step % world_);
   }

@@ -1,7 +1,6 @@
 #include "compress/codecs/topk.h"
 
-#include "compress/layout.h"
-#include "compress/ops.h"
+#include "compress/ops/topk.h"
 
 namespace dear::compress {
 namespace {
@@ -23,7 +22,7 @@ Selection::Selection(at::Device device, int64_t numel, int64_t k, int64_t stretc
   selected_ = counters.narrow(0, 1, 1);
   dropped_ = counters.narrow(0, 2, 1);
   threshold_ = at::zeros({1}, options.dtype(at::kFloat));
-  workspace_ = at::zeros({ops::topk_workspace(numel)}, options.dtype(at::kInt));
+  workspace_ = at::zeros({topk_workspace_numel(numel)}, options.dtype(at::kInt));
 }
 
 void Selection::exact(const std::optional<at::Tensor>& grad, const at::Tensor& error, int64_t shard,
@@ -87,7 +86,7 @@ void TopKCodec::merge(int64_t, const at::Tensor& rows, const at::Tensor& merged)
   if (!merged_) return;
   if (!feedback_) total_.zero_();
   slots_.copy_(rows);
-  ops::topk_accumulate(slots_, total_, 1.0 / static_cast<double>(world_));
+  ops::topk_accumulate(slots_, total_, 1.0 / static_cast<double>(world_), dropped_);
   merged_->exact(std::nullopt, total_, owned_, slot_);
   merged.copy_(slot_.view(-1));
 }

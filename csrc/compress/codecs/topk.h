@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "compress/codecs/owner.h"
+#include "compress/layout.h"
 
 namespace dear::compress {
 

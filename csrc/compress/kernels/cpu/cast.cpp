@@ -2,6 +2,7 @@
 
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "compress/kernels/cpu/isa.h"
@@ -24,6 +25,10 @@ DEAR_CLONES void float_to_bfloat16(const float* source, int64_t n, uint16_t* tar
     const bool is_nan = (bits & ~kSignBit) > kInfinity;
     target[i] = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
   }
+}
+
+DEAR_CLONES void clamp_values(const float* values, int64_t n, float limit, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = std::min(std::max(values[i], -limit), limit);
 }
 
 void half_to_float_plain(const uint16_t* source, int64_t n, float* target) {
@@ -96,6 +101,11 @@ void store_block(const float* source, GradType type, int64_t n, void* target) {
   }
 #endif
   float_to_half_plain(source, n, words);
+}
+
+void store_within_range(float* source, GradType type, int64_t n, void* target) {
+  if (type != GradType::kFloat32) clamp_values(source, n, largest(type), source);
+  store_block(source, type, n, target);
 }
 
 }  // namespace dear::compress::cpu

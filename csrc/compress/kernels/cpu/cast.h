@@ -14,6 +14,13 @@ const float* load_block(const void* source, GradType type, int64_t n, float* scr
 // Rounds n floats to `type`, to nearest even; values out of range become infinite, NaN stays NaN.
 void store_block(const float* source, GradType type, int64_t n, void* target);
 
+// The same for decoded values, which may lie a little outside the range of the gradients that they stand for:
+// those are held at its ends. `source` may be changed.
+void store_within_range(float* source, GradType type, int64_t n, void* target);
+
+// out = values, held within [-limit, limit]; NaN stays NaN. `out` may be `values`.
+void clamp_values(const float* values, int64_t n, float limit, float* out);
+
 // The address of element `offset` of a tensor of `type`.
 inline const void* element(const void* base, GradType type, int64_t offset) {
   return static_cast<const char*>(base) + offset * grad_bytes(type);

@@ -11,16 +11,13 @@
 
 namespace dear::compress::cpu {
 
-DEAR_CLONES void clamp_values(const float* values, int64_t n, float limit, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = std::min(std::max(values[i], -limit), limit);
-}
-
 DEAR_CLONES void subtract_values(const float* values, int64_t n, float* total) {
   for (int64_t i = 0; i < n; ++i) total[i] -= values[i];
 }
 
-DEAR_CLONES void add_payload(const float* values, int64_t n, float* total) {
-  for (int64_t i = 0; i < n; ++i) total[i] += values[i];
+// `scale` is a power of two: the product is exact, fused or not.
+DEAR_CLONES void add_payload(const float* values, float scale, int64_t n, float* total) {
+  for (int64_t i = 0; i < n; ++i) total[i] += scale * values[i];
 }
 
 DEAR_CLONES void divide_values(float divisor, int64_t n, float* values) {
@@ -82,15 +79,16 @@ int64_t dense_round(const void* grad, GradType type, float* error, int64_t n, Gr
 
 int64_t dense_average(const void* payloads, GradType type, int64_t ranks, int64_t stride, float* error,
                       int64_t n, void* out) {
+  const float scale = average_scale(ranks);
   return sum_over_blocks(n, [&](int64_t offset, int64_t length) {
     float scratch[kBlock];
     float mean[kBlock];
     std::fill(mean, mean + length, 0.0f);
     for (int64_t rank = 0; rank < ranks; ++rank) {
       const void* payload = element(payloads, type, rank * stride + offset);
-      add_payload(load_block(payload, type, length, scratch), length, mean);
+      add_payload(load_block(payload, type, length, scratch), scale, length, mean);
     }
-    divide_values(static_cast<float>(ranks), length, mean);
+    divide_values(static_cast<float>(ranks) * scale, length, mean);
     return round_block(mean, error == nullptr ? nullptr : error + offset, length, type,
                        element(out, type, offset));
   });

@@ -48,25 +48,25 @@ DEAR_CLONES int64_t correct_block(const float* grad, const float* error, float* 
   return count;
 }
 
-DEAR_CLONES uint32_t correct_values(const float* grad, float* error, int64_t n) {
+DEAR_CLONES uint32_t correct_values(const float* grad, float* error, int64_t n, float limit) {
   uint32_t count = 0;
   DEAR_SIMD_SUM(count)
   for (int64_t i = 0; i < n; ++i) {
     const float sum = grad[i] + error[i];
-    const bool finite = is_finite(sum);
-    count += finite ? 0u : 1u;
-    error[i] = finite ? sum : error[i];
+    const bool kept = within(sum, limit);
+    count += kept ? 0u : 1u;
+    error[i] = kept ? sum : error[i];
   }
   return count;
 }
 
-int64_t correct_run(const void* grad, GradType type, float* error, int64_t n) {
+int64_t correct_run(const void* grad, GradType type, float* error, int64_t n, float limit) {
   float scratch[kBlock];
   int64_t count = 0;
   for (int64_t offset = 0; offset < n; offset += kBlock) {
     const int64_t length = std::min(kBlock, n - offset);
     const float* values = load_block(element(grad, type, offset), type, length, scratch);
-    count += correct_values(values, error + offset, length);
+    count += correct_values(values, error + offset, length, limit);
   }
   return count;
 }

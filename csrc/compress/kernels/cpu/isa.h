@@ -44,4 +44,7 @@ inline float bits_float(uint32_t bits) {
 // Tested on the bits, so that no compiler flag about finite arithmetic can remove the test.
 inline bool is_finite(float value) { return (float_bits(value) & kInfinity) != kInfinity; }
 
+// |value| <= limit, false for NaN. Of the largest float: whether the value is finite.
+inline bool within(float value, float limit) { return (float_bits(value) & ~kSignBit) <= float_bits(limit); }
+
 }  // namespace dear::compress::cpu

@@ -109,6 +109,18 @@ DEAR_CLONES uint32_t keep_finite(const float* values, float* kept, int64_t n) {
   return count;
 }
 
+// Makes zero of what lies beyond the limit or is NaN; returns how many those are.
+DEAR_CLONES uint32_t drop_beyond(float limit, int64_t n, float* values) {
+  uint32_t count = 0;
+  DEAR_SIMD_SUM(count)
+  for (int64_t i = 0; i < n; ++i) {
+    const bool kept = within(values[i], limit);
+    count += kept ? 0u : 1u;
+    values[i] = kept ? values[i] : 0.0f;
+  }
+  return count;
+}
+
 DEAR_CLONES void add_values(const float* values, int64_t n, float* total) {
   for (int64_t i = 0; i < n; ++i) total[i] += values[i];
 }
@@ -117,12 +129,12 @@ namespace {
 
 // What is asked, and what both directions share.
 struct Sweep {
-  const MatrixBatch& batch;
+  const BatchShape& batch;
   const Projection& projection;
   const int64_t rank;  // padded
   std::atomic<int64_t> dropped{0};
 
-  Sweep(const MatrixBatch& batch, const Projection& projection)
+  Sweep(const BatchShape& batch, const Projection& projection)
       : batch(batch), projection(projection), rank(padded_rank(batch.rank)) {}
 
   void drop(int64_t count) {
@@ -138,8 +150,8 @@ struct Sweep {
     float* kept = row(matrix, index);
     if (projection.grad != nullptr) {
       const int64_t start = projection.starts[matrix] + index * batch.columns;
-      drop(correct_run(element(projection.grad, projection.type, start), projection.type, kept,
-                       batch.columns));
+      drop(correct_run(element(projection.grad, projection.type, start), projection.type, kept, batch.columns,
+                       kLargestElement));
     }
     return kept;
   }
@@ -171,7 +183,7 @@ struct RowScratch {
 };
 
 void project_two_rows(Sweep& sweep, int64_t matrix, int64_t first, const RowScratch& scratch) {
-  const MatrixBatch& batch = sweep.batch;
+  const BatchShape& batch = sweep.batch;
   const Projection& projection = sweep.projection;
   const int64_t rank = sweep.rank;
   const int64_t count = std::min(kRows, batch.rows - first);
@@ -186,14 +198,15 @@ void project_two_rows(Sweep& sweep, int64_t matrix, int64_t first, const RowScra
     for (int64_t i = 0; i < kRows; ++i) std::copy_n(sums + i * kTile, kTile, scratch.down + i * rank + k);
   }
   for (int64_t i = 0; i < count; ++i) {
-    const float* down = scratch.down + i * rank;
+    float* down = scratch.down + i * rank;
+    sweep.drop(drop_beyond(kLargestFactor, batch.rank, down));
     std::copy_n(down, batch.rank, projection.factor + (matrix * batch.rows + first + i) * batch.rank);
     if (projection.residual) sweep.subtract(rows[i], down, scratch.across, scratch.row);
   }
 }
 
 void project_rows(Sweep& sweep) {
-  const MatrixBatch& batch = sweep.batch;
+  const BatchShape& batch = sweep.batch;
   const int64_t pairs = ceil_div(batch.rows, kRows);
   at::parallel_for(0, batch.count * pairs, grain_of(kRows * batch.columns), [&](int64_t first, int64_t last) {
     const RowScratch scratch(sweep);
@@ -222,7 +235,7 @@ class ColumnSweep {
         square_(sweep.rank * sweep.batch.columns),
         down_(thread_scratch<float>(padded_rows() * sweep.rank + (parts() + 1) * square_)),
         total_(down_ + padded_rows() * sweep.rank) {
-    const MatrixBatch& batch = sweep_.batch;
+    const BatchShape& batch = sweep_.batch;
     const int64_t rank = sweep_.rank;
     const float* fixed = sweep.projection.fixed + matrix * batch.rows * batch.rank;
     std::fill(down_, down_ + padded_rows() * rank, 0.0f);
@@ -235,7 +248,7 @@ class ColumnSweep {
 
   // Corrects the rows of one part, and sums up its share of Q^T.
   void project(int64_t part) const {
-    const MatrixBatch& batch = sweep_.batch;
+    const BatchShape& batch = sweep_.batch;
     const int64_t rank = sweep_.rank;
     float* across = part_of(part);
     std::fill(across, across + square_, 0.0f);
@@ -253,11 +266,12 @@ class ColumnSweep {
     }
   }
 
-  // Adds the shares in order.
+  // Adds the shares in order. See Note [Overflow in low-rank factors].
   void finish() const {
-    const MatrixBatch& batch = sweep_.batch;
+    const BatchShape& batch = sweep_.batch;
     std::fill(total_, total_ + square_, 0.0f);
     for (int64_t part = 0; part < parts(); ++part) add_values(part_of(part), square_, total_);
+    sweep_.drop(drop_beyond(kLargestFactor, batch.rank * batch.columns, total_));
     float* factor = sweep_.projection.factor + matrix_ * batch.columns * batch.rank;
     for (int64_t column = 0; column < batch.columns; ++column) {
       for (int64_t k = 0; k < batch.rank; ++k) {
@@ -288,7 +302,7 @@ class ColumnSweep {
 
 void project_columns(Sweep& sweep) {
   // One thread takes a matrix from start to end. Those that do not come out even are shared by all.
-  const MatrixBatch& batch = sweep.batch;
+  const BatchShape& batch = sweep.batch;
   const int64_t count = batch.count;
   const int64_t whole = count - count % at::get_num_threads();
   const bool residual = sweep.projection.residual;
@@ -323,7 +337,7 @@ void lay_across(const float* factor, int64_t length, int64_t rank, float* across
   }
 }
 
-int64_t low_rank_project(const MatrixBatch& batch, const Projection& projection, bool transposed) {
+int64_t low_rank_project(const BatchShape& batch, const Projection& projection, bool transposed) {
   Sweep sweep(batch, projection);
   transposed ? project_columns(sweep) : project_rows(sweep);
   return sweep.dropped.load();

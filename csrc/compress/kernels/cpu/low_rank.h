@@ -19,14 +19,16 @@ struct Projection {
 };
 
 // error += grad, called c; factor = c fixed, or c^T fixed when transposed; with `residual` then
-// error = c - P Q^T of factor and fixed. Where that is not finite, because the factor overflowed, the error
-// stays c. Returns how many elements of either kind were not finite. The bits depend on the input and the
-// instruction set, not on the number of threads.
-int64_t low_rank_project(const MatrixBatch& batch, const Projection& projection, bool transposed);
+// error = c - P Q^T of factor and fixed. Returns how many elements of the gradient and of the factor were
+// dropped (Note [Overflow in low-rank factors]): there the error stands, or the factor is zero. Where
+// c - P Q^T is not finite all the same, the error stays c, and that counts too. The bits depend on the input
+// and the instruction set, not on the number of threads.
+int64_t low_rank_project(const BatchShape& batch, const Projection& projection, bool transposed);
 
 // Matrix b of `out`, which begins at element starts[b], becomes P Q^T of p [count, rows, rank] and
-// q [count, columns, rank]. Ranks that hold the same factors get the same bits, even on different processors.
-void low_rank_decode(const MatrixBatch& batch, const float* p, const float* q, const int64_t* starts,
+// q [count, columns, rank], held within the range of `type`. Ranks that hold the same factors get the same
+// bits, even on different processors.
+void low_rank_decode(const BatchShape& batch, const float* p, const float* q, const int64_t* starts,
                      GradType type, void* out);
 
 // Loops run along the rows of the matrices. For that Q [length, rank] is laid "across": [padded rank,

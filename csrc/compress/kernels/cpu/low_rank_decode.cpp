@@ -40,7 +40,7 @@ DEAR_CLONES void expand_tile(const float* p, const float* q, int64_t stride, int
   }
 }
 
-void low_rank_decode(const MatrixBatch& batch, const float* p, const float* q, const int64_t* starts,
+void low_rank_decode(const BatchShape& batch, const float* p, const float* q, const int64_t* starts,
                      GradType type, void* out) {
   const int64_t n = batch.columns;
   const int64_t rank = padded_rank(batch.rank);
@@ -62,7 +62,7 @@ void low_rank_decode(const MatrixBatch& batch, const float* p, const float* q, c
       for (int64_t k = 0; k < rank; k += kTile) {
         expand_tile(coefficients + k, across + k * n, n, n, k > 0, target);
       }
-      if (type != GradType::kFloat32) store_block(row, type, n, place);
+      if (type != GradType::kFloat32) store_within_range(row, type, n, place);
     }
   });
 }

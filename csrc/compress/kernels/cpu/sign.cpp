@@ -199,11 +199,13 @@ void sign_vote(const int32_t* payloads, int64_t voters, int64_t stride, int64_t 
   });
 }
 
-void sign_average(const int32_t* payloads, int64_t voters, int64_t stride, int64_t blocks, float* error,
-                  int64_t n, int32_t* out) {
+int64_t sign_average(const int32_t* payloads, int64_t voters, int64_t stride, int64_t blocks, float* error,
+                     int64_t n, int32_t* out) {
+  std::atomic<int64_t> dropped{0};
   at::parallel_for(0, blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
     alignas(64) float average[kBlock];
     alignas(64) float local[kBlock];
+    int64_t count = 0;
     for (int64_t block = first; block < last; ++block) {
       const int64_t offset = block * kBlock;
       const int64_t length = std::min(kBlock, n - offset);
@@ -223,11 +225,13 @@ void sign_average(const int32_t* payloads, int64_t voters, int64_t stride, int64
       float* corrected = error != nullptr ? error + offset : local;
       if (error == nullptr) std::memset(local, 0, length * sizeof(float));
       double magnitude;
-      correct_block(average, corrected, corrected, length, &magnitude);
+      count += correct_block(average, corrected, corrected, length, &magnitude);
       pack_record(corrected, length, clamp_scale(magnitude / static_cast<double>(length)), error != nullptr,
                   record);
     }
+    dropped.fetch_add(count, std::memory_order_relaxed);
   });
+  return dropped.load();
 }
 
 void sign_decode(const int32_t* payload, int64_t n, GradType type, void* out) {
@@ -241,7 +245,7 @@ void sign_decode(const int32_t* payload, int64_t n, GradType type, void* out) {
       // float32 is written straight to its place; the others pass through the cache.
       float* values = type == GradType::kFloat32 ? static_cast<float*>(target) : scratch;
       unpack_words(record + 1, length, record_scale(record), values);
-      if (type != GradType::kFloat32) store_block(scratch, type, length, target);
+      if (type != GradType::kFloat32) store_within_range(scratch, type, length, target);
     }
   });
 }

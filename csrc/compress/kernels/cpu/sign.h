@@ -24,11 +24,12 @@ void sign_vote(const int32_t* payloads, int64_t voters, int64_t stride, int64_t 
                int32_t* out);
 
 // Weighted vote: the average of the decoded payloads, compressed again. With `error` (n elements, not null)
-// c = average + error, and error becomes c minus what `out` decodes to; else c = average.
-void sign_average(const int32_t* payloads, int64_t voters, int64_t stride, int64_t blocks, float* error,
-                  int64_t n, int32_t* out);
+// c = average + error, and error becomes c minus what `out` decodes to; else c = average. Returns how many
+// elements of the average were dropped, because c was not finite.
+int64_t sign_average(const int32_t* payloads, int64_t voters, int64_t stride, int64_t blocks, float* error,
+                     int64_t n, int32_t* out);
 
-// out[i] = +-scale of n elements, in the gradient type.
+// out[i] = +-scale of n elements, in the gradient type and held within its range.
 void sign_decode(const int32_t* payload, int64_t n, GradType type, void* out);
 
 }  // namespace dear::compress::cpu

@@ -341,8 +341,9 @@ SelectCounts topk_select(const void* grad, GradType type, float* error, int64_t 
   return {found, dropped.load()};
 }
 
-void topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity, float alpha, float* dense,
-                     int64_t n) {
+int64_t topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity, float alpha, float* dense,
+                        int64_t n) {
+  std::atomic<int64_t> dropped{0};
   // Threads own ranges of the result, and lists are sorted: no two threads meet, and every sum runs in list
   // order.
   at::parallel_for(0, n, kGrainBlocks * kBlock, [&](int64_t first, int64_t last) {
@@ -351,10 +352,18 @@ void topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity, f
       const int64_t count = slot.count();
       const int32_t* indices = slot.indices();
       for (int64_t entry = slot.first_at_or_after(first); entry < count && indices[entry] < last; ++entry) {
-        if (indices[entry] >= first) dense[indices[entry]] += alpha * slot.value(entry);
+        if (indices[entry] < first) continue;
+        float& total = dense[indices[entry]];
+        const float sum = total + alpha * slot.value(entry);
+        if (is_finite(sum)) {
+          total = sum;
+        } else {
+          dropped.fetch_add(1, std::memory_order_relaxed);  // rare
+        }
       }
     }
   });
+  return dropped.load();
 }
 
 void topk_decode(const int32_t* payloads, int64_t owners, int64_t capacity, int64_t shard_numel, float alpha,
@@ -370,8 +379,8 @@ void topk_decode(const int32_t* payloads, int64_t owners, int64_t capacity, int6
       const int32_t* indices = slot.indices();
       for (int64_t entry = slot.first_at_or_after(low); entry < count && indices[entry] < high; ++entry) {
         if (indices[entry] < low) continue;
-        const float value = alpha * slot.value(entry);
-        store_block(&value, type, 1, element(out, type, base + indices[entry]));
+        float value = alpha * slot.value(entry);
+        store_within_range(&value, type, 1, element(out, type, base + indices[entry]));
       }
     }
   });

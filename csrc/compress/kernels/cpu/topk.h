@@ -37,11 +37,12 @@ SelectCounts topk_select(const void* grad, GradType type, float* error, int64_t 
                          int32_t ties, int64_t shard_numel, int64_t owners, int64_t capacity,
                          int32_t* payload, int32_t* masks, int32_t* counts);
 
-// dense[index] += alpha * value for every entry of `lists` slots over the same shard, in list order.
-void topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity, float alpha, float* dense,
-                     int64_t n);
+// dense[index] += alpha * value for every entry of `lists` slots over the same shard, in list order. Where
+// the sum is not finite the entry is dropped. Returns how many were.
+int64_t topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity, float alpha, float* dense,
+                        int64_t n);
 
-// out = 0, then out[owner * shard_numel + index] = alpha * value.
+// out = 0, then out[owner * shard_numel + index] = alpha * value, held within the range of `type`.
 void topk_decode(const int32_t* payloads, int64_t owners, int64_t capacity, int64_t shard_numel, float alpha,
                  GradType type, void* out, int64_t n);
 

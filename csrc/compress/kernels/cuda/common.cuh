@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cfloat>
 #include <cstdint>
 #include <type_traits>
 
@@ -28,6 +29,11 @@ __device__ __forceinline__ bool is_finite(float value) {
   return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
 }
 
+// |value| <= limit, false for NaN.
+__device__ __forceinline__ bool within(float value, float limit) {
+  return (__float_as_uint(value) & ~kSignBit) <= __float_as_uint(limit);
+}
+
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -35,6 +41,18 @@ __device__ __forceinline__ void from_float(float value, float* out) { *out = val
 __device__ __forceinline__ void from_float(float value, __half* out) { *out = __float2half_rn(value); }
 __device__ __forceinline__ void from_float(float value, __nv_bfloat16* out) {
   *out = __float2bfloat16_rn(value);
+}
+
+// The ends of a type's range.
+__device__ __forceinline__ float largest_of(const float*) { return largest(GradType::kFloat32); }
+__device__ __forceinline__ float largest_of(const __half*) { return largest(GradType::kFloat16); }
+__device__ __forceinline__ float largest_of(const __nv_bfloat16*) { return largest(GradType::kBFloat16); }
+
+// A decoded value held within the range of the gradients' type; NaN stays NaN.
+template <typename T>
+__device__ __forceinline__ float held(float value, const T* type) {
+  const float limit = largest_of(type);
+  return value > limit ? limit : value < -limit ? -limit : value;
 }
 
 template <typename T>
@@ -129,16 +147,16 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int* total) {
   return before + inclusive - value;
 }
 
-// corrected = grad + error, or error where that is not finite; returns how many were not.
+// corrected = grad + error, or error where that is not finite or exceeds the limit; returns how many do.
 __device__ __forceinline__ int correct_four(const float (&grad)[4], const float (&error)[4],
-                                            float (&corrected)[4]) {
+                                            float (&corrected)[4], float limit = FLT_MAX) {
   int dropped = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float sum = grad[i] + error[i];
-    const bool finite = is_finite(sum);
-    corrected[i] = finite ? sum : error[i];
-    dropped += finite ? 0 : 1;
+    const bool kept = within(sum, limit);
+    corrected[i] = kept ? sum : error[i];
+    dropped += kept ? 0 : 1;
   }
   return dropped;
 }

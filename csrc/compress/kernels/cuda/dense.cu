@@ -5,9 +5,6 @@ namespace dear::compress::cuda {
 
 namespace {
 
-__device__ __forceinline__ float largest_of(const __half*) { return largest(GradType::kFloat16); }
-__device__ __forceinline__ float largest_of(const __nv_bfloat16*) { return largest(GradType::kBFloat16); }
-
 // Rounds four values, with the error where there is one; returns how many were bad.
 template <typename U>
 __device__ __forceinline__ int round_four(float (&values)[4], float* error, bool error_aligned,
@@ -58,7 +55,7 @@ __global__ __launch_bounds__(kThreads) void round_kernel(const T* grad, float* e
 
 template <typename U>
 __global__ __launch_bounds__(kThreads) void average_kernel(const U* payloads, int64_t ranks, int64_t stride,
-                                                           float* error, int64_t n, U* out,
+                                                           float scale, float* error, int64_t n, U* out,
                                                            int32_t* dropped) {
   const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlock;
   const bool error_aligned = vector_aligned(error);
@@ -73,10 +70,10 @@ __global__ __launch_bounds__(kThreads) void average_kernel(const U* payloads, in
       float values[4];
       load_four(payload, offset, n, vector_aligned(payload), values);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) mean[i] += values[i];
+      for (int i = 0; i < 4; ++i) mean[i] += scale * values[i];  // exact, fused or not
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) mean[i] /= static_cast<float>(ranks);
+    for (int i = 0; i < 4; ++i) mean[i] /= static_cast<float>(ranks) * scale;
     bad += round_four(mean, error, error_aligned, offset, n, out, out_aligned);
   }
   if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
@@ -111,7 +108,8 @@ void dense_average(const void* payloads, GradType type, int64_t ranks, int64_t s
   dispatch_narrow(type, [&](auto* narrow) {
     using U = std::remove_pointer_t<decltype(narrow)>;
     average_kernel<U><<<static_cast<unsigned>(block_count(n)), kThreads, 0, stream>>>(
-        static_cast<const U*>(payloads), ranks, stride, error, n, static_cast<U*>(out), dropped);
+        static_cast<const U*>(payloads), ranks, stride, average_scale(ranks), error, n, static_cast<U*>(out),
+        dropped);
   });
 }
 

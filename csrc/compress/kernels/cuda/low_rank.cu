@@ -19,7 +19,7 @@ __device__ __forceinline__ int64_t start_of(const int64_t* starts, int64_t matri
 }
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void correct_kernel(MatrixBatch batch, const T* grad, int64_t numel,
+__global__ __launch_bounds__(kThreads) void correct_kernel(BatchShape batch, const T* grad, int64_t numel,
                                                            const int64_t* starts, float* error,
                                                            int32_t* dropped) {
   const int64_t size = batch.numel();
@@ -38,8 +38,31 @@ __global__ __launch_bounds__(kThreads) void correct_kernel(MatrixBatch batch, co
     float sums[4];
     load_four(own, offset, size, own_aligned, values);
     load_four(kept, offset, size, kept_aligned, sums);
-    bad += correct_four(values, sums, sums);
+    bad += correct_four(values, sums, sums, kLargestElement);
     store_four(sums, kept, offset, size, kept_aligned);
+  }
+  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+}
+
+// See Note [Overflow in low-rank factors].
+__global__ __launch_bounds__(kThreads) void limit_kernel(float* factor, int64_t n, int32_t* dropped) {
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlock;
+  const bool aligned = vector_aligned(factor);
+  int bad = 0;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int64_t offset = start + group_offset(group);
+    float values[4];
+    load_four(factor, offset, n, aligned, values);
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (within(values[i], kLargestFactor)) continue;
+      values[i] = 0.0f;
+      ++own;
+    }
+    if (own != 0) store_four(values, factor, offset, n, aligned);
+    bad += own;
   }
   if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
 }
@@ -50,7 +73,7 @@ struct Tile {
   int64_t row;
   int64_t column;
 
-  __device__ explicit Tile(const MatrixBatch& batch) {
+  __device__ explicit Tile(const BatchShape& batch) {
     const int64_t across = ceil_div(batch.columns, kTileColumns);
     const int64_t tiles = across * ceil_div(batch.rows, kTileRows);
     matrix = blockIdx.x / tiles;
@@ -63,7 +86,7 @@ struct Tile {
 };
 
 // The thread's part of the tile of P Q^T. The sum over the rank runs in order. All threads must call it.
-__device__ __forceinline__ void multiply(const MatrixBatch& batch, const Tile& tile, const float* p,
+__device__ __forceinline__ void multiply(const BatchShape& batch, const Tile& tile, const float* p,
                                          const float* q, float (&sums)[4][4]) {
   __shared__ float rows[kTileRank][kTileRows];
   __shared__ float columns[kTileRank][kTileColumns];
@@ -97,7 +120,7 @@ __device__ __forceinline__ void multiply(const MatrixBatch& batch, const Tile& t
   }
 }
 
-__global__ __launch_bounds__(kThreads) void subtract_kernel(MatrixBatch batch, const float* p, const float* q,
+__global__ __launch_bounds__(kThreads) void subtract_kernel(BatchShape batch, const float* p, const float* q,
                                                             float* error, int32_t* dropped) {
   const Tile tile(batch);
   float sums[4][4] = {};
@@ -124,7 +147,7 @@ __global__ __launch_bounds__(kThreads) void subtract_kernel(MatrixBatch batch, c
 }
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void decode_kernel(MatrixBatch batch, const float* p, const float* q,
+__global__ __launch_bounds__(kThreads) void decode_kernel(BatchShape batch, const float* p, const float* q,
                                                           const int64_t* starts, T* out, int64_t numel) {
   const Tile tile(batch);
   float sums[4][4] = {};
@@ -134,18 +157,20 @@ __global__ __launch_bounds__(kThreads) void decode_kernel(MatrixBatch batch, con
   for (int i = 0; i < 4; ++i) {
     if (tile.own_row() + i >= batch.rows) break;
     T* row = matrix + (tile.own_row() + i) * batch.columns;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[i][j] = held(sums[i][j], row);
     store_four(sums[i], row, tile.own_column(), batch.columns, vector_aligned(row));
   }
 }
 
-unsigned tile_count(const MatrixBatch& batch) {
+unsigned tile_count(const BatchShape& batch) {
   return static_cast<unsigned>(batch.count * ceil_div(batch.rows, kTileRows) *
                                ceil_div(batch.columns, kTileColumns));
 }
 
 }  // namespace
 
-void correct_matrices(const MatrixBatch& batch, const void* grad, GradType type, int64_t numel,
+void correct_matrices(const BatchShape& batch, const void* grad, GradType type, int64_t numel,
                       const int64_t* starts, float* error, int32_t* dropped, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(batch.count * block_count(batch.numel()));
   if (grid == 0) return;
@@ -156,13 +181,18 @@ void correct_matrices(const MatrixBatch& batch, const void* grad, GradType type,
   });
 }
 
-void low_rank_subtract(const MatrixBatch& batch, const float* p, const float* q, float* error,
+void limit_factor(float* factor, int64_t n, int32_t* dropped, cudaStream_t stream) {
+  if (n == 0) return;
+  limit_kernel<<<static_cast<unsigned>(block_count(n)), kThreads, 0, stream>>>(factor, n, dropped);
+}
+
+void low_rank_subtract(const BatchShape& batch, const float* p, const float* q, float* error,
                        int32_t* dropped, cudaStream_t stream) {
   if (tile_count(batch) == 0) return;
   subtract_kernel<<<tile_count(batch), kThreads, 0, stream>>>(batch, p, q, error, dropped);
 }
 
-void low_rank_decode(const MatrixBatch& batch, const float* p, const float* q, const int64_t* starts,
+void low_rank_decode(const BatchShape& batch, const float* p, const float* q, const int64_t* starts,
                      GradType type, void* out, int64_t numel, cudaStream_t stream) {
   if (tile_count(batch) == 0) return;
   dispatch(type, [&](auto* tag) {

@@ -11,16 +11,19 @@
 namespace dear::compress::cuda {
 
 // error [count, rows, columns] += the matrices of grad, which has `numel` elements. `dropped` (may be null)
-// is raised by the number of elements that were not finite.
-void correct_matrices(const MatrixBatch& batch, const void* grad, GradType type, int64_t numel,
+// is raised by the number of elements that were dropped.
+void correct_matrices(const BatchShape& batch, const void* grad, GradType type, int64_t numel,
                       const int64_t* starts, float* error, int32_t* dropped, cudaStream_t stream);
 
+// Makes zero of the elements of a factor that are not finite or too large, and raises `dropped` by them.
+void limit_factor(float* factor, int64_t n, int32_t* dropped, cudaStream_t stream);
+
 // error -= P Q^T; where that is not finite the error stands, and `dropped` is raised.
-void low_rank_subtract(const MatrixBatch& batch, const float* p, const float* q, float* error,
+void low_rank_subtract(const BatchShape& batch, const float* p, const float* q, float* error,
                        int32_t* dropped, cudaStream_t stream);
 
 // The matrices of `out`, which has `numel` elements, become P Q^T.
-void low_rank_decode(const MatrixBatch& batch, const float* p, const float* q, const int64_t* starts,
+void low_rank_decode(const BatchShape& batch, const float* p, const float* q, const int64_t* starts,
                      GradType type, void* out, int64_t numel, cudaStream_t stream);
 
 }  // namespace dear::compress::cuda

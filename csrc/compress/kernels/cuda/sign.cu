@@ -113,11 +113,12 @@ __global__ __launch_bounds__(kBlockWords) void vote_kernel(const int32_t* payloa
 
 __global__ __launch_bounds__(kThreads) void average_kernel(const int32_t* payloads, int64_t voters,
                                                            int64_t stride, float* error, int64_t n,
-                                                           int32_t* out) {
+                                                           int32_t* out, int32_t* dropped) {
   const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlock;
   const int64_t record = static_cast<int64_t>(blockIdx.x) * kSignRecord;
   if (start >= n) return write_empty_record(out + record);
   const bool aligned = vector_aligned(error);
+  int bad = 0;
   float average[kGroups][4] = {};
   for (int64_t voter = 0; voter < voters; ++voter) {
     const int32_t* ballot = payloads + voter * stride + record;
@@ -140,8 +141,10 @@ __global__ __launch_bounds__(kThreads) void average_kernel(const int32_t* payloa
       const float sum = average[group][i] + kept[i];
       // What lies behind the shard counts for nothing in the scale.
       average[group][i] = offset + i >= n ? 0.0f : is_finite(sum) ? sum : kept[i];
+      bad += offset + i >= n || is_finite(sum) ? 0 : 1;
     }
   }
+  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
   write_record(average, start, n, true, error, aligned, out + record);
 }
 
@@ -157,7 +160,7 @@ __global__ __launch_bounds__(kThreads) void decode_kernel(const int32_t* payload
     const uint32_t negative = ~static_cast<uint32_t>(record[1 + offset / 32]) >> (offset % 32);
     float values[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = __uint_as_float(scale ^ (negative >> i << 31));
+    for (int i = 0; i < 4; ++i) values[i] = held(__uint_as_float(scale ^ (negative >> i << 31)), out);
     store_four(values, out, start + offset, n, aligned);
   }
 }
@@ -191,10 +194,10 @@ void sign_vote(const int32_t* payloads, int64_t voters, int64_t stride, int64_t 
 }
 
 void sign_average(const int32_t* payloads, int64_t voters, int64_t stride, int64_t blocks, float* error,
-                  int64_t n, int32_t* out, cudaStream_t stream) {
+                  int64_t n, int32_t* out, int32_t* dropped, cudaStream_t stream) {
   if (blocks == 0) return;
   average_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(payloads, voters, stride, error, n,
-                                                                         out);
+                                                                         out, dropped);
 }
 
 void sign_decode(const int32_t* payload, int64_t n, GradType type, void* out, cudaStream_t stream) {

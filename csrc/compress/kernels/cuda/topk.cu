@@ -243,74 +243,6 @@ __global__ __launch_bounds__(kBlockWords) void move_kernel(float* error, int64_t
   }
 }
 
-// --- Merge and decode
-
-__device__ int64_t slot_count(const int32_t* slot, int64_t capacity) {
-  return min(max(static_cast<int64_t>(slot[0]), int64_t{0}), capacity);
-}
-
-// The first entry whose index is at least `index`; entries are sorted. The lanes of a warp search together,
-// at 32 places at a time: a search waits for memory as often as it has rounds.
-__device__ int64_t lower_bound(const int32_t* indices, int64_t count, int64_t index) {
-  int64_t low = 0;
-  while (low < count) {
-    const int64_t step = ceil_div(count - low, int64_t{32});
-    const int64_t place = low + threadIdx.x % 32 * step;
-    const int before = __popc(__ballot_sync(kAllLanes, place < count && indices[place] < index));
-    if (before == 0) break;
-    low += (before - 1) * step;  // this one is before it; the next place, if there is one, is not
-    count = min(count, low + step);
-    ++low;
-  }
-  return low;
-}
-
-// Calls visit(index, value) for the entries of a slot with first <= index < last, whatever the slot holds.
-template <typename Visit>
-__device__ void for_entries(const int32_t* slot, int64_t capacity, int64_t first, int64_t last,
-                            const Visit& visit) {
-  const int32_t* indices = slot + kSlotHeader;
-  const int64_t count = slot_count(slot, capacity);
-  const int64_t end = lower_bound(indices, count, last);
-  for (int64_t entry = lower_bound(indices, count, first) + threadIdx.x; entry < end; entry += blockDim.x) {
-    const int64_t index = indices[entry];
-    if (index >= first && index < last) visit(index, __int_as_float(indices[capacity + entry]));
-  }
-}
-
-__global__ __launch_bounds__(kThreads) void accumulate_kernel(const int32_t* payloads, int64_t lists,
-                                                              int64_t capacity, float alpha, float* dense,
-                                                              int64_t n) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlock;
-  const int64_t last = min(first + kBlock, n);
-  for (int64_t list = 0; list < lists; ++list) {
-    // Indices are unique within a list, and lists are kept apart: every sum runs in list order.
-    for_entries(
-        payloads + list * slot_words(capacity), capacity, first, last,
-        // Not fused: rounded twice, as on a CPU.
-        [&](int64_t index, float value) { dense[index] = __fadd_rn(dense[index], __fmul_rn(alpha, value)); });
-    __syncthreads();
-  }
-}
-
-template <typename T>
-__global__ __launch_bounds__(kThreads) void scatter_kernel(const int32_t* payloads, int64_t owners,
-                                                           int64_t capacity, int64_t shard_numel, float alpha,
-                                                           T* out, int64_t n) {
-  const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlock;
-  const bool aligned = vector_aligned(out);
-  const float zeros[4] = {};
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group)
-    store_four(zeros, out, start + group_offset(group), n, aligned);
-  __syncthreads();
-  const int64_t owner = owners == 1 ? 0 : start / shard_numel;
-  const int64_t base = owner * shard_numel;
-  T* shard = out + base;
-  for_entries(payloads + owner * slot_words(capacity), capacity, start - base, min(start + kBlock, n) - base,
-              [&](int64_t index, float value) { from_float(alpha * value, &shard[index]); });
-}
-
 // Enough thread blocks to fill any device.
 unsigned device_grid(int64_t n) {
   return static_cast<unsigned>(block_count(n) < 1024 ? block_count(n) : 1024);
@@ -380,23 +312,6 @@ void topk_select(const void* grad, GradType type, float* error, int64_t n, const
     move_kernel<<<grid, static_cast<unsigned>(kBlockWords), 0, stream>>>(
         error, n, threshold, shard_blocks, owners, capacity, space.masks, space.counts, payload);
   }
-}
-
-void topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity, float alpha, float* dense,
-                     int64_t n, cudaStream_t stream) {
-  if (n == 0) return;
-  accumulate_kernel<<<static_cast<unsigned>(block_count(n)), kThreads, 0, stream>>>(payloads, lists, capacity,
-                                                                                    alpha, dense, n);
-}
-
-void topk_decode(const int32_t* payloads, int64_t owners, int64_t capacity, int64_t shard_numel, float alpha,
-                 GradType type, void* out, int64_t n, cudaStream_t stream) {
-  if (n == 0) return;
-  dispatch(type, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    scatter_kernel<T><<<static_cast<unsigned>(block_count(n)), kThreads, 0, stream>>>(
-        payloads, owners, capacity, shard_numel, alpha, static_cast<T*>(out), n);
-  });
 }
 
 }  // namespace dear::compress::cuda

@@ -38,7 +38,7 @@ void topk_select(const void* grad, GradType type, float* error, int64_t n, const
                  int32_t* stats, int32_t* workspace, cudaStream_t stream);
 
 void topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity, float alpha, float* dense,
-                     int64_t n, cudaStream_t stream);
+                     int64_t n, int32_t* dropped, cudaStream_t stream);
 
 void topk_decode(const int32_t* payloads, int64_t owners, int64_t capacity, int64_t shard_numel, float alpha,
                  GradType type, void* out, int64_t n, cudaStream_t stream);

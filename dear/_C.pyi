@@ -1,0 +1,426 @@
+# Generated from the compiled module by "make stubs".
+# ruff: noqa
+"""
+The native part: collectives, schedule and compressors.
+"""
+
+from __future__ import annotations
+import collections.abc
+import datetime
+import torch
+import torch._C._distributed_c10d
+import torch.distributed.distributed_c10d
+import typing
+
+__all__: list[str] = [
+    "AcpCodec",
+    "BLOCK",
+    "Bucket",
+    "Codec",
+    "CompressDriver",
+    "DenseCodec",
+    "Exchange",
+    "GroupWait",
+    "HalfCodec",
+    "HookCalls",
+    "Lane",
+    "MatrixBatch",
+    "MeshLane",
+    "Message",
+    "NativeLane",
+    "Phase",
+    "Pipeline",
+    "PipelineCounts",
+    "PowerCodec",
+    "PythonCodec",
+    "Reduction",
+    "Relay",
+    "RingLane",
+    "SIGN_RECORD",
+    "Scheduler",
+    "SignCodec",
+    "StartingCodec",
+    "TopKCodec",
+    "TraceEvent",
+    "now_ns",
+    "orthogonalize_workspace_numel",
+    "register_driver",
+    "register_scheduler",
+    "shard_range",
+    "sign_payload_numel",
+    "topk_slot_numel",
+    "topk_workspace_numel",
+]
+
+class Phase:
+    """
+    Members:
+
+      reduce_scatter
+
+      all_gather
+
+      all_to_all
+    """
+
+    __members__: typing.ClassVar[dict[str, Phase]]
+    all_gather: typing.ClassVar[Phase]
+    all_to_all: typing.ClassVar[Phase]
+    reduce_scatter: typing.ClassVar[Phase]
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class Reduction:
+    """
+    Members:
+
+      sum
+
+      average
+    """
+
+    __members__: typing.ClassVar[dict[str, Reduction]]
+    average: typing.ClassVar[Reduction]
+    sum: typing.ClassVar[Reduction]
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class Exchange:
+    def done(self) -> bool: ...
+    def wait(self) -> None: ...
+    @property
+    def end_ns(self) -> int: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def start_ns(self) -> int: ...
+
+class Lane:
+    def abort(self, arg0: str) -> None: ...
+    def submit(
+        self,
+        phase: Phase,
+        reduction: Reduction,
+        parts: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]],
+        label: str,
+    ) -> Exchange: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+
+class RingLane(Lane):
+    def __init__(
+        self,
+        store: torch.distributed.distributed_c10d.Store,
+        key: str,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        timeout: datetime.timedelta,
+    ) -> None: ...
+
+class MeshLane(Lane):
+    def __init__(
+        self,
+        store: torch.distributed.distributed_c10d.Store,
+        key: str,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        timeout: datetime.timedelta,
+    ) -> None: ...
+
+class NativeLane(Lane):
+    def __init__(self, group: torch.distributed.distributed_c10d.ProcessGroup) -> None: ...
+
+class Bucket:
+    @property
+    def buffer(self) -> torch.Tensor: ...
+    @property
+    def grads(self) -> list[torch.Tensor]: ...
+    @property
+    def params(self) -> list[torch.Tensor]: ...
+
+class TraceEvent:
+    @property
+    def end_ns(self) -> int: ...
+    @property
+    def lane(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def start_ns(self) -> int: ...
+
+class HookCalls:
+    def __init__(self) -> None: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def with_gil(self) -> int: ...
+
+class Scheduler:
+    def __init__(self, reduce_lane: Lane, gather_lane: Lane, gather_gradients: bool) -> None: ...
+    def abort(self, arg0: str) -> None: ...
+    def any_dropped(self) -> bool: ...
+    def bytes_sent(self) -> int: ...
+    def check_untouched(self) -> None: ...
+    def clear_backward_ended(self) -> None: ...
+    def forget_layout(self) -> None: ...
+    def gathering(self) -> bool: ...
+    def gradients_used(self) -> None: ...
+    def has_gradients(self) -> bool: ...
+    def incoming(self) -> list[Bucket]: ...
+    def reduced(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def set_backward_ended(self, arg0: collections.abc.Callable, arg1: bool) -> None: ...
+    def set_groups(
+        self,
+        sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        gather_order: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    ) -> None: ...
+    def set_layout(
+        self,
+        arg0: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]],
+        arg1: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None: ...
+    def set_pipeline(self, pipeline: Pipeline) -> None: ...
+    def set_relays(self, relays: collections.abc.Sequence[collections.abc.Sequence[Relay]]) -> None: ...
+    def start_trace(self) -> None: ...
+    def stop_trace(self) -> list[TraceEvent]: ...
+    def submit_all(self) -> None: ...
+    def submit_gather(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def synchronize(self) -> None: ...
+    def take_wait_times(self) -> tuple[int, int]: ...
+    def trace(
+        self,
+        arg0: str,
+        arg1: str,
+        arg2: typing.SupportsInt | typing.SupportsIndex,
+        arg3: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def wait_gathered(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def wait_reduced(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+
+class GroupWait:
+    def __call__(self, *args: typing.Any) -> None: ...
+    def __init__(
+        self, arg0: Scheduler, arg1: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
+    ) -> None: ...
+
+class Message:
+    @property
+    def full(self) -> torch.Tensor: ...
+    @property
+    def phase(self) -> Phase: ...
+    @property
+    def shard(self) -> torch.Tensor: ...
+
+class Codec:
+    def advance(
+        self, step: typing.SupportsInt | typing.SupportsIndex, stage: typing.SupportsInt | typing.SupportsIndex
+    ) -> Message | None: ...
+    def bad(self) -> torch.Tensor | None: ...
+    def bind(self, gradient: torch.Tensor, result: torch.Tensor) -> None: ...
+    def compresses(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def dropped(self) -> torch.Tensor: ...
+    def stages(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+
+class PythonCodec(Codec):
+    def __init__(self, dropped: torch.Tensor, object: typing.Any) -> None: ...
+
+class DenseCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+
+class StartingCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        dense: Codec,
+        compressed: Codec,
+        start_step: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+
+class SignCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        words: typing.SupportsInt | typing.SupportsIndex,
+        owned: typing.SupportsInt | typing.SupportsIndex,
+        error: torch.Tensor | None,
+        owner_error: torch.Tensor | None,
+        scaled: bool,
+    ) -> None: ...
+
+class HalfCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        shard: typing.SupportsInt | typing.SupportsIndex,
+        owned: typing.SupportsInt | typing.SupportsIndex,
+        dtype: torch.dtype,
+        error: torch.Tensor | None,
+        owner_error: torch.Tensor | None,
+    ) -> None: ...
+
+class TopKCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        numel: typing.SupportsInt | typing.SupportsIndex,
+        shard: typing.SupportsInt | typing.SupportsIndex,
+        owned: typing.SupportsInt | typing.SupportsIndex,
+        k: typing.SupportsInt | typing.SupportsIndex,
+        owner_k: typing.SupportsInt | typing.SupportsIndex,
+        capacity: typing.SupportsInt | typing.SupportsIndex,
+        stretch: typing.SupportsInt | typing.SupportsIndex,
+        error: torch.Tensor | None,
+        owner_error: torch.Tensor | None,
+    ) -> None: ...
+    @property
+    def selected(self) -> torch.Tensor: ...
+    @property
+    def threshold(self) -> torch.Tensor: ...
+
+class MatrixBatch:
+    def __init__(self, starts: torch.Tensor, error: torch.Tensor | None, p: torch.Tensor, q: torch.Tensor) -> None: ...
+
+class AcpCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        batches: collections.abc.Sequence[MatrixBatch],
+        segments: torch.Tensor,
+        dense_numel: typing.SupportsInt | typing.SupportsIndex,
+        start_step: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+
+class PowerCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        batches: collections.abc.Sequence[MatrixBatch],
+        segments: torch.Tensor,
+        dense_numel: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+
+class PipelineCounts:
+    @property
+    def between_ns(self) -> int: ...
+    @property
+    def bytes_sent(self) -> int: ...
+    @property
+    def decode_ns(self) -> int: ...
+    @property
+    def encode_ns(self) -> int: ...
+
+class Pipeline:
+    def __init__(self, lanes: collections.abc.Sequence[Lane], all_to_all: Lane, device: torch.device) -> None: ...
+    def abort(self, arg0: str) -> None: ...
+    @property
+    def counts_of_last_step(self) -> PipelineCounts: ...
+    @property
+    def counts_of_step(self) -> PipelineCounts: ...
+    @property
+    def steps(self) -> int: ...
+    @steps.setter
+    def steps(self, arg1: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+
+class Relay:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        codec: Codec,
+        label: str,
+        keeps: collections.abc.Sequence[torch.Tensor],
+        rolls_back: bool,
+    ) -> None: ...
+    def bind(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        numel: typing.SupportsInt | typing.SupportsIndex,
+        runs: collections.abc.Sequence[
+            tuple[
+                typing.SupportsInt | typing.SupportsIndex,
+                typing.SupportsInt | typing.SupportsIndex,
+                typing.SupportsInt | typing.SupportsIndex,
+            ]
+        ],
+    ) -> None: ...
+    def compressed(self) -> bool: ...
+    def is_bad(self) -> bool: ...
+    def roll_back(self) -> None: ...
+
+class CompressDriver:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        bind: collections.abc.Callable,
+        measure: collections.abc.Callable,
+        ended: collections.abc.Callable,
+    ) -> None: ...
+    def forget(self) -> None: ...
+    def measure_next(self) -> None: ...
+    def on_bucket(self, bucket: torch._C._distributed_c10d.GradBucket) -> torch.Future: ...
+    def roll_back(self) -> None: ...
+    def set_always_ended(self, arg0: bool) -> None: ...
+    @property
+    def exposed_ns(self) -> int: ...
+
+def now_ns() -> int: ...
+def orthogonalize_workspace_numel(
+    batch: typing.SupportsInt | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    columns: typing.SupportsInt | typing.SupportsIndex,
+) -> int: ...
+def register_driver(arg0: torch._C._distributed_c10d.Reducer, arg1: CompressDriver, arg2: HookCalls) -> None: ...
+def register_scheduler(arg0: torch._C._distributed_c10d.Reducer, arg1: Scheduler, arg2: HookCalls) -> None: ...
+def shard_range(
+    arg0: typing.SupportsInt | typing.SupportsIndex,
+    arg1: typing.SupportsInt | typing.SupportsIndex,
+    arg2: typing.SupportsInt | typing.SupportsIndex,
+) -> tuple[int, int]: ...
+def sign_payload_numel(numel: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+def topk_slot_numel(capacity: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+def topk_workspace_numel(numel: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+
+BLOCK: int = 4096
+SIGN_RECORD: int = 129
