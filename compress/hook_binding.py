@@ -66,15 +66,9 @@ class HookBinding(Binding):
         model.register_forward_pre_hook(look_again, prepend=True)
 
     def _look_again(self) -> None:
-        """DDP lays its buckets out by the parameters' strides: it must do so again when these have changed."""
-        model = self._model
-        if model is None or not self._facts.changed():
-            return
-        if self._facts.restrided():
-            _ddp.rebuild_reducer(model, _ddp.reducer_options(model), self._reduced)
-            self.native.forget()
-            self.calls = _ddp.register_compressed(model, self.native)
-        self._facts.note()
+        if self._facts.changed():
+            self._facts.check()
+            self._facts.note()
 
     def forget_groups(self, step: int) -> None:
         super().forget_groups(step)

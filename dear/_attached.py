@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dear import _C
+from dear import _C, _grads
 from dear._layout import Layout
 from dear._optimizer import UserOptimizer
 from dear._pending import Barrier
@@ -40,6 +40,8 @@ class Attached:
     placeholders: Placeholders = field(default_factory=list)  # the schedule: what backward leaves in .grad
     unused: set[Param] = field(default_factory=set)  # the schedule: those no rank used in the last backward pass
 
+    passes_before_local: int | None = None  # the schedule: reduced, before the last pass under no_sync()
+
     @property
     def rank(self) -> int:
         return self.group.rank()
@@ -53,6 +55,17 @@ class Attached:
         """The layout, after the first backward pass."""
         assert self.layout is not None
         return self.layout
+
+    def check_reduced(self) -> None:
+        """Refuses gradients of passes under no_sync() that no other pass has reduced since.
+
+        Raises:
+            RuntimeError: names a parameter that has one.
+        """
+        if self.passes_before_local == self.scheduler.passes() and not self.scheduler.has_gradients():
+            for param in self.user.params:
+                if param.grad is not None:
+                    raise _grads.unreduced(self.names[param])
 
     def expected(self) -> Placeholders:
         """What the last backward pass should have left in the ``.grad`` of the optimizer's parameters."""

@@ -34,21 +34,26 @@ class Facts:
         """Whether anything has. Cheap: some 20 ns a parameter."""
         return bool(_C.fingerprint(self._params) != self._fingerprint)
 
-    def restrided(self) -> bool:
-        """Whether a reduced parameter has other strides, as after ``model.to(memory_format=...)``.
+    def check(self) -> None:
+        """Refuses changes that DDP could not follow: its buckets have the type and the strides of the parameters.
 
         Raises:
-            RuntimeError: a parameter has another type, or is on another device.
+            RuntimeError: a reduced parameter has another type or other strides, or is on another device.
         """
-        restrided = False
         for param, stride, kind in zip(self._params, self._strides, self._types, strict=True):
+            if param not in self._reduced:
+                continue
             if (param.dtype, param.device) != kind:
                 raise RuntimeError(
                     f"The parameter {self._names[param]} was changed from {kind[0]} on {kind[1]} to {param.dtype} on "
-                    f"{param.device} under dear.attach(): call engine.detach(), convert, wrap and attach again."
+                    f"{param.device} under DistributedDataParallel: convert the model before it is wrapped."
                 )
-            restrided = restrided or (param in self._reduced and param.stride() != stride)
-        return restrided
+            if param.stride() != stride:
+                raise RuntimeError(
+                    f"The parameter {self._names[param]} was given the strides {param.stride()} in place of {stride} "
+                    "under DistributedDataParallel, whose buckets follow the old ones: convert the model, as with "
+                    "to(memory_format=torch.channels_last), before it is wrapped."
+                )
 
     def check_members(self, params: Iterable[Param]) -> None:
         """Refuses an optimizer of parameters that DDP would not train alike on all ranks.

@@ -105,6 +105,7 @@ class ReplicatedUpdate(Update):
 
         def finish() -> None:
             scheduler = self.attached.scheduler
+            self.attached.check_reduced()
             if scheduler.has_gradients():
                 self._check_untouched()
                 self._finish_gradients()

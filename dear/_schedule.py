@@ -34,28 +34,20 @@ class Schedule:
         self._group_bytes = int(bucket_cap_mb * MIB)
         self._forward: ForwardOrder | None = None  # None until there is a pass to watch
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
-        self._passes_before_local: int | None = None  # reduced, before the last pass under no_sync()
         self._facts = Facts(attached.names, attached.params)
         model, scheduler = attached.model, attached.scheduler
         # The scheduler must not keep the engine alive: it is owned by the reducer, the reducer by the model.
         me = weakref.ref(self)
         scheduler.set_backward_ended(lambda new: me()._backward_ended(new), _ddp.tracks_unused(model))  # type: ignore[union-attr]
-        self._former_options = _ddp.reducer_options(model)
-        self._register()
-        self._reducer_order = _ddp.in_reducer_order(model, attached.params)
-
-    def _register(self) -> None:
-        """Makes the scheduler the hook of a reducer that buckets as the schedule wants it."""
-        attached, former = self._attached, self._former_options
+        self._former_options = former = _ddp.reducer_options(model)
         # What is compressed together lies together: then a fusion group is one bucket.
         compresses = attached.compression.compressor is not None
-        wanted = self._group_bytes if compresses else ddp_bucket_bytes(self._group_bytes)
-        cap = min(former.cap, wanted)
+        cap = min(former.cap, self._group_bytes if compresses else ddp_bucket_bytes(self._group_bytes))
         # Local gradients stay in the buckets when nobody else may read them: a copy less.
-        views = former.views or not self._update.gathers_gradients
-        options = _ddp.ReducerOptions(cap, min(former.first, cap), views)
-        _ddp.rebuild_reducer(attached.model, options, attached.params)
-        self.hook_calls = _ddp.register(attached.model, attached.scheduler)
+        views = former.views or not update.gathers_gradients
+        _ddp.rebuild_reducer(model, _ddp.ReducerOptions(cap, min(former.first, cap), views), attached.params)
+        self.hook_calls = _ddp.register(model, scheduler)
+        self._reducer_order = _ddp.in_reducer_order(model, attached.params)
 
     @property
     def group_bytes(self) -> int:
@@ -134,7 +126,7 @@ class Schedule:
 
     # --- step boundaries ---
 
-    def look_again(self, may_relayout: bool = False) -> None:
+    def look_again(self) -> None:
         """Adopts what has changed in the model or in the optimizer since the last step boundary, as DDP would train
         it, or refuses it."""
         attached = self._attached
@@ -142,20 +134,12 @@ class Schedule:
         if not members and not places:
             return
         attached.synchronize()
+        self._facts.check()
         self._facts.check_members(attached.user.params)
-        restrided = places and self._facts.restrided()
         if attached.layout is not None:
             self._update.parameters_changed(members)
             self.regroup()
-            if restrided and may_relayout:  # DDP's buckets are laid out as the parameters were
-                attached.scheduler.forget_layout()
-                self._register()
-        if not restrided or may_relayout:
-            self._facts.note()
-
-    def has_local_gradients(self) -> bool:
-        """Whether a pass under no_sync() has left gradients that no other pass has reduced since."""
-        return self._passes_before_local == self._attached.scheduler.passes()
+        self._facts.note()
 
     def unclaimed(self) -> None:
         """No step has used the last gradients, and maybe none will: what unused parameters got is not lost."""
@@ -177,10 +161,10 @@ class Schedule:
         if not torch.is_grad_enabled():
             attached.synchronize()
             return
-        self.look_again(may_relayout=True)
+        self.look_again()
         reduces = attached.model.require_backward_grad_sync
         if not reduces:
-            self._passes_before_local = attached.scheduler.passes()
+            attached.passes_before_local = attached.scheduler.passes()
         self._update.before_forward(reduces)
         if self._forward is None:
             attached.synchronize()

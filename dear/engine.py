@@ -110,11 +110,11 @@ class Engine:
             found = _grads.look(attached.expected())
         if found.nothing:  # zero_grad() came first: there is nothing to do, as in plain torch
             if scheduler.has_gradients():
+                scheduler.synchronize()
                 self._schedule.unclaimed()
                 scheduler.gradients_used()
             return False
-        if self._schedule.has_local_gradients() and not scheduler.has_gradients():
-            raise _grads.unreduced(attached.names[next(p for p in attached.user.params if p.grad is not None)])
+        attached.check_reduced()
         self._update.step(found)
         scheduler.gradients_used()
         if not self._overlap:

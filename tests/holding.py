@@ -38,21 +38,23 @@ def step_ahead(rank, model, optimizer, engine, step, tag):
 
 def hold_updates(engine, groups, tag):
     """Sharded: this rank's next step is held at ``tag`` before it updates and gathers the first of ``groups``."""
-    step, run = engine._step_sharded, engine._run_sharded
+    update = engine._update
+    step, run = update.step, update._run
 
     def run_held(indices, name):
         if groups & set(indices):
-            del engine._run_sharded
+            del update._run
             hold(tag)
         run(indices, name)
 
-    def step_held():
-        del engine._step_sharded
-        engine._scheduler.synchronize()  # or groups would be updated as they come, and not in the order of gathering
-        engine._run_sharded = run_held
-        step()
+    def step_held(found):
+        del update.step
+        # Or groups would be updated as they come, and not in the order of gathering.
+        engine._attached.scheduler.synchronize()
+        update._run = run_held
+        step(found)
 
-    engine._step_sharded = step_held
+    update.step = step_held
 
 
 def parameters_of_plain_ddp(rank, model, steps, optimizer=training.SGD, ddp=None):

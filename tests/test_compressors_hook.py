@@ -231,7 +231,7 @@ def on_one_rank(rank: int, world: int) -> None:
         with pytest.raises(kind, match=match):
             compress.register(model, wrong if rank == 1 else good)
         assert time.monotonic() - start < 5
-        assert good.driver is None and good.process_group is None
+        assert good.binding is None and good.process_group is None
         compress.register(model, good)
         backward(model, gradients(rank, 0))
 

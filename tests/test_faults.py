@@ -46,14 +46,15 @@ def ends_in_backward(how):
 
 def gathers_but_one(engine, how):
     """Sharded: ends when all-gathers have been sent, and the last one has not."""
-    run = engine._run_sharded
+    update = engine._update
+    run = update._run
 
     def run_or_end(groups, name):
-        if list(groups) == [engine._order[-1]]:
+        if list(groups) == [engine._attached.order[-1]]:
             end(how)
         run(groups, name)
 
-    engine._run_sharded = run_or_end
+    update._run = run_or_end
 
 
 def train_until(rank, where, how, update, victim):
@@ -76,7 +77,8 @@ def train_until(rank, where, how, update, victim):
             end(how)
         if mine and where == "gather":
             if update == "sharded":
-                engine._scheduler.synchronize()  # or the last group may be updated while another is being reduced
+                # Or the last group may be updated while another is being reduced.
+                engine._attached.scheduler.synchronize()
                 gathers_but_one(engine, how)
             else:
                 opt.step()
@@ -219,7 +221,7 @@ def no_error_is_lost(rank, world, update):
     loss = training.loss_of(model, rank, FATAL)
     loss.backward()
     if update == "sharded":
-        engine._scheduler.synchronize()
+        engine._attached.scheduler.synchronize()
     opt.step()
     time.sleep(1)  # the lane has failed by now
 
@@ -260,7 +262,7 @@ def missing_while_clipping(rank, world):
     for step in range(FATAL):
         training.plain_step(model, opt, rank, step)
     training.loss_of(model, rank, FATAL).backward()
-    engine._scheduler.synchronize()
+    engine._attached.scheduler.synchronize()
     if rank == 1:
         time.sleep(1000)
     with pytest.raises(RuntimeError, match=r"Rank 1 .* all-gather of the gradient norm"):

@@ -14,7 +14,7 @@ def wrong_order(rank, world, update, deferred):
     before = final(model)
     with model.no_sync():
         training.loss_of(model, rank, 10).backward()
-    with refused(RuntimeError, "not reduced since the last step"):
+    with refused(RuntimeError, "was not reduced, since every backward pass"):
         opt.step()
     same(final(model), before)
     opt.zero_grad()
@@ -39,14 +39,18 @@ def test_local_gradients_are_never_applied(pool2, update, deferred):
 
 
 def twice(rank, world, update):
-    model, opt, engine = warm(rank, update)
-    training.loss_of(model, rank, 3).backward()
-    opt.step()
-    with refused(RuntimeError, "zero_grad\\(\\) after each step"):
-        opt.step()
-    opt.zero_grad()
-    trains_on_like_plain(rank, model, opt, 4)
+    def two_steps(model, optimizer, rank, number):
+        """Without zero_grad() between them, the second step uses the same gradients again."""
+        loss = training.loss_of(model, rank, number)
+        loss.backward()
+        optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    training.compare(rank, world, "Mlp", attach={**SMALL, "update": update}, step=two_steps)
     # Without gradients a step does nothing, as in plain torch; also when they were thrown away after backward.
+    model, opt, engine = warm(rank, update)
     before = final(model)
     opt.step()
     training.loss_of(model, rank, 8).backward()
@@ -58,7 +62,7 @@ def twice(rank, world, update):
 
 
 @both_modes
-def test_gradients_are_used_once(pool2, update):
+def test_gradients_are_used_as_often_as_there_are_steps(pool2, update):
     pool2.run(twice, update)
 
 
@@ -95,13 +99,22 @@ def replaced(rank, world):
         return loss.item()
 
     training.compare(rank, world, "Mlp", attach={**SMALL, "update": "replicated"}, step=step)
+
+    def own(model, optimizer, rank, number):
+        loss = training.loss_of(model, rank, number)
+        loss.backward()
+        model.module.first.weight.grad = torch.full_like(model.module.first.weight, number)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    training.compare(rank, world, "Mlp", attach={**SMALL, "update": "sharded"}, step=own)
     model, opt, engine = warm(rank, "sharded")
-    for number, change in enumerate((None, torch.zeros_like(model.module.first.weight)), 3):
-        training.loss_of(model, rank, number).backward()
-        model.module.first.weight.grad = change
-        with refused(RuntimeError, "set to None or to another tensor"):
-            opt.step()
-        opt.zero_grad()
+    training.loss_of(model, rank, 3).backward()
+    model.module.first.weight.grad = None
+    with refused(RuntimeError, "first.weight was set to None"):
+        opt.step()
+    opt.zero_grad()
     trains_on_like_plain(rank, model, opt, 3)
     engine.detach()
 

@@ -80,9 +80,9 @@ def hook_calls(rank, world, update):
         seen = []
         for step in range(12):
             training.plain_step(model, opt, rank, step)
-            seen.append(engine._hook_calls.total)
-        assert engine._hook_calls.with_gil == 0
-        buckets = len(engine._layout.buckets)
+            seen.append(engine._schedule.hook_calls.total)
+        assert engine._schedule.hook_calls.with_gil == 0
+        buckets = len(engine._attached.layout.buckets)
         assert buckets > 1 and seen[-1] - seen[-2] == buckets, "the hook was not called once for each bucket"
         engine.detach()
 
@@ -108,7 +108,7 @@ def finer(rank, world):
     engine = dear.attach(model, opt, bucket_cap_mb=1)
     for _ in range(3):
         step()
-    sizes = [bucket.buffer.nbytes for bucket in engine._layout.buckets]
+    sizes = [bucket.buffer.nbytes for bucket in engine._attached.layout.buckets]
     # DDP closes a bucket when it is full: it may be larger by one parameter.
     assert len(sizes) >= 5 and max(sizes) <= MIB + 256 * 256 * 4, sizes
     assert engine.stats()["fusion_groups"] >= 5
@@ -151,12 +151,15 @@ def order(rank, world, update):
     inner = model.module
     layers = [inner.first, inner.second, inner.third, inner.last]
     position = {param: index for index, layer in enumerate(layers) for param in layer.parameters()}
-    wanted = [min(position[place.param] for place in engine._layout.groups[group]) for group in engine._order]
+    wanted = [
+        min(position[place.param] for place in engine._attached.layout.groups[group])
+        for group in engine._attached.order
+    ]
     assert len(wanted) > 3 and wanted == sorted(wanted), wanted
     gathers = sorted((e["start"], e["name"]) for e in events if e["lane"] == "all-gather")
-    assert [name for _, name in gathers] == [f"fusion group {group}" for group in engine._order]
+    assert [name for _, name in gathers] == [f"fusion group {group}" for group in engine._attached.order]
     reduces = sorted((e["start"], e["name"]) for e in events if e["lane"] == "reduce-scatter")
-    assert [name for _, name in reduces] == [f"fusion group {group}" for group in range(len(engine._order))]
+    assert [name for _, name in reduces] == [f"fusion group {group}" for group in range(len(engine._attached.order))]
     assert all(e["start"] <= e["end"] for e in events)
     updates = [e["name"] for e in events if e["lane"] == "update"]
     assert sorted(updates) == sorted(name for _, name in gathers), "each group is updated once"
@@ -297,14 +300,14 @@ def zero_grad_of_the_model(rank, world):
     for step in range(3):
         training.plain_step(model, opt, rank, step)
     if rank == 1:
-        hold_updates(engine, {engine._order[-1]}, "zero_grad")
+        hold_updates(engine, {engine._attached.order[-1]}, "zero_grad")
     training.loss_of(model, rank, 3).backward()
     opt.step()
     model.zero_grad()
     model.module.zero_grad()
-    assert all(param.grad is None for param in engine._params)
+    assert all(param.grad is None for param in engine._attached.params)
     if rank == 0:
-        assert engine._scheduler.gathering()
+        assert engine._attached.scheduler.gathering()
         release("zero_grad")
     engine.detach()
 
@@ -323,7 +326,7 @@ def counters(rank, world, update):
         training.plain_step(model, opt, rank, step)
     engine.synchronize()
     stats = engine.stats()
-    gradient = sum(flat.nbytes for flat in engine._layout.full)
+    gradient = sum(flat.nbytes for flat in engine._attached.layout.full)
     assert abs((stats["bytes_sent"] - before) / 2 - gradient) <= 2 * stats["fusion_groups"], (
         "2 (P-1)/P of the gradients"
     )

@@ -253,7 +253,7 @@ def state_bytes(rank, world, update):
     model, opt = training.build("Mlp", (optim.Adam, {"lr": 0.01}), {})
     engine = dear.attach(model, opt, update=update, **SMALL)
     steps(model, opt, rank, range(3))
-    buckets = [flat.numel() for flat in engine._layout.full]
+    buckets = [flat.numel() for flat in engine._attached.layout.full]
     numbers = [torch.zeros(1) for _ in range(world)]
     dist.all_gather(numbers, torch.tensor([float(engine.stats()["optimizer_state_bytes"])]))
     engine.detach()

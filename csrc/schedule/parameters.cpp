@@ -10,6 +10,22 @@ namespace {
 // FNV-1a over 64-bit words.
 uint64_t mix(uint64_t hash, uint64_t word) { return (hash ^ word) * 0x100000001b3ULL; }
 
+// A Python object of a storage stays with it once there was one, and counts as a holder from torch 2.12 on.
+template <typename Slot>
+auto is_held_by_torch_alone(const Slot& slot, int) -> decltype(slot.has_unique_reference()) {
+  return slot.has_unique_reference();
+}
+template <typename Slot>
+bool is_held_by_torch_alone(const Slot&, long) {
+  return false;
+}
+
+// Whether more than one tensor, or somebody in Python, holds the storage.
+bool is_shared(const c10::Storage& storage) {
+  const bool counted = is_held_by_torch_alone(*storage.unsafeGetStorageImpl()->pyobj_slot(), 0);
+  return storage.use_count() > (counted ? 2 : 1);
+}
+
 void drop_tensor(void* context) { delete static_cast<at::Tensor*>(context); }
 
 }  // namespace
@@ -29,7 +45,7 @@ bool can_move(const at::Tensor& tensor) {
     return false;
   const c10::Storage& storage = tensor.storage();
   // An array of numpy makes a storage non-resizable, and holds its address.
-  return storage.nbytes() == tensor.nbytes() && storage.resizable() && storage.use_count() == 1;
+  return storage.nbytes() == tensor.nbytes() && storage.resizable() && !is_shared(storage);
 }
 
 void move_storage(const at::Tensor& tensor, const at::Tensor& home) {
@@ -44,7 +60,7 @@ void move_storage(const at::Tensor& tensor, const at::Tensor& home) {
 
 bool has_aliases(const std::vector<at::Tensor>& tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) {
-    return tensor.storage().use_count() > 1 || !tensor.storage().resizable();
+    return is_shared(tensor.storage()) || !tensor.storage().resizable();
   });
 }
 
