@@ -89,6 +89,9 @@ def check(model: DDP, optimizer: Any, group: dist.ProcessGroup | None) -> None:
 
 def _check_parameters(model: DDP, optimizer: Optimizer) -> None:
     names = parameter_names(model)
+    devices = sorted({str(param.device) for param in names if param.requires_grad})
+    if len(devices) > 1:
+        raise ValueError(f"The model's parameters lie on {' and '.join(devices)}: put the model on one device.")
     trained = reduced_parameters(model)
     for param in trained:
         if param.is_complex():
@@ -111,9 +114,6 @@ def _check_parameters(model: DDP, optimizer: Optimizer) -> None:
             "This model's parameters are DTensors, or parts of them (tensor parallelism), which an update cannot be "
             "cut into shards of: use plain DDP for it."
         )
-    devices = sorted({str(param.device) for param in trained})
-    if len(devices) > 1:
-        raise ValueError(f"The model's parameters lie on {' and '.join(devices)}: put the model on one device.")
     check_members([p for g in optimizer.param_groups for p in g["params"]], names, set(trained))
 
 
@@ -139,6 +139,8 @@ def reduced_parameters(model: DDP) -> list[torch.nn.Parameter]:
     ignored = set(model.parameters_to_ignore)
     candidates = [param for name, param in model.module.named_parameters() if name not in ignored]
     trained = [param for param in candidates if param.requires_grad]
+    if not trained:
+        raise ValueError("No parameter of this model requires a gradient: there is nothing to communicate.")
     if len(trained) == count:
         found = trained
     elif len(candidates) == count:
@@ -148,8 +150,6 @@ def reduced_parameters(model: DDP) -> list[torch.nn.Parameter]:
             f"DDP was built when {count} parameters required a gradient and now {len(trained)} do: freeze or thaw "
             "parameters before the model is wrapped in DistributedDataParallel."
         )
-    if not found:
-        raise ValueError("No parameter of this model requires a gradient: there is nothing to communicate.")
     return found
 
 

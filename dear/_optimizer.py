@@ -44,10 +44,8 @@ class UserOptimizer:
     def __init__(self, optimizer: optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.original_step = optimizer.step
-        self.params: list[torch.nn.Parameter] = []
-        self._sizes: list[int] = []
+        self.note_members()
         self._zero_grad: Any = None
-        self.take_changes()
 
     def take_over(self, step: Step) -> None:
         """``optimizer.step`` is this bound method from now on; its owner is not kept alive."""
@@ -79,15 +77,19 @@ class UserOptimizer:
 
     # --- what it manages ---
 
-    def take_changes(self) -> bool:
-        """Whether parameters were added, removed or regrouped since the last call."""
-        now = [param for group in self.optimizer.param_groups for param in group["params"]]
+    def listed(self) -> list[torch.nn.Parameter]:
+        """Its parameters as they are in its groups now."""
+        return [param for group in self.optimizer.param_groups for param in group["params"]]
+
+    def has_other_members(self) -> bool:
+        """Whether parameters were added, removed or regrouped since :meth:`note_members`."""
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
-        same = len(now) == len(self.params) and all(a is b for a, b in zip(now, self.params, strict=True))
-        if same and sizes == self._sizes:
-            return False
-        self.params, self._sizes = now, sizes
-        return True
+        return sizes != self._sizes or any(a is not b for a, b in zip(self.listed(), self.params, strict=True))
+
+    def note_members(self) -> None:
+        """Takes its parameters and groups as they are now."""
+        self.params = self.listed()
+        self._sizes = [len(group["params"]) for group in self.optimizer.param_groups]
 
     @property
     def has_step_hooks(self) -> bool:

@@ -130,12 +130,13 @@ class Schedule:
         """Adopts what has changed in the model or in the optimizer since the last step boundary, as DDP would train
         it, or refuses it."""
         attached = self._attached
-        members, places = attached.user.take_changes(), self._facts.changed()
+        members, places = attached.user.has_other_members(), self._facts.changed()
         if not members and not places:
             return
         attached.synchronize()
         self._facts.check()
-        self._facts.check_members(attached.user.params)
+        self._facts.check_members(attached.user.listed())
+        attached.user.note_members()
         if attached.layout is not None:
             self._update.parameters_changed(members)
             self.regroup()

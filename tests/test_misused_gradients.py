@@ -57,7 +57,7 @@ def twice(rank, world, update):
     opt.zero_grad()
     opt.step()
     same(final(model), before)
-    trains_on_like_plain(rank, model, opt, 7)
+    trains_on_like_plain(rank, model, opt, 3)
     engine.detach()
 
 
