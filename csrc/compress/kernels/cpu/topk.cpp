@@ -263,12 +263,12 @@ SelectCounts topk_select(const void* grad, GradType type, float* error, int64_t 
   // 1. Correct the error in place; note what passes the threshold, one bit each, and how many per block.
   std::atomic<int64_t> dropped{0};
   at::parallel_for(0, blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
-    int64_t bad = 0;
+    int64_t lost = 0;
     for (int64_t block = first; block < last; ++block) {
       const int64_t offset = block * kBlock;
       const int64_t length = std::min(kBlock, n - offset);
       float* values = error + offset;
-      if (grad != nullptr) bad += correct_run(element(grad, type, offset), type, values, length);
+      if (grad != nullptr) lost += correct_run(element(grad, type, offset), type, values, length);
       int32_t* block_masks = masks + block * kBlockWords;
       const int64_t whole = length / kWordBits;
       int64_t count = mask_words(values, whole, limit, block_masks);
@@ -284,7 +284,7 @@ SelectCounts topk_select(const void* grad, GradType type, float* error, int64_t 
       counts[2 * block + 1] =
           all_ties || count == 0 ? 0 : static_cast<int32_t>(count_equal(values, length, limit));
     }
-    dropped.fetch_add(bad, std::memory_order_relaxed);
+    dropped.fetch_add(lost, std::memory_order_relaxed);
   });
 
   // 2. Where each block's entries start in its owner's slot, and how many ties it may still take.

@@ -5,23 +5,24 @@ namespace dear::compress::cuda {
 
 namespace {
 
-// Rounds four values, with the error where there is one; returns how many were bad.
+// Rounds four values, with the error where there is one; returns how many elements were dropped or are not
+// finite.
 template <typename U>
 __device__ __forceinline__ int round_four(float (&values)[4], float* error, bool error_aligned,
                                           int64_t offset, int64_t n, U* out, bool out_aligned) {
-  int bad = 0;
+  int lost = 0;
   if (error == nullptr) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       U rounded;
       from_float(values[i], &rounded);
-      bad += is_finite(to_float(rounded)) ? 0 : 1;  // what does not exist reads as 0
+      lost += is_finite(to_float(rounded)) ? 0 : 1;  // what does not exist reads as 0
     }
   } else {
     const float limit = largest_of(out);
     float kept[4];
     load_four(error, offset, n, error_aligned, kept);
-    bad = correct_four(values, kept, kept);
+    lost = correct_four(values, kept, kept);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       U rounded;
@@ -32,7 +33,7 @@ __device__ __forceinline__ int round_four(float (&values)[4], float* error, bool
     store_four(kept, error, offset, n, error_aligned);
   }
   store_four(values, out, offset, n, out_aligned);
-  return bad;
+  return lost;
 }
 
 template <typename T, typename U>
@@ -42,15 +43,15 @@ __global__ __launch_bounds__(kThreads) void round_kernel(const T* grad, float* e
   const bool grad_aligned = vector_aligned(grad);
   const bool error_aligned = vector_aligned(error);
   const bool out_aligned = vector_aligned(out);
-  int bad = 0;
+  int lost = 0;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int64_t offset = start + group_offset(group);
     float values[4];
     load_four(grad, offset, n, grad_aligned, values);
-    bad += round_four(values, error, error_aligned, offset, n, out, out_aligned);
+    lost += round_four(values, error, error_aligned, offset, n, out, out_aligned);
   }
-  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+  if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
 }
 
 template <typename U>
@@ -60,7 +61,7 @@ __global__ __launch_bounds__(kThreads) void average_kernel(const U* payloads, in
   const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlock;
   const bool error_aligned = vector_aligned(error);
   const bool out_aligned = vector_aligned(out);
-  int bad = 0;
+  int lost = 0;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int64_t offset = start + group_offset(group);
@@ -74,9 +75,9 @@ __global__ __launch_bounds__(kThreads) void average_kernel(const U* payloads, in
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) mean[i] /= static_cast<float>(ranks) * scale;
-    bad += round_four(mean, error, error_aligned, offset, n, out, out_aligned);
+    lost += round_four(mean, error, error_aligned, offset, n, out, out_aligned);
   }
-  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+  if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
 }
 
 // Calls the launcher for the 16-bit type.

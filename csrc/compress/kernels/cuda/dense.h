@@ -1,5 +1,5 @@
 // Launchers of the CUDA kernels for 16-bit dense gradients; semantics as in ../cpu/dense.h. `dropped` (may be
-// null) is raised by the number of bad elements.
+// null) is raised by the number of elements that were dropped or are not finite.
 #pragma once
 
 #include <cuda_runtime_api.h>

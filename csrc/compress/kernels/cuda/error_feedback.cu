@@ -11,7 +11,7 @@ __global__ __launch_bounds__(kThreads) void correct_kernel(const T* grad, float*
   const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlock;
   const bool grad_aligned = vector_aligned(grad);
   const bool error_aligned = vector_aligned(error);
-  int bad = 0;
+  int lost = 0;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int64_t offset = start + group_offset(group);
@@ -19,10 +19,10 @@ __global__ __launch_bounds__(kThreads) void correct_kernel(const T* grad, float*
     float kept[4];
     load_four(grad, offset, n, grad_aligned, own);
     load_four(error, offset, n, error_aligned, kept);
-    bad += correct_four(own, kept, own);
+    lost += correct_four(own, kept, own);
     store_four(own, error, offset, n, error_aligned);
   }
-  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+  if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ __global__ __launch_bounds__(kThreads) void correct_kernel(BatchShape batch, con
   float* kept = error + matrix * size;
   const bool own_aligned = vector_aligned(own);
   const bool kept_aligned = vector_aligned(kept);
-  int bad = 0;
+  int lost = 0;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int64_t offset = first + group_offset(group);
@@ -38,17 +38,17 @@ __global__ __launch_bounds__(kThreads) void correct_kernel(BatchShape batch, con
     float sums[4];
     load_four(own, offset, size, own_aligned, values);
     load_four(kept, offset, size, kept_aligned, sums);
-    bad += correct_four(values, sums, sums, kLargestElement);
+    lost += correct_four(values, sums, sums, kLargestElement);
     store_four(sums, kept, offset, size, kept_aligned);
   }
-  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+  if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
 }
 
 // See Note [Overflow in low-rank factors].
 __global__ __launch_bounds__(kThreads) void limit_kernel(float* factor, int64_t n, int32_t* dropped) {
   const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlock;
   const bool aligned = vector_aligned(factor);
-  int bad = 0;
+  int lost = 0;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int64_t offset = start + group_offset(group);
@@ -62,9 +62,9 @@ __global__ __launch_bounds__(kThreads) void limit_kernel(float* factor, int64_t 
       ++own;
     }
     if (own != 0) store_four(values, factor, offset, n, aligned);
-    bad += own;
+    lost += own;
   }
-  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+  if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
 }
 
 // Which tile a thread block has.
@@ -93,7 +93,7 @@ __device__ __forceinline__ void multiply(const BatchShape& batch, const Tile& ti
   p += tile.matrix * batch.rows * batch.rank;
   q += tile.matrix * batch.columns * batch.rank;
   for (int64_t base = 0; base < batch.rank; base += kTileRank) {
-    __syncthreads();  // the previous turn's readers are done
+    __syncthreads();  // the readers of the previous round are done
     for (int i = threadIdx.x; i < kTileRank * kTileRows; i += kThreads) {
       const int64_t row = tile.row + i / kTileRank;
       const int64_t k = base + i % kTileRank;
@@ -125,7 +125,7 @@ __global__ __launch_bounds__(kThreads) void subtract_kernel(BatchShape batch, co
   const Tile tile(batch);
   float sums[4][4] = {};
   multiply(batch, tile, p, q, sums);
-  int bad = 0;
+  int lost = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (tile.own_row() + i >= batch.rows) break;
@@ -139,11 +139,11 @@ __global__ __launch_bounds__(kThreads) void subtract_kernel(BatchShape batch, co
       const bool finite = is_finite(rest);
       kept[j] = finite ? rest : kept[j];
       // Behind the last column an infinite P times a Q of zero is not finite either, and nobody's.
-      bad += finite || tile.own_column() + j >= batch.columns ? 0 : 1;
+      lost += finite || tile.own_column() + j >= batch.columns ? 0 : 1;
     }
     store_four(kept, row, tile.own_column(), batch.columns, aligned);
   }
-  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+  if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
 }
 
 template <typename T>

@@ -24,7 +24,7 @@ __global__ __launch_bounds__(kThreads) void gather_kernel(const T* source, int64
   float* to = message + segment.position;
   const bool from_aligned = vector_aligned(from);
   const bool to_aligned = vector_aligned(to);
-  int bad = 0;
+  int lost = 0;
   for (int64_t start = blockIdx.y * kBlock; start < segment.numel; start += gridDim.y * kBlock) {
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -32,11 +32,11 @@ __global__ __launch_bounds__(kThreads) void gather_kernel(const T* source, int64
       float values[4];
       load_four(from, offset, segment.numel, from_aligned, values);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) bad += is_finite(values[i]) ? 0 : 1;  // what does not exist reads as 0
+      for (int i = 0; i < 4; ++i) lost += is_finite(values[i]) ? 0 : 1;  // what does not exist reads as 0
       store_four(values, to, offset, segment.numel, to_aligned);
     }
   }
-  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+  if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
 }
 
 template <typename T>

@@ -63,7 +63,7 @@ __global__ __launch_bounds__(kThreads) void encode_kernel(const T* grad, float* 
   const bool grad_aligned = vector_aligned(grad);
   const bool error_aligned = vector_aligned(error);
   float corrected[kGroups][4];
-  int bad = 0;
+  int lost = 0;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int64_t offset = start + group_offset(group);
@@ -71,9 +71,9 @@ __global__ __launch_bounds__(kThreads) void encode_kernel(const T* grad, float* 
     float kept[4] = {};
     load_four(grad, offset, n, grad_aligned, own);
     if (error != nullptr) load_four(error, offset, n, error_aligned, kept);
-    bad += correct_four(own, kept, corrected[group]);
+    lost += correct_four(own, kept, corrected[group]);
   }
-  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+  if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
   write_record(corrected, start, n, scaled, error, error_aligned, record);
 }
 
@@ -118,7 +118,7 @@ __global__ __launch_bounds__(kThreads) void average_kernel(const int32_t* payloa
   const int64_t record = static_cast<int64_t>(blockIdx.x) * kSignRecord;
   if (start >= n) return write_empty_record(out + record);
   const bool aligned = vector_aligned(error);
-  int bad = 0;
+  int lost = 0;
   float average[kGroups][4] = {};
   for (int64_t voter = 0; voter < voters; ++voter) {
     const int32_t* ballot = payloads + voter * stride + record;
@@ -141,10 +141,10 @@ __global__ __launch_bounds__(kThreads) void average_kernel(const int32_t* payloa
       const float sum = average[group][i] + kept[i];
       // What lies behind the shard counts for nothing in the scale.
       average[group][i] = offset + i >= n ? 0.0f : is_finite(sum) ? sum : kept[i];
-      bad += offset + i >= n || is_finite(sum) ? 0 : 1;
+      lost += offset + i >= n || is_finite(sum) ? 0 : 1;
     }
   }
-  if (bad != 0 && dropped != nullptr) atomicAdd(dropped, bad);
+  if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
   write_record(average, start, n, true, error, aligned, out + record);
 }
 

@@ -134,7 +134,7 @@ __global__ __launch_bounds__(kThreads) void mark_kernel(const T* grad, float* er
   const uint32_t limit = magnitude_bits(*threshold);
   const bool grad_aligned = vector_aligned(grad);
   const bool error_aligned = vector_aligned(error);
-  int bad = 0;
+  int lost = 0;
   int above_or_equal = 0;
   int equal = 0;
 #pragma unroll
@@ -145,7 +145,7 @@ __global__ __launch_bounds__(kThreads) void mark_kernel(const T* grad, float* er
     if (grad != nullptr) {
       float own[4];
       load_four(grad, offset, n, grad_aligned, own);
-      bad += correct_four(own, values, values);
+      lost += correct_four(own, values, values);
       store_four(values, error, offset, n, error_aligned);
     }
     uint32_t nibble = 0;
@@ -162,7 +162,7 @@ __global__ __launch_bounds__(kThreads) void mark_kernel(const T* grad, float* er
       masks[blockIdx.x * kBlockWords + group_offset(group) / kWordBits] = static_cast<int32_t>(word);
     }
   }
-  if (bad != 0) atomicAdd(&stats[1], bad);
+  if (lost != 0) atomicAdd(&stats[1], lost);
   above_or_equal = block_sum<kThreads>(above_or_equal);
   equal = ties == nullptr ? 0 : block_sum<kThreads>(equal);
   if (threadIdx.x == 0) {

@@ -1,0 +1,49 @@
+"""Whether the native module can be loaded, and one sentence where it cannot, in place of ``undefined symbol``."""
+
+from __future__ import annotations
+
+import runpy
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+
+def refusal(folder: Path, torch_version: str, cuda: str | None) -> str | None:
+    """Why the module in ``folder`` cannot be loaded beside this torch, and what to do; None where it can.
+
+    A module that is bound to torch's C++ classes works with the minor version that it was built with.
+    """
+    if not any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return (
+            f"dear is imported from {folder}, where its native module was not built for this Python: run `make build` "
+            "or `pip install --no-build-isolation .` there, or start Python elsewhere to import an installed one."
+        )
+    facts = folder / "_build.py"
+    if not facts.exists():  # somebody built it by hand
+        return None
+    built = runpy.run_path(str(facts))
+    minor = ".".join(torch_version.split("+")[0].split(".")[:2])
+    if built["TORCH"] != minor:
+        return (
+            f"dear was built for torch {built['TORCH']}, but torch {torch_version} is installed: "
+            f"install torch {built['TORCH']}, or build dear again with `pip install --no-build-isolation`."
+        )
+    if built["CUDA"] and built["CUDA"] != cuda:
+        return (
+            f"dear was built for a torch with CUDA {built['CUDA']}, but the installed torch {torch_version} has "
+            f"{f'CUDA {cuda}' if cuda else 'none'}: install such a torch, or build dear again with "
+            "`pip install --no-build-isolation`."
+        )
+    return None
+
+
+def check() -> None:
+    """To be called before anything imports ``dear._C``.
+
+    Raises:
+        ImportError: the module is missing, or was built for another torch.
+    """
+    import torch
+
+    why = refusal(Path(__file__).resolve().parent, torch.__version__, torch.version.cuda)
+    if why is not None:
+        raise ImportError(why)
