@@ -35,7 +35,7 @@ class RingTransfer {
         prev_((context.rank + context.world - 1) % context.world),
         blamed_(prev_),
         forwards_(exchange.phase() == Phase::kAllGather),
-        divisor_(exchange.reduction() == Reduction::kAverage ? context.world : 1) {
+        averages_(exchange.reduction() == Reduction::kAverage) {
     if (!forwards_) {
       const size_t need = (plan.slots + 1) * static_cast<size_t>(plan.largest_piece);
       if (scratch_.size() < need) scratch_.resize(need);
@@ -221,8 +221,9 @@ class RingTransfer {
     if (!forwards_) {
       const bool last = piece.out != nullptr;
       char* partial = slot(piece);
-      accumulate(piece.type, last ? piece.out : partial, partial, piece.own, piece.count,
-                 last ? divisor_ : 1);
+      const AddRule rule =
+          averages_ ? average_rule(piece.type, context_.world, !piece.summed, last) : AddRule{};
+      accumulate(piece.type, last ? piece.out : partial, partial, piece.own, piece.count, rule);
     }
     if (!forwards_ && piece.out == nullptr) ++waiting_sums_;
     ++received_;
@@ -308,7 +309,7 @@ class RingTransfer {
   const int prev_;
   int blamed_;  // who holds us up, as far as we know
   const bool forwards_;
-  const int divisor_;
+  const bool averages_;
   int64_t waiting_sums_ = 0;  // partial sums received and not yet sent on
 
   size_t sent_ = 0;        // pieces
