@@ -113,9 +113,10 @@ class NativeExchange : public Exchange {
   }
 
   void wait() override {
+    home_.check("A collective");
     const std::lock_guard<std::mutex> alone(waiting_);
     {
-      std::lock_guard<std::mutex> lock(mutex_);
+      std::lock_guard<std::mutex> lock(sync_->mutex);
       if (error_) std::rethrow_exception(error_);
       if (!in_flight_) return;
     }
