@@ -3,6 +3,8 @@
 
 #include <pybind11/chrono.h>
 
+#include "collectives/checksum.h"
+#include "collectives/interrupt.h"
 #include "collectives/mesh.h"
 #include "collectives/native.h"
 #include "collectives/ring.h"
@@ -23,12 +25,21 @@ using dear::bindings::NoGil;
 template <typename HostLane>
 void bind_host_lane(py::module_& m, const char* name) {
   py::class_<HostLane, Lane, std::shared_ptr<HostLane>>(m, name).def(
-      py::init([](const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
-                  std::chrono::milliseconds timeout) {
+      py::init([](std::shared_ptr<dear::Peers> peers, const c10::intrusive_ptr<c10d::Store>& store,
+                  const std::string& key, std::chrono::milliseconds timeout) {
         const py::gil_scoped_release release;
-        return make_shared_without_gil<HostLane>(store, key, rank, world, timeout);
+        return make_shared_without_gil<HostLane>(std::move(peers), store, key, timeout);
       }),
-      py::arg("store"), py::arg("key"), py::arg("rank"), py::arg("world"), py::arg("timeout"));
+      py::arg("peers"), py::arg("store"), py::arg("key"), py::arg("timeout"));
+}
+
+// Runs the handlers of signals that have come, on the interpreter's main thread, which alone may.
+unsigned long main_thread = 0;
+
+void raise_if_interrupted() {
+  if (PyThread_get_thread_ident() != main_thread || dear::bindings::interpreter_ends()) return;
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
 void bind_collectives(py::module_& m) {
@@ -61,6 +72,21 @@ void bind_collectives(py::module_& m) {
       .def_property_readonly("rank", &Lane::rank)
       .def_property_readonly("world", &Lane::world);
 
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  dear::set_interrupt_check(&raise_if_interrupted);
+
+  py::class_<dear::Peers, std::shared_ptr<dear::Peers>>(m, "Peers")
+      .def(py::init([](int rank, int world, std::string address, bool checksum, const py::bytes& key,
+                       std::string recorder) {
+             return std::make_shared<dear::Peers>(rank, world, std::move(address), checksum, std::string(key),
+                                                  std::move(recorder));
+           }),
+           py::arg("rank"), py::arg("world"), py::arg("address"), py::kw_only(), py::arg("checksum") = true,
+           py::arg("key") = py::bytes(), py::arg("recorder") = "")
+      .def_property_readonly("failed", &dear::Peers::failed)
+      .def_property_readonly("rank", &dear::Peers::rank)
+      .def_property_readonly("world", &dear::Peers::world);
+
   bind_host_lane<dear::RingLane>(m, "RingLane");
   bind_host_lane<dear::MeshLane>(m, "MeshLane");
   py::class_<dear::NativeLane, Lane, std::shared_ptr<dear::NativeLane>>(m, "NativeLane")
@@ -71,6 +97,14 @@ void bind_collectives(py::module_& m) {
            py::arg("group"));
 
   m.def("now_ns", &dear::now_ns);
+  m.def(
+      "checksum",
+      [](const py::bytes& data, uint32_t seed, bool by_table) {
+        const std::string_view view = data;
+        return by_table ? dear::checksum_by_table(view.data(), view.size(), seed)
+                        : dear::checksum(view.data(), view.size(), seed);
+      },
+      py::arg("data"), py::arg("seed") = 0, py::arg("by_table") = false);
   m.def("shard_range", [](int64_t numel, int world, int rank) {
     const dear::Shards shards{numel, world};
     return std::make_pair(shards.begin(rank), shards.end(rank));

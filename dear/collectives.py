@@ -9,7 +9,9 @@ tensors of a gloo group and native otherwise.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 import weakref
 from datetime import timedelta
 from typing import Literal
@@ -19,10 +21,12 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from dear import _C
+from dear._address import listening_address
 
 Algorithm = Literal["ring", "native"]
 _REDUCTIONS = {"sum": _C.Reduction.sum, "avg": _C.Reduction.average}
 _ring_numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = weakref.WeakKeyDictionary()
+_peers: weakref.WeakKeyDictionary[dist.ProcessGroup, _C.Peers] = weakref.WeakKeyDictionary()
 _shared_lanes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, _C.Lane]] = weakref.WeakKeyDictionary()
 
 
@@ -91,7 +95,26 @@ def make_lane(
     number = next(_ring_numbers.setdefault(group, itertools.count()))
     store = c10d._get_process_group_store(group)
     make = _C.MeshLane if all_to_all else _C.RingLane
-    return make(store, f"{name}/{number}", group.rank(), group.size(), timeout)
+    return make(_peers_of(group), store, f"{name}/{number}", timeout)
+
+
+def _peers_of(group: dist.ProcessGroup) -> _C.Peers:
+    """What the lanes over this group's ranks share; anew after a failure, of which the lanes of before have heard."""
+    peers = _peers.get(group)
+    if peers is None or peers.failed:
+        checksum = os.environ.get("DEAR_CHECKSUM", "1")
+        if checksum not in ("0", "1"):
+            raise ValueError(f'DEAR_CHECKSUM must be "1" (the default) or "0", not "{checksum}": correct or unset it.')
+        secret = os.environ.get("DEAR_SHARED_KEY", "")
+        peers = _peers[group] = _C.Peers(
+            group.rank(),
+            group.size(),
+            listening_address(os.environ),
+            checksum=checksum == "1",
+            key=hashlib.sha256(b"dear lanes\0" + secret.encode()).digest()[:16] if secret else b"",
+            recorder=os.environ.get("DEAR_FLIGHT_RECORDER", ""),
+        )
+    return peers
 
 
 def _backend_of(group: dist.ProcessGroup) -> str:

@@ -10,13 +10,14 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from dear._address import listening_address
 
 __all__ = ["Job", "detect", "expand_nodelist", "init_process_group"]
 
@@ -276,13 +277,7 @@ def _own_address(single_node: bool) -> str:
     """This host as the others reach it."""
     if single_node:
         return "127.0.0.1"
-    with suppress(OSError):
-        address = socket.gethostbyname(socket.gethostname())
-        if not address.startswith("127."):  # as many an /etc/hosts has it for the host's own name
-            return address
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing, but chooses the interface that leads out
-        return str(probe.getsockname()[0])
+    return listening_address({})
 
 
 def _free_port() -> int:

@@ -99,6 +99,32 @@ def test_rounding_and_special_values(pool4):
     pool4.run(large_values)
 
 
+LARGE = {torch.float16: 40_000.0, torch.bfloat16: 3e38, torch.float32: 3e38, torch.float64: 1.5e308}
+
+
+def averages_do_not_overflow(rank, world, algorithm, dtypes):
+    """DDP divides before it sums: what has an average has one here. Whole numbers keep an exact one."""
+    for dtype in dtypes:
+        large = torch.full((70_000,), LARGE[dtype], dtype=dtype)
+        large[::2] *= -1
+        mixed = large.clone() if rank % 2 else -large
+        want = mixed.double() * 0 + sum(large.double() if r % 2 else -large.double() for r in range(world)) / world
+        for tensor, average in ((large.clone(), large.double()), (mixed, want)):
+            have = dear.all_reduce(tensor, op="avg", algorithm=algorithm).wait().double()
+            assert torch.allclose(have, average, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3), (dtype, have[:4])
+        small = dear.all_reduce(torch.full((9,), float(rank), dtype=dtype), op="avg", algorithm=algorithm).wait()
+        assert torch.equal(small, torch.tensor((world - 1) / 2, dtype=dtype).expand(9)), (dtype, small)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_averages_do_not_overflow(world):
+    run_workers(averages_do_not_overflow, world, "ring", list(LARGE))
+
+
+def test_native_averages_of_float16_do_not_overflow():
+    run_workers(averages_do_not_overflow, 3, "native", [torch.float16])
+
+
 def part_of_the_world(rank, world):
     members = [1, 3]
     group = dist.new_group(members)

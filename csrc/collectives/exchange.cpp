@@ -1,5 +1,7 @@
 #include "collectives/exchange.h"
 
+#include "collectives/interrupt.h"
+
 namespace dear {
 namespace {
 
@@ -56,7 +58,8 @@ Exchange::Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, st
 }
 
 void Exchange::begin() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  home_.check("A collective");
+  std::lock_guard<std::mutex> lock(sync_->mutex);
   TORCH_CHECK(!in_flight_, label_, " was submitted again while its ", phase_name(phase_),
               " was still in flight: wait for it first.");
   in_flight_ = true;
@@ -68,27 +71,28 @@ void Exchange::started() { start_ns_ = now_ns(); }
 void Exchange::finish() {
   end_ns_ = now_ns();
   // Notified under the lock: a waiter may destroy the exchange as soon as it is let go.
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<std::mutex> lock(sync_->mutex);
   in_flight_ = false;
-  ended_.notify_all();
+  sync_->ended.notify_all();
 }
 
 void Exchange::fail(std::exception_ptr error) {
   end_ns_ = now_ns();
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<std::mutex> lock(sync_->mutex);
   error_ = std::move(error);
   in_flight_ = false;
-  ended_.notify_all();
+  sync_->ended.notify_all();
 }
 
 void Exchange::wait() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  ended_.wait(lock, [this] { return !in_flight_; });
+  home_.check("A collective");
+  std::unique_lock<std::mutex> lock(sync_->mutex);
+  wait_interruptibly(sync_->ended, lock, [this] { return !in_flight_; });
   if (error_) std::rethrow_exception(error_);
 }
 
 bool Exchange::done() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<std::mutex> lock(sync_->mutex);
   return !in_flight_;
 }
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "collectives/fork.h"
 #include "collectives/shard.h"
 
 namespace dear {
@@ -58,6 +59,7 @@ class Exchange {
 
   // Blocks until the exchange has ended (for device tensors: until the current stream is ordered behind it)
   // and rethrows its failure. Returns at once when it was never submitted. Must be called without the GIL.
+  // Throws in a forked child, and what check_interrupt() throws.
   virtual void wait();
   // True once nothing is in flight, also after a failure.
   virtual bool done();
@@ -90,8 +92,12 @@ class Exchange {
   std::string label_;
   Turn turn_;
   std::shared_ptr<Exchange> stand_in_;
-  std::mutex mutex_;
-  std::condition_variable ended_;
+  struct Sync {
+    std::mutex mutex;
+    std::condition_variable ended;
+  };
+  HomeProcess home_;
+  HomeOnly<Sync> sync_;
   bool in_flight_ = false;
   std::exception_ptr error_;
   int64_t start_ns_ = 0;

@@ -8,20 +8,114 @@
 #include <cerrno>
 #include <cstring>
 
+#include "collectives/checksum.h"
+#include "collectives/failure.h"
+
 namespace dear {
+namespace {
 
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-int frame_blocks(FrameHeader& header, char* content, size_t bytes, size_t moved, iovec* blocks) {
-  if (moved >= sizeof(header)) {
-    const size_t done = moved - sizeof(header);
-    blocks[0] = {content + done, bytes - done};
-    return 1;
+// What is left of a frame of `bytes` behind its first `moved`, as a message for sendmsg() or recvmsg().
+struct Rest {
+  Rest(FrameHeader& header, char* content, size_t bytes, size_t moved) {
+    message.msg_iov = blocks;
+    if (moved >= sizeof(header)) {
+      const size_t done = moved - sizeof(header);
+      blocks[0] = {content + done, bytes - done};
+      message.msg_iovlen = 1;
+    } else {
+      blocks[0] = {reinterpret_cast<char*>(&header) + moved, sizeof(header) - moved};
+      blocks[1] = {content, bytes};
+      message.msg_iovlen = 2;
+    }
   }
-  blocks[0] = {reinterpret_cast<char*>(&header) + moved, sizeof(header) - moved};
-  blocks[1] = {content, bytes};
-  return 2;
+  iovec blocks[2];
+  msghdr message{};
+};
+
+// Reads what is on its way, for a second at most; returns how much came.
+size_t read_rest(int fd, char* data, size_t size) {
+  size_t have = 0;
+  set_low_water(fd, 1);
+  const auto deadline = Clock::now() + milliseconds(1000);
+  while (have < size && Clock::now() < deadline) {
+    const ssize_t got = ::recv(fd, data + have, size - have, MSG_DONTWAIT);
+    if (got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR)) break;
+    if (got > 0) {
+      have += static_cast<size_t>(got);
+      continue;
+    }
+    pollfd entry{fd, POLLIN, 0};
+    ::poll(&entry, 1, 100);
+  }
+  return have;
+}
+
+}  // namespace
+
+FrameHeader make_header(FrameType type, int blamed, uint32_t sequence, uint32_t signature,
+                        const void* content, size_t bytes, const FrameCheck& check) {
+  FrameHeader header{kMagic, type, static_cast<uint16_t>(blamed), sequence, signature, bytes, 0, 0};
+  if (check.contents) header.content_check = checksum(content, bytes, check.seed);
+  header.header_check = checksum(&header, offsetof(FrameHeader, header_check), check.seed);
+  return header;
+}
+
+bool valid(const FrameHeader& header, int world, const FrameCheck& check) {
+  return header.magic == kMagic &&
+         header.header_check == checksum(&header, offsetof(FrameHeader, header_check), check.seed) &&
+         header.type >= FrameType::kData && header.type <= FrameType::kLeft && header.blamed < world;
+}
+
+bool intact(const FrameHeader& header, const void* content, const FrameCheck& check) {
+  return !check.contents || header.content_check == checksum(content, header.bytes, check.seed);
+}
+
+void OutFrame::begin(const FrameHeader& header, const char* content) {
+  header_ = header;
+  content_ = content;
+  moved_ = 0;
+  begun_ = true;
+}
+
+Flow OutFrame::send(int fd) {
+  const size_t bytes = header_.bytes;
+  Rest rest(header_, const_cast<char*>(content_), bytes, moved_);
+  ssize_t put;
+  do {
+    put = ::sendmsg(fd, &rest.message, MSG_NOSIGNAL | MSG_DONTWAIT);
+  } while (put < 0 && errno == EINTR);
+  if (put < 0) return errno == EAGAIN ? Flow::kBlocked : Flow::kLost;
+  moved_ += static_cast<size_t>(put);
+  if (moved_ < sizeof(FrameHeader) + bytes) return Flow::kSome;
+  begun_ = false;
+  return Flow::kDone;
+}
+
+bool OutFrame::finish(int fd, milliseconds patience) {
+  if (!under_way()) return true;
+  const size_t bytes = header_.bytes;
+  const Rest rest(header_, const_cast<char*>(content_), bytes, moved_);
+  begun_ = false;
+  for (size_t i = 0; i < rest.message.msg_iovlen; ++i) {
+    const iovec& block = rest.blocks[i];
+    if (!push(fd, static_cast<const char*>(block.iov_base), block.iov_len, patience)) return false;
+  }
+  return true;
+}
+
+Flow InFrame::receive(int fd, char* content, size_t bytes) {
+  Rest rest(header_, content, bytes, moved_);
+  header_is_new_ = false;
+  const ssize_t got = ::recvmsg(fd, &rest.message, MSG_DONTWAIT);
+  if (got < 0 && (errno == EAGAIN || errno == EINTR)) return Flow::kBlocked;
+  if (got == 0) errno = 0;
+  if (got <= 0) return Flow::kLost;
+  header_is_new_ = moved_ < sizeof(FrameHeader) && moved_ + static_cast<size_t>(got) >= sizeof(FrameHeader);
+  moved_ += static_cast<size_t>(got);
+  return moved_ == sizeof(FrameHeader) + bytes ? Flow::kDone : Flow::kSome;
 }
 
 bool push(int fd, const char* data, size_t size, milliseconds patience) {
@@ -41,23 +135,39 @@ bool push(int fd, const char* data, size_t size, milliseconds patience) {
   return true;
 }
 
-std::string read_news(int fd, std::string text, const FrameHeader& header) {
+bool push_text(int fd, FrameType type, int blamed, const std::string& text, const FrameCheck& check,
+               milliseconds patience) {
+  const size_t length = std::min(text.size(), kLongestNews);
+  std::string frame(sizeof(FrameHeader), '\0');
+  const FrameHeader header = make_header(type, blamed, 0, 0, text.data(), length, check);
+  std::memcpy(frame.data(), &header, sizeof(header));
+  frame.append(text, 0, length);
+  return push(fd, frame.data(), frame.size(), patience);
+}
+
+std::string read_text(int fd, std::string begun, const FrameHeader& header, const FrameCheck& check) {
   const size_t length = std::min<uint64_t>(header.bytes, kLongestNews);
-  text.resize(std::min(length, text.size()));
-  char more[kLongestNews];
-  set_low_water(fd, 1);
-  const auto deadline = Clock::now() + milliseconds(1000);
-  while (text.size() < length && Clock::now() < deadline) {
-    const ssize_t got = ::recv(fd, more, length - text.size(), MSG_DONTWAIT);
-    if (got == 0) break;
-    if (got > 0) {
-      text.append(more, static_cast<size_t>(got));
-      continue;
-    }
-    pollfd entry{fd, POLLIN, 0};
-    ::poll(&entry, 1, 100);
+  std::string text = std::move(begun);
+  const size_t have = std::min(length, text.size());
+  text.resize(length);
+  text.resize(have + read_rest(fd, text.data() + have, length - have));
+  if (text.size() == header.bytes && intact(header, text.data(), check)) return sanitised(text);
+  if (header.type == FrameType::kLeft) return "";
+  return "Rank " + std::to_string(header.blamed) +
+         " is to blame for a failure, of which the text was damaged.";
+}
+
+std::optional<Word> read_word(int fd, int world, const FrameCheck& check) {
+  FrameHeader header{};
+  const ssize_t got = ::recv(fd, &header, sizeof(header), MSG_DONTWAIT);
+  if (got <= 0) return std::nullopt;
+  const auto have = static_cast<size_t>(got);
+  if (have + read_rest(fd, reinterpret_cast<char*>(&header) + have, sizeof(header) - have) < sizeof(header) ||
+      !valid(header, world, check)) {
+    return std::nullopt;
   }
-  return text;
+  if (header.type != FrameType::kFailure && header.type != FrameType::kLeft) return std::nullopt;
+  return Word{header.type, header.blamed, read_text(fd, "", header, check)};
 }
 
 void set_low_water(int fd, size_t bytes) {
@@ -65,20 +175,4 @@ void set_low_water(int fd, size_t bytes) {
   ::setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &value, sizeof(value));
 }
 
-namespace complaint {
-
-std::string closed() { return "closed its connection (its process has ended, or it has failed or detached)"; }
-std::string lost(int error) { return std::string("lost its connection (") + std::strerror(error) + ")"; }
-std::string corrupt() { return "sent bytes that are not this library's: the stream is corrupt"; }
-std::string elsewhere() {
-  return "is in another collective, or in one of other sizes or dtypes (every rank must make the same calls "
-         "in the "
-         "same order)";
-}
-std::string silent(milliseconds timeout) {
-  return "sent or took nothing for " + std::to_string(timeout.count()) +
-         " ms (it has stalled, or is not in this collective)";
-}
-
-}  // namespace complaint
 }  // namespace dear

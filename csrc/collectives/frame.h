@@ -3,20 +3,21 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
-
-struct iovec;
 
 namespace dear {
 
 // What travels on a lane's connections: a header, and as many bytes as it says.
 //
 // Frames are sent only when their whole content is at hand, so that news never has to wait inside a frame
-// behind data that does not come.
+// behind data that does not come. Integers have the machine's own byte order, which is little-endian wherever
+// this library builds.
 enum class FrameType : uint16_t {
   kData = 1,
   kWaiting = 2,  // ring only: the sender has nothing to send, since it waits for `blamed`
   kFailure = 3,  // the sender has failed: the content is one sentence, and it hangs up behind it
+  kLeft = 4,     // the sender leaves: the content is its reason, maybe empty, and it hangs up behind it
 };
 
 struct FrameHeader {
@@ -26,32 +27,91 @@ struct FrameHeader {
   uint32_t sequence;
   uint32_t signature;
   uint64_t bytes;
+  uint32_t content_check;  // 0 where contents are not checked
+  uint32_t header_check;   // of everything before it
 };
+static_assert(sizeof(FrameHeader) == 32);
 
 constexpr uint32_t kMagic = 0x52414544;  // "DEAR"
 constexpr size_t kLongestNews = 1024;
 
-// What is left of a frame of `bytes` behind its first `moved`, the header included: one or two blocks;
-// returns how many.
-int frame_blocks(FrameHeader& header, char* content, size_t bytes, size_t moved, iovec* blocks);
+// How frames are guarded against damage. The same on all ranks of a lane.
+struct FrameCheck {
+  bool contents = true;
+  uint32_t seed = 0;
+};
+
+// A header whose checks stand.
+FrameHeader make_header(FrameType type, int blamed, uint32_t sequence, uint32_t signature,
+                        const void* content, size_t bytes, const FrameCheck& check);
+// The header is one of this library's, undamaged, of a known type, and blames one of `world` ranks.
+bool valid(const FrameHeader& header, int world, const FrameCheck& check);
+// The content is what was sent.
+bool intact(const FrameHeader& header, const void* content, const FrameCheck& check);
+
+// What became of an attempt to move something.
+enum class Flow { kDone, kSome, kBlocked, kLost };
+
+// The frame that is being sent in one direction of a connection.
+class OutFrame {
+ public:
+  bool begun() const { return begun_; }
+  // Some of it has left: the receiver waits for the rest.
+  bool under_way() const { return begun_ && moved_ > 0; }
+  // `content` stays where it is until the frame is done.
+  void begin(const FrameHeader& header, const char* content);
+  // Sends as much as the socket takes. kLost leaves the reason in errno.
+  Flow send(int fd);
+  // Writes what is left of a frame that is under way, or gives up after `patience`.
+  bool finish(int fd, std::chrono::milliseconds patience);
+
+ private:
+  FrameHeader header_{};
+  const char* content_ = nullptr;
+  size_t moved_ = 0;  // bytes, header included
+  bool begun_ = false;
+};
+
+// The frame that is being received in one direction of a connection, which expects contents of `bytes`.
+class InFrame {
+ public:
+  // Reads as much as has come. kDone: the whole frame has; kLost: errno, or 0 where the peer has hung up.
+  Flow receive(int fd, char* content, size_t bytes);
+  const FrameHeader& header() const { return header_; }
+  // The last receive() brought the end of the header. Where the frame is not of the length expected, the rest
+  // of what has come is the beginning of its content.
+  bool header_is_new() const { return header_is_new_; }
+  size_t moved() const { return moved_; }
+  size_t content_moved() const { return moved_ > sizeof(FrameHeader) ? moved_ - sizeof(FrameHeader) : 0; }
+  void next() { moved_ = 0; }
+
+ private:
+  FrameHeader header_{};
+  size_t moved_ = 0;  // bytes, header included
+  bool header_is_new_ = false;
+};
 
 // Writes all of it to a non-blocking socket, or gives up after `patience` and returns false.
 bool push(int fd, const char* data, size_t size, std::chrono::milliseconds patience);
+// Writes a frame whose content is a text, as push() does.
+bool push_text(int fd, FrameType type, int blamed, const std::string& text, const FrameCheck& check,
+               std::chrono::milliseconds patience);
 
-// Reads the rest of a failure's sentence, of which `text` came with the header; gives up after a second.
-std::string read_news(int fd, std::string text, const FrameHeader& header);
+// The text of a failure or farewell whose header has come, and of its content the bytes `begun`; gives up
+// after a second. It is fit to be printed, whatever came.
+std::string read_text(int fd, std::string begun, const FrameHeader& header, const FrameCheck& check);
+
+// A failure or farewell.
+struct Word {
+  FrameType type;
+  int blamed;
+  std::string text;
+};
+// The one that has come on a connection on which nothing else does, if one has.
+std::optional<Word> read_word(int fd, int world, const FrameCheck& check);
 
 // Sets how many bytes must have arrived before poll() reports the socket readable (a hang-up it reports at
 // once).
 void set_low_water(int fd, size_t bytes);
-
-// What several callers have to say of a neighbour, each a predicate of "Rank 3 ...".
-namespace complaint {
-std::string closed();
-std::string lost(int error);
-std::string corrupt();
-std::string elsewhere();
-std::string silent(std::chrono::milliseconds timeout);
-}  // namespace complaint
 
 }  // namespace dear

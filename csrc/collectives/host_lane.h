@@ -1,68 +1,119 @@
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <thread>
 
 #include "collectives/exchange.h"
+#include "collectives/peers.h"
 
 namespace dear {
+
+// What a transfer may ask of its lane, and tell it.
+class TransferHost {
+ public:
+  virtual ~TransferHost() = default;
+  // Why the lane is not wanted any more. To be asked when the wake-up descriptor is readable.
+  virtual std::optional<Failure> ending() = 0;
+  // Makes a failure known to the process's other lanes; returns what is to be told and thrown in its place.
+  virtual Failure publish(const Failure& failure) = 0;
+  // News that has come by another lane.
+  virtual std::optional<Failure> search() = 0;
+  virtual PeerProgress& progress(int peer) = 0;
+};
 
 // What a transfer needs to know of the lane it runs in.
 struct TransferContext {
   int rank;
   int world;
   std::chrono::milliseconds timeout;
-  uint32_t sequence;                          // of this exchange in its lane
-  int wake_fd;                                // readable when `abort_reason` has something to say
-  std::function<std::string()> abort_reason;  // empty while the lane is wanted
+  uint32_t sequence;  // of this exchange in its lane
+  int wake_fd;        // readable when `host` has an ending
+  FrameCheck check;
+  TransferHost& host;
 };
 
 // A lane that moves host tensors over connections of its own, on a thread of its own. What it moves and how
-// is its subclass's business, as are the connections.
+// is its subclass's business, as are the connections. See Note [Who is to blame] and Note [Forked children].
 //
 // Threads: any thread may submit, abort or destroy; the exchanges themselves run on the lane's thread.
-class HostLane : public Lane {
+class HostLane : public Lane, private Peers::Member, private TransferHost {
  public:
   void submit(const std::shared_ptr<Exchange>& exchange) override;
+  // Says goodbye to the neighbours, with `reason` where something is in flight or it begins with this rank's
+  // name ("Rank 1 ...").
   void abort(const std::string& reason) override;
   int rank() const override { return rank_; }
   int world() const override { return world_; }
 
  protected:
-  // A peer from which nothing comes for `timeout` is given up.
-  HostLane(int rank, int world, std::chrono::milliseconds timeout);
+  // `name` is for errors and traces. A peer from which nothing comes for `timeout` is given up.
+  HostLane(std::shared_ptr<Peers> peers, std::string name, std::chrono::milliseconds timeout);
   ~HostLane() override;
 
   // Called at the end of a subclass's constructor, and at the beginning of its destructor, which lets the
   // exchange in flight fail and joins the thread.
-  void start(const std::string& thread_name);
+  void start();
   void stop();
 
-  // On the lane's thread. Moves one exchange that make_exchange() made; throws one sentence when that fails.
+  // On the lane's thread. Moves one exchange that make_exchange() made. Throws a Failure, which it has
+  // published and told the neighbours before, and shown them that nothing more will come.
   virtual void transfer(Exchange& exchange, const TransferContext& context) = 0;
-  // Lets peers see at once that this lane will never send again.
-  virtual void hang_up() = 0;
+  // Tells the neighbours, none of whom is in the middle of a frame, and shows them that nothing more will
+  // come. On any thread.
+  virtual void tell(FrameType type, const Failure& failure) = 0;
+  // News that has come and that nobody has read, as far as it can be had without reading data.
+  virtual std::optional<Failure> find_news() = 0;
 
+  const std::shared_ptr<Peers> peers_;
   const int rank_;
   const int world_;
   const std::chrono::milliseconds timeout_;
 
  private:
-  void run();
-  void fail_all(std::exception_ptr error, std::shared_ptr<Exchange> current);
+  static constexpr size_t kRemembered = 16;  // exchanges that have ended
+  enum class State { kIdle, kPreparing, kMoving, kFailed };
 
+  struct Shared {
+    std::mutex mutex;
+    std::condition_variable work;
+    std::deque<std::shared_ptr<Exchange>> queue;
+    bool stopping = false;
+    std::optional<Failure> ending;
+    std::exception_ptr error;  // the first failure; everything after it fails alike
+    State state = State::kIdle;
+    ExchangeRecord current;
+    std::array<ExchangeRecord, kRemembered> ended;  // by sequence
+    std::mutex wire;                                // held while frames are under way
+    std::thread thread;
+  };
+
+  void run();
+  std::shared_ptr<Exchange> next();
+  void move(Exchange& exchange);
+  void fail(const Failure& failure, std::exception_ptr error, const std::shared_ptr<Exchange>& current);
+  void end(const Failure& ending, std::exception_ptr error);
+  // Tells, unless it has been done or frames are under way. Returns whether it has been done.
+  bool tell_once(const Failure& failure);
+
+  void hear(const Failure& news) override;
+  bool told() const override { return told_; }
+  std::optional<Failure> look() override;
+  LaneRecord record() override;
+
+  std::optional<Failure> ending() override;
+  Failure publish(const Failure& failure) override;
+  std::optional<Failure> search() override { return peers_->search(this); }
+  PeerProgress& progress(int peer) override { return progress_[static_cast<size_t>(peer)]; }
+
+  const std::string name_;
+  HomeProcess home_;
+  HomeOnly<Shared> shared_;
   uint32_t sequence_ = 0;
   int wake_ = -1;  // an eventfd: written to end a poll at once
-
-  std::mutex mutex_;
-  std::condition_variable work_;
-  std::deque<std::shared_ptr<Exchange>> queue_;
-  bool stopping_ = false;
-  std::exception_ptr error_;  // the first failure; everything after it fails alike
-  std::atomic<bool> aborted_{false};
-  std::string abort_reason_;
-  std::thread thread_;
+  std::atomic<bool> told_{false};
+  std::vector<PeerProgress> progress_;  // by rank
 };
 
 }  // namespace dear

@@ -5,11 +5,12 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <vector>
 
+#include "collectives/peers.h"
+
 namespace dear {
 
 // The two TCP connections that make this rank part of a ring: one to the next rank, one from the previous.
-// Addresses are exchanged through the process group's store; the interface is chosen as gloo chooses it
-// (GLOO_SOCKET_IFNAME, else the address of the host name, else loopback). Closed by the destructor.
+// Addresses are exchanged through the process group's store. Closed by the destructor.
 //
 // Note [Why sockets, and not the backend's send/recv]
 // Gloo's send/recv wakes two threads for every segment and delivers it to memory before it can be summed. A
@@ -19,7 +20,7 @@ namespace dear {
 class RingLinks {
  public:
   // Throws one sentence when a neighbour cannot be reached within `timeout`.
-  RingLinks(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
+  RingLinks(const Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
             std::chrono::milliseconds timeout);
   ~RingLinks();
   RingLinks(const RingLinks&) = delete;
@@ -37,15 +38,13 @@ class RingLinks {
 class MeshLinks {
  public:
   // Throws one sentence when a rank cannot be reached within `timeout`.
-  MeshLinks(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
+  MeshLinks(const Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
             std::chrono::milliseconds timeout);
   ~MeshLinks();
   MeshLinks(const MeshLinks&) = delete;
   MeshLinks& operator=(const MeshLinks&) = delete;
 
   int to(int peer) const { return peers_[static_cast<size_t>(peer)]; }
-  // Lets all of them see that nothing more will come.
-  void shut_down() const;
 
  private:
   std::vector<int> peers_;  // by rank; -1 for this one

@@ -2,14 +2,14 @@
 
 namespace dear {
 
-MeshLane::MeshLane(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
-                   std::chrono::milliseconds timeout)
-    : HostLane(rank, world, timeout) {
-  if (world > 1) {
-    links_ = std::make_unique<MeshLinks>(store, key, rank, world, timeout);
-    transfer_ = std::make_unique<MeshTransfer>(*links_, rank, world);
+MeshLane::MeshLane(std::shared_ptr<Peers> peers, const c10::intrusive_ptr<c10d::Store>& store,
+                   const std::string& key, std::chrono::milliseconds timeout)
+    : HostLane(std::move(peers), key, timeout) {
+  if (world_ > 1) {
+    links_ = std::make_unique<MeshLinks>(*peers_, store, key, timeout);
+    transfer_ = std::make_unique<MeshTransfer>(*links_, rank_, world_);
   }
-  start("dear " + key);
+  start();
 }
 
 MeshLane::~MeshLane() { stop(); }
@@ -34,8 +34,8 @@ void MeshLane::transfer(Exchange& exchange, const TransferContext& context) {
   for (const Part& part : exchange.parts()) part.shard.copy_(part.full);
 }
 
-void MeshLane::hang_up() {
-  if (links_) links_->shut_down();
+void MeshLane::tell(FrameType type, const Failure& failure) {
+  if (transfer_) transfer_->tell(type, failure, peers_->check());
 }
 
 }  // namespace dear

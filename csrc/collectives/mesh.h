@@ -9,7 +9,7 @@ namespace dear {
 class MeshLane : public HostLane {
  public:
   // `key` must be the same on all ranks and new for every lane on this store.
-  MeshLane(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
+  MeshLane(std::shared_ptr<Peers> peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
            std::chrono::milliseconds timeout);
   ~MeshLane() override;
 
@@ -18,7 +18,8 @@ class MeshLane : public HostLane {
 
  protected:
   void transfer(Exchange& exchange, const TransferContext& context) override;
-  void hang_up() override;
+  void tell(FrameType type, const Failure& failure) override;
+  std::optional<Failure> find_news() override { return std::nullopt; }  // it may lie behind data
 
  private:
   std::unique_ptr<MeshLinks> links_;  // null where the rank is alone

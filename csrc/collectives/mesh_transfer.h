@@ -23,27 +23,30 @@ class MeshTransfer {
   // Of rank `rank`; `links` outlives this.
   MeshTransfer(const MeshLinks& links, int rank, int world);
 
-  // Moves one exchange; returns when this rank's part is done. Throws one sentence that names the rank to
-  // blame, the phase and the fusion group; before that it tells the peers, so that all ranks name the same
-  // one. After a throw the connections are of no further use.
+  // Moves one exchange; returns when this rank's part is done. Throws a Failure that names the ranks to
+  // blame, the phase and the fusion group; before that it publishes it and tells the peers. After a throw the
+  // connections are of no further use.
   void run(const Exchange& exchange, const TransferContext& context);
+  // Tells all peers, behind the frames that are under way, those to blame last; shows them that nothing more
+  // will come.
+  void tell(FrameType type, const Failure& failure, const FrameCheck& check);
 
  private:
   using Clock = std::chrono::steady_clock;
 
-  // One direction of a connection: the piece whose turn it is, and how much of its frame has moved.
+  // One direction of a connection: the piece whose turn it is.
   struct Stream {
     size_t part = 0;
     int64_t offset = 0;  // bytes, in the chunk of that part
-    size_t moved = 0;    // bytes, header included
-    FrameHeader header{};
   };
 
   struct Peer {
     int rank;
     int fd;
-    Stream out;
-    Stream in;
+    Stream to;
+    Stream from;
+    OutFrame out;
+    InFrame in;
     bool send_blocked = false;
     bool lost = false;  // it takes nothing any more: what it sent before says why
     size_t low_water = 0;
@@ -54,7 +57,8 @@ class MeshTransfer {
   // Of the stream's piece; 0 when all pieces have moved.
   size_t piece_bytes(const Stream& stream) const;
   bool complete(const Stream& stream) const { return piece_bytes(stream) == 0; }
-  void next_piece(Stream& stream) const;
+  // Goes to the piece at `stream`, or to the first behind it that is one.
+  void find_piece(Stream& stream) const;
   const char* out_data(const Peer& peer) const;
   char* in_data(const Peer& peer) const;
   void copy_own() const;
@@ -69,8 +73,11 @@ class MeshTransfer {
   void check_deadlines();
   void progressed(Peer& peer);
 
-  void tell_peers(const std::string& reason, const std::vector<int>& blamed);
+  // The text of a failure or farewell, whose first bytes came with the header.
+  std::string text_begun(const Peer& peer) const;
   [[noreturn]] void blame(const std::vector<int>& ranks, const std::string& what) const;
+  // A peer is gone that gave no reason here; another lane may have heard of one.
+  [[noreturn]] void blame_lost(int rank, const std::string& what) const;
 
   const MeshLinks& links_;
   std::vector<Peer> peers_;      // in the order in which they are sent to

@@ -8,6 +8,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "collectives/accumulate.h"
+
 namespace dear {
 namespace {
 
@@ -61,7 +63,7 @@ class NativeExchange : public Exchange {
         check_all_to_all(part, world);
         buffers.full = part.full;
         buffers.shard = part.shard;
-      } else if (shards.chunk() * world == shards.numel) {
+      } else if (shards.chunk() * world == shards.numel && !prescales(part.full)) {
         buffers.full = part.full;
         buffers.shard = phase == Phase::kReduceScatter ? part.shard : mine(part.full);
       } else {
@@ -111,9 +113,10 @@ class NativeExchange : public Exchange {
   }
 
   void wait() override {
+    home_.check("A collective");
     const std::lock_guard<std::mutex> alone(waiting_);
     {
-      std::lock_guard<std::mutex> lock(mutex_);
+      std::lock_guard<std::mutex> lock(sync_->mutex);
       if (error_) std::rethrow_exception(error_);
       if (!in_flight_) return;
     }
@@ -153,6 +156,7 @@ class NativeExchange : public Exchange {
     const at::Tensor inside = buffers.full.narrow(0, 0, part.full.numel());
     if (phase_ == Phase::kReduceScatter) {
       inside.copy_(part.full);
+      if (prescales(part.full)) inside.mul_(average_rule(at::kHalf, world_, true, false).own_scale);
     } else {
       mine(inside).copy_(mine(part.full));
     }
@@ -178,6 +182,12 @@ class NativeExchange : public Exchange {
     return nccl_ && reduction_ == Reduction::kAverage && tensor.scalar_type() == at::kHalf;
   }
 
+  // On the host, float16 values are scaled before they are summed; see Note [Averages without overflow].
+  bool prescales(const at::Tensor& tensor) const {
+    return phase_ == Phase::kReduceScatter && reduction_ == Reduction::kAverage && tensor.is_cpu() &&
+           tensor.scalar_type() == at::kHalf && world_ > 1;
+  }
+
   at::Tensor mine(const at::Tensor& full) const {
     const Shards shards{full.numel(), world_};
     return full.narrow(0, shards.begin(rank_), shards.size(rank_));
@@ -194,6 +204,8 @@ class NativeExchange : public Exchange {
     at::Tensor shard = part.shard;
     if (at::isIntegralType(shard.scalar_type(), true)) {
       shard.div_(world_, "trunc");
+    } else if (prescales(part.full)) {
+      shard.div_(average_rule(at::kHalf, world_, false, true).divisor);
     } else {
       shard.div_(world_);
     }

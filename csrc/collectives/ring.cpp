@@ -22,11 +22,11 @@ class RingExchange : public Exchange {
 
 }  // namespace
 
-RingLane::RingLane(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
-                   std::chrono::milliseconds timeout)
-    : HostLane(rank, world, timeout) {
-  if (world > 1) links_ = std::make_unique<RingLinks>(store, key, rank, world, timeout);
-  start("dear " + key);
+RingLane::RingLane(std::shared_ptr<Peers> peers, const c10::intrusive_ptr<c10d::Store>& store,
+                   const std::string& key, std::chrono::milliseconds timeout)
+    : HostLane(std::move(peers), key, timeout) {
+  if (world_ > 1) links_ = std::make_unique<RingLinks>(*peers_, store, key, timeout);
+  start();
 }
 
 RingLane::~RingLane() { stop(); }
@@ -54,10 +54,20 @@ void RingLane::transfer(Exchange& exchange, const TransferContext& context) {
   }
 }
 
-void RingLane::hang_up() {
+void RingLane::tell(FrameType type, const Failure& failure) {
   if (!links_) return;
-  ::shutdown(links_->to_next(), SHUT_RDWR);
-  ::shutdown(links_->from_prev(), SHUT_RDWR);
+  for (const int neighbour : {links_->from_prev(), links_->to_next()}) {
+    push_text(neighbour, type, failure.blamed.back(), failure.what(), peers_->check(),
+              std::chrono::milliseconds(200));
+    ::shutdown(neighbour, SHUT_WR);
+  }
+}
+
+std::optional<Failure> RingLane::find_news() {
+  if (!links_) return std::nullopt;
+  const std::optional<Word> word = read_word(links_->to_next(), world_, peers_->check());
+  if (!word || word->type != FrameType::kFailure) return std::nullopt;
+  return Failure(word->text, {word->blamed});
 }
 
 }  // namespace dear

@@ -10,7 +10,7 @@ namespace dear {
 class RingLane : public HostLane {
  public:
   // `key` must be the same on all ranks and new for every lane on this store.
-  RingLane(const c10::intrusive_ptr<c10d::Store>& store, const std::string& key, int rank, int world,
+  RingLane(std::shared_ptr<Peers> peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
            std::chrono::milliseconds timeout);
   ~RingLane() override;
 
@@ -19,7 +19,8 @@ class RingLane : public HostLane {
 
  protected:
   void transfer(Exchange& exchange, const TransferContext& context) override;
-  void hang_up() override;
+  void tell(FrameType type, const Failure& failure) override;
+  std::optional<Failure> find_news() override;
 
  private:
   std::unique_ptr<RingLinks> links_;

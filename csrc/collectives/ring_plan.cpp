@@ -71,6 +71,7 @@ RingPlan make_ring_plan(const Exchange& exchange, int rank, int world) {
         received[block] = plan.inbound.size();
         for (size_t i = first; i < std::min(first + kBlockPieces, taken.size()); ++i) {
           plan.inbound.push_back(taken[i]);
+          plan.inbound.back().summed = step > 0;
           plan.inbound.back().slot = taken[i].out == nullptr ? partial_sums++ % plan.slots : plan.slots;
         }
       }

@@ -15,6 +15,7 @@ struct Piece {
   at::ScalarType type;
   int64_t source = -1;  // of a piece to send: the received piece whose result it is; -1 for own values
   size_t slot = 0;      // of a received partial sum: where it waits until it is sent on
+  bool summed = false;  // of a received piece: it is a partial sum, not its sender's own values
 };
 
 // Which pieces one rank sends and receives, in order. With P ranks a half takes P-1 steps; in step s rank r

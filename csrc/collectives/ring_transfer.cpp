@@ -2,7 +2,6 @@
 
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
 
 #include <cerrno>
 #include <cstring>
@@ -15,12 +14,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
-
-// Note [Who is to blame]
-// In a ring a rank that waits sees only its neighbour wait, and would blame it. So a rank that is starved for
-// a quarter of the timeout tells the next one for whom it waits (kWaiting), and a rank that fails tells the
-// next one why (kFailure); both pass it on. The ring without the dead rank is a line, along which the news
-// reaches all.
 
 class RingTransfer {
  public:
@@ -35,7 +28,7 @@ class RingTransfer {
         prev_((context.rank + context.world - 1) % context.world),
         blamed_(prev_),
         forwards_(exchange.phase() == Phase::kAllGather),
-        divisor_(exchange.reduction() == Reduction::kAverage ? context.world : 1) {
+        averages_(exchange.reduction() == Reduction::kAverage) {
     if (!forwards_) {
       const size_t need = (plan.slots + 1) * static_cast<size_t>(plan.largest_piece);
       if (scratch_.size() < need) scratch_.resize(need);
@@ -43,6 +36,8 @@ class RingTransfer {
   }
 
   void run() {
+    context_.host.progress(next_).begin();
+    context_.host.progress(prev_).begin();
     try {
       progressed();
       while (received_ < plan_.inbound.size() || sent_ < plan_.outbound.size()) {
@@ -50,11 +45,10 @@ class RingTransfer {
         }
         wait_for_network();
       }
-    } catch (const std::exception& error) {
-      tell_next(error.what());
-      ::shutdown(links_.to_next(), SHUT_RDWR);
-      ::shutdown(links_.from_prev(), SHUT_RDWR);
-      throw;
+    } catch (const Failure& failure) {
+      const Failure news = context_.host.publish(failure);
+      tell(news);
+      throw Failure(news);
     }
   }
 
@@ -74,72 +68,58 @@ class RingTransfer {
     return forwards_ || piece.source < 0 ? piece.own : slot(plan_.inbound[static_cast<size_t>(piece.source)]);
   }
 
+  FrameHeader header(FrameType type, int blamed, const char* content, size_t bytes) const {
+    return make_header(type, blamed, context_.sequence, plan_.signature, content, bytes, context_.check);
+  }
+
   // Sends as much of the current frame as the socket takes; false when there is nothing to send or no room.
   bool send_some() {
-    if (out_offset_ == 0) {
+    if (!out_.begun()) {
       if (!next_piece_ready()) return false;
-      out_header_ = {kMagic,
-                     FrameType::kData,
-                     0,
-                     context_.sequence,
-                     plan_.signature,
-                     static_cast<uint64_t>(plan_.outbound[sent_].bytes)};
+      const char* content = outbound_data();
+      out_.begin(header(FrameType::kData, 0, content, static_cast<size_t>(plan_.outbound[sent_].bytes)),
+                 content);
     }
-    const size_t bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
-    iovec blocks[2];
-    const int count =
-        frame_blocks(out_header_, const_cast<char*>(outbound_data()), bytes, out_offset_, blocks);
-    msghdr message{};
-    message.msg_iov = blocks;
-    message.msg_iovlen = static_cast<size_t>(count);
-    const ssize_t put = ::sendmsg(links_.to_next(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (put < 0) {
-      if (errno == EINTR) return true;
-      send_blocked_ = true;
-      if (errno != EAGAIN) lost_next(errno);
-      return false;
-    }
+    const Flow flow = out_.send(links_.to_next());
+    if (flow == Flow::kLost) lose_next(complaint::lost(errno));
+    send_blocked_ = flow != Flow::kDone;
+    if (flow == Flow::kBlocked) return false;
     progressed();
-    out_offset_ += static_cast<size_t>(put);
-    if (out_offset_ == sizeof(FrameHeader) + bytes) {
-      out_offset_ = 0;
+    if (flow == Flow::kDone) {
       if (!forwards_ && plan_.outbound[sent_].source >= 0) --waiting_sums_;
+      context_.host.progress(next_).note_sent(plan_.outbound[sent_].bytes);
       ++sent_;
-    } else {
-      send_blocked_ = true;
     }
-    return true;
+    return flow == Flow::kDone;
   }
 
-  // The next rank is gone, or it gave up because of somebody else: in that case the news is on its way round.
-  void lost_next(int error) {
-    next_lost_ = true;
-    next_lost_error_ = error;
-    next_lost_deadline_ = Clock::now() + std::min<milliseconds>(context_.timeout / 4, milliseconds(2000));
+  // The next rank takes nothing any more. It has said why, if it could.
+  [[noreturn]] void lose_next(const std::string& what) {
+    const std::optional<Word> word = read_word(links_.to_next(), context_.world, context_.check);
+    if (word && word->type == FrameType::kFailure) throw Failure(word->text, {word->blamed});
+    if (word) blame(next_, complaint::left(next_, word->text));
+    blame_lost(next_, what);
   }
 
-  void send_control(FrameType type, int blamed, const std::string& text) {
-    std::vector<char> frame(sizeof(FrameHeader) + text.size());
-    const FrameHeader header{kMagic,          type,       static_cast<uint16_t>(blamed), context_.sequence,
-                             plan_.signature, text.size()};
-    std::memcpy(frame.data(), &header, sizeof(header));
-    std::memcpy(frame.data() + sizeof(header), text.data(), text.size());
-    push(links_.to_next(), frame.data(), frame.size(), milliseconds(1000));
+  // The next rank has said something, or hung up, which matters only to who has not sent all.
+  void hear_next() {
+    next_heard_ = true;
+    const std::optional<Word> word = read_word(links_.to_next(), context_.world, context_.check);
+    if (word && word->type == FrameType::kFailure) throw Failure(word->text, {word->blamed});
+    if (sent_ == plan_.outbound.size()) return;
+    if (word) blame(next_, complaint::left(next_, word->text));
+    blame_lost(next_, complaint::closed());
   }
 
-  void tell_next(const std::string& reason) {
-    if (next_lost_) return;
-    if (out_offset_ > 0) {  // finish the frame that is under way; its content no longer matters
-      const size_t bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
-      if (out_offset_ < sizeof(FrameHeader)) {
-        const char* rest = reinterpret_cast<const char*>(&out_header_) + out_offset_;
-        if (!push(links_.to_next(), rest, sizeof(FrameHeader) - out_offset_, milliseconds(2000))) return;
-        out_offset_ = sizeof(FrameHeader);
-      }
-      const size_t done = out_offset_ - sizeof(FrameHeader);
-      if (!push(links_.to_next(), outbound_data() + done, bytes - done, milliseconds(2000))) return;
-    }
-    send_control(FrameType::kFailure, blamed_, reason.substr(0, kLongestNews));
+  void tell(const Failure& failure) {
+    const FrameType type = failure.leaving ? FrameType::kLeft : FrameType::kFailure;
+    const int blamed = failure.blamed.back();
+    push_text(links_.from_prev(), type, blamed, failure.what(), context_.check, milliseconds(200));
+    ::shutdown(links_.from_prev(), SHUT_WR);
+    // The frame that is under way is finished; its content no longer matters.
+    if (out_.finish(links_.to_next(), milliseconds(2000)))
+      push_text(links_.to_next(), type, blamed, failure.what(), context_.check, milliseconds(1000));
+    ::shutdown(links_.to_next(), SHUT_WR);
   }
 
   // --- receiving ---
@@ -156,13 +136,11 @@ class RingTransfer {
 
   size_t inbound_bytes() const { return static_cast<size_t>(plan_.inbound[received_].bytes); }
 
-  size_t frame_bytes() const { return sizeof(FrameHeader) + inbound_bytes(); }
-
   // What must have arrived before it is worth waking up: the rest of the frame. Only the first header of an
   // exchange is looked at on its own: a neighbour that is in another collective may never send as much.
   size_t wanted() const {
-    if (received_ == 0 && in_offset_ < sizeof(FrameHeader)) return sizeof(FrameHeader) - in_offset_;
-    return frame_bytes() - in_offset_;
+    const bool first = received_ == 0 && in_.moved() < sizeof(FrameHeader);
+    return sizeof(FrameHeader) + (first ? 0 : inbound_bytes()) - in_.moved();
   }
 
   void want(size_t bytes) {
@@ -172,48 +150,38 @@ class RingTransfer {
   }
 
   void receive_some() {
-    const size_t before = in_offset_;
-    iovec blocks[2];
-    const int count = frame_blocks(in_header_, inbound_data(), inbound_bytes(), before, blocks);
-    msghdr message{};
-    message.msg_iov = blocks;
-    message.msg_iovlen = static_cast<size_t>(count);
-    const ssize_t got = ::recvmsg(links_.from_prev(), &message, MSG_DONTWAIT);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    if (got <= 0) {
-      blame(prev_, got == 0 ? complaint::closed() : complaint::lost(errno));
-    }
-    in_offset_ += static_cast<size_t>(got);
-    if (before < sizeof(FrameHeader) && in_offset_ >= sizeof(FrameHeader)) check_header();
-    if (in_offset_ < frame_bytes()) {
-      if (in_header_.type == FrameType::kData) progressed();
-      return;
-    }
-    in_offset_ = 0;
-    if (in_header_.type == FrameType::kData) {
-      progressed();
+    const Flow flow = in_.receive(links_.from_prev(), inbound_data(), inbound_bytes());
+    if (flow == Flow::kBlocked) return;
+    if (flow == Flow::kLost) blame_lost(prev_, errno == 0 ? complaint::closed() : complaint::lost(errno));
+    if (in_.header_is_new()) check_header();
+    const FrameHeader& header = in_.header();
+    if (header.type == FrameType::kData) progressed();
+    if (flow != Flow::kDone) return;
+    if (!intact(header, inbound_data(), context_.check)) blame(prev_, complaint::damaged());
+    in_.next();
+    if (header.type == FrameType::kData) {
       take_piece();
-    } else if (in_header_.blamed != context_.rank && in_header_.blamed != blamed_) {
-      blamed_ = in_header_.blamed;
+    } else if (header.blamed != context_.rank && header.blamed != blamed_) {
+      blamed_ = header.blamed;
       starved_told_ = -1;  // pass it on
     }
   }
 
   void check_header() {
-    if (in_header_.magic != kMagic) blame(prev_, complaint::corrupt());
-    if (in_header_.type == FrameType::kFailure) take_failure();
-    if (in_header_.sequence != context_.sequence || in_header_.signature != plan_.signature ||
-        in_header_.bytes != inbound_bytes()) {
+    const FrameHeader& header = in_.header();
+    if (!valid(header, context_.world, context_.check)) blame(prev_, complaint::corrupt());
+    if (header.type == FrameType::kFailure) throw Failure(text_begun(), {header.blamed});
+    if (header.type == FrameType::kLeft) blame(prev_, complaint::left(prev_, text_begun()));
+    if (header.sequence != context_.sequence || header.signature != plan_.signature ||
+        header.bytes != inbound_bytes()) {
       blame(prev_, complaint::elsewhere());
     }
   }
 
-  // Another rank has failed: its words become ours. The first of them came with the header.
-  void take_failure() {
-    const size_t came = std::min<uint64_t>(in_header_.bytes, in_offset_ - sizeof(FrameHeader));
-    const std::string text = read_news(links_.from_prev(), std::string(inbound_data(), came), in_header_);
-    blamed_ = in_header_.blamed;
-    throw std::runtime_error(text);
+  // The text of a failure or farewell, whose first bytes came with the header.
+  std::string text_begun() {
+    return read_text(links_.from_prev(), std::string(inbound_data(), in_.content_moved()), in_.header(),
+                     context_.check);
   }
 
   void take_piece() {
@@ -221,10 +189,12 @@ class RingTransfer {
     if (!forwards_) {
       const bool last = piece.out != nullptr;
       char* partial = slot(piece);
-      accumulate(piece.type, last ? piece.out : partial, partial, piece.own, piece.count,
-                 last ? divisor_ : 1);
+      const AddRule rule =
+          averages_ ? average_rule(piece.type, context_.world, !piece.summed, last) : AddRule{};
+      accumulate(piece.type, last ? piece.out : partial, partial, piece.own, piece.count, rule);
     }
     if (!forwards_ && piece.out == nullptr) ++waiting_sums_;
+    context_.host.progress(prev_).note_received(piece.bytes);
     ++received_;
   }
 
@@ -237,66 +207,69 @@ class RingTransfer {
 
   void wait_for_network() {
     const bool receiving = received_ < plan_.inbound.size() && slot_free();
-    const bool sending = !next_lost_ && (out_offset_ > 0 || next_piece_ready());
+    const bool sending = out_.begun() || next_piece_ready();
     if (!receiving && !sending && received_ == plan_.inbound.size() && sent_ == plan_.outbound.size()) return;
-    if (receiving) want(wanted());
-    pollfd entries[3] = {{receiving ? links_.from_prev() : -1, POLLIN, 0},
-                         {sending && send_blocked_ ? links_.to_next() : -1, POLLOUT, 0},
-                         {context_.wake_fd, POLLIN, 0}};
     if (sending && !send_blocked_) return;  // a piece became ready meanwhile
+    if (receiving) want(wanted());
+    const short of_next = static_cast<short>((sending ? POLLOUT : 0) | (next_heard_ ? 0 : POLLIN));
+    pollfd entries[3] = {{receiving ? links_.from_prev() : -1, POLLIN, 0},
+                         {of_next != 0 ? links_.to_next() : -1, of_next, 0},
+                         {context_.wake_fd, POLLIN, 0}};
     const int events = ::poll(entries, 3, patience());
     if (events < 0 && errno != EINTR)
       blame(context_.rank, std::string("could not poll: ") + std::strerror(errno));
+    if (events > 0) take_events(entries);
+    check_deadlines();
+  }
+
+  void take_events(const pollfd* entries) {
     if (entries[2].revents != 0) {
-      const std::string reason = context_.abort_reason();
-      if (!reason.empty()) throw std::runtime_error(reason);
+      if (const auto why = context_.host.ending()) throw Failure(*why);
     }
     if (entries[1].revents != 0) send_blocked_ = false;
     if (entries[0].revents != 0) receive_some();
-    check_deadlines();
+    if ((entries[1].revents & ~POLLOUT) != 0 && !next_heard_) hear_next();
   }
 
   milliseconds since_progress() const {
     return std::chrono::duration_cast<milliseconds>(Clock::now() - last_progress_);
   }
 
-  // Milliseconds until the next deadline: telling the next rank, giving up, or giving up on news.
+  // Milliseconds until the next deadline: telling the next rank, or giving up.
   int patience() const {
     auto left = context_.timeout - since_progress();
     if (starved_told_ != blamed_) left = std::min(left, context_.timeout / 4 - since_progress());
-    if (next_lost_) {
-      left = std::min(left, std::chrono::duration_cast<milliseconds>(next_lost_deadline_ - Clock::now()));
-    }
     return static_cast<int>(std::clamp<int64_t>(left.count() + 1, 1, 60'000));
   }
 
   void check_deadlines() {
-    if (next_lost_ && Clock::now() >= next_lost_deadline_) {
-      blame(next_, std::string("closed its connection (") + std::strerror(next_lost_error_) + ")");
-    }
     const auto quiet = since_progress();
     if (quiet < context_.timeout / 4) return;
     const bool waits_for_prev = received_ < plan_.inbound.size() && !send_blocked_;
     const int culprit = waits_for_prev || blamed_ != prev_ ? blamed_ : next_;
-    if (quiet >= context_.timeout) {
-      blamed_ = culprit;
-      blame(culprit, complaint::silent(context_.timeout));
-    }
-    if (starved_told_ != blamed_ && out_offset_ == 0 && sent_ < plan_.outbound.size() && !next_lost_) {
-      starved_told_ = blamed_;
-      // As long as the frame it stands in for, since the receiver sleeps until so much has come.
-      send_control(FrameType::kWaiting, blamed_,
-                   std::string(static_cast<size_t>(plan_.outbound[sent_].bytes), '\0'));
-    } else {
-      starved_told_ = blamed_;
-    }
+    if (quiet >= context_.timeout) blame(culprit, complaint::silent(context_.timeout));
+    if (starved_told_ != blamed_ && !out_.under_way() && sent_ < plan_.outbound.size()) tell_starved();
+    starved_told_ = blamed_;
   }
 
-  [[noreturn]] void blame(int rank, const std::string& what) {
-    blamed_ = rank;
-    throw std::runtime_error("Rank " + std::to_string(rank) + " " + what + " during the " +
-                             phase_name(exchange_.phase()) + " of " + exchange_.label() + ", as rank " +
-                             std::to_string(context_.rank) + " saw it.");
+  // As long as the frame it comes instead of, since the receiver sleeps until so much has come.
+  void tell_starved() {
+    std::vector<char> frame(sizeof(FrameHeader) + static_cast<size_t>(plan_.outbound[sent_].bytes));
+    const char* content = frame.data() + sizeof(FrameHeader);
+    const FrameHeader waiting =
+        header(FrameType::kWaiting, blamed_, content, frame.size() - sizeof(FrameHeader));
+    std::memcpy(frame.data(), &waiting, sizeof(waiting));
+    push(links_.to_next(), frame.data(), frame.size(), milliseconds(1000));
+  }
+
+  [[noreturn]] void blame(int rank, const std::string& what) const {
+    throw make_failure({rank}, what, phase_name(exchange_.phase()), exchange_.label(), context_.rank);
+  }
+
+  // A neighbour is gone that gave no reason here; another lane may have heard of one.
+  [[noreturn]] void blame_lost(int rank, const std::string& what) const {
+    if (const auto news = context_.host.search()) throw Failure(*news);
+    blame(rank, what);
   }
 
   const Exchange& exchange_;
@@ -308,20 +281,16 @@ class RingTransfer {
   const int prev_;
   int blamed_;  // who holds us up, as far as we know
   const bool forwards_;
-  const int divisor_;
+  const bool averages_;
   int64_t waiting_sums_ = 0;  // partial sums received and not yet sent on
 
-  size_t sent_ = 0;        // pieces
-  size_t out_offset_ = 0;  // bytes of the current frame, header included
-  FrameHeader out_header_{};
+  size_t sent_ = 0;  // pieces
+  OutFrame out_;
   bool send_blocked_ = false;
-  bool next_lost_ = false;
-  int next_lost_error_ = 0;
-  Clock::time_point next_lost_deadline_;
+  bool next_heard_ = false;  // it has hung up; what it had to say has been read
 
-  size_t received_ = 0;
-  size_t in_offset_ = 0;
-  FrameHeader in_header_{};
+  size_t received_ = 0;  // pieces
+  InFrame in_;
   size_t low_water_ = 0;
 
   Clock::time_point last_progress_;

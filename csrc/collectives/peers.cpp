@@ -1,0 +1,78 @@
+#include "collectives/peers.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace dear {
+
+Peers::Peers(int rank, int world, std::string address, bool check_contents, const std::string& key,
+             std::string recorder)
+    : rank_(rank),
+      world_(world),
+      address_(std::move(address)),
+      keyed_(!key.empty()),
+      recorder_(std::move(recorder)) {
+  if (keyed_ && key.size() != key_.size()) throw std::invalid_argument("key must have 16 bytes, or none.");
+  std::copy(key.begin(), key.end(), key_.begin());
+  check_.contents = check_contents;
+  if (keyed_) check_.seed = static_cast<uint32_t>(keyed_hash(key_, "checksum"));
+}
+
+void Peers::join(Member* member) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->members.push_back(member);
+  if (state_->news) member->hear(*state_->news);
+}
+
+void Peers::leave(Member* member) {
+  if (home_.away()) return;
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  auto& members = state_->members;
+  members.erase(std::remove(members.begin(), members.end(), member), members.end());
+  state_->changed.notify_all();
+}
+
+Failure Peers::publish(const Failure& failure, const Member* from) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  if (state_->news) return *state_->news;
+  state_->news = failure;
+  for (Member* member : state_->members) {
+    if (member != from) member->hear(failure);
+  }
+  return failure;
+}
+
+bool Peers::failed() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->news.has_value();
+}
+
+std::optional<Failure> Peers::search(const Member* asking) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  if (state_->news) return state_->news;
+  for (Member* member : state_->members) {
+    if (member == asking) continue;
+    if (auto found = member->look()) return found;
+  }
+  return std::nullopt;
+}
+
+void Peers::settle() {
+  std::unique_lock<std::mutex> lock(state_->mutex);
+  state_->changed.wait_for(lock, std::chrono::seconds(2), [this] {
+    return std::all_of(state_->members.begin(), state_->members.end(),
+                       [](const Member* member) { return member->told(); });
+  });
+  if (recorder_.empty() || state_->recorded || !state_->news) return;
+  state_->recorded = true;
+  std::vector<LaneRecord> records;
+  for (Member* member : state_->members) records.push_back(member->record());
+  write_record(recorder_, rank_, world_, state_->news->what(), records);
+}
+
+void Peers::told() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->changed.notify_all();
+}
+
+}  // namespace dear

@@ -1,0 +1,97 @@
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "collectives/failure.h"
+#include "collectives/fork.h"
+#include "collectives/frame.h"
+#include "collectives/hello.h"
+#include "collectives/recorder.h"
+
+namespace dear {
+
+// Note [Who is to blame]
+// A rank that waits sees only its neighbour wait, and would blame it; a rank that fails ends, and its
+// neighbours would blame it. So news of a failure runs ahead of its consequences:
+//  - A rank that fails tells the neighbours on every one of its lanes whom it blames and why, before any of
+//    its connections is shut and before its program hears of it. They pass it on likewise.
+//  - The first news wins in a process: whatever its lanes find later, they say what came first.
+//  - A rank that leaves in good order says so on its connections (FrameType::kLeft), which is only told to
+//    who still waits for it.
+//  - In a ring, a rank that is starved for a quarter of the timeout tells the next one for whom it waits.
+
+// What the lanes of one process that serve the same ranks have in common: who they are, how their frames are
+// guarded, and the first news of a failure.
+//
+// Threads: any. A lane joins when it can be told, and leaves before it is destroyed.
+class Peers {
+ public:
+  // A lane, as the others see it.
+  class Member {
+   public:
+    virtual ~Member() = default;
+    // There is news. Tells the neighbours at once where nothing is under way; otherwise the lane's own thread
+    // will. Must not block for long, nor call Peers.
+    virtual void hear(const Failure& news) = 0;
+    // The neighbours have been told, or cannot be.
+    virtual bool told() const = 0;
+    // News that has come and that nobody has read, as far as it can be had without disturbing what is under
+    // way.
+    virtual std::optional<Failure> look() = 0;
+    virtual LaneRecord record() = 0;
+  };
+
+  // `address`: numeric, where this rank listens. `key`: 16 bytes made of the shared key, or empty.
+  // `recorder`: where the flight recorder writes, or empty. See recorder.h and Note [Who may join].
+  Peers(int rank, int world, std::string address, bool check_contents, const std::string& key,
+        std::string recorder);
+
+  int rank() const { return rank_; }
+  int world() const { return world_; }
+  const std::string& address() const { return address_; }
+  bool keyed() const { return keyed_; }
+  const Key& key() const { return key_; }
+  const FrameCheck& check() const { return check_; }
+
+  void join(Member* member);
+  void leave(Member* member);
+
+  // Makes `failure`, which lane `from` has found, the news, and tells the other lanes, unless there is news
+  // already. Returns the news.
+  Failure publish(const Failure& failure, const Member* from);
+  bool failed();
+  // The news, or what another lane than `asking` finds when it looks.
+  std::optional<Failure> search(const Member* asking);
+  // To be called before a program hears of a failure: waits until every lane has told its neighbours, for
+  // two seconds at most, and writes the flight recorder's file.
+  void settle();
+  // A lane has told its neighbours.
+  void told();
+
+ private:
+  struct State {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::vector<Member*> members;
+    std::optional<Failure> news;
+    bool recorded = false;
+  };
+
+  const int rank_;
+  const int world_;
+  const std::string address_;
+  const bool keyed_;
+  Key key_{};
+  FrameCheck check_;
+  const std::string recorder_;
+  HomeProcess home_;
+  HomeOnly<State> state_;
+};
+
+}  // namespace dear

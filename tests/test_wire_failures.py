@@ -1,0 +1,223 @@
+"""News of a failure: who is named, on whichever lane one waits; leaving, being late, Ctrl-C, forked children."""
+
+import contextlib
+import gc
+import json
+import os
+import re
+import signal
+import threading
+import time
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from wire import in_ranks, lane_of, peers
+from workers import run_workers
+
+from dear import _C
+from dear._objects import all_gather_object, broadcast_object
+from dear.collectives import make_lane
+
+KINDS = [_C.RingLane, _C.MeshLane]
+
+
+def submit(lane, numel=1000, label="fusion group 1"):
+    full = torch.ones(numel * lane.world)
+    if isinstance(lane, _C.MeshLane):
+        return lane.submit(_C.Phase.all_to_all, _C.Reduction.sum, [(full, torch.empty_like(full))], label)
+    return lane.submit(_C.Phase.reduce_scatter, _C.Reduction.sum, [(full, torch.empty(numel))], label)
+
+
+def lanes(kind, world, seconds, **settings):
+    """A lane for each rank, all in this process."""
+    store = dist.HashStore()
+    made = in_ranks(world, lambda rank: lane_of(kind, store, "lane", seconds, peers(rank, world, **settings)))
+    assert all(isinstance(lane, kind) for lane in made), made
+    return made
+
+
+def failure_of(exchange):
+    with pytest.raises(RuntimeError) as caught:
+        exchange.wait()
+    return str(caught.value)
+
+
+def two_lanes_of_which_each_waits_on_one(rank, world):
+    one, other = (make_lane(dist.group.WORLD, name, "ring", timedelta(seconds=20)) for name in ("one", "other"))
+    submit(one).wait()
+    submit(other).wait()
+    if rank == 2:
+        os._exit(7)
+    # Rank 3 hears of the death on one lane, and then leaves both; the others wait on the other one only.
+    return failure_of(submit(one if rank == 3 else other))
+
+
+def test_the_news_reaches_lanes_that_have_not_seen_the_death():
+    outcomes = run_workers(two_lanes_of_which_each_waits_on_one, 4, expect_dead={2})
+    for rank in (0, 1, 3):
+        assert re.match(r"Rank 2 .* during the reduce-scatter of fusion group 1, as rank \d", outcomes[rank]), outcomes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_leaves_says_so(kind):
+    made = lanes(kind, 3, 20)
+    in_ranks(3, lambda rank: submit(made[rank]).wait())
+    waiting = [submit(made[0]), submit(made[2])]
+    made[1] = None
+    gc.collect()
+    for exchange in waiting:
+        assert re.match(r"Rank 1 left \(its engine was detached or dropped.* of fusion group 1", failure_of(exchange))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_is_aborted_says_why(kind):
+    made = lanes(kind, 2, 20)
+    exchange = submit(made[0])
+    made[1].abort("Rank 1 left the engine's context with KeyError.")
+    assert failure_of(exchange).startswith("Rank 1 left the engine's context with KeyError during the ")
+
+
+@pytest.mark.parametrize("numel", [1000, 4_000_000])  # less than sockets hold, and more
+@pytest.mark.parametrize("world", [2, 3])
+def test_who_is_late_hears_the_cause(world, numel):
+    made = lanes(_C.RingLane, world, 1)
+    others = [failure_of(exchange) for exchange in [submit(made[r], numel) for r in range(world) if r != 1]]
+    late = failure_of(submit(made[1], numel))
+    assert {late, *others} == {others[0]}
+    assert re.match(r"Rank 1 sent or took nothing for 1000 ms .* of fusion group 1, as rank \d saw it", late), late
+
+
+def test_the_flight_recorder_writes_what_each_lane_was_doing(tmp_path):
+    path = str(tmp_path / "flight")
+    store = dist.HashStore()
+    shared = [peers(rank, 2, recorder=path) for rank in range(2)]
+    made = {
+        name: in_ranks(2, lambda rank, name=name: lane_of(_C.RingLane, store, name, 1, shared[rank]))
+        for name in ("reduce-scatter/0", "all-gather/1")
+    }
+    for group in range(20):
+        in_ranks(2, lambda rank, group=group: submit(made["all-gather/1"][rank], label=f"fusion group {group}").wait())
+    waits = submit(made["reduce-scatter/0"][0], label='the "last" one')
+    submit(made["reduce-scatter/0"][0], label="one more")
+    sentence = failure_of(waits)
+    record = json.loads((tmp_path / "flight.0").read_text())
+    assert (record["rank"], record["world"], record["error"]) == (0, 2, sentence)
+    moving, idle = sorted(record["lanes"], key=lambda lane: lane["name"], reverse=True)
+    assert (moving["name"], moving["state"]) == ("reduce-scatter/0", "moving")
+    assert (moving["current"]["label"], moving["current"]["sequence"]) == ('the "last" one', 0)
+    assert [exchange["label"] for exchange in moving["queued"]] == ["one more"]
+    assert [(peer["rank"], peer["received"]) for peer in moving["peers"]] == [(1, 0)]
+    assert (idle["name"], idle["state"], idle["current"]) == ("all-gather/1", "idle", None)
+    assert [exchange["label"] for exchange in idle["ended"]] == [f"fusion group {group}" for group in range(4, 20)]
+    assert all(exchange["start_ns"] < exchange["end_ns"] for exchange in idle["ended"])
+
+
+# ----------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+@contextlib.contextmanager
+def interrupted():
+    """Ctrl-C, pressed again and again until the block has ended."""
+    over = threading.Event()
+
+    def press():
+        while not over.wait(0.3):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        over.set()
+        with contextlib.suppress(KeyboardInterrupt):
+            thread.join()
+
+
+def test_ctrl_c_ends_a_wait():
+    """The lane's own timeout is longer than this test may take."""
+    made = lanes(_C.RingLane, 2, 600)
+    exchange = submit(made[0])
+    with interrupted():
+        exchange.wait()
+    assert not exchange.done()
+    submit(made[1])
+    exchange.wait()  # it went on
+
+
+def test_ctrl_c_ends_set_up():
+    with interrupted():
+        lane_of(_C.RingLane, dist.HashStore(), "lane", 600, peers(0, 2))
+
+
+# ------------------------------------------------------------------------------------------------------- fork
+
+
+def in_child(work):
+    """The exit status of a forked child that runs `work`; 0 where it returns."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    for _ in range(300):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError("the child hangs")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forked_child_neither_hangs_nor_disturbs_its_parent(kind):
+    made = lanes(kind, 2, 30)
+    exchanges = [submit(made[0], 2_000_000)]  # under way
+
+    def child():
+        for call in (exchanges[0].wait, lambda: submit(made[0])):
+            with pytest.raises(RuntimeError, match="this is a child forked from that one"):
+                call()
+        made[0].abort("Rank 0 must not be heard.")
+        exchanges.clear()
+        made.clear()
+        gc.collect()
+
+    assert in_child(child) == 0
+    other = submit(made[1], 2_000_000)
+    exchanges[0].wait()
+    other.wait()
+    in_ranks(2, lambda rank: submit(made[rank]).wait())
+
+
+# ---------------------------------------------------------------------------------------------------- objects
+
+
+def test_objects_go_round():
+    made = lanes(_C.RingLane, 3, 20)
+    values = [{"rank": rank, "tensor": torch.arange(rank * 1000)} for rank in range(3)]
+    for gathered in in_ranks(3, lambda rank: all_gather_object(made[rank], values[rank], "a state")):
+        assert [one["rank"] for one in gathered] == [0, 1, 2]
+        assert all(torch.equal(one["tensor"], value["tensor"]) for one, value in zip(gathered, values, strict=True))
+    for size in (0, 1, 100_000):
+        value = list(range(size))
+        outcomes = in_ranks(
+            3, lambda rank, value=value: broadcast_object(made[rank], value if rank == 0 else None, "an order")
+        )
+        assert outcomes == [value] * 3
+
+
+def test_who_does_not_exchange_objects_is_named():
+    made = lanes(_C.RingLane, 2, 1)
+    with pytest.raises(RuntimeError, match=r"Rank 1 .* during the all-gather of the optimizer's state, as rank 0"):
+        all_gather_object(made[0], 1, "the optimizer's state")
