@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cells, results
+from benchmarks import cells, records, stats
 from benchmarks.command import UNLIMITED, Parser, fail, number, rate_bits, show_rate, terminal
 from benchmarks.launch import WorkersFailed
 from benchmarks.network import Network, open_network
@@ -115,7 +115,7 @@ def over_floor(cell: dict[str, Any]) -> dict[str, float | None]:
     if floor["failure"]:
         raise WorkersFailed(floor["failure"], f"measuring the compute floor at {show_rate(cell['rate'])}")
     return {
-        one["name"]: None if one["failure"] else results.paired_ratio(round_times(floor), round_times(one))
+        one["name"]: None if one["failure"] else stats.paired_ratio(round_times(floor), round_times(one))
         for one in others
     }
 
@@ -171,7 +171,7 @@ def show(workers: int, limit: float, needed: Sequence[Needed], console: Console)
 def main() -> None:
     given, console = arguments(), terminal()
     titles = numbered(given)
-    header = results.header("bandwidth", {"workers": given.workers, "rates": given.rates, "limit": given.limit})
+    header = records.header("bandwidth", {"workers": given.workers, "rates": given.rates, "limit": given.limit})
     with cells.ended_by_a_sentence(given.json):
         kept = cells.Kept.open(header, given.json, given.resume)
         kept.payload["needed"] = []
@@ -182,7 +182,7 @@ def main() -> None:
                 needed = run(given, network, kept, titles, console)
             kept.payload["needed"] += [{"workers": workers, **asdict(one)} for one in needed]
             if given.json:
-                results.write(given.json, kept.payload)
+                records.write(given.json, kept.payload)
             show(workers, given.limit, needed, console)
     if given.json:
         console.print(f"Raw times: {given.json}", highlight=False)

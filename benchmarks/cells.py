@@ -28,7 +28,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import results
+from benchmarks import records
 from benchmarks.command import UNLIMITED, fail, terminal
 from benchmarks.crew import Crew, launched
 from benchmarks.launch import Report, WorkersFailed, progress_bar, worker
@@ -120,7 +120,7 @@ class Kept:
         """Keeps a cell, and writes the file: an interrupt loses only the cell it interrupts."""
         self.payload["cells"].append(cell)
         if self.path:
-            results.write(self.path, self.payload)
+            records.write(self.path, self.payload)
 
 
 def obtain(
@@ -196,7 +196,7 @@ def ended_by_a_sentence(path: Path | None) -> Iterator[None]:
 
 
 def _open(benchmark: Benchmark, given: argparse.Namespace) -> Kept:
-    header = results.header(benchmark.name, {"workers": given.workers, "rates": given.rates}, given.device)
+    header = records.header(benchmark.name, {"workers": given.workers, "rates": given.rates}, given.device)
     return Kept.open(header, given.json, given.resume)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from benchmarks import cells, collectives_table, mpi, results
+from benchmarks import cells, collectives_table, mpi, records
 from benchmarks.command import Parser, positive, size
 from benchmarks.compressor_methods import COMPRESSORS
 from benchmarks.crew import Crew, launched
@@ -55,7 +55,7 @@ class Plan:
 def measure(crew: Crew, plan: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part of one cell."""
     return {
-        "congestion_control": results.congestion_control(),
+        "congestion_control": records.congestion_control(),
         **Measurement(crew, Plan(**plan), METHODS, report).run(),
     }
 

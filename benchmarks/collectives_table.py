@@ -4,12 +4,13 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import rate_bits, show_rate, show_size
-from benchmarks.results import paired_ratio, percentile, slowest_rank
+from benchmarks.stats import paired_ratio, slowest_rank
 
 BASELINE = "all_reduce"
 NATIVE = "native"
@@ -109,16 +110,16 @@ def _row(one: dict[str, Any], rivals: dict[str, list[float]], bytes_: int, worke
 def _timing(account: dict[str, Any], bytes_: int, factor: float) -> Timing:
     if not _finished(account):
         return Timing(failure=account["failure"] or "no round was finished")
-    p50 = percentile(_times(account), 50)
+    p50 = np.percentile(_times(account), 50)
     bandwidth = bytes_ / (p50 / 1e6)
-    return Timing(None, p50, percentile(_times(account), 99), bandwidth, factor * bandwidth, account["wrong"])
+    return Timing(None, p50, np.percentile(_times(account), 99), bandwidth, factor * bandwidth, account["wrong"])
 
 
 def compressor_rows(size: dict[str, Any]) -> list[CompressorRow]:
     """One row per compressor, failed ones included."""
     lossy = [one for one in size["methods"] if one.get("lossy")]
     finished = {one["name"]: one for one in size["methods"] if _finished(one)}
-    medians = {one["name"]: percentile(_times(one), 50) for one in lossy if one["name"] in finished}
+    medians = {one["name"]: np.percentile(_times(one), 50) for one in lossy if one["name"] in finished}
     best = min(medians, key=lambda name: medians[name], default=None)
 
     def against(one: dict[str, Any], rival: str) -> float | None:
@@ -139,7 +140,7 @@ def compressor_rows(size: dict[str, Any]) -> list[CompressorRow]:
                 raw_bytes=one["raw_bytes"],
                 wire_bytes=one["wire_bytes"],
                 p50_us=p50,
-                p99_us=percentile(_times(one), 99),
+                p99_us=np.percentile(_times(one), 99),
                 encode_us=encode,
                 communicate_us=communicate,
                 decode_us=decode,

@@ -43,7 +43,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cells, kernels_table, results
+from benchmarks import cells, kernels_table, records
 from benchmarks.command import Parser, fail, number, positive, terminal
 from benchmarks.crew import user_seconds
 from benchmarks.kernels import FAMILIES, Case
@@ -153,7 +153,7 @@ def measure_family(family: str, plan: Plan, report: Report) -> dict[str, Any]:
         "input_sets": count,
         "kernel_threads": ops.kernel_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpus": results.cpus(),
+        "cpus": records.cpus(),
         "wall_s": wall,
         # User-mode CPU seconds meanwhile: the machine's, this process's. What is left over, others have taken.
         "user_s": [b - a for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
@@ -209,7 +209,7 @@ def main() -> None:
     if plan.device == "cuda":
         need_gpu()
     with cells.ended_by_a_sentence(given.json):
-        kept = cells.Kept.open(results.header("compressors", asdict(plan), plan.device), given.json, given.resume)
+        kept = cells.Kept.open(records.header("compressors", asdict(plan), plan.device), given.json, given.resume)
         for index, family in enumerate(FAMILIES, 1):
             title = f"cell {index} of {len(FAMILIES)}: {family}"
             try:

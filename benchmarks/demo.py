@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import duel, pictures, results, summary
+from benchmarks import duel, pictures, records, stats, summary
 from benchmarks.command import Parser, fail, positive, rate_bits, show_rate, terminal
 from benchmarks.launch import WorkersFailed, progress_bar, run_workers, worker
 from benchmarks.network import NetworkError, network_choice, open_network
@@ -54,7 +54,7 @@ def main() -> None:
         fail(str(error))
     for part in ("tuning", "training"):
         result[part].update(rate=rate, network=network.name)
-    results.write(given.out / "demo.json", {**results.header("demo", asdict(plan)), **result})
+    records.write(given.out / "demo.json", {**records.header("demo", asdict(plan)), **result})
     drawn = draw(result, given.out)
     show(result, console)
     for path in drawn:
@@ -98,7 +98,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             "" if row.exposed is None else f"{row.exposed:.0f} ms",
             "" if alone or row.speedup is None else f"{row.speedup:.2f}×",
             f"{sum(strategy['clock_ms']) / 1e3:.1f}",
-            "" if alone else f"{statistics.mean(strategy['losses'][-results.SMOOTHED_OVER :]):.3f}",
+            "" if alone else f"{statistics.mean(strategy['losses'][-stats.SMOOTHED_OVER :]):.3f}",
             "" if alone or row.loss is None else f"{row.loss:.4f}",
         )
     console.print(table)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import mpi
 from benchmarks.crew import Crew, end_at_once
 from benchmarks.netlab import Lab, Loopback
-from benchmarks.results import ROOT
+from benchmarks.records import ROOT
 
 PROGRESS = "@progress "
 

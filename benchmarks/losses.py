@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import trailing_mean
+from benchmarks.stats import trailing_mean
 
 DENSE = "ddp"  # what every other strategy is compared with, seed by seed
 LAST = 20  # training losses at the end that are averaged: one step's depends on its batch

@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks import summary
 from benchmarks.command import show_rate
 from benchmarks.losses import TOLERANCE
-from benchmarks.results import SMOOTHED_OVER
+from benchmarks.stats import SMOOTHED_OVER
 
 
 @dataclass(frozen=True)

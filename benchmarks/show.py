@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import bandwidth, collectives_table, demo, kernels_table, losses, seeds, training
 from benchmarks.command import Parser, fail, terminal
-from benchmarks.report.sources import SourceError, load
+from benchmarks.records import SourceError, load
 
 Show = Callable[[dict[str, Any], Console], None]  # prints one file
 

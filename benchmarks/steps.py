@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from benchmarks import breakdown, results
+from benchmarks import breakdown, records
 from benchmarks.crew import Crew, bytes_sent, user_seconds
 from benchmarks.data import Batch
 from benchmarks.strategies import Strategy, Trainer, optimizer_factory, parse_strategy
@@ -108,8 +108,8 @@ class Measurement:
         return {
             "plan": asdict(self.plan),
             "workers": self.crew.world,
-            "cpus": results.cpus(),
-            "congestion_control": results.congestion_control(),
+            "cpus": records.cpus(),
+            "congestion_control": records.congestion_control(),
             "about": self.workload.about,
             "data": self._digest(),
             "strategies": [self._account(contestant) for contestant in self.contestants],

@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import compressor_names
-from benchmarks.compressor_names import CompressorName
+from benchmarks import spelling
 from benchmarks.gpt import language_loss
+from benchmarks.spelling import CompressorName
 from benchmarks.workloads import repeated_blocks
 
 ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in one bucket
 FORMS = (
     "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, dear[:sharded|replicated|auto[:MIB]], "
-    f"COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one of: {compressor_names.FORMS}"
+    f"COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one of: {spelling.FORMS}"
 )
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
@@ -280,7 +280,7 @@ def parse_strategy(name: str) -> Strategy:
     sized: dict[str, Callable[..., Strategy]] = {"ddp": DDP, "ddp+fp16": DDPHalf}
     if kind in plain and not rest:
         return plain[kind](name)
-    if kind == "ddp+powersgd" and (not rest or (len(rest) == 1 and compressor_names.whole(rest[0]))):
+    if kind == "ddp+powersgd" and (not rest or (len(rest) == 1 and spelling.whole(rest[0]))):
         return DDPPowerSGD(name, ONE_BUCKET_MIB, **({"rank": int(rest[0])} if rest else {}))
     if kind in sized and len(rest) <= 1:
         return sized[kind](name, _size(rest, unknown))
@@ -293,10 +293,10 @@ def parse_strategy(name: str) -> Strategy:
 
 def _parse_compressed(name: str, unknown: StrategyError) -> Strategy:
     parts = name.removeprefix("dear+").split(":")
-    if not compressor_names.is_compressor(parts[0]):
+    if not spelling.is_compressor(parts[0]):
         raise unknown
     try:
-        compressor, rest = compressor_names.split_name(parts)
+        compressor, rest = spelling.split_name(parts)
     except ValueError:
         raise unknown from None
     if len(rest) > 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from benchmarks.results import ROOT
+from benchmarks.records import ROOT
 
 # After an interrupt a benchmark ends its workers and takes the network down; that takes a second or two.
 SECONDS_TO_END = 30

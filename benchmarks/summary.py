@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import rate_bits, show_rate, show_size
-from benchmarks.results import SMOOTHED_OVER, first_at, paired_ratio, percentile, slowest_rank, trailing_mean
+from benchmarks.stats import SMOOTHED_OVER, first_at, paired_ratio, share_of_others, slowest_rank, trailing_mean
 
 BUSY = 0.05  # share of the CPU taken by others from which on a table says so
 
@@ -69,14 +70,6 @@ def taken_by_others(cell: dict[str, Any]) -> float | None:
     return share_of_others(machine, workers, wall, cell.get("cpus"))
 
 
-def share_of_others(machine: float, own: float, wall: float, cpus: int | None) -> float | None:
-    """What is left of the machine's CPU seconds after a benchmark's own, as a share of all that so many CPUs have.
-
-    None where nothing was timed, or where the machine did not say how many it has, as in older results.
-    """
-    return max(0.0, machine - own) / (wall * cpus) if wall and cpus else None
-
-
 def warn_of_others(share: float | None, console: Console) -> None:
     """Says so where other programs took much of the CPU."""
     if share is not None and share > BUSY:
@@ -132,8 +125,8 @@ def _row(
     return Row(
         name=strategy["name"],
         median=median,
-        p10=percentile(steps, 10),
-        p90=percentile(steps, 90),
+        p10=np.percentile(steps, 10),
+        p90=np.percentile(steps, 90),
         speedup=paired_ratio(rounds, round_times(best)) if best else None,
         exposed=exposed,
         cpu=statistics.mean(cpu for block in strategy["blocks"] for cpu in block["cpu_ms_per_step"]),

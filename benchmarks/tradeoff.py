@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import losses, results, summary
+from benchmarks import losses, stats, summary
 from benchmarks.command import rate_bits, show_size
 from benchmarks.strategies import trains_like
 
@@ -114,7 +114,7 @@ def times_to_loss(
         return None, []
     rows = []
     for row, name in chosen:
-        reached = [results.first_at(curve, target) for curve in own[name]]
+        reached = [stats.first_at(curve, target) for curve in own[name]]
         known = [step for step in reached if step is not None]
         steps = statistics.mean(known) if len(known) == len(reached) else None
         seconds = None if steps is None or row.median is None else steps * row.median / 1e3

@@ -12,7 +12,7 @@ from benchmarks.command import show_size
 from benchmarks.crew import Crew, bytes_sent
 from benchmarks.launch import Report
 from benchmarks.methods import DTYPES, Method, Place, Placement
-from benchmarks.results import slowest_rank
+from benchmarks.stats import slowest_rank
 from dear import cost_model
 
 if TYPE_CHECKING:

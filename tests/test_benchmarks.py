@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 from workers import WorkerPool
 
-from benchmarks import demo, pictures, results, summary, training
+from benchmarks import demo, pictures, records, stats, summary, training
 from benchmarks.command import show_size, size
 from benchmarks.crew import Crew
 from benchmarks.data import ByteText, places, shuffled, standard_library
@@ -43,27 +43,19 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 # Statistics
 
 
-def test_percentile_interpolates_between_neighbours() -> None:
-    assert results.percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
-    assert results.percentile([10.0], 99) == 10.0
-    assert results.percentile(list(range(101)), 90) == 90
-    with pytest.raises(ValueError, match="no values"):
-        results.percentile([], 50)
-
-
 def test_a_step_is_as_long_as_its_slowest_rank() -> None:
-    assert results.slowest_rank([[1.0, 5.0], [2.0, 3.0]]) == [2.0, 5.0]
+    assert stats.slowest_rank([[1.0, 5.0], [2.0, 3.0]]) == [2.0, 5.0]
 
 
 def test_paired_ratio_cancels_drift() -> None:
     """The machine slows down threefold between rounds; ours stays 1.25 times as fast."""
     ours, theirs = [80.0, 160.0, 240.0], [100.0, 200.0, 300.0]
-    assert results.paired_ratio(ours, theirs) == 1.25
+    assert stats.paired_ratio(ours, theirs) == 1.25
 
 
 def test_written_json_is_whole_and_keeps_series_on_one_line(tmp_path: Path) -> None:
     payload = {"ms": [[1.5, -2e-05], [3.0, 4.0]], "names": ["a", "b"], "empty": []}
-    results.write(tmp_path / "deep" / "x.json", payload)
+    records.write(tmp_path / "deep" / "x.json", payload)
     text = (tmp_path / "deep" / "x.json").read_text()
     assert json.loads(text) == payload
     assert "[ 1.5, -2e-05 ]" in text
@@ -71,7 +63,7 @@ def test_written_json_is_whole_and_keeps_series_on_one_line(tmp_path: Path) -> N
 
 
 def test_header_names_versions_and_no_place() -> None:
-    header = results.header("training", {"workers": [2]})
+    header = records.header("training", {"workers": [2]})
     assert header["versions"]["torch"] == torch.__version__
     assert header["machine"]["cores"] >= 1
     assert str(Path.home()) not in json.dumps(header) and str(ROOT) not in json.dumps(header["machine"])
@@ -174,7 +166,7 @@ def test_the_typical_step_is_the_one_of_median_length() -> None:
 
 
 def test_smoothing_starts_with_what_there_is() -> None:
-    assert results.trailing_mean([4.0, 2.0, 0.0]) == [4.0, 3.0, 2.0]
+    assert stats.trailing_mean([4.0, 2.0, 0.0]) == [4.0, 3.0, 2.0]
 
 
 # Workload
@@ -321,7 +313,7 @@ def test_training_end_to_end(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (cell,) = json.loads(path.read_text())["cells"]
-    assert cell["congestion_control"] == results.congestion_control()  # loopback's: of this very namespace
+    assert cell["congestion_control"] == records.congestion_control()  # loopback's: of this very namespace
     floor, ddp, half = cell["strategies"]
     assert floor["failure"] is None and len(ddp["blocks"][0]["ms"]) == 2
     assert len(ddp["losses"]) == len(ddp["clock_ms"]) == 5

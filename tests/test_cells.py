@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import cells, results
+from benchmarks import cells, records
 from benchmarks.crew import launched
 from benchmarks.launch import progress_bar
 
@@ -102,10 +102,10 @@ def test_what_differs_is_said_in_one_sentence(
     said = refusal(capsys, monkeypatch, {"": Plan(rounds=9)}, *arguments)
     assert "another plan (rounds: 4 then, 9 now)" in said and len(said.splitlines()) == 1
     before = json.loads(path.read_text())
-    results.write(path, before | {"commit": "feed"})
+    records.write(path, before | {"commit": "feed"})
     said = refusal(capsys, monkeypatch, {"": Plan()}, *arguments)
     assert f"another commit (feed then, {before['commit']} now)" in said
-    results.write(path, before | {"machine": before["machine"] | {"cores": 1000}})
+    records.write(path, before | {"machine": before["machine"] | {"cores": 1000}})
     said = refusal(capsys, monkeypatch, {"": Plan()}, *arguments)
     assert f"another machine (cores: 1000 then, {before['machine']['cores']} now)" in said
     path.write_text("[]")

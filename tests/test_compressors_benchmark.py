@@ -16,9 +16,9 @@ from rich.console import Console
 
 from benchmarks import compressors, kernels, kernels_table
 from benchmarks.kernels import FAMILIES, Case
+from benchmarks.records import load
 from benchmarks.report import sections
 from benchmarks.report.evidence import Evidence
-from benchmarks.report.sources import load
 from compress import ops
 
 

@@ -12,9 +12,9 @@ import reported
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import show
+from benchmarks import records, show
 from benchmarks.report import __main__ as command
-from benchmarks.report import contest, repeats, sources, tables, winners
+from benchmarks.report import contest, repeats, tables, winners
 from benchmarks.report.evidence import Evidence
 
 
@@ -31,7 +31,7 @@ def text_of(markup: str) -> str:
 
 def cell(**more: Any) -> contest.Cell:
     payload = reported.training(**more)
-    return contest.cells([sources.Source("t.json", "training", payload)])[0]
+    return contest.cells([records.Source("t.json", "training", payload)])[0]
 
 
 def everyone(_: contest.Cell, __: str) -> bool:
@@ -93,9 +93,9 @@ def test_one_side_alone_wins_without_a_ratio() -> None:
 
 
 def test_of_two_measurements_the_fuller_then_the_newer_counts() -> None:
-    full = sources.Source("full.json", "training", reported.training(when="2026-01-01"))
-    newer = sources.Source("newer.json", "training", reported.training(when="2026-01-02"))
-    fewer = sources.Source("few.json", "training", reported.training(when="2026-01-03", steps={"ddp:1": 1.0}))
+    full = records.Source("full.json", "training", reported.training(when="2026-01-01"))
+    newer = records.Source("newer.json", "training", reported.training(when="2026-01-02"))
+    fewer = records.Source("few.json", "training", reported.training(when="2026-01-03", steps={"ddp:1": 1.0}))
     (kept,) = contest.chosen(contest.cells([full, newer, fewer])).values()
     assert kept.source is newer
     for one in newer.cells[0]["strategies"]:
@@ -123,7 +123,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *results: dict[str, A
         shown.setdefault(winners.RATES[column], []).append(verdict)
 
     monkeypatch.setattr(winners, "_one", note)
-    read = [sources.Source(f"{number}.json", one["benchmark"], one) for number, one in enumerate(results)]
+    read = [records.Source(f"{number}.json", one["benchmark"], one) for number, one in enumerate(results)]
     evidence = Evidence.of(read)
     everything = winners.Map("all", lambda cell, name: not evidence.is_barred(name, cell.setting), lambda *_: False)
     winners.draw(evidence.chosen, [everything], [], tmp_path / "map.png")
@@ -278,11 +278,11 @@ def test_words_are_kept_as_they_were_printed() -> None:
 
 
 def test_two_runs_of_a_table_are_laid_side_by_side() -> None:
-    first = sources.Source("a.json", "training", reported.training(when="1"))
+    first = records.Source("a.json", "training", reported.training(when="1"))
     # All 10% slower, DDP included, but for dear: its ratio changes from 1.25 to 1.375.
     steps = {name: ms if name == "dear:sharded" else 1.1 * ms for name, ms in reported.STEPS.items()}
-    second = sources.Source("b.json", "training", reported.training(when="2", steps=steps))
-    other = sources.Source("c.json", "training", reported.training(rate="1gbit", when="3"))
+    second = records.Source("b.json", "training", reported.training(when="2", steps=steps))
+    other = records.Source("c.json", "training", reported.training(rate="1gbit", when="3"))
     (one,) = repeats.twice_measured(repeats.of_training(contest.cells([second, other, first])))
     assert (one.first, one.second) == (first, second)
     by_name = {pair.first.name: pair for pair in one.pairs}
@@ -294,7 +294,7 @@ def test_two_runs_of_a_table_are_laid_side_by_side() -> None:
 
 def test_repeats_of_collectives_and_far_off_ones() -> None:
     runs = [
-        sources.Source(f"{number}.json", "collectives", reported.collectives(us, when=str(number)))
+        records.Source(f"{number}.json", "collectives", reported.collectives(us, when=str(number)))
         for number, us in enumerate((1000.0, 2000.0))
     ]
     (one,) = repeats.twice_measured(repeats.of_collectives(runs))
@@ -320,16 +320,16 @@ def test_what_it_cannot_read_gets_one_sentence(tmp_path: Path, capsys: pytest.Ca
             command.main([str(path), "--out", str(tmp_path / "out")])
         said = capsys.readouterr().err
         assert says in said and str(path) in said and len(said.splitlines()) == 1
-    with pytest.raises(sources.SourceError, match=r"called training\.json"):
+    with pytest.raises(records.SourceError, match=r"called training\.json"):
         (tmp_path / "again").mkdir()
         again = reported.write(tmp_path / "again", training=reported.training())
-        sources.load([*reported.write(tmp_path, training=reported.training()), *again])
+        records.load([*reported.write(tmp_path, training=reported.training()), *again])
 
 
 def test_provenance_names_what_differs() -> None:
-    one = sources.Source("a.json", "training", reported.training())
-    same = sources.Source("b.json", "training", reported.training())
-    changed = sources.Source("c.json", "training", reported.training(commit="0123456789abcdef+changes"))
-    lines = sources.provenance([one, same, changed, one])
+    one = records.Source("a.json", "training", reported.training())
+    same = records.Source("b.json", "training", reported.training())
+    changed = records.Source("c.json", "training", reported.training(commit="0123456789abcdef+changes"))
+    lines = records.provenance([one, same, changed, one])
     assert lines[0].startswith("a.json, b.json: Abacus 9, 2 cores, 4 GiB; torch 2.x; commit c0ffeec0ffee")
     assert lines[1].endswith("commit 0123456789ab+changes") and len(lines) == 2

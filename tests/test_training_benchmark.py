@@ -13,7 +13,7 @@ import torch
 from canned import strategy, training_cell
 from rich.console import Console
 
-from benchmarks import bandwidth, breakdown, losses, results, tradeoff
+from benchmarks import bandwidth, breakdown, losses, records, tradeoff
 from benchmarks.command import rate_bits
 from benchmarks.data import digits
 from benchmarks.launch import WorkersFailed
@@ -301,7 +301,7 @@ def test_convergence_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first = json.loads(path.read_text())
     first["cells"][0]["compressor"] = {"kept": True}
-    results.write(path, first)
+    records.write(path, first)
     done = run(*common, "ddp,acp:8")
     assert done.returncode == 0, done.stderr
     dense, acp = json.loads(path.read_text())["cells"]

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.command import Parser, fail, terminal
+from benchmarks.records import SourceError, load
 from benchmarks.report import page, sections
 from benchmarks.report.evidence import Evidence
-from benchmarks.report.sources import SourceError, load
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from benchmarks import strategies, summary
 from benchmarks.command import rate_bits, show_rate
-from benchmarks.report.sources import Source
-from benchmarks.results import paired_ratio, percentile
+from benchmarks.records import Source
+from benchmarks.stats import paired_ratio
 from benchmarks.strategies import StrategyError, parse_strategy
 
 FLOOR = "none"
@@ -209,4 +211,4 @@ def verdict(cell: Cell, takes_part: TakesPart) -> Verdict | None:
     ratio = paired_ratio(own, other)
     # The pairs decide, as they do everywhere: medians that lie minutes apart may say otherwise.
     winner_name = ours.name if ratio > 1 else rival.name
-    return Verdict(winner_name, ours.name, rival.name, ratio, (percentile(ratios, 25), percentile(ratios, 75)))
+    return Verdict(winner_name, ours.name, rival.name, ratio, (np.percentile(ratios, 25), np.percentile(ratios, 75)))

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import losses, seeds
-from benchmarks.report import contest, sources
+from benchmarks import losses, records, seeds
+from benchmarks.records import Source
+from benchmarks.report import contest
 from benchmarks.report.contest import Cell, Setting
-from benchmarks.report.sources import Source
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Evidence:
 
     @classmethod
     def of(cls, read: Sequence[Source]) -> "Evidence":
-        cells = contest.cells(sources.of(read, "training"))
+        cells = contest.cells(records.of(read, "training"))
         return cls(list(read), cells, contest.chosen(cells))
 
     def of_benchmark(self, benchmark: str) -> list[Source]:
-        return sources.of(self.sources, benchmark)
+        return records.of(self.sources, benchmark)
 
     @property
     def settings(self) -> list[Setting]:
@@ -97,4 +97,4 @@ class Evidence:
 
 def origin(cells: Sequence[Cell]) -> list[str]:
     """Where the numbers of these cells come from."""
-    return sources.provenance([cell.source for cell in cells])
+    return records.provenance([cell.source for cell in cells])

@@ -15,7 +15,7 @@ from benchmarks import pictures, summary
 from benchmarks.command import rate_bits
 from benchmarks.report import contest
 from benchmarks.report.contest import FLOOR, Cell, family, kind, median, short_rate
-from benchmarks.results import SMOOTHED_OVER, trailing_mean
+from benchmarks.stats import SMOOTHED_OVER, trailing_mean
 
 MARKERS = "osD^vPX<>*hd"
 DASHES = ("-", "--", "-.", ":")

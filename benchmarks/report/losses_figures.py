@@ -8,10 +8,10 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 from benchmarks import pictures
+from benchmarks.records import Source
 from benchmarks.report import contest
 from benchmarks.report.contest import Cell, kind, median, short_rate
 from benchmarks.report.figures import styles_of
-from benchmarks.report.sources import Source
 
 Curve = list[tuple[int, float]]  # (steps done, mean held-out loss over the seeds)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from benchmarks.report.sources import Source
+from benchmarks.records import Source
 from benchmarks.report.tables import HtmlTable
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from benchmarks import collectives_table
 from benchmarks.command import show_rate, show_size
+from benchmarks.records import Source
 from benchmarks.report.contest import Cell
-from benchmarks.report.sources import Source
 
 WITHIN = 5  # percent: what two runs of one table may differ by, at the median
 

@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import losses, matrix, show
+from benchmarks.records import Source, provenance
 from benchmarks.report import contest, figures, losses_figures, phases, repeats, tables, winners
 from benchmarks.report.contest import Cell, Setting
 from benchmarks.report.evidence import Evidence, origin
 from benchmarks.report.page import Missing, Picture, PlacedTable, Section
-from benchmarks.report.sources import Source, provenance
 
 
 def build(evidence: Evidence, out: Path) -> list[Section]:

@@ -1,15 +1,14 @@
-"""What every benchmark's JSON begins with, how it is written, and the few statistics the tables use."""
+"""The raw JSON of every benchmark: what it begins with, how it is written, and how it is read again."""
 
 import hashlib
 import json
-import math
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 
 SCHEMA = 1  # raised when a reader of older files would misread newer ones
 ROOT = Path(__file__).resolve().parent.parent
-SMOOTHED_OVER = 9  # steps: the loss of single batches of a few hundred bytes is noisy
 
 
 def header(benchmark: str, settings: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
@@ -36,7 +34,7 @@ def header(benchmark: str, settings: dict[str, Any], device: str = "cpu") -> dic
         "benchmark": benchmark,
         "schema": SCHEMA,
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.{benchmark} {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m {__package__}.{benchmark} {' '.join(sys.argv[1:])}".strip(),
         "commit": commit(),
         "machine": on,
         "versions": with_what,
@@ -118,34 +116,91 @@ def _one_line_per_series(text: str) -> str:
     return re.sub(r"\[[-+.\deE,\s]+\]", lambda found: " ".join(found[0].split()), text)
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The percentile by linear interpolation between the two nearest of the sorted values."""
-    ordered = sorted(values)
-    if not ordered:
-        raise ValueError("A percentile of no values was asked for: measure at least one.")
-    place = (len(ordered) - 1) * percent / 100
-    below, above = math.floor(place), math.ceil(place)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+class SourceError(ValueError):
+    """A file cannot be read as a benchmark's results; the message says which, why and what to do."""
 
 
-def trailing_mean(values: Sequence[float], over: int = SMOOTHED_OVER) -> list[float]:
-    """The mean of each value and of those up to `over` - 1 before it."""
-    return [statistics.mean(values[max(0, end - over) : end]) for end in range(1, len(values) + 1)]
+@dataclass(frozen=True)
+class Source:
+    """One file of raw results."""
+
+    file: str  # its name, without the folder: the page names no place on a machine
+    benchmark: str
+    payload: dict[str, Any]
+
+    @property
+    def cells(self) -> list[dict[str, Any]]:
+        return self.payload.get("cells", [])
+
+    @property
+    def when(self) -> str:
+        return self.payload.get("when", "")
+
+    @property
+    def command(self) -> str:
+        return self.payload.get("command", "")
+
+    @property
+    def commit(self) -> str:
+        """Shortened to what a person reads; "+changes" stays, since it means that the commit is not the whole truth."""
+        commit, changed, _ = self.payload.get("commit", "unknown").partition("+changes")
+        return commit[:12] + changed
+
+    @property
+    def machine(self) -> str:
+        machine = self.payload.get("machine", "unknown machine")
+        if isinstance(machine, str):
+            return machine
+        memory = f", {machine['memory_gib']:g} GiB" if "memory_gib" in machine else ""
+        gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+        return f"{machine.get('cpu', 'unknown processor')}, {machine.get('cores', '?')} cores{memory}{gpu}"
+
+    @property
+    def versions(self) -> str:
+        found = self.payload.get("versions") or {name: self.payload.get(name) for name in ("python", "torch")}
+        return ", ".join(f"{name} {version}" for name, version in found.items() if version)
 
 
-def first_at(curve: Sequence[float], target: float) -> int | None:
-    """How many steps it took until the loss was at the target, or None."""
-    return next((step for step, loss in enumerate(curve, start=1) if loss <= target), None)
+def load(paths: Iterable[Path]) -> list[Source]:
+    """The sources, in the order of their file names. Raises SourceError."""
+    sources = [_read(path) for path in sorted(set(paths), key=lambda path: (path.name, path))]
+    names = [source.file for source in sources]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise SourceError(f"Two files are called {twice}: rename one, since the page tells them apart by name.")
+    return sources
 
 
-def slowest_rank(per_rank: Sequence[Sequence[float]]) -> list[float]:
-    """Per step, the longest time of any rank: a step is over when the last rank is."""
-    return [max(times) for times in zip(*per_rank, strict=True)]
+def _read(path: Path) -> Source:
+    try:
+        payload = json.loads(path.read_text())
+        # The kernels' results were written without the common header at first.
+        benchmark = payload.get("benchmark") or ("compressors" if "kernels" in payload else None)
+        schema = payload.get("schema", SCHEMA)
+    except (OSError, ValueError, AttributeError) as error:
+        raise SourceError(
+            f"{path} cannot be read as results ({error}): pass what --json of a benchmark wrote."
+        ) from error
+    if benchmark is None:
+        raise SourceError(f"{path} holds no results of a benchmark: pass what --json of one wrote.")
+    if schema > SCHEMA:
+        raise SourceError(f"{path} was written by a newer version of the benchmarks: read it with that version.")
+    return Source(path.name, benchmark, payload)
 
 
-def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over rounds of theirs / ours, each pair measured moments apart: above 1 means ours took less time.
+def of(sources: Iterable[Source], benchmark: str) -> list[Source]:
+    """The sources that one benchmark wrote."""
+    return [source for source in sources if source.benchmark == benchmark]
 
-    A ratio of two medians would compare moments that may lie minutes apart; on a machine that drifts, pairs do not.
-    """
-    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+
+def provenance(sources: Sequence[Source]) -> list[str]:
+    """One line for each machine, set of versions and commit: the files, and what they have in common."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for source in sources:
+        names = groups.setdefault((source.machine, source.versions, source.commit), [])
+        if source.file not in names:
+            names.append(source.file)
+    return [
+        f"{', '.join(names)}: {machine}; {versions}; commit {commit}"
+        for (machine, versions, commit), names in groups.items()
+    ]
