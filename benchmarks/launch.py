@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import mpi
+from benchmarks.collectives import mpi
 from benchmarks.crew import Crew, end_at_once
 from benchmarks.netlab import Lab, Loopback
 from benchmarks.records import ROOT

@@ -60,7 +60,7 @@ COLLECTIVES = "-b 64K -e 64M -f 4 -n 3 --rounds 3"
 
 SIZES: dict[str, tuple[Task, ...]] = {
     "small": (
-        Task("compressors", "compressors", "--numel 4194304 --rounds 5 --json {json}", 0.1),
+        Task("kernels", "kernels", "--numel 4194304 --rounds 5 --json {json}", 0.1),
         Task("collectives", "collectives", "-b 1M -e 4M -f 4 -n 2 --rounds 2 --rates 1gbit --json {json}", 0.6),
         Task(
             "training",
@@ -90,7 +90,7 @@ SIZES: dict[str, tuple[Task, ...]] = {
     ),
     # A step of dense DDP takes four to six seconds at 100 Mbit/s, and differs little from the next: few will do.
     "full": (
-        Task("compressors", "compressors", "--rounds 21 --json {json}", 0.7),
+        Task("kernels", "kernels", "--rounds 21 --json {json}", 0.7),
         Task(
             "collectives-slow",
             "collectives",

@@ -14,8 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.collectives.compressed import COMPRESSORS
 from benchmarks.command import Parser, fail, number, show_rate, show_size, size, terminal
-from benchmarks.compressor_methods import COMPRESSORS
 from dear.cost_model import AlphaBeta, Exchange, Prediction, Workload, plan
 
 # What stands for each way of training: an exchange of one piece under backward, or of two halves.

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .spelling import of_today
+
 SCHEMA = 1  # raised when a reader of older files would misread newer ones
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -173,9 +175,10 @@ def load(paths: Iterable[Path]) -> list[Source]:
 
 def _read(path: Path) -> Source:
     try:
-        payload = json.loads(path.read_text())
-        # The kernels' results were written without the common header at first.
-        benchmark = payload.get("benchmark") or ("compressors" if "kernels" in payload else None)
+        payload = json.loads(of_today(path.read_text()))
+        # The kernels' results were written without the common header at first, then under another name.
+        benchmark = payload.get("benchmark") or ("kernels" if "kernels" in payload else None)
+        benchmark = "kernels" if benchmark == "compressors" else benchmark
         schema = payload.get("schema", SCHEMA)
     except (OSError, ValueError, AttributeError) as error:
         raise SourceError(

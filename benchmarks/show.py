@@ -10,8 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import bandwidth, collectives_table, demo, kernels_table, losses, seeds, training
+from benchmarks import bandwidth, demo, losses, seeds, training
+from benchmarks.collectives import show as collectives_table
 from benchmarks.command import Parser, fail, terminal
+from benchmarks.kernels import show as kernels_table
 from benchmarks.records import SourceError, load
 
 Show = Callable[[dict[str, Any], Console], None]  # prints one file
@@ -43,7 +45,7 @@ def _bandwidth(payload: dict[str, Any], console: Console) -> None:
 TABLES: dict[str, Show] = {
     "training": _training,
     "collectives": _each_cell(collectives_table.show),
-    "compressors": kernels_table.show,
+    "kernels": kernels_table.show,
     "convergence": lambda payload, console: losses.show(payload["cells"], console),
     "bandwidth": _bandwidth,
     "demo": demo.show,

@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# Names that earlier versions wrote into results of the collectives, as they begin in JSON.
+_EARLIER = {'"acpsgd:': '"acp:', '"powersgd:': '"power:', '"signsgd"': '"sign"'}
+
 # `compress` is imported where a compressor is made: torch's own strategies can be measured where it is not built.
 
 FORMS = "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16"
@@ -19,21 +22,21 @@ class CompressorName:
     def __str__(self) -> str:
         return self.kind if self.option is None else f"{self.kind}:{self.option}"
 
-    def make(self) -> Any:
-        """A new compressor. Raises ImportError where this library is not built."""
+    def make(self, **more: Any) -> Any:
+        """A new compressor, with `more` of its options. Raises ImportError where this library is not built."""
         import torch
 
         import compress
 
-        makers: dict[str, Callable[[], Any]] = {
-            "acp": lambda: compress.ACPSGD(rank=int(self.option or 0)),
-            "power": lambda: compress.PowerSGD(rank=int(self.option or 0)),
-            "topk": lambda: compress.TopK(density=float(self.option or 0)),
-            "sign": lambda: compress.SignSGD(vote="majority" if self.option else "mean"),
-            "bf16": lambda: compress.Dense(torch.bfloat16),
-            "fp16": lambda: compress.Dense(torch.float16),
+        makers: dict[str, Callable[[str], Any]] = {
+            "acp": lambda rank: compress.ACPSGD(rank=int(rank), **more),
+            "power": lambda rank: compress.PowerSGD(rank=int(rank), **more),
+            "topk": lambda density: compress.TopK(density=float(density), **more),
+            "sign": lambda vote: compress.SignSGD(vote="majority" if vote else "mean", **more),
+            "bf16": lambda _: compress.Dense(torch.bfloat16, **more),
+            "fp16": lambda _: compress.Dense(torch.float16, **more),
         }
-        return makers[self.kind]()
+        return makers[self.kind](self.option or "")
 
 
 def is_compressor(kind: str) -> bool:
@@ -78,3 +81,10 @@ _OPTIONS: dict[str, Callable[[str], bool] | None] = {
     "bf16": None,
     "fp16": None,
 }
+
+
+def of_today(text: str) -> str:
+    """A result's JSON with the names of compressors as they are spelled today."""
+    for earlier, today in _EARLIER.items():
+        text = text.replace(earlier, today)
+    return text

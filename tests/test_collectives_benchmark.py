@@ -14,11 +14,14 @@ import torch.distributed as dist
 from workers import WorkerPool
 
 import dear
-from benchmarks import collectives, collectives_table, mpi, turns
-from benchmarks.compressor_methods import COMPRESSORS, gradient, members
+from benchmarks.collectives import __main__ as collectives
+from benchmarks.collectives import measure as turns
+from benchmarks.collectives import mpi
+from benchmarks.collectives import show as collectives_table
+from benchmarks.collectives.compressed import COMPRESSORS, gradient, members
+from benchmarks.collectives.exact import DTYPES, EXACT, PLACEMENTS, Place, local_values, summed_values, wrong
 from benchmarks.crew import Crew
 from benchmarks.launch import WorkersFailed
-from benchmarks.methods import DTYPES, EXACT, PLACEMENTS, Place, local_values, summed_values, wrong
 from benchmarks.netlab import Loopback
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +116,7 @@ def test_compressors_say_what_they_send_and_lose(pool2: WorkerPool) -> None:
         # Half of what a dense all-reduce of two ranks sends, with a few words that say whether all is finite.
         assert found["bf16"]["wire_bytes"] == pytest.approx(2**15, rel=0.01)
         assert found["bf16"]["vnmse"] < 1e-4 and found["bf16"]["lost"] < 1e-4  # the mean, but for two roundings
-        assert found["acpsgd:4"]["wire_bytes"] < found["powersgd:4"]["wire_bytes"] < found["bf16"]["wire_bytes"]
+        assert found["acp:4"]["wire_bytes"] < found["power:4"]["wire_bytes"] < found["bf16"]["wire_bytes"]
 
 
 def test_the_gradient_is_made_of_square_matrices_and_a_rest() -> None:
@@ -269,14 +272,14 @@ def clean(cell: dict[str, Any], *methods: str) -> bool:
 
 def test_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
-    arguments = (*TINY, "--network", "loopback", "--methods", "all_reduce,ring,mpi,signsgd", "--json", str(path))
+    arguments = (*TINY, "--network", "loopback", "--methods", "all_reduce,ring,mpi,sign", "--json", str(path))
     done = benchmark(*arguments, "--mpi", str(tmp_path))
     assert done.returncode == 0, done.stderr
     (cell,) = json.loads(path.read_text())["cells"]
     assert [each["count"] for each in cell["sizes"]] == [1024, 4096]
     assert clean(cell, "all_reduce", "ring") and "vnmse" in cell["sizes"][0]["methods"][2]
     assert cell["sizes"][0]["methods"][3]["failure"].startswith("skipped: ")  # what was asked for is not here
-    assert {"all_reduce", "ring", "signsgd"} == set(cell["fits"])
+    assert {"all_reduce", "ring", "sign"} == set(cell["fits"])
     assert "BEST" in done.stdout and "skipped: " in done.stdout
     again = benchmark(*arguments, "--mpi", str(tmp_path), "--resume")
     assert again.returncode == 0 and "resumed" in again.stdout and "BEST" in again.stdout

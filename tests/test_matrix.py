@@ -48,7 +48,7 @@ def test_every_benchmark_understands_its_command(size: str, tmp_path: Path, monk
 
 def test_both_sizes_run_every_benchmark_but_the_demo() -> None:
     small, full = ({task.module for task in matrix.SIZES[size]} for size in ("small", "full"))
-    assert small == full - {"demo"} == {"training", "collectives", "compressors", "convergence", "bandwidth"}
+    assert small == full - {"demo"} == {"training", "collectives", "kernels", "convergence", "bandwidth"}
 
 
 def test_progress_is_read_as_it_is_written() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import collectives_table
+from benchmarks.collectives import show as collectives_table
 from benchmarks.command import show_rate, show_size
 from benchmarks.records import Source
 from benchmarks.report.contest import Cell

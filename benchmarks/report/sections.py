@@ -221,7 +221,7 @@ def kernels(evidence: Evidence, out: Path) -> Section:
         "The kernels alone",
         "Every compression kernel by itself, beside the plain-torch way. A table's title names the device.",
     )
-    return _printed_benchmark(section, evidence, "compressors")
+    return _printed_benchmark(section, evidence, "kernels")
 
 
 def repeatability(evidence: Evidence, out: Path) -> Section:

@@ -3,7 +3,6 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor
 
 import compress
 import dear
-from benchmarks.methods import Method, Place, Placement
 from compress.exchange import Exchange
 from compress.group import Group, Member
+
+from .. import spelling
+from .exact import Method, Place, Placement
 
 SIDE = 1024  # of the matrices that the gradient is made of, as in a Transformer; smaller where the gradient is
 SPECTRUM = 32  # singular values that all ranks share: of strength 1, 1/2, 1/3, ...
@@ -60,8 +61,7 @@ class Compressed(Method):
 
     lossy = True
     placements = ("in_place",)
-    label: ClassVar[str]
-    make: ClassVar[Callable[..., compress.Compressor]]
+    compressor_name: ClassVar[spelling.CompressorName]
 
     def __init__(self, place: Place, group: dist.ProcessGroup, placement: Placement) -> None:
         super().__init__(place, group, placement)
@@ -73,7 +73,7 @@ class Compressed(Method):
         self.series: dict[str, list[float]] = defaultdict(list)
 
     def build(self, **options: Any) -> tuple[compress.Compressor, Group]:
-        compressor = type(self).make(process_group=self.group, **options)
+        compressor = self.compressor_name.make(process_group=self.group, **options)
         work = compressor.make_group(self.cut, self.place.dtype, self.place.crew.device, self.name)
         if not compressor.compresses(work):
             raise ValueError(f"a gradient of {self.place.count} elements would not shrink, and so travels dense")
@@ -158,14 +158,9 @@ def exchange(wanted: Exchange, group: dist.ProcessGroup) -> None:
         dear.all_gather(flat[begin:end], flat, group=group).wait()
 
 
-def _method(label: str, make: Callable[..., compress.Compressor]) -> type[Method]:
-    return type(label, (Compressed,), {"name": label, "make": staticmethod(make), "__doc__": make.__doc__})
+def _method(name: str) -> type[Method]:
+    compressor, _ = spelling.split_name(name.split(":"))
+    return type(name, (Compressed,), {"name": name, "compressor_name": compressor})
 
 
-COMPRESSORS: list[type[Method]] = [
-    _method("bf16", partial(compress.Dense, torch.bfloat16)),
-    _method("acpsgd:4", partial(compress.ACPSGD, rank=4)),
-    _method("powersgd:4", partial(compress.PowerSGD, rank=4)),
-    _method("topk:0.01", partial(compress.TopK, density=0.01)),
-    _method("signsgd", compress.SignSGD),
-]
+COMPRESSORS = [_method(name) for name in ("bf16", "acp:4", "power:4", "topk:0.01", "sign")]

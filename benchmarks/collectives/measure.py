@@ -1,22 +1,41 @@
-"""Inside a worker of the collectives benchmark: at every size all methods take turns, out of place and in place."""
+"""What is measured, inside a worker: at every size all methods run in rounds, out of place and in place."""
 
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.command import show_size
-from benchmarks.crew import Crew, bytes_sent
-from benchmarks.launch import Report
-from benchmarks.methods import DTYPES, Method, Place, Placement
-from benchmarks.stats import slowest_rank
 from dear import cost_model
 
-if TYPE_CHECKING:
-    from benchmarks.collectives import Plan
+from .. import records
+from ..command import show_size
+from ..crew import Crew, bytes_sent
+from ..launch import Report
+from ..stats import slowest_rank
+from .compressed import COMPRESSORS
+from .exact import DTYPES, EXACT, Method, Place, Placement
+from .mpi_methods import MPI_METHODS
+
+METHODS: dict[str, type[Method]] = {one.name: one for one in [*EXACT, *MPI_METHODS, *COMPRESSORS]}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one cell (one rate, one number of workers, one way of starting them) measures."""
+
+    methods: list[str]
+    sizes: list[int]  # bytes of the whole tensor
+    dtype: str = "float"
+    iterations: int = 5  # timed, per round
+    warmup: int = 1  # per round
+    rounds: int = 4
+    backend: str = "gloo"
+    device: str = "cpu"
+    mpi: str = ""  # "Open MPI 5.0.11": which one starts the workers; none where it is empty
+    excluded: dict[str, str] = field(default_factory=dict)  # method: why it is not run
 
 
 @dataclass
@@ -46,7 +65,7 @@ class Contestant:
 class Measurement:
     """One cell. Every rank makes the same calls in the same order."""
 
-    def __init__(self, crew: Crew, plan: "Plan", methods: Mapping[str, type[Method]], report: Report) -> None:
+    def __init__(self, crew: Crew, plan: Plan, methods: Mapping[str, type[Method]], report: Report) -> None:
         self.crew, self.plan, self.methods, self.report = crew, plan, methods, report
         self.groups: dict[tuple[str, Placement], dist.ProcessGroup] = {}
         self.broken: dict[tuple[str, Placement], str] = {}  # what failed, and its group with it
@@ -180,6 +199,22 @@ class Measurement:
             "sent_bytes": None if sent is None else ((sent_after or 0) - sent) // self.plan.iterations,
             **method.parts(),
         }
+
+
+def measure(crew: Crew, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+    """A worker's part of one cell."""
+    return {
+        "congestion_control": records.congestion_control(),
+        **Measurement(crew, Plan(**plan), METHODS, report).run(),
+    }
+
+
+def failed_cell(plan: Plan, workers: int, why: str) -> dict[str, Any]:
+    """A cell in which no method could be measured, and every row says so."""
+    rows = [{"name": name, "halves": METHODS[name].halves, "failure": why, "blocks": []} for name in plan.methods]
+    itemsize = DTYPES[plan.dtype].itemsize
+    sizes = [{"bytes": bytes_, "count": bytes_ // itemsize, "methods": rows} for bytes_ in plan.sizes]
+    return {"plan": asdict(plan), "workers": workers, "sizes": sizes, "fits": {}}
 
 
 def fits(sizes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

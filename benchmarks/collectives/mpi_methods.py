@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.methods import AllGatherHalf, Method, Place, Placement, ReduceScatterHalf
+from .exact import AllGatherHalf, Method, Place, Placement, ReduceScatterHalf
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The exact ways of reducing a tensor that the collectives benchmark compares, one small class each.
 
 A method runs once when told, and can count the elements it got wrong. To add one, write a class with these members and
-put it in EXACT. MPI's are in mpi_methods.py; compressors, which are not exact, in compressor_methods.py.
+put it in EXACT. MPI's are in mpi_methods.py; compressors, which are not exact, in compressed.py.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dear
-from benchmarks.crew import Crew
+
+from ..crew import Crew
 
 DTYPES = {
     "float": torch.float32,

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import rate_bits, show_rate, show_size
-from benchmarks.stats import paired_ratio, slowest_rank
+from ..command import rate_bits, show_rate, show_size
+from ..stats import paired_ratio, slowest_rank
 
 BASELINE = "all_reduce"
 NATIVE = "native"

@@ -27,12 +27,8 @@ cache CACHES times over, so that what a call reads has left the cache since the 
 pushes out what the call before it wrote. The host launches a sample while the GPU waits (HEAD_START_CYCLES), or the
 time of small kernels would be that of launching them. Two kernels move less, and find some of it in the cache:
 orthogonalising, and the merge of sparse lists.
-
-    python -m benchmarks.compressors --json benchmarks/results/compressors.json
-    python -m benchmarks.compressors --device cuda --json benchmarks/results/compressors-h100.json
 """
 
-import argparse
 import math
 import statistics
 import time
@@ -43,12 +39,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import cells, kernels_table, records
-from benchmarks.command import Parser, fail, number, positive, terminal
-from benchmarks.crew import user_seconds
-from benchmarks.kernels import FAMILIES, Case
-from benchmarks.launch import Report
 from compress import ops
+
+from .. import records
+from ..crew import user_seconds
+from ..launch import Report
+from .cases import FAMILIES, Case
 
 Call = Callable[[], object]
 Clock = Callable[[Sequence[Call]], float]  # seconds of one of the calls, which are timed together
@@ -176,48 +172,3 @@ def account(case: Case) -> dict[str, Any]:
         "plain_seconds": case.plain_seconds,
         "failures": case.failures,
     }
-
-
-def need_gpu() -> None:
-    """Ends the command with a sentence where the kernels cannot run on a GPU."""
-    if not torch.cuda.is_available():
-        fail("torch sees no GPU here: leave out --device cuda.")
-    try:
-        ops.error_correct(torch.zeros(1, device="cuda"), torch.zeros(1, device="cuda"))
-    except NotImplementedError:
-        fail(
-            "The kernels were built without CUDA: build them again where nvcc and a torch with CUDA are, or leave out "
-            "--device cuda."
-        )
-
-
-def arguments() -> argparse.Namespace:
-    parser = Parser(prog="python -m benchmarks.compressors", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--numel", type=positive, default=1 << 24, help="elements of the fusion group")
-    parser.add_argument("--density", type=number, default=0.01, help="share of the elements that top-k sends")
-    parser.add_argument("--rank", type=positive, default=4, help="rank of the low-rank factors")
-    parser.add_argument("--threads", type=positive, default=2)
-    parser.add_argument("--rounds", type=positive, default=15)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where tensors live (default: cpu)")
-    cells.file_options(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    given, console = arguments(), terminal()
-    plan = Plan(given.numel, given.density, given.rank, given.threads, given.rounds, given.device)
-    if plan.device == "cuda":
-        need_gpu()
-    with cells.ended_by_a_sentence(given.json):
-        kept = cells.Kept.open(records.header("compressors", asdict(plan), plan.device), given.json, given.resume)
-        for index, family in enumerate(FAMILIES, 1):
-            title = f"cell {index} of {len(FAMILIES)}: {family}"
-            try:
-                cells.obtain(kept, {"family": family}, plan, title, partial(measure_family, family, plan), console)
-            except torch.OutOfMemoryError:
-                fail(f"The GPU's memory does not hold the inputs of {family}: give a smaller --numel.")
-    kernels_table.show(kept.payload, console)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,8 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.stats import share_of_others
-from benchmarks.summary import warn_of_others
+from ..stats import share_of_others
+from ..summary import warn_of_others
 
 
 def show(payload: dict[str, Any], console: Console) -> None:

@@ -16,48 +16,25 @@ import argparse
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from benchmarks import cells, collectives_table, mpi, records
-from benchmarks.command import Parser, positive, size
-from benchmarks.compressor_methods import COMPRESSORS
-from benchmarks.crew import Crew, launched
-from benchmarks.launch import Report, WorkersFailed, run_surviving, run_workers
-from benchmarks.methods import DTYPES, EXACT, Method
-from benchmarks.mpi_methods import MPI_METHODS
-from benchmarks.network import Network
-from benchmarks.turns import Measurement
 from dear.launch import detect
 
+from .. import cells
+from ..command import Parser, positive, size
+from ..crew import launched
+from ..launch import Report, WorkersFailed, run_surviving, run_workers
+from ..network import Network
+from . import mpi
+from .exact import DTYPES
+from .measure import METHODS, Plan, failed_cell, measure
+from .mpi_methods import MPI_METHODS
+from .show import show
+
 CELL_SECONDS = 3600
-METHODS: dict[str, type[Method]] = {one.name: one for one in [*EXACT, *MPI_METHODS, *COMPRESSORS]}
 MPI_NAMES = [one.name for one in MPI_METHODS]
 RIVALS = ("all_reduce", "ring")  # take turns with MPI's methods in every MPI's cell
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one cell (one rate, one number of workers, one way of starting them) measures."""
-
-    methods: list[str]
-    sizes: list[int]  # bytes of the whole tensor
-    dtype: str = "float"
-    iterations: int = 5  # timed, per round
-    warmup: int = 1  # per round
-    rounds: int = 4
-    backend: str = "gloo"
-    device: str = "cpu"
-    mpi: str = ""  # "Open MPI 5.0.11": which one starts the workers; none where it is empty
-    excluded: dict[str, str] = field(default_factory=dict)  # method: why it is not run
-
-
-def measure(crew: Crew, plan: dict[str, Any], report: Report) -> dict[str, Any]:
-    """A worker's part of one cell."""
-    return {
-        "congestion_control": records.congestion_control(),
-        **Measurement(crew, Plan(**plan), METHODS, report).run(),
-    }
 
 
 def run_cell(network: Network, plan: Plan, report: Report) -> dict[str, Any]:
@@ -65,7 +42,7 @@ def run_cell(network: Network, plan: Plan, report: Report) -> dict[str, Any]:
     launcher = command_line().launchers[plan.mpi] if plan.mpi else None
 
     def run(plan: Plan) -> dict[str, Any]:
-        return run_workers(network.lab, "benchmarks.collectives", plan, report, CELL_SECONDS, launcher)
+        return run_workers(network.lab, str(__package__), plan, report, CELL_SECONDS, launcher)
 
     try:
         return run_surviving(plan, plan.methods, run)
@@ -75,21 +52,13 @@ def run_cell(network: Network, plan: Plan, report: Report) -> dict[str, Any]:
         return failed_cell(plan, network.lab.workers, f"{launcher.title} could not run the workers: {error}")
 
 
-def failed_cell(plan: Plan, workers: int, why: str) -> dict[str, Any]:
-    """A cell in which no method could be measured, and every row says so."""
-    rows = [{"name": name, "halves": METHODS[name].halves, "failure": why, "blocks": []} for name in plan.methods]
-    itemsize = DTYPES[plan.dtype].itemsize
-    sizes = [{"bytes": bytes_, "count": bytes_ // itemsize, "methods": rows} for bytes_ in plan.sizes]
-    return {"plan": asdict(plan), "workers": workers, "sizes": sizes, "fits": {}}
-
-
-BENCHMARK = cells.Benchmark("collectives", measure, run_cell, collectives_table.show)
+BENCHMARK = cells.Benchmark("collectives", measure, run_cell, show)
 
 
 @functools.cache
 def command_line() -> argparse.Namespace:
     """The options; `launchers` are the MPIs that were asked for and found, `missing` says why others were not."""
-    parser = Parser(prog="python -m benchmarks.collectives", description="Ways of reducing a tensor, side by side.")
+    parser = Parser(prog=f"python -m {__package__}", description="Ways of reducing a tensor, side by side.")
     parser.add_argument("-b", type=size, default=2**20, dest="begin", metavar="SIZE", help="smallest, such as 1M")
     parser.add_argument("-e", type=size, default=2**26, dest="end", metavar="SIZE", help="largest, such as 64M")
     parser.add_argument("-f", type=positive, default=4, dest="factor", help="from one size to the next")

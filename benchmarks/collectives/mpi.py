@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import mpi_agent
-from benchmarks.netlab import Lab, Loopback
+from ..netlab import Lab, Loopback
+from . import mpi_agent
 
 # What `mpirun --version` says, by the name under which an MPI can be asked for.
 KINDS = {"openmpi": "Open MPI", "mpich": "HYDRA"}
