@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from benchmarks.stats import SMOOTHED_OVER, trailing_mean
+from .stats import SMOOTHED_OVER, trailing_mean
 
 DDP_COLOUR, DEAR_COLOUR = "#7f7f7f", "#1f77b4"
 PHASE_COLOURS = {"forward": "#8fbcdb", "backward": "#f3b37c", "update": "#9bcf9b"}

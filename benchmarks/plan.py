@@ -14,9 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.collectives.compressed import COMPRESSORS
-from benchmarks.command import Parser, fail, number, show_rate, show_size, size, terminal
 from dear.cost_model import AlphaBeta, Exchange, Prediction, Workload, plan
+
+from .collectives.compressed import COMPRESSORS
+from .command import Parser, fail, number, show_size, size, terminal
+from .network.rates import show_rate
 
 # What stands for each way of training: an exchange of one piece under backward, or of two halves.
 WHOLE = {"DDP": "all_reduce"} | {f"DDP + {one.name}": one.name for one in COMPRESSORS}
@@ -64,7 +66,7 @@ def show(cell: dict[str, Any], workload: Workload, console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m benchmarks.plan", description="Predicts step times from measured collectives.")
+    parser = Parser(f"{__package__}.plan", __doc__)
     parser.add_argument("file", type=Path, help="what benchmarks.collectives --json wrote")
     parser.add_argument("--forward", type=number, required=True, metavar="MS", help="of one worker by itself")
     parser.add_argument("--backward", type=number, required=True, metavar="MS", help="of one worker by itself")

@@ -12,10 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import summary
-from benchmarks.command import show_rate
-from benchmarks.losses import TOLERANCE
-from benchmarks.stats import SMOOTHED_OVER
+from . import summary
+from .convergence.show import TOLERANCE
+from .network.rates import show_rate
+from .stats import SMOOTHED_OVER
 
 
 @dataclass(frozen=True)

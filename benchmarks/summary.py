@@ -10,8 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import rate_bits, show_rate, show_size
-from benchmarks.stats import SMOOTHED_OVER, first_at, paired_ratio, share_of_others, slowest_rank, trailing_mean
+from .command import show_size
+from .network.rates import parse_rate, show_rate
+from .stats import SMOOTHED_OVER, first_at, paired_ratio, share_of_others, slowest_rank, trailing_mean
 
 BUSY = 0.05  # share of the CPU taken by others from which on a table says so
 
@@ -85,7 +86,7 @@ def summarise(cell: dict[str, Any], target: float | None = None) -> list[Row]:
     best = best_ddp(strategies)
     floor = next((one for one in strategies if one["name"] == "none" and _finished(one)), None)
     target = target_loss(cell) if target is None else target
-    return [_row(one, best, floor, rate_bits(cell["rate"]), target) for one in strategies]
+    return [_row(one, best, floor, parse_rate(cell["rate"]), target) for one in strategies]
 
 
 def target_loss(cell: dict[str, Any]) -> float | None:
@@ -193,7 +194,7 @@ def show(cell: dict[str, Any], console: Console) -> None:
     warn_of_others(taken_by_others(cell), console)
     dense = max((row.computed_communication or 0 for row in rows if is_plain_ddp(row.name)), default=0)
     communication = f", computed communication (dense: {dense:.0f} ms at this rate)" if dense else ""
-    if not dense and rate_bits(cell["rate"]):
+    if not dense and parse_rate(cell["rate"]):
         communication = ", computed communication"
     console.print(
         "* best DDP of this run, by median. × best DDP: its time / ours, median over rounds; above 1 is faster. "

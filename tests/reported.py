@@ -52,7 +52,7 @@ def _breakdown(ms: float) -> dict[str, Any]:
 
 
 def _phase_names() -> tuple[str, ...]:
-    from benchmarks.breakdown import PHASES as names
+    from benchmarks.training.breakdown import PHASES as names
 
     return names
 

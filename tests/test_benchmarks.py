@@ -16,21 +16,23 @@ from rich.console import Console
 from torch import nn
 from workers import WorkerPool
 
-from benchmarks import demo, pictures, records, stats, summary, training
+from benchmarks import pictures, records, stats, summary
 from benchmarks.command import show_size, size
-from benchmarks.crew import Crew
-from benchmarks.data import ByteText, places, shuffled, standard_library
-from benchmarks.gpt import language_loss
+from benchmarks.demo import show as demo
 from benchmarks.launch import WorkersFailed
-from benchmarks.steps import Plan
-from benchmarks.strategies import (
+from benchmarks.training import measure as training
+from benchmarks.training.data import ByteText, places, shuffled, standard_library
+from benchmarks.training.gpt import language_loss
+from benchmarks.training.plan import Plan
+from benchmarks.training.strategies import (
     FORMS,
     Dear,
     StrategyError,
-    optimizer_factory,
     parse_strategies,
 )
-from benchmarks.workloads import WORKLOADS
+from benchmarks.training.trainer import optimizer_factory
+from benchmarks.training.workloads import WORKLOADS
+from benchmarks.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -267,14 +269,14 @@ def test_a_wrong_argument_gets_one_sentence(module: str, arguments: list[str], s
 
 
 def attempts(rank: int, world_size: int) -> list[Any]:
-    crew = Crew()
+    worker = Worker()
 
     def only_rank_1_fails() -> int:
         if rank == 1:
             raise ValueError("[/somewhere/in/gloo/pair.cc:42] boom\nand more")
         return rank
 
-    return [crew.attempt(lambda: rank * 10), crew.attempt(only_rank_1_fails), crew.had_failure]
+    return [worker.attempt(lambda: rank * 10), worker.attempt(only_rank_1_fails), worker.had_failure]
 
 
 def test_ranks_agree_on_a_failure(pool2: WorkerPool) -> None:
@@ -285,7 +287,7 @@ def test_ranks_agree_on_a_failure(pool2: WorkerPool) -> None:
 def test_a_strategy_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def run_workers(lab: Any, module: str, plan: Any, *_: Any, **__: Any) -> dict[str, Any]:
+    def run_workers(lab: Any, measure: Any, plan: Any, *_: Any, **__: Any) -> dict[str, Any]:
         tried.append(plan.excluded)
         if "ddp+powersgd" not in plan.excluded:
             raise WorkersFailed("exit code -6", "building ddp+powersgd")
@@ -295,11 +297,11 @@ def test_a_strategy_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatc
 
     monkeypatch.setattr(training, "run_workers", run_workers)
     plan = Plan(["none", "ddp+powersgd"])
-    network: Any = SimpleNamespace(lab=None)
-    assert training.run_cell(network, plan, lambda *_: None) == {"done": True}
+    lab: Any = SimpleNamespace()
+    assert training.run_cell(lab, plan, lambda *_: None) == {"done": True}
     assert tried == [{}, {"ddp+powersgd": "took its worker down while building ddp+powersgd: exit code -6"}]
     with pytest.raises(WorkersFailed, match="while starting: exit code -9"):
-        training.run_cell(network, replace(plan, excluded=tried[1]), lambda *_: None)
+        training.run_cell(lab, replace(plan, excluded=tried[1]), lambda *_: None)
 
 
 # Real runs, as small as they get

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import netns
-from benchmarks.netlab import Lab, Loopback, NetworkUnavailable, RankFailed, RanksTimedOut, main, open_lab
-from benchmarks.netns import format_rate, parse_rate
-from benchmarks.reaper import MARK, marked
+from benchmarks.network import namespaces as netns
+from benchmarks.network.__main__ import main
+from benchmarks.network.lab import Lab, Loopback, describe, open_lab
+from benchmarks.network.namespaces import NetworkUnavailable
+from benchmarks.network.ranks import RankFailed
+from benchmarks.network.rates import parse_rate, show_rate
+from benchmarks.processes import MARK, TimedOut, marked
 
 ROOT = Path(__file__).resolve().parent.parent
 PAYLOAD = 1448 / 1514  # of a full frame, with timestamps: what a TCP stream gets of a rate
@@ -158,7 +161,7 @@ def test_two_labs_at_once_do_not_touch_each_other() -> None:
         job = [slow.spawn(r, ["sleep", "30"]) for r in range(2)]
         assert fast.call(stream, 20 << 20, timeout=30)[0] > 8e8
         assert slow.call(stream, 4 << 20, timeout=30)[0] < 1.1e8
-        assert all(process.poll() is None for process in job)
+        assert all(child.process.poll() is None for child in job)
 
 
 @needs_lab
@@ -177,11 +180,11 @@ def test_network_is_gone_after_an_exception() -> None:
     before = namespaces(["self"])
     held: set[str] = set()
     with pytest.raises(KeyError), Lab(2, "1gbit") as lab:
-        process = lab.spawn(1, ["sleep", "1000"])
+        child = lab.spawn(1, ["sleep", "1000"])
         held = namespaces(["self"]) - before
         raise KeyError
     assert len(held) == 3
-    assert process.returncode == -signal.SIGKILL
+    assert child.process.returncode == -signal.SIGKILL
     assert freed(held)
 
 
@@ -189,7 +192,7 @@ def test_network_is_gone_after_an_exception() -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_nothing_is_left_when_the_owner_is_killed(number: signal.Signals) -> None:
     owner = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.netlab", "--", "sh", "-c", "setsid sleep 1000 & echo up; wait"],
+        [sys.executable, "-m", "benchmarks.network", "--", "sh", "-c", "setsid sleep 1000 & echo up; wait"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -234,7 +237,7 @@ def test_refusal_names_root_and_the_alternative(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(NetworkUnavailable, match=r"needs root .*user 1000.*--network loopback"):
         open_lab(2, "500mbit")
     with open_lab(2, "500mbit", network="auto") as lab:
-        assert not lab.emulated and lab.rate is None and "loopback" in lab.describe()
+        assert not lab.emulated and lab.rate is None and "loopback" in describe(lab)
 
 
 def test_refusal_names_iproute2(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +254,7 @@ def test_bad_rate(rate: str | float) -> None:
 
 def test_rates_are_read_and_written() -> None:
     assert parse_rate("2.5Gbit/s") == parse_rate(2.5e9) == 2.5e9
-    assert format_rate(5e8) == "500 Mbit/s" and format_rate(None) == "no rate limit"
+    assert show_rate(5e8) == "500 Mbit/s" and show_rate(None) == "no rate limit"
 
 
 def test_loopback_refuses_a_rate() -> None:
@@ -301,7 +304,7 @@ def test_unchecked_run_returns_every_code(kind: type[Lab | Loopback]) -> None:
 
 @labs
 def test_timeout_names_the_ranks_even_if_they_chatter(kind: type[Lab | Loopback]) -> None:
-    with kind(2) as lab, pytest.raises(RanksTimedOut, match=r"ranks \[1\] had not finished after 0.5"):
+    with kind(2) as lab, pytest.raises(TimedOut, match=r"ranks \[1\] had not finished after 0.5"):
         lab.run(["sh", "-c", "[ $RANK = 0 ] || exec yes"], timeout=0.5)
 
 
@@ -311,7 +314,7 @@ def test_what_workers_leave_running_ends_with_the_lab(kind: type[Lab | Loopback]
         daemons = lab.call(leave_a_daemon, timeout=30)
         assert all(map(alive, daemons))
     assert until(lambda: not any(map(alive, daemons)))
-    assert not marked(lab._mark)
+    assert not marked(lab.mark)
 
 
 @labs
@@ -322,10 +325,10 @@ def test_what_a_launcher_started_ends_when_the_launcher_fails(kind: type[Lab | L
     with kind(2) as lab:
         (result,) = lab.run(command, ranks=[0], check=False)
         assert (result.stdout, result.returncode) == ("rank 0\n", 3)
-        assert len(marked(lab._mark)) == 1
+        assert len(marked(lab.mark)) == 1
         with pytest.raises(RankFailed, match="rank 0 failed with exit code 3"):
             lab.run(command, ranks=[0])
-        assert not marked(lab._mark)
+        assert not marked(lab.mark)
 
 
 def test_bad_calls_say_what_to_do() -> None:

@@ -15,17 +15,17 @@ and the ring's: a process can be started by one MPI only.
 import argparse
 import functools
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from dear.launch import detect
 
 from .. import cells
-from ..command import Parser, positive, size
-from ..crew import launched
-from ..launch import Report, WorkersFailed, run_surviving, run_workers
-from ..network import Network
+from ..command import Parser, filled, positive, size
+from ..launch import WorkersFailed, run_surviving, run_workers
+from ..network.lab import Lab, Loopback
+from ..progress import Report
+from ..worker import launched
 from . import mpi
 from .exact import DTYPES
 from .measure import METHODS, Plan, failed_cell, measure
@@ -37,28 +37,29 @@ MPI_NAMES = [one.name for one in MPI_METHODS]
 RIVALS = ("all_reduce", "ring")  # take turns with MPI's methods in every MPI's cell
 
 
-def run_cell(network: Network, plan: Plan, report: Report) -> dict[str, Any]:
+def run_cell(lab: Lab | Loopback, plan: Plan, report: Report) -> dict[str, Any]:
     """Starts the workers of one cell, by an MPI where the plan says so; one that cannot is a cell that says why."""
-    launcher = command_line().launchers[plan.mpi] if plan.mpi else None
+    launcher = arguments().launchers[plan.mpi] if plan.mpi else None
 
     def run(plan: Plan) -> dict[str, Any]:
-        return run_workers(network.lab, str(__package__), plan, report, CELL_SECONDS, launcher)
+        launch = functools.partial(mpi.command, launcher, lab) if launcher else None
+        return run_workers(lab, measure, plan, report, CELL_SECONDS, launch)
 
     try:
         return run_surviving(plan, plan.methods, run)
     except WorkersFailed as error:
         if launcher is None:
             raise
-        return failed_cell(plan, network.lab.workers, f"{launcher.title} could not run the workers: {error}")
+        return failed_cell(plan, lab.workers, f"{launcher.title} could not run the workers: {error}")
 
 
 BENCHMARK = cells.Benchmark("collectives", measure, run_cell, show)
 
 
 @functools.cache
-def command_line() -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     """The options; `launchers` are the MPIs that were asked for and found, `missing` says why others were not."""
-    parser = Parser(prog=f"python -m {__package__}", description="Ways of reducing a tensor, side by side.")
+    parser = Parser(__package__, __doc__)
     parser.add_argument("-b", type=size, default=2**20, dest="begin", metavar="SIZE", help="smallest, such as 1M")
     parser.add_argument("-e", type=size, default=2**26, dest="end", metavar="SIZE", help="largest, such as 64M")
     parser.add_argument("-f", type=positive, default=4, dest="factor", help="from one size to the next")
@@ -95,28 +96,18 @@ def command_line() -> argparse.Namespace:
     return given
 
 
-def arguments() -> tuple[argparse.Namespace, Mapping[str, Plan]]:
-    """The options, and a plan for each way of starting the workers."""
-    given = command_line()
-    plan = Plan(
-        given.methods,
-        given.sizes,
-        given.dtype,
-        given.iterations,
-        given.warmup,
-        given.rounds,
-        given.backend,
-        given.device,
-    )
+def plans(given: argparse.Namespace) -> dict[str, Plan]:
+    """A plan for each way of starting the workers."""
+    plan = filled(Plan, given, mpi="")
     if launched() and detect(os.environ).launcher == "mpirun":
-        return given, {"": plan}
+        return {"": plan}
     plain = [name for name in given.methods if name not in MPI_NAMES]
     plans = {"": replace(plan, methods=[*plain, *given.missing], excluded=given.missing)}
     through_mpi = [name for name in given.methods if name in (*RIVALS, *MPI_NAMES)]
     for title in given.launchers:
         plans[title] = replace(plan, methods=through_mpi, mpi=title)
-    return given, {title: each for title, each in plans.items() if each.methods}
+    return {title: each for title, each in plans.items() if each.methods}
 
 
 if __name__ == "__main__":
-    cells.main(BENCHMARK, arguments)
+    cells.main(BENCHMARK, arguments(), plans(arguments()))

@@ -68,13 +68,13 @@ class Compressed(Method):
         if place.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"gradients of {place.dtype} travel dense: choose float, half or bfloat16 with --dtype")
         self.cut = members(place.count)
-        self.pristine = gradient(self.cut, place.crew.rank).to(self.data)
+        self.pristine = gradient(self.cut, place.worker.rank).to(self.data)
         self.compressor, self.work = self.build()
         self.series: dict[str, list[float]] = defaultdict(list)
 
     def build(self, **options: Any) -> tuple[compress.Compressor, Group]:
         compressor = self.compressor_name.make(process_group=self.group, **options)
-        work = compressor.make_group(self.cut, self.place.dtype, self.place.crew.device, self.name)
+        work = compressor.make_group(self.cut, self.place.dtype, self.place.worker.device, self.name)
         if not compressor.compresses(work):
             raise ValueError(f"a gradient of {self.place.count} elements would not shrink, and so travels dense")
         work.gradient = self.data
@@ -86,7 +86,7 @@ class Compressed(Method):
     prepare = reset
 
     def run(self) -> None:
-        spent, _ = step(self.compressor, self.work, self.group, self.place.crew.synchronize)
+        spent, _ = step(self.compressor, self.work, self.group, self.place.worker.synchronize)
         for name, seconds in spent.items():
             self.series[f"{name}_us"].append(round(seconds * 1e6, 1))
 
@@ -107,7 +107,7 @@ class Compressed(Method):
         compressor, work = self.build(error_feedback=False)
         for _ in range(ERROR_STEPS):
             self.reset()
-            _, wire_bytes = step(compressor, work, self.group, self.place.crew.synchronize)
+            _, wire_bytes = step(compressor, work, self.group, self.place.worker.synchronize)
         lost = (self.data.double() - mean.double()).square().sum() / mean.double().square().sum()
         return {
             "raw_bytes": self.data.numel() * self.data.element_size(),

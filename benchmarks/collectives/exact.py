@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dear
 
-from ..crew import Crew
+from ..worker import Worker
 
 DTYPES = {
     "float": torch.float32,
@@ -64,21 +64,21 @@ class Place:
 
     count: int
     dtype: torch.dtype
-    crew: Crew
+    worker: Worker
 
     def __post_init__(self) -> None:
-        self.first = torch.zeros(self.count, dtype=self.dtype, device=self.crew.device)
+        self.first = torch.zeros(self.count, dtype=self.dtype, device=self.worker.device)
         self.second = torch.zeros_like(self.first)
 
     def own(self, whole: Tensor) -> Tensor:
         """This rank's shard of a whole tensor, as a view."""
-        return whole.chunk(self.crew.world)[self.crew.rank]
+        return whole.chunk(self.worker.world)[self.worker.rank]
 
     def fill(self, whole: Tensor) -> None:
-        whole.copy_(local_values(self.count, self.crew.rank, self.dtype))
+        whole.copy_(local_values(self.count, self.worker.rank, self.dtype))
 
     def expected(self) -> Tensor:
-        return summed_values(self.count, self.crew.world, self.dtype)
+        return summed_values(self.count, self.worker.world, self.dtype)
 
 
 class Method:

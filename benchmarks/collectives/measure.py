@@ -12,9 +12,9 @@ from dear import cost_model
 
 from .. import records
 from ..command import show_size
-from ..crew import Crew, bytes_sent
-from ..launch import Report
+from ..progress import Report
 from ..stats import slowest_rank
+from ..worker import Worker, bytes_sent
 from .compressed import COMPRESSORS
 from .exact import DTYPES, EXACT, Method, Place, Placement
 from .mpi_methods import MPI_METHODS
@@ -65,8 +65,8 @@ class Contestant:
 class Measurement:
     """One cell. Every rank makes the same calls in the same order."""
 
-    def __init__(self, crew: Crew, plan: Plan, methods: Mapping[str, type[Method]], report: Report) -> None:
-        self.crew, self.plan, self.methods, self.report = crew, plan, methods, report
+    def __init__(self, worker: Worker, plan: Plan, methods: Mapping[str, type[Method]], report: Report) -> None:
+        self.worker, self.plan, self.methods, self.report = worker, plan, methods, report
         self.groups: dict[tuple[str, Placement], dist.ProcessGroup] = {}
         self.broken: dict[tuple[str, Placement], str] = {}  # what failed, and its group with it
         self.keys = [(name, place) for name in plan.methods for place in self._placements(name)]
@@ -75,21 +75,21 @@ class Measurement:
     def run(self) -> dict[str, Any]:
         """The cell: the plan, every method's blocks at every size, and a fit of each method's time over the sizes."""
         sizes = [self._size(bytes_) for bytes_ in self.plan.sizes]
-        return {"plan": asdict(self.plan), "workers": self.crew.world, "sizes": sizes, "fits": fits(sizes)}
+        return {"plan": asdict(self.plan), "workers": self.worker.world, "sizes": sizes, "fits": fits(sizes)}
 
     def _placements(self, name: str) -> tuple[Placement, ...]:
         return self.methods[name].placements if name in self.methods else ("in_place",)
 
     def _progress(self, steps: int, doing: str) -> None:
         self.done += steps
-        if self.crew.rank == 0:
+        if self.worker.rank == 0:
             self.report(self.done, self.total, doing)
 
     def _size(self, bytes_: int) -> dict[str, Any]:
         """All methods at one size: one checked run each, then rounds in an order that rotates, then one more check."""
         dtype = DTYPES[self.plan.dtype]
-        count = max(bytes_ // dtype.itemsize // self.crew.world, 1) * self.crew.world
-        place = Place(count, dtype, self.crew)
+        count = max(bytes_ // dtype.itemsize // self.worker.world, 1) * self.worker.world
+        place = Place(count, dtype, self.worker)
         contestants = [Contestant(*key, failure=self._known_failure(key)) for key in self.keys]
         for one in contestants:
             self._progress(1, f"{show_size(bytes_)} {one.name}")
@@ -134,13 +134,13 @@ class Measurement:
 
         def build() -> Method:
             if one.key not in self.groups:
-                self.groups[one.key] = self.crew.group()
+                self.groups[one.key] = self.worker.group()
             return self.methods[one.name](place, self.groups[one.key], one.placement)
 
-        one.method, one.failure = self.crew.attempt(build)  # what cannot be had at this size may well be at the next
+        one.method, one.failure = self.worker.attempt(build)  # what cannot be had at this size may well be at the next
         method = one.running
         if method is not None:
-            facts, failure = self.crew.attempt(method.facts)
+            facts, failure = self.worker.attempt(method.facts)
             self._note(one, failure)
             one.facts = facts or {}
 
@@ -153,23 +153,23 @@ class Measurement:
         def check() -> int:
             method.reset()
             method.run()
-            self.crew.synchronize()
+            self.worker.synchronize()
             return method.wrong()
 
-        wrong, failure = self.crew.attempt(check)
+        wrong, failure = self.worker.attempt(check)
         self._note(one, failure)
         if not failure:
-            one.wrong += sum(self.crew.gather(wrong or 0))
+            one.wrong += sum(self.worker.gather(wrong or 0))
 
     def _block(self, one: Contestant, number: int) -> None:
         method = one.running
         if method is None:
             return
-        self.crew.barrier()
-        measured, failure = self.crew.attempt(lambda: self._timed(method))
+        self.worker.barrier()
+        measured, failure = self.worker.attempt(lambda: self._timed(method))
         self._note(one, failure)
         if not failure:
-            ranks = [rank for rank in self.crew.gather(measured) if rank]
+            ranks = [rank for rank in self.worker.gather(measured) if rank]
             one.blocks.append({"round": number, **{key: [rank[key] for rank in ranks] for key in ranks[0]}})
 
     def _note(self, one: Contestant, failure: str | None) -> None:
@@ -182,14 +182,14 @@ class Measurement:
             method.prepare()
             method.run()
         method.parts()
-        self.crew.synchronize()
+        self.worker.synchronize()
         sent, cpu, times = bytes_sent(), 0.0, []
         for _ in range(self.plan.iterations):
             method.prepare()
-            self.crew.synchronize()
+            self.worker.synchronize()
             cpu_start, start = time.process_time(), time.perf_counter()
             method.run()
-            self.crew.synchronize()
+            self.worker.synchronize()
             times.append(round((time.perf_counter() - start) * 1e6, 1))
             cpu += time.process_time() - cpu_start
         sent_after = bytes_sent()
@@ -201,11 +201,11 @@ class Measurement:
         }
 
 
-def measure(crew: Crew, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part of one cell."""
     return {
         "congestion_control": records.congestion_control(),
-        **Measurement(crew, Plan(**plan), METHODS, report).run(),
+        **Measurement(worker, Plan(**plan), METHODS, report).run(),
     }
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..netlab import Lab, Loopback
+from ..network.lab import Lab, Loopback
 from . import mpi_agent
 
 # What `mpirun --version` says, by the name under which an MPI can be asked for.

@@ -31,11 +31,11 @@ class MpiMethod(Method):
 
     def __init__(self, place: Place, group: dist.ProcessGroup, placement: Placement) -> None:
         super().__init__(place, group, placement)
-        if place.crew.device.type != "cpu":
-            raise ValueError(f"MPI is given host tensors only here, not tensors on {place.crew.device}")
+        if place.worker.device.type != "cpu":
+            raise ValueError(f"MPI is given host tensors only here, not tensors on {place.worker.device}")
         if self.data.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f"MPI has no sum of {self.data.dtype}")
-        mpi, self.comm = communicator(place.crew.world)
+        mpi, self.comm = communicator(place.worker.world)
         self.same = mpi.IN_PLACE
         # mpi4py takes numpy's arrays, which share the tensors' memory.
         self.send, self.receive, self.part = self.data.numpy(), self.out.numpy(), self.shard.numpy()

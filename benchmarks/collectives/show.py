@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..command import rate_bits, show_rate, show_size
+from ..command import show_size
+from ..network.rates import parse_rate, show_rate
 from ..stats import paired_ratio, slowest_rank
 
 BASELINE = "all_reduce"
@@ -75,7 +76,7 @@ def rows(size: dict[str, Any], workers: int, rate: str) -> list[Row]:
     """One row per exact method, failed ones included."""
     exact = [one for one in size["methods"] if not one.get("lossy")]
     rivals = {one["name"]: _rounds(one) for one in exact if one["name"] in (BASELINE, NATIVE) and _finished(one)}
-    made = [_row(one, rivals, size["bytes"], workers, rate_bits(rate)) for one in exact]
+    made = [_row(one, rivals, size["bytes"], workers, parse_rate(rate)) for one in exact]
     times = {row.name: min(_medians(row)) for row in made if row.halves == 2 and _medians(row)}
     best = min(times, key=lambda name: times[name], default=None)
     return [Row(**{**row.__dict__, "best": row.name == best}) for row in made]

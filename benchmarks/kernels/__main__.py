@@ -14,6 +14,7 @@ from compress import ops
 
 from .. import cells, records
 from ..command import Parser, fail, number, positive, terminal
+from ..progress import Part
 from .cases import FAMILIES
 from .measure import Plan, measure_family
 from .show import show
@@ -33,7 +34,7 @@ def need_gpu() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog=f"python -m {__package__}", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(__package__, __doc__)
     parser.add_argument("--numel", type=positive, default=1 << 24, help="elements of the fusion group")
     parser.add_argument("--density", type=number, default=0.01, help="share of the elements that top-k sends")
     parser.add_argument("--rank", type=positive, default=4, help="rank of the low-rank factors")
@@ -50,14 +51,14 @@ def main() -> None:
     if plan.device == "cuda":
         need_gpu()
     with cells.ended_by_a_sentence(given.json):
-        kept = cells.Kept.open(records.header("kernels", asdict(plan), plan.device), given.json, given.resume)
+        store = cells.Store.open(records.header("kernels", asdict(plan), plan.device), given.json, given.resume)
         for index, family in enumerate(FAMILIES, 1):
-            title = f"cell {index} of {len(FAMILIES)}: {family}"
+            part, measure = Part(index, len(FAMILIES)), partial(measure_family, family, plan)
             try:
-                cells.obtain(kept, {"family": family}, plan, title, partial(measure_family, family, plan), console)
+                store.obtain({"family": family}, plan, part, family, measure, console)
             except torch.OutOfMemoryError:
                 fail(f"The GPU's memory does not hold the inputs of {family}: give a smaller --numel.")
-    show(kept.payload, console)
+    show(store.payload, console)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ import torch
 from compress import ops
 
 from .. import records
-from ..crew import user_seconds
-from ..launch import Report
+from ..progress import Report
+from ..worker import user_seconds
 from .cases import FAMILIES, Case
 
 Call = Callable[[], object]

@@ -6,14 +6,14 @@ Nothing is measured. From the raw results come index.html, which needs no other 
 import sys
 from pathlib import Path
 
-from benchmarks.command import Parser, fail, terminal
-from benchmarks.records import SourceError, load
-from benchmarks.report import page, sections
-from benchmarks.report.evidence import Evidence
+from ..command import Parser, fail, terminal
+from ..records import SourceError, load
+from . import page, sections
+from .evidence import Evidence
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m benchmarks.report", description="One HTML page and its pictures, from raw results.")
+    parser = Parser(__package__, __doc__)
     parser.add_argument("files", nargs="+", type=Path, help="such as benchmarks/results/*.json")
     parser.add_argument("--out", type=Path, default=Path("out/report"), help="folder of the page and the pictures")
     given = parser.parse_args(arguments)

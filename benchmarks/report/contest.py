@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import strategies, summary
-from benchmarks.command import rate_bits, show_rate
-from benchmarks.records import Source
-from benchmarks.stats import paired_ratio
-from benchmarks.strategies import StrategyError, parse_strategy
+from .. import summary
+from ..network.rates import parse_rate, show_rate
+from ..records import Source
+from ..stats import paired_ratio
+from ..training import strategies
+from ..training.strategies import StrategyError, parse_strategy
 
 FLOOR = "none"
 EMULATED = "emulated network"
@@ -168,7 +169,7 @@ def chosen(all_cells: Sequence[Cell]) -> dict[tuple[Setting, str], Cell]:
 
 def by_rate(rates: Iterable[str]) -> list[str]:
     """Slowest first, no limit last."""
-    return sorted(set(rates), key=lambda rate: rate_bits(rate) or float("inf"))
+    return sorted(set(rates), key=lambda rate: parse_rate(rate) or float("inf"))
 
 
 def short_rate(rate: str) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import losses, records, seeds
-from benchmarks.records import Source
-from benchmarks.report import contest
-from benchmarks.report.contest import Cell, Setting
+from .. import records, seeds
+from ..convergence import show as losses
+from ..records import Source
+from . import contest
+from .contest import Cell, Setting
 
 
 @dataclass(frozen=True)

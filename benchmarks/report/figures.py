@@ -11,11 +11,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from benchmarks import pictures, summary
-from benchmarks.command import rate_bits
-from benchmarks.report import contest
-from benchmarks.report.contest import FLOOR, Cell, family, kind, median, short_rate
-from benchmarks.stats import SMOOTHED_OVER, trailing_mean
+from .. import pictures, summary
+from ..network.rates import parse_rate
+from ..stats import SMOOTHED_OVER, trailing_mean
+from . import contest
+from .contest import FLOOR, Cell, family, kind, median, short_rate
 
 MARKERS = "osD^vPX<>*hd"
 DASHES = ("-", "--", "-.", ":")
@@ -27,9 +27,9 @@ NO_LIMIT_GAP = 3.0  # the place of "no limit" on the rate axis: this many times 
 def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     """A line for each kind at its best size, and the bound that no dense exchange can beat."""
     figure, axes = plt.subplots(figsize=(9, 6.4), layout="constrained")
-    cells = sorted(cells, key=lambda cell: rate_bits(cell.rate) or float("inf"))
+    cells = sorted(cells, key=lambda cell: parse_rate(cell.rate) or float("inf"))
     places = _places([cell.rate for cell in cells])
-    limited = [cell for cell in cells if rate_bits(cell.rate) is not None]
+    limited = [cell for cell in cells if parse_rate(cell.rate) is not None]
     styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind()])
     for name, style in styles.items():
         points = [
@@ -70,7 +70,7 @@ def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> Non
 
 def _places(rates: Sequence[str]) -> dict[str, float]:
     """Where each rate stands on a logarithmic axis; no limit stands apart, behind the fastest."""
-    bits = {rate: rate_bits(rate) for rate in contest.by_rate(rates)}
+    bits = {rate: parse_rate(rate) for rate in contest.by_rate(rates)}
     fastest = max((one for one in bits.values() if one), default=1e9)
     return {rate: one or fastest * NO_LIMIT_GAP for rate, one in bits.items()}
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from benchmarks import pictures
-from benchmarks.records import Source
-from benchmarks.report import contest
-from benchmarks.report.contest import Cell, kind, median, short_rate
-from benchmarks.report.figures import styles_of
+from .. import pictures
+from ..records import Source
+from . import contest
+from .contest import Cell, kind, median, short_rate
+from .figures import styles_of
 
 Curve = list[tuple[int, float]]  # (steps done, mean held-out loss over the seeds)
 

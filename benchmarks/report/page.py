@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jinja2
 
-from benchmarks.records import Source
-from benchmarks.report.tables import HtmlTable
+from ..records import Source
+from .tables import HtmlTable
 
 TEMPLATE = Path(__file__).with_name("page.html")
 

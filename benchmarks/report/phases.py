@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.patches import Patch
 
-from benchmarks import pictures
-from benchmarks.report.contest import Cell, median, short_rate
-from benchmarks.report.figures import panels_below_each_other
+from .. import pictures
+from .contest import Cell, median, short_rate
+from .figures import panels_below_each_other
 
 # In the order of the bar: what the training thread does, then what it waits for.
 COLOURS = {

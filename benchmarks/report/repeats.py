@@ -7,10 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.collectives import show as collectives_table
-from benchmarks.command import show_rate, show_size
-from benchmarks.records import Source
-from benchmarks.report.contest import Cell
+from ..collectives import show as collectives_table
+from ..command import show_size
+from ..network.rates import show_rate
+from ..records import Source
+from .contest import Cell
 
 WITHIN = 5  # percent: what two runs of one table may differ by, at the median
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import losses, matrix, show
-from benchmarks.records import Source, provenance
-from benchmarks.report import contest, figures, losses_figures, phases, repeats, tables, winners
-from benchmarks.report.contest import Cell, Setting
-from benchmarks.report.evidence import Evidence, origin
-from benchmarks.report.page import Missing, Picture, PlacedTable, Section
+from .. import show
+from ..convergence import show as losses
+from ..matrix.tasks import example
+from ..records import Source, provenance
+from . import contest, figures, losses_figures, phases, repeats, tables, winners
+from .contest import Cell, Setting
+from .evidence import Evidence, origin
+from .page import Missing, Picture, PlacedTable, Section
 
 
 def build(evidence: Evidence, out: Path) -> list[Section]:
@@ -238,14 +240,14 @@ def repeatability(evidence: Evidence, out: Path) -> Section:
         section.tables.append(placed)
     if not section.tables:
         why = "No table was measured twice."
-        section.missing = Missing(why, f"{matrix.example('training')}, and again with another --json")
+        section.missing = Missing(why, f"{example('training')}, and again with another --json")
     return section
 
 
 def _without(section: Section, benchmark: str) -> Section:
     """The section of which there is nothing to show."""
     why = f"There are no results of the {benchmark} benchmark among the files."
-    section.missing = Missing(why, matrix.example(benchmark))
+    section.missing = Missing(why, example(benchmark))
     return section
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import tradeoff
-from benchmarks.report.contest import Cell, by_rate, kind, median, short_rate
+from ..training import tradeoff
+from .contest import Cell, by_rate, kind, median, short_rate
 
 Words = list[tuple[str, str]]  # (text, style) one after the other; a style is "" or a word such as "red"
 

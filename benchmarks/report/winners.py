@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks import pictures
-from benchmarks.report import contest
-from benchmarks.report.contest import FAMILIES, Cell, Setting, TakesPart, Verdict, family, short_rate
+from .. import pictures
+from . import contest
+from .contest import FAMILIES, Cell, Setting, TakesPart, Verdict, family, short_rate
 
 # Columns that the map always has, so that what was not measured is seen not to be.
 RATES = ("100mbit", "500mbit", "1gbit", "2.5gbit", "10gbit", "unlimited")

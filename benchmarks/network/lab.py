@@ -5,21 +5,19 @@
         lab.set_rate("250mbit")
         times = lab.call(measure, 1 << 20)                       # measure(rank, world_size, 1 << 20), results by rank
 
-From a shell, `python -m benchmarks.netlab --workers 2 --rate 1gbit -- python train.py`.
-
-The emulated network (see netns.py) needs root and iproute2. It sets bandwidth; it adds no latency.
+The emulated network (see namespaces.py) needs root and iproute2. It sets bandwidth; it adds no latency.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from benchmarks.netns import DEFAULT_MTU, IFNAME, Network, NetworkUnavailable, format_rate, parse_rate
-from benchmarks.ranks import RankFailed, Ranks, RanksTimedOut, Result
+from .namespaces import DEFAULT_MTU, IFNAME, Network, NetworkUnavailable
+from .ranks import Ranks
+from .rates import UNLIMITED, parse_rate, show_rate
 
-__all__ = ["Lab", "Loopback", "NetworkUnavailable", "RankFailed", "RanksTimedOut", "Result", "open_lab"]
+KINDS = ("auto", "netns", "loopback")  # auto: the emulated network where it can be had, else loopback
 
 
 class Lab(Ranks):
@@ -32,6 +30,8 @@ class Lab(Ranks):
     """
 
     emulated = True
+    name = "emulated network"  # in tables and JSON
+    about = "Network: emulated, one namespace per worker, every port limited to the rate given."
 
     def __init__(self, workers: int, rate: str | float | None = None, mtu: int = DEFAULT_MTU) -> None:
         self._network = Network(workers, parse_rate(rate), mtu)
@@ -50,10 +50,9 @@ class Lab(Ranks):
         """Changes the rate of every port, also while workers run."""
         self._network.set_rate(parse_rate(rate))
 
-    def describe(self) -> str:
-        return f"emulated network, {self.workers} workers, {format_rate(self.rate)}" + (
-            " each way" if self.rate is not None else ""
-        )
+    def possible(self, rates: Sequence[str]) -> Sequence[str]:
+        """Of these rates, those that this network can have."""
+        return rates
 
     def place(self, rank: int) -> AbstractContextManager[None]:
         return self._network.hosts[rank].inside()
@@ -77,15 +76,18 @@ class Loopback(Ranks):
     """The same workers on the loopback interface: no rights needed, no rate limit to be had."""
 
     emulated = False
+    name = "loopback"
+    about = "Network: loopback of this machine, no rate limit. An emulated network needs root and iproute2."
     rate: float | None = None
 
     def set_rate(self, rate: str | float | None) -> None:
-        """Raises ValueError for anything but None."""
-        if rate is not None:
+        """Raises ValueError for anything but no limit."""
+        if parse_rate(rate) is not None:
             raise ValueError(f"the loopback interface cannot be limited to {rate}: leave out the rate, or use netns")
 
-    def describe(self) -> str:
-        return f"loopback, {self.workers} workers, no rate limit"
+    def possible(self, rates: Sequence[str]) -> Sequence[str]:
+        """Loopback has one rate: no limit."""
+        return [UNLIMITED]
 
     def place(self, rank: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -97,18 +99,20 @@ class Loopback(Ranks):
         return "lo"
 
 
+def describe(lab: Lab | Loopback) -> str:
+    """What the lab is, in one line."""
+    return f"{lab.name}, {lab.workers} workers, {show_rate(lab.rate)}{'' if lab.rate is None else ' each way'}"
+
+
 def open_lab(
     workers: int, rate: str | float | None = None, network: str = "netns", mtu: int = DEFAULT_MTU
 ) -> Lab | Loopback:
-    """A lab on the network asked for.
-
-    network: "netns" for the emulated one; "loopback"; or "auto", which takes the emulated one where it can be had and
-    otherwise loopback without a limit, as `describe()` of what it returns says.
+    """A lab on the network asked for, one of KINDS; "auto" may take loopback, which then has no rate limit.
 
     Raises NetworkUnavailable (naming the alternative), or ValueError for a rate with "loopback".
     """
-    if network not in ("netns", "loopback", "auto"):
-        raise ValueError(f"there is no network {network!r}: choose netns, loopback or auto")
+    if network not in KINDS:
+        raise ValueError(f"there is no network {network!r}: choose from {', '.join(KINDS)}")
     parse_rate(rate)
     if network != "loopback":
         try:
@@ -117,35 +121,10 @@ def open_lab(
             if network == "netns":
                 raise
             rate = None
-    if rate is not None:
-        raise ValueError(f"the loopback interface cannot be limited to {rate}: leave out the rate, or use netns")
-    return Loopback(workers)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a command as every worker, its output passed through; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.netlab", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--workers", type=int, default=2, help="how many (default: 2)")
-    parser.add_argument("--rate", help="each port's bandwidth each way, such as 500mbit or 1gbit (default: no limit)")
-    parser.add_argument("--network", choices=("netns", "loopback", "auto"), default="netns", help="(default: netns)")
-    parser.add_argument("--mtu", type=int, default=DEFAULT_MTU, help=f"bytes per frame (default: {DEFAULT_MTU})")
-    parser.add_argument("--timeout", type=float, help="seconds after which all workers are killed (default: never)")
-    parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="what to run, once per worker")
-    options = parser.parse_args(arguments)
+    lab = Loopback(workers)
     try:
-        with open_lab(options.workers, options.rate, options.network, options.mtu) as lab:
-            print(lab.describe(), file=sys.stderr)
-            lab.run(options.command, timeout=options.timeout, capture=False)
-    except RankFailed as error:
-        print(error, file=sys.stderr)
-        return error.returncode if error.returncode > 0 else 128 - error.returncode
-    except (NetworkUnavailable, RanksTimedOut, ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        lab.set_rate(rate)
+    except ValueError:
+        lab.close()
+        raise
+    return lab

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -46,31 +45,6 @@ class NetworkUnavailable(RuntimeError):
     """Network namespaces cannot be had here; the message says why and what to do."""
 
 
-def parse_rate(rate: str | float | None) -> float | None:
-    """Bits per second from "500mbit", "2.5gbit", "100kbit" or a number of bits per second; None means no limit.
-
-    Raises ValueError for anything else.
-    """
-    if rate is None:
-        return None
-    if isinstance(rate, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)bit(?:/s)?", rate.strip().lower())
-        if not match:
-            raise ValueError(f"rate {rate!r} is not understood: write it like 500mbit or 1gbit")
-        rate = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
-    if not 1e5 <= rate <= 1e12:
-        raise ValueError(f"a rate of {rate:g} bit/s is out of range: give one from 100kbit to 1000gbit, or none")
-    return float(rate)
-
-
-def format_rate(rate: float | None) -> str:
-    """500000000.0 gives "500 Mbit/s"."""
-    if rate is None:
-        return "no rate limit"
-    unit, name = next((u, n) for u, n in ((1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")) if rate >= u)
-    return f"{rate / unit:g} {name}"
-
-
 def why_unavailable() -> str | None:
     """One reason why namespaces cannot be had, or None as far as can be told without trying."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -84,7 +58,7 @@ def why_unavailable() -> str | None:
 
 def _unavailable(reason: str) -> NetworkUnavailable:
     return NetworkUnavailable(
-        f"the emulated network needs {reason}; without it, use the loopback interface: --network loopback"
+        f"The emulated network needs {reason}; without it, use the loopback interface: --network loopback."
     )
 
 

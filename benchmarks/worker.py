@@ -1,9 +1,8 @@
-"""The ranks of one benchmark seen from inside one of them: how they start, agree and exchange measurements."""
+"""One worker of a benchmark, seen from inside: its rank, its device, and how it agrees with all the others."""
 
 import importlib
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +14,8 @@ import torch.distributed as dist
 
 import dear
 from dear.launch import detect
+
+from .network.ranks import end_at_once
 
 T = TypeVar("T")
 
@@ -36,8 +37,8 @@ def launched() -> bool:
 _SOURCE_LINE = re.compile(r"\[[^\]\s]*:\d+\] ?")
 
 
-class Crew:
-    """All ranks of a benchmark. Control messages use the default group; each candidate gets groups of its own.
+class Worker:
+    """One rank among all. Control messages use the default group; each candidate gets groups of its own.
 
     backend, device: of the candidates' groups and tensors, such as "nccl" and "cuda". Control messages always go over
     gloo. On "cuda" the ranks of a host take its GPUs in turn; RuntimeError where there is none. Under mpirun, MPI stays
@@ -107,16 +108,6 @@ class Crew:
         if self.had_failure:
             end_at_once()
         dist.destroy_process_group()
-
-
-def end_at_once() -> None:
-    """Ends the process with what it has said, but without the interpreter's clean-up."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()  # or mpirun takes the end for a crash
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def user_seconds() -> tuple[float, float] | None:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import losses, stats, summary
-from benchmarks.command import rate_bits, show_size
-from benchmarks.strategies import trains_like
+from .. import stats, summary
+from ..command import show_size
+from ..convergence import show as losses
+from ..network.rates import parse_rate
+from ..tables import note, table, value
+from .strategies import trains_like
 
 #: What a compressor computes in a step, as it reports it.
 WORK = ("encode_ms", "merge_ms", "decode_ms")
@@ -28,22 +29,29 @@ class Compression:
     spent: float | None  # ms of encoding, merging and decoding, measured
 
     @property
+    def net(self) -> float | None:
+        """ms that are saved less those that are spent."""
+        return None if self.saved is None or self.spent is None else self.saved - self.spent
+
+    @property
     def loses(self) -> bool | None:
         """Whether it computes longer than it saves."""
-        return None if self.saved is None or self.spent is None else self.spent > self.saved
+        return None if self.net is None else self.net < 0
 
 
 def compressions(cell: dict[str, Any]) -> list[Compression]:
     """One row for each strategy with a compressor that was measured."""
     found = []
-    bits = rate_bits(cell["rate"])
+    bits = parse_rate(cell["rate"])
     for one in cell["strategies"]:
-        reports = [report for block in one["blocks"] for report in block.get("compressor") or () if report]
+        reports, engines = (
+            [report for block in one["blocks"] for report in block.get(key) or () if report]
+            for key in ("compressor", "engine")
+        )
         if one["failure"] or not reports:
             continue
         payload, dense = one["payload_bytes_per_step"], reports[0].get("dense_bytes")
         saved = (dense - payload) * 8 / bits * 1e3 if bits and dense is not None else None
-        engines = [report for block in one["blocks"] for report in block.get("engine") or () if report]
         found.append(Compression(one["name"], payload, dense, saved, _spent(reports) or _spent(engines)))
     return found
 
@@ -59,32 +67,23 @@ def show(cell: dict[str, Any], console: Console) -> None:
     rows = compressions(cell)
     if not rows:
         return
-    table = Table(title="Compression, per step and worker", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("strategy", no_wrap=True)
-    for column in (
-        "sends",
-        "dense\nsends",
-        "communication\nsaved ms",
-        "compression\ncompute ms",
-        "saved -\ncompute ms",
-    ):
-        table.add_column(column, justify="right")
+    columns = ("sends", "dense\nsends", "communication\nsaved ms", "compression\ncompute ms", "saved -\ncompute ms")
+    made = table("Compression, per step and worker", "strategy", columns)
     for row in rows:
-        net = None if row.saved is None or row.spent is None else f"{row.saved - row.spent:.1f}"
-        table.add_row(
+        net = value(row.net, ".1f")
+        made.add_row(
             row.name,
             show_size(row.payload),
-            "" if row.dense is None else show_size(row.dense),
-            "" if row.saved is None else f"{row.saved:.1f}",
-            "" if row.spent is None else f"{row.spent:.1f}",
-            "" if net is None else f"[red]{net}, loses[/red]" if row.loses else net,
+            value(row.dense, show_size),
+            value(row.saved, ".1f"),
+            value(row.spent, ".1f"),
+            f"[red]{net}, loses[/red]" if row.loses else net,
         )
-    console.print(table)
-    console.print(
+    console.print(made)
+    note(
+        console,
         "saved: computed from bytes and rate, as if nothing hid it. compute: encoding, merging and decoding, measured; "
-        "some of it runs beside other work.\n",
-        style="dim",
-        highlight=False,
+        "some of it runs beside other work.",
     )
 
 
@@ -132,17 +131,8 @@ def show_time_to_loss(
     trained, timed = curves[0]["plan"]["optimizer"], cell["plan"]["optimizer"]
     which = "" if trained == timed else f": losses with {trained}, times with {timed}"
     title = f"Time to a training loss of {target:.3f} (computed: steps × ms per step, two measurements{which})"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("strategy", "losses of"):
-        table.add_column(column, no_wrap=True)
-    for column in ("steps", "seconds"):
-        table.add_column(column, justify="right")
+    made = table(title, ["strategy", "losses of"], ["steps", "seconds"])
     for row in sorted(rows, key=lambda row: row.seconds if row.seconds is not None else float("inf")):
-        never = "not reached"
-        table.add_row(
-            row.name,
-            row.trained_as,
-            never if row.steps is None else f"{row.steps:.0f}",
-            "" if row.seconds is None else f"{row.seconds:.1f}",
-        )
-    console.print(table)
+        steps = "not reached" if row.steps is None else f"{row.steps:.0f}"
+        made.add_row(row.name, row.trained_as, steps, value(row.seconds, ".1f"))
+    console.print(made)

@@ -11,13 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.strategies import Trainer
-from benchmarks.timeline import record
+from .timeline import record
+from .trainer import Trainer
 
 STEPS = 6  # profiled; the first and the last are left out: one fills the pipeline, the other's gather has no forward
 #: A shorter pause of the training thread is the interpreter between two operators, and no wait.
@@ -215,58 +212,3 @@ def _operators(compute: Sequence[Span], steps: Sequence[int], lanes: Sequence[Sp
         }
         for name, spans in sorted(moved.items(), reverse=True)  # a reduce-scatter, then its all-gather
     ]
-
-
-def show(cell: dict[str, Any], console: Console) -> None:
-    """The tables of a cell that was measured with --breakdown; nothing for another."""
-    asked = {one["name"]: one["breakdown"] for one in cell["strategies"] if one.get("breakdown")}
-    for name, found in asked.items():
-        if "failure" in found:
-            console.print(f"No breakdown of {name}: {found['failure']}", style="red", highlight=False)
-    profiled = {name: found for name, found in asked.items() if "failure" not in found}
-    if not profiled:
-        return
-    headings = [phase.replace("_", "\n", 1).replace("_", "-\n") for phase in PHASES]
-    phases = _table("One step of rank 0 by phase, ms (a profiled run of its own)", ["step", *headings])
-    for name, found in profiled.items():
-        phases.add_row(name, _ms(found["step_ms"]), *(_ms(found["phases"][phase]) for phase in PHASES))
-    console.print(phases)
-    parts = list(dict.fromkeys(part["name"] for found in profiled.values() for part in found["modules"]))
-    modules = _table("By module, ms: forward/backward", parts)
-    for name, found in profiled.items():
-        modules.add_row(name, *(_module(found, part) for part in parts))
-    console.print(modules)
-    operators = _table("By communication operator", ["operator", "per step", "in flight ms", "exposed ms"])
-    for name, found in profiled.items():
-        if found["operators"] is None:
-            operators.add_row(name, "not seen by the profiler", "", "", "")
-        for one in found["operators"] or ():
-            operators.add_row(name, one["name"], f"{one['count']:g}", _ms(one["in_flight_ms"]), _ms(one["exposed_ms"]))
-    console.print(operators)
-    console.print(
-        "exposed: the training thread waits, in the trace of an engine; for torch's strategies, something moves and no "
-        "operator runs. Where communication cannot be seen its cells are empty, and waits are in their phase.\n",
-        style="dim",
-        highlight=False,
-    )
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
-def _module(found: dict[str, Any], name: str) -> str:
-    part = next((part for part in found["modules"] if part["name"] == name), None)
-    return "" if part is None else f"{_short(part['forward_ms'])}/{_short(part['backward_ms'])}"
-
-
-def _short(ms: float) -> str:
-    return f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}"

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.stats import trailing_mean
+from ..stats import trailing_mean
+from ..tables import alarm, note, table, value
 
 DENSE = "ddp"  # what every other strategy is compared with, seed by seed
 LAST = 20  # training losses at the end that are averaged: one step's depends on its batch
@@ -83,38 +82,40 @@ def smoothed(cells: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
     return [trailing_mean(cell["losses"], LAST) for cell in _finished(cells, name)]
 
 
+def show_pair(cell: dict[str, Any], console: Console) -> None:
+    """How one pair of strategy and seed has ended."""
+    end = cell["failure"] or (f"held-out loss {cell['held_out'][-1][1]:.4f}" if cell["held_out"] else "done")
+    console.print(f"{cell['plan']['strategy']}, seed {cell['plan']['seed']}: {end}", highlight=False)
+
+
 def show(cells: Sequence[dict[str, Any]], console: Console) -> None:
     """The table, then why pairs failed; nothing of a workload that has no held-out examples."""
     if not cells:
         return
     plan, found = cells[0]["plan"], rows(cells)
-    table = Table(
-        title=f"{plan.get('workload', 'gpt')}: loss after {plan['steps']} steps · {cells[0]['workers']} workers · "
-        f"batch {plan['batch']} each · {plan['optimizer']}, learning rate {plan['learning_rate']:g}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    title = (
+        f"{plan.get('workload', 'gpt')}: loss after {plan['steps']} steps · {cells[0]['workers']} workers · "
+        f"batch {plan['batch']} each · {plan['optimizer']}, learning rate {plan['learning_rate']:g}"
     )
-    table.add_column("strategy", no_wrap=True)
-    for column in ("seeds", "held-out\nloss", f"training loss,\nlast {LAST}", "held-out\n/ dense", "worst\nseed"):
-        table.add_column(column, justify="right")
+    columns = ("seeds", "held-out\nloss", f"training loss,\nlast {LAST}", "held-out\n/ dense", "worst\nseed")
+    made = table(title, "strategy", columns)
     for row in found:
-        table.add_row(
+        made.add_row(
             row.name,
             str(row.seeds),
-            "[red]failed[/red]" if row.held_out is None else f"{row.held_out:.4f}",
-            "" if row.training is None else f"{row.training:.4f}",
-            "" if row.ratio is None else _marked(row.ratio),
-            "" if row.worst is None else f"{_marked(row.worst)} ({row.worst_seed})",
+            value(row.held_out, ".4f") or "[red]failed[/red]",
+            value(row.training, ".4f"),
+            value(row.ratio, _marked),
+            value(row.worst, lambda ratio, row=row: f"{_marked(ratio)} ({row.worst_seed})"),  # type: ignore[misc]
         )
-    console.print(table)
+    console.print(made)
     for row in found:
         for failure in row.failures:
-            console.print(f"{row.name} failed, {failure}", style="red", highlight=False)
-    console.print(
+            alarm(console, f"{row.name} failed, {failure}")
+    note(
+        console,
         f"held-out / dense: by seed, then averaged; dense is {DENSE}. Red: more than "
-        f"{100 * (TOLERANCE - 1):.0f}% above it.\n",
-        style="dim",
-        highlight=False,
+        f"{100 * (TOLERANCE - 1):.0f}% above it.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Inside the demo's workers: tune DDP, let it and DeAR train in turns, then record one step of each."""
+"""Inside the demo's workers: tune DDP, let it and DeAR train in rounds, then record one step of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,21 +7,23 @@ from typing import Any
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import summary
-from benchmarks.crew import Crew
-from benchmarks.gpt import GPT
-from benchmarks.launch import Report
-from benchmarks.steps import TRIAL_STEPS, Measurement, Plan
-from benchmarks.strategies import is_dear, optimizer_factory, parse_strategy
-from benchmarks.timeline import STEPS, AllReduceTrace, gpt_parts, record
+from ..progress import Report
+from ..summary import best_ddp
+from ..training.gpt import GPT
+from ..training.measure import TRIAL_STEPS, Measurement
+from ..training.plan import Plan
+from ..training.strategies import parse_strategy
+from ..training.timeline import STEPS, AllReduceTrace, gpt_parts, record
+from ..training.trainer import optimizer_factory
+from ..worker import Worker
 
 CANDIDATES = ["ddp:1", "ddp:2", "ddp:4", "ddp:8", "ddp:25"]
 TUNING_WARMUP, TUNING_STEPS = 1, 2
-TURN_WARMUP, TURN_STEPS = 1, 5
+ROUND_WARMUP, ROUND_STEPS = 1, 5
 
 
 @dataclass(frozen=True)
-class DuelPlan:
+class ComparisonPlan:
     """What the workers do."""
 
     dear: str  # the strategy that competes with the best of CANDIDATES
@@ -30,40 +32,40 @@ class DuelPlan:
     seed: int = 1
 
 
-def measure(crew: Crew, given: dict[str, Any], report: Report) -> dict[str, Any]:
-    """A worker's part; rank 0's is the result: "tuning" and "training" as of steps.py, "traces" and their failures."""
-    duel = DuelPlan(**given)
-    tuning_plan = Plan(CANDIDATES, duel.optimizer, 1, TUNING_WARMUP, TUNING_STEPS, seed=duel.seed)
+def measure(worker: Worker, given: dict[str, Any], report: Report) -> dict[str, Any]:
+    """A worker's part; rank 0's is the result: "tuning" and "training" as of training, "traces" and their failures."""
+    compared = ComparisonPlan(**given)
+    tuning_plan = Plan(CANDIDATES, compared.optimizer, 1, TUNING_WARMUP, TUNING_STEPS, seed=compared.seed)
     before = len(CANDIDATES) * (TRIAL_STEPS + TUNING_WARMUP + TUNING_STEPS)
-    total = before + 3 * (TRIAL_STEPS + duel.rounds * (TURN_WARMUP + TURN_STEPS))
+    total = before + 3 * (TRIAL_STEPS + compared.rounds * (ROUND_WARMUP + ROUND_STEPS))
 
-    trial = Measurement(crew, tuning_plan, lambda done, _, doing: report(done, total, f"tuning DDP, {doing}"))
+    trial = Measurement(worker, tuning_plan, lambda done, _, doing: report(done, total, f"tuning DDP, {doing}"))
     trial.build()
     trial.play()
     tuning = trial.finish()
-    best = summary.best_ddp(tuning["strategies"])
+    best = best_ddp(tuning["strategies"])
     if best is None:
         raise RuntimeError(f"No bucket size of DDP could be measured: {tuning['strategies'][0]['failure']}")
     plan = replace(
         tuning_plan,
-        strategies=["none", best["name"], duel.dear],
-        rounds=duel.rounds,
-        warmup=TURN_WARMUP,
-        steps=TURN_STEPS,
+        strategies=["none", best["name"], compared.dear],
+        rounds=compared.rounds,
+        warmup=ROUND_WARMUP,
+        steps=ROUND_STEPS,
     )
-    training = Measurement(crew, plan, lambda done, _, doing: report(before + done, total, f"training, {doing}"))
+    training = Measurement(worker, plan, lambda done, _, doing: report(before + done, total, f"training, {doing}"))
     training.build()
     training.play()
     training.evaluate()  # before the traces, whose steps would give DeAR more training than DDP
 
-    if crew.rank == 0:
+    if worker.rank == 0:
         report(total, total, "recording a step of each")
-    group = crew.group()
+    group = worker.group()
     recordings: dict[str, Callable[[], dict[str, Any] | None]] = {
         best["name"]: lambda: _record_ddp(training, best["name"], group),
-        duel.dear: lambda: _record_dear(training),
+        compared.dear: lambda: _record_dear(training),
     }
-    attempts = {name: crew.attempt(recording) for name, recording in recordings.items()}
+    attempts = {name: worker.attempt(recording) for name, recording in recordings.items()}
     return {
         "tuning": tuning,
         "training": training.finish(),
@@ -74,7 +76,7 @@ def measure(crew: Crew, given: dict[str, Any], report: Report) -> dict[str, Any]
 
 def _record_dear(training: Measurement) -> dict[str, Any] | None:
     """A few more steps of DeAR; None where DeAR itself failed."""
-    contestant = next(one for one in training.contestants if is_dear(one.strategy))
+    contestant = next(one for one in training.contestants if one.strategy.has_engine)
     trainer = contestant.running
     if trainer is None:
         return None

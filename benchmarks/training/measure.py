@@ -1,41 +1,39 @@
-"""Inside a worker: holds every strategy's model at once and times their steps in turn, so that drift cancels."""
+"""Inside a worker: holds every strategy's model at once and times their steps by rounds, so that drift cancels."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from benchmarks import breakdown, records
-from benchmarks.crew import Crew, bytes_sent, user_seconds
-from benchmarks.data import Batch
-from benchmarks.strategies import Strategy, Trainer, optimizer_factory, parse_strategy
-from benchmarks.workloads import WORKLOADS, MissingPackage, parts
+from .. import records
+from ..launch import run_surviving, run_workers
+from ..network.lab import Lab, Loopback
+from ..progress import Report
+from ..worker import Worker, bytes_sent, user_seconds
+from . import breakdown
+from .data import Batch
+from .plan import Plan
+from .strategies import Strategy, parse_strategy
+from .trainer import Trainer, optimizer_factory
+from .workloads import WORKLOADS, MissingPackage, parts
 
 TRIAL_STEPS = 3  # DDP rebuilds its buckets in the second step and torch's PowerSGD starts in the third
 HELD_OUT_BATCH = 32
+SECONDS_PER_STEP = 20  # far more than any step takes: a cell that needs longer is stuck
 
 _PER_RANK = ("ms", "cpu_ms_per_step", "sent_bytes_per_step", "user_s", "engine", "compressor")
 
-Report = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
+
+def run_cell(lab: Lab | Loopback, plan: Plan, report: Report) -> dict[str, Any]:
+    """One cell; a strategy that takes its worker down is left out of a second try, and its row says why."""
+    steps = len(plan.strategies) * (plan.rounds * (plan.warmup + plan.steps) + 15)
+    limit = 60 + SECONDS_PER_STEP * steps
+    return run_surviving(plan, plan.strategies, lambda plan: run_workers(lab, measure, plan, report, timeout=limit))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one cell (one rate, one number of workers) measures."""
-
-    strategies: list[str]
-    optimizer: str = "sgd"
-    rounds: int = 8
-    warmup: int = 2
-    steps: int = 6
-    batch: int = 4  # examples per worker and step
-    seed: int = 1
-    workload: str = "gpt"
-    backend: str = "gloo"
-    device: str = "cpu"
-    breakdown: bool = False
-    excluded: dict[str, str] = field(default_factory=dict)  # strategy: why it is not run
+def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+    """A worker's part of one cell."""
+    return Measurement(worker, Plan(**plan), report).run()
 
 
 @dataclass
@@ -62,8 +60,8 @@ class Contestant:
 class Measurement:
     """One cell. Every rank makes the same calls in the same order."""
 
-    def __init__(self, crew: Crew, plan: Plan, report: Report) -> None:
-        self.crew, self.plan, self.report = crew, plan, report
+    def __init__(self, worker: Worker, plan: Plan, report: Report) -> None:
+        self.worker, self.plan, self.report = worker, plan, report
         self.workload = WORKLOADS[plan.workload]
         self.contestants = [Contestant(parse_strategy(name)) for name in plan.strategies]
         block = plan.warmup + plan.steps
@@ -103,11 +101,11 @@ class Measurement:
         """Closes every strategy; returns all that was measured."""
         for contestant in self.contestants:
             if (trainer := contestant.running) is not None:
-                _, contestant.failure = self.crew.attempt(trainer.close)
+                _, contestant.failure = self.worker.attempt(trainer.close)
                 contestant.trainer = None
         return {
             "plan": asdict(self.plan),
-            "workers": self.crew.world,
+            "workers": self.worker.world,
             "cpus": records.cpus(),
             "congestion_control": records.congestion_control(),
             "about": self.workload.about,
@@ -123,7 +121,7 @@ class Measurement:
 
     def _progress(self, steps: int, doing: str) -> None:
         self.done += steps
-        if self.crew.rank == 0:
+        if self.worker.rank == 0:
             self.report(self.done, self.total, doing)
 
     def _build(self, contestant: Contestant) -> None:
@@ -132,13 +130,13 @@ class Measurement:
         if name in self.plan.excluded:
             contestant.failure = self.plan.excluded[name]
             return
-        group = self.crew.group()
+        group = self.worker.group()
 
         sent: list[int] = []  # by the last two trial steps: ACP-SGD sends two factors of different length in turn
 
         def build_and_try() -> Trainer:
-            net = self.workload.build_seeded(self.plan.seed).to(self.crew.device)
-            contestant.payload_bytes_per_step = contestant.strategy.payload_bytes(net, self.crew.world)
+            net = self.workload.build_seeded(self.plan.seed).to(self.worker.device)
+            contestant.payload_bytes_per_step = contestant.strategy.payload_bytes(net, self.worker.world)
             trainer = contestant.strategy.build(net, optimizer_factory(self.plan.optimizer), group)
             trainer.loss = self.workload.loss
             for number in range(TRIAL_STEPS):
@@ -149,7 +147,7 @@ class Measurement:
             self._drain(contestant, trainer)
             return trainer
 
-        contestant.trainer, failure = self.crew.attempt(build_and_try)
+        contestant.trainer, failure = self.worker.attempt(build_and_try)
         contestant.failure = failure
         if sent:
             contestant.payload_bytes_per_step = sum(sent) // len(sent)
@@ -162,12 +160,12 @@ class Measurement:
             return self.same
         inputs, targets = data.batch(
             len(contestant.losses),
-            rank=self.crew.rank,
-            world=self.crew.world,
+            rank=self.worker.rank,
+            world=self.worker.world,
             batch=self.plan.batch,
             seed=self.plan.seed,
         )
-        self.same = inputs.to(self.crew.device), targets.to(self.crew.device)
+        self.same = inputs.to(self.worker.device), targets.to(self.worker.device)
         return self.same
 
     def step(self, contestant: Contestant, trainer: Trainer) -> None:
@@ -179,7 +177,7 @@ class Measurement:
         """Waits for what is in flight, on the last step's account: else its cost would be in no step."""
         start = time.perf_counter()
         trainer.synchronize()
-        self.crew.synchronize()
+        self.worker.synchronize()
         contestant.clock[-1] += (time.perf_counter() - start) * 1e3
 
     def _block(self, contestant: Contestant, number: int) -> None:
@@ -189,12 +187,12 @@ class Measurement:
         """
         trainer, name = contestant.running, contestant.strategy.name
         if trainer is not None:
-            self.crew.barrier()
-            measured, failure = self.crew.attempt(lambda: self._timed_steps(contestant, trainer))
+            self.worker.barrier()
+            measured, failure = self.worker.attempt(lambda: self._timed_steps(contestant, trainer))
             if failure:
                 contestant.failure = f"round {number + 1}: {failure}"
             else:
-                ranks = self.crew.gather(measured)
+                ranks = self.worker.gather(measured)
                 block = {key: [one[key] for one in ranks if one] for key in _PER_RANK}
                 contestant.blocks.append({"round": number, **block})
         self._progress(self.plan.warmup + self.plan.steps, f"round {number + 1} of {self.plan.rounds}: {name}")
@@ -232,16 +230,16 @@ class Measurement:
             trainer.synchronize()
             loss = None
             if held_out is not None:
-                loss = trainer.evaluate(*(each.to(self.crew.device) for each in held_out))
+                loss = trainer.evaluate(*(each.to(self.worker.device) for each in held_out))
             return loss, trainer.optimizer_state_bytes()
 
         self._progress(0, f"evaluating {contestant.strategy.name}")
-        result, failure = self.crew.attempt(evaluate)
+        result, failure = self.worker.attempt(evaluate)
         if failure or result is None:
             contestant.failure = f"at the end: {failure}"
             return
         contestant.held_out_loss = result[0]
-        contestant.optimizer_state_bytes = self.crew.gather(result[1])
+        contestant.optimizer_state_bytes = self.worker.gather(result[1])
 
     def _profile(self, contestant: Contestant) -> None:
         trainer = contestant.running
@@ -249,7 +247,7 @@ class Measurement:
         if trainer is None:
             return
         batches = [self.next_batch(contestant)] * breakdown.STEPS
-        contestant.breakdown, failure = self.crew.attempt(
+        contestant.breakdown, failure = self.worker.attempt(
             lambda: breakdown.profile(trainer, parts(trainer.net), batches)
         )
         if failure:
@@ -257,8 +255,8 @@ class Measurement:
         self._progress(breakdown.STEPS, f"profiling {contestant.strategy.name}")
 
     def _account(self, contestant: Contestant) -> dict[str, Any]:
-        losses = [sum(step) / len(step) for step in zip(*self.crew.gather(contestant.losses), strict=False)]
-        clock = [max(step) for step in zip(*self.crew.gather(contestant.clock), strict=False)]
+        losses = [sum(step) / len(step) for step in zip(*self.worker.gather(contestant.losses), strict=False)]
+        clock = [max(step) for step in zip(*self.worker.gather(contestant.clock), strict=False)]
         return {
             "name": contestant.strategy.name,
             "failure": contestant.failure,

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.data import Examples, Noise, digits, standard_library
-from benchmarks.gpt import GPT, GPTConfig, language_loss
+from .data import Examples, Noise, digits, standard_library
+from .gpt import GPT, GPTConfig, language_loss
 
 SYNTHETIC = "random weights, synthetic inputs"
 

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from benchmarks.gpt import GPT
-from benchmarks.strategies import Trainer
+from .gpt import GPT
+from .trainer import Trainer
 
 # One to fill the pipeline, several of which the most typical is shown, one whose forward receives what the last sent.
 STEPS = 7
