@@ -131,6 +131,11 @@ class Source:
     payload: dict[str, Any]
 
     @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return self.file.removesuffix(".json")
+
+    @property
     def cells(self) -> list[dict[str, Any]]:
         return self.payload.get("cells", [])
 

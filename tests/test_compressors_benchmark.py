@@ -20,7 +20,7 @@ from benchmarks.kernels import measure
 from benchmarks.kernels import show as kernels_table
 from benchmarks.kernels.cases import FAMILIES, Case
 from benchmarks.records import load
-from benchmarks.report import sections
+from benchmarks.report import page
 from benchmarks.report.evidence import Evidence
 from compress import ops
 
@@ -219,12 +219,12 @@ def test_all_that_a_kernel_is_given_is_on_the_default_device(monkeypatch: pytest
 
 def test_tables_of_cpu_and_gpu_stand_together_and_name_their_device(tmp_path: Path) -> None:
     files = reported.write(tmp_path, cpu=reported.compressors(), gpu=on_gpu())
-    cpu, gpu = sections.kernels(Evidence.of(load(files)), tmp_path).tables
-    assert cpu.table.caption == "Kernels on the CPU · 1048576 elements · copy 8.0 GB/s · 2 threads"
-    assert gpu.table.caption == "Kernels on GPU 9000 · 1048576 elements · copy 8.0 GB/s · 13 input sets"
+    cpu, gpu = page.tables_of("kernels")(Evidence.of(load(files)), tmp_path)
+    assert "Kernels on the CPU · 1048576 elements · copy 8.0 GB/s · 2 threads" in cpu.printed
+    assert "Kernels on GPU 9000 · 1048576 elements · copy 8.0 GB/s · 13 input sets" in gpu.printed
     assert "GPU 9000" not in cpu.origin[0] and "4 GiB, GPU 9000; torch 2.x, cuda 13.x" in gpu.origin[0]
-    times = [row.words[0][0] for placed in (cpu, gpu) for row in (placed.table.head[1], placed.table.rows[0][1])]
-    assert times == ["ms", "2.00", "µs", "2000.00"]
+    assert " ms " in cpu.printed and " 2.00 " in cpu.printed
+    assert " µs " in gpu.printed and " 2000.00 " in gpu.printed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

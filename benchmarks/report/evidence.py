@@ -95,6 +95,23 @@ class Evidence:
         }
         return sorted(found)
 
+    def about_losses(self) -> str:
+        """Which methods the second map leaves out, and whose loss nobody has measured."""
+        barred, unknown = set(), set()
+        for name, setting in self.inexact():
+            known = self.loss(name, setting)
+            if known is None:
+                unknown.add(f"{name} ({setting.workload})")
+            elif not known.holds:
+                barred.add(f"{name} ({known.trained}, {100 * (known.ratio - 1):+.1f}%)")
+        parts = []
+        if barred:
+            above = f"{100 * (losses.TOLERANCE - 1):.0f}% above dense"
+            parts.append(f"Left out of the second map, with a loss more than {above}: {', '.join(sorted(barred))}.")
+        if unknown:
+            parts.append(f"In it although their loss was not measured: {', '.join(sorted(unknown))}.")
+        return " ".join(parts)
+
 
 def origin(cells: Sequence[Cell]) -> list[str]:
     """Where the numbers of these cells come from."""
