@@ -14,7 +14,7 @@
 `WorkerPool` keeps its processes and costs milliseconds per run; the fixtures `pool2` and `pool4` hold one each.
 
 A worker that hangs ends the test at `timeout`, with the stack of every thread of every worker still running. Workers
-are started and ended as those of the benchmarks are (benchmarks/processes.py): with the test process, however that ends.
+are started and ended as those of the benchmarks are (benchmarks/processes.py): with this process, however it ends.
 """
 
 from __future__ import annotations
