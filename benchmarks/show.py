@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from . import seeds
 from .bandwidth import show as bandwidth
 from .collectives import show as collectives_table
 from .command import Parser, fail, terminal
@@ -18,6 +17,7 @@ from .convergence import show as losses
 from .demo import show as demo
 from .kernels import show as kernels_table
 from .records import SourceError, load
+from .training import seeds
 from .training import show as training
 
 Show = Callable[[dict[str, Any], Console], None]  # prints one file

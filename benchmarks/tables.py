@@ -1,10 +1,13 @@
 """How every table looks, and the few words between tables."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+BUSY = 0.05  # share of the CPU taken by others from which on a table says so
 
 
 def table(title: str | None, names: str | Iterable[str], columns: Iterable[str], padding: int = 1) -> Table:
@@ -17,7 +20,7 @@ def table(title: str | None, names: str | Iterable[str], columns: Iterable[str],
     return made
 
 
-def value(number: float | None, form: str | Callable[[float], str]) -> str:
+def value(number: Any, form: str | Callable[[Any], str]) -> str:
     """A cell; empty where there is no number."""
     if number is None:
         return ""
@@ -32,3 +35,17 @@ def note(console: Console, text: str) -> None:
 def alarm(console: Console, text: str) -> None:
     """What went wrong."""
     console.print(text, style="red", highlight=False, markup=False)
+
+
+def failures(console: Console, rows: Iterable[Any]) -> None:
+    """Why rows failed."""
+    for row in rows:
+        if row.failure:
+            alarm(console, f"{row.name} failed: {row.failure}")
+
+
+def warn_of_others(console: Console, share: float | None) -> None:
+    """Says so where other programs took much of the CPU."""
+    if share is not None and share > BUSY:
+        taken = f"Other programs took {100 * share:.0f}% of this machine's CPU meanwhile"
+        console.print(f"{taken}: repeat this on a quiet machine.", style="yellow")

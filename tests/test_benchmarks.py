@@ -16,11 +16,13 @@ from rich.console import Console
 from torch import nn
 from workers import WorkerPool
 
-from benchmarks import pictures, records, stats, summary
+from benchmarks import records, stats
 from benchmarks.command import show_size, size
+from benchmarks.demo import pictures
 from benchmarks.demo import show as demo
 from benchmarks.launch import WorkersFailed
 from benchmarks.training import measure as training
+from benchmarks.training import summary
 from benchmarks.training.data import ByteText, places, shuffled, standard_library
 from benchmarks.training.gpt import language_loss
 from benchmarks.training.plan import Plan
@@ -101,15 +103,15 @@ def printed(cell: dict[str, Any]) -> str:
 
 def test_cpu_taken_by_others_is_noticed(cell: dict[str, Any]) -> None:
     cell["cpus"] = 2
-    assert summary.taken_by_others(cell) is None  # results from before it was recorded, or where it is unknown
+    assert stats.taken_by_others(cell) is None  # results from before it was recorded, or where it is unknown
     cell["strategies"] = cell["strategies"][:1]
     for block, machine in zip(cell["strategies"][0]["blocks"], (0.4, 0.6), strict=True):
         block["user_s"] = [[machine, 0.2], [machine, 0.2]]
     # 2 steps of 100 ms and 2 of 200 ms on 2 cores are 1.2 s of CPU: 1.0 were used, 0.8 of them by the two workers.
-    assert summary.taken_by_others(cell) == pytest.approx(0.2 / 1.2)
+    assert stats.taken_by_others(cell) == pytest.approx(0.2 / 1.2)
     assert "Other programs took 17%" in printed(cell)
     del cell["cpus"]  # older results do not say how many the machine had, and this one's are another matter
-    assert summary.taken_by_others(cell) is None and "Other programs" not in printed(cell)
+    assert stats.taken_by_others(cell) is None and "Other programs" not in printed(cell)
 
 
 def test_summary_without_ddp_floor_or_limit(cell: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ import pytest
 from canned import strategy, training_cell
 from rich.console import Console
 
-from benchmarks import records, seeds
+from benchmarks import records
 from benchmarks.report import contest, repeats
 from benchmarks.training import __main__ as training
+from benchmarks.training import seeds
 
 
 def cell(seed: int, step: float = 100.0, losses: tuple[float, ...] = (4.0, 2.0), held_out: float = 2.0) -> Any:

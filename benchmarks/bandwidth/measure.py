@@ -15,8 +15,7 @@ from ..launch import WorkersFailed
 from ..network.lab import Lab, Loopback
 from ..network.rates import parse_rate, show_rate
 from ..progress import Part, Report
-from ..stats import paired_ratio
-from ..summary import round_times
+from ..stats import paired_ratio, round_times
 from ..training.measure import run_cell
 from ..training.plan import plan_of
 

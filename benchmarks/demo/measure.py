@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..progress import Report
-from ..summary import best_ddp
+from ..stats import best_ddp
 from ..training.gpt import GPT
 from ..training.measure import TRIAL_STEPS, Measurement
 from ..training.plan import Plan

@@ -6,9 +6,11 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import pictures, stats, summary
+from .. import stats
 from ..network.rates import parse_rate, show_rate
-from ..tables import alarm, table, value
+from ..tables import alarm, failures, table, value, warn_of_others
+from ..training import summary
+from . import pictures
 
 COLUMNS = ("ms/step", "exposed\ncommunication", "speed-up", "training\ntime s", "final loss", "held-out\nloss")
 
@@ -48,12 +50,10 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
         made.add_row(name, f"{row.median:.0f}", value(row.exposed, lambda ms: f"{ms:.0f} ms"), *cells)
     console.print(made)
-    for row in rows:
-        if row.failure:
-            alarm(console, f"{row.name} failed: {row.failure}")
+    failures(console, rows)
     for name, failure in result["trace_failures"].items():
         alarm(console, f"No timeline of {name}: {failure}")
-    summary.warn_of_others(summary.taken_by_others(training), console)
+    warn_of_others(console, stats.taken_by_others(training))
     tuned = [f"{row.name} {row.median:.0f} ms" for row in summary.summarise(result["tuning"]) if row.median]
     console.print(f"DDP was tuned first: {', '.join(tuned)}.", highlight=False)
     console.print(about_the_network(result), highlight=False)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..stats import share_of_others
-from ..summary import warn_of_others
+from ..tables import warn_of_others
 
 
 def show(payload: dict[str, Any], console: Console) -> None:
@@ -43,7 +43,7 @@ def show(payload: dict[str, Any], console: Console) -> None:
     timed = [(*cell["user_s"], cell["wall_s"], cell["cpus"]) for cell in cells if cell.get("user_s")]
     if timed:
         machine, own, wall, (cpus, *_) = zip(*timed, strict=True)
-        warn_of_others(share_of_others(sum(machine), sum(own), sum(wall), cpus), console)
+        warn_of_others(console, share_of_others(sum(machine), sum(own), sum(wall), cpus))
 
 
 def _gpu(payload: dict[str, Any]) -> str | None:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import summary
 from ..network.rates import parse_rate, show_rate
 from ..records import Source
-from ..stats import paired_ratio
-from ..training import strategies
+from ..stats import paired_ratio, round_times
+from ..training import strategies, summary
 from ..training.strategies import StrategyError, parse_strategy
 
 FLOOR = "none"
@@ -207,7 +206,7 @@ def verdict(cell: Cell, takes_part: TakesPart) -> Verdict | None:
         alone = ours or rival
         assert alone is not None
         return Verdict(alone.name, alone.name if ours else None, alone.name if rival else None, None, None)
-    own, other = (summary.round_times(cell.strategy(row.name)) for row in (ours, rival))
+    own, other = (round_times(cell.strategy(row.name)) for row in (ours, rival))
     ratios = [b / a for a, b in zip(own, other, strict=True)]
     ratio = paired_ratio(own, other)
     # The pairs decide, as they do everywhere: medians that lie minutes apart may say otherwise.

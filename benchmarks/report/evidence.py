@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import records, seeds
+from .. import records
 from ..convergence import show as losses
 from ..records import Source
+from ..training import seeds
 from . import contest
 from .contest import Cell, Setting
 

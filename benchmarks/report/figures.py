@@ -11,9 +11,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from .. import pictures, summary
+from .. import drawing
 from ..network.rates import parse_rate
-from ..stats import SMOOTHED_OVER, trailing_mean
+from ..stats import SMOOTHED_OVER, is_plain_ddp, trailing_mean
 from . import contest
 from .contest import FLOOR, Cell, family, kind, median, short_rate
 
@@ -52,7 +52,7 @@ def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> Non
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.set_title(f"Step time by link rate, each at its best size: {cells[0].setting.label}", fontsize=11)
-    pictures.plain(axes)
+    drawing.plain(axes)
     axes.grid(axis="y", which="both", alpha=0.2)
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     handles.append(
@@ -65,7 +65,7 @@ def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> Non
         )
     )
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    pictures.save(figure, path, about)
+    drawing.save(figure, path, about)
 
 
 def _places(rates: Sequence[str]) -> dict[str, float]:
@@ -118,7 +118,7 @@ def _bound(axes: Axes, limited: Sequence[Cell], cells: Sequence[Cell], places: d
 
 def dense_bound(cell: Cell) -> float | None:
     """ms that no strategy can beat which sends float32 gradients; None where the floor was not measured."""
-    dense = [row.computed_communication or 0.0 for row in cell.finished if summary.is_plain_ddp(row.name)]
+    dense = [row.computed_communication or 0.0 for row in cell.finished if is_plain_ddp(row.name)]
     return None if cell.floor is None else max(cell.floor, *dense, 0.0)
 
 
@@ -138,7 +138,7 @@ def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
         axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
         axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
         axes.set_xlim(0, 1.09 * max(median(row) for row in rows))
-        pictures.plain(axes)
+        drawing.plain(axes)
     panels[-1].set_xlabel("ms per step (median); every panel has its own scale")
     seen = {family(row.name).label for cell in cells for row in cell.best_of_each_kind()}
     entries = [Patch(color=FLOOR_COLOUR, label="compute floor (measured without communication)")]
@@ -151,7 +151,7 @@ def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     mark.set_label("max(compute floor, own communication, computed)")
     figure.legend(handles=[*entries, mark], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.suptitle(f"What a step consists of: {cells[0].setting.label}")
-    pictures.save(figure, path, about)
+    drawing.save(figure, path, about)
 
 
 def panels_below_each_other(cells: Sequence[Cell], height: Any, width: float) -> tuple[Any, list[Axes]]:
@@ -181,7 +181,7 @@ def loss_over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> N
             )
         axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
         axes.set_xlim(left=0)
-        pictures.plain(axes)
+        drawing.plain(axes)
     for axes in panels.flat[len(cells) :]:
         axes.set_visible(False)
     figure.supylabel("training loss (nats)", fontsize=10)
@@ -191,7 +191,7 @@ def loss_over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> N
         f"Loss over training time, each on its own clock in seconds: {cells[0].setting.label}\n"
         f"mean of {SMOOTHED_OVER} steps; a marker where a strategy finished"
     )
-    pictures.save(figure, path, about)
+    drawing.save(figure, path, about)
 
 
 def has_losses(cell: Cell) -> bool:

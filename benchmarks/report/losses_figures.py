@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from .. import pictures
+from .. import drawing
 from ..records import Source
 from . import contest
 from .contest import Cell, kind, median, short_rate
@@ -43,8 +43,8 @@ def by_step(source: Source, about: Sequence[str], path: Path) -> None:
         title=f"Held-out loss by step: {workload}, {source.cells[0]['workers']} workers, {plan['optimizer']}",
     )
     axes.legend(frameon=False)
-    pictures.plain(axes)
-    pictures.save(figure, path, about)
+    drawing.plain(axes)
+    drawing.save(figure, path, about)
 
 
 def matches(source: Source, cells: Sequence[Cell]) -> bool:
@@ -81,7 +81,7 @@ def by_computed_time(source: Source, cells: Sequence[Cell], about: Sequence[str]
                 axes.plot(seconds, [loss for _, loss in curve], **styles[kind(row.name)])
         axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
         axes.set_xlim(left=0)
-        pictures.plain(axes)
+        drawing.plain(axes)
     for axes in panels.flat[len(cells) :]:
         axes.set_visible(False)
     figure.supylabel("held-out loss (nats)", fontsize=10)
@@ -92,4 +92,4 @@ def by_computed_time(source: Source, cells: Sequence[Cell], about: Sequence[str]
         f"COMPUTED: held-out loss by step ({optimizer}, on loopback) × median step time in seconds\n"
         f"{cells[0].setting.label}"
     )
-    pictures.save(figure, path, about)
+    drawing.save(figure, path, about)

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .. import seeds
 from ..collectives import show as collectives
 from ..command import show_size
 from ..convergence import show as losses
 from ..network.rates import parse_rate, show_rate
 from ..records import Source
+from ..training import seeds
 from . import repeats
 from .evidence import Evidence
 from .markdown import extent, number, table

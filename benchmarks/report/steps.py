@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..network.rates import show_rate
-from ..stats import paired_ratio
-from ..summary import Row, round_times
+from ..stats import paired_ratio, round_times
+from ..training.summary import Row
 from . import contest
 from .contest import Cell, kind, median
 from .evidence import Evidence

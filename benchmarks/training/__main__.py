@@ -12,9 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import cells, seeds
+from .. import cells
 from ..command import Parser, listed, positive, terminal
 from ..convergence.show import read
+from . import seeds
 from .measure import measure, run_cell
 from .plan import Plan, plan_of, plan_options
 from .show import show

@@ -5,9 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import summary
 from ..tables import alarm, note, table, value
-from . import tradeoff
+from . import summary, tradeoff
 from .breakdown import PHASES
 
 

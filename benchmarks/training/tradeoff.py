@@ -7,11 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import stats, summary
+from .. import stats
 from ..command import show_size
 from ..convergence import show as losses
 from ..network.rates import parse_rate
 from ..tables import note, table, value
+from . import summary
 from .strategies import trains_like
 
 #: What a compressor computes in a step, as it reports it.

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .. import tables
+from ..convergence.show import TOLERANCE
+from ..network.rates import show_rate
+from ..stats import SMOOTHED_OVER
+from ..tables import note, value
 from . import summary
-from .convergence.show import TOLERANCE
-from .network.rates import show_rate
-from .stats import SMOOTHED_OVER
 
 
 @dataclass(frozen=True)
@@ -93,27 +94,21 @@ def table(cells: Sequence[dict[str, Any]]) -> Table:
     seeds = ", ".join(str(cell["plan"]["seed"]) for cell in cells)
     workload = first["plan"].get("workload", "gpt")
     title = f"{workload}, {show_rate(first['rate'])} · {first['workers']} workers · over the seeds {seeds}"
-    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("strategy", no_wrap=True)
     to_loss = [] if target is None else [f"s to loss {target:.2f}"]
-    for column in ("ms/step", "× best DDP", *to_loss, "held-out loss", "held-out\n/ best DDP's"):
-        shown.add_column(column, justify="right")
+    shown = tables.table(
+        title, "strategy", ["ms/step", "× best DDP", *to_loss, "held-out loss", "held-out\n/ best DDP's"]
+    )
     for row in rows(cells):
         if row.step is None:
             shown.add_row(row.name, "[red]failed with a seed[/red]")
             continue
-        loss = [] if target is None else [_show(row.seconds_to_loss, ".2f")]
-        ratio = _show(row.held_out_ratio, ".3f")
+        ratio = value(row.held_out_ratio, ".3f")
         if row.held_out_ratio and statistics.mean(row.held_out_ratio.values) > TOLERANCE:
             ratio = f"[red]{ratio}[/red]"
-        shown.add_row(
-            row.name, _show(row.step, ".1f"), _show(row.speedup, ".2f"), *loss, _show(row.held_out, ".4f"), ratio
-        )
+        loss = [] if target is None else [value(row.seconds_to_loss, ".2f")]
+        numbers = [value(row.step, ".1f"), value(row.speedup, ".2f"), *loss, value(row.held_out, ".4f")]
+        shown.add_row(row.name, *numbers, ratio)
     return shown
-
-
-def _show(spread: Spread | None, form: str) -> str:
-    return "" if spread is None else format(spread, form)
 
 
 def show(cells: Sequence[dict[str, Any]], console: Console) -> None:
@@ -122,10 +117,9 @@ def show(cells: Sequence[dict[str, Any]], console: Console) -> None:
     for group in found:
         console.print(table(group))
     if found:
-        console.print(
+        note(
+            console,
             "Mean over the seeds (smallest-largest); a seed sets the weights and the order of the examples. s to loss: "
             f"training time until the mean training loss of {SMOOTHED_OVER} steps is so low, which every strategy "
-            f"reaches with every seed. Red: a held-out loss more than {100 * (TOLERANCE - 1):.0f}% above DDP's.\n",
-            style="dim",
-            highlight=False,
+            f"reaches with every seed. Red: a held-out loss more than {100 * (TOLERANCE - 1):.0f}% above DDP's.",
         )
