@@ -90,16 +90,6 @@ def _union(spans: Iterable[Span]) -> list[tuple[int, int]]:
     return merged
 
 
-class _Nothing:
-    """The trace of a strategy of which nothing but its computation can be seen."""
-
-    def start_trace(self) -> None:
-        pass
-
-    def stop_trace(self) -> list[Span]:
-        return []
-
-
 def profile(
     trainer: Trainer, parts: Iterable[tuple[str, nn.Module]], batches: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Any]:
@@ -107,14 +97,11 @@ def profile(
     if batches[0][0].is_cuda:
         raise RuntimeError("The breakdown reads clocks of the host, so it is for CPU tensors: leave --breakdown out.")
     reports: list[dict[str, Any]] = []
-    if trainer.engine is not None:
-        recorded = record(trainer, parts, batches, trainer.engine, lambda: reports.append(trainer.stats()))
-        return account(recorded["compute"], recorded["lanes"], reports[1:-1])
-    if trainer.compressor is not None:
-        recorded = record(trainer, parts, batches, _Nothing(), lambda: reports.append(trainer.compressor_stats()))
-        return account(recorded["compute"], None, reports[1:-1])
-    recorded = record(trainer, parts, batches, ProfilerTrace())
-    return account(recorded["compute"], recorded["lanes"], [])
+    plain_hook = trainer.engine is None and trainer.compressor is not None  # which nothing can see into
+    tracer = None if plain_hook else ProfilerTrace() if trainer.engine is None else trainer.engine
+    stats = trainer.compressor_stats if plain_hook else trainer.stats
+    recorded = record(trainer, parts, batches, tracer, lambda: reports.append(stats()))
+    return account(recorded["compute"], recorded["lanes"], reports[1:-1])
 
 
 def account(compute: Sequence[Span], lanes: Sequence[Span] | None, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 import hashlib
 import sysconfig
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -17,15 +16,15 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test
 Batch = tuple[Tensor, Tensor]  # inputs and targets
 
 
-class Examples(ABC):
+class Examples:
     """What a model is trained on. `digest` says of two runs whether they read the same."""
 
-    digest: str
+    digest: str = ""
     varies = True  # from step to step
 
-    @abstractmethod
     def batch(self, step: int, *, rank: int, world: int, batch: int, seed: int) -> Batch:
         """`batch` examples for one rank and step; what every rank gets depends on these numbers alone."""
+        raise NotImplementedError
 
     def held_out(self, count: int) -> Batch | None:
         """The same examples, never trained on, for every caller; None where there is nothing to learn."""
@@ -43,17 +42,10 @@ def places(count: int, step: int, *, rank: int, world: int, batch: int, seed: in
     return shuffled(count, seed, epoch)[first : first + batch]
 
 
-_orders: dict[tuple[int, int, int], Tensor] = {}
-
-
+@lru_cache(maxsize=1)  # drawing it takes longer than reading a batch
 def shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    """The order of one epoch, kept because drawing it takes longer than reading a batch."""
-    key = (count, seed, epoch)
-    if key not in _orders:
-        _orders.clear()
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        _orders[key] = torch.randperm(count, generator=generator)
-    return _orders[key]
+    """The order of one epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 @dataclass(frozen=True)
@@ -68,10 +60,9 @@ class ByteText(Examples):
     sequence: int
     digest: str = ""
 
-    def batch(self, step: int, *, rank: int, world: int, batch: int, seed: int) -> Batch:
+    def batch(self, step: int, **where: int) -> Batch:
         windows = (len(self.train) - 1) // self.sequence
-        chosen = places(windows, step, rank=rank, world=world, batch=batch, seed=seed)
-        return self._cut(self.train, chosen * self.sequence)
+        return self._cut(self.train, places(windows, step, **where) * self.sequence)
 
     def held_out(self, count: int) -> Batch:
         """Evenly spaced windows of held-out text."""
@@ -91,9 +82,9 @@ class Images(Examples):
     evaluation: Batch
     digest: str = ""
 
-    def batch(self, step: int, *, rank: int, world: int, batch: int, seed: int) -> Batch:
+    def batch(self, step: int, **where: int) -> Batch:
         images, labels = self.train
-        chosen = places(len(images), step, rank=rank, world=world, batch=batch, seed=seed)
+        chosen = places(len(images), step, **where)
         return images[chosen], labels[chosen]
 
     def held_out(self, count: int) -> Batch:
@@ -125,24 +116,21 @@ class Noise(Examples):
 
 
 @cache
-def standard_library(sequence: int, root: Path | None = None) -> ByteText:
+def standard_library(sequence: int) -> ByteText:
     """Reads every .py file of the standard library in sorted order, without its tests and installed packages."""
-    root = root or Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-        (path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)),
-        key=lambda path: path.relative_to(root).as_posix(),
-    )
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = {path.relative_to(root): path for path in root.rglob("*.py")}
+    names = sorted((name for name in files if not SKIPPED_FOLDERS & set(name.parts)), key=Path.as_posix)
     train, held_out = bytearray(), bytearray()
-    for index, path in enumerate(files):
-        (held_out if index % HELD_OUT_EVERY == 0 else train).extend(path.read_bytes())
+    for index, name in enumerate(names):
+        (held_out if index % HELD_OUT_EVERY == 0 else train).extend(files[name].read_bytes())
     if len(held_out) < 4096:
         raise RuntimeError(
             "The source of Python's standard library is missing or stripped here: "
             "use a Python whose .py files are installed."
         )
-    digest = hashlib.sha256(bytes(train) + bytes(held_out)).hexdigest()[:16]
     train_text, held_out_text = (torch.frombuffer(text, dtype=torch.uint8) for text in (train, held_out))
-    return ByteText(train_text, held_out_text, sequence, digest)
+    return ByteText(train_text, held_out_text, sequence, _digest(train, held_out))
 
 
 @cache
@@ -154,5 +142,9 @@ def digits() -> Images:
     images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(found.target, dtype=torch.int64)
     kept = torch.arange(len(images)) % HELD_OUT_DIGITS == 0
-    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+    digest = _digest(images.numpy().tobytes(), labels.numpy().tobytes())
     return Images((images[~kept], labels[~kept]), (images[kept], labels[kept]), digest)
+
+
+def _digest(*data: bytes | bytearray) -> str:
+    return hashlib.sha256(b"".join(data)).hexdigest()[:16]

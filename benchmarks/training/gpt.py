@@ -1,31 +1,21 @@
 """The byte-level GPT that the training benchmarks use: 10.9 M parameters in ordinary modules, no special cases."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Shape of the model; the defaults are the 10.9 M parameter model of every published table here."""
-
-    layers: int = 6
-    width: int = 384
-    heads: int = 6
-    sequence: int = 128  # longest input, in bytes of text
-    vocabulary: int = 256  # one entry per byte value
+SEQUENCE = 128  # longest input, in bytes of text
+VOCABULARY = 256  # one entry per byte value
 
 
 class Attention(nn.Module):
     """Causal self-attention with one fused projection for query, key and value."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, sequence, width = x.shape
@@ -37,14 +27,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then a GELU MLP four times as wide."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.width)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, 4 * config.width), nn.GELU(), nn.Linear(4 * config.width, config.width)
-        )
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -52,16 +40,18 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Byte-level language model; the head has its own weight (untied), so no parameter is read by two modules."""
+    """Byte-level language model; the head has its own weight (untied), so no parameter is read by two modules.
 
-    def __init__(self, config: GPTConfig | None = None) -> None:
+    The defaults are the 10.9 M parameter model of every published table here.
+    """
+
+    def __init__(self, layers: int = 6, width: int = 384, heads: int = 6) -> None:
         super().__init__()
-        self.config = config = config or GPTConfig()
-        self.bytes = nn.Embedding(config.vocabulary, config.width)
-        self.positions = nn.Embedding(config.sequence, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.bytes = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Embedding(SEQUENCE, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.apply(_initialise)
 
     def forward(self, text: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Inside a worker: holds every strategy's model at once and times their steps by rounds, so that drift cancels."""
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,8 +23,6 @@ from .workloads import WORKLOADS, MissingPackage, parts
 TRIAL_STEPS = 3  # DDP rebuilds its buckets in the second step and torch's PowerSGD starts in the third
 HELD_OUT_BATCH = 32
 SECONDS_PER_STEP = 20  # far more than any step takes: a cell that needs longer is stuck
-
-_PER_RANK = ("ms", "cpu_ms_per_step", "sent_bytes_per_step", "user_s", "engine", "compressor")
 
 
 def run_cell(lab: Lab | Loopback, plan: Plan, report: Report) -> dict[str, Any]:
@@ -64,10 +65,10 @@ class Measurement:
         self.worker, self.plan, self.report = worker, plan, report
         self.workload = WORKLOADS[plan.workload]
         self.contestants = [Contestant(parse_strategy(name)) for name in plan.strategies]
-        block = plan.warmup + plan.steps
         profiled = breakdown.STEPS if plan.breakdown else 0
-        self.total = len(self.contestants) * (TRIAL_STEPS + plan.rounds * block + profiled)
+        self.total = len(self.contestants) * (TRIAL_STEPS + plan.rounds * (plan.warmup + plan.steps) + profiled)
         self.done = 0
+        self.digest: str | None = None
         self.same: Batch | None = None  # the last one drawn, on this rank's device
 
     def run(self) -> dict[str, Any]:
@@ -76,14 +77,12 @@ class Measurement:
         self.play()
         self.evaluate()  # before the profile, whose steps train on
         if self.plan.breakdown:
-            for contestant in self.contestants:
-                self._profile(contestant)
+            self._each("profiling", self._profile, breakdown.STEPS)
         return self.finish()
 
     def build(self) -> None:
         """Builds every strategy and tries it."""
-        for contestant in self.contestants:
-            self._build(contestant)
+        self._each("building", self._build, TRIAL_STEPS)
 
     def play(self) -> None:
         """All rounds: each strategy in turn, the order rotated from round to round."""
@@ -91,11 +90,12 @@ class Measurement:
             first = number % len(self.contestants)
             for contestant in self.contestants[first:] + self.contestants[:first]:
                 self._block(contestant, number)
+                name = contestant.strategy.name
+                self._progress(self.plan.warmup + self.plan.steps, f"round {number + 1} of {self.plan.rounds}: {name}")
 
     def evaluate(self) -> None:
         """Held-out loss and optimizer memory of every strategy."""
-        for contestant in self.contestants:
-            self._evaluate(contestant)
+        self._each("evaluating", self._evaluate)
 
     def finish(self) -> dict[str, Any]:
         """Closes every strategy; returns all that was measured."""
@@ -103,35 +103,35 @@ class Measurement:
             if (trainer := contestant.running) is not None:
                 _, contestant.failure = self.worker.attempt(trainer.close)
                 contestant.trainer = None
+        with suppress(MissingPackage):
+            self.digest = self.workload.data().digest
         return {
             "plan": asdict(self.plan),
             "workers": self.worker.world,
             "cpus": records.cpus(),
             "congestion_control": records.congestion_control(),
             "about": self.workload.about,
-            "data": self._digest(),
+            "data": self.digest,
             "strategies": [self._account(contestant) for contestant in self.contestants],
         }
-
-    def _digest(self) -> str | None:
-        try:
-            return self.workload.data().digest
-        except MissingPackage:
-            return None
 
     def _progress(self, steps: int, doing: str) -> None:
         self.done += steps
         if self.worker.rank == 0:
             self.report(self.done, self.total, doing)
 
+    def _each(self, doing: str, action: Callable[[Contestant], None], steps: int = 0) -> None:
+        for contestant in self.contestants:
+            what = f"{doing} {contestant.strategy.name}"
+            self._progress(0, what)
+            action(contestant)
+            self._progress(steps, what)
+
     def _build(self, contestant: Contestant) -> None:
-        name = contestant.strategy.name
-        self._progress(0, f"building {name}")
-        if name in self.plan.excluded:
-            contestant.failure = self.plan.excluded[name]
+        contestant.failure = self.plan.excluded.get(contestant.strategy.name)
+        if contestant.failure:
             return
         group = self.worker.group()
-
         sent: list[int] = []  # by the last two trial steps: ACP-SGD sends two factors of different length in turn
 
         def build_and_try() -> Trainer:
@@ -147,25 +147,17 @@ class Measurement:
             self._drain(contestant, trainer)
             return trainer
 
-        contestant.trainer, failure = self.worker.attempt(build_and_try)
-        contestant.failure = failure
+        contestant.trainer, contestant.failure = self.worker.attempt(build_and_try)
         if sent:
             contestant.payload_bytes_per_step = sum(sent) // len(sent)
-        self._progress(TRIAL_STEPS, f"building {name}")
 
     def next_batch(self, contestant: Contestant) -> Batch:
         """What the contestant trains on next: the same examples in the same order for every one of them."""
-        data = self.workload.data()
-        if self.same is not None and not data.varies:
-            return self.same
-        inputs, targets = data.batch(
-            len(contestant.losses),
-            rank=self.worker.rank,
-            world=self.worker.world,
-            batch=self.plan.batch,
-            seed=self.plan.seed,
-        )
-        self.same = inputs.to(self.worker.device), targets.to(self.worker.device)
+        data, worker = self.workload.data(), self.worker
+        if self.same is None or data.varies:
+            where = {"rank": worker.rank, "world": worker.world, "batch": self.plan.batch, "seed": self.plan.seed}
+            inputs, targets = data.batch(len(contestant.losses), **where)
+            self.same = inputs.to(worker.device), targets.to(worker.device)
         return self.same
 
     def step(self, contestant: Contestant, trainer: Trainer) -> None:
@@ -185,17 +177,16 @@ class Measurement:
 
         So each timed step is a steady-state one: it pays for exactly one reduce-scatter and one all-gather.
         """
-        trainer, name = contestant.running, contestant.strategy.name
-        if trainer is not None:
-            self.worker.barrier()
-            measured, failure = self.worker.attempt(lambda: self._timed_steps(contestant, trainer))
-            if failure:
-                contestant.failure = f"round {number + 1}: {failure}"
-            else:
-                ranks = self.worker.gather(measured)
-                block = {key: [one[key] for one in ranks if one] for key in _PER_RANK}
-                contestant.blocks.append({"round": number, **block})
-        self._progress(self.plan.warmup + self.plan.steps, f"round {number + 1} of {self.plan.rounds}: {name}")
+        trainer = contestant.running
+        if trainer is None:
+            return
+        self.worker.barrier()
+        measured, failure = self.worker.attempt(lambda: self._timed_steps(contestant, trainer))
+        if failure:
+            contestant.failure = f"round {number + 1}: {failure}"
+            return
+        ranks = [one for one in self.worker.gather(measured) if one]
+        contestant.blocks.append({"round": number, **{key: [one[key] for one in ranks] for key in ranks[0]}})
 
     def _timed_steps(self, contestant: Contestant, trainer: Trainer) -> dict[str, Any]:
         for _ in range(self.plan.warmup):
@@ -228,12 +219,9 @@ class Measurement:
 
         def evaluate() -> tuple[float | None, int]:
             trainer.synchronize()
-            loss = None
-            if held_out is not None:
-                loss = trainer.evaluate(*(each.to(self.worker.device) for each in held_out))
+            loss = trainer.evaluate(*(each.to(self.worker.device) for each in held_out)) if held_out else None
             return loss, trainer.optimizer_state_bytes()
 
-        self._progress(0, f"evaluating {contestant.strategy.name}")
         result, failure = self.worker.attempt(evaluate)
         if failure or result is None:
             contestant.failure = f"at the end: {failure}"
@@ -243,16 +231,13 @@ class Measurement:
 
     def _profile(self, contestant: Contestant) -> None:
         trainer = contestant.running
-        self._progress(0, f"profiling {contestant.strategy.name}")
         if trainer is None:
             return
         batches = [self.next_batch(contestant)] * breakdown.STEPS
-        contestant.breakdown, failure = self.worker.attempt(
-            lambda: breakdown.profile(trainer, parts(trainer.net), batches)
-        )
+        profile = partial(breakdown.profile, trainer, parts(trainer.net), batches)
+        contestant.breakdown, failure = self.worker.attempt(profile)
         if failure:
             contestant.breakdown = {"failure": failure}
-        self._progress(breakdown.STEPS, f"profiling {contestant.strategy.name}")
 
     def _account(self, contestant: Contestant) -> dict[str, Any]:
         losses = [sum(step) / len(step) for step in zip(*self.worker.gather(contestant.losses), strict=False)]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,20 +34,13 @@ class ComputeMarks:
         self.step = 0
         self._handles: list[RemovableHandle] = []
         for name, module in parts:
-            self._watch(module, name)
+            self._handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.mark("forward", name)))
+            self._handles.append(module.register_forward_hook(partial(self._left, name)))
 
-    def _watch(self, module: nn.Module, name: str) -> None:
-        def entered(*_: Any) -> None:
-            self.mark("forward", name)
-
-        def left(module: nn.Module, inputs: Any, output: Any) -> None:
-            first = next(
-                (each for each in tree_leaves(output) if isinstance(each, Tensor) and each.requires_grad), None
-            )
-            if first is not None:
-                first.register_hook(lambda gradient: self.mark("backward", name))
-
-        self._handles += [module.register_forward_pre_hook(entered), module.register_forward_hook(left)]
+    def _left(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs = (each for each in tree_leaves(output) if isinstance(each, Tensor) and each.requires_grad)
+        if (first := next(outputs, None)) is not None:
+            first.register_hook(lambda gradient: self.mark("backward", name))
 
     def mark(self, phase: str, name: str) -> None:
         self.marks.append({"step": self.step, "phase": phase, "name": name, "start": time.perf_counter_ns()})
@@ -108,12 +102,13 @@ def record(
     trainer: Trainer,
     parts: Iterable[tuple[str, nn.Module]],
     batches: list[tuple[Tensor, Tensor]],
-    tracer: Any,
+    tracer: Any = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Trains one step per batch under trace; times are perf_counter_ns.
 
-    `tracer` has start_trace() and stop_trace(); `after_step` is called between two steps, on nobody's account.
+    `tracer` has start_trace() and stop_trace(), and sees what moves; without one nobody does. `after_step` is called
+    between two steps, on nobody's account.
     The first part's forward begins with the step, and the last part's backward with the backward pass.
 
     Returns {"compute": spans with step, phase, name, start, end; "lanes": spans with lane, name, start, end}.
@@ -121,7 +116,8 @@ def record(
     parts = list(parts)
     first, last = parts[0][0], parts[-1][0]
     compute = ComputeMarks(parts)
-    tracer.start_trace()
+    if tracer is not None:
+        tracer.start_trace()
     try:
         for compute.step, (inputs, targets) in enumerate(batches):
             compute.mark("forward", first)
@@ -136,7 +132,7 @@ def record(
         trainer.synchronize()
     finally:
         compute.remove()
-        lanes = tracer.stop_trace()
+        lanes: Any = tracer.stop_trace() if tracer is not None else None
     spans = compute.spans()
     if isinstance(tracer, AllReduceTrace):
         lanes += [_ddp_wait(spans, tracer, step) for step in range(len(batches))]

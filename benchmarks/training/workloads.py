@@ -4,6 +4,7 @@ gpt and digits learn something real and need nothing but scikit-learn. The other
 GPUs: random weights and synthetic inputs, so their step times count and their losses do not.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Examples, Noise, digits, standard_library
-from .gpt import GPT, GPTConfig, language_loss
+from .gpt import GPT, SEQUENCE, language_loss
 
 SYNTHETIC = "random weights, synthetic inputs"
 
@@ -30,9 +31,9 @@ class Workload:
     about: str  # what it is, for tables
     package: str | None  # what it needs beside torch
     build: Callable[[], nn.Module]  # with weights from torch's generator; see build_seeded
-    loss: Callable[[Any, Tensor], Tensor]  # of the model's output and the targets
     examples: Callable[[], Examples]
     batch: int  # examples per worker and step, unless told otherwise
+    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy  # of the model's output and the targets
 
     def build_seeded(self, seed: int) -> nn.Module:
         """The model with weights that depend on the seed alone. Raises MissingPackage."""
@@ -57,27 +58,16 @@ class Workload:
 def parts(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model cut into its top-level blocks, in order, with their names: lists of blocks are opened, blocks not."""
     for name, child in net.named_children():
-        if isinstance(child, nn.ModuleList | nn.Sequential) or _holds_a_list(child):
+        holds_a_list = any(isinstance(each, nn.ModuleList) for each in child.modules())
+        if holds_a_list or isinstance(child, nn.Sequential):
             yield from ((f"{name}.{inner}", block) for inner, block in parts(child))
         else:
             yield name, child
 
 
-def _holds_a_list(module: nn.Module) -> bool:
-    return any(isinstance(each, nn.ModuleList) for each in module.modules())
-
-
 def repeated_blocks(net: nn.Module) -> list[nn.Module]:
     """Of the parts, those that stand in a list: what a model is made of many of."""
     return [part for name, part in parts(net) if name.rpartition(".")[2].isdigit()]
-
-
-def _classes_loss(output: Any, targets: Tensor) -> Tensor:
-    return F.cross_entropy(output, targets)
-
-
-def _masked_language_loss(output: Any, targets: Tensor) -> Tensor:
-    return language_loss(output.logits, targets)
 
 
 def _digits_net() -> nn.Module:
@@ -88,69 +78,43 @@ def _digits_net() -> nn.Module:
     )  # fmt: skip
 
 
-def _torchvision(name: str) -> Callable[[], nn.Module]:
+def _image_model(name: str, title: str, package: str, make: str, side: int, batch: int) -> Workload:
+    """make: the package's function, such as timm:create_model, that is given the name."""
+    module, _, function = make.partition(":")
+
     def build() -> nn.Module:
-        import torchvision
+        return getattr(importlib.import_module(module), function)(name.replace("-", "_"))  # type: ignore[no-any-return]
 
-        return torchvision.models.get_model(name, weights=None)
-
-    return build
-
-
-def _inception_v4() -> nn.Module:
-    import timm
-
-    return timm.create_model("inception_v4", pretrained=False)
+    noise = Noise((3, side, side), classes=1000)
+    return Workload(name, f"{title}, {SYNTHETIC}", package, build, lambda: noise, batch)
 
 
-def _bert(**shape: int) -> Callable[[], nn.Module]:
+def _bert(name: str, title: str, batch: int, **shape: int) -> Workload:
     def build() -> nn.Module:
         from transformers import BertConfig, BertForMaskedLM
 
-        return BertForMaskedLM(BertConfig(**shape))
+        return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **shape))
 
-    return build
+    def loss(output: Any, targets: Tensor) -> Tensor:
+        return language_loss(output.logits, targets)
 
-
-def _images(side: int) -> Callable[[], Examples]:
-    return lambda: Noise((3, side, side), classes=1000)
-
-
-def _tokens() -> Examples:
-    return Noise((64,), classes=BERT_VOCABULARY, inputs_below=BERT_VOCABULARY)
+    noise = Noise((64,), classes=VOCABULARY, inputs_below=VOCABULARY)
+    return Workload(name, f"{title}, 64 tokens, {SYNTHETIC}", "transformers", build, lambda: noise, batch, loss)
 
 
-BERT_VOCABULARY = 30522
-_BERT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+VOCABULARY = 30522  # BERT's
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_GPT = "byte-level GPT on the source of Python's standard library"
 
 WORKLOADS = {
     each.name: each
     for each in (
-        Workload(
-            "gpt", "byte-level GPT on the source of Python's standard library", None,
-            GPT, language_loss, lambda: standard_library(GPTConfig().sequence), 4,
-        ),
-        Workload(
-            "digits", "small ConvNet on scikit-learn's digits", "scikit-learn", _digits_net, _classes_loss, digits, 32,
-        ),
-        Workload(
-            "resnet50", f"ResNet-50, {SYNTHETIC}", "torchvision", _torchvision("resnet50"), _classes_loss, _images(224),
-            64,
-        ),
-        Workload(
-            "densenet201", f"DenseNet-201, {SYNTHETIC}", "torchvision", _torchvision("densenet201"), _classes_loss,
-            _images(224), 32,
-        ),
-        Workload(
-            "inception-v4", f"Inception-v4, {SYNTHETIC}", "timm", _inception_v4, _classes_loss, _images(299), 64,
-        ),
-        Workload(
-            "bert-base", f"BERT-Base, 64 tokens, {SYNTHETIC}", "transformers", _bert(), _masked_language_loss, _tokens,
-            64,
-        ),
-        Workload(
-            "bert-large", f"BERT-Large, 64 tokens, {SYNTHETIC}", "transformers", _bert(**_BERT_LARGE),
-            _masked_language_loss, _tokens, 32,
-        ),
+        Workload("gpt", _GPT, None, GPT, lambda: standard_library(SEQUENCE), 4, language_loss),
+        Workload("digits", "small ConvNet on scikit-learn's digits", "scikit-learn", _digits_net, digits, 32),
+        _image_model("resnet50", "ResNet-50", "torchvision", "torchvision.models:get_model", 224, 64),
+        _image_model("densenet201", "DenseNet-201", "torchvision", "torchvision.models:get_model", 224, 32),
+        _image_model("inception-v4", "Inception-v4", "timm", "timm:create_model", 299, 64),
+        _bert("bert-base", "BERT-Base", 64),
+        _bert("bert-large", "BERT-Large", 32, **_LARGE),
     )
-}  # fmt: skip
+}
