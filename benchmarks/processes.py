@@ -105,9 +105,19 @@ class Child:
                 on_line(self.rank, line.decode(errors="replace"))
         return bool(data)
 
-    def text(self, number: int) -> str:
-        """What it wrote to standard output (1) or standard error (2)."""
-        return self._written[number].decode(errors="replace")
+    @property
+    def returncode(self) -> int:
+        """Once it has ended; negative for a signal."""
+        return int(self.process.returncode)
+
+    @property
+    def stdout(self) -> str:
+        """What it has written; empty if that was passed through."""
+        return self._written[1].decode(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        return self._written[2].decode(errors="replace")
 
     def end(self) -> None:
         """Kills it, if it still runs, with its process group."""
@@ -182,7 +192,7 @@ class Processes:
                 if running and deadline is not None and time.monotonic() >= deadline:
                     if failed is None:
                         stuck = sorted(child.rank for child in running)
-                        tails = "".join(f"\nrank {child.rank}{tail(child.text(2))}" for child in running)
+                        tails = "".join(f"\nrank {child.rank}{tail(child.stderr)}" for child in running)
                         raise TimedOut(f"ranks {stuck} had not finished after {timeout:g} seconds{tails}")
                     break
             for child in children:  # the grace is over, or all have ended: what is left in the pipes

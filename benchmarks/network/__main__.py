@@ -5,7 +5,7 @@ import sys
 
 from ..processes import TimedOut
 from .lab import KINDS, describe, open_lab
-from .namespaces import DEFAULT_MTU, NetworkUnavailable
+from .namespaces import NetworkUnavailable
 from .ranks import RankFailed
 
 
@@ -17,12 +17,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="how many")
     parser.add_argument("--rate", help="each port's bandwidth each way, such as 500mbit or 1gbit; None: no limit")
     parser.add_argument("--network", choices=KINDS, default="netns", help="auto: netns where it can be had")
-    parser.add_argument("--mtu", type=int, default=DEFAULT_MTU, help="bytes per frame")
     parser.add_argument("--timeout", type=float, help="seconds after which all workers are killed; None: never")
     parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="what to run, once per worker")
     options = parser.parse_args(arguments)
     try:
-        with open_lab(options.workers, options.rate, options.network, options.mtu) as lab:
+        with open_lab(options.workers, options.rate, options.network) as lab:
             print(describe(lab), file=sys.stderr)
             lab.run(options.command, timeout=options.timeout, capture=False)
     except RankFailed as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from .namespaces import DEFAULT_MTU, IFNAME, Network, NetworkUnavailable
+from .namespaces import IFNAME, Network, NetworkUnavailable
 from .ranks import Ranks
 from .rates import UNLIMITED, parse_rate, show_rate
 
@@ -23,8 +23,8 @@ KINDS = ("auto", "netns", "loopback")  # auto: the emulated network where it can
 class Lab(Ranks):
     """Every worker in a network namespace of its own, each port limited to `rate` both ways (None: no limit).
 
-    rate: "500mbit", "1gbit", or bits per second; what counts is whole frames, so a TCP stream carries 95.6% of it.
-    mtu: bytes per frame, headers of Ethernet excepted.
+    rate: "500mbit", "1gbit", or bits per second; what counts is whole frames of 1514 bytes, of which 1448 are payload,
+    so a TCP stream carries 95.6% of it.
 
     Raises NetworkUnavailable where namespaces cannot be had, ValueError for a bad rate or number of workers.
     """
@@ -33,8 +33,8 @@ class Lab(Ranks):
     name = "emulated network"  # in tables and JSON
     about = "Network: emulated, one namespace per worker, every port limited to the rate given."
 
-    def __init__(self, workers: int, rate: str | float | None = None, mtu: int = DEFAULT_MTU) -> None:
-        self._network = Network(workers, parse_rate(rate), mtu)
+    def __init__(self, workers: int, rate: str | float | None = None) -> None:
+        self._network = Network(workers, parse_rate(rate))
         try:
             super().__init__(workers)
         except BaseException:
@@ -104,9 +104,7 @@ def describe(lab: Lab | Loopback) -> str:
     return f"{lab.name}, {lab.workers} workers, {show_rate(lab.rate)}{'' if lab.rate is None else ' each way'}"
 
 
-def open_lab(
-    workers: int, rate: str | float | None = None, network: str = "netns", mtu: int = DEFAULT_MTU
-) -> Lab | Loopback:
+def open_lab(workers: int, rate: str | float | None = None, network: str = "netns") -> Lab | Loopback:
     """A lab on the network asked for, one of KINDS; "auto" may take loopback, which then has no rate limit.
 
     Raises NetworkUnavailable (naming the alternative), or ValueError for a rate with "loopback".
@@ -116,7 +114,7 @@ def open_lab(
     parse_rate(rate)
     if network != "loopback":
         try:
-            return Lab(workers, rate, mtu)
+            return Lab(workers, rate)
         except NetworkUnavailable:
             if network == "netns":
                 raise

@@ -21,7 +21,6 @@ from contextlib import contextmanager, suppress
 
 CLONE_NEWNET = 0x40000000
 IFNAME = "eth0"
-DEFAULT_MTU = 1500  # as on most Ethernets; 1448 of the 1514 bytes of a frame are payload, so TCP reaches 95.6%
 
 # A TCP sender hands down packets of up to 64 KiB, to be cut in frames as late as possible, which here is never. tbf
 # passes such a packet whole only where its bucket can hold it: 65536 bytes and 46 frame headers, 68.6 kB. With a
@@ -114,7 +113,7 @@ class Namespace:
 class Network:
     """`hosts` namespaces on one switch. `rate` is in bits per second each way, None for no limit."""
 
-    def __init__(self, hosts: int, rate: float | None = None, mtu: int = DEFAULT_MTU) -> None:
+    def __init__(self, hosts: int, rate: float | None = None) -> None:
         """Raises NetworkUnavailable, or ValueError for a number of hosts outside 1 to 250."""
         if not 1 <= hosts <= 250:
             raise ValueError(f"a network of {hosts} hosts is out of range: give 1 to 250")
@@ -125,13 +124,13 @@ class Network:
         self.rate: float | None = None
         self._namespaces: list[Namespace] = []
         try:
-            self._build(hosts, mtu)
+            self._build(hosts)
             self.set_rate(rate)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, hosts: int, mtu: int) -> None:
+    def _build(self, hosts: int) -> None:
         self._switch = self._new()
         self._switch.configure("ip", "link add br0 type bridge forward_delay 0 mcast_snooping 0", "link set br0 up")
         for index in range(hosts):
@@ -139,7 +138,7 @@ class Network:
             self.hosts.append(host)
             self._switch.configure(
                 "ip",
-                f"link add p{index} mtu {mtu} type veth peer name {IFNAME} mtu {mtu} netns {host.path}",
+                f"link add p{index} type veth peer name {IFNAME} netns {host.path}",
                 f"link set p{index} master br0 up",
             )
             host.configure(

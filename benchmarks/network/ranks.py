@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,12 @@ from ..processes import Child, OnLine, Processes, end_all, python_path, tail
 Launch = Callable[[Sequence[str]], AbstractContextManager[tuple[Sequence[str], Mapping[str, str]]]]
 
 
-@dataclass(frozen=True)
-class Result:
-    """How one rank ended. `returncode` is negative for a signal; the texts are empty if they were passed through."""
-
-    rank: int
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 class RankFailed(RuntimeError):
     """A rank ended with something other than 0. `results` holds how every rank ended."""
 
-    def __init__(self, failed: Result, results: list[Result]) -> None:
+    def __init__(self, failed: Child, results: list[Child]) -> None:
         super().__init__(f"rank {failed.rank} failed with exit code {failed.returncode}{tail(failed.stderr)}")
-        self.rank, self.returncode, self.stderr, self.results = failed.rank, failed.returncode, failed.stderr, results
+        self.returncode, self.results = failed.returncode, results
 
 
 class Ranks(Processes):
@@ -94,7 +83,7 @@ class Ranks(Processes):
         check: bool = True,
         on_line: OnLine | None = None,
         ranks: Sequence[int] | None = None,
-    ) -> list[Result]:
+    ) -> list[Child]:
         """Runs a command as every rank, or only as those in `ranks`, and returns how each ended.
 
         timeout: seconds for all of it. capture: False passes their output through. on_line: called with (rank, line)
@@ -117,10 +106,9 @@ class Ranks(Processes):
             self.forget(children)
             if ranks is not None and not clean:
                 end_all(self.mark)
-        results = [Result(each.rank, each.process.returncode, each.text(1), each.text(2)) for each in children]
         if failed is not None:
-            raise RankFailed(results[children.index(failed)], results)
-        return results
+            raise RankFailed(failed, children)
+        return children
 
     def call(
         self,
