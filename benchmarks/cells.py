@@ -32,7 +32,7 @@ from .network.rates import UNLIMITED
 from .progress import Part, Report
 from .worker import Worker, launched
 
-# What a second try adds to a plan when a contestant took its worker down: a finding, and no other plan.
+# What a second try adds to a plan when a candidate took its worker down: a finding, and no other plan.
 FOUND = "excluded"
 # What must be the same for two cells to stand in one file.
 SAME = ("benchmark", "schema", "commit", "machine", "versions")

@@ -46,18 +46,18 @@ def run_workers(
         raise WorkersFailed(_short(str(error)), doing) from error
 
 
-def run_surviving(plan: Any, contestants: Sequence[str], run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """`run(plan)`; a contestant that takes its worker down is left out of a second try, and its row says why.
+def run_surviving(plan: Any, candidates: Sequence[str], run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """`run(plan)`; a candidate that takes its worker down is left out of a second try, and its row says why.
 
-    What workers say they are doing must end in the contestant's name. `plan` is a dataclass whose `excluded` holds the
-    contestants that are left out, and why. Raises WorkersFailed where none of them is to blame.
+    What workers say they are doing must end in the candidate's name. `plan` is a dataclass whose `excluded` holds the
+    candidates that are left out, and why. Raises WorkersFailed where none of them is to blame.
     """
     while True:
         try:
             return run(plan)
         except WorkersFailed as error:
             culprit = (error.doing.split() or [""])[-1]
-            if culprit not in contestants or culprit in plan.excluded:
+            if culprit not in candidates or culprit in plan.excluded:
                 raise
             why = f"took its worker down while {error.doing}: {error.reason}"
             plan = replace(plan, excluded={**plan.excluded, culprit: why})

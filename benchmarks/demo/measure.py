@@ -76,13 +76,13 @@ def measure(worker: Worker, given: dict[str, Any], report: Report) -> dict[str, 
 
 def _record_dear(training: Measurement) -> dict[str, Any] | None:
     """A few more steps of DeAR; None where DeAR itself failed."""
-    contestant = next(one for one in training.contestants if one.strategy.has_engine)
-    trainer = contestant.running
+    candidate = next(one for one in training.candidates if one.strategy.has_engine)
+    trainer = candidate.running
     if trainer is None:
         return None
     net = trainer.model.module
     assert isinstance(net, GPT)
-    return record(trainer, gpt_parts(net), [training.next_batch(contestant)] * STEPS, trainer.engine)
+    return record(trainer, gpt_parts(net), [training.next_batch(candidate)] * STEPS, trainer.engine)
 
 
 def _record_ddp(training: Measurement, name: str, group: dist.ProcessGroup) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _record_ddp(training: Measurement, name: str, group: dist.ProcessGroup) -> d
     trainer = parse_strategy(name).build(net, optimizer_factory(training.plan.optimizer), group)
     assert isinstance(trainer.model, DistributedDataParallel)
     tracer = AllReduceTrace(trainer.model, group)
-    batch = training.next_batch(training.contestants[0])
+    batch = training.next_batch(training.candidates[0])
     for _ in range(TRIAL_STEPS):
         trainer.step(*batch)
     return record(trainer, gpt_parts(net), [batch] * STEPS, tracer)

@@ -38,7 +38,7 @@ def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, A
 
 
 @dataclass
-class Contestant:
+class Candidate:
     """A strategy, its trainer while it lives, and everything measured of it."""
 
     strategy: Strategy
@@ -64,9 +64,9 @@ class Measurement:
     def __init__(self, worker: Worker, plan: Plan, report: Report) -> None:
         self.worker, self.plan, self.report = worker, plan, report
         self.workload = WORKLOADS[plan.workload]
-        self.contestants = [Contestant(parse_strategy(name)) for name in plan.strategies]
+        self.candidates = [Candidate(parse_strategy(name)) for name in plan.strategies]
         profiled = breakdown.STEPS if plan.breakdown else 0
-        self.total = len(self.contestants) * (TRIAL_STEPS + plan.rounds * (plan.warmup + plan.steps) + profiled)
+        self.total = len(self.candidates) * (TRIAL_STEPS + plan.rounds * (plan.warmup + plan.steps) + profiled)
         self.done = 0
         self.digest: str | None = None
         self.same: Batch | None = None  # the last one drawn, on this rank's device
@@ -87,10 +87,10 @@ class Measurement:
     def play(self) -> None:
         """All rounds: each strategy in turn, the order rotated from round to round."""
         for number in range(self.plan.rounds):
-            first = number % len(self.contestants)
-            for contestant in self.contestants[first:] + self.contestants[:first]:
-                self._block(contestant, number)
-                name = contestant.strategy.name
+            first = number % len(self.candidates)
+            for candidate in self.candidates[first:] + self.candidates[:first]:
+                self._block(candidate, number)
+                name = candidate.strategy.name
                 self._progress(self.plan.warmup + self.plan.steps, f"round {number + 1} of {self.plan.rounds}: {name}")
 
     def evaluate(self) -> None:
@@ -99,10 +99,10 @@ class Measurement:
 
     def finish(self) -> dict[str, Any]:
         """Closes every strategy; returns all that was measured."""
-        for contestant in self.contestants:
-            if (trainer := contestant.running) is not None:
-                _, contestant.failure = self.worker.attempt(trainer.close)
-                contestant.trainer = None
+        for candidate in self.candidates:
+            if (trainer := candidate.running) is not None:
+                _, candidate.failure = self.worker.attempt(trainer.close)
+                candidate.trainer = None
         with suppress(MissingPackage):
             self.digest = self.workload.data().digest
         return {
@@ -112,7 +112,7 @@ class Measurement:
             "congestion_control": records.congestion_control(),
             "about": self.workload.about,
             "data": self.digest,
-            "strategies": [self._account(contestant) for contestant in self.contestants],
+            "strategies": [self._account(candidate) for candidate in self.candidates],
         }
 
     def _progress(self, steps: int, doing: str) -> None:
@@ -120,87 +120,87 @@ class Measurement:
         if self.worker.rank == 0:
             self.report(self.done, self.total, doing)
 
-    def _each(self, doing: str, action: Callable[[Contestant], None], steps: int = 0) -> None:
-        for contestant in self.contestants:
-            what = f"{doing} {contestant.strategy.name}"
+    def _each(self, doing: str, action: Callable[[Candidate], None], steps: int = 0) -> None:
+        for candidate in self.candidates:
+            what = f"{doing} {candidate.strategy.name}"
             self._progress(0, what)
-            action(contestant)
+            action(candidate)
             self._progress(steps, what)
 
-    def _build(self, contestant: Contestant) -> None:
-        contestant.failure = self.plan.excluded.get(contestant.strategy.name)
-        if contestant.failure:
+    def _build(self, candidate: Candidate) -> None:
+        candidate.failure = self.plan.excluded.get(candidate.strategy.name)
+        if candidate.failure:
             return
         group = self.worker.group()
         sent: list[int] = []  # by the last two trial steps: ACP-SGD sends two factors of different length in turn
 
         def build_and_try() -> Trainer:
             net = self.workload.build_seeded(self.plan.seed).to(self.worker.device)
-            contestant.payload_bytes_per_step = contestant.strategy.payload_bytes(net, self.worker.world)
-            trainer = contestant.strategy.build(net, optimizer_factory(self.plan.optimizer), group)
+            candidate.payload_bytes_per_step = candidate.strategy.payload_bytes(net, self.worker.world)
+            trainer = candidate.strategy.build(net, optimizer_factory(self.plan.optimizer), group)
             trainer.loss = self.workload.loss
             for number in range(TRIAL_STEPS):
-                self.step(contestant, trainer)
+                self.step(candidate, trainer)
                 if trainer.compressor is not None and number >= TRIAL_STEPS - 2:
-                    self._drain(contestant, trainer)
+                    self._drain(candidate, trainer)
                     sent.append(trainer.compressor_stats()["bytes_sent"])
-            self._drain(contestant, trainer)
+            self._drain(candidate, trainer)
             return trainer
 
-        contestant.trainer, contestant.failure = self.worker.attempt(build_and_try)
+        candidate.trainer, candidate.failure = self.worker.attempt(build_and_try)
         if sent:
-            contestant.payload_bytes_per_step = sum(sent) // len(sent)
+            candidate.payload_bytes_per_step = sum(sent) // len(sent)
 
-    def next_batch(self, contestant: Contestant) -> Batch:
-        """What the contestant trains on next: the same examples in the same order for every one of them."""
+    def next_batch(self, candidate: Candidate) -> Batch:
+        """What the candidate trains on next: the same examples in the same order for every one of them."""
         data, worker = self.workload.data(), self.worker
         if self.same is None or data.varies:
             where = {"rank": worker.rank, "world": worker.world, "batch": self.plan.batch, "seed": self.plan.seed}
-            inputs, targets = data.batch(len(contestant.losses), **where)
+            inputs, targets = data.batch(len(candidate.losses), **where)
             self.same = inputs.to(worker.device), targets.to(worker.device)
         return self.same
 
-    def step(self, contestant: Contestant, trainer: Trainer) -> None:
+    def step(self, candidate: Candidate, trainer: Trainer) -> None:
         start = time.perf_counter()
-        contestant.losses.append(trainer.step(*self.next_batch(contestant)))
-        contestant.clock.append((time.perf_counter() - start) * 1e3)
+        candidate.losses.append(trainer.step(*self.next_batch(candidate)))
+        candidate.clock.append((time.perf_counter() - start) * 1e3)
 
-    def _drain(self, contestant: Contestant, trainer: Trainer) -> None:
+    def _drain(self, candidate: Candidate, trainer: Trainer) -> None:
         """Waits for what is in flight, on the last step's account: else its cost would be in no step."""
         start = time.perf_counter()
         trainer.synchronize()
         self.worker.synchronize()
-        contestant.clock[-1] += (time.perf_counter() - start) * 1e3
+        candidate.clock[-1] += (time.perf_counter() - start) * 1e3
 
-    def _block(self, contestant: Contestant, number: int) -> None:
+    def _block(self, candidate: Candidate, number: int) -> None:
         """Warm-up steps, then timed ones. DeAR's last gather belongs to the block's end, its first to a warm-up step.
 
         So each timed step is a steady-state one: it pays for exactly one reduce-scatter and one all-gather.
         """
-        trainer = contestant.running
+        trainer = candidate.running
         if trainer is None:
             return
         self.worker.barrier()
-        measured, failure = self.worker.attempt(lambda: self._timed_steps(contestant, trainer))
+        measured, failure = self.worker.attempt(lambda: self._timed_steps(candidate, trainer))
         if failure:
-            contestant.failure = f"round {number + 1}: {failure}"
+            candidate.failure = f"round {number + 1}: {failure}"
             return
         ranks = [one for one in self.worker.gather(measured) if one]
-        contestant.blocks.append({"round": number, **{key: [one[key] for one in ranks] for key in ranks[0]}})
+        candidate.blocks.append({"round": number, **{key: [one[key] for one in ranks] for key in ranks[0]}})
 
-    def _timed_steps(self, contestant: Contestant, trainer: Trainer) -> dict[str, Any]:
+    def _timed_steps(self, candidate: Candidate, trainer: Trainer) -> dict[str, Any]:
         for _ in range(self.plan.warmup):
-            self.step(contestant, trainer)
+            self.step(candidate, trainer)
         sent, cpu, user = bytes_sent(), time.process_time(), user_seconds()
         marks = [time.perf_counter()]
         for _ in range(self.plan.steps):
-            self.step(contestant, trainer)
+            self.step(candidate, trainer)
             marks.append(time.perf_counter())
         # Before the drain: the first timed step sent what the last warm-up step had left, and so it is with the last.
         cpu_ms, sent_after = (time.process_time() - cpu) * 1e3, bytes_sent()
         user_after = user_seconds()
         engine = trainer.stats()
-        self._drain(contestant, trainer)
+        self._drain(candidate, trainer)
         return {
             "ms": [round((end - start) * 1e3, 3) for start, end in pairwise(marks)],
             "cpu_ms_per_step": round(cpu_ms / self.plan.steps, 3),
@@ -211,8 +211,8 @@ class Measurement:
             "user_s": [round(b - a, 2) for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
         }
 
-    def _evaluate(self, contestant: Contestant) -> None:
-        trainer = contestant.running
+    def _evaluate(self, candidate: Candidate) -> None:
+        trainer = candidate.running
         if trainer is None:
             return
         held_out = self.workload.data().held_out(HELD_OUT_BATCH)
@@ -224,32 +224,32 @@ class Measurement:
 
         result, failure = self.worker.attempt(evaluate)
         if failure or result is None:
-            contestant.failure = f"at the end: {failure}"
+            candidate.failure = f"at the end: {failure}"
             return
-        contestant.held_out_loss = result[0]
-        contestant.optimizer_state_bytes = self.worker.gather(result[1])
+        candidate.held_out_loss = result[0]
+        candidate.optimizer_state_bytes = self.worker.gather(result[1])
 
-    def _profile(self, contestant: Contestant) -> None:
-        trainer = contestant.running
+    def _profile(self, candidate: Candidate) -> None:
+        trainer = candidate.running
         if trainer is None:
             return
-        batches = [self.next_batch(contestant)] * breakdown.STEPS
+        batches = [self.next_batch(candidate)] * breakdown.STEPS
         profile = partial(breakdown.profile, trainer, parts(trainer.net), batches)
-        contestant.breakdown, failure = self.worker.attempt(profile)
+        candidate.breakdown, failure = self.worker.attempt(profile)
         if failure:
-            contestant.breakdown = {"failure": failure}
+            candidate.breakdown = {"failure": failure}
 
-    def _account(self, contestant: Contestant) -> dict[str, Any]:
-        losses = [sum(step) / len(step) for step in zip(*self.worker.gather(contestant.losses), strict=False)]
-        clock = [max(step) for step in zip(*self.worker.gather(contestant.clock), strict=False)]
+    def _account(self, candidate: Candidate) -> dict[str, Any]:
+        losses = [sum(step) / len(step) for step in zip(*self.worker.gather(candidate.losses), strict=False)]
+        clock = [max(step) for step in zip(*self.worker.gather(candidate.clock), strict=False)]
         return {
-            "name": contestant.strategy.name,
-            "failure": contestant.failure,
-            "payload_bytes_per_step": contestant.payload_bytes_per_step,
-            "held_out_loss": contestant.held_out_loss,
-            "optimizer_state_bytes": contestant.optimizer_state_bytes,
-            "blocks": contestant.blocks,
-            "breakdown": contestant.breakdown,
+            "name": candidate.strategy.name,
+            "failure": candidate.failure,
+            "payload_bytes_per_step": candidate.payload_bytes_per_step,
+            "held_out_loss": candidate.held_out_loss,
+            "optimizer_state_bytes": candidate.optimizer_state_bytes,
+            "blocks": candidate.blocks,
+            "breakdown": candidate.breakdown,
             "losses": [round(loss, 6) for loss in losses],  # training loss, mean over ranks, every step
             "clock_ms": [round(ms, 3) for ms in clock],  # what each of them took, trial and warm-up steps included
         }

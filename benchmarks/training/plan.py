@@ -39,7 +39,7 @@ def strategy_names(text: str) -> list[str]:
 
 def plan_options(parser: Parser, *, strategies: str, rounds: int, warmup: int, steps: int) -> None:
     """The options that make a Plan, with these defaults."""
-    parser.add_argument("--rounds", type=positive, default=rounds, help="times every strategy has its turn")
+    parser.add_argument("--rounds", type=positive, default=rounds, help="in each of which every strategy is timed")
     parser.add_argument("--warmup", type=positive, default=warmup, help="steps before the timed ones of a round")
     training_options(parser, strategies=strategies, optimizer="sgd", steps=steps)
 
