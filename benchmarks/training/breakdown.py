@@ -30,7 +30,7 @@ PHASES = (
 #: What engines and compressors say of a step themselves, and the phase that it is.
 REPORTED = {"encode_ms": "encode", "merge_ms": "merge", "decode_ms": "decode"}
 
-Span = dict[str, Any]
+Span = dict[Any, Any]
 
 
 class ProfilerTrace:
@@ -114,45 +114,44 @@ def account(compute: Sequence[Span], lanes: Sequence[Span] | None, reports: Sequ
     (between exchanges) and "decode" may run beside the others. "modules": by part. "operators": by what moved, None
     where unknown.
     """
-    steps = sorted({span["step"] for span in compute})[1:-1]
-    waits = [span for span in lanes or () if span["lane"] == "wait"]
-    updates = [span for span in lanes or () if span["lane"] == "update"]
-    phases: dict[str, float] = defaultdict(float)
-    modules: dict[str, dict[str, float]] = defaultdict(lambda: {"forward": 0.0, "backward": 0.0})
-    for step in steps:
-        own = [span for span in compute if span["step"] == step]
-        whole = {"start": own[0]["start"], "end": own[-1]["end"]}
-        phases["step"] += whole["end"] - whole["start"]
-        for span in own:
-            ns = span["end"] - span["start"] - covered(span, waits) - covered(span, updates)
-            if span["phase"] == "update":
-                # An engine notes its updates; what else it does in step() is scheduling.
-                phases["scheduler" if updates else "optimizer"] += ns
-            else:
-                phases[span["phase"]] += ns
-                modules[span["name"]][span["phase"]] += ns
-        if updates:
-            phases["optimizer"] += covered(whole, updates)
-        if lanes is not None:
-            for kind in ("reduce_scatter", "all_gather", "other"):
-                phases[f"exposed_{kind}"] += covered(whole, [wait for wait in waits if _kind(wait["name"]) == kind])
-    found = {name: ns / len(steps) / 1e6 for name, ns in phases.items()} | _reported(reports, REPORTED)
-    if lanes is None:  # a plain hook: DDP waits for it at the end of backward
+    import pandas as pd  # here: the workers that are timed have no use for it
+
+    spans = pd.DataFrame(compute)
+    count = spans.step.nunique() - 2
+    spans = spans[spans.step.between(spans.step.min(), spans.step.max(), inclusive="neither")].copy()
+    waits, updates = ([span for span in lanes or () if span["lane"] == lane] for lane in ("wait", "update"))
+
+    def per_step(ns: Iterable[float]) -> float:
+        return sum(ns) / count / 1e6
+
+    steps = [{"start": own.start.iloc[0], "end": own.end.iloc[-1]} for _, own in spans.groupby("step")]
+    spans["ns"] = [
+        span["end"] - span["start"] - covered(span, waits) - covered(span, updates) for span in spans.to_dict("records")
+    ]
+    found = {str(phase): per_step(own.ns) for phase, own in spans.groupby("phase")} | _reported(reports, REPORTED)
+    # An engine notes its updates; what else it does in step() is scheduling.
+    found["scheduler" if updates else "optimizer"] = found.pop("update")
+    if updates:
+        found["optimizer"] = per_step(covered(step, updates) for step in steps)
+    if lanes is not None:
+        for kind in ("reduce_scatter", "all_gather", "other"):
+            own = [wait for wait in waits if _kind(wait["name"]) == kind]
+            found[f"exposed_{kind}"] = per_step(covered(step, own) for step in steps)
+    else:  # a plain hook: DDP waits for it at the end of backward, in the span of whichever module's is the last
         found |= (waited := _reported(reports, {"exposed_ms": "exposed_other"}))
         found["backward"] -= sum(waited.values())
-        # That is in the span of whichever module's backward is the last.
-        last = [span for span in compute if span["step"] in steps and span["phase"] == "backward"][-1:]
-        for span in last:
-            modules[span["name"]]["backward"] -= sum(waited.values()) * 1e6 * len(steps)
+        last = spans[spans.phase == "backward"].index[-1]
+        spans.loc[last, "ns"] -= sum(waited.values()) * 1e6 * count
+    modules = spans[spans.phase != "update"].groupby(["name", "phase"], sort=False).ns.apply(per_step).round(3)
     return {
-        "steps": len(steps),
-        "step_ms": round(found["step"], 3),
+        "steps": count,
+        "step_ms": round(per_step(step["end"] - step["start"] for step in steps), 3),
         "phases": {name: round(found[name], 3) if name in found else None for name in PHASES},
         "modules": [
-            {"name": name, **{f"{phase}_ms": round(ns / len(steps) / 1e6, 3) for phase, ns in times.items()}}
-            for name, times in modules.items()
+            {"name": name, **{f"{phase}_ms": modules.get((name, phase), 0.0) for phase in ("forward", "backward")}}
+            for name in modules.index.unique("name")
         ],
-        "operators": None if lanes is None else _operators(compute, steps, lanes),
+        "operators": None if lanes is None else _operators(steps, lanes),
     }
 
 
@@ -177,14 +176,12 @@ def covered(span: Span, others: Iterable[Span]) -> int:
     return sum(max(0, min(span["end"], end) - max(span["start"], begin)) for begin, end in _union(others))
 
 
-def _operators(compute: Sequence[Span], steps: Sequence[int], lanes: Sequence[Span]) -> list[dict[str, Any]]:
-    first = min(span["start"] for span in compute if span["step"] == steps[0])
-    last = max(span["end"] for span in compute if span["step"] == steps[-1])
+def _operators(steps: Sequence[Span], lanes: Sequence[Span]) -> list[dict[str, Any]]:
+    window = {"start": steps[0]["start"], "end": steps[-1]["end"]}
     moved: dict[str, list[Span]] = defaultdict(list)
     for span in lanes:
-        if span["lane"] not in ("wait", "update") and first <= span["start"] < last:
+        if span["lane"] not in ("wait", "update") and window["start"] <= span["start"] < window["end"]:
             moved[span["name"] if span["lane"] == "communication" else span["lane"]].append(span)
-    window = {"start": first, "end": last}
     waits = [span for span in lanes if span["lane"] == "wait"]
 
     def per_step(ns: float) -> float:
