@@ -4,6 +4,7 @@ A method runs once when told, and can count the elements it got wrong. To add on
 put it in EXACT. MPI's are in mpi_methods.py; compressors, which are not exact, in compressed.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,6 @@ DTYPES = {
     "double": torch.float64,
     "int32": torch.int32,
 }
-REDOP = "sum"
 
 Placement = Literal["out_of_place", "in_place"]
 PLACEMENTS: tuple[Placement, Placement] = ("out_of_place", "in_place")
@@ -164,68 +164,39 @@ class AllReduce(Method):
         dist.all_reduce(self.out, group=self.group)
 
 
-class Native(Method):
-    """The backend's own reduce_scatter, then its all_gather."""
-
-    name = "native"
-
-    def run(self) -> None:
-        dist.reduce_scatter_tensor(self.shard, self.data, group=self.group)
-        dist.all_gather_into_tensor(self.out, self.shard, group=self.group)
+def _native_scatter(one: Method) -> None:
+    dist.reduce_scatter_tensor(one.shard, one.data, group=one.group)
 
 
-class NativeReduceScatter(ReduceScatterHalf):
-    """The backend's own reduce_scatter alone."""
-
-    name = "native-rs"
-
-    def run(self) -> None:
-        dist.reduce_scatter_tensor(self.shard, self.data, group=self.group)
+def _native_gather(one: Method) -> None:
+    dist.all_gather_into_tensor(one.out, one.shard, group=one.group)
 
 
-class NativeAllGather(AllGatherHalf):
-    """The backend's own all_gather alone."""
-
-    name = "native-ag"
-
-    def run(self) -> None:
-        dist.all_gather_into_tensor(self.out, self.shard, group=self.group)
+def _ring_scatter(one: Method) -> None:
+    dear.reduce_scatter(one.data, one.shard, group=one.group, algorithm="ring").wait()
 
 
-class Ring(Method):
-    """This library's ring: reduce-scatter, then all-gather."""
-
-    name = "ring"
-
-    def run(self) -> None:
-        dear.reduce_scatter(self.data, self.shard, group=self.group, algorithm="ring").wait()
-        dear.all_gather(self.shard, self.out, group=self.group, algorithm="ring").wait()
+def _ring_gather(one: Method) -> None:
+    dear.all_gather(one.shard, one.out, group=one.group, algorithm="ring").wait()
 
 
-class RingReduceScatter(ReduceScatterHalf):
-    """This library's ring, reduce-scatter alone."""
+def _made_of(base: type[Method], name: str, *calls: Callable[[Method], None]) -> type[Method]:
+    """A method that makes these calls one after the other."""
 
-    name = "ring-rs"
+    def run(self: Method) -> None:
+        for call in calls:
+            call(self)
 
-    def run(self) -> None:
-        dear.reduce_scatter(self.data, self.shard, group=self.group, algorithm="ring").wait()
-
-
-class RingAllGather(AllGatherHalf):
-    """This library's ring, all-gather alone."""
-
-    name = "ring-ag"
-
-    def run(self) -> None:
-        dear.all_gather(self.shard, self.out, group=self.group, algorithm="ring").wait()
+    return type(name, (base,), {"name": name, "run": run})
 
 
+#: native: the backend's own reduce_scatter and all_gather; ring: this library's. -rs, -ag: one of the two alone.
 EXACT: list[type[Method]] = [
     AllReduce,
-    Native,
-    NativeReduceScatter,
-    NativeAllGather,
-    Ring,
-    RingReduceScatter,
-    RingAllGather,
+    _made_of(Method, "native", _native_scatter, _native_gather),
+    _made_of(ReduceScatterHalf, "native-rs", _native_scatter),
+    _made_of(AllGatherHalf, "native-ag", _native_gather),
+    _made_of(Method, "ring", _ring_scatter, _ring_gather),
+    _made_of(ReduceScatterHalf, "ring-rs", _ring_scatter),
+    _made_of(AllGatherHalf, "ring-ag", _ring_gather),
 ]

@@ -57,15 +57,12 @@ class MpiReduceScatter(MpiMethod, ReduceScatterHalf):
 
     def __init__(self, place: Place, group: dist.ProcessGroup, placement: Placement) -> None:
         super().__init__(place, group, placement)
-        self.in_place = placement == "in_place"
-        if self.in_place:
+        if placement == "in_place":
             self.shard = self.data[: self.shard.numel()]
+        self.buffers = (self.same, self.send) if placement == "in_place" else (self.send, self.part)
 
     def run(self) -> None:
-        if self.in_place:
-            self.comm.Reduce_scatter_block(self.same, self.send)
-        else:
-            self.comm.Reduce_scatter_block(self.send, self.part)
+        self.comm.Reduce_scatter_block(*self.buffers)
 
 
 class MpiAllGather(MpiMethod, AllGatherHalf):
@@ -73,12 +70,8 @@ class MpiAllGather(MpiMethod, AllGatherHalf):
 
     name = "mpi-ag"
 
-    def __init__(self, place: Place, group: dist.ProcessGroup, placement: Placement) -> None:
-        super().__init__(place, group, placement)
-        self.source = self.same if placement == "in_place" else self.part
-
     def run(self) -> None:
-        self.comm.Allgather(self.source, self.receive)
+        self.comm.Allgather(self.same if self.out is self.data else self.part, self.receive)
 
 
 class MpiHalves(MpiMethod):
@@ -91,14 +84,12 @@ class MpiHalves(MpiMethod):
 
     def __init__(self, place: Place, group: dist.ProcessGroup, placement: Placement) -> None:
         super().__init__(place, group, placement)
-        self.source = self.same
         if placement == "in_place":
             self.part = place.own(place.second).numpy()
-            self.source = self.part
 
     def run(self) -> None:
         self.comm.Reduce_scatter_block(self.send, self.part)
-        self.comm.Allgather(self.source, self.receive)
+        self.comm.Allgather(self.part if self.out is self.data else self.same, self.receive)
 
 
 MPI_METHODS: list[type[Method]] = [MpiAllReduce, MpiHalves, MpiReduceScatter, MpiAllGather]

@@ -1,22 +1,28 @@
 """Turns the raw JSON of the collectives benchmark into rows and tables, in nccl-tests' form for exact methods."""
 
-import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .. import tables
 from ..command import show_size
 from ..network.rates import parse_rate, show_rate
-from ..stats import paired_ratio, slowest_rank
+from ..stats import finished, paired_ratio, slowest_rank
+from ..tables import note, value
 
 BASELINE = "all_reduce"
 NATIVE = "native"
 REDOP = "sum"
 FAILED = "[red]failed[/red]"
+TIMING = ("p50", "p99", "algbw\nGB/s", "busbw\nGB/s", "#wrong")
+ABOUT_COMPRESSORS = (
+    " Compressors: encode is what is computed before the first exchange, decode all that is computed after it. wire: "
+    "bytes one rank must send. effective: raw bytes / time. error: |result - mean|² / |mean|² of one step without "
+    "error feedback."
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,16 @@ class Row:
     of_rate: float | None = None  # bus bandwidth in percent of the link's rate
     speedup: float | None = None  # the backend's all_reduce's time / ours, paired by round
     over_native: float | None = None  # the same for the backend's own reduce_scatter + all_gather
-    sent: float | None = None  # bytes that left one worker's interface per run, measured
     best: bool = False  # the fastest whole all-reduce at this size, in place or out of it
 
     @property
     def failure(self) -> str | None:
         return self.timing.failure
+
+    @property
+    def shortest(self) -> float | None:
+        """µs, in place or out of it; None where neither was measured."""
+        return min((one.p50_us for one in (self.timing, self.out_of_place) if one and not one.failure), default=None)
 
 
 @dataclass(frozen=True)
@@ -75,89 +85,73 @@ class CompressorRow:
 def rows(size: dict[str, Any], workers: int, rate: str) -> list[Row]:
     """One row per exact method, failed ones included."""
     exact = [one for one in size["methods"] if not one.get("lossy")]
-    rivals = {one["name"]: _rounds(one) for one in exact if one["name"] in (BASELINE, NATIVE) and _finished(one)}
+    rivals = {one["name"]: _rounds(one) for one in exact if one["name"] in (BASELINE, NATIVE) and finished(one)}
     made = [_row(one, rivals, size["bytes"], workers, parse_rate(rate)) for one in exact]
-    times = {row.name: min(_medians(row)) for row in made if row.halves == 2 and _medians(row)}
-    best = min(times, key=lambda name: times[name], default=None)
-    return [Row(**{**row.__dict__, "best": row.name == best}) for row in made]
-
-
-def _medians(row: Row) -> list[float]:
-    return [timing.p50_us for timing in (row.timing, row.out_of_place) if timing and not timing.failure]
+    best = min(
+        (row for row in made if row.halves == 2 and row.shortest), key=lambda row: row.shortest or 0, default=None
+    )
+    return [replace(row, best=row is best) for row in made]
 
 
 def _row(one: dict[str, Any], rivals: dict[str, list[float]], bytes_: int, workers: int, bits: float | None) -> Row:
     factor = one["halves"] * (workers - 1) / workers
-    other = one.get("out_of_place")
-    out_of_place = _timing(other, bytes_, factor) if other else None
+    out_of_place = _timing(one["out_of_place"], bytes_, factor) if one.get("out_of_place") else None
     timing = _timing(one, bytes_, factor)
     if timing.failure:
         return Row(one["name"], one["halves"], timing, out_of_place)
     against = rivals if one["halves"] == 2 else {}  # a half compared with a whole would flatter it
-    sent = [each for block in one["blocks"] for each in block["sent_bytes"] if each]
     return Row(
         name=one["name"],
         halves=one["halves"],
         timing=timing,
         out_of_place=out_of_place,
-        cpu_ms=statistics.mean(cpu for block in one["blocks"] for cpu in block["cpu_ms"]),
+        cpu_ms=float(np.mean([cpu for block in one["blocks"] for cpu in block["cpu_ms"]])),
         of_rate=100 * timing.bus_bandwidth * 8 / bits if bits else None,
         speedup=paired_ratio(_rounds(one), against[BASELINE]) if BASELINE in against else None,
         over_native=paired_ratio(_rounds(one), against[NATIVE]) if NATIVE in against else None,
-        sent=statistics.median(sent) if sent else None,
     )
 
 
 def _timing(account: dict[str, Any], bytes_: int, factor: float) -> Timing:
-    if not _finished(account):
+    if not finished(account):
         return Timing(failure=account["failure"] or "no round was finished")
-    p50 = np.percentile(_times(account), 50)
+    p50, p99 = np.percentile(_times(account), [50, 99])
     bandwidth = bytes_ / (p50 / 1e6)
-    return Timing(None, p50, np.percentile(_times(account), 99), bandwidth, factor * bandwidth, account["wrong"])
+    return Timing(None, p50, p99, bandwidth, factor * bandwidth, account["wrong"])
 
 
 def compressor_rows(size: dict[str, Any]) -> list[CompressorRow]:
     """One row per compressor, failed ones included."""
-    lossy = [one for one in size["methods"] if one.get("lossy")]
-    finished = {one["name"]: one for one in size["methods"] if _finished(one)}
-    medians = {one["name"]: np.percentile(_times(one), 50) for one in lossy if one["name"] in finished}
-    best = min(medians, key=lambda name: medians[name], default=None)
-
-    def against(one: dict[str, Any], rival: str) -> float | None:
-        return paired_ratio(_rounds(one), _rounds(finished[rival])) if rival in finished else None
-
-    made = []
-    for one in lossy:
-        if one["name"] not in finished:
-            made.append(CompressorRow(one["name"], failure=one["failure"] or "no round was finished"))
-            continue
-        encode, communicate, decode = (
-            statistics.median(_times(one, f"{part}_us")) for part in ("encode", "communicate", "decode")
-        )
-        p50 = medians[one["name"]]
-        made.append(
-            CompressorRow(
-                name=one["name"],
-                raw_bytes=one["raw_bytes"],
-                wire_bytes=one["wire_bytes"],
-                p50_us=p50,
-                p99_us=np.percentile(_times(one), 99),
-                encode_us=encode,
-                communicate_us=communicate,
-                decode_us=decode,
-                effective_bandwidth=one["raw_bytes"] / (p50 / 1e6),
-                wire_bandwidth=one["wire_bytes"] / (communicate / 1e6),
-                error=one["vnmse"],
-                speedup=against(one, BASELINE),
-                over_16_bit=against(one, "bf16"),
-                best=one["name"] == best,
-            )
-        )
-    return made
+    known = {one["name"]: _rounds(one) for one in size["methods"] if finished(one)}
+    made = [_compressor_row(one, known) for one in size["methods"] if one.get("lossy")]
+    best = min((row for row in made if not row.failure), key=lambda row: row.p50_us, default=None)
+    return [replace(row, best=row is best) for row in made]
 
 
-def _finished(account: dict[str, Any]) -> bool:
-    return not account["failure"] and bool(account["blocks"])
+def _compressor_row(one: dict[str, Any], known: dict[str, list[float]]) -> CompressorRow:
+    if one["name"] not in known:
+        return CompressorRow(one["name"], failure=one["failure"] or "no round was finished")
+    p50, p99 = np.percentile(_times(one), [50, 99])
+    encode, communicate, decode = (np.median(_times(one, f"{part}_us")) for part in ("encode", "communicate", "decode"))
+    speedup, over_16_bit = (
+        paired_ratio(known[one["name"]], known[rival]) if rival in known else None for rival in (BASELINE, "bf16")
+    )
+    return CompressorRow(
+        one["name"],
+        None,
+        one["raw_bytes"],
+        one["wire_bytes"],
+        p50,
+        p99,
+        float(encode),
+        float(communicate),
+        float(decode),
+        effective_bandwidth=one["raw_bytes"] / (p50 / 1e6),
+        wire_bandwidth=one["wire_bytes"] / (float(communicate) / 1e6),
+        error=one["vnmse"],
+        speedup=speedup,
+        over_16_bit=over_16_bit,
+    )
 
 
 def _times(account: dict[str, Any], series: str = "us") -> list[float]:
@@ -165,54 +159,44 @@ def _times(account: dict[str, Any], series: str = "us") -> list[float]:
 
 
 def _rounds(account: dict[str, Any]) -> list[float]:
-    return [statistics.median(slowest_rank(block["us"])) for block in account["blocks"]]
+    return [float(np.median(slowest_rank(block["us"]))) for block in account["blocks"]]
 
 
 def show(cell: dict[str, Any], console: Console) -> None:
     """The tables of one cell, the fits, why rows failed, and how to read it all."""
     failures: dict[str, str] = {}
-    if any(not one.get("lossy") for one in cell["sizes"][0]["methods"]):
+    lossy = [bool(one.get("lossy")) for one in cell["sizes"][0]["methods"]]
+    if not all(lossy):
         _print(_exact_table(cell, failures), console)
-    if any(one.get("lossy") for one in cell["sizes"][0]["methods"]):
+    if any(lossy):
         _print(_compressor_table(cell, failures), console)
     for name, failure in failures.items():
-        console.print(f"{name}: {failure}", style="red", highlight=False, markup=False)
+        tables.alarm(console, f"{name}: {failure}")
     if cell.get("fits"):
         _print(_fit_table(cell), console)
-    console.print(
+    note(
+        console,
         "Times in µs, of the slowest rank. -rs, -ag: one half of an all-reduce alone. native: the backend's own "
         "reduce_scatter + all_gather. algbw: size / time. busbw: what a link carries each way. × all_red., × native, × "
         "bf16: their time / this one's, in place, median over rounds; above 1 is faster. CPU: process time per run and "
         "worker. wrong: elements, all ranks. BEST: fastest whole all-reduce at this size. More than 100% of the rate: "
-        "of messages so small that a port lets them through at once (72 KiB).",
-        style="dim",
-        highlight=False,
+        "of messages so small that a port lets them through at once (72 KiB)."
+        + (ABOUT_COMPRESSORS if any(lossy) else ""),
     )
-    if any(one.get("lossy") for one in cell["sizes"][0]["methods"]):
-        console.print(
-            "Compressors: encode is what is computed before the first exchange, decode all that is computed after it. "
-            "wire: bytes one rank must send. effective: raw bytes / time. error: |result - mean|² / |mean|² of one "
-            "step without error feedback.",
-            style="dim",
-            highlight=False,
-        )
-    console.print()
 
 
 def _title(cell: dict[str, Any]) -> str:
     plan = cell["plan"]
     started = f" · started by {cell['variant']}" if cell.get("variant") else ""
-    return (
-        f"{show_rate(cell['rate'])} · {cell['workers']} workers · {cell['network']}{started} · {plan['rounds']} rounds "
-        f"of {plan['iterations']} runs"
-    )
+    where = f"{show_rate(cell['rate'])} · {cell['workers']} workers · {cell['network']}{started}"
+    return f"{where} · {plan['rounds']} rounds of {plan['iterations']} runs"
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    return table
+    made = tables.table(title, [], columns)
+    for column in made.columns:
+        column.justify = "left" if column.header == "method" else "right"
+    return made
 
 
 def _print(table: Table, console: Console) -> None:
@@ -221,26 +205,27 @@ def _print(table: Table, console: Console) -> None:
     console.print(table, soft_wrap=True)
 
 
+def _named(row: Row | CompressorRow) -> str:
+    return f"{row.name} [green]BEST[/green]" if row.best else row.name
+
+
 def _exact_table(cell: dict[str, Any], failures: dict[str, str]) -> Table:
-    plan = cell["plan"]
-    timing = ["p50", "p99", "algbw\nGB/s", "busbw\nGB/s", "#wrong"]
-    placed = [f"{place}\n{column}" for place in ("out of", "in") for column in timing]
-    columns = ["size", "count", "type", "redop", "method", *placed, "% of\nrate", "× all_\nred.", "×\nnative"]
-    columns.append("CPU\nms")
-    table = _table(f"{_title(cell)}\nout of place, in place", columns)
+    placed = [
+        f"{place}\n{column}"
+        for place in ("out of", "in")
+        for column in ("p50", "p99", "algbw\nGB/s", "busbw\nGB/s", "#wrong")
+    ]
+    last = ["% of\nrate", "× all_\nred.", "×\nnative", "CPU\nms"]
+    table = _table(
+        f"{_title(cell)}\nout of place, in place", ["size", "count", "type", "redop", "method", *placed, *last]
+    )
     for size in cell["sizes"]:
-        labels = [show_size(size["bytes"]), str(size["count"]), plan["dtype"], REDOP]
+        labels = [show_size(size["bytes"]), str(size["count"]), cell["plan"]["dtype"], REDOP]
         found = rows(size, cell["workers"], cell["rate"])
         for row in found:
-            name = f"{row.name} [green]BEST[/green]" if row.best else row.name
-            last = [
-                _form(row.of_rate, ".1f"),
-                _form(row.speedup, ".3f"),
-                _form(row.over_native, ".2f"),
-                _form(row.cpu_ms if not row.failure else None, ".1f"),
-            ]
-            cells = [*labels, name, *_timing_cells(row.out_of_place), *_timing_cells(row.timing), *last]
-            table.add_row(*cells, end_section=row is found[-1])
+            forms = (row.of_rate, ".1f"), (row.speedup, ".3f"), (row.over_native, ".2f"), (row.cpu_ms or None, ".1f")
+            numbers = [*_timing_cells(row.out_of_place), *_timing_cells(row.timing), *(value(*form) for form in forms)]
+            table.add_row(*labels, _named(row), *numbers, end_section=row is found[-1])
             labels = [""] * 4
             if row.failure:
                 failures.setdefault(row.name, row.failure)
@@ -267,35 +252,24 @@ def _compressor_table(cell: dict[str, Any], failures: dict[str, str]) -> Table:
         labels = [show_size(size["bytes"]), str(size["count"]), cell["plan"]["dtype"]]
         found = compressor_rows(size)
         for row in found:
+            numbers = ["", "", FAILED]
             if row.failure:
                 failures.setdefault(f"{row.name} at {show_size(size['bytes'])}", row.failure)
-                table.add_row(*labels, row.name, "", "", FAILED, end_section=row is found[-1])
             else:
-                table.add_row(
-                    *labels,
-                    f"{row.name} [green]BEST[/green]" if row.best else row.name,
-                    show_size(row.raw_bytes),
-                    show_size(row.wire_bytes),
-                    *(f"{us:.0f}" for us in (row.p50_us, row.p99_us, row.encode_us, row.communicate_us, row.decode_us)),
-                    *(f"{each / 1e9:.3f}" for each in (row.effective_bandwidth, row.wire_bandwidth)),
-                    f"{row.error:.2g}",
-                    _form(row.speedup, ".3f"),
-                    _form(row.over_16_bit, ".3f"),
-                    end_section=row is found[-1],
-                )
+                us = (row.p50_us, row.p99_us, row.encode_us, row.communicate_us, row.decode_us)
+                numbers = [show_size(row.raw_bytes), show_size(row.wire_bytes), *(f"{each:.0f}" for each in us)]
+                numbers += [f"{each / 1e9:.3f}" for each in (row.effective_bandwidth, row.wire_bandwidth)]
+                numbers += [f"{row.error:.2g}", value(row.speedup, ".3f"), value(row.over_16_bit, ".3f")]
+            table.add_row(*labels, _named(row), *numbers, end_section=row is found[-1])
             labels = [""] * 3
     return table
 
 
 def _fit_table(cell: dict[str, Any]) -> Table:
     """What the cost model takes from this cell: fitted to measured times, unlike what it then predicts."""
-    columns = ["method", "alpha us", "beta ns/KiB", "1 / beta\nGB/s"]
-    table = _table("time = alpha + beta × bytes, fitted over the sizes, in place", columns)
+    title = "time = alpha + beta × bytes, fitted over the sizes, in place"
+    table = tables.table(title, "method", ["alpha us", "beta ns/KiB", "1 / beta\nGB/s"])
     for name, line in cell["fits"].items():
         slope = f"{1 / line['beta'] / 1e9:.3f}" if line["beta"] else ""
         table.add_row(name, f"{line['alpha'] * 1e6:.1f}", f"{line['beta'] * 2**10 * 1e9:.1f}", slope)
     return table
-
-
-def _form(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

@@ -1,14 +1,14 @@
-"""Turns the raw JSON of the compressors benchmark into its table. Pure, so the report can use it too."""
+"""How kernels are shown. From raw JSON alone, so the report can use it too."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from ..stats import share_of_others
-from ..tables import warn_of_others
+from ..tables import alarm, note, table, value, warn_of_others
+
+FAILED = "[red]failed[/red]"
 
 
 def show(payload: dict[str, Any], console: Console) -> None:
@@ -16,29 +16,25 @@ def show(payload: dict[str, Any], console: Console) -> None:
     cells = payload.get("cells") or [payload]  # results from before there were cells are one cell by themselves
     gpu = _gpu(payload)
     unit, per_second = ("µs", 1e6) if gpu else ("ms", 1e3)
-    table = Table(title=_title(payload, cells), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("kernel", no_wrap=True)
-    for column in (unit, "GB/s", "% of\ncopy", f"plain torch\n{unit}", "times\nfaster", "best against\nbest"):
-        table.add_column(column, justify="right")
-    for cell in cells:
-        for kernel in cell["kernels"]:
-            table.add_row(*_row(kernel, cell["copy_bytes_per_s"], per_second))
-    console.print(table)
-    for cell in cells:
-        for kernel in cell["kernels"]:
-            for way, why in kernel.get("failures", {}).items():
-                console.print(f"{kernel['name']}, {way}: {why}", style="red", highlight=False, markup=False)
-    console.print(
+    columns = [unit, "GB/s", "% of\ncopy", f"plain torch\n{unit}", "times\nfaster", "best against\nbest"]
+    shown = table(_title(payload, cells), "kernel", columns)
+    kernels = [(kernel, cell["copy_bytes_per_s"]) for cell in cells for kernel in cell["kernels"]]
+    for kernel, copy in kernels:
+        shown.add_row(*_row(kernel, copy, per_second))
+    console.print(shown)
+    for kernel, _ in kernels:
+        for way, why in kernel.get("failures", {}).items():
+            alarm(console, f"{kernel['name']}, {way}: {why}")
+    about_gpu = (
+        "GPU. Times are the GPU's own, between two events; input sets take turns, so that the L2 cache serves little "
+        "of them."
+    )
+    about_cpu = "machine; a copy also reads the lines it overwrites, so an update in place can exceed 100."
+    note(
+        console,
         "Medians over the rounds, in which kernels, plain torch and the copy take turns. GB/s: the bytes that the "
         "kernel must move at least, by its time. % of copy: of what a copy of as many elements moves on this "
-        + (
-            "GPU. Times are the GPU's own, between two events; input sets take turns, so that the L2 cache serves "
-            "little of them."
-            if gpu
-            else "machine; a copy also reads the lines it overwrites, so an update in place can exceed 100."
-        ),
-        style="dim",
-        highlight=False,
+        + (about_gpu if gpu else about_cpu),
     )
     timed = [(*cell["user_s"], cell["wall_s"], cell["cpus"]) for cell in cells if cell.get("user_s")]
     if timed:
@@ -63,14 +59,14 @@ def _title(payload: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
 
 def _row(kernel: dict[str, Any], copy: float, per_second: float) -> list[str]:
     seconds, plain = kernel["median_s"], kernel.get("plain_median_s")
-    failures = kernel.get("failures", {})
     best, plain_best = kernel.get("best_s"), kernel.get("plain_best_s")
+    speed = kernel["bytes"] / seconds if seconds else None
     return [
         kernel["name"],
-        f"{seconds * per_second:.2f}" if seconds else "[red]failed[/red]",
-        f"{kernel['bytes'] / seconds / 1e9:.1f}" if seconds else "",
-        f"{100 * kernel['bytes'] / seconds / copy:.0f}" if seconds else "",
-        f"{plain * per_second:.2f}" if plain else "[red]failed[/red]" if "plain torch" in failures else "",
+        f"{seconds * per_second:.2f}" if seconds else FAILED,
+        value(speed, lambda each: f"{each / 1e9:.1f}"),
+        value(speed, lambda each: f"{100 * each / copy:.0f}"),
+        f"{plain * per_second:.2f}" if plain else FAILED if "plain torch" in kernel.get("failures", {}) else "",
         f"{plain / seconds:.1f}" if plain and seconds else "",
         f"{plain_best / best:.1f}" if plain_best and best else "",
     ]

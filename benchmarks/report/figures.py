@@ -1,7 +1,6 @@
 """Pictures of the training benchmark for one setting: step time by rate, what a step consists of, loss over time."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from matplotlib.patches import Patch
 
 from .. import drawing
 from ..network.rates import parse_rate
-from ..stats import SMOOTHED_OVER, is_plain_ddp, trailing_mean
+from ..stats import is_plain_ddp
 from . import contest
-from .contest import FLOOR, Cell, family, kind, median, short_rate
+from .contest import Cell, family, kind, median, short_rate
 
 MARKERS = "osD^vPX<>*hd"
 DASHES = ("-", "--", "-.", ":")
@@ -160,39 +159,3 @@ def panels_below_each_other(cells: Sequence[Cell], height: Any, width: float) ->
         len(cells), squeeze=False, figsize=(width, 1.9 + sum(heights)), height_ratios=heights, layout="constrained"
     )
     return figure, list(panels[:, 0])
-
-
-def loss_over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
-    """Training loss over each strategy's own training time, smoothed; a panel per rate."""
-    columns = min(2, len(cells))
-    rows = -(-len(cells) // columns)
-    figure, panels = plt.subplots(
-        rows, columns, squeeze=False, figsize=(6.2 * columns, 1.6 + 3.4 * rows), layout="constrained"
-    )
-    styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind()])
-    for axes, cell in zip(panels.flat, cells, strict=False):
-        for row in cell.best_of_each_kind():
-            strategy = cell.strategy(row.name)
-            seconds = [ms / 1e3 for ms in accumulate(strategy["clock_ms"])]
-            style = {**styles[kind(row.name)], "marker": "", "linewidth": 1.6}
-            axes.plot(seconds, trailing_mean(strategy["losses"]), **style)
-            axes.plot(
-                seconds[-1:], trailing_mean(strategy["losses"])[-1:], **{**styles[kind(row.name)], "markersize": 6}
-            )
-        axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
-        axes.set_xlim(left=0)
-        drawing.plain(axes)
-    for axes in panels.flat[len(cells) :]:
-        axes.set_visible(False)
-    figure.supylabel("training loss (nats)", fontsize=10)
-    handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(
-        f"Loss over training time, each on its own clock in seconds: {cells[0].setting.label}\n"
-        f"mean of {SMOOTHED_OVER} steps; a marker where a strategy finished"
-    )
-    drawing.save(figure, path, about)
-
-
-def has_losses(cell: Cell) -> bool:
-    return any(cell.strategy(row.name).get("losses") for row in cell.finished if row.name != FLOOR)

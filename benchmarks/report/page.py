@@ -113,7 +113,7 @@ def tables_of(benchmark: str) -> Make:
 def the_demo(evidence: Evidence, out: Path) -> Iterator[Part]:
     for source in evidence.of_benchmark("demo"):
         path = out / f"loss-{source.name}.png"
-        figures.loss_over_time([contest.as_cell(source, source.payload["training"])], provenance([source]), path)
+        losses_figures.over_time([contest.as_cell(source, source.payload["training"])], provenance([source]), path)
         yield Part(provenance([source]), path)
 
 
@@ -157,7 +157,10 @@ SECTIONS: dict[str, tuple[str, list[Make]]] = {
     ),
     "bound": ("training", [of_settings(tables.bounds)]),
     "price": ("training", [of_settings(tables.price_of_compression)]),
-    "loss": ("training", [pictures("loss", figures.loss_over_time, figures.has_losses), the_demo, tables_of("demo")]),
+    "loss": (
+        "training",
+        [pictures("loss", losses_figures.over_time, losses_figures.are_in), the_demo, tables_of("demo")],
+    ),
     "convergence": ("convergence", [tables_of("convergence"), curves]),
     "bandwidth": ("bandwidth", [tables_of("bandwidth")]),
     "collectives": ("collectives", [tables_of("collectives")]),
