@@ -13,10 +13,10 @@ import torch
 from canned import strategy, training_cell
 from rich.console import Console
 
-from benchmarks import records
+from benchmarks import losses, records
 from benchmarks.bandwidth import measure as bandwidth
 from benchmarks.bandwidth import show as bandwidth_table
-from benchmarks.convergence import show as losses
+from benchmarks.convergence import show as convergence
 from benchmarks.launch import WorkersFailed
 from benchmarks.network.rates import parse_rate
 from benchmarks.training import breakdown, tradeoff
@@ -101,7 +101,7 @@ def test_losses_are_compared_with_dense_seed_by_seed() -> None:
     assert acp.worst == pytest.approx(1.05) and acp.worst_seed == 2
     assert sign.seeds == 1 and sign.failures == ("seed 2: rank 0: no",)
     console = Console(width=120, record=True, file=io.StringIO())
-    losses.show(cells, console)
+    convergence.show(cells, console)
     text = console.export_text()
     assert "1.050 (2)" in text and "sign failed, seed 2: rank 0: no" in text
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from ..convergence import show as losses
+from .. import losses
 from ..demo import show as demo
 from ..records import Source, load
 from . import figures, others, phases, repeats, steps

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import records
-from ..convergence import show as losses
+from .. import losses, records
 from ..records import Source
 from ..training import seeds
 from . import contest

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .. import losses
 from ..collectives import show as collectives
 from ..command import show_size
-from ..convergence import show as losses
 from ..network.rates import parse_rate, show_rate
 from ..records import Source
 from ..training import seeds

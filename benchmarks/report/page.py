@@ -15,8 +15,7 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from .. import show
-from ..convergence import show as losses
+from .. import losses, show
 from ..matrix.tasks import example
 from ..records import Source, provenance
 from . import contest, figures, losses_figures, phases, repeats, tables, winners

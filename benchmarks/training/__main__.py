@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .. import cells
 from ..command import Parser, listed, positive, terminal
-from ..convergence.show import read
+from ..losses import read
 from . import seeds
 from .measure import measure, run_cell
 from .plan import Plan, plan_of, plan_options

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import tables
-from ..convergence.show import TOLERANCE
+from ..losses import TOLERANCE
 from ..network.rates import show_rate
 from ..stats import SMOOTHED_OVER
 from ..tables import note, value

@@ -7,9 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import stats
+from .. import losses, stats
 from ..command import show_size
-from ..convergence import show as losses
 from ..network.rates import parse_rate
 from ..tables import note, table, value
 from . import summary
