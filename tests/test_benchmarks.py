@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -268,6 +269,19 @@ def test_a_wrong_argument_gets_one_sentence(module: str, arguments: list[str], s
     done = run(module, *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert says in done.stderr and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_a_missing_package_is_told_with_the_extra_that_brings_it(tmp_path: Path) -> None:
+    hide = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n: None if n == 'pandas' else f(n)"
+    said = "The benchmarks need pandas: pip install dear-torch[bench]"
+    imported = [sys.executable, "-c", f"{hide}\nimport benchmarks"]
+    done = subprocess.run(imported, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"ImportError: {said}"
+    (tmp_path / "sitecustomize.py").write_text(hide)  # started by its name it says so in one line
+    started = [sys.executable, "-m", "benchmarks.demo"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stderr == f"{said}\n"
 
 
 def attempts(rank: int, world_size: int) -> list[Any]:

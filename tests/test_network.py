@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.network import namespaces as netns
+from benchmarks.network import namespaces as ns
 from benchmarks.network.__main__ import main
 from benchmarks.network.lab import Lab, Loopback, describe, open_lab
 from benchmarks.network.namespaces import NetworkUnavailable
@@ -232,8 +232,8 @@ def _is_worker_of(owner: int, pid: int) -> bool:
 
 
 def test_refusal_names_root_and_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netns.shutil, "which", lambda name: f"/sbin/{name}")
-    monkeypatch.setattr(netns.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(ns.shutil, "which", lambda name: f"/sbin/{name}")
+    monkeypatch.setattr(ns.os, "geteuid", lambda: 1000)
     with pytest.raises(NetworkUnavailable, match=r"needs root .*user 1000.*--network loopback"):
         open_lab(2, "500mbit")
     with open_lab(2, "500mbit", network="auto") as lab:
@@ -241,7 +241,7 @@ def test_refusal_names_root_and_the_alternative(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_refusal_names_iproute2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netns.shutil, "which", lambda name: None)
+    monkeypatch.setattr(ns.shutil, "which", lambda name: None)
     with pytest.raises(NetworkUnavailable, match=r"iproute2 \(not found: ip, tc\).*--network loopback"):
         open_lab(2)
 
