@@ -56,6 +56,7 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # an installed package may lie inside another checkout
         changes = git("diff", "HEAD", "--binary", "--", ".", ":!benchmarks/results")
         digest = hashlib.sha256(changes.encode()).hexdigest()[:8]
         return git("rev-parse", "HEAD") + (f"+changes-{digest}" if changes else "")

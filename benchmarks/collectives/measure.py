@@ -39,7 +39,7 @@ class Plan:
 
 
 @dataclass
-class Contestant:
+class Candidate:
     """One method in one placement at one size, and what was measured of it."""
 
     name: str
@@ -90,33 +90,33 @@ class Measurement:
         dtype = DTYPES[self.plan.dtype]
         count = max(bytes_ // dtype.itemsize // self.worker.world, 1) * self.worker.world
         place = Place(count, dtype, self.worker)
-        contestants = [Contestant(*key, failure=self._known_failure(key)) for key in self.keys]
-        for one in contestants:
+        candidates = [Candidate(*key, failure=self._known_failure(key)) for key in self.keys]
+        for one in candidates:
             self._progress(1, f"{show_size(bytes_)} {one.name}")
             if one.failure is None:
                 self._build(one, place)
                 self._check(one)
         for number in range(self.plan.rounds):
-            first = number % len(contestants)
-            for one in contestants[first:] + contestants[:first]:
+            first = number % len(candidates)
+            for one in candidates[first:] + candidates[:first]:
                 self._progress(1, f"{show_size(bytes_)} {one.name}")
                 self._block(one, number)
-        for one in contestants:
+        for one in candidates:
             self._progress(0, f"{show_size(bytes_)} {one.name}")
             self._check(one)
-        return {"bytes": count * dtype.itemsize, "count": count, "methods": self._accounts(contestants)}
+        return {"bytes": count * dtype.itemsize, "count": count, "methods": self._accounts(candidates)}
 
     def _known_failure(self, key: tuple[str, Placement]) -> str | None:
         return self.plan.excluded.get(key[0]) or self.broken.get(key)
 
-    def _accounts(self, contestants: list[Contestant]) -> list[dict[str, Any]]:
+    def _accounts(self, candidates: list[Candidate]) -> list[dict[str, Any]]:
         """By method: its in-place account, to which the out-of-place one is added."""
         accounts = []
-        for one in contestants:
+        for one in candidates:
             if one.placement != "in_place":
                 continue
             method = self.methods.get(one.name)
-            other = [two.account() for two in contestants if two.key == (one.name, "out_of_place")]
+            other = [two.account() for two in candidates if two.key == (one.name, "out_of_place")]
             accounts.append(
                 {
                     "name": one.name,
@@ -129,7 +129,7 @@ class Measurement:
             )
         return accounts
 
-    def _build(self, one: Contestant, place: Place) -> None:
+    def _build(self, one: Candidate, place: Place) -> None:
         """Makes the method, and asks it what there is to know of it."""
 
         def build() -> Method:
@@ -144,7 +144,7 @@ class Measurement:
             self._note(one, failure)
             one.facts = facts or {}
 
-    def _check(self, one: Contestant) -> None:
+    def _check(self, one: Candidate) -> None:
         """Adds the wrong elements of one run, all ranks together."""
         method = one.running
         if method is None:
@@ -161,7 +161,7 @@ class Measurement:
         if not failure:
             one.wrong += sum(self.worker.gather(wrong or 0))
 
-    def _block(self, one: Contestant, number: int) -> None:
+    def _block(self, one: Candidate, number: int) -> None:
         method = one.running
         if method is None:
             return
@@ -172,7 +172,7 @@ class Measurement:
             ranks = [rank for rank in self.worker.gather(measured) if rank]
             one.blocks.append({"round": number, **{key: [rank[key] for rank in ranks] for key in ranks[0]}})
 
-    def _note(self, one: Contestant, failure: str | None) -> None:
+    def _note(self, one: Candidate, failure: str | None) -> None:
         if failure:
             one.failure = self.broken[one.key] = failure
 

@@ -1,6 +1,7 @@
 """Turns the raw JSON of the collectives benchmark into rows and tables, in nccl-tests' form for exact methods."""
 
 from dataclasses import dataclass, replace
+from statistics import fmean  # unlike numpy's it is exact, so the same on every machine
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ def _row(one: dict[str, Any], rivals: dict[str, list[float]], bytes_: int, worke
         halves=one["halves"],
         timing=timing,
         out_of_place=out_of_place,
-        cpu_ms=float(np.mean([cpu for block in one["blocks"] for cpu in block["cpu_ms"]])),
+        cpu_ms=fmean(cpu for block in one["blocks"] for cpu in block["cpu_ms"]),
         of_rate=100 * timing.bus_bandwidth * 8 / bits if bits else None,
         speedup=paired_ratio(_rounds(one), against[BASELINE]) if BASELINE in against else None,
         over_native=paired_ratio(_rounds(one), against[NATIVE]) if NATIVE in against else None,

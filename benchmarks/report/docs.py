@@ -7,8 +7,10 @@ from pathlib import Path
 import jinja2
 
 from .. import losses
+from ..command import show_size
 from ..demo import show as demo
 from ..records import Source, load
+from ..stats import is_plain_ddp
 from . import figures, others, phases, repeats, steps
 from .contest import Cell
 from .evidence import Evidence, origin
@@ -67,6 +69,26 @@ class Facts:
     def machines(self, cells: list[Cell]) -> str:
         return "; ".join(dict.fromkeys(cell.source.machine for cell in cells))
 
+    def gradients(self, workload: str) -> int:
+        """Bytes of the model's gradients: what one of two workers sends of them by a ring."""
+        cells = self.cells(workload, workers=2)
+        return max(one["payload_bytes_per_step"] for one in cells[0].data["strategies"] if is_plain_ddp(one["name"]))
+
+    def held(self) -> str:
+        """What the convergence benchmark trained to within TOLERANCE of dense, in all its runs."""
+        rows = [row for source in self.of("convergence") for row in losses.rows(source.cells) if row.ratio]
+        worst = {name: max(row.ratio or 0.0 for row in rows if row.name == name) for name in (row.name for row in rows)}
+        return ", ".join(
+            f"`{name}`" for name in sorted(worst) if worst[name] <= losses.TOLERANCE and name != losses.DENSE
+        )
+
+    def slower_kernels(self, device: str) -> str:
+        """The kernels that plain torch beats, by medians."""
+        cells = [cell for source in self.of("kernels", device) for cell in source.cells]
+        kernels = [one for cell in cells for one in cell["kernels"] if one["median_s"] and one.get("plain_median_s")]
+        slow = [one["name"] for one in kernels if one["plain_median_s"] < one["median_s"]]
+        return "; ".join(slow) or "none"
+
     @property
     def methods(self) -> list[str]:
         return [name for name in steps.METHODS if name not in ("FSDP2", "torch's PowerSGD hook, rank 4")]
@@ -82,7 +104,7 @@ class Facts:
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True
         )
-        known = {"facts": self, "steps": steps, "others": others, "number": number, "extent": extent}
+        known = {"facts": self, "steps": steps, "others": others, "number": number, "show_size": show_size}
         known["tolerance"] = losses.TOLERANCE
         return environment.get_template(page).render(known).rstrip() + "\n"
 

@@ -96,7 +96,7 @@ def _ring(found: dict[str, collectives.Row], rival: str) -> str:
     return f"{gain:.2f}× ({number(ring.cpu_ms)}, {number(other.cpu_ms)})" if ring and other and gain else ""
 
 
-def of_link(sources: Sequence[Source], at_least: int = 2**24) -> str:
+def of_link(sources: Sequence[Source], at_least: int) -> str:
     """How much of the link each half of the ring fills, from that size on, over all rates that limit it."""
     found = [
         row.of_rate
