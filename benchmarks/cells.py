@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from . import progress, records
-from .command import fail, listed, rate, several, terminal
+from .command import fail, listed, rate, terminal, worker_count
 from .launch import Measure, WorkersFailed
 from .network.lab import KINDS, Lab, Loopback, open_lab
 from .network.namespaces import NetworkUnavailable
@@ -36,6 +37,8 @@ from .worker import Worker, launched
 FOUND = "excluded"
 # What must be the same for two cells to stand in one file.
 SAME = ("benchmark", "schema", "commit", "machine", "versions")
+# Starts the workers of one cell, given its plan: launch.run_workers(...).
+RunCell = Callable[[Lab | Loopback, Any, Report], dict[str, Any]]
 AS_LAUNCHED = "as launched"  # by torchrun, mpirun or srun: the network is whatever connects the processes
 
 
@@ -48,7 +51,7 @@ class Benchmark:
 
     name: str
     measure: Measure  # a worker's part of one cell; "plan" is in it
-    run_cell: Callable[[Lab | Loopback, Any, Report], dict[str, Any]]  # starts a cell's workers: run_workers(...)
+    run_cell: RunCell
     show: Callable[[dict[str, Any], Console], None]  # prints one cell
 
 
@@ -149,7 +152,7 @@ def difference(then: Any, now: Any, name: str = "") -> str:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The options that every benchmark made of cells takes."""
-    parser.add_argument("--workers", type=listed(several), default=[2], help="how many, or several such as 2,4")
+    parser.add_argument("--workers", type=listed(worker_count), default=[2], help="how many, or several such as 2,4")
     parser.add_argument("--rates", type=listed(rate), default=["1gbit"], help="such as 500mbit,1gbit,unlimited")
     network_option(parser)
     parser.add_argument("--backend", default="gloo", help="of the process groups, such as gloo, nccl (default: gloo)")
@@ -210,8 +213,8 @@ def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mappin
                 store.find(where, plan)  # what cannot be resumed is said before hours are spent on the others
             for where, plan in todo:
                 title = ", ".join(filter(None, [f"{workers} workers", where["rate"], where["variant"]]))
-                part, measure = Part(len(cells) + 1, total), at(benchmark, lab, where, plan)
-                cell = store.obtain(where, plan, part, title, measure, console)
+                measure = partial(run_at, lab, where["rate"], benchmark.run_cell, plan)
+                cell = store.obtain(where, plan, Part(len(cells) + 1, total), title, measure, console)
                 benchmark.show(cell, console)
                 cells.append(cell)
     console.print(f"Cells: {len(cells)}, in {(time.monotonic() - begun) / 60:.1f} min.", highlight=False)
@@ -225,16 +228,10 @@ def place(workers: int, rate: str, network: str, variant: str) -> dict[str, Any]
     return {"workers": workers, "rate": rate, "network": network, "variant": variant}
 
 
-def at(
-    benchmark: Benchmark, lab: Lab | Loopback, where: Mapping[str, Any], plan: Any
-) -> Callable[[Report], dict[str, Any]]:
-    """Measures a cell with the links of the lab limited to the cell's rate."""
-
-    def measure(report: Report) -> dict[str, Any]:
-        lab.set_rate(where["rate"])
-        return benchmark.run_cell(lab, plan, report)
-
-    return measure
+def run_at(lab: Lab | Loopback, rate: str, run_cell: RunCell, plan: Any, report: Report) -> dict[str, Any]:
+    """Runs a cell with the links of the lab limited to that rate."""
+    lab.set_rate(rate)
+    return run_cell(lab, plan, report)
 
 
 def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -244,20 +241,19 @@ def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping
     except RuntimeError as error:
         fail(f"These processes cannot join one another: {error}")
     console = terminal() if worker.rank == 0 else Console(quiet=True)
-    store, found, problem = Store({}), {}, None
+    store, problem = Store({"cells": []}), None
     places = {name: place(worker.world, UNLIMITED, AS_LAUNCHED, name) for name in plans}
     if worker.rank == 0:
         try:
             store = _open(benchmark, given)
-            found = {name: store.find(places[name], plan) for name, plan in plans.items()}
+            for name, plan in plans.items():
+                store.find(places[name], plan)
         except Differs as error:
             problem = str(error)
-    found, problem = worker.gather((found, problem))[0]  # only rank 0 needs to see the file
+    store.resumed, problem = worker.gather((store.resumed, problem))[0]  # only rank 0 needs to see the file
     if problem:
         worker.leave()
         raise SystemExit(1) if worker.rank else Differs(problem)
-    store.payload.setdefault("cells", [])
-    store.resumed = [cell for cell in found.values() if cell]
     cells = []
     for number, (name, plan) in enumerate(plans.items(), 1):
 

@@ -69,7 +69,7 @@ def listed(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
     return parse
 
 
-def several(text: str) -> int:
+def worker_count(text: str) -> int:
     """A number of workers."""
     if not text.isdigit() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of workers: give 2 or more, or a list such as 2,4")

@@ -76,12 +76,13 @@ def bar(console: Console, title: str, part: Part | None = None) -> Iterator[Repo
         yield lambda done, total, doing: write(Step(done, total, doing, part))
         return
     if not console.is_terminal:
-        last, begun = [""], time.monotonic()
+        last, begun = "", time.monotonic()
 
         def lines(done: int, total: int, doing: str) -> None:
-            if doing == last[0]:
+            nonlocal last
+            if doing == last:
                 return
-            last[0] = doing
+            last = doing
             left = (time.monotonic() - begun) * (total - done) / done if done else None
             remains = "" if left is None else f" · about {left:.0f} s left"
             console.print(f"{title} · {100 * done // max(total, 1):3d}% · {doing}{remains}", highlight=False)

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from .. import cells
 from ..launch import WorkersFailed
 from ..network.lab import Lab, Loopback
 from ..network.rates import parse_rate, show_rate
-from ..progress import Part, Report
+from ..progress import Part
 from ..stats import paired_ratio, round_times
 from ..training.measure import run_cell
 from ..training.plan import plan_of
@@ -108,11 +109,7 @@ def run(
     def measure(rate: str, names: Sequence[str]) -> dict[str, float | None]:
         plan = plan_of(given, strategies=[FLOOR, *names])
         where = cells.place(lab.workers, rate, lab.name, ",".join(names))
-
-        def at_rate(report: Report) -> dict[str, Any]:
-            lab.set_rate(rate)
-            return run_cell(lab, plan, report)
-
+        at_rate = partial(cells.run_at, lab, rate, run_cell, plan)
         cell = store.obtain(where, plan, next(counted), f"{lab.workers} workers, {rate}", at_rate, console)
         ratios = over_floor(cell)
         floor = statistics.median(round_times(cell["strategies"][0]))
