@@ -9,7 +9,7 @@ import jinja2
 from .. import losses
 from ..command import show_size
 from ..demo import show as demo
-from ..records import Source, load
+from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
 from . import figures, others, phases, repeats, steps
 from .contest import Cell
@@ -30,6 +30,8 @@ class Facts:
     """What the templates ask for. `apart`: results that are no part of the map, by the folder that they are in."""
 
     def __init__(self, results: Path) -> None:
+        if not any(results.glob("*.json")):
+            raise SourceError(f"{results} holds no results: name a folder of what --json wrote with --results.")
         self.evidence = Evidence.of(load(results.glob("*.json")))
         folders = [folder for folder in results.iterdir() if folder.is_dir()]
         self.apart = {folder.name: Evidence.of(load(folder.glob("*.json"))) for folder in folders}
