@@ -13,9 +13,10 @@ from ..training.gpt import GPT
 from ..training.measure import TRIAL_STEPS, Measurement
 from ..training.plan import Plan
 from ..training.strategies import parse_strategy
-from ..training.timeline import STEPS, AllReduceTrace, gpt_parts, record
+from ..training.timeline import STEPS, record
 from ..training.trainer import optimizer_factory
 from ..worker import Worker
+from .tracing import AllReduceTrace, gpt_parts
 
 CANDIDATES = ["ddp:1", "ddp:2", "ddp:4", "ddp:8", "ddp:25"]
 TUNING_WARMUP, TUNING_STEPS = 1, 2
@@ -95,4 +96,6 @@ def _record_ddp(training: Measurement, name: str, group: dist.ProcessGroup) -> d
     batch = training.next_batch(training.candidates[0])
     for _ in range(TRIAL_STEPS):
         trainer.step(*batch)
-    return record(trainer, gpt_parts(net), [batch] * STEPS, tracer)
+    recorded = record(trainer, gpt_parts(net), [batch] * STEPS, tracer)
+    recorded["lanes"] += [tracer.wait(recorded["compute"], step) for step in range(STEPS)]
+    return recorded

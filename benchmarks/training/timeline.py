@@ -5,14 +5,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .gpt import GPT
 from .trainer import Trainer
 
 # One to fill the pipeline, several of which the most typical is shown, one whose forward receives what the last sent.
@@ -55,49 +51,6 @@ class ComputeMarks:
         return [{**mark, "end": after["start"]} for mark, after in pairs if mark["phase"] != "end"]
 
 
-class AllReduceTrace:
-    """Plain DDP with a communication hook that does what DDP does without one, and notes when.
-
-    Same calls as the engine's trace: start_trace, stop_trace. A bucket is taken to move from when it is handed over,
-    or from when the bucket before it is done if that is later, until it is done. Register before the first step.
-    """
-
-    def __init__(self, model: DistributedDataParallel, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.buckets: list[dict[str, int]] = []
-        model.register_comm_hook(self, AllReduceTrace.hook)
-
-    @staticmethod
-    def hook(trace: "AllReduceTrace", bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        note = {"handed": time.perf_counter_ns()}
-        trace.buckets.append(note)
-        gradients = bucket.buffer().div_(trace.group.size())
-
-        def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-            note["done"] = time.perf_counter_ns()
-            return future.value()[0]
-
-        work = dist.all_reduce(gradients, group=trace.group, async_op=True)
-        return work.get_future().then(done)
-
-    def start_trace(self) -> None:
-        self.buckets.clear()
-
-    def stop_trace(self) -> list[dict[str, Any]]:
-        lanes, free = [], 0
-        for number, bucket in enumerate(self.buckets):
-            start = max(bucket["handed"], free)
-            free = max(bucket["done"], start)
-            lanes.append({"lane": "all-reduce", "name": f"bucket {number}", "start": start, "end": free})
-        return lanes
-
-
-def gpt_parts(net: GPT) -> list[tuple[str, nn.Module]]:
-    """The parts that the pictures show."""
-    blocks = [(f"block {number}", block) for number, block in enumerate(net.blocks, start=1)]
-    return [("embedding", net.bytes), *blocks, ("head", net.norm)]
-
-
 def record(
     trainer: Trainer,
     parts: Iterable[tuple[str, nn.Module]],
@@ -108,8 +61,8 @@ def record(
     """Trains one step per batch under trace; times are perf_counter_ns.
 
     `tracer` has start_trace() and stop_trace(), and sees what moves; without one nobody does. `after_step` is called
-    between two steps, on nobody's account.
-    The first part's forward begins with the step, and the last part's backward with the backward pass.
+    between two steps, on nobody's account. The first part's forward begins with the step, and the last part's backward
+    with the backward pass.
 
     Returns {"compute": spans with step, phase, name, start, end; "lanes": spans with lane, name, start, end}.
     """
@@ -133,14 +86,4 @@ def record(
     finally:
         compute.remove()
         lanes: Any = tracer.stop_trace() if tracer is not None else None
-    spans = compute.spans()
-    if isinstance(tracer, AllReduceTrace):
-        lanes += [_ddp_wait(spans, tracer, step) for step in range(len(batches))]
-    return {"compute": spans, "lanes": lanes}
-
-
-def _ddp_wait(spans: list[dict[str, Any]], tracer: AllReduceTrace, step: int) -> dict[str, Any]:
-    """Once the last bucket of a step is handed over nothing is left to compute: from there backward only waits."""
-    end = max(span["end"] for span in spans if span["step"] == step and span["phase"] == "backward")
-    start = max((bucket["handed"] for bucket in tracer.buckets if bucket["handed"] < end), default=end)
-    return {"lane": "wait", "name": "all-reduce", "start": start, "end": end}
+    return {"compute": compute.spans(), "lanes": lanes}
