@@ -1,15 +1,13 @@
-"""The gradient compressors as the benchmarks' command lines name them: acp:4, topk:0.01, sign:majority, bf16."""
+"""The gradient compressors as command lines, results and tables name them: acp:4, topk:0.01, sign:majority, bf16."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+FORMS = "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16"
+
 # Names that earlier versions wrote into results of the collectives, as they begin in JSON.
 _EARLIER = {'"acpsgd:': '"acp:', '"powersgd:': '"power:', '"signsgd"': '"sign"'}
-
-# `compress` is imported where a compressor is made: torch's own strategies can be measured where it is not built.
-
-FORMS = "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16"
 
 
 @dataclass(frozen=True)
@@ -22,21 +20,28 @@ class CompressorName:
     def __str__(self) -> str:
         return self.kind if self.option is None else f"{self.kind}:{self.option}"
 
+    @property
+    def label(self) -> str:
+        """For people: ACP-SGD rank 4."""
+        named = {"acp": "ACP-SGD rank", "power": "Power-SGD rank", "topk": "Top-k", "sign": "EF-SignSGD"}.get(self.kind)
+        return " ".join(filter(None, [named or self.kind, self.option]))
+
     def make(self, **more: Any) -> Any:
         """A new compressor, with `more` of its options. Raises ImportError where this library is not built."""
         import torch
 
-        import compress
+        import compress  # here, since torch's own strategies can be measured where it is not built
 
-        makers: dict[str, Callable[[str], Any]] = {
-            "acp": lambda rank: compress.ACPSGD(rank=int(rank), **more),
-            "power": lambda rank: compress.PowerSGD(rank=int(rank), **more),
-            "topk": lambda density: compress.TopK(density=float(density), **more),
-            "sign": lambda vote: compress.SignSGD(vote="majority" if vote else "mean", **more),
-            "bf16": lambda _: compress.Dense(torch.bfloat16, **more),
-            "fp16": lambda _: compress.Dense(torch.float16, **more),
-        }
-        return makers[self.kind](self.option or "")
+        match self.kind:
+            case "acp":
+                return compress.ACPSGD(rank=int(self.option or 0), **more)
+            case "power":
+                return compress.PowerSGD(rank=int(self.option or 0), **more)
+            case "topk":
+                return compress.TopK(density=float(self.option or 0), **more)
+            case "sign":
+                return compress.SignSGD(vote="majority" if self.option else "mean", **more)
+        return compress.Dense(torch.bfloat16 if self.kind == "bf16" else torch.float16, **more)
 
 
 def is_compressor(kind: str) -> bool:
@@ -50,14 +55,12 @@ def split_name(parts: Sequence[str]) -> tuple[CompressorName, list[str]]:
     Raises ValueError where the option is missing or not one.
     """
     kind, *rest = parts
-    needs = _OPTIONS[kind]
-    if needs is None:
-        return CompressorName(kind), rest
-    if kind == "sign" and rest[:1] != ["majority"]:
-        return CompressorName(kind), rest
-    if not rest or not needs(rest[0]):
+    accepts = _OPTIONS[kind]
+    if rest and accepts(rest[0]):
+        return CompressorName(kind, rest[0]), rest[1:]
+    if kind in ("acp", "power", "topk"):
         raise ValueError(f"{':'.join(parts)!r} has no option that {kind} takes")
-    return CompressorName(kind, rest[0]), rest[1:]
+    return CompressorName(kind), rest
 
 
 def whole(text: str) -> bool:
@@ -72,14 +75,14 @@ def _share(text: str) -> bool:
         return False
 
 
-# By kind: what its option must be; None where it takes none.
-_OPTIONS: dict[str, Callable[[str], bool] | None] = {
+# By kind: whether a word is an option of it.
+_OPTIONS: dict[str, Callable[[str], bool]] = {
     "acp": whole,
     "power": whole,
     "topk": _share,
-    "sign": lambda text: text == "majority",
-    "bf16": None,
-    "fp16": None,
+    "sign": "majority".__eq__,
+    "bf16": lambda _: False,
+    "fp16": lambda _: False,
 }
 
 

@@ -104,4 +104,5 @@ def test_numbers_and_extents() -> None:
     assert markdown.extent([]) == markdown.extent([None]) == ""
     assert markdown.extent([2.0, None, 1.0], ".1f", "×") == "1.0–2.0×" and markdown.extent([3.0]) == "3"
     assert markdown.table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+    assert [steps._label(name) for name in ("dear+acp:4", "sign")] == ["DeAR + ACP-SGD rank 4", "EF-SignSGD"]
     assert str(steps.Took("acp:4", 541.3, 1.849)) == "541 (1.85×)" and str(steps.Took("ddp:4", 942.0, None)) == "942"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..network.rates import show_rate
+from ..spelling import split_name
 from ..stats import paired_ratio, round_times
 from ..training.summary import Row
 from . import contest
@@ -128,12 +129,18 @@ def overview(evidence: Evidence, wanted: Callable[[Cell], bool]) -> str:
         ours = _fastest_compressor(shown)
         times = [took(shown, one) for one in (DDP, HALF, DEAR)]
         cells = [number(shown.floor), *(number(one.ms) if one else "" for one in times)]
-        cells.append(f"{number(ours.ms)} ({ours.name})" if ours else "")
+        cells.append(f"{number(ours.ms)} ({_label(ours.name)})" if ours else "")
         cells.append(_with_range(shown, runs, lambda cell: _against(took(cell, DEAR), took(cell, DDP), cell)))
         cells.append(_with_range(shown, runs, _compressor_gain))
         rows.append([where(shown), *cells])
     head = ["link", "compute floor", "tuned DDP", "DDP, 16-bit hook", "DeAR", "fastest compressor"]
-    return table([*head, "DeAR / tuned DDP", "compressor / best DDP"], rows)
+    return table([*head, "DeAR: speed-up over tuned DDP", "compressor: speed-up over the faster DDP"], rows)
+
+
+def _label(name: str) -> str:
+    """A strategy with a compressor, for people."""
+    schedule, _, compressor = name.rpartition("+")
+    return ("DeAR + " if schedule else "") + split_name(compressor.split(":"))[0].label
 
 
 def _fastest_compressor(cell: Cell) -> Took | None:
