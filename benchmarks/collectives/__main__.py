@@ -2,14 +2,14 @@
 
 The table has the form that users of nccl-tests know: size, count, type, redop; then, out of place and in place, time,
 algorithm and bus bandwidth, and wrong elements, which is a count because the sums are exactly predictable. Compressors,
-whose result is not the sum, have a table of their own. Methods take turns at every size, so that what drifts on the
+whose result is not the sum, have a table of their own. Methods run in rounds at every size, so that what drifts on the
 machine drifts for all of them.
 
     python -m benchmarks.collectives --rates 500mbit,1gbit             on the emulated network
     mpirun -n 2 python -m benchmarks.collectives -b 64K -e 16M         on the network as it is; torchrun, srun likewise
 
-Every MPI that is found starts the workers once more, for a cell in which its all-reduce takes turns with the backend's
-and the ring's: a process can be started by one MPI only.
+Every MPI that is found starts the workers once more, for a cell in which its all-reduce runs beside the backend's and
+the ring's: a process can be started by one MPI only.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from .show import show
 
 CELL_SECONDS = 3600
 MPI_NAMES = [one.name for one in MPI_METHODS]
-RIVALS = ("all_reduce", "ring")  # take turns with MPI's methods in every MPI's cell
+RIVALS = ("all_reduce", "ring")  # run beside MPI's methods in every MPI's cell
 
 
 def run_cell(lab: Lab | Loopback, plan: Plan, report: Report) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-f", type=positive, default=4, dest="factor", help="from one size to the next")
     parser.add_argument("-n", type=positive, default=5, dest="iterations", help="timed runs per round")
     parser.add_argument("-w", type=positive, default=1, dest="warmup", help="untimed runs before them")
-    parser.add_argument("--rounds", type=positive, default=4, help="times every method has its turn at a size")
+    parser.add_argument("--rounds", type=positive, default=4, help="times that every method runs at a size")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of: {', '.join(METHODS)}")
     parser.add_argument(

@@ -57,7 +57,7 @@ def wrong(got: Tensor, expected: Tensor) -> int:
 
 @dataclass
 class Place:
-    """Where methods work at one size: two flat buffers [count], which they share since they take turns.
+    """Where methods work at one size: two flat buffers [count], which they share since one runs after another.
 
     `count` is a multiple of the number of ranks, so that every rank's shard is of the same length.
     """

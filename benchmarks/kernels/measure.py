@@ -19,11 +19,11 @@ nowhere else. Per element, with float32 gradients g and error feedback e, one bi
 
 A copy of the same number of elements reads 4 and writes 4; the memory also reads the lines that a copy is about to
 overwrite, which an update in place needs not, so a kernel can exceed 100% of it. The kernels of a family, plain torch
-and the copy take turns in every round, so that a noisy machine is equally noisy to all; the figures are medians over
-the rounds.
+and the copy run one after another in every round, so that a noisy machine is equally noisy to all; the figures are
+medians over the rounds.
 
 On a GPU a sample is one call in each of several input sets, between two CUDA events. The sets together exceed the L2
-cache CACHES times over, so that what a call reads has left the cache since the set's last turn, and what it writes
+cache CACHES times over, so that what a call reads has left the cache since the set's last call, and what it writes
 pushes out what the call before it wrote. The host launches a sample while the GPU waits (HEAD_START_CYCLES), or the
 time of small kernels would be that of launching them. Two kernels move less, and find some of it in the cache:
 orthogonalising, and the merge of sparse lists.
@@ -95,13 +95,13 @@ def sets_needed(numel: int, cache: int) -> int:
 def measure(
     sets: Sequence[list[Case]], copies: Sequence[Call], clock: Clock, rounds: int, report: Report
 ) -> list[float]:
-    """Times all cases in turn, and the copy before each: one list of copies for all.
+    """Times all cases one after another, and the copy before each: one list of copies for all.
 
     sets: the same cases in each input set; the times are kept in those of the first. copies: one of each set.
     """
     copy_seconds, cases = [], sets[0]
-    for turn in range(rounds + 1):  # the first round warms up, and is dropped
-        report(turn, rounds + 1, f"round {turn} of {rounds}" if turn else "warming up")
+    for number in range(rounds + 1):  # the first round warms up, and is dropped
+        report(number, rounds + 1, f"round {number} of {rounds}" if number else "warming up")
         for same in zip(*sets, strict=True):
             case = same[0]
             copy_seconds.append(clock(copies))
@@ -109,7 +109,7 @@ def measure(
                 case.seconds += sample(same, "kernel", [one.run for one in same], clock)
             # Where plain torch is very slow, fewer rounds give as good a median, and a cache helps it little.
             last = case.plain_seconds[-1] if case.plain_seconds else 0.0
-            if case.plain is not None and "plain torch" not in case.failures and (turn % 3 == 0 or last < 0.05):
+            if case.plain is not None and "plain torch" not in case.failures and (number % 3 == 0 or last < 0.05):
                 some = same if last < 0.005 else same[:1]
                 case.plain_seconds += sample(some, "plain torch", [one.plain for one in some if one.plain], clock)
     for case in cases:

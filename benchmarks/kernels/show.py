@@ -26,13 +26,13 @@ def show(payload: dict[str, Any], console: Console) -> None:
         for way, why in kernel.get("failures", {}).items():
             alarm(console, f"{kernel['name']}, {way}: {why}")
     about_gpu = (
-        "GPU. Times are the GPU's own, between two events; input sets take turns, so that the L2 cache serves little "
+        "GPU. Times are the GPU's own, between two events; input sets alternate, so that the L2 cache serves little "
         "of them."
     )
     about_cpu = "machine; a copy also reads the lines it overwrites, so an update in place can exceed 100."
     note(
         console,
-        "Medians over the rounds, in which kernels, plain torch and the copy take turns. GB/s: the bytes that the "
+        "Medians over the rounds, in which kernels, plain torch and the copy alternate. GB/s: the bytes that the "
         "kernel must move at least, by its time. % of copy: of what a copy of as many elements moves on this "
         + (about_gpu if gpu else about_cpu),
     )

@@ -1,7 +1,8 @@
 """Who competes with whom: families of strategies, the settings they met in, and who won.
 
 Ours are the strategies of this library; rivals are torch's. Every comparison is made inside one cell of one file,
-whose strategies took turns, and each side competes with the best that it has: a rival at its best bucket size too.
+whose strategies ran in the same rounds, and each side competes with the best that it has: a rival at its best bucket
+size too.
 """
 
 import re
@@ -103,7 +104,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the training benchmark: all strategies in turns at one rate."""
+    """One cell of the training benchmark: all strategies in the same rounds at one rate."""
 
     source: Source
     data: dict[str, Any]
