@@ -1,1 +1,10 @@
-"""Measurements: collectives, compressors, training, and the emulated network they run on."""
+"""The benchmarks: step times, collectives, compression kernels, losses, and a report of them."""
+
+import sys
+from importlib.util import find_spec
+
+_MISSING = [name for name in ("jinja2", "matplotlib", "numpy", "pandas", "rich", "torch") if find_spec(name) is None]
+if _MISSING:
+    _why = f"The benchmarks need {', '.join(_MISSING)}: pip install dear-torch[bench]"
+    # Started by `python -m` the sentence is all there is to say; whoever imports the package sees where.
+    raise SystemExit(_why) if sys.argv[0] == "-m" else ImportError(_why)

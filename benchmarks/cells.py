@@ -1,18 +1,14 @@
-"""The loop that the benchmarks share: one cell after another, shown and kept as soon as it is there, and resumable.
+"""The loop that the benchmarks share: one cell after another, shown and stored as soon as it is there, and resumable.
 
 A cell is what is measured in one go: one number of workers, one rate, one plan. A benchmark hands over its plans and
 how one cell is measured; which cells there are, the network, progress, the JSON file and what of it is there already
 are taken care of here.
 
-    BENCHMARK = cells.Benchmark("training", measure, run_cell, summary.show)
+    BENCHMARK = cells.Benchmark("training", measure, run_cell, show)
 
-    def arguments():
-        parser = Parser(...)
-        cells.options(parser)                      # --workers --rates --network --backend --device --json --resume
-        ...
-
-    if __name__ == "__main__":
-        cells.main(BENCHMARK, lambda: (given := arguments(), {"": Plan(...)}))
+    parser = Parser(__package__, __doc__)
+    cells.options(parser)                      # --workers --rates --network --backend --device --json --resume
+    measured = cells.main(BENCHMARK, parser.parse_args(), {"": Plan(...)})
 """
 
 import argparse
@@ -28,18 +24,22 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import results
-from benchmarks.command import UNLIMITED, fail, terminal
-from benchmarks.crew import Crew, launched
-from benchmarks.launch import Report, WorkersFailed, progress_bar, worker
-from benchmarks.network import AS_LAUNCHED, Network, NetworkError, network_options, open_network
+from . import progress, records
+from .command import fail, listed, rate, terminal, worker_count
+from .launch import Measure, WorkersFailed
+from .network.lab import KINDS, Lab, Loopback, open_lab
+from .network.namespaces import NetworkUnavailable
+from .network.rates import UNLIMITED
+from .progress import Part, Report
+from .worker import Worker, launched
 
-# What a second try adds to a plan when a contestant took its worker down: a finding, and no other plan.
+# What a second try adds to a plan when a candidate took its worker down: a finding, and no other plan.
 FOUND = "excluded"
 # What must be the same for two cells to stand in one file.
 SAME = ("benchmark", "schema", "commit", "machine", "versions")
-
-RunCell = Callable[[Network, Any, Report], dict[str, Any]]
+# Starts the workers of one cell, given its plan: launch.run_workers(...).
+RunCell = Callable[[Lab | Loopback, Any, Report], dict[str, Any]]
+AS_LAUNCHED = "as launched"  # by torchrun, mpirun or srun: the network is whatever connects the processes
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Benchmark:
     A plan's fields `backend` and `device`, where it has them, say what its workers' groups and tensors are.
     """
 
-    name: str  # as in benchmarks.<name>, whose module runs `measure` when it is started with --worker
-    measure: Callable[[Crew, dict[str, Any], Report], dict[str, Any]]  # a worker's part of one cell; "plan" is in it
-    run_cell: RunCell  # starts the workers of one cell: run_workers(...)
+    name: str
+    measure: Measure  # a worker's part of one cell; "plan" is in it
+    run_cell: RunCell
     show: Callable[[dict[str, Any], Console], None]  # prints one cell
 
 
@@ -60,7 +60,7 @@ class Differs(ValueError):
 
 
 @dataclass
-class Kept:
+class Store:
     """The cells of one run, in a file where `path` is given; only rank 0, or whoever starts the workers, has one.
 
     A cell is what a benchmark measured, its "plan", and what tells it from the others of the file.
@@ -71,19 +71,19 @@ class Kept:
     resumed: list[dict[str, Any]] = field(default_factory=list)  # cells found in the file
 
     @classmethod
-    def open(cls, header: dict[str, Any], path: Path | None, resume: bool) -> "Kept":
+    def open(cls, header: dict[str, Any], path: Path | None, resume: bool) -> "Store":
         """Begins with no cell, or, to `resume`, with those of the file, if there is one.
 
         Raises Differs if the file is of another benchmark, commit, machine or version, or none was named to resume.
         """
-        kept = cls(header | {"cells": []}, path)
+        store = cls(header | {"cells": []}, path)
         if resume and path is None:
             raise Differs("There is nothing to resume without a file: name it with --json.")
         if not resume or path is None or not path.exists():
-            return kept
+            return store
         try:
             before = json.loads(path.read_text())
-            kept.resumed = before["cells"]
+            store.resumed = before["cells"]
             found = {name: before[name] for name in SAME}
         except (ValueError, KeyError, TypeError) as error:
             raise Differs(
@@ -95,8 +95,8 @@ class Kept:
                     f"{path} was measured with another {name} ({difference(found[name], header[name])}), so it cannot "
                     "be resumed: leave out --resume to begin anew, or name another file with --json."
                 )
-        kept.payload["cells"] = list(kept.resumed)
-        return kept
+        store.payload["cells"] = list(store.resumed)
+        return store
 
     def find(self, where: Mapping[str, Any], plan: Any) -> dict[str, Any] | None:
         """The cell that was resumed for this, if there is one. Raises Differs if it had another plan.
@@ -116,30 +116,30 @@ class Kept:
             return cell
         return None
 
-    def add(self, cell: dict[str, Any]) -> None:
-        """Keeps a cell, and writes the file: an interrupt loses only the cell it interrupts."""
+    def obtain(
+        self,
+        where: Mapping[str, Any],
+        plan: Any,
+        part: Part,
+        title: str,
+        measure: Callable[[Report], dict[str, Any]],
+        console: Console,
+    ) -> dict[str, Any]:
+        """The cell that the file holds already, or else one measured now, with `where` in it, and stored."""
+        cell = self.find(where, plan)
+        if cell is not None:
+            progress.resumed(console, f"{part}: {title}", part)
+            return cell
+        with progress.bar(console, f"{part}: {title}", part) as report:
+            cell = {name: value for name, value in where.items() if value != ""} | measure(report)
         self.payload["cells"].append(cell)
-        if self.path:
-            results.write(self.path, self.payload)
-
-
-def obtain(
-    kept: Kept,
-    where: Mapping[str, Any],
-    plan: Any,
-    title: str,
-    measure: Callable[[Report], dict[str, Any]],
-    console: Console,
-) -> dict[str, Any]:
-    """The cell that the file holds already, or else one measured now, with `where` in it, and kept."""
-    cell = kept.find(where, plan)
-    if cell is not None:
-        console.print(f"{title}: resumed", highlight=False)
+        self.write()
         return cell
-    with progress_bar(console, title) as report:
-        cell = _labelled(where, measure(report))
-    kept.add(cell)
-    return cell
+
+    def write(self) -> None:
+        """Writes the file, after each cell: an interrupt loses only the cell it interrupts."""
+        if self.path:
+            records.write(self.path, self.payload)
 
 
 def difference(then: Any, now: Any, name: str = "") -> str:
@@ -152,34 +152,33 @@ def difference(then: Any, now: Any, name: str = "") -> str:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The options that every benchmark made of cells takes."""
-    network_options(parser)
+    parser.add_argument("--workers", type=listed(worker_count), default=[2], help="how many, or several such as 2,4")
+    parser.add_argument("--rates", type=listed(rate), default=["1gbit"], help="such as 500mbit,1gbit,unlimited")
+    network_option(parser)
     parser.add_argument("--backend", default="gloo", help="of the process groups, such as gloo, nccl (default: gloo)")
     parser.add_argument("--device", default="cpu", help="where tensors live, cpu or cuda (default: cpu)")
     file_options(parser)
 
 
+def network_option(parser: argparse.ArgumentParser) -> None:
+    """The option that says which network; netns fails where it cannot be had, auto then takes loopback."""
+    parser.add_argument("--network", choices=KINDS, default="auto")
+
+
 def file_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say where cells are kept."""
+    """The options that say where cells are stored."""
     parser.add_argument("--json", type=Path, help="where the raw times go, such as benchmarks/results/training.json")
     parser.add_argument("--resume", action="store_true", help="keep the cells that the --json file holds already")
 
 
-def main(benchmark: Benchmark, arguments: Callable[[], tuple[argparse.Namespace, Mapping[str, Any]]]) -> None:
-    """What a benchmark's module does when it is run: be a worker of a cell, or measure all cells.
+def main(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Measures all cells, and returns them: every number of workers at every rate with every plan.
 
-    `arguments` reads the command line into options (those of `options` among them) and plans by name: every number of
-    workers at every rate is measured with every plan. A plan's name is in its cells as "variant"; one that needs no
-    name has an empty one.
+    given: the options, those of `options` among them. A plan's name is in its cells as "variant"; one that needs no
+    name has an empty one. Where a launcher started this process, it is one worker, and only rank 0 has the cells.
     """
-    if sys.argv[1:2] == ["--worker"]:
-        worker(Path(sys.argv[2]), benchmark.measure)
-        return
-    given, plans = arguments()
     with ended_by_a_sentence(given.json):
-        if launched():
-            _as_launched(benchmark, given, plans)
-        else:
-            _on_a_network(benchmark, given, plans)
+        return (_as_launched if launched() else _on_a_network)(benchmark, given, plans)
 
 
 @contextmanager
@@ -187,41 +186,41 @@ def ended_by_a_sentence(path: Path | None) -> Iterator[None]:
     """What ends a benchmark early, an interrupt among it, is said in one sentence on stderr, and ends the program."""
     try:
         yield
-    except (Differs, NetworkError, WorkersFailed) as error:
+    except (Differs, NetworkUnavailable, WorkersFailed) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        kept = f"; finished cells are in {path}, and --resume goes on from there" if path else ""
-        print(f"Interrupted{kept}.", file=sys.stderr)
+        stored = f"; finished cells are in {path}, and --resume goes on from there" if path else ""
+        print(f"Interrupted{stored}.", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _open(benchmark: Benchmark, given: argparse.Namespace) -> Kept:
-    header = results.header(benchmark.name, {"workers": given.workers, "rates": given.rates}, given.device)
-    return Kept.open(header, given.json, given.resume)
+def _open(benchmark: Benchmark, given: argparse.Namespace) -> Store:
+    header = records.header(benchmark.name, {"workers": given.workers, "rates": given.rates}, given.device)
+    return Store.open(header, given.json, given.resume)
 
 
-def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> None:
+def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Starts the workers of every cell on the network asked for."""
-    console, kept = terminal(), _open(benchmark, given)
-    done, begun = 0, time.monotonic()
+    console, store, begun = terminal(), _open(benchmark, given), time.monotonic()
+    cells: list[dict[str, Any]] = []
     for workers in given.workers:
-        with open_network(given.network, workers) as network:
-            console.print(network.description)
-            rates = network.possible(given.rates)
+        with open_lab(workers, None, given.network) as lab:
+            console.print(lab.about)
+            rates = lab.possible(given.rates)
             total = len(given.workers) * len(rates) * len(plans)
-            todo = [(place(workers, rate, network.name, name), plan) for rate in rates for name, plan in plans.items()]
+            todo = [(place(workers, rate, lab.name, name), plan) for rate in rates for name, plan in plans.items()]
             for where, plan in todo:
-                kept.find(where, plan)  # what cannot be resumed is said before hours are spent on the others
+                store.find(where, plan)  # what cannot be resumed is said before hours are spent on the others
             for where, plan in todo:
-                done += 1
-                what = ", ".join(filter(None, [where["rate"], where["variant"]]))
-                title = f"cell {done} of {total}: {workers} workers, {what}"
-                measure = partial(run_at, where["rate"], benchmark.run_cell, network, plan)
-                benchmark.show(obtain(kept, where, plan, title, measure, console), console)
-    minutes = (time.monotonic() - begun) / 60
-    console.print(f"Cells: {done}, in {minutes:.1f} min.", highlight=False)
+                title = ", ".join(filter(None, [f"{workers} workers", where["rate"], where["variant"]]))
+                measure = partial(run_at, lab, where["rate"], benchmark.run_cell, plan)
+                cell = store.obtain(where, plan, Part(len(cells) + 1, total), title, measure, console)
+                benchmark.show(cell, console)
+                cells.append(cell)
+    console.print(f"Cells: {len(cells)}, in {(time.monotonic() - begun) / 60:.1f} min.", highlight=False)
     if given.json:
         console.print(f"Raw times: {given.json}", highlight=False)
+    return cells
 
 
 def place(workers: int, rate: str, network: str, variant: str) -> dict[str, Any]:
@@ -229,43 +228,41 @@ def place(workers: int, rate: str, network: str, variant: str) -> dict[str, Any]
     return {"workers": workers, "rate": rate, "network": network, "variant": variant}
 
 
-def run_at(rate: str, run_cell: RunCell, network: Network, plan: Any, report: Report) -> dict[str, Any]:
-    """Runs a cell with the links of the network limited to that rate."""
-    network.set_rate(rate)
-    return run_cell(network, plan, report)
+def run_at(lab: Lab | Loopback, rate: str, run_cell: RunCell, plan: Any, report: Report) -> dict[str, Any]:
+    """Runs a cell with the links of the lab limited to that rate."""
+    lab.set_rate(rate)
+    return run_cell(lab, plan, report)
 
 
-def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> None:
-    """Every process is a worker already, on the network as it is; rank 0 also shows and keeps."""
+def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every process is a worker already, on the network as it is; rank 0 also shows and stores."""
     try:
-        crew = Crew(given.backend, given.device)
+        worker = Worker(given.backend, given.device)
     except RuntimeError as error:
         fail(f"These processes cannot join one another: {error}")
-    console = terminal() if crew.rank == 0 else Console(quiet=True)
-    kept, found, problem = None, {}, None
-    places = {name: place(crew.world, UNLIMITED, AS_LAUNCHED, name) for name in plans}
-    if crew.rank == 0:
+    console = terminal() if worker.rank == 0 else Console(quiet=True)
+    store, problem = Store({"cells": []}), None
+    places = {name: place(worker.world, UNLIMITED, AS_LAUNCHED, name) for name in plans}
+    if worker.rank == 0:
         try:
-            kept = _open(benchmark, given)
-            found = {name: kept.find(places[name], plan) for name, plan in plans.items()}
+            store = _open(benchmark, given)
+            for name, plan in plans.items():
+                store.find(places[name], plan)
         except Differs as error:
             problem = str(error)
-    found, problem = crew.gather((found, problem))[0]  # only rank 0 needs to see the file
+    store.resumed, problem = worker.gather((store.resumed, problem))[0]  # only rank 0 needs to see the file
     if problem:
-        crew.leave()
-        raise SystemExit(1) if crew.rank else Differs(problem)
+        worker.leave()
+        raise SystemExit(1) if worker.rank else Differs(problem)
+    cells = []
     for number, (name, plan) in enumerate(plans.items(), 1):
-        cell = found[name]
-        title = ", ".join(filter(None, [f"cell {number} of {len(plans)}: {AS_LAUNCHED}", name]))
-        if cell is None:
-            with progress_bar(console, title) as report:
-                cell = _labelled(places[name], benchmark.measure(crew, asdict(plan), report))
-            if kept:
-                kept.add(cell)
-        if kept:
-            benchmark.show(cell, console)
-    crew.leave()
 
+        def measure(report: Report, plan: Any = plan) -> dict[str, Any]:
+            return benchmark.measure(worker, asdict(plan), report)
 
-def _labelled(where: Mapping[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in where.items() if value != ""} | cell
+        title = ", ".join(filter(None, [AS_LAUNCHED, name]))
+        cells.append(store.obtain(places[name], plan, Part(number, len(plans)), title, measure, console))
+        if worker.rank == 0:
+            benchmark.show(cells[-1], console)
+    worker.leave()
+    return cells if worker.rank == 0 else []

@@ -1,25 +1,37 @@
-"""What the benchmark commands share: one-sentence errors, and the spelling of sizes, rates and lists."""
+"""What the benchmark commands share: one-sentence errors, and the spelling of sizes and lists."""
 
 import argparse
 import math
 import re
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
-from benchmarks.netns import format_rate, parse_rate
+from .network.rates import parse_rate
 
-UNLIMITED = "unlimited"
 _SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a mistake with one sentence instead of a page of usage."""
 
+    def __init__(self, package: str | None, about: str | None) -> None:
+        """package: what `python -m` is given. about: a docstring, of which the first line is shown."""
+        super().__init__(prog=f"python -m {package}", description=(about or "").splitlines()[0])
+
     def error(self, message: str) -> NoReturn:
         sentence = message[:1].upper() + message[1:].rstrip(".")
         self.exit(2, f"error: {sentence} (--help lists what is accepted).\n")
+
+
+def filled(kind: type[T], given: argparse.Namespace, **more: Any) -> T:
+    """A dataclass from the options of the same names; `more` is what is not an option, or differs."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{**{name: getattr(given, name) for name in names if hasattr(given, name)}, **more})
 
 
 def fail(message: str) -> NoReturn:
@@ -34,28 +46,51 @@ def terminal() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
-def rate_bits(rate: str) -> float | None:
-    """Bits per second of a rate such as "500mbit" or "2.5gbit"; None for "unlimited"."""
-    if rate == UNLIMITED:
-        return None
+def rate(text: str) -> str:
+    """A rate such as 500mbit or unlimited."""
     try:
-        return parse_rate(rate)
+        parse_rate(text.lower())
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or {UNLIMITED}") from error
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text.lower()
 
 
-def show_rate(rate: str) -> str:
-    """A rate for people: 500 Mbit/s, no rate limit."""
-    return format_rate(rate_bits(rate))
+def listed(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """A comma-separated list of these, each of them once."""
+
+    def parse(text: str) -> list[T]:
+        found = [kind(part.strip()) for part in text.split(",") if part.strip()]
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text!r} names nothing: give at least one")
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"{text!r} names something twice: name each once")
+        return found
+
+    return parse
 
 
-def rates(text: str) -> list[str]:
-    """A comma-separated list of rates."""
-    found = [rate.strip().lower() for rate in text.split(",") if rate.strip()]
-    for rate in found:
-        rate_bits(rate)
-    if not found:
-        raise argparse.ArgumentTypeError("no rate is given: write for example 500mbit,unlimited")
+def worker_count(text: str) -> int:
+    """A number of workers."""
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of workers: give 2 or more, or a list such as 2,4")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def number(text: str, above: float = 0) -> float:
+    """A finite number above that."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not above < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above {above:g}")
     return found
 
 
@@ -73,29 +108,3 @@ def show_size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
     return f"{count:.0f} B"
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def seed_list(text: str) -> list[int]:
-    """A comma-separated list of seeds, each of them once."""
-    found = [positive(part.strip()) for part in text.split(",")]
-    if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
-    return found
-
-
-def number(text: str, above: float = 0) -> float:
-    """A finite number above that."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not above < found < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above {above:g}")
-    return found

@@ -1,17 +1,13 @@
-"""Turns the losses of the convergence benchmark into rows and a table. Pure, so the report can use it too."""
+"""The losses of the convergence benchmark as numbers. From raw JSON alone."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.results import trailing_mean
+from . import records
+from .stats import trailing_mean
 
 DENSE = "ddp"  # what every other strategy is compared with, seed by seed
 LAST = 20  # training losses at the end that are averaged: one step's depends on its batch
@@ -69,54 +65,12 @@ def _held_out(cell: dict[str, Any]) -> float:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The cells of a file that benchmarks.convergence wrote. Raises ValueError for another file."""
-    try:
-        payload = json.loads(path.read_text())
-        if payload["benchmark"] == "convergence":
-            return list(payload["cells"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{path} holds no losses: pass what --json of benchmarks.convergence wrote")
+    (source,) = records.load([path])
+    if source.benchmark != "convergence":
+        raise ValueError(f"{path} holds no losses: pass what --json of benchmarks.convergence wrote")
+    return source.cells
 
 
 def smoothed(cells: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
     """For each finished seed the training loss by step, each the mean of itself and those up to LAST - 1 before it."""
     return [trailing_mean(cell["losses"], LAST) for cell in _finished(cells, name)]
-
-
-def show(cells: Sequence[dict[str, Any]], console: Console) -> None:
-    """The table, then why pairs failed; nothing of a workload that has no held-out examples."""
-    if not cells:
-        return
-    plan, found = cells[0]["plan"], rows(cells)
-    table = Table(
-        title=f"{plan.get('workload', 'gpt')}: loss after {plan['steps']} steps · {cells[0]['workers']} workers · "
-        f"batch {plan['batch']} each · {plan['optimizer']}, learning rate {plan['learning_rate']:g}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("strategy", no_wrap=True)
-    for column in ("seeds", "held-out\nloss", f"training loss,\nlast {LAST}", "held-out\n/ dense", "worst\nseed"):
-        table.add_column(column, justify="right")
-    for row in found:
-        table.add_row(
-            row.name,
-            str(row.seeds),
-            "[red]failed[/red]" if row.held_out is None else f"{row.held_out:.4f}",
-            "" if row.training is None else f"{row.training:.4f}",
-            "" if row.ratio is None else _marked(row.ratio),
-            "" if row.worst is None else f"{_marked(row.worst)} ({row.worst_seed})",
-        )
-    console.print(table)
-    for row in found:
-        for failure in row.failures:
-            console.print(f"{row.name} failed, {failure}", style="red", highlight=False)
-    console.print(
-        f"held-out / dense: by seed, then averaged; dense is {DENSE}. Red: more than "
-        f"{100 * (TOLERANCE - 1):.0f}% above it.\n",
-        style="dim",
-        highlight=False,
-    )
-
-
-def _marked(ratio: float) -> str:
-    return f"[red]{ratio:.3f}[/red]" if ratio > TOLERANCE else f"{ratio:.3f}"

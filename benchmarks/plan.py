@@ -10,61 +10,43 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.command import Parser, fail, number, show_rate, show_size, size, terminal
-from benchmarks.compressor_methods import COMPRESSORS
-from dear.cost_model import AlphaBeta, Exchange, Prediction, Workload, plan
+from dear.cost_model import AlphaBeta, Exchange, Workload, plan
+
+from .collectives.compressed import COMPRESSORS
+from .command import Parser, fail, number, show_size, size, terminal
+from .network.rates import show_rate
+from .tables import note, table
 
 # What stands for each way of training: an exchange of one piece under backward, or of two halves.
-WHOLE = {"DDP": "all_reduce"} | {f"DDP + {one.name}": one.name for one in COMPRESSORS}
-HALVES = {"DeAR, ring": ("ring-rs", "ring-ag"), "DeAR, native": ("native-rs", "native-ag")}
+FITS = {"DDP": ["all_reduce"], "DeAR, ring": ["ring-rs", "ring-ag"], "DeAR, native": ["native-rs", "native-ag"]}
+FITS |= {f"DDP + {one.name}": [one.name] for one in COMPRESSORS}
 FUSION = [2**20 * megabytes for megabytes in (1, 2, 4, 8, 16, 25, 64)]
 
 
 def exchanges(fits: dict[str, dict[str, float]]) -> dict[str, Exchange]:
     """The ways of training of which a cell has fits."""
     lines = {name: AlphaBeta(**line) for name, line in fits.items()}
-    made = {name: Exchange(lines[fit]) for name, fit in WHOLE.items() if fit in lines}
-    for name, (first, second) in HALVES.items():
-        if first in lines and second in lines:
-            made[name] = Exchange(lines[first], lines[second])
-    return made
-
-
-def best_of_each(predictions: list[Prediction]) -> list[Prediction]:
-    """Each method at its best fusion size, the fastest first."""
-    found: dict[str, Prediction] = {}
-    for each in predictions:  # which come fastest first
-        found.setdefault(each.method, each)
-    return list(found.values())
+    return {name: Exchange(*map(lines.__getitem__, of)) for name, of in FITS.items() if lines.keys() >= set(of)}
 
 
 def show(cell: dict[str, Any], workload: Workload, console: Console) -> None:
-    """The predictions for one cell."""
-    table = Table(
-        title=f"PREDICTED, not measured · {show_rate(cell['rate'])} · {cell['workers']} workers · {cell['network']}",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("method")
-    for column in ("fusion size", "step ms", "x compute"):
-        table.add_column(column, justify="right")
+    """The predictions for one cell, each method at its best fusion size, the fastest first."""
+    title = f"PREDICTED, not measured · {show_rate(cell['rate'])} · {cell['workers']} workers · {cell['network']}"
+    made = table(title, "method", ("fusion size", "step ms", "x compute"))
     compute = workload.forward + workload.backward
-    for each in best_of_each(plan(workload, exchanges(cell["fits"]), FUSION)):
-        cells = (
-            each.method,
-            show_size(each.fusion_bytes),
-            f"{each.seconds * 1e3:.1f}",
-            f"{each.seconds / compute:.2f}",
-        )
-        table.add_row(*cells)
-    console.print(table)
+    shown = set()
+    for each in plan(workload, exchanges(cell["fits"]), FUSION):  # which come fastest first
+        if each.method not in shown:
+            times = f"{each.seconds * 1e3:.1f}", f"{each.seconds / compute:.2f}"
+            made.add_row(each.method, show_size(each.fusion_bytes), *times)
+        shown.add(each.method)
+    console.print(made)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m benchmarks.plan", description="Predicts step times from measured collectives.")
+    parser = Parser(f"{__package__}.plan", __doc__)
     parser.add_argument("file", type=Path, help="what benchmarks.collectives --json wrote")
     parser.add_argument("--forward", type=number, required=True, metavar="MS", help="of one worker by itself")
     parser.add_argument("--backward", type=number, required=True, metavar="MS", help="of one worker by itself")
@@ -81,11 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
     console = terminal()
     for cell in cells:
         show(cell, Workload(given.forward / 1e3, given.backward / 1e3, (given.size,)), console)
-    console.print(
+    note(
+        console,
         "Each method at the fusion size that is predicted to be best for it. x compute: step / (forward + backward). "
         "Compressors lose something of each step, as the relative error of the measured table says.",
-        style="dim",
-        highlight=False,
     )
 
 

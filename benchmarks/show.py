@@ -10,9 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import bandwidth, collectives_table, demo, kernels_table, losses, seeds, training
-from benchmarks.command import Parser, fail, terminal
-from benchmarks.report.sources import SourceError, load
+from .bandwidth import show as bandwidth
+from .collectives import show as collectives_table
+from .command import Parser, fail, terminal
+from .convergence import show as losses
+from .demo import show as demo
+from .kernels import show as kernels_table
+from .records import SourceError, load
+from .training import seeds
+from .training import show as training
 
 Show = Callable[[dict[str, Any], Console], None]  # prints one file
 
@@ -27,31 +33,22 @@ def _each_cell(show: Show) -> Show:
 
 def _training(payload: dict[str, Any], console: Console) -> None:
     for cell in payload["cells"]:
-        training.show(cell, console, curves=[], target=None)
+        training.show(cell, console)
     seeds.show(payload["cells"], console)
-
-
-def _bandwidth(payload: dict[str, Any], console: Console) -> None:
-    by_workers: dict[int, list[bandwidth.Needed]] = {}
-    for one in payload.get("needed", []):
-        needed = {name: value for name, value in one.items() if name != "workers"}
-        by_workers.setdefault(one["workers"], []).append(bandwidth.Needed(**needed))
-    for workers, found in by_workers.items():
-        bandwidth.show(workers, payload["settings"]["limit"], found, console)
 
 
 TABLES: dict[str, Show] = {
     "training": _training,
     "collectives": _each_cell(collectives_table.show),
-    "compressors": kernels_table.show,
+    "kernels": kernels_table.show,
     "convergence": lambda payload, console: losses.show(payload["cells"], console),
-    "bandwidth": _bandwidth,
+    "bandwidth": bandwidth.show_file,
     "demo": demo.show,
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m benchmarks.show", description="Prints the tables of raw results again.")
+    parser = Parser(f"{__package__}.show", __doc__)
     parser.add_argument("files", nargs="+", type=Path, help="such as benchmarks/results/*.json")
     console = terminal()
     for path in parser.parse_args(arguments).files:

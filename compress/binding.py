@@ -21,6 +21,7 @@ from compress.groups import make_group, parts_of_bucket
 from compress.saved import check_parameters
 from dear import _C
 from dear._agree import agree
+from dear._objects import all_gather_object
 from dear.collectives import choose_algorithm, group_timeout, make_lane
 
 
@@ -46,7 +47,8 @@ class Binding:
         if compressor.exchange == "owners":
             owners = make_lane(ranks, "compress all-to-all", chosen, timeout, all_to_all=True)
         self.compressor = compressor
-        self.pipeline = _C.Pipeline(lanes, owners, device)
+        self.pipeline = _C.Pipeline(lanes, owners, device)  # type: ignore[arg-type]  # the stub knows no None
+        self._lane, self._device = lanes[1], device
         self.pipeline.steps = compressor.initial_step
         self._measure = compressor.measure_first
         compressor.measure_first = False
@@ -63,6 +65,10 @@ class Binding:
 
     def synchronize(self) -> None:
         """Waits until nothing is in flight."""
+
+    def everyones(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's, by rank. Collective; nothing is in flight."""
+        return all_gather_object(self._lane, state, "the compressor's state", self._device)
 
     def forget_groups(self, step: int) -> None:
         """The compressor has loaded a state of that step: groups are to be made anew."""

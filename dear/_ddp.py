@@ -204,6 +204,8 @@ def rebuild_reducer(model: DDP, options: ReducerOptions, params: Sequence[torch.
     else:
         model.bucket_bytes_cap_default = options.first < cap
     model.bucket_bytes_cap_list = []
+    # With a static graph, the first backward pass of a reducer is reduced at its end, which DDP arranges once.
+    model._static_graph_delay_allreduce_enqueued = False
     with _thawed(params):
         parameters, sparse = model._build_params_for_reducer()
         names = model._build_debug_param_to_name_mapping(parameters)

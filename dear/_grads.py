@@ -23,6 +23,7 @@ class Found:
     """What stands in ``.grad``, by parameter."""
 
     reduced: bool = False  # some have what the engine put there, or a view of that memory
+    plain: bool = False  # some have such a view: a plain tensor, which writes of the user's reach at any time
     missing: list[Param] = field(default_factory=list)  # None
     own: Grads = field(default_factory=dict)  # anything else
 
@@ -42,6 +43,7 @@ def look(placeholders: Placeholders) -> Found:
                 found.missing.append(param)
             elif grad is placeholder or grad.data_ptr() == placeholder.data_ptr():
                 found.reduced = True
+                found.plain = found.plain or grad is not placeholder
             else:
                 found.own[param] = grad
     return found

@@ -87,7 +87,7 @@ def read_places(buckets: list[_C.Bucket], params: Iterable[torch.nn.Parameter]) 
     places = []
     for index, bucket in enumerate(buckets):
         for param, grad in zip(bucket.params, bucket.grads, strict=True):
-            start = grad.storage_offset() - bucket.buffer.storage_offset()
+            start = int(grad.storage_offset() - bucket.buffer.storage_offset())
             dense = torch.ops.aten.is_non_overlapping_and_dense(param.detach())
             stride = param.stride() if dense else torch.empty(param.size(), device="meta").stride()
             places.append(Place(known[id(param)], index, start, start + param.numel(), stride))

@@ -36,10 +36,10 @@ _NAMES = (
 )  # fmt: skip
 _METADATA = {getattr(torch.Tensor, name).__get__ for name in _NAMES if hasattr(torch.Tensor, name)}
 _METADATA |= {
-    torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
-    torch.Tensor.grad.__delete__,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__set__,  # type: ignore[union-attr]
+    torch.Tensor.grad.__delete__,  # type: ignore[union-attr]
     torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
-    torch.Tensor._backward_hooks.__set__,  # type: ignore[attr-defined]
+    torch.Tensor._backward_hooks.__set__,  # type: ignore[union-attr]
     torch.Tensor.requires_grad_,
     torch.Tensor.register_hook,
     torch.Tensor.register_post_accumulate_grad_hook,

@@ -81,7 +81,9 @@ class PendingGrad(torch.Tensor):
         return func(*tree_map(_settled, args), **tree_map(_settled, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return func(*tree_map(_settled, args), **tree_map(_settled, kwargs or {}))
 
 

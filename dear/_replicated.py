@@ -85,7 +85,8 @@ class ReplicatedUpdate(Update):
             if attached.scheduler.has_gradients():
                 self._check_untouched()
             attached.compression.validate()
-        if found.own or found.missing or attached.layout is None:  # what the user has put there counts
+        if found.own or found.plain or found.missing or attached.layout is None:
+            # What the user has put there counts, or can be changed any time.
             if attached.layout is not None:
                 self._finish_gradients()
             attached.user.original_step(None)

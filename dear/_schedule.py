@@ -13,7 +13,6 @@ from __future__ import annotations
 import weakref
 
 import torch
-import torch.distributed as dist
 
 from dear import _ddp
 from dear._attached import Attached, Param
@@ -21,6 +20,7 @@ from dear._context import StepContext, ordinary
 from dear._fusion import MIB, ddp_bucket_bytes, fuse, gather_order
 from dear._layout import Layout, read_places
 from dear._look_again import Facts
+from dear._objects import broadcast_object
 from dear._observe import ForwardOrder
 from dear._update import Update
 from dear.collectives import shard_range
@@ -100,9 +100,9 @@ class Schedule:
         """Rank 0's forward order becomes everyone's: all ranks must queue the same all-gathers."""
         attached = self._attached
         index = {param: i for i, param in enumerate(attached.params)}
-        order = [[index[param] for param in self._forward.seen] if self._forward else []]
-        dist.broadcast_object_list(order, src=dist.get_global_rank(attached.group, 0), group=attached.group)
-        self._position = {attached.params[i]: place for place, i in enumerate(order[0])}
+        seen = [index[param] for param in self._forward.seen] if self._forward else []
+        order = broadcast_object(attached.gather_lane, seen, "the order of the forward pass", attached.device)
+        self._position = {attached.params[i]: place for place, i in enumerate(order)}
 
     def _fuse(self) -> list[int]:
         """Makes fusion groups of the layout's buckets; returns how many buckets are in each."""

@@ -244,7 +244,7 @@ class ShardedUpdate(Update):
         attached = self.attached
         if attached.layout is None:
             return dict(attached.user.optimizer.state)
-        return _state.gather(self._state, self._segments, attached.layout, attached.gather_lane, attached.group)
+        return _state.gather(self._state, self._segments, attached.layout, attached.gather_lane)
 
     @contextmanager
     def full_state(self) -> Iterator[None]:

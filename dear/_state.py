@@ -6,10 +6,10 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from dear import _C
 from dear._layout import Layout, Segment
+from dear._objects import all_gather_object
 from dear.collectives import shard_range
 
 FullState = dict[torch.Tensor, dict[str, Any]]  # keyed by parameter
@@ -55,9 +55,8 @@ def gather(
     segments: list[Segment],
     layout: Layout,
     lane: _C.Lane,
-    group: dist.ProcessGroup,
 ) -> FullState:
-    """The full state on every rank. Collective: every rank of ``group`` must call it."""
+    """The full state on every rank. Collective: every rank of ``lane`` must call it."""
     position = {place.param: index for index, place in enumerate(layout.places)}
     # Which parameters have which state; a rank knows it of those it owns a part of.
     mine: dict[int, dict[str, Any]] = {}
@@ -73,8 +72,7 @@ def gather(
         }
         for place in segment.places:
             mine[position[place.param]] = facts
-    everyone: list[dict[int, dict[str, Any]]] = [{} for _ in range(group.size())]
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = all_gather_object(lane, mine, "the optimizer's state", layout.full[0].device)
     known = {index: facts for one in everyone for index, facts in one.items()}
 
     full: FullState = {}

@@ -52,7 +52,7 @@ def _breakdown(ms: float) -> dict[str, Any]:
 
 
 def _phase_names() -> tuple[str, ...]:
-    from benchmarks.breakdown import PHASES as names
+    from benchmarks.training.breakdown import PHASES as names
 
     return names
 
@@ -91,7 +91,7 @@ def compressors() -> dict[str, Any]:
     kernel = {"name": "sign encode", "bytes": 12_000_000.0, "seconds": [0.002], **times}
     timed = {"cpus": 2, "wall_s": 1.0, "user_s": [1.5, 1.0], "copy_bytes_per_s": 8e9}
     cell = {"family": "sign", "plan": {}, **timed, "kernels": [kernel]}
-    return {**header("compressors", numel=2**20, threads=2), "cells": [cell]}
+    return {**header("kernels", numel=2**20, threads=2), "cells": [cell]}
 
 
 def compressors_without_header() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,21 +17,25 @@ from rich.console import Console
 from torch import nn
 from workers import WorkerPool
 
-from benchmarks import demo, pictures, results, summary, training
+from benchmarks import records, stats
 from benchmarks.command import show_size, size
-from benchmarks.crew import Crew
-from benchmarks.data import ByteText, places, shuffled, standard_library
-from benchmarks.gpt import language_loss
+from benchmarks.demo import pictures
+from benchmarks.demo import show as demo
 from benchmarks.launch import WorkersFailed
-from benchmarks.steps import Plan
-from benchmarks.strategies import (
+from benchmarks.training import measure as training
+from benchmarks.training import summary
+from benchmarks.training.data import ByteText, places, shuffled, standard_library
+from benchmarks.training.gpt import language_loss
+from benchmarks.training.plan import Plan
+from benchmarks.training.strategies import (
     FORMS,
     Dear,
     StrategyError,
-    optimizer_factory,
     parse_strategies,
 )
-from benchmarks.workloads import WORKLOADS
+from benchmarks.training.trainer import optimizer_factory
+from benchmarks.training.workloads import WORKLOADS
+from benchmarks.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,27 +48,19 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 # Statistics
 
 
-def test_percentile_interpolates_between_neighbours() -> None:
-    assert results.percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
-    assert results.percentile([10.0], 99) == 10.0
-    assert results.percentile(list(range(101)), 90) == 90
-    with pytest.raises(ValueError, match="no values"):
-        results.percentile([], 50)
-
-
 def test_a_step_is_as_long_as_its_slowest_rank() -> None:
-    assert results.slowest_rank([[1.0, 5.0], [2.0, 3.0]]) == [2.0, 5.0]
+    assert stats.slowest_rank([[1.0, 5.0], [2.0, 3.0]]) == [2.0, 5.0]
 
 
 def test_paired_ratio_cancels_drift() -> None:
     """The machine slows down threefold between rounds; ours stays 1.25 times as fast."""
     ours, theirs = [80.0, 160.0, 240.0], [100.0, 200.0, 300.0]
-    assert results.paired_ratio(ours, theirs) == 1.25
+    assert stats.paired_ratio(ours, theirs) == 1.25
 
 
 def test_written_json_is_whole_and_keeps_series_on_one_line(tmp_path: Path) -> None:
     payload = {"ms": [[1.5, -2e-05], [3.0, 4.0]], "names": ["a", "b"], "empty": []}
-    results.write(tmp_path / "deep" / "x.json", payload)
+    records.write(tmp_path / "deep" / "x.json", payload)
     text = (tmp_path / "deep" / "x.json").read_text()
     assert json.loads(text) == payload
     assert "[ 1.5, -2e-05 ]" in text
@@ -71,7 +68,7 @@ def test_written_json_is_whole_and_keeps_series_on_one_line(tmp_path: Path) -> N
 
 
 def test_header_names_versions_and_no_place() -> None:
-    header = results.header("training", {"workers": [2]})
+    header = records.header("training", {"workers": [2]})
     assert header["versions"]["torch"] == torch.__version__
     assert header["machine"]["cores"] >= 1
     assert str(Path.home()) not in json.dumps(header) and str(ROOT) not in json.dumps(header["machine"])
@@ -107,15 +104,15 @@ def printed(cell: dict[str, Any]) -> str:
 
 def test_cpu_taken_by_others_is_noticed(cell: dict[str, Any]) -> None:
     cell["cpus"] = 2
-    assert summary.taken_by_others(cell) is None  # results from before it was recorded, or where it is unknown
+    assert stats.taken_by_others(cell) is None  # results from before it was recorded, or where it is unknown
     cell["strategies"] = cell["strategies"][:1]
     for block, machine in zip(cell["strategies"][0]["blocks"], (0.4, 0.6), strict=True):
         block["user_s"] = [[machine, 0.2], [machine, 0.2]]
     # 2 steps of 100 ms and 2 of 200 ms on 2 cores are 1.2 s of CPU: 1.0 were used, 0.8 of them by the two workers.
-    assert summary.taken_by_others(cell) == pytest.approx(0.2 / 1.2)
+    assert stats.taken_by_others(cell) == pytest.approx(0.2 / 1.2)
     assert "Other programs took 17%" in printed(cell)
     del cell["cpus"]  # older results do not say how many the machine had, and this one's are another matter
-    assert summary.taken_by_others(cell) is None and "Other programs" not in printed(cell)
+    assert stats.taken_by_others(cell) is None and "Other programs" not in printed(cell)
 
 
 def test_summary_without_ddp_floor_or_limit(cell: dict[str, Any]) -> None:
@@ -174,7 +171,7 @@ def test_the_typical_step_is_the_one_of_median_length() -> None:
 
 
 def test_smoothing_starts_with_what_there_is() -> None:
-    assert results.trailing_mean([4.0, 2.0, 0.0]) == [4.0, 3.0, 2.0]
+    assert stats.trailing_mean([4.0, 2.0, 0.0]) == [4.0, 3.0, 2.0]
 
 
 # Workload
@@ -274,15 +271,28 @@ def test_a_wrong_argument_gets_one_sentence(module: str, arguments: list[str], s
     assert says in done.stderr and len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
 
 
+def test_a_missing_package_is_told_with_the_extra_that_brings_it(tmp_path: Path) -> None:
+    hide = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n: None if n == 'pandas' else f(n)"
+    said = "The benchmarks need pandas: pip install dear-torch[bench]"
+    imported = [sys.executable, "-c", f"{hide}\nimport benchmarks"]
+    done = subprocess.run(imported, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"ImportError: {said}"
+    (tmp_path / "sitecustomize.py").write_text(hide)  # started by its name it says so in one line
+    started = [sys.executable, "-m", "benchmarks.demo"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stderr == f"{said}\n"
+
+
 def attempts(rank: int, world_size: int) -> list[Any]:
-    crew = Crew()
+    worker = Worker()
 
     def only_rank_1_fails() -> int:
         if rank == 1:
             raise ValueError("[/somewhere/in/gloo/pair.cc:42] boom\nand more")
         return rank
 
-    return [crew.attempt(lambda: rank * 10), crew.attempt(only_rank_1_fails), crew.had_failure]
+    return [worker.attempt(lambda: rank * 10), worker.attempt(only_rank_1_fails), worker.had_failure]
 
 
 def test_ranks_agree_on_a_failure(pool2: WorkerPool) -> None:
@@ -293,7 +303,7 @@ def test_ranks_agree_on_a_failure(pool2: WorkerPool) -> None:
 def test_a_strategy_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def run_workers(lab: Any, module: str, plan: Any, *_: Any, **__: Any) -> dict[str, Any]:
+    def run_workers(lab: Any, measure: Any, plan: Any, *_: Any, **__: Any) -> dict[str, Any]:
         tried.append(plan.excluded)
         if "ddp+powersgd" not in plan.excluded:
             raise WorkersFailed("exit code -6", "building ddp+powersgd")
@@ -303,11 +313,11 @@ def test_a_strategy_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatc
 
     monkeypatch.setattr(training, "run_workers", run_workers)
     plan = Plan(["none", "ddp+powersgd"])
-    network: Any = SimpleNamespace(lab=None)
-    assert training.run_cell(network, plan, lambda *_: None) == {"done": True}
+    lab: Any = SimpleNamespace()
+    assert training.run_cell(lab, plan, lambda *_: None) == {"done": True}
     assert tried == [{}, {"ddp+powersgd": "took its worker down while building ddp+powersgd: exit code -6"}]
     with pytest.raises(WorkersFailed, match="while starting: exit code -9"):
-        training.run_cell(network, replace(plan, excluded=tried[1]), lambda *_: None)
+        training.run_cell(lab, replace(plan, excluded=tried[1]), lambda *_: None)
 
 
 # Real runs, as small as they get
@@ -321,7 +331,7 @@ def test_training_end_to_end(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (cell,) = json.loads(path.read_text())["cells"]
-    assert cell["congestion_control"] == results.congestion_control()  # loopback's: of this very namespace
+    assert cell["congestion_control"] == records.congestion_control()  # loopback's: of this very namespace
     floor, ddp, half = cell["strategies"]
     assert floor["failure"] is None and len(ddp["blocks"][0]["ms"]) == 2
     assert len(ddp["losses"]) == len(ddp["clock_ms"]) == 5

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import cells, results
-from benchmarks.crew import launched
-from benchmarks.launch import progress_bar
+from benchmarks import cells, progress, records
+from benchmarks.worker import launched
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Lab:
         self.broken = broken
         self.benchmark = cells.Benchmark("lab", lambda *_: {}, self.run_cell, self.show)
 
-    def run_cell(self, network: Any, plan: Plan, report: Any) -> dict[str, Any]:
+    def run_cell(self, lab: Any, plan: Plan, report: Any) -> dict[str, Any]:
         if len(self.measured) == self.broken:
             raise KeyboardInterrupt
         self.measured.append(plan.rounds)
@@ -50,12 +49,9 @@ def run(lab: Lab, monkeypatch: pytest.MonkeyPatch, plans: dict[str, Any], *argum
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["lab", "--network", "loopback", *arguments])
 
-    def given() -> tuple[argparse.Namespace, dict[str, Any]]:
-        parser = argparse.ArgumentParser()
-        cells.options(parser)
-        return parser.parse_args(), plans
-
-    cells.main(lab.benchmark, given)
+    parser = argparse.ArgumentParser()
+    cells.options(parser)
+    cells.main(lab.benchmark, parser.parse_args(), plans)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
@@ -102,10 +98,10 @@ def test_what_differs_is_said_in_one_sentence(
     said = refusal(capsys, monkeypatch, {"": Plan(rounds=9)}, *arguments)
     assert "another plan (rounds: 4 then, 9 now)" in said and len(said.splitlines()) == 1
     before = json.loads(path.read_text())
-    results.write(path, before | {"commit": "feed"})
+    records.write(path, before | {"commit": "feed"})
     said = refusal(capsys, monkeypatch, {"": Plan()}, *arguments)
     assert f"another commit (feed then, {before['commit']} now)" in said
-    results.write(path, before | {"machine": before["machine"] | {"cores": 1000}})
+    records.write(path, before | {"machine": before["machine"] | {"cores": 1000}})
     said = refusal(capsys, monkeypatch, {"": Plan()}, *arguments)
     assert f"another machine (cores: 1000 then, {before['machine']['cores']} now)" in said
     path.write_text("[]")
@@ -137,7 +133,7 @@ def test_a_difference_is_named_by_its_place() -> None:
 
 def test_progress_without_a_terminal_says_what_remains() -> None:
     console = Console(file=io.StringIO(), width=120)
-    with progress_bar(console, "cell 1 of 1") as report:
+    with progress.bar(console, "cell 1 of 1") as report:
         report(0, 4, "first")
         report(2, 4, "second")
     first, second = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

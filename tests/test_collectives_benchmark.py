@@ -14,12 +14,15 @@ import torch.distributed as dist
 from workers import WorkerPool
 
 import dear
-from benchmarks import collectives, collectives_table, mpi, turns
-from benchmarks.compressor_methods import COMPRESSORS, gradient, members
-from benchmarks.crew import Crew
+from benchmarks.collectives import __main__ as collectives
+from benchmarks.collectives import measure as turns
+from benchmarks.collectives import mpi
+from benchmarks.collectives import show as collectives_table
+from benchmarks.collectives.compressed import COMPRESSORS, gradient, members
+from benchmarks.collectives.exact import DTYPES, EXACT, PLACEMENTS, Place, local_values, summed_values, wrong
 from benchmarks.launch import WorkersFailed
-from benchmarks.methods import DTYPES, EXACT, PLACEMENTS, Place, local_values, summed_values, wrong
-from benchmarks.netlab import Loopback
+from benchmarks.network.lab import Loopback
+from benchmarks.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("-b", "4K", "-e", "16K", "-f", "4", "-n", "2", "--rounds", "2")
@@ -61,8 +64,8 @@ def test_sums_that_a_type_cannot_hold_are_refused() -> None:
 
 def exact_results(rank: int, world_size: int) -> dict[str, list[int]]:
     """Wrong elements of each method and placement: after a run, after a run of another input, and with nothing run."""
-    crew, found = Crew(), {}
-    place = Place(24, torch.float32, crew)
+    worker, found = Worker(), {}
+    place = Place(24, torch.float32, worker)
     for kind in EXACT:
         for placement in PLACEMENTS:
             method = kind(place, dist.new_group(), placement)
@@ -85,8 +88,8 @@ def test_every_method_gets_every_element_right(pool2: WorkerPool) -> None:
 
 
 def compressed_results(rank: int, world_size: int) -> dict[str, Any]:
-    crew, found = Crew(), {}
-    place = Place(2**14, torch.float32, crew)
+    worker, found = Worker(), {}
+    place = Place(2**14, torch.float32, worker)
     for kind in COMPRESSORS:
         method = kind(place, dist.new_group(), "in_place")
         facts = method.facts()
@@ -113,7 +116,7 @@ def test_compressors_say_what_they_send_and_lose(pool2: WorkerPool) -> None:
         # Half of what a dense all-reduce of two ranks sends, with a few words that say whether all is finite.
         assert found["bf16"]["wire_bytes"] == pytest.approx(2**15, rel=0.01)
         assert found["bf16"]["vnmse"] < 1e-4 and found["bf16"]["lost"] < 1e-4  # the mean, but for two roundings
-        assert found["acpsgd:4"]["wire_bytes"] < found["powersgd:4"]["wire_bytes"] < found["bf16"]["wire_bytes"]
+        assert found["acp:4"]["wire_bytes"] < found["power:4"]["wire_bytes"] < found["bf16"]["wire_bytes"]
 
 
 def test_the_gradient_is_made_of_square_matrices_and_a_rest() -> None:
@@ -144,13 +147,13 @@ def trouble(rank: int, world_size: int) -> dict[str, Any]:
 
         def run(self) -> None:
             tried.append(self.place.count)
-            if self.place.crew.rank == 1:
+            if self.place.worker.rank == 1:
                 raise RuntimeError("boom")
 
     methods = {"picky": Picky, "broken": Broken}
     names = ["picky", "broken", "absent"]
     plan = collectives.Plan(names, [4096, 8192], iterations=1, rounds=1, excluded={"absent": "skipped: not here"})
-    return turns.Measurement(Crew(), plan, methods, lambda *_: None).run() | {"tried": tried}
+    return turns.Measurement(Worker(), plan, methods, lambda *_: None).run() | {"tried": tried}
 
 
 def test_a_method_that_fails_is_a_row_that_says_why(pool2: WorkerPool) -> None:
@@ -202,16 +205,16 @@ def cell_of(plan: collectives.Plan, monkeypatch: pytest.MonkeyPatch, *failures: 
     """What comes of a cell whose workers end with these failures, one try after another, and then succeed."""
     left = list(failures)
 
-    def run_workers(lab: Any, module: str, plan: collectives.Plan, *_: Any) -> dict[str, Any]:
+    def run_workers(lab: Any, measure: Any, plan: collectives.Plan, *_: Any) -> dict[str, Any]:
         if left:
             raise left.pop(0)
         return {"excluded": plan.excluded}
 
     launchers = {"Open MPI 5": mpi.Launcher("openmpi", "mpirun", "5")}
     monkeypatch.setattr(collectives, "run_workers", run_workers)
-    monkeypatch.setattr(collectives, "command_line", lambda: SimpleNamespace(launchers=launchers))
-    network: Any = SimpleNamespace(lab=SimpleNamespace(workers=2))
-    return collectives.run_cell(network, plan, lambda *_: None)
+    monkeypatch.setattr(collectives, "arguments", lambda: SimpleNamespace(launchers=launchers))
+    lab: Any = SimpleNamespace(workers=2)
+    return collectives.run_cell(lab, plan, lambda *_: None)
 
 
 def test_a_method_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,14 +272,14 @@ def clean(cell: dict[str, Any], *methods: str) -> bool:
 
 def test_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
-    arguments = (*TINY, "--network", "loopback", "--methods", "all_reduce,ring,mpi,signsgd", "--json", str(path))
+    arguments = (*TINY, "--network", "loopback", "--methods", "all_reduce,ring,mpi,sign", "--json", str(path))
     done = benchmark(*arguments, "--mpi", str(tmp_path))
     assert done.returncode == 0, done.stderr
     (cell,) = json.loads(path.read_text())["cells"]
     assert [each["count"] for each in cell["sizes"]] == [1024, 4096]
     assert clean(cell, "all_reduce", "ring") and "vnmse" in cell["sizes"][0]["methods"][2]
     assert cell["sizes"][0]["methods"][3]["failure"].startswith("skipped: ")  # what was asked for is not here
-    assert {"all_reduce", "ring", "signsgd"} == set(cell["fits"])
+    assert {"all_reduce", "ring", "sign"} == set(cell["fits"])
     assert "BEST" in done.stdout and "skipped: " in done.stdout
     again = benchmark(*arguments, "--mpi", str(tmp_path), "--resume")
     assert again.returncode == 0 and "resumed" in again.stdout and "BEST" in again.stdout

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import collectives_table, turns
+from benchmarks.collectives import measure as turns
+from benchmarks.collectives import show as collectives_table
 
 
 def account(us: float, failure: str | None = None, bad: int = 0) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def size() -> dict[str, Any]:
         method("ring-rs", 1, 500),
         method("ring-ag", 1, 0, failure="rank 0: RuntimeError: no"),
         compressor("bf16", 750, 50, 500, 200),
-        compressor("signsgd", 400, 100, 250, 50),
+        compressor("sign", 400, 100, 250, 50),
     ]
     return {"bytes": 100_000, "count": 25_000, "methods": methods}
 
@@ -51,7 +52,7 @@ def test_rows(size: dict[str, Any]) -> None:
     assert ring.out_of_place and (ring.out_of_place.p50_us, ring.out_of_place.wrong, ring.timing.wrong) == (900, 2, 0)
     assert found["ring-rs"].timing.bus_bandwidth == pytest.approx(2e8 * 0.75) and found["ring-rs"].speedup is None
     assert found["native"].timing.wrong == 3 and found["native"].out_of_place is None and ring.cpu_ms == 2
-    assert found["ring-ag"].failure and "signsgd" not in found
+    assert found["ring-ag"].failure and "sign" not in found
 
 
 def test_compressor_rows(size: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ def test_tables_are_never_cut_and_say_why_a_row_failed(size: dict[str, Any]) -> 
     collectives_table.show(cell | {"sizes": [size], "fits": fits}, console)
     text = console.export_text()
     assert "ring-ag: rank 0: RuntimeError: no" in text and "started by MPICH 5" in text
-    assert "all_reduce BEST" in text and "signsgd BEST" in text and "…" not in text
+    assert "all_reduce BEST" in text and "sign BEST" in text and "…" not in text
     row = next(line for line in text.splitlines() if line.split()[:1] == ["ring"] and "900" in line)
     assert row.split() == ["ring", "900", "900", "0.111", "0.167", "2", "800", "800", "0.125", "0.188", "0", "150.0",
                            "1.250", "2.50", "2.0"]  # fmt: skip

@@ -14,18 +14,26 @@ import reported
 import torch
 from rich.console import Console
 
-from benchmarks import compressors, kernels, kernels_table
-from benchmarks.kernels import FAMILIES, Case
-from benchmarks.report import sections
+from benchmarks.kernels import __main__ as command
+from benchmarks.kernels import cases as case_module
+from benchmarks.kernels import measure
+from benchmarks.kernels import show as kernels_table
+from benchmarks.kernels.cases import FAMILIES, Case
+from benchmarks.records import load
+from benchmarks.report import page
 from benchmarks.report.evidence import Evidence
-from benchmarks.report.sources import load
 from compress import ops
 
 
 def run(monkeypatch: pytest.MonkeyPatch, path: Path, *more: str) -> None:
     small = ["--numel", "4096", "--rounds", "2", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", ["compressors", *small, *more])
-    compressors.main()
+    monkeypatch.setattr(sys, "argv", ["kernels", *small, *more])
+    command.main()
+
+
+def only(monkeypatch: pytest.MonkeyPatch, families: dict[str, Any]) -> None:
+    for module in (command, measure):
+        monkeypatch.setattr(module, "FAMILIES", families)
 
 
 def printed(payload: dict[str, Any]) -> str:
@@ -42,13 +50,13 @@ def test_an_interrupted_run_goes_on_with_the_next_family(
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compressors, "FAMILIES", {"sign": FAMILIES["sign"], "dense": interrupted})
+    only(monkeypatch, {"sign": FAMILIES["sign"], "dense": interrupted})
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, path)
     assert ended.value.code == 130 and "--resume goes on" in capsys.readouterr().err
     first = json.loads(path.read_text())
-    assert first["benchmark"] == "compressors" and [cell["family"] for cell in first["cells"]] == ["sign"]
-    monkeypatch.setattr(compressors, "FAMILIES", {"sign": interrupted, "dense": FAMILIES["dense"]})
+    assert first["benchmark"] == "kernels" and [cell["family"] for cell in first["cells"]] == ["sign"]
+    only(monkeypatch, {"sign": interrupted, "dense": FAMILIES["dense"]})
     run(monkeypatch, path, "--resume")
     second = json.loads(path.read_text())
     assert second["cells"][0] == first["cells"][0] and second["cells"][1]["family"] == "dense"
@@ -106,7 +114,7 @@ def test_kernels_built_without_cuda_are_named_as_the_cause(
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     monkeypatch.setattr(ops, "error_correct", missing)
     with pytest.raises(SystemExit):
-        compressors.need_gpu()
+        command.need_gpu()
     assert "built without CUDA" in capsys.readouterr().err
 
 
@@ -128,15 +136,15 @@ def test_the_gpu_waits_until_a_sample_is_launched(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
-    assert compressors.timed_on_gpu([partial(log.append, "a"), partial(log.append, "b")]) == pytest.approx(0.003)
+    assert measure.timed_on_gpu([partial(log.append, "a"), partial(log.append, "b")]) == pytest.approx(0.003)
     assert log == ["sleep", "record", "a", "b", "record", "synchronize"]
 
 
 def test_input_sets_exceed_the_cache() -> None:
     h100, mib = 50 * 2**20, 2**20
-    assert compressors.sets_needed(16 * mib, h100) == 13  # 13 x 8 MiB, the smallest kernel's, are 104 MiB
-    assert compressors.sets_needed(64 * mib, h100) == 4
-    assert compressors.sets_needed(2**30, h100) == 2 and compressors.sets_needed(4096, h100) == 16
+    assert measure.sets_needed(16 * mib, h100) == 13  # 13 x 8 MiB, the smallest kernel's, are 104 MiB
+    assert measure.sets_needed(64 * mib, h100) == 4
+    assert measure.sets_needed(2**30, h100) == 2 and measure.sets_needed(4096, h100) == 16
 
 
 def test_a_sample_calls_every_input_set_and_a_slow_way_only_one() -> None:
@@ -153,7 +161,7 @@ def test_a_sample_calls_every_input_set_and_a_slow_way_only_one() -> None:
         return 1.0 if log[before].startswith("slow") else 0.001
 
     sets = [[case(index, "quick"), case(index, "slow")] for index in range(3)]
-    copies = compressors.measure(sets, [partial(log.append, "copy")] * 3, clock, 4, lambda *_: None)
+    copies = measure.measure(sets, [partial(log.append, "copy")] * 3, clock, 4, lambda *_: None)
     quick, slow = sets[0]
     assert len(copies) == 8 and len(quick.seconds) == len(quick.plain_seconds) == len(slow.seconds) == 4
     assert len(slow.plain_seconds) == 1  # besides the round that warms up, only the fourth
@@ -170,7 +178,7 @@ def test_what_cannot_run_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch,
     def some(*_: Any) -> list[Case]:
         return [Case("a", 8, absent, lambda: None), Case("b", 8, lambda: None, absent)]
 
-    monkeypatch.setattr(compressors, "FAMILIES", {"some": some})
+    only(monkeypatch, {"some": some})
     run(monkeypatch, tmp_path / "some.json")
     payload = json.loads((tmp_path / "some.json").read_text())
     a, b = payload["cells"][0]["kernels"]
@@ -198,7 +206,7 @@ def test_all_that_a_kernel_is_given_is_on_the_default_device(monkeypatch: pytest
         def __getattr__(self, name: str) -> Any:
             return instead(name)
 
-    monkeypatch.setattr(kernels, "ops", Stub())
+    monkeypatch.setattr(case_module, "ops", Stub())
     with torch.device("meta"):
         cases = [case for family in FAMILIES.values() for case in family(torch.randn(2**21), 0.01, 2)]
     for case in cases:
@@ -211,12 +219,12 @@ def test_all_that_a_kernel_is_given_is_on_the_default_device(monkeypatch: pytest
 
 def test_tables_of_cpu_and_gpu_stand_together_and_name_their_device(tmp_path: Path) -> None:
     files = reported.write(tmp_path, cpu=reported.compressors(), gpu=on_gpu())
-    cpu, gpu = sections.kernels(Evidence.of(load(files)), tmp_path).tables
-    assert cpu.table.caption == "Kernels on the CPU · 1048576 elements · copy 8.0 GB/s · 2 threads"
-    assert gpu.table.caption == "Kernels on GPU 9000 · 1048576 elements · copy 8.0 GB/s · 13 input sets"
+    cpu, gpu = page.tables_of("kernels")(Evidence.of(load(files)), tmp_path)
+    assert "Kernels on the CPU · 1048576 elements · copy 8.0 GB/s · 2 threads" in cpu.printed
+    assert "Kernels on GPU 9000 · 1048576 elements · copy 8.0 GB/s · 13 input sets" in gpu.printed
     assert "GPU 9000" not in cpu.origin[0] and "4 GiB, GPU 9000; torch 2.x, cuda 13.x" in gpu.origin[0]
-    times = [row.words[0][0] for placed in (cpu, gpu) for row in (placed.table.head[1], placed.table.rows[0][1])]
-    assert times == ["ms", "2.00", "µs", "2000.00"]
+    assert " ms " in cpu.printed and " 2.00 " in cpu.printed
+    assert " µs " in gpu.printed and " 2000.00 " in gpu.printed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,9 +12,10 @@ import reported
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import show
+from benchmarks import records, show
 from benchmarks.report import __main__ as command
-from benchmarks.report import contest, repeats, sources, tables, winners
+from benchmarks.report import contest, repeats, tables, winners
+from benchmarks.report import page as report_page
 from benchmarks.report.evidence import Evidence
 
 
@@ -31,7 +32,7 @@ def text_of(markup: str) -> str:
 
 def cell(**more: Any) -> contest.Cell:
     payload = reported.training(**more)
-    return contest.cells([sources.Source("t.json", "training", payload)])[0]
+    return contest.cells([records.Source("t.json", "training", payload)])[0]
 
 
 def everyone(_: contest.Cell, __: str) -> bool:
@@ -93,9 +94,9 @@ def test_one_side_alone_wins_without_a_ratio() -> None:
 
 
 def test_of_two_measurements_the_fuller_then_the_newer_counts() -> None:
-    full = sources.Source("full.json", "training", reported.training(when="2026-01-01"))
-    newer = sources.Source("newer.json", "training", reported.training(when="2026-01-02"))
-    fewer = sources.Source("few.json", "training", reported.training(when="2026-01-03", steps={"ddp:1": 1.0}))
+    full = records.Source("full.json", "training", reported.training(when="2026-01-01"))
+    newer = records.Source("newer.json", "training", reported.training(when="2026-01-02"))
+    fewer = records.Source("few.json", "training", reported.training(when="2026-01-03", steps={"ddp:1": 1.0}))
     (kept,) = contest.chosen(contest.cells([full, newer, fewer])).values()
     assert kept.source is newer
     for one in newer.cells[0]["strategies"]:
@@ -123,7 +124,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *results: dict[str, A
         shown.setdefault(winners.RATES[column], []).append(verdict)
 
     monkeypatch.setattr(winners, "_one", note)
-    read = [sources.Source(f"{number}.json", one["benchmark"], one) for number, one in enumerate(results)]
+    read = [records.Source(f"{number}.json", one["benchmark"], one) for number, one in enumerate(results)]
     evidence = Evidence.of(read)
     everything = winners.Map("all", lambda cell, name: not evidence.is_barred(name, cell.setting), lambda *_: False)
     winners.draw(evidence.chosen, [everything], [], tmp_path / "map.png")
@@ -174,7 +175,7 @@ def test_seeds_of_the_very_setting_say_more_of_the_loss_than_other_training(
     assert drawn(monkeypatch, tmp_path, seeded(1.02), elsewhere)["500mbit"][0].winner == "acp:4"
     assert drawn(monkeypatch, tmp_path, seeded(1.05))["500mbit"][0].winner == "ddp+fp16:4"
     text = text_of(page(tmp_path, training=seeded(1.05)))
-    assert "more than 3% above dense: acp:4 (gpt with sgd, +5.0%)" in text
+    assert "with a loss more than 3% above dense: acp:4 (gpt with sgd, +5.0%)" in text
 
 
 # The page
@@ -231,11 +232,11 @@ def test_a_failed_row_says_why_and_cannot_break_the_page(tmp_path: Path) -> None
 
 def test_everything_names_its_file_machine_and_commit(tmp_path: Path) -> None:
     made = page(tmp_path, training=reported.training(), compressors=reported.compressors())
-    for block in re.findall(
-        r"<figure>.*?</figure>|<table>.*?</table>\s*</div>.{0,4000}?class=\"from\">.*?</div>", made, re.S
-    ):
+    blocks = re.findall(r"<figure>.*?</figure>|<div class=\"printed\">.*?</div>\s*</div>\s*</div>", made, re.S)
+    for block in blocks:
         assert re.search(r"(training|compressors)\.json: .*Abacus 9, 2 cores.*commit c0ffee", block)
-    assert len(re.findall(r"<figure>", made)) >= 4
+    assert made.count("<figure>") >= 4 and made.count("<pre>") >= 4
+    assert len(blocks) == made.count("<figure>") + made.count("<pre>")
 
 
 def test_a_section_without_results_says_how_to_get_them(tmp_path: Path) -> None:
@@ -256,50 +257,47 @@ def test_tables_are_those_of_the_commands(tmp_path: Path, capsys: pytest.Capture
         assert row in made and row in " ".join(printed.split())
 
 
-def test_markup_of_a_table_becomes_colour() -> None:
-    table = Table(title="[b]t[/b]")
-    table.add_column("a", justify="right")
-    table.add_row("x [red]lost[/red]", end_section=True)
-    made = tables.html_table(table)
-    assert made.caption == "t" and made.breaks == {0}
-    assert made.rows[0][0] == tables.HtmlCell([("x ", ""), ("lost", "red")], "right")
+def test_what_is_printed_keeps_its_colours_and_words() -> None:
+    shown = Table(title="t")
+    shown.add_column("a", justify="right")
+    shown.add_row("x [red]lost[/red]")
+    made = report_page.printed(shown, ["from here"])
+    assert re.search(r'x <span style="color: [^"]+">lost</span>', made.printed) and made.origin == ["from here"]
 
-
-def test_words_are_kept_as_they_were_printed() -> None:
     def says(console: Console) -> None:
-        console.print("rank 0: [Errno 2] none", style="red", markup=False)
+        console.print("rank 0: [Errno 2] <none>", style="red", markup=False)
         console.print("see [b]there[/b]", style="dim")
 
-    (made,) = tables.captured(says).tables
-    assert made.remarks == [[("rank 0: [Errno 2] none", "red")], [("see ", "dim"), ("there", "bold")]]
+    text = text_of(report_page.printed(says, []).printed)
+    assert text == "rank 0: [Errno 2] <none> see there"
 
 
 # Repeatability
 
 
 def test_two_runs_of_a_table_are_laid_side_by_side() -> None:
-    first = sources.Source("a.json", "training", reported.training(when="1"))
+    first = records.Source("a.json", "training", reported.training(when="1"))
     # All 10% slower, DDP included, but for dear: its ratio changes from 1.25 to 1.375.
     steps = {name: ms if name == "dear:sharded" else 1.1 * ms for name, ms in reported.STEPS.items()}
-    second = sources.Source("b.json", "training", reported.training(when="2", steps=steps))
-    other = sources.Source("c.json", "training", reported.training(rate="1gbit", when="3"))
+    second = records.Source("b.json", "training", reported.training(when="2", steps=steps))
+    other = records.Source("c.json", "training", reported.training(rate="1gbit", when="3"))
     (one,) = repeats.twice_measured(repeats.of_training(contest.cells([second, other, first])))
     assert (one.first, one.second) == (first, second)
-    by_name = {pair.first.name: pair for pair in one.pairs}
-    assert by_name["dear:sharded"].took == 1 and by_name["dear:sharded"].ratio == pytest.approx(1.1)
-    assert by_name["ddp:25"].took == pytest.approx(1.1) and by_name["ddp:25"].ratio == pytest.approx(1)
+    dear, ddp = one.rows.loc["dear:sharded"], one.rows.loc["ddp:25"]
+    assert dear.took_by == 1 and dear.ratio_by == pytest.approx(1.1)
+    assert ddp.took_by == pytest.approx(1.1) and ddp.ratio_by == pytest.approx(1)
     assert one.off_by == (pytest.approx(0, abs=1e-9), pytest.approx(10))
     assert "(within 5% at the median)" in str(repeats.table(one).title)
 
 
 def test_repeats_of_collectives_and_far_off_ones() -> None:
     runs = [
-        sources.Source(f"{number}.json", "collectives", reported.collectives(us, when=str(number)))
+        records.Source(f"{number}.json", "collectives", reported.collectives(us, when=str(number)))
         for number, us in enumerate((1000.0, 2000.0))
     ]
     (one,) = repeats.twice_measured(repeats.of_collectives(runs))
-    assert [pair.took for pair in one.pairs] == [2.0]
-    assert [pair.ratio for pair in one.pairs] == [1.0]  # to all_reduce itself
+    assert list(one.rows.took_by) == [2.0]
+    assert list(one.rows.ratio_by) == [1.0]  # to all_reduce itself
 
 
 # What it is given
@@ -320,16 +318,16 @@ def test_what_it_cannot_read_gets_one_sentence(tmp_path: Path, capsys: pytest.Ca
             command.main([str(path), "--out", str(tmp_path / "out")])
         said = capsys.readouterr().err
         assert says in said and str(path) in said and len(said.splitlines()) == 1
-    with pytest.raises(sources.SourceError, match=r"called training\.json"):
+    with pytest.raises(records.SourceError, match=r"called training\.json"):
         (tmp_path / "again").mkdir()
         again = reported.write(tmp_path / "again", training=reported.training())
-        sources.load([*reported.write(tmp_path, training=reported.training()), *again])
+        records.load([*reported.write(tmp_path, training=reported.training()), *again])
 
 
 def test_provenance_names_what_differs() -> None:
-    one = sources.Source("a.json", "training", reported.training())
-    same = sources.Source("b.json", "training", reported.training())
-    changed = sources.Source("c.json", "training", reported.training(commit="0123456789abcdef+changes"))
-    lines = sources.provenance([one, same, changed, one])
+    one = records.Source("a.json", "training", reported.training())
+    same = records.Source("b.json", "training", reported.training())
+    changed = records.Source("c.json", "training", reported.training(commit="0123456789abcdef+changes"))
+    lines = records.provenance([one, same, changed, one])
     assert lines[0].startswith("a.json, b.json: Abacus 9, 2 cores, 4 GiB; torch 2.x; commit c0ffeec0ffee")
     assert lines[1].endswith("commit 0123456789ab+changes") and len(lines) == 2

@@ -8,8 +8,10 @@ import pytest
 from canned import strategy, training_cell
 from rich.console import Console
 
-from benchmarks import seeds, training
-from benchmarks.report import contest, repeats, sources
+from benchmarks import records
+from benchmarks.report import contest, repeats
+from benchmarks.training import __main__ as training
+from benchmarks.training import seeds
 
 
 def cell(seed: int, step: float = 100.0, losses: tuple[float, ...] = (4.0, 2.0), held_out: float = 2.0) -> Any:
@@ -64,11 +66,11 @@ def test_only_the_same_setting_with_several_seeds_has_a_table() -> None:
 
 
 def test_another_seed_is_not_the_same_table_again() -> None:
-    def source(name: str, seed: int) -> sources.Source:
+    def source(name: str, seed: int) -> records.Source:
         about = {"machine": {"cpu": "a"}, "when": name}
         one = cell(seed)
         one["plan"] |= {"batch": 4, "workload": "gpt"}
-        return sources.Source(name, "training", {"cells": [one], **about})
+        return records.Source(name, "training", {"cells": [one], **about})
 
     runs = repeats.of_training(contest.cells([source("a", 1), source("b", 2), source("c", 2)]))
     (twice,) = repeats.twice_measured(runs)

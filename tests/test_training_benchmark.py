@@ -13,12 +13,16 @@ import torch
 from canned import strategy, training_cell
 from rich.console import Console
 
-from benchmarks import bandwidth, breakdown, losses, results, tradeoff
-from benchmarks.command import rate_bits
-from benchmarks.data import digits
+from benchmarks import losses, records
+from benchmarks.bandwidth import measure as bandwidth
+from benchmarks.bandwidth import show as bandwidth_table
+from benchmarks.convergence import show as convergence
 from benchmarks.launch import WorkersFailed
-from benchmarks.strategies import Compressed, DDPPowerSGD, DearCompressed, StrategyError, is_dear, parse_strategies
-from benchmarks.workloads import WORKLOADS, MissingPackage, parts, repeated_blocks
+from benchmarks.network.rates import parse_rate
+from benchmarks.training import breakdown, tradeoff
+from benchmarks.training.data import digits
+from benchmarks.training.strategies import Compressed, DDPPowerSGD, DearCompressed, StrategyError, parse_strategies
+from benchmarks.training.workloads import WORKLOADS, MissingPackage, parts, repeated_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,8 +48,8 @@ def test_compressor_strategies_are_parsed() -> None:
     assert kinds[:4] == [("acp", "8"), ("acp", "4"), ("topk", "0.01"), ("sign", None)]
     assert kinds[4:] == [("sign", "majority"), ("sign", None), ("sign", "majority"), ("bf16", None), ("fp16", None)]
     assert [one.bucket_cap_mb for one in found] == [None, 2.5, None, None, None, 4.0, 2.0, None, 1.0]
-    assert [isinstance(one, DearCompressed) for one in found] == [is_dear(one) for one in found]
-    assert [is_dear(one) for one in found] == [False] * 6 + [True, True, False]
+    assert [isinstance(one, DearCompressed) for one in found] == [one.has_engine for one in found]
+    assert [one.has_engine for one in found] == [False] * 6 + [True, True, False]
     (torchs,) = parse_strategies("ddp+powersgd:8")
     assert isinstance(torchs, DDPPowerSGD) and torchs.rank == 8
     bad = (
@@ -97,7 +101,7 @@ def test_losses_are_compared_with_dense_seed_by_seed() -> None:
     assert acp.worst == pytest.approx(1.05) and acp.worst_seed == 2
     assert sign.seeds == 1 and sign.failures == ("seed 2: rank 0: no",)
     console = Console(width=120, record=True, file=io.StringIO())
-    losses.show(cells, console)
+    convergence.show(cells, console)
     text = console.export_text()
     assert "1.050 (2)" in text and "sign failed, seed 2: rank 0: no" in text
 
@@ -219,7 +223,7 @@ def test_the_ladder_stops_where_a_strategy_stops_holding_and_bisects_once() -> N
         ["acp:4"],
     ]
     console = Console(width=120, record=True, file=io.StringIO())
-    bandwidth.show(4, 1.15, [ddp, acp, sign, bad], console)
+    bandwidth_table.show(4, 1.15, [ddp, acp, sign, bad], console)
     lines = [line for line in console.export_text().splitlines() if "/s" in line]
     assert ["acp:4" in lines[0], "ddp" in lines[1]] == [True, True]
 
@@ -234,12 +238,12 @@ def test_progress_never_counts_more_cells_than_it_promised() -> None:
         return {name: 1.1 if bandwidth.bits(rate) >= bandwidth.bits(name) else 1.3 for name in names}
 
     bandwidth.search(rates[:3], rates, 1.15, measure)
-    title = next(bandwidth.numbered(argparse.Namespace(workers=[4], rates=rates, strategies=rates[:3])))
+    title = str(next(bandwidth.parts(argparse.Namespace(workers=[4], rates=rates, strategies=rates[:3]))))
     assert title == "cell 1 of at most 7" and len(measured) == 7
 
 
 def test_the_rate_in_the_middle_is_one_that_can_be_set() -> None:
-    assert rate_bits(bandwidth.between("10gbit", "500mbit")) == pytest.approx(2236.068e6)
+    assert parse_rate(bandwidth.between("10gbit", "500mbit")) == pytest.approx(2236.068e6)
 
 
 def test_step_over_floor_is_paired_by_round(cell: dict[str, Any]) -> None:
@@ -301,7 +305,7 @@ def test_convergence_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first = json.loads(path.read_text())
     first["cells"][0]["compressor"] = {"kept": True}
-    results.write(path, first)
+    records.write(path, first)
     done = run(*common, "ddp,acp:8")
     assert done.returncode == 0, done.stderr
     dense, acp = json.loads(path.read_text())["cells"]

@@ -14,12 +14,11 @@
 `WorkerPool` keeps its processes and costs milliseconds per run; the fixtures `pool2` and `pool4` hold one each.
 
 A worker that hangs ends the test at `timeout`, with the stack of every thread of every worker still running. Workers
-are killed with the test process, however that one ends.
+are started and ended as those of the benchmarks are (benchmarks/processes.py): with this process, however it ends.
 """
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import pickle
@@ -35,9 +34,10 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from benchmarks.processes import Processes, python_path
+
 # After a first failure the other ranks get this long (seconds) to report theirs, which often tells more.
 GRACE = 2.0
-PR_SET_PDEATHSIG = 1
 
 
 class WorkerDied(Exception):
@@ -107,6 +107,7 @@ class WorkerPool:
         self.world_size = world_size
         self._env = dict(env or {})
         self._workers: list[_Worker] = []
+        self._processes: Processes | None = None
         self._store: Any = None
         self._runs = 0
 
@@ -153,8 +154,9 @@ class WorkerPool:
 
         # Held by the test's process, as torchrun's agent does: it outlives rank 0, and nobody else can take the port.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._processes = self._processes or Processes()
         for rank in range(self.world_size):
-            self._workers.append(_Worker(rank, self.world_size, self._env))
+            self._workers.append(_Worker(self._processes, rank, self.world_size, self._env))
 
     def _collect(self, deadline: float, expect_dead: Collection[int] | None) -> list[Any]:
         """Outcomes by rank: results and, where failures are expected, exceptions."""
@@ -219,8 +221,9 @@ class WorkerPool:
             self.kill()
 
     def kill(self) -> None:
-        for worker in self._workers:
-            worker.kill()
+        if self._processes is not None:
+            self._processes.close()
+        self._processes = None
         for worker in self._workers:
             worker.close()
         self._workers.clear()
@@ -236,24 +239,29 @@ class WorkerPool:
 class _Worker:
     """One process, its pipe, and a file that takes what it prints."""
 
-    def __init__(self, rank: int, world_size: int, env: Mapping[str, str]) -> None:
+    def __init__(self, processes: Processes, rank: int, world_size: int, env: Mapping[str, str]) -> None:
         self.rank = rank
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
         self.connection, theirs = Pipe()
-        paths = [os.path.dirname(os.path.abspath(__file__)), *(path for path in sys.path if path)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "workers", *map(str, (theirs.fileno(), os.getpid(), rank, world_size))],
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(paths)}
+        here = os.path.dirname(os.path.abspath(__file__))
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join([here, python_path()["PYTHONPATH"]]),
             # Hosts of their own to NCCL, which refuses to share a GPU within one.
-            | {"NCCL_SOCKET_IFNAME": "lo", "NCCL_HOSTID": f"host {rank}", "NCCL_IB_DISABLE": "1"}
-            | dict(env),
-            stdin=subprocess.DEVNULL,
+            "NCCL_SOCKET_IFNAME": "lo",
+            "NCCL_HOSTID": f"host {rank}",
+            "NCCL_IB_DISABLE": "1",
+        }
+        self._child = processes.start(
+            [sys.executable, "-m", "workers", *map(str, (theirs.fileno(), rank, world_size))],
+            environment | dict(env),
+            rank,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,  # so that whatever it starts is killed with it
         )
+        self.process = self._child.process
         theirs.close()
 
     def receive(self) -> tuple[bool, Any]:
@@ -285,13 +293,10 @@ class _Worker:
         return WorkerDied(self.rank, self.process.wait(), self.output(), stalled=True)
 
     def kill(self) -> None:
-        # The whole group: a worker may have started processes of its own. Once it has been waited for, its number may
-        # belong to somebody else.
-        if self.process.returncode is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """With its process group: a worker may have started processes of its own."""
+        self._child.end()
 
     def close(self) -> None:
-        self.process.wait()
         self.connection.close()
         self._log.close()
 
@@ -344,10 +349,7 @@ def _reply(connection: Connection, ok: bool, value: Any) -> None:
 
 
 def _main() -> None:
-    fd, parent, rank, world_size = map(int, sys.argv[1:])
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before we asked to follow it
-        os._exit(1)
+    fd, rank, world_size = map(int, sys.argv[1:])
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _serve(Connection(fd), rank, world_size)
 

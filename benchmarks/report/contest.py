@@ -1,7 +1,8 @@
 """Who competes with whom: families of strategies, the settings they met in, and who won.
 
 Ours are the strategies of this library; rivals are torch's. Every comparison is made inside one cell of one file,
-whose strategies took turns, and each side competes with the best that it has: a rival at its best bucket size too.
+whose strategies ran in the same rounds, and each side competes with the best that it has: a rival at its best bucket
+size too.
 """
 
 import re
@@ -9,11 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from benchmarks import strategies, summary
-from benchmarks.command import rate_bits, show_rate
-from benchmarks.report.sources import Source
-from benchmarks.results import paired_ratio, percentile
-from benchmarks.strategies import StrategyError, parse_strategy
+import numpy as np
+
+from ..network.rates import parse_rate, show_rate
+from ..records import Source
+from ..stats import paired_ratio, round_times
+from ..training import strategies, summary
+from ..training.strategies import StrategyError, parse_strategy
 
 FLOOR = "none"
 EMULATED = "emulated network"
@@ -101,7 +104,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the training benchmark: all strategies in turns at one rate."""
+    """One cell of the training benchmark: all strategies in the same rounds at one rate."""
 
     source: Source
     data: dict[str, Any]
@@ -166,7 +169,7 @@ def chosen(all_cells: Sequence[Cell]) -> dict[tuple[Setting, str], Cell]:
 
 def by_rate(rates: Iterable[str]) -> list[str]:
     """Slowest first, no limit last."""
-    return sorted(set(rates), key=lambda rate: rate_bits(rate) or float("inf"))
+    return sorted(set(rates), key=lambda rate: parse_rate(rate) or float("inf"))
 
 
 def short_rate(rate: str) -> str:
@@ -204,9 +207,9 @@ def verdict(cell: Cell, takes_part: TakesPart) -> Verdict | None:
         alone = ours or rival
         assert alone is not None
         return Verdict(alone.name, alone.name if ours else None, alone.name if rival else None, None, None)
-    own, other = (summary.round_times(cell.strategy(row.name)) for row in (ours, rival))
+    own, other = (round_times(cell.strategy(row.name)) for row in (ours, rival))
     ratios = [b / a for a, b in zip(own, other, strict=True)]
     ratio = paired_ratio(own, other)
     # The pairs decide, as they do everywhere: medians that lie minutes apart may say otherwise.
     winner_name = ours.name if ratio > 1 else rival.name
-    return Verdict(winner_name, ours.name, rival.name, ratio, (percentile(ratios, 25), percentile(ratios, 75)))
+    return Verdict(winner_name, ours.name, rival.name, ratio, (np.percentile(ratios, 25), np.percentile(ratios, 75)))

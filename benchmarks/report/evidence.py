@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import losses, seeds
-from benchmarks.report import contest, sources
-from benchmarks.report.contest import Cell, Setting
-from benchmarks.report.sources import Source
+from .. import losses, records
+from ..records import Source
+from ..training import seeds
+from . import contest
+from .contest import Cell, Setting
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Evidence:
 
     @classmethod
     def of(cls, read: Sequence[Source]) -> "Evidence":
-        cells = contest.cells(sources.of(read, "training"))
+        cells = contest.cells(records.of(read, "training"))
         return cls(list(read), cells, contest.chosen(cells))
 
     def of_benchmark(self, benchmark: str) -> list[Source]:
-        return sources.of(self.sources, benchmark)
+        return records.of(self.sources, benchmark)
 
     @property
     def settings(self) -> list[Setting]:
@@ -94,7 +95,24 @@ class Evidence:
         }
         return sorted(found)
 
+    def about_losses(self) -> str:
+        """Which methods the second map leaves out, and whose loss nobody has measured."""
+        barred, unknown = set(), set()
+        for name, setting in self.inexact():
+            known = self.loss(name, setting)
+            if known is None:
+                unknown.add(f"{name} ({setting.workload})")
+            elif not known.holds:
+                barred.add(f"{name} ({known.trained}, {100 * (known.ratio - 1):+.1f}%)")
+        parts = []
+        if barred:
+            above = f"{100 * (losses.TOLERANCE - 1):.0f}% above dense"
+            parts.append(f"Left out of the second map, with a loss more than {above}: {', '.join(sorted(barred))}.")
+        if unknown:
+            parts.append(f"In it although their loss was not measured: {', '.join(sorted(unknown))}.")
+        return " ".join(parts)
+
 
 def origin(cells: Sequence[Cell]) -> list[str]:
     """Where the numbers of these cells come from."""
-    return sources.provenance([cell.source for cell in cells])
+    return records.provenance([cell.source for cell in cells])

@@ -1,7 +1,6 @@
 """Pictures of the training benchmark for one setting: step time by rate, what a step consists of, loss over time."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from benchmarks import pictures, summary
-from benchmarks.command import rate_bits
-from benchmarks.report import contest
-from benchmarks.report.contest import FLOOR, Cell, family, kind, median, short_rate
-from benchmarks.results import SMOOTHED_OVER, trailing_mean
+from .. import drawing
+from ..network.rates import parse_rate
+from ..stats import is_plain_ddp
+from . import contest
+from .contest import Cell, family, kind, median, short_rate
 
 MARKERS = "osD^vPX<>*hd"
 DASHES = ("-", "--", "-.", ":")
@@ -27,9 +26,9 @@ NO_LIMIT_GAP = 3.0  # the place of "no limit" on the rate axis: this many times 
 def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     """A line for each kind at its best size, and the bound that no dense exchange can beat."""
     figure, axes = plt.subplots(figsize=(9, 6.4), layout="constrained")
-    cells = sorted(cells, key=lambda cell: rate_bits(cell.rate) or float("inf"))
+    cells = sorted(cells, key=lambda cell: parse_rate(cell.rate) or float("inf"))
     places = _places([cell.rate for cell in cells])
-    limited = [cell for cell in cells if rate_bits(cell.rate) is not None]
+    limited = [cell for cell in cells if parse_rate(cell.rate) is not None]
     styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind()])
     for name, style in styles.items():
         points = [
@@ -52,7 +51,7 @@ def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> Non
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.set_title(f"Step time by link rate, each at its best size: {cells[0].setting.label}", fontsize=11)
-    pictures.plain(axes)
+    drawing.plain(axes)
     axes.grid(axis="y", which="both", alpha=0.2)
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     handles.append(
@@ -65,12 +64,12 @@ def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> Non
         )
     )
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    pictures.save(figure, path, about)
+    drawing.save(figure, path, about)
 
 
 def _places(rates: Sequence[str]) -> dict[str, float]:
     """Where each rate stands on a logarithmic axis; no limit stands apart, behind the fastest."""
-    bits = {rate: rate_bits(rate) for rate in contest.by_rate(rates)}
+    bits = {rate: parse_rate(rate) for rate in contest.by_rate(rates)}
     fastest = max((one for one in bits.values() if one), default=1e9)
     return {rate: one or fastest * NO_LIMIT_GAP for rate, one in bits.items()}
 
@@ -118,7 +117,7 @@ def _bound(axes: Axes, limited: Sequence[Cell], cells: Sequence[Cell], places: d
 
 def dense_bound(cell: Cell) -> float | None:
     """ms that no strategy can beat which sends float32 gradients; None where the floor was not measured."""
-    dense = [row.computed_communication or 0.0 for row in cell.finished if summary.is_plain_ddp(row.name)]
+    dense = [row.computed_communication or 0.0 for row in cell.finished if is_plain_ddp(row.name)]
     return None if cell.floor is None else max(cell.floor, *dense, 0.0)
 
 
@@ -138,7 +137,7 @@ def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
         axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
         axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
         axes.set_xlim(0, 1.09 * max(median(row) for row in rows))
-        pictures.plain(axes)
+        drawing.plain(axes)
     panels[-1].set_xlabel("ms per step (median); every panel has its own scale")
     seen = {family(row.name).label for cell in cells for row in cell.best_of_each_kind()}
     entries = [Patch(color=FLOOR_COLOUR, label="compute floor (measured without communication)")]
@@ -151,7 +150,7 @@ def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     mark.set_label("max(compute floor, own communication, computed)")
     figure.legend(handles=[*entries, mark], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.suptitle(f"What a step consists of: {cells[0].setting.label}")
-    pictures.save(figure, path, about)
+    drawing.save(figure, path, about)
 
 
 def panels_below_each_other(cells: Sequence[Cell], height: Any, width: float) -> tuple[Any, list[Axes]]:
@@ -160,39 +159,3 @@ def panels_below_each_other(cells: Sequence[Cell], height: Any, width: float) ->
         len(cells), squeeze=False, figsize=(width, 1.9 + sum(heights)), height_ratios=heights, layout="constrained"
     )
     return figure, list(panels[:, 0])
-
-
-def loss_over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
-    """Training loss over each strategy's own training time, smoothed; a panel per rate."""
-    columns = min(2, len(cells))
-    rows = -(-len(cells) // columns)
-    figure, panels = plt.subplots(
-        rows, columns, squeeze=False, figsize=(6.2 * columns, 1.6 + 3.4 * rows), layout="constrained"
-    )
-    styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind()])
-    for axes, cell in zip(panels.flat, cells, strict=False):
-        for row in cell.best_of_each_kind():
-            strategy = cell.strategy(row.name)
-            seconds = [ms / 1e3 for ms in accumulate(strategy["clock_ms"])]
-            style = {**styles[kind(row.name)], "marker": "", "linewidth": 1.6}
-            axes.plot(seconds, trailing_mean(strategy["losses"]), **style)
-            axes.plot(
-                seconds[-1:], trailing_mean(strategy["losses"])[-1:], **{**styles[kind(row.name)], "markersize": 6}
-            )
-        axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
-        axes.set_xlim(left=0)
-        pictures.plain(axes)
-    for axes in panels.flat[len(cells) :]:
-        axes.set_visible(False)
-    figure.supylabel("training loss (nats)", fontsize=10)
-    handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(
-        f"Loss over training time, each on its own clock in seconds: {cells[0].setting.label}\n"
-        f"mean of {SMOOTHED_OVER} steps; a marker where a strategy finished"
-    )
-    pictures.save(figure, path, about)
-
-
-def has_losses(cell: Cell) -> bool:
-    return any(cell.strategy(row.name).get("losses") for row in cell.finished if row.name != FLOOR)

@@ -1,62 +1,181 @@
-"""The page: sections of pictures and tables, each with the files it comes from, drawn by the template beside this."""
+"""The page: what every section shows, each part with the files that it comes from, drawn by the template beside this.
+
+Titles and explanations of the sections are in the template.
+"""
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import jinja2
+from rich.console import Console
+from rich.table import Table
 
-from benchmarks.report.sources import Source
-from benchmarks.report.tables import HtmlTable
+from .. import losses, show
+from ..matrix.tasks import example
+from ..records import Source, provenance
+from . import contest, figures, losses_figures, phases, repeats, tables, winners
+from .contest import Cell
+from .evidence import Evidence, origin
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A PNG, which is put into the page itself."""
+class Part:
+    """A picture, or tables as the commands print them, and where they come from."""
 
-    title: str
-    path: Path
     origin: list[str]
+    picture: Path | None = None
+    printed: str = ""  # HTML
     note: str = ""
 
     @property
     def data(self) -> str:
-        return base64.b64encode(self.path.read_bytes()).decode()
+        """The PNG, which is put into the page itself."""
+        return base64.b64encode(self.picture.read_bytes()).decode() if self.picture else ""
 
 
-@dataclass(frozen=True)
-class PlacedTable:
-    """A table and where its numbers come from."""
-
-    table: HtmlTable
-    origin: list[str]
+Make = Callable[[Evidence, Path], Iterator[Part]]  # draws its pictures into the folder
+Draw = Callable[[Sequence[Cell], Sequence[str], Path], None]
 
 
-@dataclass(frozen=True)
-class Missing:
-    """Why a section is empty, and the command that fills it."""
-
-    why: str
-    command: str
-
-
-@dataclass
-class Section:
-    """One question and what answers it. Folded: its tables are many, and shown on demand."""
-
-    name: str
-    title: str
-    about: str
-    pictures: list[Picture] = field(default_factory=list)
-    tables: list[PlacedTable] = field(default_factory=list)
-    missing: Missing | None = None
-    folded: bool = False
+def printed(what: Table | Callable[[Console], None], about: list[str]) -> Part:
+    """A table, or all that something prints, in its colours."""
+    console = Console(record=True, file=io.StringIO(), width=160, color_system="truecolor", highlight=False)
+    console.print(what) if isinstance(what, Table) else what(console)
+    return Part(about, printed=console.export_html(inline_styles=True, code_format="{code}"))
 
 
-def render(sections: Sequence[Section], sources: Sequence[Source]) -> str:
+def draw_map(evidence: Evidence, out: Path) -> Path:
+    """map.png: who wins where."""
+    title = "The same training as DDP: float32, nothing rounded away"
+    maps = [winners.Map(title, lambda _, name: contest.is_exact(name), lambda *_: False)]
+    if evidence.inexact():
+        maps.append(
+            winners.Map(
+                "Any method, 16-bit and compressed ones too",
+                lambda cell, name: not evidence.is_barred(name, cell.setting),
+                lambda cell, name: evidence.loss(name, cell.setting) is None,
+            )
+        )
+    winners.draw(evidence.chosen, maps, origin(list(evidence.chosen.values())), out / "map.png")
+    return out / "map.png"
+
+
+def the_map(evidence: Evidence, out: Path) -> Iterator[Part]:
+    if evidence.chosen:
+        about = origin(list(evidence.chosen.values()))
+        yield Part(about, draw_map(evidence, out), note=evidence.about_losses())
+
+
+def pictures(name: str, draw: Draw, usable: Callable[[Cell], bool]) -> Make:
+    """A picture for each setting, of its cells that are of use."""
+
+    def make(evidence: Evidence, out: Path) -> Iterator[Part]:
+        for setting in evidence.settings:
+            cells = [cell for cell in evidence.of_setting(setting) if cell.best_of_each_kind() and usable(cell)]
+            if cells:
+                path = out / f"{name}-{setting.slug}.png"
+                draw(cells, origin(cells), path)
+                yield Part(origin(cells), path)
+
+    return make
+
+
+def of_settings(table: Callable[[Sequence[Cell]], Table | None]) -> Make:
+    """A table for each setting."""
+
+    def make(evidence: Evidence, out: Path) -> Iterator[Part]:
+        for setting in evidence.settings:
+            cells = evidence.of_setting(setting)
+            if (made := table(cells)) is not None:
+                yield printed(made, origin(cells))
+
+    return make
+
+
+def tables_of(benchmark: str) -> Make:
+    """The tables that `show` prints of the files of a benchmark."""
+
+    def make(evidence: Evidence, out: Path) -> Iterator[Part]:
+        for source in evidence.of_benchmark(benchmark):
+            yield printed(partial(show.TABLES[benchmark], source.payload), provenance([source]))
+
+    return make
+
+
+def the_demo(evidence: Evidence, out: Path) -> Iterator[Part]:
+    for source in evidence.of_benchmark("demo"):
+        path = out / f"loss-{source.name}.png"
+        losses_figures.over_time([contest.as_cell(source, source.payload["training"])], provenance([source]), path)
+        yield Part(provenance([source]), path)
+
+
+def curves(evidence: Evidence, out: Path) -> Iterator[Part]:
+    """Losses by step; over computed time, and the time to a loss, where step times were measured of the same work."""
+    for source in evidence.of_benchmark("convergence"):
+        path = out / f"{source.name}.png"
+        losses_figures.by_step(source, provenance([source]), path)
+        yield Part(provenance([source]), path)
+        for setting in evidence.settings:
+            cells = evidence.of_setting(setting)
+            if not losses_figures.matches(source, cells):
+                continue
+            both = provenance([source, *(cell.source for cell in cells)])
+            path = out / f"{source.name}-time-{setting.slug}.png"
+            losses_figures.by_computed_time(source, cells, both, path)
+            note = "Computed from two measurements: the losses by step, and the median step time at each rate."
+            yield Part(both, path, note=note)
+            for cell in cells:
+                part = printed(partial(tables.times_to_loss, cell, source.cells), both)
+                if part.printed.strip():
+                    yield part
+
+
+def repeated(evidence: Evidence, out: Path) -> Iterator[Part]:
+    for one in repeats.of(evidence):
+        yield printed(repeats.table(one), provenance([one.first, one.second]))
+
+
+def _has_floor(cell: Cell) -> bool:
+    return cell.floor is not None
+
+
+# By the name of the section: the benchmark that fills it, and what makes its parts.
+SECTIONS: dict[str, tuple[str, list[Make]]] = {
+    "winners": ("training", [the_map]),
+    "steps": ("training", [pictures("step-time", figures.step_by_rate, lambda _: True), tables_of("training")]),
+    "parts": (
+        "training",
+        [pictures("step-parts", figures.step_parts, _has_floor), pictures("step-phases", phases.draw, phases.are_in)],
+    ),
+    "bound": ("training", [of_settings(tables.bounds)]),
+    "price": ("training", [of_settings(tables.price_of_compression)]),
+    "loss": (
+        "training",
+        [pictures("loss", losses_figures.over_time, losses_figures.are_in), the_demo, tables_of("demo")],
+    ),
+    "convergence": ("convergence", [tables_of("convergence"), curves]),
+    "bandwidth": ("bandwidth", [tables_of("bandwidth")]),
+    "collectives": ("collectives", [tables_of("collectives")]),
+    "kernels": ("kernels", [tables_of("kernels")]),
+    "repeatability": ("training", [repeated]),
+}
+
+
+def parts(evidence: Evidence, out: Path) -> dict[str, list[Part]]:
+    """Draws every picture into `out`; what each section shows, nothing where nothing was measured."""
+    return {name: list(chain(*(make(evidence, out) for make in makes))) for name, (_, makes) in SECTIONS.items()}
+
+
+def render(shown: Mapping[str, Sequence[Part]], sources: Sequence[Source]) -> str:
     """The page as text, complete in itself: no link leads out of it and nothing is loaded."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(TEMPLATE.read_text()).render(sections=sections, sources=sources)
+    needs = {name: (benchmark, example(benchmark)) for name, (benchmark, _) in SECTIONS.items()}
+    template = environment.from_string(TEMPLATE.read_text())
+    return template.render(parts=shown, sources=sources, needs=needs, tolerance=losses.TOLERANCE)

@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.patches import Patch
 
-from benchmarks import pictures
-from benchmarks.report.contest import Cell, median, short_rate
-from benchmarks.report.figures import panels_below_each_other
+from .. import drawing
+from .contest import Cell, median, short_rate
+from .figures import panels_below_each_other
 
 # In the order of the bar: what the training thread does, then what it waits for.
 COLOURS = {
@@ -53,7 +53,7 @@ def draw(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
         axes.set_yticks(range(len(found)), list(found), fontsize=8)
         axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
         axes.set_xlim(0, 1.09 * max(max(one["step_ms"], _sum(one)) for one in found.values()))
-        pictures.plain(axes)
+        drawing.plain(axes)
     panels[-1].set_xlabel(
         "ms per step of rank 0, profiled; every panel has its own scale\n"
         "mark: the whole step, beside which a compressor may encode, merge and decode"
@@ -62,7 +62,7 @@ def draw(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     entries = [Patch(color=colour, label=phase.replace("_", " ")) for phase, colour in COLOURS.items() if phase in seen]
     figure.legend(handles=entries, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.suptitle(f"A step by phase: {cells[0].setting.label}")
-    pictures.save(figure, path, about)
+    drawing.save(figure, path, about)
 
 
 def _sum(one: dict[str, Any]) -> float:

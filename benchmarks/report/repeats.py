@@ -1,56 +1,47 @@
 """The same table measured twice: how far its numbers are from each other."""
 
-import statistics
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from rich.table import Table
 
-from benchmarks import collectives_table
-from benchmarks.command import show_rate, show_size
-from benchmarks.report.contest import Cell
-from benchmarks.report.sources import Source
+from .. import tables
+from ..collectives import show as collectives
+from ..command import show_size
+from ..network.rates import show_rate
+from ..records import Source
+from .contest import Cell
+from .evidence import Evidence
 
 WITHIN = 5  # percent: what two runs of one table may differ by, at the median
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A row of a table, in whatever unit the table has: what it took, and its ratio to the baseline in the same run."""
+class Run:
+    """One run of a table, which is the same table as another's where the keys are equal.
 
-    name: str
-    took: float
-    ratio: float | None
+    rows: by name, `took` in `unit`, and `ratio` to the baseline in the same run, NaN where there is none.
+    """
 
-
-@dataclass(frozen=True)
-class Repeat:
-    """A row measured twice."""
-
-    first: Entry
-    second: Entry
-
-    @property
-    def took(self) -> float:
-        return self.second.took / self.first.took
-
-    @property
-    def ratio(self) -> float | None:
-        if self.first.ratio is None or self.second.ratio is None:
-            return None
-        return self.second.ratio / self.first.ratio
+    key: Hashable
+    what: str
+    unit: str
+    source: Source
+    rows: pd.DataFrame
 
 
 @dataclass(frozen=True)
 class TwiceMeasured:
-    """A table of which there are two runs."""
+    """A table of which there are two runs, and its rows that both have: first, again, and again / first."""
 
     what: str
     unit: str
     first: Source
     second: Source
-    pairs: list[Repeat]
+    rows: pd.DataFrame  # took, took_again, took_by, ratio, ratio_again, ratio_by
 
     @property
     def off_by(self) -> tuple[float, float]:
@@ -58,20 +49,13 @@ class TwiceMeasured:
 
         Where no row has a ratio to a baseline, that of the times themselves.
         """
-        ratios = [pair.ratio for pair in self.pairs if pair.ratio is not None] or [pair.took for pair in self.pairs]
-        off = [100 * abs(ratio - 1) for ratio in ratios]
-        return statistics.median(off), max(off)
+        by = self.rows.ratio_by.dropna()
+        off = 100 * np.abs((by if len(by) else self.rows.took_by) - 1)
+        return float(off.median()), float(off.max())
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of a table, which is the same table as another's where the keys are equal."""
-
-    key: Hashable
-    what: str
-    unit: str
-    source: Source
-    entries: list[Entry]
+def _rows(rows: Iterable[tuple[str, float, float | None]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["name", "took", "ratio"]).astype({"ratio": float}).set_index("name")
 
 
 def of_training(cells: Iterable[Cell]) -> list[Run]:
@@ -82,7 +66,7 @@ def of_training(cells: Iterable[Cell]) -> list[Run]:
             f"{cell.setting.label}, {show_rate(cell.rate)}",
             "ms/step",
             cell.source,
-            [Entry(row.name, row.median, row.speedup) for row in cell.rows if row.median is not None],
+            _rows((row.name, row.median, row.speedup) for row in cell.rows if row.median is not None),
         )
         for cell in cells
     ]
@@ -94,29 +78,32 @@ def of_collectives(sources: Iterable[Source]) -> list[Run]:
 
 
 def _collectives_run(source: Source, cell: dict[str, Any]) -> Run:
-    entries = []
-    for size in cell["sizes"]:
-        exact = collectives_table.rows(size, cell["workers"], cell["rate"])
-        times = [(row.name, row.timing.p50_us, row.speedup) for row in exact if not row.failure]
-        lossy = [row for row in collectives_table.compressor_rows(size) if not row.failure]
-        times += [(row.name, row.p50_us, row.speedup) for row in lossy]
-        entries += [Entry(f"{show_size(size['bytes'])} {name}", us, speedup) for name, us, speedup in times]
     started = f", started by {cell['variant']}" if cell.get("variant") else ""
     what = f"collectives, {cell['workers']} workers, {cell['network']}, {show_rate(cell['rate'])}{started}"
-    return Run((source.machine, what, cell["plan"]["dtype"]), what, "µs", source, entries)
+    rows = []
+    for size in cell["sizes"]:
+        exact = collectives.rows(size, cell["workers"], cell["rate"])
+        found = [(row.name, row.timing.p50_us, row.speedup) for row in exact if not row.failure]
+        found += [(row.name, row.p50_us, row.speedup) for row in collectives.compressor_rows(size) if not row.failure]
+        rows += [(f"{show_size(size['bytes'])} {name}", us, ratio) for name, us, ratio in found]
+    return Run((source.machine, what, cell["plan"]["dtype"]), what, "µs", source, _rows(rows))
 
 
-def twice_measured(runs: Sequence[Run]) -> list[TwiceMeasured]:
-    """Each run with the one of the same table before it."""
+def of(evidence: Evidence) -> list[TwiceMeasured]:
+    """Each run of all that was read with the one of the same table before it."""
+    return twice_measured(of_training(evidence.cells) + of_collectives(evidence.of_benchmark("collectives")))
+
+
+def twice_measured(runs: Iterable[Run]) -> list[TwiceMeasured]:
     found: list[TwiceMeasured] = []
     before: dict[Hashable, Run] = {}
     for run in sorted(runs, key=lambda run: run.source.when):
-        earlier = before.get(run.key)
-        if earlier is not None:
-            entries = {entry.name: entry for entry in earlier.entries}
-            pairs = [Repeat(entries[entry.name], entry) for entry in run.entries if entry.name in entries]
-            if pairs:
-                found.append(TwiceMeasured(run.what, run.unit, earlier.source, run.source, pairs))
+        if (earlier := before.get(run.key)) is not None:
+            rows = earlier.rows.join(run.rows.add_suffix("_again"), how="inner")
+            for column in ("took", "ratio"):
+                rows[f"{column}_by"] = rows[f"{column}_again"] / rows[column]
+            if len(rows):
+                found.append(TwiceMeasured(run.what, run.unit, earlier.source, run.source, rows))
         before[run.key] = run
     return found
 
@@ -125,27 +112,24 @@ def table(one: TwiceMeasured) -> Table:
     """Both runs side by side."""
     middle, worst = one.off_by
     verdict = "within" if middle <= WITHIN else "NOT within"
-    shown = Table(
-        title=f"{one.what}: the two runs' ratios differ by {middle:.1f}% at the median, {worst:.1f}% at worst "
+    title = (
+        f"{one.what}: the two runs' ratios differ by {middle:.1f}% at the median, {worst:.1f}% at worst "
         f"({verdict} {WITHIN}% at the median)"
     )
-    shown.add_column("row")
-    for column in (
-        f"{one.unit}\nfirst",
-        f"{one.unit}\nagain",
-        "again /\nfirst",
-        "×\nfirst",
-        "×\nagain",
-        "× again /\nfirst",
-    ):
-        shown.add_column(column, justify="right")
-    for pair in one.pairs:
-        ratios = ["", "", ""]
-        if pair.ratio is not None:
-            ratios = [f"{pair.first.ratio:.3f}", f"{pair.second.ratio:.3f}", _marked(pair.ratio)]
-        shown.add_row(pair.first.name, f"{pair.first.took:.1f}", f"{pair.second.took:.1f}", _marked(pair.took), *ratios)
+    columns = [f"{one.unit}\nfirst", f"{one.unit}\nagain", "again /\nfirst", "×\nfirst", "×\nagain", "× again /\nfirst"]
+    shown = tables.table(title, "row", columns)
+    for name, row in one.rows.iterrows():
+        shown.add_row(
+            str(name),
+            *(tables.value(row[at], ".1f") for at in ("took", "took_again")),
+            _marked(row.took_by),
+            *(tables.value(row[at], ".3f") if row.ratio_by == row.ratio_by else "" for at in ("ratio", "ratio_again")),
+            _marked(row.ratio_by),
+        )
     return shown
 
 
 def _marked(ratio: float) -> str:
+    if np.isnan(ratio):
+        return ""
     return f"{ratio:.3f}" if abs(ratio - 1) <= WITHIN / 100 else f"[yellow]{ratio:.3f}[/yellow]"

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks import pictures
-from benchmarks.report import contest
-from benchmarks.report.contest import FAMILIES, Cell, Setting, TakesPart, Verdict, family, short_rate
+from .. import drawing
+from . import contest
+from .contest import FAMILIES, Cell, Setting, TakesPart, Verdict, family, short_rate
 
 # Columns that the map always has, so that what was not measured is seen not to be.
 RATES = ("100mbit", "500mbit", "1gbit", "2.5gbit", "10gbit", "unlimited")
@@ -67,7 +67,7 @@ def draw(cells: dict[tuple[Setting, str], Cell], maps: Sequence[Map], about: Seq
     if unproven:
         entries.append(Patch(facecolor="none", label=f"{UNPROVEN} its loss was not measured"))
     figure.legend(handles=entries, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    pictures.save(figure, path, about)
+    drawing.save(figure, path, about)
 
 
 def _one(axes: Axes, column: int, row: int, verdict: Verdict | None, doubts: Set[str] = frozenset()) -> None:

@@ -1,0 +1,1 @@
+"""The bandwidth a strategy needs to stay close to its compute floor."""

@@ -1,0 +1,1 @@
+"""Ways of reducing a tensor over all ranks, side by side."""

@@ -1,0 +1,1 @@
+"""Loss by step: what a compressor costs in training progress."""

@@ -1,0 +1,99 @@
+"""Inside a worker: trains one strategy with one seed, and looks at the held-out loss now and then."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..launch import WorkersFailed, run_workers
+from ..network.lab import Lab, Loopback
+from ..progress import Report
+from ..training.strategies import parse_strategy
+from ..training.trainer import Trainer, optimizer_factory
+from ..training.workloads import WORKLOADS
+from ..worker import Worker
+
+SECONDS_PER_STEP = 20  # far more than any step takes: a pair that needs longer is stuck
+AT_ONCE = 32  # held-out examples in one forward pass
+
+
+@dataclass(frozen=True)
+class Course:
+    """What one pair of strategy and seed trains."""
+
+    strategy: str
+    seed: int
+    workload: str
+    steps: int
+    batch: int  # examples per worker and step
+    optimizer: str
+    learning_rate: float
+    held_out_every: int  # steps between two looks at the held-out loss; the last step always has one
+    held_out_examples: int  # of which each rank reads its share
+    backend: str = "gloo"
+    device: str = "cpu"
+
+
+def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+    """A worker's part of one pair: trains, and returns what rank 0 keeps."""
+    course = Course(**plan)
+    workload, group = WORKLOADS[course.workload], worker.group()
+    own: list[float] = []
+    looks: list[tuple[int, int, float]] = []  # steps done, examples of this rank's share, their mean loss
+
+    def build() -> Trainer:
+        net = workload.build_seeded(course.seed).to(worker.device)
+        trainer = parse_strategy(course.strategy).build(
+            net, optimizer_factory(course.optimizer, course.learning_rate), group
+        )
+        trainer.loss = workload.loss
+        return trainer
+
+    def look(trainer: Trainer, step: int) -> None:
+        held_out = workload.data().held_out(course.held_out_examples)
+        if held_out is None:
+            return
+        inputs, targets = (each[worker.rank :: worker.world].to(worker.device) for each in held_out)
+        trainer.synchronize()
+        pieces = zip(inputs.split(AT_ONCE), targets.split(AT_ONCE), strict=True)
+        total = sum(trainer.evaluate(*piece) * len(piece[0]) for piece in pieces)
+        looks.append((step, len(inputs), total / len(inputs)))
+
+    def train() -> dict[str, Any]:
+        trainer = build()
+        where = {"rank": worker.rank, "world": worker.world, "batch": course.batch, "seed": course.seed}
+        for step in range(1, course.steps + 1):
+            inputs, targets = workload.data().batch(step - 1, **where)
+            own.append(trainer.step(inputs.to(worker.device), targets.to(worker.device)))
+            if step % course.held_out_every == 0 or step == course.steps:
+                look(trainer, step)
+            if worker.rank == 0:
+                report(step, course.steps, f"training {course.strategy}")
+        account = trainer.compressor_stats()
+        trainer.close()
+        return account
+
+    account, failure = worker.attempt(train)
+    return {
+        "plan": plan,
+        "workers": worker.world,
+        "about": workload.about,
+        "failure": failure,
+        "losses": [
+            round(sum(step) / len(step), 6) for step in zip(*worker.gather(own), strict=False)
+        ],  # mean over ranks
+        "held_out": [_together(shares) for shares in zip(*worker.gather(looks), strict=False)],  # [step, loss]
+        "compressor": account or {},  # rank 0's, of the last step
+    }
+
+
+def _together(shares: tuple[tuple[int, int, float], ...]) -> list[float]:
+    """One look, over all ranks' shares: the step and the mean loss."""
+    return [shares[0][0], round(sum(count * loss for _, count, loss in shares) / sum(c for _, c, _ in shares), 6)]
+
+
+def run_cell(lab: Lab | Loopback, course: Course, report: Report) -> dict[str, Any]:
+    """One pair; workers that end without a result are a result too."""
+    try:
+        limit = 60 + SECONDS_PER_STEP * course.steps
+        return run_workers(lab, measure, course, report, timeout=limit)
+    except WorkersFailed as error:
+        return {"plan": asdict(course), "workers": lab.workers, "failure": str(error)}

@@ -1,0 +1,1 @@
+"""A GPT trained by tuned DDP and by DeAR over a slow network, compared."""

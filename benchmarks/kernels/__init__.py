@@ -1,0 +1,1 @@
+"""Every compression kernel by itself, beside plain torch."""

@@ -1,0 +1,1 @@
+"""Every benchmark, one after the other, then the report."""

@@ -1,0 +1,77 @@
+"""Runs a benchmark as a command: follows its progress, keeps all it says, and ends it properly on an interrupt."""
+
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from .. import progress
+from ..processes import Processes, python_path
+
+# After an interrupt a benchmark ends its workers and takes the network down; that takes a second or two.
+SECONDS_TO_END = 30
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended. `reason` is the last thing that it said; empty if all went well."""
+
+    status: int
+    reason: str
+    log: Path
+
+
+def run(
+    command: Sequence[str], log: Path, report: Callable[[progress.Step], None], show: Callable[[str], None]
+) -> Ended:
+    """Runs the command until it ends.
+
+    Its standard output and error go to `log`, and line by line to `show`, those that tell its progress to `report`
+    instead. On KeyboardInterrupt, or a polite end of this process, the command is interrupted once, waited for, and
+    KeyboardInterrupt raised.
+    """
+    environment = {**python_path(), **progress.as_json, "PYTHONUNBUFFERED": "1"}
+    last = ""
+    # SIGINT among them: a shell's background job inherits it as ignored, and would hand that on to the benchmark.
+    with (
+        log.open("w") as file,
+        _interrupted_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+        Processes() as processes,
+    ):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = processes.start(command, environment, **pipes).process
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if step := progress.read(line):
+                    report(step)
+                    continue
+                show(line.rstrip())
+                last = line.strip() or last
+            status = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_END)
+            raise
+    return Ended(status, last if status else "", log)
+
+
+@contextmanager
+def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
+    """Turns these signals into KeyboardInterrupt meanwhile."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = {one: signal.signal(one, interrupt) for one in signals}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

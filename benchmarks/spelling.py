@@ -1,0 +1,93 @@
+"""The gradient compressors as command lines, results and tables name them: acp:4, topk:0.01, sign:majority, bf16."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FORMS = "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16"
+
+# Names that earlier versions wrote into results of the collectives, as they begin in JSON.
+_EARLIER = {'"acpsgd:': '"acp:', '"powersgd:': '"power:', '"signsgd"': '"sign"'}
+
+
+@dataclass(frozen=True)
+class CompressorName:
+    """A compressor with its option, not yet made: each model needs one of its own."""
+
+    kind: str
+    option: str | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.option is None else f"{self.kind}:{self.option}"
+
+    @property
+    def label(self) -> str:
+        """For people: ACP-SGD rank 4."""
+        named = {"acp": "ACP-SGD rank", "power": "Power-SGD rank", "topk": "Top-k", "sign": "EF-SignSGD"}.get(self.kind)
+        return " ".join(filter(None, [named or self.kind, self.option]))
+
+    def make(self, **more: Any) -> Any:
+        """A new compressor, with `more` of its options. Raises ImportError where this library is not built."""
+        import torch
+
+        import compress  # here, since torch's own strategies can be measured where it is not built
+
+        match self.kind:
+            case "acp":
+                return compress.ACPSGD(rank=int(self.option or 0), **more)
+            case "power":
+                return compress.PowerSGD(rank=int(self.option or 0), **more)
+            case "topk":
+                return compress.TopK(density=float(self.option or 0), **more)
+            case "sign":
+                return compress.SignSGD(vote="majority" if self.option else "mean", **more)
+        return compress.Dense(torch.bfloat16 if self.kind == "bf16" else torch.float16, **more)
+
+
+def is_compressor(kind: str) -> bool:
+    """Whether a strategy's first word names a compressor."""
+    return kind in _OPTIONS
+
+
+def split_name(parts: Sequence[str]) -> tuple[CompressorName, list[str]]:
+    """The compressor at the head of a strategy's parts, and the parts behind it.
+
+    Raises ValueError where the option is missing or not one.
+    """
+    kind, *rest = parts
+    accepts = _OPTIONS[kind]
+    if rest and accepts(rest[0]):
+        return CompressorName(kind, rest[0]), rest[1:]
+    if kind in ("acp", "power", "topk"):
+        raise ValueError(f"{':'.join(parts)!r} has no option that {kind} takes")
+    return CompressorName(kind), rest
+
+
+def whole(text: str) -> bool:
+    """A rank: from 1 to 256."""
+    return text.isdigit() and 1 <= int(text) <= 256
+
+
+def _share(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False
+
+
+# By kind: whether a word is an option of it.
+_OPTIONS: dict[str, Callable[[str], bool]] = {
+    "acp": whole,
+    "power": whole,
+    "topk": _share,
+    "sign": "majority".__eq__,
+    "bf16": lambda _: False,
+    "fp16": lambda _: False,
+}
+
+
+def of_today(text: str) -> str:
+    """A result's JSON with the names of compressors as they are spelled today."""
+    for earlier, today in _EARLIER.items():
+        text = text.replace(earlier, today)
+    return text

@@ -1,0 +1,1 @@
+"""Step time of training strategies on networks of chosen rates."""

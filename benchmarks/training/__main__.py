@@ -1,0 +1,57 @@
+"""Step time of training strategies on networks of chosen rates, interleaved in one run: python -m benchmarks.training.
+
+Every worker holds the model of every strategy at once. Rounds go through the strategies in an order that rotates, a
+few warm-up steps and a few timed ones each, so that whatever drifts on the machine drifts for all of them alike.
+Started plainly it opens the emulated network and starts its workers there; under torchrun, mpirun or srun each process
+becomes one worker, and what is measured is the network as it is.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .. import cells
+from ..command import Parser, listed, positive, terminal
+from ..losses import read
+from . import seeds
+from .measure import measure, run_cell
+from .plan import Plan, plan_of, plan_options
+from .show import show
+
+STRATEGIES = "none,ddp:1,ddp:2,ddp:4,ddp:8,ddp:25,dear:sharded"
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__package__, __doc__)
+    plan_options(parser, strategies=STRATEGIES, rounds=8, warmup=2, steps=6)
+    parser.add_argument("--seeds", type=listed(positive), default=[1], help="such as 1,2,3: all is measured with each")
+    parser.add_argument("--breakdown", action="store_true", help="then profile a few steps of each: what took how long")
+    parser.add_argument("--losses", type=Path, help="JSON of benchmarks.convergence: adds the time to a target loss")
+    parser.add_argument("--target", type=float, help="that loss (default: the lowest that all strategies reach)")
+    given = parser.parse_args()
+    try:
+        given.curves = read(given.losses) if given.losses else []
+    except ValueError as error:
+        parser.error(str(error))
+    return given
+
+
+def plans(given: argparse.Namespace) -> dict[str, Plan]:
+    """One for each seed, by name; a single one needs none."""
+    return {f"seed {seed}" if len(given.seeds) > 1 else "": plan_of(given, seed=seed) for seed in given.seeds}
+
+
+def main() -> None:
+    given = arguments()
+
+    def show_cell(cell: dict[str, Any], console: Console) -> None:
+        show(cell, console, given.curves, given.target)
+
+    measured = cells.main(cells.Benchmark("training", measure, run_cell, show_cell), given, plans(given))
+    seeds.show(measured, terminal())
+
+
+if __name__ == "__main__":
+    main()

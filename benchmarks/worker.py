@@ -1,0 +1,134 @@
+"""One worker of a benchmark, seen from inside: its rank, its device, and how it agrees with all the others."""
+
+import importlib
+import os
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+import dear
+from dear.launch import detect
+
+from .network.ranks import end_at_once
+
+T = TypeVar("T")
+
+# A candidate that hangs must fail here, and long before the group on which the ranks then agree to drop it.
+CANDIDATE_TIMEOUT = timedelta(seconds=60)
+CONTROL_TIMEOUT = timedelta(minutes=15)
+
+
+def launched() -> bool:
+    """Whether torchrun, mpirun or srun started this process, as one of the ranks of a job."""
+    try:
+        detect(os.environ)
+    except RuntimeError:  # by nobody, or by somebody who told too little, of which joining the job will complain
+        return "RANK" in os.environ
+    return True
+
+
+# What gloo puts before its messages: where they stand in its source.
+_SOURCE_LINE = re.compile(r"\[[^\]\s]*:\d+\] ?")
+
+
+class Worker:
+    """One rank among all. Control messages use the default group; each candidate gets groups of its own.
+
+    backend, device: of the candidates' groups and tensors, such as "nccl" and "cuda". Control messages always go over
+    gloo. On "cuda" the ranks of a host take its GPUs in turn; RuntimeError where there is none. Under mpirun, MPI stays
+    initialized until the end, so that candidates can use it.
+
+    A collective that fails leaves a gloo group unusable. With one group per candidate, a failure costs that candidate
+    and nothing else. One thread per worker: more workers than cores would otherwise measure the scheduler.
+    """
+
+    def __init__(self, backend: str = "gloo", device: str = "cpu") -> None:
+        torch.set_num_threads(1)
+        if launched() and detect(os.environ).launcher == "mpirun":
+            with suppress(ImportError, RuntimeError):  # of which whoever needs MPI will complain
+                importlib.import_module("mpi4py.MPI")  # or joining the job would finalize it
+        if not dist.is_initialized():
+            dear.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
+        self.backend, self.device = backend, torch.device(device)
+        if self.device.type == "cuda":
+            devices = torch.cuda.device_count()
+            if not devices:
+                raise RuntimeError("torch sees no GPU here: leave out --device cuda")
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % devices)
+            torch.cuda.set_device(self.device)
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        self.had_failure = False
+
+    def group(self) -> dist.ProcessGroup:
+        """A new process group over all ranks, for one candidate."""
+        return dist.new_group(timeout=CANDIDATE_TIMEOUT, backend=self.backend)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def synchronize(self) -> None:
+        """Waits for this rank's device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def attempt(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
+        """Runs the action on every rank; returns its result, or, on all ranks alike, the failure that came first.
+
+        Every rank must call this together: it is where they agree whether to go on. The first failure in time is the
+        cause; those after it are ranks that waited in vain.
+        """
+        result, failure = None, None
+        try:
+            result = action()
+        except Exception as error:
+            first_line = (_SOURCE_LINE.sub("", str(error)).strip() or "no message").splitlines()[0]
+            failure = time.time(), f"rank {self.rank}: {type(error).__name__}: {first_line}"
+        failures = [each for each in self.gather(failure) if each]
+        if not failures:
+            return result, None
+        self.had_failure = True
+        return None, min(failures)[1]
+
+    def leave(self) -> None:
+        """Ends the worker. After a failure, at once: a broken group may block in its destructor."""
+        self.barrier()
+        if self.had_failure:
+            end_at_once()
+        dist.destroy_process_group()
+
+
+def user_seconds() -> tuple[float, float] | None:
+    """CPU time in user mode since the start, of the whole machine and of this process; None where unknown."""
+    try:
+        with open("/proc/stat") as table:
+            user, nice = table.readline().split()[1:3]
+    except OSError:
+        return None
+    return (int(user) + int(nice)) / os.sysconf("SC_CLK_TCK"), os.times().user
+
+
+def bytes_sent() -> int | None:
+    """Bytes that left this network namespace's interfaces since it began, loopback left out; None where unknown.
+
+    Every worker of the emulated network has a namespace of its own, so there this is what one worker sent, with all
+    protocol headers. On a shared machine it counts other programs too, and on loopback nothing.
+    """
+    try:
+        with open("/proc/net/dev") as table:
+            rows = [line.split(":") for line in table if ":" in line]
+    except OSError:
+        return None
+    return sum(int(counters.split()[8]) for name, counters in rows if name.strip() != "lo")
