@@ -6,10 +6,13 @@ import contextlib
 import copy
 import gc
 import io
+import multiprocessing
+import os
 import pickle
+import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -29,8 +32,10 @@ import compress
 import dear
 from machine import more_models
 from machine.case import Case
+from machine.modes import counting, counting_functions
 
 PATIENCE = timedelta(seconds=60)  # for a peer to end the same case
+HELD = timedelta(seconds=10)  # for a peer that goes ahead
 COMPRESSOR = compress.ACPSGD
 HEAD_START = 0.05  # seconds in which a rank that went ahead can go wrong
 COLLECT_EVERY = 50  # cases
@@ -101,7 +106,8 @@ class Run:
     def ahead(self, step: int) -> None:
         """Backward and step, which rank 0 leaves while none of its exchanges can have ended: rank 1 waits for it.
 
-        Sharded, the all-gathers need rank 1's step; replicated, they need its backward. Rank 0 has a head start.
+        Sharded, the all-gathers need rank 1's step; replicated, they need its backward (and so does DDP itself where
+        it looks for unused parameters: there this cannot be used). Rank 0 has a head start.
         """
         held = self.case.how if self.rank == 1 and self.engine is not None else ""
         loss = self.forward(step)
@@ -115,7 +121,7 @@ class Run:
             c10d._get_default_store().set(f"ahead/{self.number}/{self.piece}", "go")
 
     def _hold(self) -> None:
-        c10d._get_default_store().wait([f"ahead/{self.number}/{self.piece}"], PATIENCE)
+        c10d._get_default_store().wait([f"ahead/{self.number}/{self.piece}"], HELD)
         time.sleep(HEAD_START)
 
     def note(self, value: Any) -> None:
@@ -200,7 +206,8 @@ class Run:
             "run": self, "torch": torch, "nn": nn, "F": F, "dist": dist, "copy": copy, "io": io, "pickle": pickle,
             "contextlib": contextlib, "functional_call": functional_call, "AveragedModel": AveragedModel,
             "parameters_to_vector": parameters_to_vector, "vector_to_parameters": vector_to_parameters,
-            "ThreadPoolExecutor": ThreadPoolExecutor,
+            "ThreadPoolExecutor": ThreadPoolExecutor, "in_a_fork": in_a_fork,
+            "counting": counting, "counting_functions": counting_functions,
         }  # fmt: skip
 
     def play(self, pieces: int) -> BaseException | None:
@@ -221,8 +228,9 @@ class Run:
         self.detach()
         self.note_all(self.opt.state_dict()["state"])
         self.opt.zero_grad()  # and plain DDP trains on
-        self.forward(99).backward()
-        self.opt.step()
+        loss = self.forward(99)
+        loss.backward()
+        self.opt.step(lambda: loss.detach())
         self.note_all(self.opt.state_dict()["state"])
 
     def note_all(self, state: Any) -> None:
@@ -230,6 +238,29 @@ class Run:
         self.note([param.detach() for param in self.params])
         self.note([buffer for _, buffer in sorted(self.net.named_buffers())])
         self.note([[key, value] for index in sorted(state) for key, value in sorted(state[index].items())])
+
+
+def in_a_fork(read: Callable[[], Any]) -> Any:
+    """What a forked child reads, as a DataLoader's worker would; its error is raised here."""
+    ours, theirs = multiprocessing.Pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            theirs.send((True, read()))
+        except BaseException as error:
+            theirs.send((False, str(error)))
+        os._exit(0)
+    theirs.close()
+    try:
+        if not ours.poll(PATIENCE.total_seconds() / 4):
+            raise TimeoutError("A forked child hung")
+        good, value = ours.recv()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if not good:
+        raise RuntimeError(value)
+    return value
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -298,7 +329,7 @@ def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
         return "difference", different[0], different[1], ""
     if raised is None:
         return "equal", valid, "", ""
-    where = "".join(traceback.format_exception(raised)[-6:])
+    where = "".join(traceback.format_exception(raised)[-8:])
     return "error", have.piece, _text(raised), where
 
 

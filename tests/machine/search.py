@@ -18,7 +18,8 @@ LEAKS = (
     "INTERNAL ASSERT", "zip()", "Boolean value of Tensor", "must be Float", "__func__", "AttributeError",
     "inference tensor", "During a grad (vjp", "NameError", "KeyError: <", "AssertionError", "index out of range",
 )  # fmt: skip
-PEER = re.compile(r"Rank \d .*(connection|did not|left the engine|ended|closed)|Connection|timed out|Timed out")
+OWN_WORDS = re.compile(r"fusion group|engine\.|dear\.|compress\.")  # raised in native code, under backward()
+PEER = re.compile(r"Rank \d .*(connection|did not|left the engine|stalled|ended|closed)|Connection|timed out|Timed out")
 
 
 def verdict(case: Case, results: list[tuple[str, int, str, str]]) -> Outcome:
@@ -34,7 +35,7 @@ def verdict(case: Case, results: list[tuple[str, int, str, str]]) -> Outcome:
     own = [error for error in errors if not PEER.search(error[1])] or errors
     piece, text, where = own[0]
     at = _code(case, piece)
-    if not clear(text):
+    if not (clear(text) and (raised_here(where) or OWN_WORDS.search(text))):
         return Outcome("unclear error", text + "\n" + where, at)
     if len(errors) < len(results):
         return Outcome("one-sided error", text, at)
@@ -46,6 +47,11 @@ def verdict(case: Case, results: list[tuple[str, int, str, str]]) -> Outcome:
 def clear(text: str) -> bool:
     """One sentence of this library's form, not an error from inside."""
     return "\n" not in text and text.endswith(".") and not any(leak in text for leak in LEAKS) and not PEER.search(text)
+
+
+def raised_here(where: str) -> bool:
+    """Whether the error came through this library's own code."""
+    return any(f"/{package}/" in line for line in where.splitlines() for package in ("dear", "compress"))
 
 
 def _code(case: Case, piece: int) -> str:
