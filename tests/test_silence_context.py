@@ -51,7 +51,7 @@ CASES = [
     *[
         test
         for name, context in CONTEXTS.items()
-        for test in silence(name, f"attach()\n\nkept = x(9)\n\nforward(0).backward(); opt.step()\n\n{code(context)}\n\nopt.zero_grad()\n\n"
+        for test in silence(f"context {name}", f"attach()\n\nkept = x(9)\n\nforward(0).backward(); opt.step()\n\n{code(context)}\n\nopt.zero_grad()\n\n"
                             f"train(1)\n\ntrain(2)\n\nahead(3)\n\n{code(context)}{TAIL}", may_refuse=name in MAY_REFUSE,
                             **ADAM)
     ],

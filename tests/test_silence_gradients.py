@@ -30,7 +30,7 @@ USES = {
     "shapes only": "note([(p.grad.shape, p.grad.dtype, p.grad.is_contiguous()) for p in params])",
 }
 CASES = [
-    *[test for name, code in USES.items() for test in silence(name, f"{BACK}\n\n{code}\n\n{STEP}{TAIL}", EVERY, True)],
+    *[test for name, code in USES.items() for test in silence(f"gradient {name}", f"{BACK}\n\n{code}\n\n{STEP}{TAIL}", EVERY, True)],
     *silence("clipped by the engine", f"{BACK}\n\nclip(0.01, float('inf'))\n\n{STEP}{TAIL}", EVERY),
     *silence("clipped, then zeroed in place", f"{BACK}\n\nclip(0.01, float('inf'))\n\nopt.step()\n\n"
              f"opt.zero_grad(set_to_none=False){TAIL}", EVERY),
@@ -42,7 +42,7 @@ CASES = [
     *silence("kept gradients, pending", f"{WARM}\n\nahead(3)\n\ngrads = [p.grad for p in params]\n\nopt.zero_grad()\n\n"
              f"note(grads){TAIL}", BOTH, True),
     *silence("kept gradients written after the step", f"{BACK}\n\ngrads = [p.grad for p in params]\n\n{STEP}\n\n"
-             f"for g in grads: g.zero_(){{}}".format(TAIL), EVERY, True),
+             f"for g in grads: g.zero_(){TAIL}", EVERY, True),
     *silence("read after the step", f"{WARM}\n\nahead(3)\n\nnote([p.grad.clone() for p in params])\n\nopt.zero_grad()"
              f"{TAIL}", BOTH, True),
     *silence("scaled after the step", f"{WARM}\n\nahead(3)\n\nfor p in params: p.grad.mul_(2)\n\nopt.zero_grad()"

@@ -85,7 +85,7 @@ READS_THAT_MAY_REFUSE = {"fork", "trace", "copy of the module"}
         test
         for name, code in READS.items()
         for test in silence(
-            name,
+            f"read {name}",
             f"{WARM}\n\n{SETUP}\n\nahead(3)\n\n{code}\n\nopt.zero_grad()\n\ntrain(4)",
             may_refuse=name in READS_THAT_MAY_REFUSE,
         )
@@ -134,7 +134,7 @@ WRITES = {
     "    for p, s in zip(params, swa.module.parameters()): p.copy_(s)",
     "normalized": "with torch.no_grad(): F.normalize(params[0], out=params[0])",
     "pruned": "with torch.no_grad(): params[0].mul_((params[0].abs() > 0.1).float())",
-    "to zero by its own method": "params[0].detach().zero_(); params[1].detach_().requires_grad_(True)",
+    "to zero": "params[0].detach().zero_(); params[1].data.zero_()",
 }  # fmt: skip
 WRITES_THAT_MAY_REFUSE = {"swapped tensors", "set_"}
 
@@ -145,7 +145,7 @@ WRITES_THAT_MAY_REFUSE = {"swapped tensors", "set_"}
         test
         for name, code in WRITES.items()
         for test in silence(
-            name,
+            f"write {name}",
             f"{WARM}\n\n{SETUP}\nslow = [p.detach().clone() for p in params]\n\nahead(3)\n\n{code}\n\n"
             "opt.zero_grad()\n\nahead(4)\n\nopt.zero_grad()\n\ntrain(5)",
             may_refuse=name in WRITES_THAT_MAY_REFUSE,

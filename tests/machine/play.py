@@ -37,7 +37,7 @@ from machine.modes import counting, counting_functions
 PATIENCE = timedelta(seconds=60)  # for a peer to end the same case
 HELD = timedelta(seconds=10)  # for a peer that goes ahead
 COMPRESSOR = compress.ACPSGD
-HEAD_START = 0.05  # seconds in which a rank that went ahead can go wrong
+HEAD_START = 0.1  # seconds in which a rank that went ahead can go wrong
 COLLECT_EVERY = 50  # cases
 _played = 0
 DENSE = {"rank": 2, "start_step": 10**6}
