@@ -1,0 +1,52 @@
+"""``python -m tests.machine --sequences 5000 --seed 1``"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from workers import WorkerPool
+
+from machine.case import HOWS
+from machine.generate import generate
+from machine.search import Search
+
+CHUNK = 50
+
+
+def main() -> int:
+    """Runs sequences; the exit status says whether all were equal or clearly refused."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sequences", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1, help="of the first sequence; they count on from it")
+    parser.add_argument("--how", choices=HOWS, help="one way to put the library under the model (default: all)")
+    parser.add_argument("--without", nargs="*", default=[], metavar="LABEL", help="kinds of use to leave out")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
+    options = parser.parse_args()
+    start, done = time.monotonic(), 0
+    with WorkerPool(2) as pool:
+        search = Search(pool, lambda text: print(text, flush=True))
+        while done < options.sequences and time.monotonic() - start < 60 * options.minutes:
+            count = min(CHUNK, options.sequences - done)
+            seeds = range(options.seed + done, options.seed + done + count)
+            search.over(seeds, lambda seed: generate(seed, options.without, options.how))
+            done += count
+            print(
+                f"{done} sequences, {time.monotonic() - start:.0f} s: {dict(search.counts)}",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(f"\n{done} sequences in {time.monotonic() - start:.0f} s: {dict(search.counts)}")
+    for text, count in search.refusals.most_common():
+        print(f"{count:5} refused: {text}")
+    for cause in sorted(search.causes, key=lambda cause: -len(cause.seeds)):
+        print(f"{len(cause.seeds):5} {cause.outcome.kind} [{', '.join(sorted(cause.case.labels))}] {cause.case.how}")
+    return int(bool(search.causes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

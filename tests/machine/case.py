@@ -1,0 +1,79 @@
+"""What one run of the machine is: a model, an optimizer, options, and a program."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+#: How the library is put under the model. "compressed" and "register" use a compressor that stays dense.
+HOWS = ("sharded", "replicated", "compressed", "register")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece of a program. ``label`` says what kind of use it is; plain training has the label ``""``."""
+
+    code: str
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One program and what it runs on. Everything in it can be printed and pickled."""
+
+    how: str
+    model: str = "Mlp"
+    optimizer: tuple[str, dict[str, Any]] = ("SGD", {"lr": 0.05})
+    groups: int = 1  # parameter groups of the optimizer
+    ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    attach: dict[str, Any] = dataclasses.field(default_factory=dict)
+    program: tuple[Piece, ...] = ()
+    delay: float = 0.002  # seconds that late() holds a rank back
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """What kinds of use the program makes of the API, plain training left out."""
+        return frozenset(piece.label for piece in self.program if piece.label)
+
+    def with_program(self, pieces: Any) -> Case:
+        """The same with another program."""
+        return dataclasses.replace(self, program=tuple(pieces))
+
+    def script(self) -> str:
+        """A script that runs this case alone and prints the verdict."""
+        options = "".join(
+            f"    {field.name}={getattr(self, field.name)!r},\n"
+            for field in dataclasses.fields(self)
+            if field.name not in ("program", "delay") and getattr(self, field.name) != _default(field)
+        )
+        body = "\n".join(piece.code for piece in self.program)
+        return (
+            f"from machine.replay import replay  # PYTHONPATH=tests:.\n\nreplay(\n{options}"
+            f'    program="""\n{body}\n""",\n)\n'
+        )
+
+
+def _default(field: Any) -> Any:
+    return (
+        field.default_factory()
+        if field.default is dataclasses.MISSING and callable(field.default_factory)
+        else field.default
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a case on all ranks together.
+
+    kind: "equal"; "refused" (one clear error); "invalid" (plain DDP itself fails at the first piece); or a failure:
+        "difference", "unclear error", "misleading error", "one-sided error", "hang", "crash".
+    """
+
+    kind: str
+    text: str = ""
+    at: str = ""  # the piece at which it showed
+
+    @property
+    def failed(self) -> bool:
+        """Whether the promise is broken."""
+        return self.kind not in ("equal", "refused", "invalid")

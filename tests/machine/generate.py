@@ -1,0 +1,257 @@
+"""Draws cases: training steps with everything a script may do between their parts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+from typing import Any
+
+import models
+
+from machine import more_models
+from machine.case import HOWS, Case, Piece
+
+MODELS: dict[str, list[dict[str, Any]]] = {  # with the options that DDP needs, or may have
+    "Mlp": [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"static_graph": True}],
+    "Tied": [{}, {"gradient_as_bucket_view": True}],
+    "Functional": [{}, {"gradient_as_bucket_view": True}],
+    "Attention": [{}],
+    "Checkpointed": [{}],
+    "Convolution": [{}, {"gradient_as_bucket_view": True}, {"broadcast_buffers": False}],
+    "Unused": [{"find_unused_parameters": True}, {"find_unused_parameters": True, "gradient_as_bucket_view": True}],
+    "StaticallyUnused": [{"static_graph": True}],
+    "Frozen": [{}],
+    "MixedTypes": [{}],
+    "Shared": [{}, {"gradient_as_bucket_view": True}],
+    "Bare": [{}, {"find_unused_parameters": True}],
+    "Noisy": [{}],
+}
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"lr": 0.05}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
+    ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "foreach": True}),
+    ("Adam", {"lr": 0.01, "amsgrad": True}),
+    ("AdamW", {"lr": 0.01}),
+    ("AdamW", {"lr": 0.01, "foreach": False}),
+    ("RMSprop", {"lr": 0.01, "momentum": 0.9}),
+    ("Adagrad", {"lr": 0.05}),
+    ("NAdam", {"lr": 0.01}),
+    ("Adamax", {"lr": 0.01}),
+    ("Adafactor", {"lr": 0.01}),  # replicated only
+]
+
+P = "{param}"  # an expression that reaches one parameter, by some road
+READS = {
+    "note({p})": "read",
+    "note({p}.data)": "read",
+    "note({p}.sum())": "read",
+    "note({p}.tolist())": "read",
+    "note(repr({p}))": "read",
+    "note(torch.from_numpy({p}.detach().numpy().copy()))": "read numpy",
+    "note(torch.from_dlpack({p}.detach()).clone())": "read dlpack",
+    "note(copy.copy({p}))": "read copy",
+    "note(copy.deepcopy({p}))": "read copy",
+    "note(pickle.loads(pickle.dumps({p})))": "read copy",
+    "note(torch._foreach_norm(params))": "read foreach",
+    "note(torch.stack([each.norm() for each in params]))": "read",
+    "note(parameters_to_vector(params))": "read foreach",
+    "with ThreadPoolExecutor(1) as pool: note(pool.submit({p}.clone).result())": "read in a thread",
+    "note(dict(net.named_parameters()))": "read listing",
+    "note(net.state_dict())": "read state_dict",
+    "note(model.state_dict())": "read state_dict",
+    "note(list(copy.deepcopy(net).parameters()))": "deepcopy model",
+    "note(functional_call(net, dict(zip([name for name, _ in net.named_parameters()], params)), x(9)))": "functional",
+    "file = io.BytesIO(); torch.save(list(params), file); file.seek(0); note(torch.load(file))": "read save",
+}
+WRITES = {
+    "with torch.no_grad(): {p}.clamp_(-0.05, 0.05)": "write",
+    "with torch.no_grad(): {p}.add_(0.01)": "write",
+    "with torch.no_grad(): {p}[0] = 0.1": "write",
+    "{p}.data.clamp_(-0.05, 0.05)": "write .data",
+    "{p}.data.copy_(torch.full_like({p}, 0.02))": "write .data",
+    "{p}.data.zero_()": "write .data",
+    "{p}.data = {p}.data * 0.9": "set .data",
+    "{p}.detach().mul_(0.9)": "write",
+    "{p}.detach().numpy()[...] *= 0.5": "write numpy",
+    "with torch.no_grad(): torch._foreach_mul_(params, 0.9)": "write foreach",
+    "vector_to_parameters(parameters_to_vector(params).detach() * 0.9, params)": "vector_to_parameters",
+    "nn.init.constant_({p}, 0.02)": "write",
+    "with torch.no_grad(): torch.mul({p}, 0.9, out={p})": "write out",
+    "dist.all_reduce({p}.data); {p}.data.div_(2)": "write collective",
+    "net.apply(lambda m: m.weight.data.clamp_(-0.1, 0.1) if isinstance(m, nn.Linear) else None)": "write apply",
+}
+STATE = {
+    "note(optimizer_state()['state'])": "optimizer state",
+    "ostate = copy.deepcopy(optimizer_state())": "optimizer state",
+    "load_optimizer(copy.deepcopy(ostate))": "load optimizer",
+    "saved = copy.deepcopy(net.state_dict())": "read state_dict",
+    "net.load_state_dict(saved)": "load model",
+    "model.load_state_dict({{'module.' + k: v for k, v in saved.items()}})": "load model",
+    "note(copy.deepcopy(opt).state_dict()['state'])": "copy optimizer",
+    "note([sorted(opt.state[p].items()) for p in params[:2] if p in opt.state])": "optimizer.state",
+    "opt.state.clear()": "optimizer.state clear",
+    "note(opt.state_dict()['state'])": "optimizer.state_dict",
+}
+AVERAGES = {
+    "shadow = [p.detach().clone() for p in params]": "ema",
+    "with torch.no_grad(): [s.lerp_(p, 0.5) for s, p in zip(shadow, params)]": "ema",
+    "for i, p in enumerate(params): p.data, shadow[i] = shadow[i], p.data": "ema swap",
+    "slow = [p.detach().clone() for p in params]": "lookahead",
+    "for s, p in zip(slow, params): s.add_(p.data - s, alpha=0.5); p.data.copy_(s)": "lookahead",
+    "swa = AveragedModel(net)": "swa",
+    "swa.update_parameters(net); note(list(swa.module.parameters()))": "swa",
+    "alias = {p}.detach()": "alias",
+    "note(alias)": "alias",
+}
+FORWARDS = {
+    "with torch.no_grad(): note(model(x(9)))": "eval",
+    "with torch.inference_mode(): note(model(x(9)))": "inference_mode",
+    "model.eval(); note(model(x(9))); model.train()": "eval with grad",
+    "with torch.no_grad(): note(net(x(9)))": "eval inner",
+    "note(net(x(9)))": "inner with grad",
+    "with raising({module!r}): model(x(9))": "raise in forward",
+    "with torch.no_grad(), raising({module!r}): model(x(9))": "raise in eval",
+    "model(x(9))": "forward alone",
+}
+HYPER = {
+    "opt.param_groups[0]['lr'] *= 0.5": "lr",
+    "opt.param_groups[-1]['weight_decay'] = 0.1": "lr",
+    "scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)": "scheduler",
+    "scheduler.step()": "scheduler",
+}
+GRADS = {
+    "note({p}.grad)": "read grad",
+    "{p}.grad.mul_(0.5)": "write grad",
+    "{p}.grad = None": "drop grad",
+    "torch.nn.utils.clip_grad_value_(params, 0.01)": "clip value",
+    "clip(1e6, 2.0)": "clip",
+    "clip(0.01, float('inf'))": "clip",
+}
+ENGINE = {
+    "detach()": "detach",
+    "attach()": "detach",
+    "detach(); attach()": "detach",
+    "if run.engine: run.engine.synchronize()": "synchronize",
+    "if run.engine: run.engine.bucket_cap_mb = 0.004": "recap",
+}
+FREEZING = {
+    "{p}.requires_grad_(False)": "freeze",
+    "{p}.requires_grad_(True)": "freeze",
+    "net.requires_grad_(True)": "freeze",
+}
+LAYOUT = {
+    "net.to(memory_format=torch.channels_last)": "channels_last",
+    "opt.add_param_group({{'params': params[-1:]}})": "add_param_group",
+}
+EXTRAS = [  # how often, relative to each other
+    (READS, 8), (WRITES, 6), (STATE, 5), (AVERAGES, 5), (FORWARDS, 5), (HYPER, 3), (ENGINE, 2), (FREEZING, 1),
+    (LAYOUT, 1),
+]  # fmt: skip
+STEPS = {
+    "opt.step()": (20, ""),
+    "opt.step(); opt.step()": (1, "step twice"),
+    "opt.step(lambda: None)": (1, "closure"),
+    "pass": (1, "no step"),
+}
+ZEROS = {
+    "opt.zero_grad()": (16, ""),
+    "opt.zero_grad(set_to_none=False)": (3, "zero in place"),
+    "model.zero_grad()": (1, "model.zero_grad"),
+    "net.zero_grad(set_to_none=False)": (1, "zero in place"),
+    "inexact()": (1, "no zero_grad"),
+}
+PASSES = {
+    "forward({step}).backward()": (16, ""),
+    "with model.no_sync(): forward({step}).backward()\nforward(50 + {step}).backward()": (2, "no_sync"),
+    "loss = forward({step}) + forward(50 + {step})\nloss.backward()": (1, "two forwards"),
+    "loss = forward({step})\nloss.backward(retain_graph=True)\ninexact()\nloss.backward()": (1, "backward twice"),
+    "with torch.autocast('cpu', torch.bfloat16): loss = forward({step})\nloss.backward()": (1, "autocast"),
+    "forward({step})\nforward(50 + {step}).backward()": (1, "forward alone"),
+}
+
+
+def weighted(rng: random.Random, choices: dict[str, tuple[int, str]]) -> tuple[str, str]:
+    """One of the pieces and its label."""
+    code = rng.choices(list(choices), [weight for weight, _ in choices.values()])[0]
+    return code, choices[code][1]
+
+
+class Names:
+    """How a program can reach the parameters of a model."""
+
+    def __init__(self, model: str, held: int) -> None:
+        net = (getattr(models, model, None) or getattr(more_models, model))()
+        self.names = [name for name, _ in net.named_parameters()]
+        self.modules = [name for name, module in net.named_modules() if name and not list(module.children())]
+        self.held = held  # so many are in the optimizer's first group
+
+    def param(self, rng: random.Random) -> str:
+        """An expression for one parameter."""
+        index = rng.randrange(len(self.names))
+        path, _, leaf = self.names[index].rpartition(".")
+        owner = "net" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".") if part)
+        roads = [f"params[{index}]", f"{owner}._parameters[{leaf!r}]", f"list(model.parameters())[{index}]"]
+        roads.append(f"{owner}[{leaf}]" if leaf.isdigit() else f"{owner}.{leaf}")
+        if index < self.held:
+            roads.append(f"opt.param_groups[0]['params'][{index}]")
+        return rng.choice(roads)
+
+    def fill(self, rng: random.Random, code: str) -> str:
+        """The piece with a parameter and a module in its places."""
+        return code.format(p=self.param(rng), module=rng.choice(self.modules))
+
+
+def generate(seed: int, without: Collection[str] = (), how: str | None = None) -> Case:
+    """The case of a seed. ``without``: labels that it must not have."""
+    rng = random.Random(seed)
+    how = how or rng.choice(HOWS)
+    model = rng.choice(list(MODELS))
+    ddp = rng.choice(MODELS[model])
+    optimizer = rng.choice(OPTIMIZERS[:-1] if how == "sharded" else OPTIMIZERS)
+    groups = rng.choice((1, 1, 2, 0))
+    attach = {} if rng.random() < 0.8 else {"overlap_forward": False}
+    names = Names(model, 0)
+    names.held = {1: len(names.names), 2: len(names.names) // 2, 0: len(names.names) - 1}[groups]
+    pieces = list(program(rng, names))
+    kept = [piece for piece in pieces if piece.label not in without]
+    return Case(how, model, optimizer, groups, ddp, attach if how != "register" else {}, tuple(kept))
+
+
+def program(rng: random.Random, names: Names) -> Any:
+    """A stream of pieces."""
+    steps = rng.randint(3, 6)
+    attach_at = rng.choice((0, 0, 0, 0, 2))
+    if rng.random() < 0.05:
+        yield Piece(names.fill(rng, "{p}.requires_grad_(False)"), "freeze")
+    extras = [(table, weight) for table, weight in EXTRAS]
+    for step in range(steps):
+        if step == attach_at:
+            yield Piece("attach()")
+        yield from lateness(rng)
+        code, label = weighted(rng, PASSES)
+        yield Piece(code.format(step=step), label)
+        if rng.random() < 0.2:
+            yield one(rng, names, GRADS)
+        if rng.random() < 0.1:
+            yield one(rng, names, rng.choices([t for t, _ in extras], [w for _, w in extras])[0])
+        if rng.random() < 0.03:
+            yield Piece("opt.zero_grad()", "zero_grad first")
+        yield from lateness(rng)
+        yield Piece(*weighted(rng, STEPS))
+        if rng.random() < 0.3:
+            yield one(rng, names, rng.choices([t for t, _ in extras], [w for _, w in extras])[0])
+        yield Piece(*weighted(rng, ZEROS))
+        while rng.random() < 0.5:
+            yield one(rng, names, rng.choices([t for t, _ in extras], [w for _, w in extras])[0])
+
+
+def one(rng: random.Random, names: Names, table: dict[str, str]) -> Piece:
+    """One piece of a table."""
+    code = rng.choice(list(table))
+    return Piece(names.fill(rng, code), table[code])
+
+
+def lateness(rng: random.Random) -> Any:
+    """Sometimes one rank comes late."""
+    if rng.random() < 0.4:
+        yield Piece(f"late({rng.randrange(2)})")

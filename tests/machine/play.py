@@ -1,0 +1,357 @@
+"""Runs a case in a worker: its program under plain DDP, then under the library, and compares what they noted."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import models
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn, optim
+from torch.distributed import distributed_c10d as c10d
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim.swa_utils import AveragedModel
+
+import compress
+import dear
+from machine import more_models
+from machine.case import Case
+from machine.modes import counting, counting_functions
+
+PATIENCE = timedelta(seconds=60)  # for a peer to end the same case
+HELD = timedelta(seconds=10)  # for a peer that goes ahead
+COMPRESSOR = compress.ACPSGD
+HEAD_START = 0.1  # seconds in which a rank that went ahead can go wrong
+COLLECT_EVERY = 50  # cases
+_played = 0
+DENSE = {"rank": 2, "start_step": 10**6}
+
+
+class Raised(Exception):
+    """Raised by a program inside a forward pass, and caught by it."""
+
+
+class Run:
+    """One model in training, plain or under the library, and what its program noted."""
+
+    def __init__(self, case: Case, rank: int, plain: bool, number: int = 0) -> None:
+        self.number = number  # of the case in its process group
+        torch.manual_seed(0)
+        net = getattr(models, case.model, None) or getattr(more_models, case.model)
+        self.case, self.rank, self.plain, self.engine = case, rank, plain, None
+        self.net = net()
+        self.model = DDP(self.net, **case.ddp)
+        self.params = list(self.net.parameters())
+        self.opt = self._optimizer()
+        self.exact = True
+        self.notes: list[tuple[int, Any]] = []
+        self.piece = -1
+        torch.manual_seed(rank)  # what the model draws in training
+
+    def _optimizer(self) -> optim.Optimizer:
+        kind, options = self.case.optimizer
+        if self.case.groups == 1:
+            return getattr(optim, kind)(self.params, **options)
+        half = len(self.params) // 2
+        if self.case.groups == 0:  # the last parameter is left out, for add_param_group()
+            return getattr(optim, kind)(self.params[:-1], **options)
+        lr = options["lr"]
+        groups = [{"params": self.params[:half], "lr": lr / 2}, {"params": self.params[half:]}]
+        return getattr(optim, kind)(groups, **options)
+
+    # --- what programs call ---
+
+    def attach(self, update: str | None = None) -> None:
+        """Puts the library under the model; plain DDP stays as it is."""
+        if self.plain:
+            return
+        how = self.case.how
+        if how == "register":
+            if self.engine is None:
+                compress.register(self.model, COMPRESSOR(**DENSE))
+            return
+        compressor = COMPRESSOR(**DENSE) if how == "compressed" else None
+        if update is None or compressor is not None:
+            update = "replicated" if how == "compressed" else how
+        options = {"bucket_cap_mb": 0.002, **self.case.attach}
+        self.engine = dear.attach(self.model, self.opt, compressor=compressor, update=update, **options)
+
+    def detach(self) -> None:
+        """Back to plain DDP."""
+        if self.engine is not None:
+            self.engine.detach()
+            self.engine = None
+
+    def late(self, rank: int) -> None:
+        """Holds one rank back, so that the other goes on while exchanges wait."""
+        if not self.plain and rank == self.rank:
+            time.sleep(self.case.delay)
+
+    def ahead(self, step: int) -> None:
+        """Backward and step, which rank 0 leaves while none of its exchanges can have ended: rank 1 waits for it.
+
+        Sharded, the all-gathers need rank 1's step; replicated, they need its backward (and so does DDP itself where
+        it looks for unused parameters: there this cannot be used). Rank 0 has a head start.
+        """
+        held = self.case.how if self.rank == 1 and self.engine is not None else ""
+        loss = self.forward(step)
+        if held == "replicated":
+            self._hold()
+        loss.backward()
+        if held == "sharded":
+            self._hold()
+        self.opt.step()
+        if self.engine is not None and self.rank == 0:
+            c10d._get_default_store().set(f"ahead/{self.number}/{self.piece}", "go")
+
+    def _hold(self) -> None:
+        c10d._get_default_store().wait([f"ahead/{self.number}/{self.piece}"], HELD)
+        time.sleep(HEAD_START)
+
+    def note(self, value: Any) -> None:
+        """Records a value to be compared with plain DDP's."""
+        for leaf in leaves(value):
+            tensor = isinstance(leaf, torch.Tensor)
+            self.notes.append((self.piece, leaf.detach().clone() if tensor else leaf))
+
+    def forward(self, step: int) -> torch.Tensor:
+        """The loss on this rank's data of a step, noted."""
+        if self.model.require_backward_grad_sync and any(param.grad is not None for param in self.params):
+            self.inexact()
+        x, y = models.data(self.rank, step, batch=4)
+        loss = F.mse_loss(self.model(x).float(), y)
+        self.note(loss)
+        return loss
+
+    def train(self, step: int) -> None:
+        """One ordinary training step."""
+        self.forward(step).backward()
+        self.opt.step()
+        self.opt.zero_grad()
+
+    def clip(self, max_norm: float, norm_type: float) -> None:
+        """Clips by the norm, as each setting says it is done."""
+        if self.engine is not None:
+            norm = self.engine.clip_grad_norm_(max_norm, norm_type)
+        else:
+            held = [param for group in self.opt.param_groups for param in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(held, max_norm, norm_type)
+        self.note(norm.float().round(decimals=4))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's full state."""
+        return self.engine.state_dict()["optimizer"] if self.engine is not None else self.opt.state_dict()
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`optimizer_state` gave."""
+        if self.engine is not None:
+            self.engine.load_state_dict({"optimizer": state})
+        else:
+            self.opt.load_state_dict(state)
+
+    def inexact(self) -> None:
+        """From here on sums are taken in another order: sharded, averages of two passes are not added up in place."""
+        if self.case.how == "sharded":
+            self.exact = False
+
+    @contextlib.contextmanager
+    def raising(self, name: str) -> Any:
+        """A module raises in its forward, which the program catches."""
+
+        def fail(module: nn.Module, args: Any) -> None:
+            raise Raised
+
+        handle = self.net.get_submodule(name).register_forward_pre_hook(fail)
+        try:
+            with contextlib.suppress(Raised):
+                yield
+        finally:
+            handle.remove()
+
+    def scope(self) -> dict[str, Any]:
+        """The names a program may use."""
+        own = (
+            "attach",
+            "ahead",
+            "train",
+            "detach",
+            "late",
+            "note",
+            "forward",
+            "clip",
+            "optimizer_state",
+            "load_optimizer",
+            "inexact",
+        )
+        return {
+            **{name: getattr(self, name) for name in (*own, "raising", "model", "net", "opt", "params", "rank")},
+            "x": lambda step: models.data(self.rank, step, batch=4)[0],
+            "y": lambda step: models.data(self.rank, step, batch=4)[1],
+            "run": self, "torch": torch, "nn": nn, "F": F, "dist": dist, "copy": copy, "io": io, "pickle": pickle,
+            "contextlib": contextlib, "functional_call": functional_call, "AveragedModel": AveragedModel,
+            "parameters_to_vector": parameters_to_vector, "vector_to_parameters": vector_to_parameters,
+            "ThreadPoolExecutor": ThreadPoolExecutor, "in_a_fork": in_a_fork,
+            "counting": counting, "counting_functions": counting_functions,
+        }  # fmt: skip
+
+    def play(self, pieces: int) -> BaseException | None:
+        """Runs the first so many pieces and then looks at everything; returns what was raised."""
+        scope = self.scope()
+        try:
+            for self.piece in range(pieces):
+                exec(compile(self.case.program[self.piece].code, "<program>", "exec"), scope)
+            self.piece = pieces
+            self._finish()
+        except Exception as error:
+            return error
+        return None
+
+    def _finish(self) -> None:
+        state = copy.deepcopy(self.optimizer_state()["state"])
+        self.note_all(state)
+        self.detach()
+        self.note_all(self.opt.state_dict()["state"])
+        self.opt.zero_grad()  # and plain DDP trains on
+        loss = self.forward(99)
+        loss.backward()
+        self.opt.step(lambda: loss.detach())
+        self.note_all(self.opt.state_dict()["state"])
+
+    def note_all(self, state: Any) -> None:
+        """Everything training has made."""
+        self.note([param.detach() for param in self.params])
+        self.note([buffer for _, buffer in sorted(self.net.named_buffers())])
+        self.note([[key, value] for index in sorted(state) for key, value in sorted(state[index].items())])
+
+
+def in_a_fork(read: Callable[[], Any]) -> Any:
+    """What a forked child reads, as a DataLoader's worker would; its error is raised here."""
+    ours, theirs = multiprocessing.Pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            theirs.send((True, read()))
+        except BaseException as error:
+            theirs.send((False, str(error)))
+        os._exit(0)
+    theirs.close()
+    try:
+        if not ours.poll(PATIENCE.total_seconds() / 4):
+            raise TimeoutError("A forked child hung")
+        good, value = ours.recv()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if not good:
+        raise RuntimeError(value)
+    return value
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The tensors and other values in lists and dicts; the order in which keys came into a dict does not count."""
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield from leaves(value[key])
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from leaves(each)
+    else:
+        yield value
+
+
+def same(have: Any, want: Any, exact: bool) -> bool:
+    """Equal bits, or up to rounding; NaN equals NaN."""
+    if isinstance(want, torch.Tensor) != isinstance(have, torch.Tensor):
+        return False
+    if not isinstance(want, torch.Tensor):
+        return bool(have == want) or (have != have and want != want)
+    if have.shape != want.shape or have.dtype != want.dtype:
+        return False
+    rtol, atol = (0.0, 0.0) if exact or not want.is_floating_point() else (1e-3, 1e-5)
+    return torch.allclose(have, want, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def compare(have: Run, want: Run, complete: bool) -> tuple[int, str] | None:
+    """The piece at which they differ and how, or None. ``complete``: both went through to the end."""
+    for (piece, mine), (other, theirs) in zip(have.notes, want.notes, strict=False):
+        if piece != other:
+            return min(piece, other), "notes another number of values"
+        if not same(mine, theirs, have.exact):
+            if isinstance(mine, torch.Tensor) and mine.shape == theirs.shape:
+                return piece, f"differs by {(mine.double() - theirs.double()).abs().max().item():.3g}"
+            return piece, f"{_short(mine)} instead of {_short(theirs)}"
+    if complete and len(have.notes) != len(want.notes):
+        return len(have.case.program), f"notes {len(have.notes)} values instead of {len(want.notes)}"
+    return None
+
+
+def _short(value: Any) -> str:
+    return f"{type(value).__name__} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
+
+
+def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
+    """One case on this rank: kind, the piece at which it ended, a sentence, where the error was raised."""
+    want = Run(case, rank, plain=True)
+    error = want.play(len(case.program))
+    valid = want.piece if error is not None else len(case.program)
+    if valid == 0:
+        return "invalid", 0, _text(error), ""
+    if error is not None:  # plain DDP fails there: what comes before must be equal all the same
+        want = Run(case, rank, plain=True)
+        if want.play(valid) is not None:
+            return "invalid", 0, _text(error), ""
+    have = Run(case, rank, plain=False, number=number)
+    try:
+        raised = have.play(valid)
+        different = compare(have, want, complete=raised is None)
+        if raised is not None and have.engine is not None:
+            with contextlib.suppress(Exception):  # tell the peer at once
+                have.engine.__exit__(type(raised), raised, raised.__traceback__)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if different:
+        return "difference", different[0], different[1], ""
+    if raised is None:
+        return "equal", valid, "", ""
+    where = "".join(traceback.format_exception(raised)[-8:])
+    return "error", have.piece, _text(raised), where
+
+
+def _text(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {error}"[:600]
+
+
+def play_all(rank: int, world: int, cases: list[Case]) -> list[tuple[str, int, str, str]]:
+    """Cases one after another, up to and with the first that is not equal: then the group is to be left."""
+    store = c10d._get_default_store()
+    results = []
+    for index, case in enumerate(cases):
+        result = play(rank, case, index)
+        results.append(result)
+        store.set(f"case/{index}/{rank}", "equal" if result[0] == "equal" else "other")
+        others = [f"case/{index}/{peer}" for peer in range(world)]
+        store.wait(others, PATIENCE)
+        if any(store.get(key) != b"equal" for key in others):
+            break
+    global _played
+    _played += len(results)
+    if _played >= COLLECT_EVERY:
+        _played = 0
+        gc.collect()  # dropped models and engines hang in circles
+    return results
