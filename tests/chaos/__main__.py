@@ -38,6 +38,11 @@ def figures(reports: list[Report]) -> dict[str, Any]:
         "all": count(reports),
         "by event": {event: count([r for r in reports if r.plan.event == event]) for event in sorted(set(EVENTS))},
         "by mode": {mode: count([r for r in reports if r.plan.mode == mode]) for mode in MODES},
+        "by phase": {
+            "set-up": count([r for r in reports if r.plan.place == "setup"]),
+            "first two steps": count([r for r in reports if r.plan.place != "setup" and r.plan.step < 2]),
+            "later": count([r for r in reports if r.plan.place != "setup" and r.plan.step >= 2]),
+        },
         "by ranks": {str(world): count([r for r in reports if r.plan.world == world]) for world in (2, 3, 4)},
     }
 
