@@ -19,8 +19,8 @@ from workers import WorkerPool
 
 BOTH = ("sharded", "replicated")
 EVERY = ("sharded", "replicated", "compressed", "register")
-#: The tests in which the promise is broken today, by their ids. One that is fixed fails until its line is removed; where
-#: "races" stands behind it, what is broken sometimes goes well, and it does not.
+#: The tests in which the promise is broken today, by their ids. One that is fixed fails until its line is removed,
+#: except where "races" stands behind it: what is broken sometimes goes well.
 KNOWN = {line.split()[0]: line.split()[1:] for line in
          pathlib.Path(__file__).with_name("silence_known.txt").read_text().splitlines()}  # fmt: skip
 WARM = "attach()\n\nfor step in range(3): train(step)"

@@ -64,11 +64,12 @@ def main() -> int:
         good = report.undisturbed or (report.named and not report.hung and not report.crashed and report.resumed)
         if not good:
             print(f"{report.plan}: {report.texts or 'resumed with other bits'}", flush=True)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            result = {"seconds": round(time.monotonic() - start, 1), **figures(reports)}
+            options.out.write_text(json.dumps({**result, "runs": [report.record() for report in reports]}, indent=1))
     result = {"seconds": round(time.monotonic() - start, 1), **figures(reports)}
     print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**result, "runs": [report.record() for report in reports]}, indent=1))
     total = Counter(result["all"])
     kept = total["disturbed"] == total["named rightly"] == total["resumed bit-equal"]
     return int(not kept or bool(total["hung"] or total["crashed"]))

@@ -22,7 +22,8 @@ import compress
 import dear
 from chaos.plan import CHECKPOINT_EVERY, STEPS, Plan
 
-TIMEOUT = 4.0  # seconds of the process group
+TIMEOUT = 4.0  # seconds of the process group, in a job that is disturbed
+PATIENCE = 60.0  # and in one that is not, which must end whatever else the machine does
 COMPRESSORS: dict[str, Callable[[], compress.Compressor]] = {
     "acp": lambda: compress.ACPSGD(rank=2),
     "power": lambda: compress.PowerSGD(rank=2),
@@ -89,7 +90,7 @@ class Job:
 
 def train(rank: int, plan: Plan, port: int, folder: Path, tell: Tell, disturbed: bool) -> str:
     """Trains to the end, or until something happens; returns a hash of the parameters."""
-    limit = timedelta(seconds=TIMEOUT)
+    limit = timedelta(seconds=TIMEOUT if disturbed else PATIENCE)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.world, timeout=limit)
     mine = disturbed and rank == plan.victim and plan.event in ("kill", "stop")

@@ -23,7 +23,7 @@ import torch
 import torch._dynamo  # an optimizer's first step imports it, which takes each rank a second: before they are forked
 import torch.distributed as dist
 
-from chaos.job import TIMEOUT, train
+from chaos.job import PATIENCE, TIMEOUT, train
 from chaos.links import cut
 from chaos.plan import Plan
 
@@ -150,7 +150,7 @@ def _watch(plan: Plan, children: list[Child], disturbed: bool) -> None:
     gone = disturbed and plan.event in ("kill", "stop")  # the victim tells no more
     due = disturbed and plan.place == "any"
     open_ = {child.connection: child for child in children}
-    deadline = time.monotonic() + 2 * TIMEOUT + SLACK
+    deadline = time.monotonic() + 2 * (TIMEOUT if disturbed else PATIENCE) + SLACK
     while open_:
         if gone and all(child is victim for child in open_.values()) and victim.ending.result is None:
             break
@@ -216,10 +216,11 @@ class Chaos:
         key = plan.world, plan.mode
         if key not in self._references:
             with scratch() as folder:
-                results = {ending.result for ending in start(plan, folder, disturbed=False)}
-            (result,) = results
-            assert result is not None, f"an undisturbed job of {key} failed"
-            self._references[key] = result
+                endings = start(plan, folder, disturbed=False)
+            results = {ending.result for ending in endings}
+            if len(results) > 1 or None in results:
+                raise RuntimeError(f"An undisturbed job of {key} failed: {endings}.")
+            (self._references[key],) = results
         return self._references[key]
 
     def run(self, plan: Plan) -> Report:
