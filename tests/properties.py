@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, Phase, settings
 _SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-def examples(count: int) -> Any:
-    """Settings for ``count`` examples; what fails is shrunk."""
+def examples(count: int, shrink: bool = True) -> Any:
+    """Settings for ``count`` examples; what fails is shrunk, unless each try takes long."""
     return settings(
         max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=_SHARED,
-        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        phases=(Phase.explicit, Phase.generate, *([Phase.shrink] if shrink else [])), report_multiple_bugs=False,
     )  # fmt: skip

@@ -3,6 +3,8 @@
 Values are small integers, whose sums are exact in every type, so that each result is known beforehand.
 """
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -86,6 +88,6 @@ def test_any_calls_in_flight_together(request, world, calls, order):
 def test_shards_cover_every_element_once(length, world):
     ranges = [dear.shard_range(length, world, rank) for rank in range(world)]
     assert ranges[0][0] == 0 and ranges[-1][1] == length
-    assert all(one[1] == other[0] for one, other in zip(ranges, ranges[1:], strict=False))
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(ranges))
     largest = -(-length // world)
     assert all(0 <= end - begin <= largest for begin, end in ranges)

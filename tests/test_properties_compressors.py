@@ -6,6 +6,7 @@ from compressing import KINDS, Prescribed, attach, backward, everyones, gradient
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
+from silence import known
 
 #: One parameter: a vector, a matrix, a convolution; ones, and sizes that end within a word or a block.
 SHAPE = st.one_of(
@@ -93,8 +94,8 @@ def assert_same(have, want):
         assert have == want, (have, want)
 
 
-@each_kind
-@examples(6)
+@pytest.mark.parametrize("kind", [known(f"goes on-{kind}", kind) for kind in KINDS])
+@examples(6, shrink=False)
 @given(
     shapes=SHAPES, options=OPTIONS, cap=st.sampled_from([0.001, 0.01, 25.0]), saved_at=st.integers(0, 4),
     gather=st.booleans(),

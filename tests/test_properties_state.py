@@ -2,10 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
+from silence import known
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -15,7 +17,7 @@ import dear
 PARAMETER = st.tuples(
     st.one_of(
         st.just(()),
-        st.tuples(st.integers(0, 40)),
+        st.tuples(st.integers(1, 40)),
         st.tuples(st.integers(1, 20), st.integers(1, 20)),
         st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
     ),
@@ -23,7 +25,7 @@ PARAMETER = st.tuples(
     st.sampled_from([0, 0, 0, 1, 1, 2, None]),
 )
 PARAMETERS = st.lists(PARAMETER, min_size=2, max_size=9).filter(
-    lambda all_: any(group is not None and 0 not in shape for shape, _, group in all_)
+    lambda all_: any(group is not None for _, _, group in all_)
 )
 KINDS = [
     ("SGD", {"momentum": 0.9, "nesterov": True}),
@@ -116,6 +118,12 @@ def trained(rank, world, parameters, options):
 @given(parameters=PARAMETERS, options=OPTIONS)
 def test_any_layout_trains_and_saves_as_plain_ddp(pool2, parameters, options):
     pool2.run(trained, parameters, options)
+
+
+@pytest.mark.parametrize("update", [known(f"empty-{update}", update) for update in ("sharded", "replicated")])
+def test_a_parameter_without_elements(pool2, update):
+    options = {"kind": KINDS[0], "update": update, "cap": 0.001, "ddp": {}, "saved_at": 1}
+    pool2.run(trained, [((3, 4), False, 0), ((0,), False, 0), ((0, 5), False, 1), ((2,), False, 1)], options)
 
 
 def across_worlds(rank, world, parameters, options, state):

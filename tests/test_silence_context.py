@@ -4,17 +4,20 @@ import pytest
 from silence import BOTH, EVERY, WARM, check, silence
 
 TAIL = "\n\nopt.zero_grad()\n\nfor step in range(4, 7): train(step)"
+STEP = "forward(0).backward(); opt.step()"
 FORWARD = "note(model(x(9)))"
 CONTEXTS = {
     "inference mode": "with torch.inference_mode(): {}",
     "no grad": "with torch.no_grad(): {}",
     "autocast": "with torch.autocast('cpu', torch.bfloat16): {}",
     "autocast in evaluation": "with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): {}",
-    "float64 by default": "torch.set_default_dtype(torch.float64)\ntry: {}\nfinally: torch.set_default_dtype(torch.float32)",
+    "float64 by default": "torch.set_default_dtype(torch.float64)\ntry: {}\n"
+    "finally: torch.set_default_dtype(torch.float32)",
     "bfloat16 by default": "torch.set_default_dtype(torch.bfloat16)\ntry: {}\n"
     "finally: torch.set_default_dtype(torch.float32)",
     "meta device by default": "with torch.device('meta'): note(net(kept))",
-    "deterministic": "torch.use_deterministic_algorithms(True)\ntry: {}\nfinally: torch.use_deterministic_algorithms(False)",
+    "deterministic": "torch.use_deterministic_algorithms(True)\ntry: {}\n"
+    "finally: torch.use_deterministic_algorithms(False)",
     "fake tensors": "from torch._subclasses.fake_tensor import FakeTensorMode\n"
     "with FakeTensorMode(allow_non_fake_inputs=True): note(net(torch.empty(4, 16)).shape)",
     "functional gradient": "note(torch.func.grad(lambda i: net(i).sum())(x(9)))",
@@ -31,7 +34,8 @@ CONTEXTS = {
     "another thread": "with ThreadPoolExecutor(1) as pool: pool.submit(lambda: {}).result()",
     "no autograd threads": "with torch.autograd.set_multithreading_enabled(False): {}",
     "graph hooks forbidden": "with torch.autograd.graph.disable_saved_tensors_hooks('none here'): {}",
-    "traced": "import warnings; warnings.simplefilter('ignore')\nnote(torch.jit.trace(net, x(9), check_trace=False)(x(9)))",
+    "traced": "import warnings; warnings.simplefilter('ignore')\n"
+    "note(torch.jit.trace(net, x(9), check_trace=False)(x(9)))",
     "symbolically traced": "import torch.fx; note(torch.fx.symbolic_trace(net)(x(9)))",
     "garbage collected": "import gc; gc.collect(); {}",
     "random numbers": "torch.manual_seed(3)\n{}\nnote(torch.rand(3))",
@@ -51,9 +55,9 @@ CASES = [
     *[
         test
         for name, context in CONTEXTS.items()
-        for test in silence(f"context {name}", f"attach()\n\nkept = x(9)\n\nforward(0).backward(); opt.step()\n\n{code(context)}\n\nopt.zero_grad()\n\n"
-                            f"train(1)\n\ntrain(2)\n\nahead(3)\n\n{code(context)}{TAIL}", may_refuse=name in MAY_REFUSE,
-                            **ADAM)
+        for test in silence(f"context {name}", f"attach()\n\nkept = x(9)\n\n{STEP}\n\n{code(context)}"
+                            f"\n\nopt.zero_grad()\n\ntrain(1)\n\ntrain(2)\n\nahead(3)\n\n{code(context)}{TAIL}",
+                            may_refuse=name in MAY_REFUSE, **ADAM)
     ],
     *[
         test
@@ -71,12 +75,13 @@ CASES = [
              "    for step in range(5): forward(step).backward(); opt.step(); opt.zero_grad()", EVERY, True, **ADAM),
     *silence("a step under autocast", f"{WARM}\n\nforward(3).backward()\n\nwith torch.autocast('cpu', torch.bfloat16): "
              f"opt.step()\n\nforward(8){TAIL}", EVERY, **ADAM),
-    *silence("a step under inference mode", f"{WARM}\n\nforward(3).backward()\n\nwith torch.inference_mode(): opt.step()"
-             f"\n\nnote(net(x(9))){TAIL}", EVERY, True, **ADAM),
+    *silence("a step under inference mode", f"{WARM}\n\nforward(3).backward()\n\nwith torch.inference_mode(): "
+             f"opt.step()\n\nnote(net(x(9))){TAIL}", EVERY, True, **ADAM),
     *silence("float64 by default throughout", "torch.set_default_dtype(torch.float64)\n\n"
              f"{WARM}\n\nnote(net.last.weight.clone())", EVERY),
     *silence("deterministic throughout", "torch.use_deterministic_algorithms(True)\n\nattach()\n\ntry:\n"
-             "    for step in range(4): train(step)\nfinally: torch.use_deterministic_algorithms(False)", EVERY, **ADAM),
+             "    for step in range(4): train(step)\nfinally: torch.use_deterministic_algorithms(False)", EVERY,
+             **ADAM),
     *silence("evaluation, then training, under inference mode", f"attach()\n\ntrain(0)\n\nwith torch.inference_mode(): "
              f"{FORWARD}\n\ntrain(1)\n\nwith torch.inference_mode(): {FORWARD}{TAIL}", EVERY, **ADAM),
     *silence("attached under inference mode", f"with torch.inference_mode(): attach(){TAIL}", EVERY, True, **ADAM),
@@ -84,7 +89,7 @@ CASES = [
     *silence("attached under autocast", f"with torch.autocast('cpu', torch.bfloat16): attach(){TAIL}", EVERY, **ADAM),
     *silence("synchronized under inference mode", f"{WARM}\n\nahead(3)\n\nwith torch.inference_mode():\n"
              f"    if run.engine: run.engine.synchronize(){TAIL}", **ADAM),
-    *silence("saved under inference mode", f"attach()\n\nforward(0).backward(); opt.step()\n\nwith torch.inference_mode(): "
+    *silence("saved under inference mode", f"attach()\n\n{STEP}\n\nwith torch.inference_mode(): "
              f"note(optimizer_state()['state']); note(net.state_dict()){TAIL}", **ADAM),
     *silence("loaded under inference mode", f"{WARM}\n\nstate = copy.deepcopy(optimizer_state())\n\nahead(3)\n\n"
              f"with torch.inference_mode(): load_optimizer(state){TAIL}", BOTH, True,

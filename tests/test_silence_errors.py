@@ -4,7 +4,7 @@ import models
 import pytest
 import torch
 import training
-from silence import known
+from silence import check_told, known, told
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -69,6 +69,7 @@ CAUSES = {  # what happened, and what the sentence must say
 }
 
 
+@told
 def said(rank, world, update, cause):
     make, wanted, unwanted = CAUSES[cause]
     model, opt, engine = warm(rank, update)
@@ -85,9 +86,10 @@ def said(rank, world, update, cause):
     [known(f"cause-{cause}-{update}", update, cause) for cause in CAUSES for update in ("sharded", "replicated")],
 )
 def test_the_sentence_names_the_cause(pool2, update, cause):
-    pool2.run(said, update, cause)
+    check_told(pool2, said, update, cause)
 
 
+@told
 def checkpointed(rank, world, update):
     """torch.distributed.checkpoint makes a dry step on zero gradients, to have the optimizer's state."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -107,9 +109,10 @@ def checkpointed(rank, world, update):
 
 @pytest.mark.parametrize("update", [known(f"dry step-{update}", update) for update in ("sharded", "replicated")])
 def test_a_checkpoint_before_the_first_step(pool2, update):
-    pool2.run(checkpointed, update)
+    check_told(pool2, checkpointed, update)
 
 
+@told
 def in_float64(rank, world, kind):
     """The default dtype is the user's affair."""
     finals = []
@@ -144,7 +147,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", [known(f"float64-{kind}", kind) for kind in KINDS])
 def test_another_default_dtype_changes_nothing(pool2, kind):
-    pool2.run(in_float64, kind)
+    check_told(pool2, in_float64, kind)
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -212,6 +215,7 @@ def traces(model, opt):
     return found
 
 
+@told
 def refused(rank, world, name):
     plain, plain_opt = training.build("Mlp", training.SGD, {})
     model, opt = training.build("Mlp", training.SGD, {})
@@ -229,4 +233,4 @@ def refused(rank, world, name):
 
 @pytest.mark.parametrize("name", [known(f"refusal-{name}", name) for name in REFUSALS])
 def test_a_refusal_changes_nothing(pool2, name):
-    pool2.run(refused, name)
+    check_told(pool2, refused, name)

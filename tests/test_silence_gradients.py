@@ -8,6 +8,16 @@ TAIL = "\n\nfor step in range(4, 7): train(step)"
 STEP = "opt.step()\n\nopt.zero_grad()"
 VIEW = {"ddp": {"gradient_as_bucket_view": True}}
 LARGE = {"model": "Wide", "attach": {"bucket_cap_mb": 1}}
+TWICE = """
+attach()
+
+for step in range(4):
+    loss = forward(step)
+    loss.backward(retain_graph=True)
+    inexact()
+    loss.backward()
+    opt.step(); opt.zero_grad()
+"""
 NEVER = "for step in range(5): forward(step).backward(); opt.step()"
 USES = {
     "read": "note([p.grad.clone() for p in params])",
@@ -30,15 +40,20 @@ USES = {
     "shapes only": "note([(p.grad.shape, p.grad.dtype, p.grad.is_contiguous()) for p in params])",
 }
 CASES = [
-    *[test for name, code in USES.items() for test in silence(f"gradient {name}", f"{BACK}\n\n{code}\n\n{STEP}{TAIL}", EVERY, True)],
+    *[
+        test
+        for name, code in USES.items()
+        for test in silence(f"gradient {name}", f"{BACK}\n\n{code}\n\n{STEP}{TAIL}", EVERY, True)
+    ],
     *silence("clipped by the engine", f"{BACK}\n\nclip(0.01, float('inf'))\n\n{STEP}{TAIL}", EVERY),
     *silence("clipped, then zeroed in place", f"{BACK}\n\nclip(0.01, float('inf'))\n\nopt.step()\n\n"
              f"opt.zero_grad(set_to_none=False){TAIL}", EVERY),
     *silence("zeroed in place", f"{WARM}\n\nahead(3)\n\nopt.zero_grad(set_to_none=False){TAIL}"),
     *silence("zeroed in place one by one", f"{WARM}\n\nahead(3)\n\nfor p in params: p.grad.zero_(){TAIL}", BOTH, True),
-    *silence("zeroed in place by foreach", f"{WARM}\n\nahead(3)\n\ntorch._foreach_zero_([p.grad for p in params]){TAIL}",
-             BOTH, True),
-    *silence("kept gradients", f"{BACK}\n\ngrads = [p.grad for p in params]\n\n{STEP}\n\nnote(grads){TAIL}", EVERY, True),
+    *silence("zeroed in place by foreach", f"{WARM}\n\nahead(3)\n\ntorch._foreach_zero_("
+             f"[p.grad for p in params]){TAIL}", BOTH, True),
+    *silence("kept gradients", f"{BACK}\n\ngrads = [p.grad for p in params]\n\n{STEP}\n\nnote(grads){TAIL}", EVERY,
+             True),
     *silence("kept gradients, pending", f"{WARM}\n\nahead(3)\n\ngrads = [p.grad for p in params]\n\nopt.zero_grad()\n\n"
              f"note(grads){TAIL}", BOTH, True),
     *silence("kept gradients written after the step", f"{BACK}\n\ngrads = [p.grad for p in params]\n\n{STEP}\n\n"
@@ -49,12 +64,8 @@ CASES = [
              f"{TAIL}", BOTH, True),
     *silence("used twice", f"{BACK}\n\nopt.step()\n\nopt.step()\n\nopt.zero_grad(){TAIL}", EVERY, True),
     *silence("zeroed first", f"{BACK}\n\nopt.zero_grad()\n\nopt.step(){TAIL}", EVERY),
-    *silence("backward twice", "attach()\n\nfor step in range(4):\n    loss = forward(step)\n"
-             "    loss.backward(retain_graph=True)\n    inexact()\n    loss.backward()\n    opt.step(); opt.zero_grad()",
-             EVERY, True),
-    *silence("backward twice, views", "attach()\n\nfor step in range(4):\n    loss = forward(step)\n"
-             "    loss.backward(retain_graph=True)\n    inexact()\n    loss.backward()\n    opt.step(); opt.zero_grad()",
-             EVERY, True, **VIEW),
+    *silence("backward twice", TWICE, EVERY, True),
+    *silence("backward twice, views", TWICE, EVERY, True, **VIEW),
     *silence("backward twice, later", f"{WARM}\n\nloss = forward(3)\nloss.backward(retain_graph=True)\ninexact()\n"
              f"loss.backward()\n\n{STEP}{TAIL}", EVERY, True),
     *silence("never zeroed", f"attach()\n\n{NEVER}", EVERY, True),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from silence import EVERY, WARM, check, known, silence
+from silence import EVERY, WARM, check, check_told, known, silence, told
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -15,7 +15,8 @@ UNUSED = {"ddp": {"find_unused_parameters": True}}
 GROUPS = {"groups": 2}
 CASES = [
     *silence("frozen at attach", f"{FIRST}(False)\n\nattach()\n\n{FIRST}(True){TAIL}", EVERY, True),
-    *silence("frozen at attach, thawed later", f"{FIRST}(False)\n\n{WARM}\n\n{FIRST}(True){TAIL}", EVERY, True, **UNUSED),
+    *silence("frozen at attach, thawed later", f"{FIRST}(False)\n\n{WARM}\n\n{FIRST}(True){TAIL}", EVERY, True,
+             **UNUSED),
     *silence("frozen later", f"{WARM}\n\n{FIRST}(False){TAIL}", EVERY, **UNUSED),
     *silence("frozen and thawed", f"{WARM}\n\n{FIRST}(False)\n\ntrain(9)\n\n{FIRST}(True){TAIL}", EVERY, **UNUSED),
     *silence("frozen between backward and step", f"{WARM}\n\nforward(7).backward()\n\n{FIRST}(False)\n\nopt.step(); "
@@ -72,14 +73,16 @@ CASES = [
     *silence("another depth", f"{WARM}\n\nfor name in ('first', 'second'): net.get_submodule(name)"
              f".register_forward_hook(lambda m, a, out: out * 0.5){TAIL}", EVERY),
     *silence("a layer left out of the forward", f"{WARM}\n\nnet.second.forward = lambda x: x{TAIL}", EVERY, **UNUSED),
-    *silence("a layer swapped for a copy", f"{WARM}\n\nnet.second = copy.deepcopy(net.second){TAIL}", EVERY, True, **UNUSED),
+    *silence("a layer swapped for a copy", f"{WARM}\n\nnet.second = copy.deepcopy(net.second){TAIL}", EVERY, True,
+             **UNUSED),
     *silence("weight norm", f"{WARM}{TAIL}\n\nnote(net.first.weight)", EVERY, model="Normed"),
     *silence("weight norm, pending", f"{WARM}\n\nahead(3)\n\nnote(net.first.weight); note(net.last.weight)\n\n"
              f"opt.zero_grad(){TAIL}", model="Normed"),
-    *silence("weight norm removed", f"{WARM}\n\nnn.utils.parametrize.remove_parametrizations(net.first, 'weight'){TAIL}",
-             EVERY, True, model="Normed", ddp={"find_unused_parameters": True}),
+    *silence("weight norm removed", f"{WARM}\n\nnn.utils.parametrize.remove_parametrizations(net.first, 'weight')"
+             f"{TAIL}", EVERY, True, model="Normed", ddp={"find_unused_parameters": True}),
     *silence("pruned before", f"{WARM}\n\nahead(3)\n\nnote(net.first.weight)\n\nopt.zero_grad(){TAIL}", model="Pruned"),
-    *silence("a raising forward", f"{WARM}\n\nahead(3)\n\nopt.zero_grad()\n\nwith raising('second'): model(x(9)){TAIL}"),
+    *silence("a raising forward", f"{WARM}\n\nahead(3)\n\nopt.zero_grad()\n\nwith raising('second'): model(x(9))"
+             f"{TAIL}"),
     *silence("a raising evaluation", f"{WARM}\n\nahead(3)\n\nwith torch.no_grad(), raising('last'): model(x(9))\n\n"
              f"opt.zero_grad(){TAIL}"),
 ]  # fmt: skip
@@ -90,6 +93,7 @@ def test_changes_of_the_model_are_seen(pool2, case, may_refuse):
     check(pool2, case, may_refuse)
 
 
+@told
 def tensor_parallel(rank, world, how):
     """DDP over one dimension of a mesh, tensor parallel over the other: parameters are DTensors."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -125,4 +129,4 @@ def tensor_parallel(rank, world, how):
 
 @pytest.mark.parametrize("how", [known(f"tensor parallel-{how}", how) for how in ("sharded", "replicated")])
 def test_tensor_parallel_parameters(pool4, how):
-    pool4.run(tensor_parallel, how)
+    check_told(pool4, tensor_parallel, how)

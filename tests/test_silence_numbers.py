@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compressing import KINDS
-from silence import known
+from silence import check_told, known, told
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -14,6 +14,7 @@ LARGE = {torch.float16: 40_000.0, torch.bfloat16: 2e38, torch.float32: 2e38, tor
 ALGORITHMS = ("ring", "native")
 
 
+@told
 def averages(rank, world, dtype, algorithm):
     """Every rank has the same value, whose sum overflows; plain DDP divides first."""
     value = LARGE[dtype]
@@ -30,7 +31,7 @@ def averages(rank, world, dtype, algorithm):
     [known(f"average-{dtype}-{algorithm}", dtype, algorithm) for dtype in LARGE for algorithm in ALGORITHMS],
 )
 def test_an_average_of_large_values_is_finite(pool4, dtype, algorithm):
-    pool4.run(averages, dtype, algorithm)
+    check_told(pool4, averages, dtype, algorithm)
 
 
 class Scaled(nn.Module):
@@ -59,6 +60,7 @@ def final(rank, how, dtype, steps=3):
     return {name: value.clone() for name, value in model.module.state_dict().items()}
 
 
+@told
 def trained(rank, world, how, dtype):
     want = final(rank, "ddp", dtype)
     assert all(value.isfinite().all() for value in want.values())
@@ -71,9 +73,10 @@ def trained(rank, world, how, dtype):
     [known(f"trained-{how}-{dtype}", how, dtype) for how in ("sharded", "replicated", "register") for dtype in LARGE],
 )
 def test_large_gradients_train_as_plain_ddp(pool4, how, dtype):
-    pool4.run(trained, how, dtype)
+    check_told(pool4, trained, how, dtype)
 
 
+@told
 def overflowing(rank, world, kind, scheduled, policy, value):
     """A finite gradient from which a compressor's own arithmetic may make an infinite one."""
     torch.manual_seed(0)
@@ -117,4 +120,4 @@ def grads_of(model):
     ],
 )
 def test_what_overflows_inside_a_compressor_is_said(pool2, kind, scheduled, policy, value):
-    pool2.run(overflowing, kind, scheduled, policy, value)
+    check_told(pool2, overflowing, kind, scheduled, policy, value)

@@ -7,6 +7,7 @@ from silence import BOTH, EVERY, WARM, check, silence
 TAIL = "\n\nopt.zero_grad()\n\nfor step in range(4, 7): train(step)"
 ADAM = {"optimizer": ("AdamW", {"lr": 0.01})}
 MOMENTUM = {"optimizer": ("SGD", {"lr": 0.05, "momentum": 0.9})}
+STEP = "forward(3).backward(); opt.step()"
 STATES = {
     "copied": "note(copy.deepcopy(opt).state_dict()['state'])",
     "copied shallowly": "note(copy.copy(opt).state_dict()['state'])",
@@ -94,16 +95,18 @@ CASES = [
              "for step in range(5): forward(step).backward(); look.step(); opt.zero_grad()", EVERY, **MOMENTUM),
     *silence("a scaler", f"attach()\n{SCALED}", EVERY, True, **MOMENTUM),
     *silence("a hook after the step", "seen = []\n\nopt.register_step_post_hook(lambda o, a, k: seen.append("
-             f"[p.detach().clone() for p in params]))\n\n{WARM}\n\nforward(3).backward(); opt.step()\n\nnote(seen){TAIL}", EVERY, **ADAM),
-    *silence("a hook after the step, added later", f"{WARM}\n\nseen = []\n\nopt.register_step_post_hook(lambda o, a, k: "
-             f"seen.append([p.detach().clone() for p in params]))\n\nforward(3).backward(); opt.step()\n\nnote(seen){TAIL}", **ADAM),
+             f"[p.detach().clone() for p in params]))\n\n{WARM}\n\n{STEP}\n\nnote(seen){TAIL}", EVERY, **ADAM),
+    *silence("a hook after the step, added later", f"{WARM}\n\nseen = []\n\nopt.register_step_post_hook("
+             "lambda o, a, k: seen.append([p.detach().clone() for p in params]))\n\n"
+             f"{STEP}\n\nnote(seen){TAIL}", **ADAM),
     *silence("a hook before the step", "opt.register_step_pre_hook(lambda o, a, k: o.param_groups[0].update("
              f"lr=o.param_groups[0]['lr'] * 0.9))\n\n{WARM}{TAIL}", EVERY, **ADAM),
     *silence("a hook before the step that clips", f"{WARM}\n\nopt.register_step_pre_hook(lambda o, a, k: "
              f"nn.utils.clip_grad_value_(params, 0.01)){TAIL}", EVERY, True, **ADAM),
-    *silence("a hook after the step that writes", f"opt.register_step_post_hook(lambda o, a, k: [p.data.clamp_(-0.1, 0.1)"
-             f" for p in params] and None)\n\n{WARM}{TAIL}", EVERY, **ADAM),
-    *silence("a step of its class", f"{WARM}\n\nforward(3).backward()\n\ntype(opt).step(opt){TAIL}", EVERY, True, **ADAM),
+    *silence("a hook after the step that writes", "opt.register_step_post_hook(lambda o, a, k: "
+             f"[p.data.clamp_(-0.1, 0.1) for p in params] and None)\n\n{WARM}{TAIL}", EVERY, **ADAM),
+    *silence("a step of its class", f"{WARM}\n\nforward(3).backward()\n\ntype(opt).step(opt){TAIL}", EVERY, True,
+             **ADAM),
     *silence("a step kept from before", f"kept = opt.step\n\n{WARM}\n\nforward(3).backward()\n\nkept(){TAIL}", EVERY,
              True, **ADAM),
     *silence("a step wrapped later", f"{WARM}\n\nplain = opt.step; opt.step = lambda *a: (note(params[0].sum()), "

@@ -7,7 +7,7 @@ import pytest
 import torch
 import training
 from compressing import KINDS
-from silence import known
+from silence import check_told, known, told
 from torch.nn.parallel import DistributedDataParallel as DDP
 from workers import WorkerPool
 
@@ -36,6 +36,7 @@ def start(mode, optimizer, seed, ddp):
     return model, opt, dear.attach(model, opt, compressor=compressor, update=update, bucket_cap_mb=0.002)
 
 
+@told
 def resumed(rank, world, mode, optimizer, breaks, ddp):
     """Breaks after so many steps; the rest is trained by the same job and by a new one, which must agree."""
     for before in breaks:
@@ -75,4 +76,4 @@ CASES = [
 
 @pytest.mark.parametrize(("mode", "world", "optimizer", "ddp"), CASES)
 def test_a_resumed_run_is_the_run_that_would_have_been(request, mode, world, optimizer, ddp):
-    request.getfixturevalue(f"pool{world}").run(resumed, mode, optimizer, (1, 2, 5), ddp)
+    check_told(request.getfixturevalue(f"pool{world}"), resumed, mode, optimizer, (1, 2, 5), ddp)

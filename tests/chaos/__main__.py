@@ -38,6 +38,11 @@ def figures(reports: list[Report]) -> dict[str, Any]:
         "all": count(reports),
         "by event": {event: count([r for r in reports if r.plan.event == event]) for event in sorted(set(EVENTS))},
         "by mode": {mode: count([r for r in reports if r.plan.mode == mode]) for mode in MODES},
+        "by phase": {
+            "set-up": count([r for r in reports if r.plan.place == "setup"]),
+            "first two steps": count([r for r in reports if r.plan.place != "setup" and r.plan.step < 2]),
+            "later": count([r for r in reports if r.plan.place != "setup" and r.plan.step >= 2]),
+        },
         "by ranks": {str(world): count([r for r in reports if r.plan.world == world]) for world in (2, 3, 4)},
     }
 
@@ -59,11 +64,12 @@ def main() -> int:
         good = report.undisturbed or (report.named and not report.hung and not report.crashed and report.resumed)
         if not good:
             print(f"{report.plan}: {report.texts or 'resumed with other bits'}", flush=True)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            result = {"seconds": round(time.monotonic() - start, 1), **figures(reports)}
+            options.out.write_text(json.dumps({**result, "runs": [report.record() for report in reports]}, indent=1))
     result = {"seconds": round(time.monotonic() - start, 1), **figures(reports)}
     print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**result, "runs": [report.record() for report in reports]}, indent=1))
     total = Counter(result["all"])
     kept = total["disturbed"] == total["named rightly"] == total["resumed bit-equal"]
     return int(not kept or bool(total["hung"] or total["crashed"]))

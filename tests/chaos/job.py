@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import signal
@@ -21,7 +22,8 @@ import compress
 import dear
 from chaos.plan import CHECKPOINT_EVERY, STEPS, Plan
 
-TIMEOUT = 4.0  # seconds of the process group
+TIMEOUT = 4.0  # seconds of the process group, in a job that is disturbed
+PATIENCE = 60.0  # and in one that is not, which must end whatever else the machine does
 COMPRESSORS: dict[str, Callable[[], compress.Compressor]] = {
     "acp": lambda: compress.ACPSGD(rank=2),
     "power": lambda: compress.PowerSGD(rank=2),
@@ -35,11 +37,12 @@ Tell = Callable[..., None]
 class Job:
     """Model, optimizer and what is attached to them."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, at: Callable[[str], None]) -> None:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(16, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 8))
         self.model = DDP(net)
         self.opt = torch.optim.AdamW(self.model.parameters(), lr=0.001)
+        at("setup")  # before it, DDP's own exchanges fail with an error of its own
         kind, _, hook = plan.mode.partition(" ")
         self.compressor = COMPRESSORS[kind]() if kind in COMPRESSORS else None
         self.engine: Any = None
@@ -87,14 +90,16 @@ class Job:
 
 def train(rank: int, plan: Plan, port: int, folder: Path, tell: Tell, disturbed: bool) -> str:
     """Trains to the end, or until something happens; returns a hash of the parameters."""
-    limit = timedelta(seconds=TIMEOUT)
+    limit = timedelta(seconds=TIMEOUT if disturbed else PATIENCE)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.world, timeout=limit)
     mine = disturbed and rank == plan.victim and plan.event in ("kill", "stop")
-    dist.barrier()  # from here on the library answers for what it waits for
-    if mine and plan.place == "setup":
-        end(plan.event)
-    job = Job(plan)
+
+    def at(place: str, number: int = 0) -> None:
+        if mine and number == plan.step and place == plan.place:
+            end(plan.event)
+
+    job = Job(plan, at)
     path, first = folder / "checkpoint.pt", 0
     if path.exists():
         saved = torch.load(path, weights_only=False)
@@ -102,15 +107,10 @@ def train(rank: int, plan: Plan, port: int, folder: Path, tell: Tell, disturbed:
         job.load(saved)
     dist.barrier()
     for number in range(first, STEPS):
-
-        def at(place: str, number: int = number) -> None:
-            if mine and number == plan.step and place == plan.place:
-                end(plan.event)
-
         tell("step", number)
-        job.step(rank, number, at)
+        job.step(rank, number, functools.partial(at, number=number))
         if number % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1 and number < STEPS - 1:
-            at("checkpoint")
+            at("checkpoint", number)
             save(job.state(), number + 1, path, rank)
     values = [value.numpy().tobytes() for value in job.model.module.state_dict().values()]
     return hashlib.sha1(b"".join(values)).hexdigest()

@@ -179,11 +179,12 @@ def weighted(rng: random.Random, choices: dict[str, tuple[int, str]]) -> tuple[s
 class Names:
     """How a program can reach the parameters of a model."""
 
-    def __init__(self, model: str, held: int) -> None:
+    def __init__(self, model: str, held: int, unused: bool) -> None:
         net = (getattr(models, model, None) or getattr(more_models, model))()
         self.names = [name for name, _ in net.named_parameters()]
         self.modules = [name for name, module in net.named_modules() if name and not list(module.children())]
         self.held = held  # so many are in the optimizer's first group
+        self.unused = unused  # parameters may go unused: otherwise plain DDP reduces nothing beside a frozen one
 
     def param(self, rng: random.Random) -> str:
         """An expression for one parameter."""
@@ -202,15 +203,17 @@ class Names:
 
 
 def generate(seed: int, without: Collection[str] = (), how: str | None = None) -> Case:
-    """The case of a seed. ``without``: labels that it must not have."""
+    """The case of a seed. ``without``: labels that it must not have; "static_graph" is one."""
     rng = random.Random(seed)
     how = how or rng.choice(HOWS)
     model = rng.choice(list(MODELS))
     ddp = rng.choice(MODELS[model])
+    if "static_graph" in without and "static_graph" in ddp:
+        model, ddp = "Mlp", {}
     optimizer = rng.choice(OPTIMIZERS[:-1] if how == "sharded" else OPTIMIZERS)
     groups = rng.choice((1, 1, 2, 0))
     attach = {} if rng.random() < 0.8 else {"overlap_forward": False}
-    names = Names(model, 0)
+    names = Names(model, 0, bool(ddp.get("find_unused_parameters")))
     names.held = {1: len(names.names), 2: len(names.names) // 2, 0: len(names.names) - 1}[groups]
     pieces = list(program(rng, names))
     kept = [piece for piece in pieces if piece.label not in without]
@@ -221,9 +224,11 @@ def program(rng: random.Random, names: Names) -> Any:
     """A stream of pieces."""
     steps = rng.randint(3, 6)
     attach_at = rng.choice((0, 0, 0, 0, 2))
-    if rng.random() < 0.05:
+    if names.unused and rng.random() < 0.1:
         yield Piece(names.fill(rng, "{p}.requires_grad_(False)"), "freeze")
-    extras = [(table, weight) for table, weight in EXTRAS]
+    extras = [(table, weight) for table, weight in EXTRAS if table is not FREEZING]
+    if names.unused:
+        extras.append((FREEZING, 5))
     for step in range(steps):
         if step == attach_at:
             yield Piece("attach()")

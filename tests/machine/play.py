@@ -30,14 +30,12 @@ from torch.optim.swa_utils import AveragedModel
 
 import compress
 import dear
-from machine import more_models
+from machine import ahead, more_models
 from machine.case import Case
 from machine.modes import counting, counting_functions
 
 PATIENCE = timedelta(seconds=60)  # for a peer to end the same case
-HELD = timedelta(seconds=10)  # for a peer that goes ahead
 COMPRESSOR = compress.ACPSGD
-HEAD_START = 0.1  # seconds in which a rank that went ahead can go wrong
 COLLECT_EVERY = 50  # cases
 _played = 0
 DENSE = {"rank": 2, "start_step": 10**6}
@@ -60,6 +58,8 @@ class Run:
         self.params = list(self.net.parameters())
         self.opt = self._optimizer()
         self.exact = True
+        kind, options = case.optimizer  # those that divide a gradient by its size make much of a small one's rounding
+        self.rounding = 1e-5 if kind == "SGD" else 0.3 * options["lr"]
         self.notes: list[tuple[int, Any]] = []
         self.piece = -1
         torch.manual_seed(rank)  # what the model draws in training
@@ -107,7 +107,7 @@ class Run:
         """Backward and step, which rank 0 leaves while none of its exchanges can have ended: rank 1 waits for it.
 
         Sharded, the all-gathers need rank 1's step; replicated, they need its backward (and so does DDP itself where
-        it looks for unused parameters: there this cannot be used). Rank 0 has a head start.
+        it looks for unused parameters: there this cannot be used).
         """
         held = self.case.how if self.rank == 1 and self.engine is not None else ""
         loss = self.forward(step)
@@ -118,11 +118,10 @@ class Run:
             self._hold()
         self.opt.step()
         if self.engine is not None and self.rank == 0:
-            c10d._get_default_store().set(f"ahead/{self.number}/{self.piece}", "go")
+            ahead.go(f"{self.number}/{self.piece}")
 
     def _hold(self) -> None:
-        c10d._get_default_store().wait([f"ahead/{self.number}/{self.piece}"], HELD)
-        time.sleep(HEAD_START)
+        ahead.hold(f"{self.number}/{self.piece}")
 
     def note(self, value: Any) -> None:
         """Records a value to be compared with plain DDP's."""
@@ -275,16 +274,16 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def same(have: Any, want: Any, exact: bool) -> bool:
-    """Equal bits, or up to rounding; NaN equals NaN."""
+def same(have: Any, want: Any, rounding: float) -> bool:
+    """Equal bits, or up to ``rounding``; NaN equals NaN."""
     if isinstance(want, torch.Tensor) != isinstance(have, torch.Tensor):
         return False
     if not isinstance(want, torch.Tensor):
         return bool(have == want) or (have != have and want != want)
     if have.shape != want.shape or have.dtype != want.dtype:
         return False
-    rtol, atol = (0.0, 0.0) if exact or not want.is_floating_point() else (1e-3, 1e-5)
-    return torch.allclose(have, want, rtol=rtol, atol=atol, equal_nan=True)
+    rtol = 1e-3 if rounding and want.is_floating_point() else 0.0
+    return torch.allclose(have, want, rtol=rtol, atol=rounding, equal_nan=True)
 
 
 def compare(have: Run, want: Run, complete: bool) -> tuple[int, str] | None:
@@ -292,7 +291,7 @@ def compare(have: Run, want: Run, complete: bool) -> tuple[int, str] | None:
     for (piece, mine), (other, theirs) in zip(have.notes, want.notes, strict=False):
         if piece != other:
             return min(piece, other), "notes another number of values"
-        if not same(mine, theirs, have.exact):
+        if not same(mine, theirs, 0.0 if have.exact else have.rounding):
             if isinstance(mine, torch.Tensor) and mine.shape == theirs.shape:
                 return piece, f"differs by {(mine.double() - theirs.double()).abs().max().item():.3g}"
             return piece, f"{_short(mine)} instead of {_short(theirs)}"
