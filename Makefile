@@ -6,7 +6,7 @@ NVCC   ?= nvcc
 TORCH  ?= 2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo lint format cuda-check torch-check sanitize bench bench-full report clean
+.PHONY: build test demo lint format cuda-check torch-check sanitize tsan bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
 build: $(VENV)/.built
@@ -66,6 +66,12 @@ sanitize: $(VENV)/.installed
 	  "$(CURDIR)/$(BIN)/python" -m pytest -p no:cacheprovider ../../tests/test_collectives.py ../../tests/test_all_to_all.py ../../tests/test_parity.py \
 	  ../../tests/test_compressors_golden.py ../../tests/test_compressed_schedule.py ../../tests/test_kernels_*.py \
 	  --deselect tests/test_kernels_sign.py::test_average
+
+# The lanes under ThreadSanitizer, by a program of their own.
+tsan: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/tsan -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_BUILD_TYPE=None
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/tsan --target lanes
+	TSAN_OPTIONS=halt_on_error=0 OMP_NUM_THREADS=1 out/tsan/lanes
 
 demo: build
 	$(BIN)/python -m benchmarks.demo
