@@ -7,7 +7,8 @@ NVCC   ?= nvcc
 TORCH  ?= 2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo lint format docs help stubs odr-check cuda-check torch-check sanitize bench bench-full report clean
+.PHONY: build test demo lint format docs help stubs odr-check cuda-check torch-check sanitize tsan chaos machine results \
+  bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
 build: $(VENV)/.built  ## the environment (.venv) and the extension in it, editable
@@ -88,6 +89,22 @@ sanitize: $(VENV)/.installed  ## the native code under AddressSanitizer and UBSa
 # The documentation, into out/site. A warning is an error.
 docs: $(VENV)/.installed  ## the documentation as a web site, in out/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The lanes under ThreadSanitizer, by a program of their own.
+tsan: $(VENV)/.installed  ## the lanes under ThreadSanitizer
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/tsan -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_BUILD_TYPE=None
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/tsan --target lanes
+	TSAN_OPTIONS=halt_on_error=0 OMP_NUM_THREADS=1 out/tsan/lanes
+
+# Random kills, stops, cuts and resumes; the figures as JSON.
+chaos: build  ## 200 runs in which a worker is killed, stopped or cut off
+	$(BIN)/python -m tests.chaos --runs 200 --seed 1 --out out/chaos.json
+
+machine: build  ## 5,000 random programs over the API, against plain DDP
+	$(BIN)/python -m tests.machine --sequences 5000 --seed 1
+
+results: build  ## the results pages and README's table, from the raw JSON
+	$(BIN)/python -m benchmarks.report --docs docs
 
 demo: build  ## trains a GPT with tuned DDP and with DeAR over an emulated slow network
 	$(BIN)/python -m benchmarks.demo

@@ -1,0 +1,150 @@
+// Lanes of several ranks in one process, under ThreadSanitizer: exchanges, failures, leaving, all at once.
+// Run by `make tsan`. Ends with 0 when results are right and the sanitizer found no race.
+#include <ATen/ATen.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
+
+#include "collectives/mesh.h"
+#include "collectives/ring.h"
+
+// An exception's reference count lives in the C++ library, a tensor's is decremented before a fence in
+// torch's: neither is instrumented.
+extern "C" const char* __tsan_default_suppressions() {
+  return "race:std::__exception_ptr::exception_ptr::_M_release\n"
+         "race:dear::Failure::~Failure\n"
+         "race:std::runtime_error::~runtime_error\n"
+         "race:std::rethrow_exception\n"
+         "race:c10::intrusive_ptr<c10::TensorImpl*::reset_\n";
+}
+
+namespace {
+
+using dear::Exchange;
+using dear::Lane;
+using dear::Phase;
+using dear::Reduction;
+
+constexpr int kWorld = 3;
+constexpr int64_t kChunk = 50'000;
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::exit(2);
+}
+
+// What one rank has.
+struct Rank {
+  std::shared_ptr<dear::Peers> peers;
+  std::shared_ptr<Lane> reduce;
+  std::shared_ptr<Lane> gather;
+  std::shared_ptr<Lane> mesh;
+};
+
+template <typename Work>
+void in_ranks(Work work) {
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < kWorld; ++rank) threads.emplace_back([&work, rank] { work(rank); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+std::vector<Rank> make_ranks(std::chrono::milliseconds timeout) {
+  const auto store = c10::make_intrusive<c10d::HashStore>();
+  std::vector<Rank> ranks(kWorld);
+  in_ranks([&](int rank) {
+    Rank& one = ranks[static_cast<size_t>(rank)];
+    one.peers = std::make_shared<dear::Peers>(rank, kWorld, "127.0.0.1", true, "", "");
+    one.reduce = std::make_shared<dear::RingLane>(one.peers, store, "reduce", timeout);
+    one.gather = std::make_shared<dear::RingLane>(one.peers, store, "gather", timeout);
+    one.mesh = std::make_shared<dear::MeshLane>(one.peers, store, "mesh", timeout);
+  });
+  return ranks;
+}
+
+std::shared_ptr<Exchange> submit(Lane& lane, Phase phase, const dear::Part& part) {
+  auto exchange = lane.make_exchange(phase, Reduction::kAverage, {part}, "fusion group 1");
+  lane.submit(exchange);
+  return exchange;
+}
+
+// A reduce-scatter whose result the gather lane sends on when its turn has come, beside an all-to-all.
+void moves_what_it_should() {
+  std::vector<Rank> ranks = make_ranks(std::chrono::seconds(60));
+  in_ranks([&](int rank) {
+    Rank& one = ranks[static_cast<size_t>(rank)];
+    for (int step = 0; step < 20; ++step) {
+      const at::Tensor input = at::full({kWorld * kChunk}, double(rank + step));
+      const at::Tensor full = at::zeros({kWorld * kChunk});
+      const at::Tensor shard = full.narrow(0, rank * kChunk, kChunk);
+      const at::Tensor received = at::empty({kWorld * kChunk});
+      const auto reduced = submit(*one.reduce, Phase::kReduceScatter, {input, shard});
+      auto gathered = one.gather->make_exchange(Phase::kAllGather, Reduction::kSum, {{full, shard}}, "group");
+      gathered->set_turn([reduced]() -> std::shared_ptr<Exchange> {
+        reduced->wait();
+        return nullptr;
+      });
+      one.gather->submit(gathered);
+      const auto swapped = submit(*one.mesh, Phase::kAllToAll, {input, received});
+      gathered->wait();
+      swapped->wait();
+      require(full.eq(double(step + 1)).all().item<bool>(), "an average is wrong");
+      require(received.narrow(0, 2 * kChunk, kChunk).eq(double(step + 2)).all().item<bool>(),
+              "a row is wrong");
+    }
+  });
+}
+
+// One rank leaves while the others wait on different lanes.
+void hears_who_leaves() {
+  std::vector<Rank> ranks = make_ranks(std::chrono::seconds(60));
+  in_ranks([&](int rank) {
+    Rank& one = ranks[static_cast<size_t>(rank)];
+    if (rank == 1) {
+      one.gather.reset();
+      one.reduce.reset();
+      one.mesh.reset();
+      return;
+    }
+    const at::Tensor full = at::ones({kWorld * kChunk});
+    const auto exchange =
+        submit(rank == 0 ? *one.mesh : *one.reduce, rank == 0 ? Phase::kAllToAll : Phase::kReduceScatter,
+               {full, at::empty({rank == 0 ? kWorld * kChunk : kChunk})});
+    try {
+      exchange->wait();
+      require(false, "nobody was missed");
+    } catch (const std::exception& error) {
+      require(std::string(error.what()).rfind("Rank 1 left", 0) == 0, error.what());
+    }
+  });
+}
+
+// One rank does not come; two lanes time out at once, and all say the same.
+void names_who_is_missing() {
+  std::vector<Rank> ranks = make_ranks(std::chrono::milliseconds(500));
+  in_ranks([&](int rank) {
+    if (rank == 2) return;
+    Rank& one = ranks[static_cast<size_t>(rank)];
+    const at::Tensor full = at::ones({kWorld * kChunk});
+    for (const auto& exchange : {submit(*one.reduce, Phase::kReduceScatter, {full, at::empty({kChunk})}),
+                                 submit(*one.mesh, Phase::kAllToAll, {full, at::empty({kWorld * kChunk})})}) {
+      try {
+        exchange->wait();
+        require(false, "nobody was missed");
+      } catch (const std::exception& error) {
+        require(std::string(error.what()).rfind("Rank 2 ", 0) == 0, error.what());
+      }
+    }
+  });
+}
+
+}  // namespace
+
+int main() {
+  moves_what_it_should();
+  for (int again = 0; again < 5; ++again) hears_who_leaves();
+  names_who_is_missing();
+  std::puts("ok");
+}
