@@ -70,9 +70,10 @@ class Hooks:
         before_forward: Callable[[], None],
         after_forward: Callable[[bool], None],
         before_export: Callable[[], None],
+        before_load: Callable[[], None],
         after_load: Callable[[], None],
     ) -> None:
-        """Puts them on. ``after_forward`` is told whether the pass failed; the last two are of the optimizer's
+        """Puts them on. ``after_forward`` is told whether the pass failed; the last three are of the optimizer's
         ``state_dict()`` and ``load_state_dict()``."""
 
         def before(module: torch.nn.Module, args: Any) -> None:
@@ -97,6 +98,7 @@ class Hooks:
             keep(module.register_load_state_dict_pre_hook(before_load_model))
             self._guard(module)
         keep(optimizer.register_state_dict_pre_hook(lambda _: before_export()))
+        keep(optimizer.register_load_state_dict_pre_hook(lambda _, __: before_load()))
         keep(optimizer.register_load_state_dict_post_hook(lambda _: after_load()))
         self._model.__dict__["__deepcopy__"] = _refusal(
             "A deep copy of this DDP module would lose its communication hook without a word: copy model.module, or "

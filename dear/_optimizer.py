@@ -10,12 +10,16 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import optim
 from torch.optim import optimizer as _all_optimizers
+
+# Of all optimizers, before and after a step.
+_GLOBAL_HOOKS: Any = (_all_optimizers._global_optimizer_pre_hooks, _all_optimizers._global_optimizer_post_hooks)
 
 Groups = list[dict[str, Any]]
 Step = Callable[[Callable[[], Any] | None], Any]
@@ -45,17 +49,18 @@ class UserOptimizer:
         self.optimizer = optimizer
         self.original_step = optimizer.step
         self.note_members()
-        self._zero_grad: Any = None
+        self._owner: weakref.WeakMethod[Any] | None = None
+        self._ours: dict[str, Any] = {}  # methods of the optimizer that are ours
+        self._former: Any = None  # its own step, where it had one beside its class's
 
     def take_over(self, step: Step) -> None:
         """``optimizer.step`` is this bound method from now on; its owner is not kept alive."""
-        held = weakref.WeakMethod(step)  # type: ignore[arg-type]
+        self._owner = weakref.WeakMethod(step)  # type: ignore[arg-type]
 
         @functools.wraps(self.original_step)
         def dear_step(optimizer: optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            alive = held()
-            assert alive is not None
-            return alive(closure)
+            taken = self._owner() if self._owner is not None else None
+            return (taken or self.original_step)(closure)  # somebody may have wrapped this one, and hold it for good
 
         kind = type(self.optimizer)
 
@@ -64,16 +69,20 @@ class UserOptimizer:
             with torch._C.DisableTorchFunctionSubclass() if set_to_none else contextlib.nullcontext():
                 kind.zero_grad(optimizer, set_to_none)
 
-        self.optimizer.step = types.MethodType(dear_step, self.optimizer)  # type: ignore[method-assign]
+        self._ours = {"step": types.MethodType(dear_step, self.optimizer)}
         if "zero_grad" not in self.optimizer.__dict__:
-            self._zero_grad = types.MethodType(dear_zero_grad, self.optimizer)
-            self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+            self._ours["zero_grad"] = types.MethodType(dear_zero_grad, self.optimizer)
+        self._former = self.optimizer.__dict__.get("step")
+        self.optimizer.__dict__.update(self._ours)
 
     def release(self) -> None:
-        """Gives the optimizer's methods back."""
-        self.optimizer.step = self.original_step  # type: ignore[method-assign]
-        if self._zero_grad is not None and self.optimizer.__dict__.get("zero_grad") is self._zero_grad:
-            del self.optimizer.__dict__["zero_grad"]
+        """Gives the optimizer's methods back, but for those that somebody has replaced or wrapped since."""
+        self._owner = None
+        for name, method in self._ours.items():
+            if self.optimizer.__dict__.get(name) is method:
+                del self.optimizer.__dict__[name]
+        if self._former is not None and "step" not in self.optimizer.__dict__:
+            self.optimizer.__dict__["step"] = self._former
 
     # --- what it manages ---
 
@@ -92,15 +101,9 @@ class UserOptimizer:
         self._sizes = [len(group["params"]) for group in self.optimizer.param_groups]
 
     @property
-    def has_step_hooks(self) -> bool:
-        """Whether somebody wants to be called before or after each step, and so expects one call for everything."""
-        own = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
-        return bool(own or _all_optimizers._global_optimizer_pre_hooks or _all_optimizers._global_optimizer_post_hooks)
-
-    @property
     def updates_one_by_one(self) -> bool:
         """Whether its step may be made on some parameters at a time."""
-        return type(self.optimizer) in PER_PARAMETER and not self.has_step_hooks
+        return type(self.optimizer) in PER_PARAMETER
 
     # --- the step ---
 
@@ -116,15 +119,43 @@ class UserOptimizer:
         ]
 
     def run(self, groups: Groups, state: Any) -> None:
-        """One step on these groups with this state."""
-        with self._replaced(groups, state):
-            self.original_step()  # type: ignore[call-arg]
-
-    @contextlib.contextmanager
-    def _replaced(self, groups: Groups, state: Any) -> Iterator[None]:
+        """One step on these groups with this state, without the user's hooks."""
         kept = self.optimizer.param_groups, self.optimizer.state
         self.optimizer.param_groups, self.optimizer.state = groups, state
         try:
-            yield
+            self.run_all(None)
         finally:
             self.optimizer.param_groups, self.optimizer.state = kept
+
+    def run_all(self, closure: Callable[[], Any] | None) -> Any:
+        """One step on everything, without the user's hooks."""
+        own = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+        everyones = [(hooks, dict(hooks)) for hooks in _GLOBAL_HOOKS]
+        self.optimizer._optimizer_step_pre_hooks = OrderedDict()
+        self.optimizer._optimizer_step_post_hooks = OrderedDict()
+        for hooks, _ in everyones:
+            hooks.clear()
+        try:
+            return self.original_step(closure)  # type: ignore[call-overload]
+        finally:
+            self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks = own
+            for hooks, content in everyones:
+                hooks.update(content)
+
+    def with_hooks(self, step: Step, closure: Callable[[], Any] | None, finish: Callable[[], None]) -> Any:
+        """``step(closure)`` between the user's hooks before and after a step, as torch calls them; those after it find
+        everything finished."""
+        arguments: Any = (self.optimizer,) if closure is None else (self.optimizer, closure)
+        options: dict[str, Any] = {}
+        for before in (*_GLOBAL_HOOKS[0].values(), *self.optimizer._optimizer_step_pre_hooks.values()):
+            changed = before(self.optimizer, arguments, options)
+            if changed is not None:
+                arguments, options = changed
+        _, *rest = arguments
+        result = step(rest[0] if rest else options.get("closure"))
+        after = (*self.optimizer._optimizer_step_post_hooks.values(), *_GLOBAL_HOOKS[1].values())
+        if after:
+            finish()
+        for hook in after:
+            hook(self.optimizer, arguments, options)
+        return result

@@ -81,6 +81,8 @@ class ReplicatedUpdate(Update):
 
     def step(self, found: Found) -> None:
         attached = self.attached
+        if attached.user.optimizer.state is not self._view:
+            self.state_was_loaded()
         if attached.layout is not None:
             if attached.scheduler.has_gradients():
                 self._check_untouched()
@@ -89,14 +91,14 @@ class ReplicatedUpdate(Update):
             # What the user has put there counts, or can be changed any time.
             if attached.layout is not None:
                 self._finish_gradients()
-            attached.user.original_step(None)
+            attached.user.run_all(None)
             return
         attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
         self._hyper_parameters = attached.user.hyper_parameters()
         self._context = StepContext.here(attached.device)
         self._to_update = set(attached.order)
         attached.barrier.close(attached.order)
-        if not is_ordinary(attached.device):
+        if not is_ordinary(attached.device) or _C.has_aliases(attached.params) or self._view.is_held_elsewhere():
             attached.barrier.settle(attached.order)
 
     def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:
@@ -120,7 +122,7 @@ class ReplicatedUpdate(Update):
 
         if closure is None:
             finish()
-        return True, self.attached.user.original_step(finished if closure is not None else None)
+        return True, self.attached.user.run_all(finished if closure is not None else None)
 
     def finish(self, group: int) -> None:
         attached = self.attached
@@ -196,7 +198,7 @@ class ReplicatedUpdate(Update):
         """What the user sees in ``optimizer.state`` finishes the update before it is read."""
         optimizer = self.attached.user.optimizer
         settle = weakly(self.attached, lambda attached: attached.barrier.settle(attached.order))
-        optimizer.state = self._view = PendingState(dict(optimizer.state), settle)
+        optimizer.state = self._view = PendingState.of(dict(optimizer.state), settle)
 
     def state_bytes(self) -> int:
         with self._view.unsettled():

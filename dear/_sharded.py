@@ -113,8 +113,10 @@ class ShardedUpdate(Update):
     def step(self, found: Found) -> None:
         attached = self.attached
         if attached.layout is None:
-            attached.user.original_step(None)
+            attached.user.run_all(None)
             return
+        if attached.user.optimizer.state is not self._shown:  # the user's own
+            self.state_was_loaded()
         if found.missing:
             raise _grads.dropped(attached.names[found.missing[0]])
         if attached.scheduler.has_gradients():
@@ -123,13 +125,7 @@ class ShardedUpdate(Update):
         assert self._homes is not None
         self._homes.fetch_guests()
         self._take(found.own)
-        if attached.user.has_step_hooks:  # they expect one call for everything
-            attached.scheduler.synchronize()
-            self._run(range(len(self._by_group)), "all groups")
-            for group in attached.order:
-                attached.scheduler.submit_gather(group)
-        else:
-            self._update_as_reduced()
+        self._update_as_reduced()
         attached.barrier.close(attached.order)
         if self._homes.has_aliases:
             attached.synchronize()

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
+
+from dear import _C
 
 _METHODS = (
     "__getitem__", "__setitem__", "__delitem__", "__contains__", "__iter__", "__len__", "__eq__", "__ne__", "__or__",
@@ -22,10 +27,15 @@ _METHODS = (
 class PendingState(defaultdict):  # type: ignore[type-arg]
     """A state that calls ``settle`` before anything is read or written."""
 
-    def __init__(self, content: dict[Any, Any], settle: Callable[[], None]) -> None:
-        super().__init__(dict, content)
-        self._settle = settle
-        self._unsettled = False
+    _settle: Callable[[], None] | None = None  # another one that the user makes of this class settles nothing
+    _unsettled = False
+
+    @classmethod
+    def of(cls, content: dict[Any, Any], settle: Callable[[], None]) -> PendingState:
+        """A view of ``content``, whose inner dicts it shares."""
+        view = cls(dict, content)
+        view._settle = settle
+        return view
 
     @contextlib.contextmanager
     def unsettled(self) -> Iterator[None]:
@@ -38,8 +48,21 @@ class PendingState(defaultdict):  # type: ignore[type-arg]
 
     def settle(self) -> None:
         """Finishes the update under way."""
-        if not self._unsettled:
+        if self._settle is not None and not self._unsettled:
             self._settle()
+
+    def is_held_elsewhere(self) -> bool:
+        """Whether anybody holds a part of it, and so could read or write it without asking here."""
+        tensors = []
+        for inner in dict.values(self):
+            if sys.getrefcount(inner) > 3:  # this dict's, the loop's and the call's
+                return True
+            for value in inner.values():
+                if isinstance(value, torch.Tensor):
+                    if sys.getrefcount(value) > 3:
+                        return True
+                    tensors.append(value)
+        return _C.has_aliases(tensors)
 
 
 class ShardedState(defaultdict):  # type: ignore[type-arg]

@@ -36,6 +36,7 @@ class Engine:
             before_forward=schedule.before_forward,
             after_forward=schedule.after_forward,
             before_export=self._before_export,
+            before_load=self.synchronize,
             after_load=update.state_was_loaded,
         )
         attached.user.take_over(self._step)
@@ -87,6 +88,9 @@ class Engine:
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         """What ``optimizer.step`` does."""
+        return self._attached.user.with_hooks(self._step_between_hooks, closure, self.synchronize)
+
+    def _step_between_hooks(self, closure: Callable[[], Any] | None) -> Any:
         self._schedule.look_again()
         called, loss = self._update.step_with_closure(closure)
         if not called:

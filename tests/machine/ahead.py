@@ -14,6 +14,7 @@ from datetime import timedelta
 from torch.distributed import distributed_c10d as c10d
 
 PATIENCE = timedelta(seconds=10)  # for the other rank to get there
+LONGEST = 4.0  # seconds that the other rank is watched: less than what it waits for a peer
 LOOKS = 12  # at a process that sleeps
 PAUSE = 0.003  # seconds between looks
 RUNNING = "RD"  # on a processor, or waiting for one or for a disk
@@ -29,7 +30,7 @@ def hold(tag: str) -> None:
     store = c10d._get_default_store()
     store.wait([f"ahead/{tag}"], PATIENCE)
     other = int(store.get(f"ahead/{tag}"))
-    limit = time.monotonic() + PATIENCE.total_seconds()
+    limit = time.monotonic() + LONGEST
     quiet = 0
     while quiet < LOOKS and time.monotonic() < limit:
         quiet = 0 if _runs(other) else quiet + 1

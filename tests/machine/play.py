@@ -65,7 +65,7 @@ class Run:
         torch.manual_seed(rank)  # what the model draws in training
 
     def _optimizer(self) -> optim.Optimizer:
-        kind, options = self.case.optimizer
+        kind, options = copy.deepcopy(self.case.optimizer)
         if self.case.groups == 1:
             return getattr(optim, kind)(self.params, **options)
         half = len(self.params) // 2
@@ -104,7 +104,7 @@ class Run:
             time.sleep(self.case.delay)
 
     def ahead(self, step: int) -> None:
-        """Backward and step, which rank 0 leaves while none of its exchanges can have ended: rank 1 waits for it.
+        """Backward and step, which rank 0 makes while none of its exchanges can have ended: rank 1 waits for it.
 
         Sharded, the all-gathers need rank 1's step; replicated, they need its backward (and so does DDP itself where
         it looks for unused parameters: there this cannot be used).
@@ -116,9 +116,9 @@ class Run:
         loss.backward()
         if held == "sharded":
             self._hold()
-        self.opt.step()
-        if self.engine is not None and self.rank == 0:
+        if self.engine is not None and self.rank == 0:  # it may wait in the step already, as for aliases
             ahead.go(f"{self.number}/{self.piece}")
+        self.opt.step()
 
     def _hold(self) -> None:
         ahead.hold(f"{self.number}/{self.piece}")
