@@ -52,8 +52,9 @@ class HookBinding(Binding):
         model = self._model
         assert model is not None
         self._names = {id(param): name for name, param in model.module.named_parameters()}
-        self._reduced = _ddp.reduced_parameters(model)
-        self._facts = Facts(_ddp.parameter_names(model), self._reduced)
+        reduced = _ddp.reduced_parameters(model)
+        self._order = _ddp.in_reducer_order(model, reduced)
+        self._facts = Facts(_ddp.parameter_names(model), reduced)
         self.native.set_always_ended(_ddp.tracks_unused(model))
         self.calls = _ddp.register_compressed(model, self.native)
         me = weakref.ref(self)
@@ -97,8 +98,7 @@ class HookBinding(Binding):
             treat_nonfinite(self.compressor.nonfinite, bounds, self._params.values(), self._spoil)
         elif self._model is not None and _ddp.tracks_unused(self._model):
             # DDP drops the results for parameters that no rank has used.
-            order = _ddp.in_reducer_order(self._model, self._reduced)
-            used = {self._names[id(param)] for param in _ddp.used_parameters(self._model, order) or ()}
+            used = {self._names[id(param)] for param in _ddp.used_parameters(self._model, self._order) or ()}
             keep_unused(bounds, lambda name: name not in used, self.compressor.feedback.errors)
 
     def _spoil(self, bound: Bound) -> None:

@@ -107,16 +107,15 @@ class UserOptimizer:
 
     # --- the step ---
 
-    def hyper_parameters(self) -> Groups:
-        """The groups as they stand, without their parameters; a copy that later changes do not reach."""
-        return [
-            {
-                key: value.clone() if isinstance(value, torch.Tensor) else value
-                for key, value in group.items()
-                if key != "params"
-            }
-            for group in self.optimizer.param_groups
-        ]
+    def groups(self) -> Groups:
+        """The groups as they stand, parameters and hyper-parameters; a copy that later changes do not reach."""
+
+        def copied(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.clone()
+            return list(value) if isinstance(value, list) else value
+
+        return [{key: copied(value) for key, value in group.items()} for group in self.optimizer.param_groups]
 
     def run(self, groups: Groups, state: Any) -> None:
         """One step on these groups with this state, without the user's hooks."""

@@ -34,7 +34,7 @@ class ReplicatedUpdate(Update):
         # Parameters that share memory must be updated in order.
         self._in_order = overlapping(attached.names) is not None
         self._to_update: set[int] = set()  # fusion groups whose update is still to come
-        self._hyper_parameters: Groups = []
+        self._groups: Groups = []  # of the optimizer, as they were at step()
         self._context = StepContext(attached.device)
         self._versions: list[int] | None = None  # of the averages, before a pass that is not reduced
         self.state_was_loaded()
@@ -77,6 +77,9 @@ class ReplicatedUpdate(Update):
         if self._versions not in (None, [flat._version for flat in self.attached.known_layout.full]):
             raise RuntimeError(_grads.WRITTEN_LATE)
 
+    def parameters_changed(self, members: bool) -> None:
+        self._in_order = overlapping(self.attached.names) is not None
+
     # --- the step ---
 
     def step(self, found: Found) -> None:
@@ -94,7 +97,7 @@ class ReplicatedUpdate(Update):
             attached.user.run_all(None)
             return
         attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
-        self._hyper_parameters = attached.user.hyper_parameters()
+        self._groups = attached.user.groups()
         self._context = StepContext.here(attached.device)
         self._to_update = set(attached.order)
         attached.barrier.close(attached.order)
@@ -140,10 +143,10 @@ class ReplicatedUpdate(Update):
         """One update of these parameters with these gradients and the hyper-parameters of the step."""
         user = self.attached.user
         groups: Groups = []
-        for group, noted in zip(user.optimizer.param_groups, self._hyper_parameters, strict=False):
+        for group in self._groups:
             params = [param for param in group["params"] if param in grads]
             if params:
-                groups.append({**noted, "params": params})
+                groups.append({**group, "params": params})
         if not groups:
             return
         shown = {param: param.grad for param in grads}

@@ -19,10 +19,10 @@ from dear._attached import Attached, Param
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, ddp_bucket_bytes, fuse, gather_order
 from dear._layout import Layout, read_places
-from dear._look_again import Facts
+from dear._look_again import Facts, overlapping
 from dear._objects import broadcast_object
 from dear._observe import ForwardOrder
-from dear._update import Update
+from dear._update import Request, Update
 from dear.collectives import shard_range
 
 
@@ -136,6 +136,12 @@ class Schedule:
         attached.synchronize()
         self._facts.check()
         self._facts.check_members(attached.user.listed())
+        compresses = attached.compression.compressor is not None
+        refusal = self._update.refusal(
+            Request(type(attached.user.optimizer), compresses, overlapping(attached.names) if places else None)
+        )
+        if refusal is not None:
+            raise RuntimeError(refusal)
         attached.user.note_members()
         if attached.layout is not None:
             self._update.parameters_changed(members)

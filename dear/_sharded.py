@@ -14,6 +14,7 @@ import torch
 
 from dear import _C, _ddp, _grads, _state
 from dear._attached import Attached, weakly
+from dear._context import StepContext, ordinary
 from dear._grads import Found, Grads
 from dear._homes import Homes
 from dear._layout import Layout, Segment, cut_segments
@@ -264,7 +265,8 @@ class ShardedUpdate(Update):
     def state_was_loaded(self) -> None:
         layout = self.attached.layout
         if layout is not None:
-            self._cut(layout, dict(self.attached.user.optimizer.state))
+            with ordinary(StepContext(self.attached.device)):
+                self._cut(layout, dict(self.attached.user.optimizer.state))
             self.regroup()
 
     def state_bytes(self) -> int:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from dear import _ddp, _grads
 from dear._attached import Attached
+from dear._context import StepContext, ordinary
 from dear._fusion import MIB, check_cap
 from dear._hooks import Hooks
 from dear._schedule import Schedule
@@ -224,20 +225,22 @@ class Engine:
             return
         attached = self._attached
         self.synchronize()
-        unused_gradients: _grads.Grads = {}
         if attached.scheduler.has_gradients():
             self._schedule.unclaimed()
-            found = _grads.look(attached.placeholders)
-            if found.reduced and attached.layout is not None:
-                unused_gradients = self._update.averaged_gradients()
-                for param in found.missing:
-                    unused_gradients.pop(param, None)
-                unused_gradients.update(found.own)
-        self._update.release()
-        self._release()
-        for param in attached.params:
-            param.grad = unused_gradients.get(param)
-        self._schedule.restore_reducer()
+        with ordinary(StepContext(attached.device)):
+            self._show_averages()
+            self._update.release()
+            self._release()
+            self._schedule.restore_reducer()
+
+    def _show_averages(self) -> None:
+        """``.grad`` is what plain DDP would have left there. Collective."""
+        attached = self._attached
+        found = _grads.look(attached.placeholders)
+        averages = self._update.averaged_gradients() if found.reduced else {}
+        for param, _ in attached.placeholders:
+            if param not in found.own and param.grad is not None:
+                param.grad = averages.get(param)
 
     def __enter__(self) -> Engine:
         return self
