@@ -124,7 +124,7 @@ def freed(names: set[str]) -> bool:
     return until(lambda: not names & namespaces(name for name in os.listdir("/proc") if name.isdigit()))
 
 
-def until(condition: Callable[[], bool], within: float = 5.0) -> bool:
+def until(condition: Callable[[], bool], within: float = 60.0) -> bool:
     deadline = time.monotonic() + within
     while not condition():
         if time.monotonic() > deadline:
@@ -283,8 +283,8 @@ def test_failure_names_the_rank_and_ends_the_others(kind: type[Lab | Loopback]) 
     script = "echo before >&2; [ $RANK = 1 ] && { echo the reason >&2; exit 7; }; sleep 1000"
     start = time.monotonic()
     with kind(3) as lab, pytest.raises(RankFailed, match=r"rank 1 failed with exit code 7(.|\n)*the reason") as caught:
-        lab.run(["sh", "-c", script], timeout=60)
-    assert time.monotonic() - start < 10
+        lab.run(["sh", "-c", script], timeout=100)
+    assert time.monotonic() - start < 80
     assert [result.returncode for result in caught.value.results] == [-9, 7, -9]
 
 
@@ -304,8 +304,8 @@ def test_unchecked_run_returns_every_code(kind: type[Lab | Loopback]) -> None:
 
 @labs
 def test_timeout_names_the_ranks_even_if_they_chatter(kind: type[Lab | Loopback]) -> None:
-    with kind(2) as lab, pytest.raises(TimedOut, match=r"ranks \[1\] had not finished after 0.5"):
-        lab.run(["sh", "-c", "[ $RANK = 0 ] || exec yes"], timeout=0.5)
+    with kind(2) as lab, pytest.raises(TimedOut, match=r"ranks \[1\] had not finished after 3"):
+        lab.run(["sh", "-c", "[ $RANK = 0 ] || exec yes"], timeout=3)
 
 
 @labs
