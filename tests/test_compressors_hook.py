@@ -297,7 +297,7 @@ def lonely_survivor(rank: int, world: int, kind: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["acp", "sign"])
+@pytest.mark.parametrize("kind", [pytest.param("acp", marks=pytest.mark.slow), "sign"])
 def test_a_dead_peer_is_an_error(kind):
     message, _ = run_workers(lonely_survivor, 2, kind, group_timeout=10, expect_dead={1})
     assert "Rank 1 " in message or "all-to-all of bucket" in message, message

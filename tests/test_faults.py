@@ -115,7 +115,13 @@ CASES = [  # world, victim, where, how, update
 ]
 
 
-@pytest.mark.parametrize(("world", "victim", "where", "how", "update"), CASES)
+EVERY_TIME = (CASES[0], CASES[3], CASES[9])
+
+
+@pytest.mark.parametrize(
+    ("world", "victim", "where", "how", "update"),
+    [case if case in EVERY_TIME else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_every_survivor_names_the_rank_the_phase_and_the_group(world, victim, where, how, update):
     limit = STALL_TIMEOUT if how == "stalls" else DEATH_TIMEOUT
     outcomes = run_workers(
@@ -173,7 +179,7 @@ def scripts(tmp_path, update, *bodies):
     return [process.returncode for process in processes], outputs
 
 
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
+@pytest.mark.parametrize("update", ["sharded", pytest.param("replicated", marks=pytest.mark.slow)])
 def test_a_script_that_raises_ends_and_is_named_by_the_others(tmp_path, update):
     train = """
     for step in range(100):
@@ -190,7 +196,7 @@ def test_a_script_that_raises_ends_and_is_named_by_the_others(tmp_path, update):
     assert re.search(r"RuntimeError: Rank 1 .* of fusion group \d", outputs[0]), outputs[0]
 
 
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
+@pytest.mark.parametrize("update", ["sharded", pytest.param("replicated", marks=pytest.mark.slow)])
 def test_a_script_may_end_right_after_step(tmp_path, update):
     """Its peer, which comes later, still gets all that it waits for."""
     train = """
@@ -276,6 +282,7 @@ def missing_while_clipping(rank, world):
         engine.clip_grad_norm_(1.0)
 
 
+@pytest.mark.slow
 def test_a_peer_that_stalls_before_clipping_is_named():
     outcomes = run_workers(missing_while_clipping, 2, group_timeout=STALL_TIMEOUT, expect_dead={1})
     assert outcomes[0] is None, outcomes[0]

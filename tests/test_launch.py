@@ -125,6 +125,7 @@ def mpirun() -> tuple[list[str], dict[str, str]]:
     return [program, *flags], env
 
 
+@pytest.mark.slow
 def test_mpirun(script: str, mpirun: tuple[list[str], dict[str, str]]) -> None:
     pytest.importorskip("mpi4py")
     command, env = mpirun
@@ -134,6 +135,7 @@ def test_mpirun(script: str, mpirun: tuple[list[str], dict[str, str]]) -> None:
     assert joined(done), done
 
 
+@pytest.mark.slow
 def test_mpirun_without_mpi4py(script: str, mpirun: tuple[list[str], dict[str, str]], tmp_path: Path) -> None:
     (tmp_path / "mpi4py.py").write_text("raise ModuleNotFoundError('No module named mpi4py', name='mpi4py')")
     command, env = mpirun

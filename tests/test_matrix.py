@@ -117,6 +117,7 @@ def test_a_command_is_followed_and_its_words_kept(tmp_path: Path) -> None:
     assert [progress.read(line) or line for line in log.read_text().splitlines()] == [step, "a table", "the end"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_benchmark_once_and_says_how_to_go_on(sent: signal.Signals, tmp_path: Path) -> None:
     """The benchmark gets one SIGINT, has time to tidy, and nothing is left running."""

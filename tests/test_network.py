@@ -136,6 +136,7 @@ def until(condition: Callable[[], bool], within: float = 60.0) -> bool:
 # ------------------------------------------------------------------------------------------------- the network
 
 
+@pytest.mark.slow
 @needs_lab
 def test_rate_is_enforced_and_can_be_changed() -> None:
     with Lab(2, "200mbit") as lab:
@@ -148,6 +149,7 @@ def test_rate_is_enforced_and_can_be_changed() -> None:
         assert lab.call(stream, 100 << 20, timeout=30)[0] > 1.5e9
 
 
+@pytest.mark.slow
 @needs_lab
 def test_link_carries_the_rate_both_ways_at_once() -> None:
     with Lab(2, "400mbit") as lab:
@@ -155,6 +157,7 @@ def test_link_carries_the_rate_both_ways_at_once() -> None:
         assert lab.call(both_ways, 20 << 20, timeout=30) == pytest.approx([wanted, wanted], rel=0.1)
 
 
+@pytest.mark.slow
 @needs_lab
 def test_two_labs_at_once_do_not_touch_each_other() -> None:
     with Lab(2, "100mbit") as slow, Lab(2, "1gbit") as fast:
@@ -188,6 +191,7 @@ def test_network_is_gone_after_an_exception() -> None:
     assert freed(held)
 
 
+@pytest.mark.slow
 @needs_lab
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_nothing_is_left_when_the_owner_is_killed(number: signal.Signals) -> None:
@@ -317,6 +321,7 @@ def test_what_workers_leave_running_ends_with_the_lab(kind: type[Lab | Loopback]
     assert not marked(lab.mark)
 
 
+@pytest.mark.slow
 @labs
 def test_what_a_launcher_started_ends_when_the_launcher_fails(kind: type[Lab | Loopback], tmp_path: Path) -> None:
     """Only rank 0 is started here; what it starts elsewhere, as mpirun does, is in a session of its own."""

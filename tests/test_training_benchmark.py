@@ -297,6 +297,7 @@ def test_a_model_is_cut_into_its_blocks() -> None:
 # A real run, as small as it gets
 
 
+@pytest.mark.slow
 def test_convergence_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
     path = tmp_path / "l.json"
     common = ("convergence", "--seeds", "1", "--steps", "3", "--batch", "1", "--held-out-every", "2")

@@ -113,7 +113,11 @@ def test_unexpected_death_is_raised() -> None:
         run_workers(die_on_one, 2, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "stalls"])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)],
+    ids=["dies", "stalls"],
+)
 def test_expected_death_collects_what_survivors_raised(number: int) -> None:
     survivor, dead = run_workers(die_on_one, 2, number, expect_dead={1}, group_timeout=10.0)
     assert isinstance(survivor, RuntimeError)
@@ -157,6 +161,7 @@ def hold_exit_if_it_fails(rank: int, world_size: int) -> None:
     raise OSError("and a thread that does not end")
 
 
+@pytest.mark.slow
 def test_survivor_that_cannot_end_is_a_failure() -> None:
     with pytest.raises(WorkerTimeout, match="at exit: worker 0"):
         run_workers(hold_exit_if_it_fails, 2, expect_dead={1}, timeout=30.0)
