@@ -197,7 +197,7 @@ def one_is_missing(rank, world, how, where):
 @pytest.mark.parametrize("how", ["dies", pytest.param("stalls", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("world", "where"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_every_survivor_names_the_missing_rank(world, where, how):
-    outcomes = run_workers(one_is_missing, world, how, where, timeout=100, group_timeout=10, expect_dead={where})
+    outcomes = run_workers(one_is_missing, world, how, where, group_timeout=10, expect_dead={where})
     assert isinstance(outcomes[where], WorkerDied)
     for rank, outcome in enumerate(outcomes):
         if rank != where:

@@ -30,7 +30,7 @@ TINY = ("-b", "4K", "-e", "16K", "-f", "4", "-n", "2", "--rounds", "2")
 
 def run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, env=os.environ | environment)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=os.environ | environment)
 
 
 def benchmark(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -230,7 +230,7 @@ def on_one_rank(rank: int, world: int) -> None:
         start = time.monotonic()
         with pytest.raises(kind, match=match):
             compress.register(model, wrong if rank == 1 else good)
-        assert time.monotonic() - start < 25
+        assert time.monotonic() - start < 80
         assert good.binding is None and good.process_group is None
         compress.register(model, good)
         backward(model, gradients(rank, 0))

@@ -124,9 +124,7 @@ EVERY_TIME = (CASES[0], CASES[3], CASES[9])
 )
 def test_every_survivor_names_the_rank_the_phase_and_the_group(world, victim, where, how, update):
     limit = STALL_TIMEOUT if how == "stalls" else DEATH_TIMEOUT
-    outcomes = run_workers(
-        survive, world, where, how, update, victim, timeout=100, group_timeout=limit, expect_dead={victim}
-    )
+    outcomes = run_workers(survive, world, where, how, update, victim, group_timeout=limit, expect_dead={victim})
     assert isinstance(outcomes[victim], WorkerDied)
     for rank, outcome in enumerate(outcomes):
         if rank == victim:
@@ -172,7 +170,7 @@ def scripts(tmp_path, update, *bodies):
         for rank, body in enumerate(bodies)
     ]
     try:
-        outputs = [process.communicate(timeout=100)[0] for process in processes]
+        outputs = [process.communicate(timeout=250)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -306,7 +304,7 @@ def left_with_an_error(rank, world):
 
 
 def test_an_exception_leaves_the_context_without_waiting():
-    run_workers(left_with_an_error, 2, timeout=100, group_timeout=DEATH_TIMEOUT)
+    run_workers(left_with_an_error, 2, group_timeout=DEATH_TIMEOUT)
 
 
 def dropped(rank, world):
