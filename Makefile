@@ -7,8 +7,7 @@ NVCC   ?= nvcc
 TORCH  ?= 2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo lint format docs help stubs odr-check cuda-check torch-check sanitize tsan chaos machine results \
-  bench bench-full report clean
+.PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check torch-check sanitize tsan chaos machine results bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
 build: $(VENV)/.built  ## the environment (.venv) and the extension in it, editable
@@ -29,8 +28,14 @@ $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-test: build lint cuda-check  ## builds, lints, compiles the CUDA sources where nvcc is, and runs every test
+test: build lint cuda-check  ## builds, lints, compiles the CUDA sources where nvcc is, and runs every test but the slow ones
 	$(BIN)/python -m pytest tests
+
+# Tests that start processes of their own, wait for timeouts, or draw many cases are marked slow.
+test-rest: build  ## the slow tests
+	$(BIN)/python -m pytest tests -m slow
+
+test-all: test test-rest  ## every test
 
 lint: $(VENV)/.installed  ## what must hold of every source: ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -80,9 +85,10 @@ sanitize: $(VENV)/.installed  ## the native code under AddressSanitizer and UBSa
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/sanitize -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -DDEAR_SANITIZE=address,undefined -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/out/sanitize/dear"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/sanitize
-	cp -r dear/*.py out/sanitize/dear/ && cp -r compress out/sanitize/
+	cp dear/*.py out/sanitize/dear/ && cp -r compress benchmarks out/sanitize/
 	cd out/sanitize && LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH="$(CURDIR)/out/sanitize" \
-	  "$(CURDIR)/$(BIN)/python" -m pytest -p no:cacheprovider ../../tests/test_collectives.py ../../tests/test_all_to_all.py ../../tests/test_parity.py \
+	  "$(CURDIR)/$(BIN)/python" -m pytest -p no:cacheprovider ../../tests/test_collectives.py ../../tests/test_all_to_all.py \
+	  ../../tests/test_wire.py ../../tests/test_wire_failures.py ../../tests/test_parity.py \
 	  ../../tests/test_compressors_golden.py ../../tests/test_compressed_schedule.py ../../tests/test_kernels_*.py \
 	  --deselect tests/test_kernels_sign.py::test_average
 

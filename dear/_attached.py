@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from dear._placeholders import Placeholders
 from dear.compression import Binding
 
 Param = torch.nn.Parameter
+Owner = TypeVar("Owner")
 
 
 @dataclass(eq=False)
@@ -87,7 +89,7 @@ class Attached:
             self.scheduler.wait_gathered(group)
 
 
-def weakly(owner: Attached, action: Callable[[Attached], None]) -> Callable[[], None]:
+def weakly(owner: Owner, action: Callable[[Owner], None]) -> Callable[[], None]:
     """``action(owner)`` as long as there is an owner: for callbacks that must not keep it alive."""
     held = weakref.ref(owner)
 

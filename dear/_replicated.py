@@ -49,12 +49,11 @@ class ReplicatedUpdate(Update):
         for place in layout.places:
             bucket = place.bucket
 
-            def settle(attached: Attached, bucket: int = bucket) -> None:
-                self._settle_gradients(attached.known_layout.group_of_bucket[bucket])
+            def settle(update: ReplicatedUpdate, bucket: int = bucket) -> None:
+                update._settle_gradients(update.attached.known_layout.group_of_bucket[bucket])
 
-            placeholders.append(
-                (place.param, pending_grad(place.view(layout.full[bucket]), weakly(self.attached, settle)))
-            )
+            # The native scheduler keeps placeholders, where the garbage collector sees no cycle.
+            placeholders.append((place.param, pending_grad(place.view(layout.full[bucket]), weakly(self, settle))))
         return placeholders
 
     def before_forward(self, reduces: bool) -> None:

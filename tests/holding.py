@@ -6,8 +6,21 @@ from datetime import timedelta
 import training
 from torch.distributed import distributed_c10d as c10d
 
-PATIENCE = timedelta(seconds=10)  # a test in which nobody lets go fails, and does not hang
+import dear
+
+PATIENCE = timedelta(seconds=100)  # a test in which nobody lets go fails, and does not hang
 HEAD_START = 0.05  # seconds that rank 0 has to go wrong in after it has let go
+SMALL = {"bucket_cap_mb": 0.002}
+WARM = 3  # steps after which DDP's buckets and our groups stay as they are
+
+
+def warm(rank, name, update, ddp=None, optimizer=training.SGD):
+    """A model in steady state under the engine."""
+    model, opt = training.build(name, optimizer, ddp or {})
+    engine = dear.attach(model, opt, update=update, **SMALL)
+    for step in range(WARM):
+        training.plain_step(model, opt, rank, step)
+    return model, opt, engine
 
 
 def hold(tag):

@@ -52,9 +52,9 @@ def test_everybody_gets_their_rows(world, pool2, pool4):
     (pool2 if world == 2 else pool4).run(everybody_gets_their_rows)
 
 
-def test_everybody_gets_their_rows_on_three_ranks_and_on_one():
-    run_workers(everybody_gets_their_rows, 3)
-    run_workers(everybody_gets_their_rows, 1)
+def test_everybody_gets_their_rows_on_three_ranks_and_on_one(pool3, pool1):
+    pool3.run(everybody_gets_their_rows)
+    pool1.run(everybody_gets_their_rows)
 
 
 def ranks_that_come_late(rank, world):
@@ -73,7 +73,7 @@ def test_ranks_that_come_late(pool4):
 
 
 def one_is_missing(rank, world, how, where):
-    lane = mesh(timeout=4)
+    lane = mesh(timeout=10)
     # More than sockets hold: the missing one is in the way of what is sent to the others.
     sent = torch.ones(world * 4_000_000)
     received = torch.empty_like(sent)
@@ -85,14 +85,14 @@ def one_is_missing(rank, world, how, where):
     start = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
         submit(lane, [(sent, received)]).wait()
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 50
     with pytest.raises(RuntimeError):  # and so does everything after it, at once
         submit(lane, [(sent, received)]).wait()
     return str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["dies", "stalls"])
-@pytest.mark.parametrize(("world", "where"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("how", ["dies", pytest.param("stalls", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("world", "where"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_every_survivor_names_the_missing_rank(world, where, how):
     outcomes = run_workers(one_is_missing, world, how, where, group_timeout=10, expect_dead={where})
     assert isinstance(outcomes[where], WorkerDied)
@@ -111,8 +111,8 @@ def aborted(rank, world):
         submit(lane, [(tensor, torch.empty_like(tensor))]).wait()
 
 
-def test_an_aborted_lane_ends_the_others():
-    run_workers(aborted, 3, group_timeout=20, timeout=15)
+def test_an_aborted_lane_ends_the_others(pool3):
+    pool3.run(aborted, group_timeout=100)
 
 
 def other_sizes(rank, world):
@@ -122,8 +122,8 @@ def other_sizes(rank, world):
         submit(lane, [(tensor, torch.empty_like(tensor))]).wait()
 
 
-def test_other_sizes_are_noticed_at_once():
-    run_workers(other_sizes, 2, group_timeout=20, timeout=15)
+def test_other_sizes_are_noticed_at_once(pool2):
+    pool2.run(other_sizes, group_timeout=100)
 
 
 def misuse(rank, world):
@@ -168,9 +168,10 @@ def the_public_call_in_a_part_of_the_world(rank, world, algorithm):
             dist.destroy_process_group(groups.pop())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ring", "native"])
 def test_the_public_call_in_a_part_of_the_world(algorithm):
-    run_workers(the_public_call_in_a_part_of_the_world, 4, algorithm, timeout=40)
+    run_workers(the_public_call_in_a_part_of_the_world, 4, algorithm, timeout=100)
 
 
 def public_misuse(rank, world):

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
 # Statistics
@@ -323,6 +323,7 @@ def test_a_strategy_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatc
 # Real runs, as small as they get
 
 
+@pytest.mark.slow
 def test_training_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     done = run(

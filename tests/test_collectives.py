@@ -64,9 +64,9 @@ def test_halves_are_exact(world, algorithm, pool2, pool4):
     (pool2 if world == 2 else pool4).run(halves_are_exact, algorithm)
 
 
-def test_halves_are_exact_on_three_ranks_and_on_one():
-    run_workers(halves_are_exact, 3, "ring")
-    run_workers(halves_are_exact, 1, "ring")
+def test_halves_are_exact_on_three_ranks_and_on_one(pool3, pool1):
+    pool3.run(halves_are_exact, "ring")
+    pool1.run(halves_are_exact, "ring")
 
 
 def many_at_once(rank, world):
@@ -117,12 +117,12 @@ def averages_do_not_overflow(rank, world, algorithm, dtypes):
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_averages_do_not_overflow(world):
-    run_workers(averages_do_not_overflow, world, "ring", list(LARGE))
+def test_averages_do_not_overflow(world, pool2, pool3, pool4):
+    {2: pool2, 3: pool3, 4: pool4}[world].run(averages_do_not_overflow, "ring", list(LARGE))
 
 
-def test_native_averages_of_float16_do_not_overflow():
-    run_workers(averages_do_not_overflow, 3, "native", [torch.float16])
+def test_native_averages_of_float16_do_not_overflow(pool3):
+    pool3.run(averages_do_not_overflow, "native", [torch.float16])
 
 
 def part_of_the_world(rank, world):
@@ -188,16 +188,16 @@ def one_is_missing(rank, world, how, where):
     start = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
         dear.all_reduce(x).wait()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50
     with pytest.raises(RuntimeError):  # and so does everything after it, at once
         dear.all_reduce(x).wait()
     return str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["dies", "stalls"])
-@pytest.mark.parametrize(("world", "where"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("how", ["dies", pytest.param("stalls", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("world", "where"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_every_survivor_names_the_missing_rank(world, where, how):
-    outcomes = run_workers(one_is_missing, world, how, where, group_timeout=4, expect_dead={where})
+    outcomes = run_workers(one_is_missing, world, how, where, group_timeout=10, expect_dead={where})
     assert isinstance(outcomes[where], WorkerDied)
     for rank, outcome in enumerate(outcomes):
         if rank != where:
@@ -210,5 +210,5 @@ def other_sizes(rank, world):
         dear.all_reduce(torch.ones(10 if rank else 100_000)).wait()
 
 
-def test_other_sizes_are_noticed_at_once():
-    run_workers(other_sizes, 2, group_timeout=20, timeout=15)
+def test_other_sizes_are_noticed_at_once(pool2):
+    pool2.run(other_sizes, group_timeout=100)

@@ -30,7 +30,7 @@ TINY = ("-b", "4K", "-e", "16K", "-f", "4", "-n", "2", "--rounds", "2")
 
 def run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, env=os.environ | environment)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=os.environ | environment)
 
 
 def benchmark(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -192,6 +192,7 @@ def test_an_mpi_is_known_by_what_its_mpirun_says(tmp_path: Path, monkeypatch: py
     mpi.find.cache_clear()
 
 
+@pytest.mark.slow
 def test_an_mpi_starts_the_workers_of_a_lab(tmp_path: Path) -> None:
     with Loopback(2) as lab:
         with mpi.command(mpi.Launcher("openmpi", "mpirun", "5"), lab, ["work"]) as (command, _):
@@ -270,6 +271,7 @@ def clean(cell: dict[str, Any], *methods: str) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     arguments = (*TINY, "--network", "loopback", "--methods", "all_reduce,ring,mpi,sign", "--json", str(path))
@@ -285,6 +287,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert again.returncode == 0 and "resumed" in again.stdout and "BEST" in again.stdout
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -308,6 +311,7 @@ def launcher(request: pytest.FixtureRequest) -> mpi.Launcher:
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 def test_under_mpirun(launcher: mpi.Launcher, tmp_path: Path) -> None:
     """Started by hand: MPI's methods are in the table with all others."""
     path = tmp_path / "c.json"
@@ -319,6 +323,7 @@ def test_under_mpirun(launcher: mpi.Launcher, tmp_path: Path) -> None:
     assert clean(cell, "all_reduce", "mpi", "mpi-rs+ag") and names(cell) == ["all_reduce", "mpi", "mpi-rs+ag"]
 
 
+@pytest.mark.slow
 def test_every_mpi_has_a_cell_of_its_own(launcher: mpi.Launcher, tmp_path: Path) -> None:
     """On the emulated network where it can be had: its hosts are hosts to MPI, which takes no way around it."""
     path = tmp_path / "c.json"

@@ -318,7 +318,9 @@ def dead_peer(rank, world, kind):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["acp", "power", "sign", "random"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("acp", "power", "sign")] + ["random"]
+)
 def test_a_dead_peer_is_an_error(kind):
     message, _ = run_workers(dead_peer, 2, kind, group_timeout=10, expect_dead={1})
     assert "Rank 1 " in message or "rank 1 " in message, message

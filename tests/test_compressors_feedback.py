@@ -6,7 +6,6 @@ import pytest
 import torch
 from compressing import KINDS, SHAPES, Sometimes, attach, backward, everyones, gradients, kept
 from torch import Tensor
-from workers import run_workers
 
 import compress
 
@@ -151,8 +150,8 @@ def alone(rank: int, world: int) -> None:
         assert compressor.stats()["bytes_sent"] == 0, kind
 
 
-def test_world_of_one():
-    run_workers(alone, 1)
+def test_world_of_one(pool1):
+    pool1.run(alone)
 
 
 def unused(rank: int, world: int) -> None:

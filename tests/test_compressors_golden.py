@@ -9,6 +9,7 @@ from torch import Tensor
 import compress
 from compress import reference
 from compress.group import in_parts
+from compress.groups import parts_of_bucket
 
 STEPS = 6
 MATRICES = {"first": (300, 50), "second": (300, 50), "wide": (20, 900), "convolution": (32, 216)}
@@ -182,9 +183,9 @@ def test_parts_of_a_bucket():
 def test_only_much_that_is_sent_from_a_host_goes_out_in_parts():
     bucket = {"first": 1 << 20, "second": 1 << 20}
     host, device = torch.device("cpu"), torch.device("cuda")
-    assert compress.Dense().planned(bucket, host) == [["first"], ["second"]]
+    assert parts_of_bucket(compress.Dense(), bucket, host) == [["first"], ["second"]]
     for compressor, where in [(compress.Dense(), device), (compress.SignSGD(), host), (compress.ACPSGD(), host)]:
-        assert compressor.planned(bucket, where) == [["first", "second"]]
+        assert parts_of_bucket(compressor, bucket, where) == [["first", "second"]]
 
 
 def other_types(rank: int, world: int) -> None:
@@ -242,7 +243,7 @@ def density(rank: int, world: int) -> list[float]:
     for step in range(20):
         backward(model, gradients(rank, step, LARGE))
         (group,) = compressor.groups.values()
-        selected.append(int(group.plan.selected) / (0.02 * group.numel))
+        selected.append(int(group.private.selected) / (0.02 * group.numel))
     return selected
 
 

@@ -23,7 +23,10 @@ from workers import WorkerDied, run_workers
 
 import dear
 
-TIMEOUT = 2  # seconds of the process group
+# The process group's timeout, in seconds, where a peer stalls: longer than a busy machine holds a living rank up.
+STALL_TIMEOUT = 10
+# Where a peer dies: the others hear of it at once, long before this.
+DEATH_TIMEOUT = 100
 FATAL = 5  # the step in which it happens: DDP's buckets and our groups have long been settled
 
 
@@ -112,9 +115,16 @@ CASES = [  # world, victim, where, how, update
 ]
 
 
-@pytest.mark.parametrize(("world", "victim", "where", "how", "update"), CASES)
+EVERY_TIME = (CASES[0], CASES[3], CASES[9])
+
+
+@pytest.mark.parametrize(
+    ("world", "victim", "where", "how", "update"),
+    [case if case in EVERY_TIME else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_every_survivor_names_the_rank_the_phase_and_the_group(world, victim, where, how, update):
-    outcomes = run_workers(survive, world, where, how, update, victim, group_timeout=TIMEOUT, expect_dead={victim})
+    limit = STALL_TIMEOUT if how == "stalls" else DEATH_TIMEOUT
+    outcomes = run_workers(survive, world, where, how, update, victim, group_timeout=limit, expect_dead={victim})
     assert isinstance(outcomes[victim], WorkerDied)
     for rank, outcome in enumerate(outcomes):
         if rank == victim:
@@ -127,7 +137,7 @@ def test_every_survivor_names_the_rank_the_phase_and_the_group(world, victim, wh
         if where in ("gather", "before step") and update == "sharded":
             assert "all-gather" in message, message
         assert "\n" not in message
-        assert seconds < TIMEOUT * 2 + 4, f"rank {rank} took {seconds} s"
+        assert seconds < DEATH_TIMEOUT * 0.8, f"rank {rank} took {seconds} s"
 
 
 SCRIPT = """
@@ -139,7 +149,7 @@ SCRIPT = """
     rank = int(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2,
-                            timeout=timedelta(seconds=4))
+                            timeout=timedelta(seconds=60))
     model, opt = training.build("Mlp", training.SGD, {{}})
     engine = dear.attach(model, opt, update={update!r}, bucket_cap_mb=0.002)
 """
@@ -160,14 +170,14 @@ def scripts(tmp_path, update, *bodies):
         for rank, body in enumerate(bodies)
     ]
     try:
-        outputs = [process.communicate(timeout=100)[0] for process in processes]
+        outputs = [process.communicate(timeout=250)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     return [process.returncode for process in processes], outputs
 
 
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
+@pytest.mark.parametrize("update", ["sharded", pytest.param("replicated", marks=pytest.mark.slow)])
 def test_a_script_that_raises_ends_and_is_named_by_the_others(tmp_path, update):
     train = """
     for step in range(100):
@@ -184,7 +194,7 @@ def test_a_script_that_raises_ends_and_is_named_by_the_others(tmp_path, update):
     assert re.search(r"RuntimeError: Rank 1 .* of fusion group \d", outputs[0]), outputs[0]
 
 
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
+@pytest.mark.parametrize("update", ["sharded", pytest.param("replicated", marks=pytest.mark.slow)])
 def test_a_script_may_end_right_after_step(tmp_path, update):
     """Its peer, which comes later, still gets all that it waits for."""
     train = """
@@ -213,6 +223,7 @@ def no_error_is_lost(rank, world, update):
     engine = dear.attach(model, opt, update=update, bucket_cap_mb=0.002)
     for step in range(FATAL):
         training.plain_step(model, opt, rank, step)
+    saved = {name: value.clone() for name, value in model.module.state_dict().items()}
     if rank == 1:
         if update == "sharded":
             training.loss_of(model, rank, FATAL).backward()
@@ -236,8 +247,8 @@ def no_error_is_lost(rank, world, update):
         "evaluation": lambda: torch.no_grad()(training.loss_of)(model, rank, FATAL + 1),
         "engine.state_dict": engine.state_dict,
         "optimizer.state_dict": opt.state_dict,
-        "parameters": lambda: list(model.parameters()),
-        "load_state_dict": lambda: model.module.load_state_dict({}),
+        "parameters": lambda: [param.sum() for param in model.parameters()],
+        "load_state_dict": lambda: model.module.load_state_dict(saved),
         "bucket_cap_mb": recap,
         "stop_trace": engine.stop_trace,
         "detach": engine.detach,
@@ -252,7 +263,7 @@ def no_error_is_lost(rank, world, update):
 
 @pytest.mark.parametrize("update", ["sharded", "replicated"])
 def test_no_error_of_a_background_thread_is_lost(update):
-    outcomes = run_workers(no_error_is_lost, 2, update, group_timeout=TIMEOUT, expect_dead={1})
+    outcomes = run_workers(no_error_is_lost, 2, update, group_timeout=STALL_TIMEOUT, expect_dead={1})
     assert outcomes[0] is None, outcomes[0]
 
 
@@ -269,8 +280,9 @@ def missing_while_clipping(rank, world):
         engine.clip_grad_norm_(1.0)
 
 
+@pytest.mark.slow
 def test_a_peer_that_stalls_before_clipping_is_named():
-    outcomes = run_workers(missing_while_clipping, 2, group_timeout=TIMEOUT, expect_dead={1})
+    outcomes = run_workers(missing_while_clipping, 2, group_timeout=STALL_TIMEOUT, expect_dead={1})
     assert outcomes[0] is None, outcomes[0]
 
 
@@ -283,7 +295,7 @@ def left_with_an_error(rank, world):
             if rank == 1 and step == FATAL:
                 raise KeyError("mine")
             training.plain_step(model, opt, rank, step)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < DEATH_TIMEOUT * 0.8
     if rank == 1:
         assert caught.type is KeyError
     else:
@@ -292,7 +304,7 @@ def left_with_an_error(rank, world):
 
 
 def test_an_exception_leaves_the_context_without_waiting():
-    run_workers(left_with_an_error, 2, group_timeout=20)
+    run_workers(left_with_an_error, 2, group_timeout=DEATH_TIMEOUT)
 
 
 def dropped(rank, world):

@@ -42,7 +42,7 @@ SCRIPT = """
 import os
 import torch, torch.distributed as dist
 from dear.launch import init_process_group
-init_process_group(timeout=30)
+init_process_group(timeout=200)
 total = torch.tensor([float(dist.get_rank())])
 dist.all_reduce(total)
 environment = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
@@ -73,7 +73,7 @@ def run(argv: list[str], env: dict[str, str]) -> str:
         argv, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
         try:
-            return process.communicate(timeout=60)[0]
+            return process.communicate(timeout=250)[0]
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
@@ -125,6 +125,7 @@ def mpirun() -> tuple[list[str], dict[str, str]]:
     return [program, *flags], env
 
 
+@pytest.mark.slow
 def test_mpirun(script: str, mpirun: tuple[list[str], dict[str, str]]) -> None:
     pytest.importorskip("mpi4py")
     command, env = mpirun
@@ -134,6 +135,7 @@ def test_mpirun(script: str, mpirun: tuple[list[str], dict[str, str]]) -> None:
     assert joined(done), done
 
 
+@pytest.mark.slow
 def test_mpirun_without_mpi4py(script: str, mpirun: tuple[list[str], dict[str, str]], tmp_path: Path) -> None:
     (tmp_path / "mpi4py.py").write_text("raise ModuleNotFoundError('No module named mpi4py', name='mpi4py')")
     command, env = mpirun
@@ -159,7 +161,7 @@ def test_srun_by_its_variables(script: str) -> None:
         for rank in range(2)
     ]
     try:
-        output = "".join(task.communicate(timeout=60)[0] for task in tasks)
+        output = "".join(task.communicate(timeout=250)[0] for task in tasks)
     finally:
         for task in tasks:
             task.kill()

@@ -124,7 +124,7 @@ def freed(names: set[str]) -> bool:
     return until(lambda: not names & namespaces(name for name in os.listdir("/proc") if name.isdigit()))
 
 
-def until(condition: Callable[[], bool], within: float = 5.0) -> bool:
+def until(condition: Callable[[], bool], within: float = 60.0) -> bool:
     deadline = time.monotonic() + within
     while not condition():
         if time.monotonic() > deadline:
@@ -136,6 +136,7 @@ def until(condition: Callable[[], bool], within: float = 5.0) -> bool:
 # ------------------------------------------------------------------------------------------------- the network
 
 
+@pytest.mark.slow
 @needs_lab
 def test_rate_is_enforced_and_can_be_changed() -> None:
     with Lab(2, "200mbit") as lab:
@@ -143,24 +144,26 @@ def test_rate_is_enforced_and_can_be_changed() -> None:
             lab.set_rate(rate)
             wanted = parse_rate(rate)
             assert wanted is not None and lab.rate == wanted
-            assert lab.call(stream, size, timeout=30)[0] == pytest.approx(wanted * PAYLOAD, rel=0.1)
+            assert lab.call(stream, size, timeout=100)[0] == pytest.approx(wanted * PAYLOAD, rel=0.1)
         lab.set_rate(None)
-        assert lab.call(stream, 100 << 20, timeout=30)[0] > 1.5e9
+        assert lab.call(stream, 100 << 20, timeout=100)[0] > 1.5e9
 
 
+@pytest.mark.slow
 @needs_lab
 def test_link_carries_the_rate_both_ways_at_once() -> None:
     with Lab(2, "400mbit") as lab:
         wanted = (20 << 20) * 8 / (400e6 * PAYLOAD)
-        assert lab.call(both_ways, 20 << 20, timeout=30) == pytest.approx([wanted, wanted], rel=0.1)
+        assert lab.call(both_ways, 20 << 20, timeout=100) == pytest.approx([wanted, wanted], rel=0.1)
 
 
+@pytest.mark.slow
 @needs_lab
 def test_two_labs_at_once_do_not_touch_each_other() -> None:
     with Lab(2, "100mbit") as slow, Lab(2, "1gbit") as fast:
         job = [slow.spawn(r, ["sleep", "30"]) for r in range(2)]
-        assert fast.call(stream, 20 << 20, timeout=30)[0] > 8e8
-        assert slow.call(stream, 4 << 20, timeout=30)[0] < 1.1e8
+        assert fast.call(stream, 20 << 20, timeout=100)[0] > 8e8
+        assert slow.call(stream, 4 << 20, timeout=100)[0] < 1.1e8
         assert all(child.process.poll() is None for child in job)
 
 
@@ -188,6 +191,7 @@ def test_network_is_gone_after_an_exception() -> None:
     assert freed(held)
 
 
+@pytest.mark.slow
 @needs_lab
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_nothing_is_left_when_the_owner_is_killed(number: signal.Signals) -> None:
@@ -269,13 +273,13 @@ def test_loopback_refuses_a_rate() -> None:
 def test_ranks_are_told_who_they_are(kind: type[Lab | Loopback]) -> None:
     with kind(3) as lab:
         expected = [(rank, 3, lab.address(0), lab.interface()) for rank in range(3)]
-        assert lab.call(who, timeout=30) == expected
+        assert lab.call(who, timeout=100) == expected
 
 
 @labs
 def test_streams_run_on_either(kind: type[Lab | Loopback]) -> None:
     with kind(2) as lab:
-        assert lab.call(stream, 20 << 20, timeout=30)[0] > 1e8
+        assert lab.call(stream, 20 << 20, timeout=100)[0] > 1e8
 
 
 @labs
@@ -283,8 +287,8 @@ def test_failure_names_the_rank_and_ends_the_others(kind: type[Lab | Loopback]) 
     script = "echo before >&2; [ $RANK = 1 ] && { echo the reason >&2; exit 7; }; sleep 1000"
     start = time.monotonic()
     with kind(3) as lab, pytest.raises(RankFailed, match=r"rank 1 failed with exit code 7(.|\n)*the reason") as caught:
-        lab.run(["sh", "-c", script], timeout=60)
-    assert time.monotonic() - start < 10
+        lab.run(["sh", "-c", script], timeout=100)
+    assert time.monotonic() - start < 80
     assert [result.returncode for result in caught.value.results] == [-9, 7, -9]
 
 
@@ -295,7 +299,7 @@ def test_unchecked_run_returns_every_code(kind: type[Lab | Loopback]) -> None:
         results = lab.run(
             ["sh", "-c", "echo one; printf two; exit $RANK"],
             check=False,
-            timeout=30,
+            timeout=100,
             on_line=lambda rank, line: lines.append((rank, line)),
         )
     assert [result.returncode for result in results] == [0, 1]
@@ -304,19 +308,20 @@ def test_unchecked_run_returns_every_code(kind: type[Lab | Loopback]) -> None:
 
 @labs
 def test_timeout_names_the_ranks_even_if_they_chatter(kind: type[Lab | Loopback]) -> None:
-    with kind(2) as lab, pytest.raises(TimedOut, match=r"ranks \[1\] had not finished after 0.5"):
-        lab.run(["sh", "-c", "[ $RANK = 0 ] || exec yes"], timeout=0.5)
+    with kind(2) as lab, pytest.raises(TimedOut, match=r"ranks \[1\] had not finished after 3"):
+        lab.run(["sh", "-c", "[ $RANK = 0 ] || exec yes"], timeout=3)
 
 
 @labs
 def test_what_workers_leave_running_ends_with_the_lab(kind: type[Lab | Loopback]) -> None:
     with kind(2) as lab:
-        daemons = lab.call(leave_a_daemon, timeout=30)
+        daemons = lab.call(leave_a_daemon, timeout=100)
         assert all(map(alive, daemons))
     assert until(lambda: not any(map(alive, daemons)))
     assert not marked(lab.mark)
 
 
+@pytest.mark.slow
 @labs
 def test_what_a_launcher_started_ends_when_the_launcher_fails(kind: type[Lab | Loopback], tmp_path: Path) -> None:
     """Only rank 0 is started here; what it starts elsewhere, as mpirun does, is in a session of its own."""

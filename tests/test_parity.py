@@ -8,7 +8,6 @@ import torch
 import training
 from place import place
 from torch import optim
-from workers import run_workers
 
 MODELS = {
     "Mlp": {},
@@ -58,8 +57,8 @@ def world_of_one(rank, world):
         training.compare(rank, world, "Mlp", attach={**SMALL, "update": update})
 
 
-def test_world_of_one():
-    run_workers(world_of_one, 1)
+def test_world_of_one(pool1):
+    pool1.run(world_of_one)
 
 
 OPTIMIZERS = [

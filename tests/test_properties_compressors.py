@@ -49,6 +49,7 @@ def test_nothing_is_lost_and_replicas_agree(pool2, kind, shapes, options, cap):
     pool2.run(nothing_is_lost, kind, shapes, options, cap)
 
 
+@pytest.mark.slow
 @each_kind
 @examples(3)
 @given(shapes=SHAPES, options=OPTIONS, cap=st.sampled_from([0.001, 25.0]))

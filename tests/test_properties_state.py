@@ -140,6 +140,7 @@ def across_worlds(rank, world, parameters, options, state):
     return out
 
 
+@pytest.mark.slow
 @examples(12)
 @given(parameters=PARAMETERS, options=OPTIONS)
 def test_a_state_travels_between_world_sizes(pool2, pool4, parameters, options):

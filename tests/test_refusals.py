@@ -240,7 +240,7 @@ def on_one_rank(rank, world):
                 dear.attach(model, opt if wrong_optimizer is None else wrong_optimizer, **arguments)
             else:
                 dear.attach(model, opt)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 80
         trains_on_like_plain(rank, model, opt, 0)
     engine.detach()
 

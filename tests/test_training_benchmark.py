@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
 @pytest.fixture
@@ -297,6 +297,7 @@ def test_a_model_is_cut_into_its_blocks() -> None:
 # A real run, as small as it gets
 
 
+@pytest.mark.slow
 def test_convergence_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
     path = tmp_path / "l.json"
     common = ("convergence", "--seeds", "1", "--steps", "3", "--batch", "1", "--held-out-every", "2")

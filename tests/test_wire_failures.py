@@ -83,11 +83,11 @@ def test_who_is_aborted_says_why(kind):
 @pytest.mark.parametrize("numel", [1000, 4_000_000])  # less than sockets hold, and more
 @pytest.mark.parametrize("world", [2, 3])
 def test_who_is_late_hears_the_cause(world, numel):
-    made = lanes(_C.RingLane, world, 1)
+    made = lanes(_C.RingLane, world, 4)
     others = [failure_of(exchange) for exchange in [submit(made[r], numel) for r in range(world) if r != 1]]
     late = failure_of(submit(made[1], numel))
     assert {late, *others} == {others[0]}
-    assert re.match(r"Rank 1 sent or took nothing for 1000 ms .* of fusion group 1, as rank \d saw it", late), late
+    assert re.match(r"Rank 1 sent or took nothing for 4000 ms .* of fusion group 1, as rank \d saw it", late), late
 
 
 def test_the_flight_recorder_writes_what_each_lane_was_doing(tmp_path):
@@ -95,7 +95,7 @@ def test_the_flight_recorder_writes_what_each_lane_was_doing(tmp_path):
     store = dist.HashStore()
     shared = [peers(rank, 2, recorder=path) for rank in range(2)]
     made = {
-        name: in_ranks(2, lambda rank, name=name: lane_of(_C.RingLane, store, name, 1, shared[rank]))
+        name: in_ranks(2, lambda rank, name=name: lane_of(_C.RingLane, store, name, 4, shared[rank]))
         for name in ("reduce-scatter/0", "all-gather/1")
     }
     for group in range(20):
@@ -218,6 +218,6 @@ def test_objects_go_round():
 
 
 def test_who_does_not_exchange_objects_is_named():
-    made = lanes(_C.RingLane, 2, 1)
+    made = lanes(_C.RingLane, 2, 4)
     with pytest.raises(RuntimeError, match=r"Rank 1 .* during the all-gather of the optimizer's state, as rank 0"):
         all_gather_object(made[0], 1, "the optimizer's state")

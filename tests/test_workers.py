@@ -66,7 +66,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def gone(pids: list[int], within: float = 5.0) -> bool:
+def gone(pids: list[int], within: float = 60.0) -> bool:
     deadline = time.monotonic() + within
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -89,7 +89,7 @@ def test_failure_is_raised_with_its_traceback_and_the_pool_recovers(pool2: Worke
     start = time.monotonic()
     with pytest.raises(ValueError, match="rank one objects") as caught:
         pool2.run(fail_on_one)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50
     assert isinstance(caught.value.__cause__, RemoteTraceback)
     assert "worker 1" in str(caught.value.__cause__) and "fail_on_one" in str(caught.value.__cause__)
     assert gone(before)
@@ -104,7 +104,7 @@ def test_exception_that_does_not_unpickle() -> None:
 def test_hang_ends_at_the_timeout_and_shows_where(pool2: WorkerPool) -> None:
     before = pool2.run(pid)
     with pytest.raises(WorkerTimeout, match=r"worker 1 had not finished(.|\n)*about to hang(.|\n)*hang_on_one"):
-        pool2.run(hang_on_one, timeout=1.0)
+        pool2.run(hang_on_one, timeout=5.0)
     assert gone(before)
 
 
@@ -113,9 +113,13 @@ def test_unexpected_death_is_raised() -> None:
         run_workers(die_on_one, 2, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "stalls"])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)],
+    ids=["dies", "stalls"],
+)
 def test_expected_death_collects_what_survivors_raised(number: int) -> None:
-    survivor, dead = run_workers(die_on_one, 2, number, expect_dead={1}, group_timeout=2.0)
+    survivor, dead = run_workers(die_on_one, 2, number, expect_dead={1}, group_timeout=10.0)
     assert isinstance(survivor, RuntimeError)
     assert isinstance(dead, WorkerDied) and dead.rank == 1
     assert dead.stalled == (number == signal.SIGSTOP)
@@ -157,6 +161,7 @@ def hold_exit_if_it_fails(rank: int, world_size: int) -> None:
     raise OSError("and a thread that does not end")
 
 
+@pytest.mark.slow
 def test_survivor_that_cannot_end_is_a_failure() -> None:
     with pytest.raises(WorkerTimeout, match="at exit: worker 0"):
-        run_workers(hold_exit_if_it_fails, 2, expect_dead={1}, timeout=5.0)
+        run_workers(hold_exit_if_it_fails, 2, expect_dead={1}, timeout=30.0)

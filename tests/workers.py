@@ -36,6 +36,9 @@ from typing import Any
 
 from benchmarks.processes import Processes, python_path
 
+# Setting up a process group may take this long (seconds), however short the timeout of its collectives is: a busy
+# machine starts processes late.
+SET_UP = 60.0
 # After a first failure the other ranks get this long (seconds) to report theirs, which often tells more.
 GRACE = 2.0
 
@@ -71,8 +74,8 @@ def run_workers(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 60.0,
-    group_timeout: float = 30.0,
+    timeout: float = 200.0,
+    group_timeout: float = 100.0,
     expect_dead: Collection[int] | None = None,
     backend: str | None = "gloo",
     env: Mapping[str, str] | None = None,
@@ -119,8 +122,8 @@ class WorkerPool:
         self,
         fn: Callable[..., Any],
         *args: Any,
-        timeout: float = 60.0,
-        group_timeout: float = 30.0,
+        timeout: float = 200.0,
+        group_timeout: float = 100.0,
         expect_dead: Collection[int] | None = None,
         backend: str | None = "gloo",
     ) -> list[Any]:
@@ -317,9 +320,10 @@ def _serve(connection: Connection, rank: int, world_size: int) -> None:
         try:
             fn, args = pickle.loads(task)
             if backend is not None:
-                limit = timedelta(seconds=group_timeout)
+                limit = timedelta(seconds=max(group_timeout, SET_UP))
                 store = dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit))
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=group_timeout), dist.group.WORLD)
             _reply(connection, True, fn(rank, world_size, *args))
         except BaseException as error:
             _reply(connection, False, error)
