@@ -81,7 +81,7 @@ class TwoPhaseExchange {
   // Asks the codec for its message, and counts the time.
   std::optional<compress::Message> advance(size_t stage);
   std::shared_ptr<Exchange> exchange_for(size_t stage, const compress::Message& message);
-  std::shared_ptr<Exchange> ticket_for(size_t stage);
+  std::shared_ptr<Exchange> deferred(size_t stage);
   void submit(size_t stage, const std::shared_ptr<Exchange>& exchange);
   void finish(std::exception_ptr error, const std::function<void(std::exception_ptr)>& done);
   void decode();
@@ -104,10 +104,10 @@ class TwoPhaseExchange {
 
   int64_t step_ = 0;
   size_t stages_ = 0;
-  std::vector<std::vector<Known>> known_;           // by stage
-  std::vector<std::shared_ptr<Exchange>> tickets_;  // by stage; null at 0
-  std::vector<std::shared_ptr<Exchange>> queued_;   // of this step, by stage; null where none is yet
-  std::shared_ptr<Exchange> pending_;               // the only exchange, until start_last()
+  std::vector<std::vector<Known>> known_;            // by stage
+  std::vector<std::shared_ptr<Exchange>> deferred_;  // by stage; null at 0
+  std::vector<std::shared_ptr<Exchange>> queued_;    // of this step, by stage; null where none is yet
+  std::shared_ptr<Exchange> pending_;                // the only exchange, until start_last()
 
   std::optional<c10::Stream>
       stream_;  // on a GPU, with what orders it behind the caller, and the caller behind it
