@@ -23,6 +23,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("**/*.md")})
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCED = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
+SOURCES = (".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".inc")
 # Words for which the glossary has another.
 FORBIDDEN = r"\b(duels?|crews?|judges?|judged|mend(s|ed|ing)?|relays?|tickets?|stand-ins?|kept results?)\b"
 
@@ -60,6 +61,18 @@ def test_paths_named_in_a_page_exist(page):
 def test_words_are_the_glossarys(page):
     found = re.search(FORBIDDEN, prose(page), re.IGNORECASE)
     assert found is None, f"{page.name} says {found[0]!r}: docs/glossary.md has another word"
+
+
+def test_words_of_the_sources_are_the_glossarys():
+    folders = ("dear", "compress", "csrc", "benchmarks", "tests", "examples")
+    sources = [path for folder in folders for path in (ROOT / folder).glob("**/*") if path.suffix in SOURCES]
+    assert len(sources) > 200
+    found = {
+        str(path.relative_to(ROOT)): match[0]
+        for path in sources
+        if path != Path(__file__).resolve() and (match := re.search(FORBIDDEN, path.read_text(), re.IGNORECASE))
+    }
+    assert not found, f"docs/glossary.md has other words: {found}"
 
 
 def test_readme_is_short():

@@ -22,7 +22,8 @@ struct Run {
 // Threads: start(), start_last() and the waits as Pipeline says; `done` is called on the decoding thread.
 class TwoPhaseExchange {
  public:
-  // `keeps`: what a bad step must leave as it was; copied at each step where `rolls_back`.
+  // `keeps`: what a step with non-finite gradients must leave as it was; copied at each step where
+  // `rolls_back`.
   TwoPhaseExchange(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec> codec,
                    std::string label, std::vector<at::Tensor> keeps, bool rolls_back);
   // Waits for what is in flight.
