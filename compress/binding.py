@@ -80,7 +80,7 @@ class Binding:
         self._measure = True
 
     def stats(self) -> dict[str, Any]:
-        """The driver's part of :meth:`Compressor.stats`; nothing is in flight."""
+        """The binding's part of :meth:`Compressor.stats`; nothing is in flight."""
         counts = self.pipeline.counts_of_step
         return {"bytes_sent": counts.bytes_sent, "vnmse": self._vnmse, **self.times(counts)}
 

@@ -32,7 +32,7 @@ class HookBinding(Binding):
         self._model = model
         self._names: dict[int, str] = {}
         self._params: dict[str, Tensor] = {}
-        me = weakref.ref(self)  # the model's reducer holds the native driver, and must not hold the model
+        me = weakref.ref(self)  # the model's reducer holds the native hook, which must not hold the model
 
         def bind(index: int, bucket: _C.Bucket) -> list[_C.TwoPhaseExchange]:
             return _alive(me)._bind(index, bucket)

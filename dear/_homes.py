@@ -1,4 +1,4 @@
-"""Parameters in flat buffers: moved there where nobody would notice, copied to and fro where somebody would.
+"""Parameters in flat buffers: moved there where their memory is not shared, copied to and from them otherwise.
 
 See Note [Moving storage] in csrc/schedule/parameters.h.
 """
@@ -15,10 +15,10 @@ from dear._layout import Layout, Place
 
 
 class Homes:
-    """Where the parameters of a layout live: in the flat buffers, or, as guests, where they were."""
+    """Where the parameters of a layout are: in the flat buffers, or, if others hold their memory, where they were."""
 
     def __init__(self, layout: Layout) -> None:
-        """Moves in everybody who can be moved."""
+        """Moves every parameter that can be moved."""
         self._layout = layout
         self._guests: list[Place] = []
         self._addresses: list[int] = []
@@ -35,7 +35,7 @@ class Homes:
         self._addresses = [place.param.data_ptr() for place in layout.places]
 
     def moved(self) -> set[int]:
-        """The buckets of parameters that somebody has given another place (``param.data = ...``, ``to()``)."""
+        """The buckets of parameters that were given another place (``param.data = ...``, ``to()``)."""
         pairs = zip(self._layout.places, self._addresses, strict=True)
         return {place.bucket for place, address in pairs if place.param.data_ptr() != address}
 

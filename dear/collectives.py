@@ -5,6 +5,10 @@ are short or empty (:func:`shard_range`). Two algorithms move it: ``"native"`` i
 (NCCL, MPI, UCC), ``"ring"`` is this library's segmented ring over TCP, for host tensors under gloo, which has no real
 reduce-scatter; its all-to-alls take connections to every rank instead. Without a choice, the ring is taken for host
 tensors of a gloo group and native otherwise.
+
+The lanes of the ring read four variables of the environment when a process makes the first of them: the interface
+(:mod:`dear._address`); ``DEAR_CHECKSUM=0`` leaves the contents of frames unchecked; ``DEAR_SHARED_KEY`` is a secret
+without which nobody may join; ``DEAR_FLIGHT_RECORDER=path`` has each rank whose lanes fail write ``path.RANK``.
 """
 
 from __future__ import annotations

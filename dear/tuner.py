@@ -18,7 +18,7 @@ FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the engine's size, where the user names no 
 
 
 class FusionTuner:
-    """Tries sizes of fusion groups in turns, then leaves the fastest in place. Training is the same all the while.
+    """Tries sizes of fusion groups, then leaves the fastest in place. Training is the same all the while.
 
     Every rank makes one alike and calls :meth:`step` after every ``optimizer.step()``::
 
@@ -29,15 +29,15 @@ class FusionTuner:
             optimizer.zero_grad()
             tuner.step()
 
-    Sizes take turns, so that a slow minute of the network or the machine falls on all of them. A step is as slow as
-    its slowest rank. No size is finer than DDP's own buckets, an eighth of the size ``attach`` was given (at least
-    1 MiB): groups are made of whole buckets.
+    Trials of all sizes alternate, so that a slow minute of the network or the machine falls on all of them. A step is
+    as slow as its slowest rank. No size is finer than DDP's own buckets, an eighth of the size ``attach`` was given (at
+    least 1 MiB): groups are made of whole buckets.
 
     Args:
         engine: of ``dear.attach``, without a compressor.
         sizes: candidates in MiB; by default half, one, two and four times ``engine.bucket_cap_mb``.
-        steps: timed steps of a turn, to which one is added that is not timed, since the schedule changes in it.
-        rounds: turns of each size.
+        steps: timed steps of a trial, to which one is added that is not timed, since the schedule changes in it.
+        rounds: trials of each size.
         clock: seconds, rising.
 
     Raises:
@@ -68,7 +68,7 @@ class FusionTuner:
         self._engine, self._steps, self._clock = engine, steps, clock
         self._times: list[list[float]] = [[] for _ in self.sizes]  # seconds, by size
         self._turns = [index for _ in range(rounds) for index in range(len(self.sizes))]
-        self._seen = 0  # steps of this turn
+        self._seen = 0  # steps of this trial
         self._last = 0.0  # when the step before ended
         self.best: float | None = None  #: the size in MiB that was left in place, once there is one
         engine.bucket_cap_mb = self.sizes[self._turns[0]]
@@ -84,7 +84,7 @@ class FusionTuner:
         return {size: statistics.median(own) for size, own in zip(self.sizes, self._times, strict=True) if own}
 
     def step(self) -> None:
-        """Notes that a step has ended; changes the size after the last of a turn. Once all are done it does nothing.
+        """Notes that a step has ended; changes the size after the last of a trial. Once all are done it does nothing.
 
         Raises:
             RuntimeError: gradients are waiting for ``optimizer.step()``.

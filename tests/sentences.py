@@ -80,7 +80,7 @@ def unquoted(page: str) -> list[str]:
         for path in sorted((ROOT / folder).glob("**/*.py")):
             found += raised_by_python(path.read_text())
     for path in sorted((ROOT / "csrc").glob("**/*.cpp")):
-        found += of_cpp(path.read_text()) if not path.name.startswith("ops") else []
+        found += of_cpp(path.read_text()) if path.parent.name != "ops" else []
     texts = [" ".join(text.split()) for text in found if len(text) > 25 and text.count(" ") > 2]
     return [text for text in texts if not all(len(part) < 6 or part.strip() in known for part in text.split(HOLE))]
 

@@ -13,7 +13,7 @@ SIZES = [0.001, 0.002, 0.004]
 
 
 class Clock:
-    """Seconds as a test prescribes them: how long a step takes by the engine's size, by turns of that size."""
+    """Seconds as a test prescribes them: how long a step takes by the engine's size, by trials of that size."""
 
     def __init__(self, engine, by_size):
         self.engine, self.by_size, self.now = engine, by_size, 0.0
@@ -65,7 +65,7 @@ def test_the_slowest_rank_decides_and_all_follow(pool2):
 
 
 def test_neither_the_step_of_the_change_nor_one_slow_turn_decides(pool2):
-    # Three steps a turn, of which the first is not timed: slow there, and in the whole second turn of three.
+    # Three steps a trial, of which the first is not timed: slow there, and in the whole second trial of three.
     good, slow = [9.0, 1.0, 1.0], [9.0, 9.0, 9.0]
     by_size = {0.001: [2.0], 0.002: [*good, *slow, *good, *good], 0.004: [2.0]}
     assert [best for best, *_ in pool2.run(tuned, "sharded", [by_size, by_size], 2, 3)] == [0.002, 0.002]

@@ -39,10 +39,11 @@ void check_all_to_all(const Part& part, int world);
 // One half of an all-reduce, over one or more buffers moved together. Built once for a fusion group and
 // submitted every step, so that steady state allocates nothing.
 //
-// Note [Turns]
-// Lanes keep their order: exchanges are queued when all ranks agree on it, often before there is anything to
-// move. So an exchange may be queued as a ticket: when its turn comes, on the thread that moves the data, its
-// turn function waits for what must come first, computes what is to be sent, and says which exchange that is.
+// Note [Deferred exchanges]
+// The order in a lane is equal on all ranks, so exchanges are queued as soon as the order is agreed on, often
+// before there is anything to move. A deferred exchange reserves a queue position. When the lane reaches it,
+// its callback waits for what must come first, builds the payload, and returns the exchange to move. The
+// callback runs on the thread that moves the data.
 //
 // Threads: submitted and waited on by the training thread; the lane's thread moves the data and calls
 // finish() or fail(). A backend lane overrides wait().
@@ -64,14 +65,14 @@ class Exchange {
   // True once nothing is in flight, also after a failure.
   virtual bool done();
 
-  // Called when its turn has come, before the first byte is sent; returns what is to be moved in its place,
-  // or null for itself. See Note [Turns].
-  using Turn = std::function<std::shared_ptr<Exchange>()>;
-  void set_turn(Turn turn) { turn_ = std::move(turn); }
-  // What is to be moved now that its turn has come. The lane's business.
-  Exchange& take_turn() {
-    stand_in_ = turn_ ? turn_() : nullptr;
-    return stand_in_ ? *stand_in_ : *this;
+  // Makes this a deferred exchange. `build` is called when the lane reaches it, before the first byte is
+  // sent; it returns the exchange to move, or null for this one. See Note [Deferred exchanges].
+  using Build = std::function<std::shared_ptr<Exchange>()>;
+  void defer(Build build) { build_ = std::move(build); }
+  // The exchange to move, now that the lane has reached this one. Only lanes call it.
+  Exchange& built() {
+    built_ = build_ ? build_() : nullptr;
+    return built_ ? *built_ : *this;
   }
 
   int64_t bytes() const;
@@ -90,8 +91,8 @@ class Exchange {
   Reduction reduction_;
   std::vector<Part> parts_;
   std::string label_;
-  Turn turn_;
-  std::shared_ptr<Exchange> stand_in_;
+  Build build_;
+  std::shared_ptr<Exchange> built_;  // of a deferred exchange: what is moved for it
   struct Sync {
     std::mutex mutex;
     std::condition_variable ended;

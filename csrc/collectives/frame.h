@@ -16,8 +16,8 @@ namespace dear {
 enum class FrameType : uint16_t {
   kData = 1,
   kWaiting = 2,  // ring only: the sender has nothing to send, since it waits for `blamed`
-  kFailure = 3,  // the sender has failed: the content is one sentence, and it hangs up behind it
-  kLeft = 4,     // the sender leaves: the content is its reason, maybe empty, and it hangs up behind it
+  kFailure = 3,  // the sender has failed: the content is one sentence, and the sender closes behind it
+  kLeft = 4,     // the sender leaves: the content is its reason, maybe empty, and the sender closes behind it
 };
 
 struct FrameHeader {
@@ -97,11 +97,11 @@ bool push(int fd, const char* data, size_t size, std::chrono::milliseconds patie
 bool push_text(int fd, FrameType type, int blamed, const std::string& text, const FrameCheck& check,
                std::chrono::milliseconds patience);
 
-// The text of a failure or farewell whose header has come, and of its content the bytes `begun`; gives up
+// The text of a kFailure or kLeft frame whose header has come, and of its content the bytes `begun`; gives up
 // after a second. It is fit to be printed, whatever came.
 std::string read_text(int fd, std::string begun, const FrameHeader& header, const FrameCheck& check);
 
-// A failure or farewell.
+// A kFailure or kLeft frame.
 struct Word {
   FrameType type;
   int blamed;

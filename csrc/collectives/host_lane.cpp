@@ -128,7 +128,7 @@ std::shared_ptr<Exchange> HostLane::next() {
 }
 
 void HostLane::move(Exchange& exchange) {
-  Exchange& moved = exchange.take_turn();
+  Exchange& moved = exchange.built();
   const std::lock_guard<std::mutex> wire(shared_->wire);
   if (const auto why = ending()) throw *why;
   exchange.started();

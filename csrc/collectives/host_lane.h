@@ -41,8 +41,8 @@ struct TransferContext {
 class HostLane : public Lane, private Peers::Member, private TransferHost {
  public:
   void submit(const std::shared_ptr<Exchange>& exchange) override;
-  // Says goodbye to the neighbours, with `reason` where something is in flight or it begins with this rank's
-  // name ("Rank 1 ...").
+  // Tells the neighbours that this rank leaves, with `reason` where something is in flight or it begins with
+  // this rank's name ("Rank 1 ...").
   void abort(const std::string& reason) override;
   int rank() const override { return rank_; }
   int world() const override { return world_; }

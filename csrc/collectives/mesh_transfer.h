@@ -73,7 +73,7 @@ class MeshTransfer {
   void check_deadlines();
   void progressed(Peer& peer);
 
-  // The text of a failure or farewell, whose first bytes came with the header.
+  // The text of a kFailure or kLeft frame, whose first bytes came with the header.
   std::string text_begun(const Peer& peer) const;
   [[noreturn]] void blame(const std::vector<int>& ranks, const std::string& what) const;
   // A peer is gone that gave no reason here; another lane may have heard of one.

@@ -278,7 +278,7 @@ class Rendezvous {
     callers_.push_back(std::move(caller));
   }
 
-  // Returns whether more is to be heard of it. Strangers (port scanners) are turned away.
+  // Returns whether more is to come from it. Connections from no rank (port scanners) are closed.
   bool hear(Caller& caller) {
     bool alive = true;
     Hello hello{};

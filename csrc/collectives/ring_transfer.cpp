@@ -178,7 +178,7 @@ class RingTransfer {
     }
   }
 
-  // The text of a failure or farewell, whose first bytes came with the header.
+  // The text of a kFailure or kLeft frame, whose first bytes came with the header.
   std::string text_begun() {
     return read_text(links_.from_prev(), std::string(inbound_data(), in_.content_moved()), in_.header(),
                      context_.check);

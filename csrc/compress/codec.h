@@ -39,7 +39,7 @@ class Codec {
   }
   // How many elements of this rank's gradient were not finite: int32 [1], known once stage 0 is done.
   virtual at::Tensor dropped() const { return dropped_; }
-  // Not zero somewhere if any rank dropped anything; known when the result stands.
+  // Has an element that is not zero if a gradient was non-finite on any rank; known when the result is final.
   virtual at::Tensor bad() const { return bad_; }
   // Whether this step goes out compressed.
   virtual bool compresses(int64_t step) const { return true; }

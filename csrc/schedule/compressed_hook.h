@@ -17,8 +17,8 @@ class CompressedHook {
     std::function<TwoPhaseExchanges(size_t index, const Bucket& bucket)> bind;
     // Before a bucket goes out, in a step that is measured.
     std::function<void(size_t index)> measure;
-    // At the end of a backward pass in which nothing failed, if attention was asked for or a gradient was not
-    // finite: when every .grad stands. `bad` says of which buckets.
+    // At the end of a backward pass in which nothing failed, when every .grad is final: if that was asked for
+    // or a gradient was non-finite. `bad`: the buckets with non-finite gradients.
     std::function<void(const std::vector<size_t>& bad)> ended;
   };
 

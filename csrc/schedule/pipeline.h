@@ -15,8 +15,8 @@ namespace dear {
 // groups follow each other in an order on which all ranks agree: that in which DDP delivers buckets, or, for
 // the last exchange under DeAR, that in which the next forward pass wants them. No lane's order depends on
 // when something happened to be ready, whatever the number of buckets - which is what goes wrong when
-// collectives are started inside future callbacks. What is computed between two exchanges is computed when
-// the second one's turn comes, by the thread of its lane (Note [Turns]).
+// collectives are started inside future callbacks. What is computed between two exchanges is computed on
+// the thread of the second one's lane, when the lane reaches it (Note [Deferred exchanges]).
 //
 // On a GPU nothing waits: everything is queued, in order, on a stream of the pipeline's own.
 //

@@ -54,7 +54,7 @@ void Scheduler::on_bucket(size_t index, Bucket bucket, bool last) {
 void Scheduler::finish_backward() {
   if (ended_) ended_(layout_is_new_);
   layout_is_new_ = false;
-  for (auto& [param, stand_in] : placeholders_) param.mutable_grad() = stand_in;
+  for (auto& [param, placeholder] : placeholders_) param.mutable_grad() = placeholder;
 }
 
 void Scheduler::adopt_layout(std::vector<BucketBuffers> buffers, std::vector<TwoPhaseExchanges> exchanges,
@@ -117,7 +117,7 @@ void Scheduler::make_dense(Group& group) {
   const auto gather =
       gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum, std::move(to_gather), label);
   if (gather_gradients_) {
-    gather->set_turn([reduce]() -> std::shared_ptr<Exchange> {
+    gather->defer([reduce]() -> std::shared_ptr<Exchange> {
       reduce->wait();
       return nullptr;
     });

@@ -14,7 +14,7 @@ TwoPhaseExchange::TwoPhaseExchange(std::shared_ptr<Pipeline> pipeline, std::shar
       label_(std::move(label)),
       keeps_(std::move(keeps)),
       known_(pipeline_->stages() + 1),
-      tickets_(pipeline_->stages() + 1),
+      deferred_(pipeline_->stages() + 1),
       queued_(pipeline_->stages() + 1) {
   if (rolls_back) {
     for (const at::Tensor& kept : keeps_) before_.push_back(at::empty_like(kept));
@@ -102,7 +102,7 @@ void TwoPhaseExchange::start() {
       return;
     }
     submit(0, exchange);
-    for (size_t stage = 1; stage + 1 < stages_; ++stage) submit(stage, ticket_for(stage));
+    for (size_t stage = 1; stage + 1 < stages_; ++stage) submit(stage, deferred(stage));
   });
 }
 
@@ -111,7 +111,7 @@ void TwoPhaseExchange::start_last(std::function<void(std::exception_ptr)> done) 
     std::lock_guard<std::mutex> lock(mutex_);
     in_flight_ = true;
   }
-  on_stream([this] { submit(stages_ - 1, stages_ == 1 ? std::move(pending_) : ticket_for(stages_ - 1)); });
+  on_stream([this] { submit(stages_ - 1, stages_ == 1 ? std::move(pending_) : deferred(stages_ - 1)); });
   if (!stream_) {
     pipeline_->decode_later([this, done = std::move(done)] {
       std::exception_ptr error;
@@ -178,12 +178,12 @@ std::shared_ptr<Exchange> TwoPhaseExchange::exchange_for(size_t stage, const Mes
   return exchange;
 }
 
-std::shared_ptr<Exchange> TwoPhaseExchange::ticket_for(size_t stage) {
-  auto& ticket = tickets_.at(stage);
-  if (!ticket) {
-    ticket = pipeline_->lane(Phase::kAllGather, stage)
-                 .make_exchange(Phase::kAllGather, Reduction::kAverage, {}, label_);
-    ticket->set_turn([this, stage]() -> std::shared_ptr<Exchange> {
+std::shared_ptr<Exchange> TwoPhaseExchange::deferred(size_t stage) {
+  auto& exchange = deferred_.at(stage);
+  if (!exchange) {
+    exchange = pipeline_->lane(Phase::kAllGather, stage)
+                   .make_exchange(Phase::kAllGather, Reduction::kAverage, {}, label_);
+    exchange->defer([this, stage]() -> std::shared_ptr<Exchange> {
       queued_[stage - 1]->wait();
       const std::optional<Message> message = advance(stage);
       TORCH_CHECK(message, "A compressor announced ", stages_, " exchanges and made ", stage, ".");
@@ -192,7 +192,7 @@ std::shared_ptr<Exchange> TwoPhaseExchange::ticket_for(size_t stage) {
       return exchange_for(stage, *message);
     });
   }
-  return ticket;
+  return exchange;
 }
 
 void TwoPhaseExchange::submit(size_t stage, const std::shared_ptr<Exchange>& exchange) {

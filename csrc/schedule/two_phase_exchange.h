@@ -22,7 +22,8 @@ struct Run {
 // Threads: start(), start_last() and the waits as Pipeline says; `done` is called on the decoding thread.
 class TwoPhaseExchange {
  public:
-  // `keeps`: what a bad step must leave as it was; copied at each step where `rolls_back`.
+  // `keeps`: what a step with non-finite gradients must leave as it was; copied at each step where
+  // `rolls_back`.
   TwoPhaseExchange(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec> codec,
                    std::string label, std::vector<at::Tensor> keeps, bool rolls_back);
   // Waits for what is in flight.
@@ -81,7 +82,7 @@ class TwoPhaseExchange {
   // Asks the codec for its message, and counts the time.
   std::optional<compress::Message> advance(size_t stage);
   std::shared_ptr<Exchange> exchange_for(size_t stage, const compress::Message& message);
-  std::shared_ptr<Exchange> ticket_for(size_t stage);
+  std::shared_ptr<Exchange> deferred(size_t stage);
   void submit(size_t stage, const std::shared_ptr<Exchange>& exchange);
   void finish(std::exception_ptr error, const std::function<void(std::exception_ptr)>& done);
   void decode();
@@ -104,10 +105,10 @@ class TwoPhaseExchange {
 
   int64_t step_ = 0;
   size_t stages_ = 0;
-  std::vector<std::vector<Known>> known_;           // by stage
-  std::vector<std::shared_ptr<Exchange>> tickets_;  // by stage; null at 0
-  std::vector<std::shared_ptr<Exchange>> queued_;   // of this step, by stage; null where none is yet
-  std::shared_ptr<Exchange> pending_;               // the only exchange, until start_last()
+  std::vector<std::vector<Known>> known_;            // by stage
+  std::vector<std::shared_ptr<Exchange>> deferred_;  // by stage; null at 0
+  std::vector<std::shared_ptr<Exchange>> queued_;    // of this step, by stage; null where none is yet
+  std::shared_ptr<Exchange> pending_;                // the only exchange, until start_last()
 
   std::optional<c10::Stream>
       stream_;  // on a GPU, with what orders it behind the caller, and the caller behind it

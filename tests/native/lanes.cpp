@@ -70,7 +70,7 @@ std::shared_ptr<Exchange> submit(Lane& lane, Phase phase, const dear::Part& part
   return exchange;
 }
 
-// A reduce-scatter whose result the gather lane sends on when its turn has come, beside an all-to-all.
+// A reduce-scatter, a deferred all-gather of its result, and an all-to-all beside them.
 void moves_what_it_should() {
   std::vector<Rank> ranks = make_ranks(std::chrono::seconds(60));
   in_ranks([&](int rank) {
@@ -82,7 +82,7 @@ void moves_what_it_should() {
       const at::Tensor received = at::empty({kWorld * kChunk});
       const auto reduced = submit(*one.reduce, Phase::kReduceScatter, {input, shard});
       auto gathered = one.gather->make_exchange(Phase::kAllGather, Reduction::kSum, {{full, shard}}, "group");
-      gathered->set_turn([reduced]() -> std::shared_ptr<Exchange> {
+      gathered->defer([reduced]() -> std::shared_ptr<Exchange> {
         reduced->wait();
         return nullptr;
       });
