@@ -28,6 +28,8 @@ from dear.collectives import choose_algorithm, group_timeout, make_lane
 class Binding:
     """A compressor at work: its pipeline, and its groups by bucket."""
 
+    unit = "bucket"  # what is sent together, in errors
+
     def __init__(
         self,
         compressor: Contract,
@@ -110,7 +112,7 @@ class Binding:
             check_parameters(compressor, sizes)
             return facts(compressor) | {"the parameters of a bucket": sizes, "seed": compressor.seed}
 
-        compressor.seed = agree(compressor.ranks(), look, REMEDY, free=("seed",))["seed"]
+        compressor.seed = agree(compressor.ranks(), look, REMEDY, ("seed",), self._lane)["seed"]
         begins: dict[str, int] = {}
         shapes, offset = {}, source.storage_offset()
         for name, grad in zip(names, grads, strict=True):
@@ -121,16 +123,17 @@ class Binding:
             for name in part:
                 members.append(Member(name, start, *shapes[name]))
                 start += sizes[name]
-            label = f"bucket {index}" + (f", part {len(bounds)}" if len(part) < len(names) else "")
-            group = make_group(compressor, members, source.dtype, source.device, label)
-            group.label = label
-            bounds.append(self._bound(group, [begins[name] for name in part], source, target))
+            place = f"{index}" + (f", part {len(bounds)}" if len(part) < len(names) else "")
+            group = make_group(compressor, members, source.dtype, source.device, f"bucket {place}")
+            group.label = f"bucket {place}"
+            label = f"{self.unit} {place}"
+            bounds.append(self._bound(group, label, [begins[name] for name in part], source, target))
         self.bounds[index] = bounds
         return [bound.exchange for bound in bounds]
 
-    def _bound(self, group: Group, begins: list[int], source: Tensor, target: Tensor) -> Bound:
+    def _bound(self, group: Group, label: str, begins: list[int], source: Tensor, target: Tensor) -> Bound:
         rolls_back = self.compressor.nonfinite != "raise"
-        exchange = _C.TwoPhaseExchange(self.pipeline, group.codec, group.label, group.feedback, rolls_back)
+        exchange = _C.TwoPhaseExchange(self.pipeline, group.codec, label, group.feedback, rolls_back)
         offsets = {begin - member.start for begin, member in zip(begins, group.members, strict=True)}
         runs = []
         if len(offsets) > 1:  # not in one run there, so it is copied

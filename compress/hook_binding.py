@@ -16,6 +16,7 @@ from compress.contract import Contract
 from compress.outcome import keep_unused, treat_nonfinite
 from dear import _C, _ddp
 from dear._look_again import Facts
+from dear._own_calls import OwnCalls
 
 
 class HookBinding(Binding):
@@ -25,6 +26,7 @@ class HookBinding(Binding):
     """
 
     calls: _C.HookCalls | None = None  # of the native hook, counted
+    _begun = 0  # steps, before this model's first
 
     def __init__(self, compressor: Contract, device: torch.device, model: DDP | None = None) -> None:
         """Collective."""
@@ -57,6 +59,8 @@ class HookBinding(Binding):
         self._facts = Facts(_ddp.parameter_names(model), reduced)
         self.native.set_always_ended(_ddp.tracks_unused(model))
         self.calls = _ddp.register_compressed(model, self.native)
+        self._begun = self.steps
+        self._own_calls = OwnCalls(model, self._lane, self._device)
         me = weakref.ref(self)
 
         def look_again(module: torch.nn.Module, args: Any) -> None:
@@ -67,12 +71,14 @@ class HookBinding(Binding):
         model.register_forward_pre_hook(look_again, prepend=True)
 
     def _look_again(self) -> None:
+        self._own_calls.before_forward(self.steps > self._begun)
         if self._facts.changed():
             self._facts.check()
             self._facts.note()
 
     def forget_groups(self, step: int) -> None:
         super().forget_groups(step)
+        self._begun = step
         self.native.forget()
 
     def measure_next(self) -> None:

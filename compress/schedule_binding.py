@@ -22,6 +22,8 @@ class ScheduleBinding(Binding):
     gradient was not finite. See :class:`dear.compression.Binding`.
     """
 
+    unit = "fusion group"  # a bucket each
+
     def __init__(self, compressor: Contract, site: Site) -> None:
         """Collective."""
         compressor.process_group = site.model.process_group

@@ -69,6 +69,15 @@ void bind_collectives(py::module_& m) {
           },
           py::arg("phase"), py::arg("reduction"), py::arg("parts"), py::arg("label"), NoGil())
       .def("abort", &Lane::abort, NoGil())
+      .def(
+          "investigate",
+          [](Lane& lane, const std::string& phase, const std::string& label,
+             std::chrono::milliseconds patience) -> std::optional<std::string> {
+            const py::gil_scoped_release release;
+            const auto found = lane.investigate(phase, label, patience);
+            return found ? std::optional<std::string>(found->what()) : std::nullopt;
+          },
+          py::arg("phase"), py::arg("label"), py::arg("patience"))
       .def_property_readonly("rank", &Lane::rank)
       .def_property_readonly("world", &Lane::world);
 

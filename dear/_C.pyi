@@ -127,6 +127,7 @@ class Exchange:
 
 class Lane:
     def abort(self, arg0: str) -> None: ...
+    def investigate(self, phase: str, label: str, patience: datetime.timedelta) -> str | None: ...
     def submit(
         self,
         phase: Phase,

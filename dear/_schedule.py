@@ -22,6 +22,7 @@ from dear._layout import Layout, read_places
 from dear._look_again import Facts, overlapping
 from dear._objects import broadcast_object
 from dear._observe import ForwardOrder
+from dear._own_calls import OwnCalls
 from dear._update import Request, Update
 from dear.collectives import shard_range
 
@@ -48,6 +49,7 @@ class Schedule:
         _ddp.rebuild_reducer(model, _ddp.ReducerOptions(cap, min(former.first, cap), views), attached.params)
         self.hook_calls = _ddp.register(model, scheduler)
         self._reducer_order = _ddp.in_reducer_order(model, attached.params)
+        self._own_calls = OwnCalls(model, attached.gather_lane, attached.device)
 
     @property
     def group_bytes(self) -> int:
@@ -176,6 +178,7 @@ class Schedule:
         if self._forward is None:
             attached.synchronize()
             self._forward = ForwardOrder(attached.params)
+        self._own_calls.before_forward(delivered=attached.scheduler.passes() > 0)
 
     def after_forward(self, failed: bool) -> None:
         """Called after every forward of the DDP module, also after one that ``failed``."""
@@ -194,6 +197,7 @@ class Schedule:
         """Takes the hook off the model, which is plain DDP's again."""
         attached = self._attached
         attached.scheduler.clear_backward_ended()
+        self._own_calls.release()
         if self._forward is not None:
             self._forward.close()
         attached.barrier.give_up()

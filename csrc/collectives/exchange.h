@@ -8,9 +8,11 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "collectives/failure.h"
 #include "collectives/fork.h"
 #include "collectives/shard.h"
 
@@ -114,6 +116,12 @@ class Lane {
   virtual void submit(const std::shared_ptr<Exchange>& exchange) = 0;
   // Makes every exchange in flight and to come fail with `reason`.
   virtual void abort(const std::string& reason) = 0;
+  // For a caller to whom a collective that is not ours has failed: who has ended, as far as the lanes of this
+  // process know or hear within `patience`. See Peers::investigate().
+  virtual std::optional<Failure> investigate(const std::string& phase, const std::string& label,
+                                             std::chrono::milliseconds patience) {
+    return std::nullopt;
+  }
   virtual int rank() const = 0;
   virtual int world() const = 0;
 };

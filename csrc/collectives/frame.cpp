@@ -170,6 +170,12 @@ std::optional<Word> read_word(int fd, int world, const FrameCheck& check) {
   return Word{header.type, header.blamed, read_text(fd, "", header, check)};
 }
 
+bool hung_up(int fd) {
+  char next;
+  const ssize_t got = ::recv(fd, &next, 1, MSG_PEEK | MSG_DONTWAIT);
+  return got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR);
+}
+
 void set_low_water(int fd, size_t bytes) {
   const int value = static_cast<int>(bytes);
   ::setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &value, sizeof(value));

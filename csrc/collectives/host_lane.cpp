@@ -105,6 +105,11 @@ std::optional<Failure> HostLane::look() {
   return wire.owns_lock() ? find_news() : std::nullopt;
 }
 
+std::vector<int> HostLane::gone() {
+  const std::unique_lock<std::mutex> wire(shared_->wire, std::try_to_lock);
+  return wire.owns_lock() && !told_ ? find_gone() : std::vector<int>{};
+}
+
 std::optional<Failure> HostLane::ending() {
   std::lock_guard<std::mutex> lock(shared_->mutex);
   return shared_->ending;

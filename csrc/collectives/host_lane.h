@@ -44,6 +44,10 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   // Tells the neighbours that this rank leaves, with `reason` where something is in flight or it begins with
   // this rank's name ("Rank 1 ...").
   void abort(const std::string& reason) override;
+  std::optional<Failure> investigate(const std::string& phase, const std::string& label,
+                                     std::chrono::milliseconds patience) override {
+    return peers_->investigate(phase, label, patience);
+  }
   int rank() const override { return rank_; }
   int world() const override { return world_; }
 
@@ -65,6 +69,8 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   virtual void tell(FrameType type, const Failure& failure) = 0;
   // News that has come and that nobody has read, as far as it can be had without reading data.
   virtual std::optional<Failure> find_news() = 0;
+  // The ranks whose connections have ended without a word.
+  virtual std::vector<int> find_gone() const = 0;
 
   const std::shared_ptr<Peers> peers_;
   const int rank_;
@@ -100,6 +106,7 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   void hear(const Failure& news) override;
   bool told() const override { return told_; }
   std::optional<Failure> look() override;
+  std::vector<int> gone() override;
   LaneRecord record() override;
 
   std::optional<Failure> ending() override;

@@ -38,4 +38,12 @@ void MeshLane::tell(FrameType type, const Failure& failure) {
   if (transfer_) transfer_->tell(type, failure, peers_->check());
 }
 
+std::vector<int> MeshLane::find_gone() const {
+  std::vector<int> ranks;
+  for (int peer = 0; links_ && peer < world_; ++peer) {
+    if (peer != rank_ && hung_up(links_->to(peer))) ranks.push_back(peer);
+  }
+  return ranks;
+}
+
 }  // namespace dear

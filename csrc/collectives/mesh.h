@@ -20,6 +20,7 @@ class MeshLane : public HostLane {
   void transfer(Exchange& exchange, const TransferContext& context) override;
   void tell(FrameType type, const Failure& failure) override;
   std::optional<Failure> find_news() override { return std::nullopt; }  // it may lie behind data
+  std::vector<int> find_gone() const override;
 
  private:
   std::unique_ptr<MeshLinks> links_;  // null where the rank is alone

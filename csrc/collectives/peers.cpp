@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <thread>
+
+#include "collectives/interrupt.h"
 
 namespace dear {
 
@@ -55,6 +58,37 @@ std::optional<Failure> Peers::search(const Member* asking) {
     if (auto found = member->look()) return found;
   }
   return std::nullopt;
+}
+
+std::vector<int> Peers::gone() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  for (Member* member : state_->members) {
+    const std::vector<int> ranks = member->gone();
+    if (!ranks.empty()) return ranks;
+  }
+  return {};
+}
+
+std::optional<Failure> Peers::investigate(const std::string& phase, const std::string& label,
+                                          std::chrono::milliseconds patience) {
+  const auto deadline = std::chrono::steady_clock::now() + patience;
+  while (true) {
+    std::optional<Failure> found = search(nullptr);
+    if (!found) {
+      const std::vector<int> ranks = gone();
+      if (!ranks.empty()) {
+        found = make_failure({ranks.front()}, complaint::closed(), phase.c_str(), label, rank_);
+      }
+    }
+    if (found) {
+      const Failure news = publish(*found, nullptr);
+      settle();
+      return news;
+    }
+    if (std::chrono::steady_clock::now() >= deadline) return std::nullopt;
+    check_interrupt();
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
 }
 
 void Peers::settle() {

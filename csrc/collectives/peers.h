@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -44,6 +45,8 @@ class Peers {
     // News that has come and that nobody has read, as far as it can be had without disturbing what is under
     // way.
     virtual std::optional<Failure> look() = 0;
+    // The ranks whose connections have ended without a word, as far as that can be seen likewise.
+    virtual std::vector<int> gone() = 0;
     virtual LaneRecord record() = 0;
   };
 
@@ -68,6 +71,11 @@ class Peers {
   bool failed();
   // The news, or what another lane than `asking` finds when it looks.
   std::optional<Failure> search(const Member* asking);
+  // For when something else than a lane has failed, and idle lanes, which read nothing, may know whose fault
+  // it is: waits for news, or for a connection that ends, for up to `patience`; publishes and returns the
+  // news. `phase` and `label` say what has failed. Throws what check_interrupt() throws.
+  std::optional<Failure> investigate(const std::string& phase, const std::string& label,
+                                     std::chrono::milliseconds patience);
   // To be called before a program hears of a failure: waits until every lane has told its neighbours, for
   // two seconds at most, and writes the flight recorder's file.
   void settle();
@@ -82,6 +90,8 @@ class Peers {
     std::optional<Failure> news;
     bool recorded = false;
   };
+
+  std::vector<int> gone();
 
   const int rank_;
   const int world_;

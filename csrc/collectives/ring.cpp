@@ -70,4 +70,11 @@ std::optional<Failure> RingLane::find_news() {
   return Failure(word->text, {word->blamed});
 }
 
+std::vector<int> RingLane::find_gone() const {
+  std::vector<int> ranks;
+  if (links_ && hung_up(links_->to_next())) ranks.push_back((rank_ + 1) % world_);
+  if (links_ && hung_up(links_->from_prev())) ranks.push_back((rank_ + world_ - 1) % world_);
+  return ranks;
+}
+
 }  // namespace dear

@@ -21,6 +21,7 @@ class RingLane : public HostLane {
   void transfer(Exchange& exchange, const TransferContext& context) override;
   void tell(FrameType type, const Failure& failure) override;
   std::optional<Failure> find_news() override;
+  std::vector<int> find_gone() const override;
 
  private:
   std::unique_ptr<RingLinks> links_;

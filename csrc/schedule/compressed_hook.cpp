@@ -34,9 +34,12 @@ void CompressedHook::begin() {
   delivered_ = 0;
   measuring_ = std::exchange(measure_next_, false);
   error_ = nullptr;
-  // Queued twice over, to come after the callback in which DDP finishes its own work.
+  // The first callback comes before the one in which DDP finishes its own work, the second after it.
   auto& engine = torch::autograd::Engine::get_default_engine();
-  engine.queue_callback([this, &engine] { engine.queue_callback([this] { end(); }); });
+  engine.queue_callback([this, &engine] {
+    arrive();
+    engine.queue_callback([this] { end(); });  // last: it may move this function
+  });
 }
 
 void CompressedHook::start(size_t index, const Bucket& bucket, const Future& future) {
@@ -75,6 +78,12 @@ void CompressedHook::start(size_t index, const Bucket& bucket, const Future& fut
 void CompressedHook::note(std::exception_ptr error) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (!error_) error_ = std::move(error);
+}
+
+void CompressedHook::arrive() {
+  for (size_t i = 0; i < std::min(delivered_, buckets_.size()); ++i) {
+    for (const auto& exchange : buckets_[i].exchanges) exchange->wait_ended();
+  }
 }
 
 void CompressedHook::end() {

@@ -48,6 +48,8 @@ class CompressedHook {
 
   void begin();
   void start(size_t index, const Bucket& bucket, const c10::intrusive_ptr<c10::ivalue::Future>& future);
+  // Waits until every result stands, which DDP would do without asking check_interrupt().
+  void arrive();
   void end();
   void note(std::exception_ptr error);
 

@@ -8,18 +8,19 @@ Pipeline::Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::shared_ptr<Lan
                    at::Device device)
     : lanes_(std::move(lanes)), all_to_all_(std::move(all_to_all)), device_(device) {
   if (!device_.is_cpu()) return;
-  thread_ = std::thread([this] { serve(); });
-  ::pthread_setname_np(thread_.native_handle(), "dear decode");
+  decoding_->thread = std::thread([this] { serve(); });
+  ::pthread_setname_np(decoding_->thread.native_handle(), "dear decode");
 }
 
 Pipeline::~Pipeline() {
+  if (home_.away()) return;
   abort("The compressor was dropped while an exchange was in flight.");
   {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stopping_ = true;
+    std::lock_guard<std::mutex> lock(decoding_->mutex);
+    decoding_->stopping = true;
   }
-  work_.notify_all();
-  if (thread_.joinable()) thread_.join();
+  decoding_->work.notify_all();
+  if (decoding_->thread.joinable()) decoding_->thread.join();
 }
 
 Lane& Pipeline::lane(Phase phase, size_t stage) const {
@@ -44,10 +45,10 @@ Pipeline::Counts Pipeline::minus(const Counts& a, const Counts& b) {
 
 void Pipeline::decode_later(std::function<void()> job) {
   {
-    std::lock_guard<std::mutex> lock(mutex_);
-    jobs_.push_back(std::move(job));
+    std::lock_guard<std::mutex> lock(decoding_->mutex);
+    decoding_->jobs.push_back(std::move(job));
   }
-  work_.notify_one();
+  decoding_->work.notify_one();
 }
 
 void Pipeline::abort(const std::string& reason) {
@@ -59,13 +60,13 @@ void Pipeline::serve() {
   while (true) {
     std::function<void()> job;
     {
-      std::unique_lock<std::mutex> lock(mutex_);
-      work_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
+      std::unique_lock<std::mutex> lock(decoding_->mutex);
+      decoding_->work.wait(lock, [this] { return decoding_->stopping || !decoding_->jobs.empty(); });
       // What was queued is run to its end also when stopping: its exchanges fail, and somebody may wait for
       // it.
-      if (jobs_.empty()) return;
-      job = std::move(jobs_.front());
-      jobs_.pop_front();
+      if (decoding_->jobs.empty()) return;
+      job = std::move(decoding_->jobs.front());
+      decoding_->jobs.pop_front();
     }
     job();
   }

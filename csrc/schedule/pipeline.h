@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "collectives/exchange.h"
+#include "collectives/fork.h"
 
 namespace dear {
 
@@ -72,11 +73,15 @@ class Pipeline {
   Counts at_begin_;
   Counts last_step_;
 
-  std::mutex mutex_;
-  std::condition_variable work_;
-  std::deque<std::function<void()>> jobs_;
-  bool stopping_ = false;
-  std::thread thread_;
+  struct Decoding {
+    std::mutex mutex;
+    std::condition_variable work;
+    std::deque<std::function<void()>> jobs;
+    bool stopping = false;
+    std::thread thread;
+  };
+  HomeProcess home_;
+  HomeOnly<Decoding> decoding_;  // see Note [Forked children]
 };
 
 }  // namespace dear

@@ -89,6 +89,7 @@ void Scheduler::regroup(const std::vector<size_t>& sizes, std::vector<size_t> ga
   TORCH_CHECK(group_of_bucket_.size() == buffers_.size() && gather_order.size() == groups_.size(),
               "Fusion groups must cover the buckets exactly.");
   gather_order_ = std::move(gather_order);
+  if (pipeline_) make_finiteness_check();
 }
 
 void Scheduler::replace_buffers(std::vector<BucketBuffers> buffers) {
@@ -141,9 +142,13 @@ void Scheduler::set_pipeline(std::shared_ptr<Pipeline> pipeline) {
   pipeline_ = std::move(pipeline);
   const auto options = at::TensorOptions().device(pipeline_->device()).dtype(at::kInt);
   dropped_ = at::zeros({pipeline_->world()}, options);
+}
+
+void Scheduler::make_finiteness_check() {
   const at::Tensor own = dropped_.narrow(0, pipeline_->rank(), 1);
-  tell_dropped_ = gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum, {{dropped_, own}},
-                                              "the finiteness check");
+  const std::string last = std::to_string(groups_.size() - 1);
+  const std::string label = "the finiteness check of " + group_label(0) + (last == "0" ? "" : " to " + last);
+  tell_dropped_ = gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum, {{dropped_, own}}, label);
 }
 
 void Scheduler::submit_dropped() {
@@ -155,7 +160,7 @@ void Scheduler::submit_dropped() {
 }
 
 bool Scheduler::any_dropped() {
-  if (!pipeline_) return false;
+  if (!tell_dropped_) return false;
   const int64_t start = now_ns();
   tell_dropped_->wait();
   const int64_t end = now_ns();

@@ -132,6 +132,7 @@ class Scheduler {
   void finish_backward();
   template <typename Wait>
   void timed_wait(const GroupPhase& half, size_t group, int64_t* total, Wait wait);
+  void make_finiteness_check();
   void submit_dropped();
 
   std::shared_ptr<Lane> reduce_lane_;

@@ -3,6 +3,10 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <thread>
+
+#include "collectives/interrupt.h"
+
 namespace dear {
 
 using compress::Message;
@@ -31,15 +35,20 @@ TwoPhaseExchange::TwoPhaseExchange(std::shared_ptr<Pipeline> pipeline, std::shar
 }
 
 TwoPhaseExchange::~TwoPhaseExchange() {
-  {
-    std::unique_lock<std::mutex> lock(mutex_);
-    ended_.wait(lock, [this] { return !in_flight_; });
-  }
-  for (const auto& exchange : queued_) {
-    try {
-      if (exchange) exchange->wait();
-    } catch (const std::exception&) {  // whoever waited for the exchange has heard of it
+  if (home_.away()) return;
+  // Nobody asks check_interrupt() here: what it throws would be lost. So no wait may last.
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+  const auto in_flight = [this] {
+    return !done() || std::any_of(queued_.begin(), queued_.end(),
+                                  [](const auto& exchange) { return exchange && !exchange->done(); });
+  };
+  bool aborted = false;
+  while (in_flight()) {
+    if (!aborted && std::chrono::steady_clock::now() > deadline) {
+      pipeline_->abort("The compressor was dropped while an exchange was in flight.");
+      aborted = true;
     }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   // Its buffers go back to the stream that they came from. At the process's end CUDA may have ended first.
   try {
@@ -82,7 +91,7 @@ void TwoPhaseExchange::start() {
   stages_ = codec_->stages(step_);
   std::fill(queued_.begin(), queued_.end(), nullptr);
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(sync_->mutex);
     error_ = nullptr;
   }
   on_stream([this] {
@@ -107,11 +116,11 @@ void TwoPhaseExchange::start() {
 }
 
 void TwoPhaseExchange::start_last(std::function<void(std::exception_ptr)> done) {
+  on_stream([this] { submit(stages_ - 1, stages_ == 1 ? std::move(pending_) : deferred(stages_ - 1)); });
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(sync_->mutex);
     in_flight_ = true;
   }
-  on_stream([this] { submit(stages_ - 1, stages_ == 1 ? std::move(pending_) : deferred(stages_ - 1)); });
   if (!stream_) {
     pipeline_->decode_later([this, done = std::move(done)] {
       std::exception_ptr error;
@@ -144,10 +153,10 @@ void TwoPhaseExchange::decode() {
 
 void TwoPhaseExchange::finish(std::exception_ptr error, const std::function<void(std::exception_ptr)>& done) {
   if (done) done(error);
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<std::mutex> lock(sync_->mutex);
   error_ = error;
   in_flight_ = false;
-  ended_.notify_all();
+  sync_->ended.notify_all();
 }
 
 std::optional<Message> TwoPhaseExchange::advance(size_t stage) {
@@ -209,12 +218,18 @@ bool TwoPhaseExchange::first_done() {
 }
 
 void TwoPhaseExchange::wait() {
+  wait_ended();
   {
-    std::unique_lock<std::mutex> lock(mutex_);
-    ended_.wait(lock, [this] { return !in_flight_; });
+    std::lock_guard<std::mutex> lock(sync_->mutex);
     if (error_) std::rethrow_exception(error_);
   }
   follow();
+}
+
+void TwoPhaseExchange::wait_ended() {
+  home_.check("A compressor");
+  std::unique_lock<std::mutex> lock(sync_->mutex);
+  wait_interruptibly(sync_->ended, lock, [this] { return !in_flight_; });
 }
 
 void TwoPhaseExchange::follow() { order_behind(event_); }
@@ -231,7 +246,7 @@ void TwoPhaseExchange::order_behind(const std::optional<c10::Event>& event) {
 }
 
 bool TwoPhaseExchange::done() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<std::mutex> lock(sync_->mutex);
   return !in_flight_;
 }
 

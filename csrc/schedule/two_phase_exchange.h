@@ -26,7 +26,7 @@ class TwoPhaseExchange {
   // `rolls_back`.
   TwoPhaseExchange(std::shared_ptr<Pipeline> pipeline, std::shared_ptr<compress::Codec> codec,
                    std::string label, std::vector<at::Tensor> keeps, bool rolls_back);
-  // Waits for what is in flight.
+  // Waits for what is in flight, and makes it fail where that lasts.
   ~TwoPhaseExchange();
   TwoPhaseExchange(const TwoPhaseExchange&) = delete;
   TwoPhaseExchange& operator=(const TwoPhaseExchange&) = delete;
@@ -44,6 +44,8 @@ class TwoPhaseExchange {
   // Block until that phase has ended (on a GPU: until the current stream is ordered behind it); rethrow.
   void wait_first();
   void wait();
+  // Blocks until the second phase has ended, well or not.
+  void wait_ended();
   bool first_done();
   bool done();
 
@@ -116,8 +118,12 @@ class TwoPhaseExchange {
   std::optional<c10::Event> encoded_;
   std::optional<c10::Event> event_;
 
-  std::mutex mutex_;
-  std::condition_variable ended_;
+  struct Sync {
+    std::mutex mutex;
+    std::condition_variable ended;
+  };
+  HomeProcess home_;
+  HomeOnly<Sync> sync_;  // see Note [Forked children]
   bool in_flight_ = false;
   std::exception_ptr error_;
 };
