@@ -161,13 +161,14 @@ class NativeExchange : public Exchange {
   void await_works() {
     const auto slice = std::chrono::milliseconds(200);
     for (const auto& work : works_) {
-      while (on_host_ && !work->isCompleted()) {
+      bool over = !on_host_;
+      while (!over) {  // not every work knows before it was waited for whether it is complete
         const int64_t start = now_ns();
         try {
-          work->wait(slice);
+          over = work->wait(slice);
         } catch (const std::exception&) {  // the time is over, or it has failed
-          if (now_ns() - start < 100'000'000) break;
-          check_interrupt();
+          over = work->isCompleted() || now_ns() - start < 100'000'000;
+          if (!over) check_interrupt();
         }
       }
     }
