@@ -99,6 +99,18 @@ void bind_scheduler(py::module_& m) {
       .def("trace", &Scheduler::trace)
       .def("abort", &Scheduler::abort, NoGil());
 
+  m.def(
+      "rebuild_buckets",
+      [](const std::shared_ptr<c10d::Reducer>& reducer, Scheduler& scheduler) {
+        rebuild_buckets(*reducer, scheduler);
+      },
+      py::arg("reducer"), py::arg("scheduler"), NoGil());
+  m.def(
+      "take_buckets",
+      [](const std::shared_ptr<c10d::Reducer>& reducer, Scheduler& scheduler) {
+        take_buckets(*reducer, scheduler);
+      },
+      py::arg("reducer"), py::arg("scheduler"), NoGil());
   m.def("register_scheduler", [](const std::shared_ptr<c10d::Reducer>& reducer,
                                  std::shared_ptr<Scheduler> scheduler, std::shared_ptr<HookCalls> calls) {
     register_scheduler(*reducer, std::move(scheduler), std::move(calls),

@@ -49,11 +49,13 @@ __all__: list[str] = [
     "move_storage",
     "now_ns",
     "orthogonalize_workspace_numel",
+    "rebuild_buckets",
     "register_compressed_hook",
     "register_scheduler",
     "set_python_dispatch",
     "shard_range",
     "sign_payload_numel",
+    "take_buckets",
     "topk_slot_numel",
     "topk_workspace_numel",
 ]
@@ -428,6 +430,7 @@ def orthogonalize_workspace_numel(
     rows: typing.SupportsInt | typing.SupportsIndex,
     columns: typing.SupportsInt | typing.SupportsIndex,
 ) -> int: ...
+def rebuild_buckets(reducer: torch._C._distributed_c10d.Reducer, scheduler: Scheduler) -> None: ...
 def register_compressed_hook(
     arg0: torch._C._distributed_c10d.Reducer, arg1: CompressedHook, arg2: HookCalls
 ) -> None: ...
@@ -439,6 +442,7 @@ def shard_range(
     arg2: typing.SupportsInt | typing.SupportsIndex,
 ) -> tuple[int, int]: ...
 def sign_payload_numel(numel: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+def take_buckets(reducer: torch._C._distributed_c10d.Reducer, scheduler: Scheduler) -> None: ...
 def topk_slot_numel(capacity: typing.SupportsInt | typing.SupportsIndex) -> int: ...
 def topk_workspace_numel(numel: typing.SupportsInt | typing.SupportsIndex) -> int: ...
 

@@ -190,8 +190,20 @@ def _thawed(params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
             param.requires_grad_(False)
 
 
-def rebuild_reducer(model: DDP, options: ReducerOptions, params: Sequence[torch.nn.Parameter]) -> None:
-    """Gives ``model`` a new reducer of these parameters, frozen or not, without a hook."""
+def rebuild_reducer(
+    model: DDP,
+    options: ReducerOptions,
+    params: Sequence[torch.nn.Parameter],
+    order: Sequence[torch.nn.Parameter] | None = None,
+) -> list[torch.nn.Parameter]:
+    """Gives ``model`` a new reducer of these parameters, frozen or not, without a hook. Collective.
+
+    With ``order`` the reducer numbers the parameters so, and its buckets have this order at once and for good; only
+    with a static graph it begins with one, since the first pass counts no others. Otherwise DDP begins with one, and
+    rebuilds.
+
+    Returns the parameters in the order in which the reducer numbers them.
+    """
     model._remove_autograd_hooks()
     cap = options.cap
     model.gradient_as_bucket_view = options.views
@@ -208,12 +220,26 @@ def rebuild_reducer(model: DDP, options: ReducerOptions, params: Sequence[torch.
     model._static_graph_delay_allreduce_enqueued = False
     with _thawed(params):
         parameters, sparse = model._build_params_for_reducer()
+        if order is not None:
+            parameters, sparse = list(order), [False] * len(order)
         names = model._build_debug_param_to_name_mapping(parameters)
         model._ddp_init_helper(parameters, sparse, names, model.static_graph)
     if model.static_graph:
         model.reducer._set_static_graph()
         assert model.logger is not None
         model.logger._set_static_graph()
+    if order is not None and not model.static_graph:
+        model.reducer._push_all_rebuilt_params()
+        model.reducer._rebuild_buckets()
+    return parameters
+
+
+def rebuild_buckets(model: DDP, scheduler: _C.Scheduler) -> None:
+    """Makes DDP lay its buckets anew at the end of its first backward pass, and not before the next forward pass.
+    Collective; nothing happens in later passes, and where DDP keeps its buckets."""
+    if model.static_graph:  # whose second pass would tell
+        model.reducer._push_all_rebuilt_params()
+    _C.rebuild_buckets(model.reducer, scheduler)
 
 
 def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:

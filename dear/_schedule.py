@@ -4,8 +4,15 @@ Note [The life of a gradient]
  1. backward: DDP fills a bucket; the native hook reduce-scatters each fusion group as its last bucket comes.
  2. step(): the update strategy updates what is to be updated now, and leaves parameters pending.
  3. forward: whoever reads a pending parameter waits for its fusion group, and finishes it.
-The first two backward passes bring new bucket layouts, since DDP rebuilds its buckets once; for these the layout is
-adopted at the end of backward, and everything moves then.
+The first backward pass brings the bucket layout. It is adopted at the end of that pass, and everything moves then.
+
+Note [One layout]
+DDP begins with one bucket and lays them anew before its second forward pass, in the order in which gradients came. A
+sum's order, and so its last bit, depends on where an element stands in its bucket: a resumed run must have the layout
+of the run that it continues from its first step on. So DDP is made to rebuild at the end of its first backward pass,
+before anything is sent, and the order is part of the engine's state: it holds again also where the first pass after
+resuming takes another branch of the model. With a static graph DDP would note that order in its second pass, and with
+``find_unused_parameters`` never: there it is the reverse of the model's.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ import weakref
 
 import torch
 
-from dear import _ddp
+from dear import _C, _ddp
 from dear._attached import Attached, Param
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, ddp_bucket_bytes, fuse, gather_order
@@ -36,6 +43,7 @@ class Schedule:
         self._forward: ForwardOrder | None = None  # None until there is a pass to watch
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
         self._facts = Facts(attached.names, attached.params)
+        self._saved_order: list[str] = []  # of a loaded state, until a layout has it
         model, scheduler = attached.model, attached.scheduler
         # The scheduler must not keep the engine alive: it is owned by the reducer, the reducer by the model.
         me = weakref.ref(self)
@@ -46,9 +54,11 @@ class Schedule:
         cap = min(former.cap, self._group_bytes if compresses else ddp_bucket_bytes(self._group_bytes))
         # Local gradients stay in the buckets when nobody else may read them: a copy less.
         views = former.views or not update.gathers_gradients
-        _ddp.rebuild_reducer(model, _ddp.ReducerOptions(cap, min(former.first, cap), views), attached.params)
+        self._options = _ddp.ReducerOptions(cap, min(former.first, cap), views)
+        # See Note [One layout].
+        order = _ddp.in_reducer_order(model, attached.params)[::-1] if model.static_graph else None
+        self._reducer_order = _ddp.rebuild_reducer(model, self._options, attached.params, order)
         self.hook_calls = _ddp.register(model, scheduler)
-        self._reducer_order = _ddp.in_reducer_order(model, attached.params)
         self._own_calls = OwnCalls(model, attached.gather_lane, attached.device)
 
     @property
@@ -81,6 +91,8 @@ class Schedule:
     def _adopt_layout(self) -> None:
         attached, update = self._attached, self._update
         attached.synchronize()
+        _ddp.rebuild_buckets(attached.model, attached.scheduler)
+        self._agree_on_order()
         buckets = attached.scheduler.incoming()
         full = [bucket.buffer.new_empty(bucket.buffer.numel()) for bucket in buckets]
         ranges = [shard_range(flat.numel(), attached.world, attached.rank) for flat in full]
@@ -89,7 +101,6 @@ class Schedule:
         attached.placeholders = update.adopt(layout)
         attached.layout = layout
         exchanges = attached.compression.exchanges(buckets, full)
-        self._agree_on_order()
         sizes = self._fuse()
         # Where parameters may go unused, DDP tells which after the pass, and the others get theirs then.
         placeholders = [] if _ddp.tracks_unused(attached.model) else attached.placeholders
@@ -99,12 +110,43 @@ class Schedule:
         self._facts.note()
 
     def _agree_on_order(self) -> None:
-        """Rank 0's forward order becomes everyone's: all ranks must queue the same all-gathers."""
+        """Rank 0's forward order becomes everyone's: all ranks must queue the same all-gathers. So does the order of
+        the buckets that it has loaded."""
         attached = self._attached
         index = {param: i for i, param in enumerate(attached.params)}
         seen = [index[param] for param in self._forward.seen] if self._forward else []
-        order = broadcast_object(attached.gather_lane, seen, "the order of the forward pass", attached.device)
-        self._position = {attached.params[i]: place for place, i in enumerate(order)}
+        known = (seen, self._saved_order)
+        seen, saved = broadcast_object(attached.gather_lane, known, "the order of the forward pass", attached.device)
+        self._position = {attached.params[i]: place for place, i in enumerate(seen)}
+        self._saved_order = []
+        if self._may_reorder(saved) and saved != self._names_in(attached.scheduler.incoming()):
+            by_name = {attached.names[param]: param for param in attached.params}
+            order = [by_name[name] for name in saved]
+            self._reducer_order = _ddp.rebuild_reducer(attached.model, self._options, attached.params, order)
+            self.hook_calls = _ddp.register(attached.model, attached.scheduler)
+            _C.take_buckets(attached.model.reducer, attached.scheduler)
+
+    def _may_reorder(self, names: list[str]) -> bool:
+        """Whether buckets can have this order: it may differ between runs, and is of this model's parameters."""
+        attached = self._attached
+        mine = sorted(attached.names[param] for param in attached.params)
+        return not _ddp.tracks_unused(attached.model) and sorted(names) == mine
+
+    def _names_in(self, buckets: list[_C.Bucket]) -> list[str]:
+        return [self._attached.names[place.param] for place in read_places(buckets, self._attached.params)]
+
+    # --- state ---
+
+    def bucket_order(self) -> list[str]:
+        """The names of the parameters in the order of the buckets, or in that which the next layout shall have; empty
+        before the first backward pass."""
+        layout = self._attached.layout
+        return self._saved_order or (self._names_in(layout.buckets) if layout is not None else [])
+
+    def load_bucket_order(self, names: list[str]) -> None:
+        """The next layout shall have this order, if it can; a layout that has another one is given up. Every rank must
+        call it alike."""
+        self._saved_order = names
 
     def _fuse(self) -> list[int]:
         """Makes fusion groups of the layout's buckets; returns how many buckets are in each."""
@@ -172,6 +214,12 @@ class Schedule:
             return
         self.look_again()
         reduces = attached.model.require_backward_grad_sync
+        if reduces and self._saved_order and attached.layout is not None:
+            if self._may_reorder(self._saved_order) and self._saved_order != self._names_in(attached.layout.buckets):
+                attached.synchronize()
+                attached.scheduler.forget_layout()
+            else:
+                self._saved_order = []
         if not reduces:
             attached.passes_before_local = attached.scheduler.passes()
         self._update.before_forward(reduces)

@@ -151,11 +151,13 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's full state, as ``optimizer.state_dict()`` of plain DDP would give it, under ``"optimizer"``.
 
-        With a compressor, all ranks' states of it stand under ``"compressor"``. With it, or with
+        Under ``"bucket_order"`` stand the names of the parameters in the order of the buckets, by which a run that goes
+        on with this state sums as this one does. With a compressor, all ranks' states of it stand under
+        ``"compressor"``. With it, or with
         ``update="sharded"``, every rank must call this; each gets all of it.
         """
         self.synchronize()
-        state: dict[str, Any] = {}
+        state: dict[str, Any] = {"bucket_order": self._schedule.bucket_order()}
         if self.compressor is not None:
             state["compressor"] = self.compressor.state_dict(gather=True)
         with self._update.full_state():
@@ -163,7 +165,7 @@ class Engine:
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what :meth:`state_dict` or a plain optimizer gave, at any world size.
+        """Takes what :meth:`state_dict` or a plain optimizer gave, at any world size. Every rank must call it alike.
 
         Raises:
             KeyError: it is not such a dict.
@@ -174,6 +176,7 @@ class Engine:
         if self.compressor is not None and "compressor" in state_dict:
             self.compressor.load_state_dict(state_dict["compressor"])
         self._attached.user.optimizer.load_state_dict(state_dict["optimizer"])
+        self._schedule.load_bucket_order(list(state_dict.get("bucket_order", [])))
 
     def _before_export(self) -> None:
         self.synchronize()

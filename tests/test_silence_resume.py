@@ -65,6 +65,88 @@ def training_state(model, engine):
     return copy.deepcopy({"model": model.state_dict(), "engine": engine.state_dict()})
 
 
+class Alternating(models.Mlp):
+    """Gradients come in another order from pass to pass."""
+
+    turned = False
+
+    def forward(self, x):
+        first, second = (self.third, self.second) if self.turned else (self.second, self.third)
+        return self.last(torch.tanh(second(torch.tanh(first(torch.tanh(self.first(x)))))))
+
+    def __init__(self):
+        super().__init__()
+        self.third = torch.nn.Linear(37, 37)
+
+
+NETS = {
+    "alternating": (Alternating, {}),
+    "static": (models.StaticallyUnused, {"static_graph": True}),
+    "unused": (models.StaticallyUnused, {"find_unused_parameters": True}),
+}
+
+
+def start_of(net, update, seed):
+    torch.manual_seed(seed)
+    kind, ddp = NETS[net]
+    model = DDP(kind(), **ddp)
+    opt = MOMENTUM[0](model.parameters(), **MOMENTUM[1])
+    return model, opt, dear.attach(model, opt, update=update, bucket_cap_mb=0.002)
+
+
+@told
+def resumed_in_order(rank, world, net, update, warm):
+    """The job's first pass has another order of gradients than that of the job that it continues; ``warm``: it has
+    trained some steps before it loads."""
+    model, opt, engine = start_of(net, update, 0)
+    steps = 6
+    for step in range(steps):
+        if step == 2:
+            saved = training_state(model, engine)
+        model.module.turned = step >= 2
+        training.plain_step(model, opt, rank, step)
+    final = training_state(model, engine)
+    engine.detach()
+
+    model, opt, engine = start_of(net, update, 99)
+    model.module.turned = True
+    for step in range(warm):
+        training.plain_step(model, opt, rank, 50 + step)
+    model.load_state_dict(saved["model"])
+    engine.load_state_dict(saved["engine"])
+    assert engine.state_dict()["bucket_order"] == saved["engine"]["bucket_order"]
+    for step in range(2, steps):
+        training.plain_step(model, opt, rank, step)
+    have = training_state(model, engine)
+    assert have["engine"]["bucket_order"] == final["engine"]["bucket_order"]
+    for name, value in have["model"].items():
+        assert torch.equal(value, final["model"][name]), name
+    engine.detach()
+
+
+@pytest.mark.parametrize("warm", [0, 1, 2])
+@pytest.mark.parametrize("update", ["sharded", "replicated"])
+@pytest.mark.parametrize("net", NETS)
+def test_a_resumed_run_keeps_the_order_of_the_buckets(pool3, net, update, warm):
+    check_told(pool3, resumed_in_order, net, update, warm)
+
+
+def layouts(rank, world, update):
+    """How many layouts a few steps bring."""
+    model, opt, engine = start(update, MOMENTUM, 0, {})
+    seen = []
+    for step in range(4):
+        training.plain_step(model, opt, rank, step)
+        seen.append(engine._attached.layout)
+    engine.detach()
+    return all(layout is seen[0] for layout in seen) and len(seen[0].buckets) > 1
+
+
+@pytest.mark.parametrize("update", ["sharded", "replicated"])
+def test_the_first_layout_is_the_last_one(pool2, update):
+    assert all(pool2.run(layouts, update))
+
+
 CASES = [
     known(f"resume-{mode}-{world}-{name}", mode, world, optimizer, ddp)
     for world in (2, 3, 4)

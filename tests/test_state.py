@@ -227,7 +227,7 @@ def test_a_part_of_the_state_is_never_taken_for_all_of_it(pool2):
 def recapped(rank, world, update):
     plain, plain_opt = training.build("Mlp", ADAM, {})
     model, opt = training.build("Mlp", ADAM, {})
-    engine = dear.attach(model, opt, update=update, **SMALL)
+    engine = dear.attach(model, opt, update=update, bucket_cap_mb=0.0005)
     groups = set()
     for step, cap in enumerate([0.002, 0.002, 0.002, 0.02, 0.0001, 25, 0.004, 0.002]):
         engine.bucket_cap_mb = cap

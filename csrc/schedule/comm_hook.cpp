@@ -46,6 +46,18 @@ void register_scheduler(c10d::Reducer& reducer, std::shared_ptr<Scheduler> sched
   reducer.set_optimizer_in_backward();
 }
 
+void rebuild_buckets(c10d::Reducer& reducer, Scheduler& scheduler) {
+  if (reducer.rebuild_buckets()) take_buckets(reducer, scheduler);
+}
+
+void take_buckets(c10d::Reducer& reducer, Scheduler& scheduler) {
+  std::vector<Bucket> buckets;
+  for (c10d::GradBucket& bucket : reducer.get_grad_buckets(/*return_zero_tensors=*/false)) {
+    buckets.push_back(copy_out(bucket));
+  }
+  scheduler.replace_incoming(std::move(buckets));
+}
+
 void register_compressed_hook(c10d::Reducer& reducer, std::shared_ptr<CompressedHook> hook,
                               std::shared_ptr<HookCalls> calls, HoldsGil holds_gil) {
   const auto on_bucket = [hook = std::move(hook)](c10d::GradBucket& bucket) {

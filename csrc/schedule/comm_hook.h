@@ -23,6 +23,14 @@ using HoldsGil = std::function<bool()>;
 void register_scheduler(c10d::Reducer& reducer, std::shared_ptr<Scheduler> scheduler,
                         std::shared_ptr<HookCalls> calls, HoldsGil holds_gil);
 
+// Makes the reducer rebuild its buckets now, at the end of its first backward pass, and not before the next
+// forward pass: the scheduler's incoming gradients move into the new buckets. Collective. Nothing happens
+// where the reducer has rebuilt them already, or never does.
+void rebuild_buckets(c10d::Reducer& reducer, Scheduler& scheduler);
+
+// Moves the scheduler's incoming gradients into the buckets of another reducer of the same parameters.
+void take_buckets(c10d::Reducer& reducer, Scheduler& scheduler);
+
 // Registers the hook of a compressor: .grad becomes the aggregate.
 void register_compressed_hook(c10d::Reducer& reducer, std::shared_ptr<CompressedHook> hook,
                               std::shared_ptr<HookCalls> calls, HoldsGil holds_gil);

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/engine.h>
 
+#include <unordered_map>
+
 namespace dear {
 namespace {
 
@@ -55,6 +57,23 @@ void Scheduler::finish_backward() {
   if (ended_) ended_(layout_is_new_);
   layout_is_new_ = false;
   for (auto& [param, placeholder] : placeholders_) param.mutable_grad() = placeholder;
+}
+
+void Scheduler::replace_incoming(std::vector<Bucket> buckets) {
+  std::unordered_map<const c10::TensorImpl*, at::Tensor> grads;
+  for (const Bucket& bucket : incoming_) {
+    for (size_t i = 0; i < bucket.params.size(); ++i) {
+      grads.emplace(bucket.params[i].unsafeGetTensorImpl(), bucket.grads[i]);
+    }
+  }
+  for (Bucket& bucket : buckets) {
+    for (size_t i = 0; i < bucket.params.size(); ++i) {
+      const auto found = grads.find(bucket.params[i].unsafeGetTensorImpl());
+      TORCH_CHECK(found != grads.end(), "DDP's new buckets hold a parameter that the old ones did not.");
+      bucket.grads[i].copy_(found->second);
+    }
+  }
+  incoming_ = std::move(buckets);
 }
 
 void Scheduler::adopt_layout(std::vector<BucketBuffers> buffers, std::vector<TwoPhaseExchanges> exchanges,

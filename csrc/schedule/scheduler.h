@@ -58,6 +58,8 @@ class Scheduler {
   // --- layout; at a step boundary, or from the callback above ---
 
   const std::vector<Bucket>& incoming() const { return incoming_; }
+  // Moves the incoming gradients into other buckets of the same parameters, which DDP will use from now on.
+  void replace_incoming(std::vector<Bucket> buckets);
   // Adopts the incoming buckets, and reduces what was delivered in them. Waits for what is in flight.
   //   buffers       by bucket
   //   exchanges     by bucket, the compression groups in it; empty without a pipeline
