@@ -30,6 +30,7 @@ from dear._look_again import Facts, overlapping
 from dear._objects import broadcast_object
 from dear._observe import ForwardOrder
 from dear._own_calls import OwnCalls
+from dear._placeholders import Placeholders
 from dear._update import Request, Update
 from dear.collectives import shard_range
 
@@ -42,6 +43,7 @@ class Schedule:
         self._group_bytes = int(bucket_cap_mb * MIB)
         self._forward: ForwardOrder | None = None  # None until there is a pass to watch
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
+        self._kept: Placeholders = []  # that stood in .grad when a forward pass began, whose step is still to come
         self._facts = Facts(attached.names, attached.params)
         self._saved_order: list[str] = []  # of a loaded state, until a layout has it
         model, scheduler = attached.model, attached.scheduler
@@ -223,6 +225,9 @@ class Schedule:
         if not reduces:
             attached.passes_before_local = attached.scheduler.passes()
         self._update.before_forward(reduces)
+        # DDP rebuilds its buckets now, and then puts views of the new ones, with local gradients, into .grad.
+        kept = attached.placeholders if attached.scheduler.has_gradients() else []
+        self._kept = [(param, placeholder) for param, placeholder in kept if param.grad is placeholder]
         if self._forward is None:
             attached.synchronize()
             self._forward = ForwardOrder(attached.params)
@@ -231,6 +236,9 @@ class Schedule:
     def after_forward(self, failed: bool) -> None:
         """Called after every forward of the DDP module, also after one that ``failed``."""
         attached = self._attached
+        for param, placeholder in self._kept:
+            param.grad = placeholder
+        self._kept = []
         if self._forward is not None and self._forward.watching:
             self._forward.close()
             if failed and attached.layout is None:

@@ -134,6 +134,37 @@ def test_a_first_forward_that_fails_is_observed_again(pool2):
     pool2.run(failing_first)
 
 
+def between_backward_and_step(rank, world, update, fails):
+    """A forward pass that no backward pass follows. DDP rebuilds its buckets in the first one after a backward."""
+
+    def run(attach):
+        model, opt = training.build("Mlp", training.SGD, {})
+        engine = dear.attach(model, opt, update=update, **SMALL) if attach else None
+        for step in range(WARM):
+            training.loss_of(model, rank, step).backward()
+            if fails:
+                with pytest.raises(RuntimeError):
+                    model(torch.ones(4, 3))
+            else:
+                model(torch.ones(4, 16))
+            opt.step()
+            opt.zero_grad()
+        state = {name: value.clone() for name, value in model.module.state_dict().items()}
+        if engine:
+            engine.detach()
+        return state
+
+    want, have = run(False), run(True)
+    for name, value in want.items():
+        assert torch.equal(have[name], value), name
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("update", ["sharded", "replicated"])
+def test_a_forward_between_backward_and_step_changes_no_gradient(pool2, update, fails):
+    pool2.run(between_backward_and_step, update, fails)
+
+
 def own_groups_only(rank, world):
     """The first layer computes while the last group's all-gather is still held back."""
     model, opt, engine = warm(rank, "Mlp", "sharded")
