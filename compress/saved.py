@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from compress.contract import Contract
 from compress.feedback import Feedback
@@ -78,6 +80,7 @@ def check_loaded(compressor: Contract, state: State | Sequence[State], rank: int
         raise ValueError("This is not a compressor's state: pass what its state_dict() returned.")
     options = compressor.options() | {"error_feedback": compressor.error_feedback}
     for one in states:
+        check_form(one)
         if one["compressor"] != kind:
             raise ValueError(f"This is the state of {one['compressor']}, not of {kind}: load it into the same kind.")
         if one["options"] != options:
@@ -94,6 +97,32 @@ def check_loaded(compressor: Contract, state: State | Sequence[State], rank: int
     elif [one["rank"] for one in states] != list(range(old)):
         raise ValueError(f"These are not the states of all {old} ranks in order: pass every rank's, rank 0 first.")
     return states
+
+
+def check_form(state: State) -> None:
+    """Refuses a state that was damaged or put together by hand, before anything is taken of it.
+
+    Raises:
+        ValueError: one sentence that names the first part that is wrong.
+    """
+    kinds = {
+        "options": dict, "step": int, "seed": int, "rank": int, "world_size": int, "layout": list, "errors": dict,
+        "owned": dict, "named": dict,
+    }  # fmt: skip
+    for part, kind in kinds.items():
+        if not isinstance(state.get(part), kind):
+            found = f"a {type(state[part]).__name__}" if part in state else "missing"
+            raise ValueError(
+                f'The compressor\'s state is damaged: "{part}" must be a {kind.__name__} and is {found}; load what '
+                "state_dict() returned."
+            )
+    owned = {name: value[-1] if isinstance(value, tuple) else value for name, value in state["owned"].items()}
+    for name, error in [*state["errors"].items(), *owned.items()]:
+        if not isinstance(error, Tensor) or error.dtype != torch.float32 or error.dim() != 1:
+            raise ValueError(
+                f"The compressor's state is damaged: the error feedback of {name} must be a flat float32 tensor; load "
+                "what state_dict() returned."
+            )
 
 
 def check_parameters(compressor: Contract, sizes: dict[str, int]) -> None:

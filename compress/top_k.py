@@ -53,8 +53,8 @@ class TopK(Compressor):
             raise ValueError(f"density must be in (0, 1], the share of elements to send, not {density!r}.")
         if selection not in ("exact", "threshold"):
             raise ValueError(f'selection must be "exact" or "threshold", not {selection!r}.')
-        if not slack >= 1:
-            raise ValueError(f"slack must be 1 or more, not {slack!r}.")
+        if not 1 <= slack < math.inf:
+            raise ValueError(f"slack must be 1 or more, and finite, not {slack!r}.")
         self.density, self.selection, self.slack = float(density), selection, float(slack)
         self._thresholds: dict[tuple[str, ...], float] = {}  # loaded, by group
 

@@ -20,6 +20,7 @@ from dear._fusion import MIB, check_cap, default_group_bytes
 from dear._look_again import overlapping
 from dear._optimizer import UserOptimizer
 from dear._pending import Barrier
+from dear._replicas import check_interval
 from dear._replicated import ReplicatedUpdate
 from dear._schedule import Schedule
 from dear._sharded import ShardedUpdate
@@ -52,6 +53,7 @@ def attach(
     overlap_forward: bool = True,
     process_group: dist.ProcessGroup | None = None,
     algorithm: str | None = None,
+    check_replicas: int = 1000,
 ) -> Engine:
     """Puts the DeAR schedule under a DDP module and its optimizer; the training loop stays as it is.
 
@@ -74,6 +76,9 @@ def attach(
         overlap_forward: False waits for the all-gathers in ``step()``.
         process_group: must have the ranks of the module's own group, which is the default.
         algorithm: ``"ring"``, ``"native"`` or None to choose by backend; see :mod:`dear.collectives`.
+        check_replicas: every so many steps, ``step()`` waits until all parameters stand and compares their checksums
+            with those of the other ranks, 8 bytes a parameter tensor and rank; where they differ, it raises
+            RuntimeError on every rank, which names the ranks and a parameter. 0: never.
 
     Returns:
         The :class:`Engine`, also a context manager that detaches at its end.
@@ -103,16 +108,21 @@ def attach(
             ratio = 1.0 if compressor is None else compressor.usual_ratio
             cap = default_group_bytes(sum(param.nbytes for param in params), ratio) / MIB
         check_cap(cap)
+        check_interval(check_replicas)
         device = params[0].device
         plan = _Plan(strategy, cap, choose_algorithm(group, device, algorithm), device)
         plans.append(plan)
         known |= dataclasses.asdict(plan) | {"update": strategy.kind}
         del known["strategy"], known["device"]
-        return known | {"optimizer": type(optimizer).__name__, "overlap_forward": overlap_forward}
+        return known | {
+            "optimizer": type(optimizer).__name__,
+            "overlap_forward": overlap_forward,
+            "check_replicas": check_replicas,
+        }
 
     agree(model.process_group, look, "every rank must call dear.attach() with the same arguments")
     with ordinary(StepContext(plans[0].device, grad=False)):
-        return _assemble(model, optimizer, group, compressor, plans[0], overlap_forward)
+        return _assemble(model, optimizer, group, compressor, plans[0], overlap_forward, check_replicas)
 
 
 def choose_strategy(request: Request, update: str) -> type[Update]:
@@ -139,6 +149,7 @@ def _assemble(
     compressor: Compressor | None,
     plan: _Plan,
     overlap_forward: bool,
+    check_replicas: int,
 ) -> Engine:
     """Makes the parts. Collective."""
     timeout = group_timeout(group, plan.device)
@@ -167,4 +178,4 @@ def _assemble(
     update = plan.strategy(attached)
     finish.append(update.finish)
     schedule = Schedule(attached, update, plan.bucket_cap_mb)
-    return Engine(attached, schedule, update, overlap_forward)
+    return Engine(attached, schedule, update, overlap_forward=overlap_forward, check_replicas=check_replicas)

@@ -17,6 +17,7 @@ from dear._attached import Attached
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, check_cap
 from dear._hooks import Hooks
+from dear._replicas import check_replicas
 from dear._schedule import Schedule
 from dear._update import Update
 from dear.compression import Compressor
@@ -25,9 +26,11 @@ from dear.compression import Compressor
 class Engine:
     """The schedule at work. Made by :func:`dear.attach`. Not thread-safe: use it from the training thread."""
 
-    def __init__(self, attached: Attached, schedule: Schedule, update: Update, overlap_forward: bool) -> None:
+    def __init__(
+        self, attached: Attached, schedule: Schedule, update: Update, *, overlap_forward: bool, check_replicas: int
+    ) -> None:
         self._attached, self._schedule, self._update = attached, schedule, update
-        self._overlap = overlap_forward
+        self._overlap, self._check_replicas = overlap_forward, check_replicas
         self._steps = 0
         self._last_waits = (0, 0)
         self._detached = False
@@ -102,6 +105,8 @@ class Engine:
                 return loss
         self._steps += 1
         self._last_waits = self._attached.scheduler.take_wait_times()
+        if self._check_replicas and self._steps % self._check_replicas == 0:
+            check_replicas(self._attached, self._steps)
         return loss
 
     def _step_with_gradients(self) -> bool:

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "collectives/checksum.h"
+
 namespace dear {
 namespace {
 
@@ -38,6 +40,17 @@ uint64_t fingerprint(const std::vector<at::Tensor>& tensors) {
     for (const int64_t stride : tensor.strides()) hash = mix(hash, static_cast<uint64_t>(stride));
   }
   return hash;
+}
+
+std::vector<uint32_t> checksums(const std::vector<at::Tensor>& tensors) {
+  std::vector<uint32_t> sums;
+  sums.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    at::Tensor host = tensor.cpu();
+    if (!host.is_non_overlapping_and_dense()) host = host.contiguous();
+    sums.push_back(checksum(host.data_ptr(), host.nbytes(), 0));
+  }
+  return sums;
 }
 
 bool can_move(const at::Tensor& tensor) {

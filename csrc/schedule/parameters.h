@@ -19,6 +19,9 @@ namespace dear {
 // it requires a gradient.
 uint64_t fingerprint(const std::vector<at::Tensor>& tensors);
 
+// A checksum of each tensor's bytes, as they lie in memory; device tensors are copied to the host for it.
+std::vector<uint32_t> checksums(const std::vector<at::Tensor>& tensors);
+
 // Whether move_storage() may move the tensor: it is all of its storage, densely, and nobody else holds that.
 bool can_move(const at::Tensor& tensor);
 

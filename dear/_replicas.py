@@ -1,0 +1,62 @@
+"""Replicas compared: every so many steps, a checksum of each parameter goes round, and ranks that differ are named.
+
+Replicas are equal by construction. What parts them comes from outside: a parameter changed on one rank only, a damaged
+memory, a loaded checkpoint that was not the same everywhere. Training goes on without an error then, and is of no use.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from dear import _C
+from dear._attached import Attached
+from dear._context import StepContext, ordinary
+from dear.collectives import shard_range
+
+
+def check_interval(steps: Any) -> None:
+    """Refuses what is no interval.
+
+    Raises:
+        ValueError: it is not an integer from 0.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"check_replicas must be a number of steps, or 0 for no check, not {steps!r}.")
+
+
+def check_replicas(attached: Attached, step: int) -> None:
+    """Compares the parameters of all ranks, after waiting for them. Collective, at a step boundary.
+
+    Raises:
+        RuntimeError: they are not equal, bit for bit; on every rank. It names the ranks that differ from most of them,
+            or from rank 0 where as many have one value as another, and the first such parameter.
+    """
+    attached.synchronize()
+    with ordinary(StepContext(attached.device, grad=False)):
+        rows = _gather(attached, _C.checksums(attached.params))
+    common = Counter(rows).most_common(1)[0][0]  # the first of those that are as common
+    others = [rank for rank, row in enumerate(rows) if row != common]
+    if not others:
+        return
+    differing = [
+        param for index, param in enumerate(attached.params) if any(row[index] != common[index] for row in rows)
+    ]
+    more = f" and {len(differing) - 1} others" if len(differing) > 1 else ""
+    who = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(map(str, others))} have"
+    raise RuntimeError(
+        f"The replicas differ after step {step}: {who} another {attached.names[differing[0]]}{more} than the "
+        "rest; load the same checkpoint on every rank, and look for code that changes parameters on some ranks only."
+    )
+
+
+def _gather(attached: Attached, sums: list[int]) -> list[tuple[int, ...]]:
+    """Every rank's checksums, by rank."""
+    lane, count = attached.gather_lane, len(sums)
+    full = torch.zeros(attached.world * count, dtype=torch.int64, device=attached.device)
+    begin, end = shard_range(full.numel(), attached.world, attached.rank)
+    full[begin:end] = torch.tensor(sums, dtype=torch.int64)
+    lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(full, full[begin:end])], "the replica check").wait()
+    return [tuple(row) for row in full.view(attached.world, count).tolist()]

@@ -1,0 +1,46 @@
+"""A compressor's state that was damaged is refused in one sentence, and nothing of it is taken."""
+
+import copy
+
+import pytest
+import training
+from compressing import KINDS
+from workers import run_workers
+
+import compress
+import dear
+
+DAMAGE = {
+    "named": lambda state: state.update(named="P"),
+    "missing": lambda state: state.pop("named"),
+    "step": lambda state: state.update(step="3"),
+    "layout": lambda state: state.update(layout=None),
+    "errors": lambda state: state["errors"].update({n: e.long() for n, e in state["errors"].items()}),
+}
+
+
+def damaged(rank, world):
+    model, opt = training.build("Mlp", training.SGD, {})
+    compressor = KINDS["acp"](min_compression_ratio=0.2)
+    with dear.attach(model, opt, compressor=compressor, bucket_cap_mb=0.002):
+        for step in range(2):
+            training.plain_step(model, opt, rank, step)
+        good = compressor.state_dict(gather=True)
+        for damage in DAMAGE.values():
+            state = copy.deepcopy(good)
+            damage(state["ranks"][0])
+            with pytest.raises(ValueError, match=r"The compressor's state is damaged: .*; load what state_dict\(\)"):
+                compressor.load_state_dict(state)
+        compressor.load_state_dict(good)
+        assert compressor.step == 2
+        training.plain_step(model, opt, rank, 2)
+
+
+def test_a_damaged_state_is_refused():
+    run_workers(damaged, 1)
+
+
+@pytest.mark.parametrize("slack", [float("inf"), float("nan"), 0.5])
+def test_slack_is_a_finite_number(slack):
+    with pytest.raises(ValueError, match="slack must be 1 or more, and finite"):
+        compress.TopK(slack=slack)

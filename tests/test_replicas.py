@@ -1,0 +1,65 @@
+"""Replicas are compared every so many steps: ranks that differ, and the parameter, are named on every rank."""
+
+import pytest
+import torch
+import training
+
+import dear
+
+SMALL = {"bucket_cap_mb": 0.002}
+
+
+def flipped(rank, world, update, on):
+    """One bit of a parameter is flipped on these ranks after the second step; every third step compares."""
+    model, opt = training.build("Mlp", training.SGD, {})
+    engine = dear.attach(model, opt, update=update, check_replicas=3, **SMALL)
+    for step in range(6):
+        if step == 3 and rank in on:
+            with torch.no_grad():
+                model.module.second.bias.view(torch.int32)[5] ^= 1
+            assert engine.stats()["steps"] == 3
+        try:
+            training.plain_step(model, opt, rank, step)
+        except RuntimeError as error:
+            return step, str(error)
+    engine.detach()
+    return None
+
+
+@pytest.mark.parametrize(
+    ("on", "who"), [((), None), ((2,), "rank 2 has"), ((0,), "rank 0 has"), ((1, 3), "ranks 1, 3 have")]
+)
+def test_replicas_that_differ_are_named(pool4, on, who):
+    found = pool4.run(flipped, "replicated", on)
+    if who is None:
+        assert found == [None] * 4
+        return
+    assert {step for step, _ in found} == {5} and len(set(found)) == 1
+    assert f"The replicas differ after step 6: {who} another second.bias" in found[0][1]
+
+
+def off(rank, world):
+    model, opt = training.build("Mlp", training.SGD, {})
+    with dear.attach(model, opt, update="replicated", check_replicas=0, **SMALL):
+        for step in range(3):
+            if step == 1 and rank == 1:
+                with torch.no_grad():
+                    model.module.last.bias.add_(1)
+            training.plain_step(model, opt, rank, step)
+    for wrong in (-1, 1.5, True, "often"):
+        with pytest.raises(ValueError, match="check_replicas must be a number of steps, or 0 for no check"):
+            dear.attach(model, opt, check_replicas=wrong)
+
+
+def test_the_check_can_be_turned_off_and_refuses_nonsense(pool2):
+    pool2.run(off)
+
+
+def equal(rank, world, update):
+    """What is compared is finished, in both strategies, also where gradients are kept until the next pass."""
+    training.compare(rank, world, "Mlp", attach={**SMALL, "update": update, "check_replicas": 1})
+
+
+@pytest.mark.parametrize("update", ["sharded", "replicated"])
+def test_training_is_the_same_with_the_check(pool2, update):
+    pool2.run(equal, update)
