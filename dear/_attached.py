@@ -42,6 +42,7 @@ class Attached:
     placeholders: Placeholders = field(default_factory=list)  # the schedule: what backward leaves in .grad
     unused: set[Param] = field(default_factory=set)  # the schedule: those no rank used in the last backward pass
 
+    passes_before_forward: int | None = None  # the schedule: likewise, of one that is to be reduced
     passes_before_local: int | None = None  # the schedule: reduced, before the last pass under no_sync()
 
     @property
@@ -59,15 +60,21 @@ class Attached:
         return self.layout
 
     def check_reduced(self) -> None:
-        """Refuses gradients of passes under no_sync() that no other pass has reduced since.
+        """Refuses gradients that are still local: of passes under no_sync() that no other pass has reduced since, or
+        of one that DDP did not reduce, since it missed a parameter.
 
         Raises:
-            RuntimeError: names a parameter that has one.
+            RuntimeError: names a parameter that has such a gradient, or that was missed.
         """
-        if self.passes_before_local == self.scheduler.passes() and not self.scheduler.has_gradients():
-            for param in self.user.params:
-                if param.grad is not None:
-                    raise _grads.unreduced(self.names[param])
+        if self.scheduler.has_gradients():
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            having = [param for param in self.user.params if param.grad is not None]
+            missed = [param for param in self.params if param.grad is None]
+        if having and self.passes_before_local == self.scheduler.passes():
+            raise _grads.unreduced(self.names[having[0]])
+        if having and missed and self.passes_before_forward == self.scheduler.passes():
+            raise _grads.missed(self.names[missed[0]])
 
     def expected(self) -> Placeholders:
         """What the last backward pass should have left in the ``.grad`` of the optimizer's parameters."""

@@ -82,6 +82,8 @@ def check(model: DDP, optimizer: Any, group: dist.ProcessGroup | None) -> None:
     if hasattr(torch.optim, "SparseAdam") and isinstance(optimizer, torch.optim.SparseAdam):
         raise ValueError("SparseAdam wants sparse gradients, which cannot be reduced in shards: use Adam.")
     check_hookable(model)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, not {type(group).__name__}.")
     if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(model.process_group):
         raise ValueError("process_group must have the ranks of the DDP module's own group: build DDP on that group.")
     _check_parameters(model, optimizer)

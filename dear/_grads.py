@@ -13,8 +13,8 @@ Param = torch.nn.Parameter
 Grads = dict[Param, torch.Tensor]
 
 WRITTEN_LATE = (
-    "Gradients were written to after the backward pass that sent them: the last backward pass before optimizer.step() "
-    "must be the one outside model.no_sync()."
+    "Gradients were written to after the backward pass that reduced them: the last backward pass before "
+    "optimizer.step() must be the one that DDP reduces, which has a forward pass of its own."
 )
 
 
@@ -65,6 +65,14 @@ def unreduced(name: str) -> RuntimeError:
     return RuntimeError(
         f"optimizer.step() found a gradient of {name} that was not reduced, since every backward pass after the last "
         "step ran under model.no_sync(): run the last backward pass before optimizer.step() outside of it."
+    )
+
+
+def missed(name: str) -> RuntimeError:
+    """The error for a parameter that a backward pass did not reach, so that DDP waits for it and reduces nothing."""
+    return RuntimeError(
+        f"The parameter {name} got no gradient in the last backward pass, so DDP has reduced none: wrap the model with "
+        "find_unused_parameters=True, or after requires_grad=False is set."
     )
 
 

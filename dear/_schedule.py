@@ -222,7 +222,9 @@ class Schedule:
                 attached.scheduler.forget_layout()
             else:
                 self._saved_order = []
-        if not reduces:
+        if reduces:
+            attached.passes_before_forward = attached.scheduler.passes()
+        else:
             attached.passes_before_local = attached.scheduler.passes()
         self._update.before_forward(reduces)
         # DDP rebuilds its buckets now, and then puts views of the new ones, with local gradients, into .grad.

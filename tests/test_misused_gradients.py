@@ -23,7 +23,7 @@ def wrong_order(rank, world, update, deferred):
     training.loss_of(model, rank, 6).backward()
     with model.no_sync():
         training.loss_of(model, rank, 7).backward()
-    with refused(RuntimeError, "must be the one outside"):
+    with refused(RuntimeError, "must be the one that DDP reduces"):
         opt.step()
     opt.zero_grad()
     trains_on_like_plain(rank, model, opt, 6)

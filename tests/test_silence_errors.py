@@ -49,11 +49,6 @@ def replaced(model, opt, rank):
     opt.step()
 
 
-def removed(model, opt, rank):
-    opt.param_groups[0]["params"] = [p for p in opt.param_groups[0]["params"] if p is not model.module.second.weight]
-    training.plain_step(model, opt, rank, 3)
-
-
 def without_sync(model, opt, rank):
     with model.no_sync():
         training.loss_of(model, rank, 3).backward()
@@ -64,7 +59,6 @@ CAUSES = {  # what happened, and what the sentence must say
     "unused": (unused, ["second.weight", "find_unused_parameters"], ["no_sync"]),
     "frozen": (frozen, ["second.weight", "requires_grad"], ["no_sync"]),
     "replaced": (replaced, ["second.weight"], ["no_sync"]),
-    "removed": (removed, ["second.weight"], ["no_sync", "zip"]),
     "without sync": (without_sync, ["no_sync"], []),
 }
 

@@ -249,9 +249,10 @@ bool Scheduler::untouched(const Group& group) const {
 
 void Scheduler::check_untouched() const {
   for (const Group& group : groups_) {
-    TORCH_CHECK(untouched(group),
-                "Gradients were written to after the backward pass that sent them: the last "
-                "backward pass before optimizer.step() must be the one outside model.no_sync().");
+    TORCH_CHECK(
+        untouched(group),
+        "Gradients were written to after the backward pass that reduced them: the last backward pass before "
+        "optimizer.step() must be the one that DDP reduces, which has a forward pass of its own.");
   }
 }
 
