@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "collectives/accumulate.h"
-#include "collectives/interrupt.h"
 
 namespace dear {
 namespace {
@@ -96,7 +95,6 @@ class NativeExchange : public Exchange {
     if (in.empty()) return;
     // A group may have several backends, one for each type of device.
     const c10::Device device = in[0].device();
-    on_host_ = device.is_cpu();
     nccl_ = device.is_cuda() && group.getBackend(device.type())->getBackendName() == "nccl";
     // NCCL makes one operation of many: one launch, and no pause between them.
     const bool together = phase_ != Phase::kAllToAll && nccl_ &&
@@ -122,8 +120,6 @@ class NativeExchange : public Exchange {
       if (error_) std::rethrow_exception(error_);
       if (!in_flight_) return;
     }
-    await_works();
-    if (stand_in_) static_cast<NativeExchange&>(*stand_in_).await_works();
     try {
       if (stand_in_) stand_in_->wait();
       for (const auto& work : works_) work->wait();
@@ -155,24 +151,6 @@ class NativeExchange : public Exchange {
     at::Tensor shard;
     bool staged = false;
   };
-
-  // Waits until host tensors have been moved, and asks check_interrupt() now and then. What the backend threw
-  // is thrown by the wait that follows.
-  void await_works() {
-    const auto slice = std::chrono::milliseconds(200);
-    for (const auto& work : works_) {
-      bool over = !on_host_;
-      while (!over) {  // not every work knows before it was waited for whether it is complete
-        const int64_t start = now_ns();
-        try {
-          over = work->wait(slice);
-        } catch (const std::exception&) {  // the time is over, or it has failed
-          over = work->isCompleted() || now_ns() - start < 100'000'000;
-          if (!over) check_interrupt();
-        }
-      }
-    }
-  }
 
   void stage(const Part& part, Buffers& buffers) {
     const at::Tensor inside = buffers.full.narrow(0, 0, part.full.numel());
@@ -237,7 +215,6 @@ class NativeExchange : public Exchange {
   const int world_;
   std::mutex waiting_;
   bool nccl_ = false;
-  bool on_host_ = false;
   std::vector<Buffers> buffers_;
   std::vector<c10::intrusive_ptr<c10d::Work>> works_;
 };
@@ -259,8 +236,8 @@ void NativeLane::submit(const std::shared_ptr<Exchange>& exchange) {
     Exchange& moved = exchange->take_turn();
     if (&moved != exchange.get()) moved.begin();
     static_cast<NativeExchange&>(moved).issue(*group_);
-  } catch (...) {  // whoever waits for it hears of it, also of Ctrl-C
-    exchange->fail(std::current_exception());
+  } catch (const std::exception& error) {
+    exchange->fail(std::make_exception_ptr(std::runtime_error(error.what())));
   }
 }
 
