@@ -196,8 +196,10 @@ class ShardedUpdate(Update):
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
         attached = self.attached
         attached.scheduler.synchronize()
-        self._take(_grads.look(attached.expected()).own)
-        grads = [s.tensor.grad for s in self._segments if self._is_used(s) and s.tensor.grad is not None]
+        found = _grads.look(attached.expected())
+        self._take(found.own)
+        used = [] if found.nothing else [segment for segment in self._segments if self._is_used(segment)]
+        grads = [segment.tensor.grad for segment in used if segment.tensor.grad is not None]
         each = list(torch._foreach_norm(grads, norm_type)) if grads else []
         norms = self._norms(torch.stack([norm.float() for norm in each]).norm(norm_type) if each else None)
         total = torch.linalg.vector_norm(norms, norm_type)

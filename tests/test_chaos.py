@@ -35,7 +35,6 @@ def test_nobody_hangs_or_crashes(figures):
     assert figures["all"]["hung"] == figures["all"]["crashed"] == 0, texts(figures)
 
 
-@pytest.mark.xfail(strict=True, reason="gloo's own errors in checkpoints and the first steps")
 @pytest.mark.timeout(900)
 def test_everyone_names_the_culprit(figures):
     assert figures["all"]["named rightly"] == figures["all"]["disturbed"], texts(figures)

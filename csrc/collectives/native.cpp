@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "collectives/accumulate.h"
-#include "collectives/interrupt.h"
 
 namespace dear {
 namespace {
@@ -96,7 +95,6 @@ class NativeExchange : public Exchange {
     if (in.empty()) return;
     // A group may have several backends, one for each type of device.
     const c10::Device device = in[0].device();
-    on_host_ = device.is_cpu();
     nccl_ = device.is_cuda() && group.getBackend(device.type())->getBackendName() == "nccl";
     // NCCL makes one operation of many: one launch, and no pause between them.
     const bool together = phase_ != Phase::kAllToAll && nccl_ &&
@@ -122,12 +120,10 @@ class NativeExchange : public Exchange {
       if (error_) std::rethrow_exception(error_);
       if (!in_flight_) return;
     }
-    await_works();
-    if (built_) static_cast<NativeExchange&>(*built_).await_works();
     try {
-      if (built_) built_->wait();
+      if (stand_in_) stand_in_->wait();
       for (const auto& work : works_) work->wait();
-      for (size_t i = 0; i < parts_.size() && !built_; ++i) settle(parts_[i], buffers_[i]);
+      for (size_t i = 0; i < parts_.size() && !stand_in_; ++i) settle(parts_[i], buffers_[i]);
     } catch (const std::exception& error) {
       works_.clear();
       fail(std::make_exception_ptr(std::runtime_error("The " + std::string(phase_name(phase_)) + " of " +
@@ -142,7 +138,7 @@ class NativeExchange : public Exchange {
   bool done() override {
     const std::unique_lock<std::mutex> alone(waiting_, std::try_to_lock);
     if (!alone.owns_lock()) return false;  // somebody is waiting for it
-    if (built_) return built_->done();
+    if (stand_in_) return stand_in_->done();
     for (const auto& work : works_) {
       if (!work->isCompleted()) return false;
     }
@@ -155,24 +151,6 @@ class NativeExchange : public Exchange {
     at::Tensor shard;
     bool staged = false;
   };
-
-  // Waits until host tensors have been moved, and asks check_interrupt() now and then. What the backend threw
-  // is thrown by the wait that follows.
-  void await_works() {
-    const auto slice = std::chrono::milliseconds(200);
-    for (const auto& work : works_) {
-      bool over = !on_host_;
-      while (!over) {  // not every work knows before it was waited for whether it is complete
-        const int64_t start = now_ns();
-        try {
-          over = work->wait(slice);
-        } catch (const std::exception&) {  // the time is over, or it has failed
-          over = work->isCompleted() || now_ns() - start < 100'000'000;
-          if (!over) check_interrupt();
-        }
-      }
-    }
-  }
 
   void stage(const Part& part, Buffers& buffers) {
     const at::Tensor inside = buffers.full.narrow(0, 0, part.full.numel());
@@ -237,7 +215,6 @@ class NativeExchange : public Exchange {
   const int world_;
   std::mutex waiting_;
   bool nccl_ = false;
-  bool on_host_ = false;
   std::vector<Buffers> buffers_;
   std::vector<c10::intrusive_ptr<c10d::Work>> works_;
 };
@@ -256,11 +233,11 @@ void NativeLane::submit(const std::shared_ptr<Exchange>& exchange) {
   exchange->begin();
   try {
     TORCH_CHECK(abort_reason_.empty(), abort_reason_);
-    Exchange& moved = exchange->built();
+    Exchange& moved = exchange->take_turn();
     if (&moved != exchange.get()) moved.begin();
     static_cast<NativeExchange&>(moved).issue(*group_);
-  } catch (...) {  // whoever waits for it hears of it, also of Ctrl-C
-    exchange->fail(std::current_exception());
+  } catch (const std::exception& error) {
+    exchange->fail(std::make_exception_ptr(std::runtime_error(error.what())));
   }
 }
 
