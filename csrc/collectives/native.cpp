@@ -121,9 +121,9 @@ class NativeExchange : public Exchange {
       if (!in_flight_) return;
     }
     try {
-      if (stand_in_) stand_in_->wait();
+      if (built_) built_->wait();
       for (const auto& work : works_) work->wait();
-      for (size_t i = 0; i < parts_.size() && !stand_in_; ++i) settle(parts_[i], buffers_[i]);
+      for (size_t i = 0; i < parts_.size() && !built_; ++i) settle(parts_[i], buffers_[i]);
     } catch (const std::exception& error) {
       works_.clear();
       fail(std::make_exception_ptr(std::runtime_error("The " + std::string(phase_name(phase_)) + " of " +
@@ -138,7 +138,7 @@ class NativeExchange : public Exchange {
   bool done() override {
     const std::unique_lock<std::mutex> alone(waiting_, std::try_to_lock);
     if (!alone.owns_lock()) return false;  // somebody is waiting for it
-    if (stand_in_) return stand_in_->done();
+    if (built_) return built_->done();
     for (const auto& work : works_) {
       if (!work->isCompleted()) return false;
     }
@@ -233,7 +233,7 @@ void NativeLane::submit(const std::shared_ptr<Exchange>& exchange) {
   exchange->begin();
   try {
     TORCH_CHECK(abort_reason_.empty(), abort_reason_);
-    Exchange& moved = exchange->take_turn();
+    Exchange& moved = exchange->built();
     if (&moved != exchange.get()) moved.begin();
     static_cast<NativeExchange&>(moved).issue(*group_);
   } catch (const std::exception& error) {
