@@ -84,6 +84,8 @@ class Schedule:
         used = _ddp.used_parameters(attached.model, self._reducer_order)
         if used is None:
             return
+        # One that has a gradient of an earlier pass is sent with the others, and has its average again.
+        used |= {param for param in attached.params if param.grad is not None}
         attached.unused = set(attached.params) - used
         for param, placeholder in attached.placeholders:
             if param in used:
