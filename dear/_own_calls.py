@@ -1,8 +1,8 @@
 """DDP's own collectives in a forward pass: a peer that dies meanwhile is named, as in this library's.
 
-DDP broadcasts the order of its buckets once, in the forward pass after the first backward pass, and buffers in every
-one. When its backend fails there, the error says nothing of ranks. So a lane of ours is asked who has ended; and before
-the broadcast that every rank must make, an exchange of ours finds whoever has stalled.
+DDP broadcasts the order of its buckets once, when it rebuilds them, and buffers in every forward pass. When its backend
+fails there, the error says nothing of ranks. So a lane of ours is asked who has ended; and before the broadcast that
+every rank must make, an exchange of ours finds whoever has stalled.
 """
 
 from __future__ import annotations
@@ -49,8 +49,12 @@ class OwnCalls:
     def before_forward(self, delivered: bool) -> None:
         """Called before every forward pass; ``delivered``: the reducer has reduced gradients."""
         if delivered and self._rebuilds and torch.is_grad_enabled():
-            self._rebuilds = False
-            all_gather_object(self._lane, None, "the ranks that come to DDP's bucket rebuild", self._device)
+            self.before_rebuild()
+
+    def before_rebuild(self) -> None:
+        """Called where DDP is about to rebuild its buckets: whoever does not come is named."""
+        self._rebuilds = False
+        all_gather_object(self._lane, None, "the ranks that come to DDP's bucket rebuild", self._device)
 
     def release(self) -> None:
         """Takes the guard off."""

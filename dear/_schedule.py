@@ -95,6 +95,7 @@ class Schedule:
     def _adopt_layout(self) -> None:
         attached, update = self._attached, self._update
         attached.synchronize()
+        self._own_calls.before_rebuild()
         _ddp.rebuild_buckets(attached.model, attached.scheduler)
         self._agree_on_order()
         buckets = attached.scheduler.incoming()
