@@ -34,7 +34,8 @@ def make(kind, **options):
 def build(kind, model, scheduled, ddp=None, optimizer=training.SGD, **options):
     """A DDP module, its optimizer, a compressor, and the engine if it is scheduled."""
     wrapped, opt = training.build(model, optimizer, {"bucket_cap_mb": SMALL, **(ddp or {})})
-    compressor = make(kind, **options)
+    # The first step of a plain hook goes out in DDP's first buckets, which under the schedule are none.
+    compressor = make(kind, **({"start_step": 1} | options))
     if not scheduled:
         compress.register(wrapped, compressor)
         return wrapped, opt, compressor, None
