@@ -42,7 +42,7 @@ lint: $(VENV)/.installed  ## what must hold of every source: ruff, mypy, clang-f
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
-	@if ls dear/_C*.so >/dev/null 2>&1; then mkdir -p out && tools/stubs.sh $(BIN)/python out/_C.pyi && \
+	@if ls dear/_C*.so >/dev/null 2>&1; then mkdir -p out && bash tools/stubs.sh $(BIN)/python out/_C.pyi && \
 	  diff -u dear/_C.pyi out/_C.pyi || { echo "dear/_C.pyi is not that of the built module: run make stubs."; exit 1; }; \
 	else echo "The native module is not built: its stub dear/_C.pyi was not compared with it."; fi
 
@@ -53,7 +53,7 @@ format: $(VENV)/.installed  ## formats every source
 
 # The types of the compiled module, for mypy and editors.
 stubs: build  ## writes dear/_C.pyi, the types of the compiled module
-	tools/stubs.sh $(BIN)/python dear/_C.pyi
+	bash tools/stubs.sh $(BIN)/python dear/_C.pyi
 
 # Two files that define one name differently are undefined behaviour which no compiler sees, and the linker alone can.
 odr-check: $(VENV)/.installed  ## no name is defined twice, differently
