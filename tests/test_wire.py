@@ -195,8 +195,8 @@ SILENT = r"Rank [01] (did not (answer|connect)|joined communication lane lane an
 
 
 def test_a_rank_that_answers_nobody_is_named():
-    """Its address is there, and connections to it are taken, but nobody answers on them. So rank 0 cannot finish either,
-    and whoever waits for it may say that first."""
+    """Its address is there, and connections to it are taken, but nobody answers on them. So rank 0 cannot finish
+    either, and whoever waits for it may say that first."""
     deaf = socket.create_server(("127.0.0.1", 0))
     store = Watched(dist.HashStore(), lambda rank, host, port: deaf.getsockname()[1] if rank == 1 else port)
     outcomes = in_ranks(3, lambda rank: lane_of(_C.RingLane, store, "lane", 2, peers(rank, 3)))
