@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -42,8 +42,10 @@ class Attached:
     placeholders: Placeholders = field(default_factory=list)  # the schedule: what backward leaves in .grad
     unused: set[Param] = field(default_factory=set)  # the schedule: those no rank used in the last backward pass
 
-    passes_before_forward: int | None = None  # the schedule: likewise, of one that is to be reduced
-    passes_before_local: int | None = None  # the schedule: reduced, before the last pass under no_sync()
+    # The schedule: how many backward passes had been reduced before the last forward pass whose gradients are to be,
+    # and before the last one under no_sync().
+    passes_before_forward: int | None = None
+    passes_before_local: int | None = None
 
     @property
     def rank(self) -> int:
@@ -89,11 +91,6 @@ class Attached:
         """
         self.scheduler.synchronize()
         self.barrier.settle(self.order)
-
-    def wait_gathered(self, groups: Iterable[int]) -> None:
-        """Waits for the all-gathers of these fusion groups."""
-        for group in groups:
-            self.scheduler.wait_gathered(group)
 
 
 def weakly(owner: Owner, action: Callable[[Owner], None]) -> Callable[[], None]:
