@@ -1,15 +1,14 @@
 """Ctrl-C and fork while an engine or a compressor's hook is at work: waits end, and no child disturbs its parent."""
 
-import contextlib
 import gc
 import os
 import signal
-import threading
 import time
 
 import pytest
 import torch
 import training
+from interrupting import interrupted
 from workers import WorkerDied, run_workers
 
 import compress
@@ -72,27 +71,6 @@ def test_a_forked_child_may_drop_an_engine(pool2, how):
     pool2.run(forks, how)
 
 
-@contextlib.contextmanager
-def pressed():
-    """Ctrl-C, again and again until the block has ended with it."""
-    over = threading.Event()
-
-    def press():
-        while not over.wait(0.3):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=press)
-    thread.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        while thread.is_alive():
-            over.set()
-            with contextlib.suppress(KeyboardInterrupt):
-                thread.join()
-
-
 def stands_still(rank, world, how, heard):
     """Rank 1 stops between two steps until rank 0 has been interrupted, or for longer than rank 0 would wait."""
     job = start(how)
@@ -102,7 +80,7 @@ def stands_still(rank, world, how, heard):
         while not os.path.exists(heard):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
-    with pressed():
+    with interrupted():
         for step in range(FATAL, 100):
             training.plain_step(job["model"], job["opt"], rank, step)
     with open(heard, "w"):

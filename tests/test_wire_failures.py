@@ -1,12 +1,10 @@
 """News of a failure: who is named, on whichever lane one waits; leaving, being late, Ctrl-C, forked children."""
 
-import contextlib
 import gc
 import json
 import os
 import re
 import signal
-import threading
 import time
 import traceback
 from datetime import timedelta
@@ -14,6 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from interrupting import interrupted
 from wire import in_ranks, lane_of, peers
 from workers import run_workers
 
@@ -116,26 +115,6 @@ def test_the_flight_recorder_writes_what_each_lane_was_doing(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- Ctrl-C
-
-
-@contextlib.contextmanager
-def interrupted():
-    """Ctrl-C, pressed again and again until the block has ended."""
-    over = threading.Event()
-
-    def press():
-        while not over.wait(0.3):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=press)
-    thread.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        over.set()
-        with contextlib.suppress(KeyboardInterrupt):
-            thread.join()
 
 
 def test_ctrl_c_ends_a_wait():
