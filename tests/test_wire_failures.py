@@ -85,7 +85,8 @@ def test_who_is_late_hears_the_cause(world, numel):
     made = lanes(_C.RingLane, world, 4)
     others = [failure_of(exchange) for exchange in [submit(made[r], numel) for r in range(world) if r != 1]]
     late = failure_of(submit(made[1], numel))
-    assert {late, *others} == {others[0]}
+    # Two ranks may find it at the same moment; who saw it first is the clock's choice.
+    assert len({re.sub(r"as rank \d saw it", "", said) for said in (late, *others)}) == 1, (late, others)
     assert re.match(r"Rank 1 sent or took nothing for 4000 ms .* of fusion group 1, as rank \d saw it", late), late
 
 
