@@ -108,12 +108,18 @@ void bind_collectives(py::module_& m) {
   m.def("now_ns", &dear::now_ns);
   m.def(
       "checksum",
-      [](const py::bytes& data, uint32_t seed, bool by_table) {
+      [](const py::bytes& data, uint32_t seed) {
         const std::string_view view = data;
-        return by_table ? dear::checksum_by_table(view.data(), view.size(), seed)
-                        : dear::checksum(view.data(), view.size(), seed);
+        return dear::checksum(view.data(), view.size(), seed);
       },
-      py::arg("data"), py::arg("seed") = 0, py::arg("by_table") = false);
+      py::arg("data"), py::arg("seed") = 0);
+  m.def(
+      "checksum_each_way",
+      [](const py::bytes& data, uint32_t seed) {
+        const std::string_view view = data;
+        return dear::checksum_each_way(view.data(), view.size(), seed);
+      },
+      py::arg("data"), py::arg("seed") = 0);
   m.def("shard_range", [](int64_t numel, int world, int rank) {
     const dear::Shards shards{numel, world};
     return std::make_pair(shards.begin(rank), shards.end(rank));

@@ -55,10 +55,17 @@ size_t read_rest(int fd, char* data, size_t size) {
 
 }  // namespace
 
-FrameHeader make_header(FrameType type, int blamed, uint32_t sequence, uint32_t signature,
-                        const void* content, size_t bytes, const FrameCheck& check) {
-  FrameHeader header{kMagic, type, static_cast<uint16_t>(blamed), sequence, signature, bytes, 0, 0};
-  if (check.contents) header.content_check = checksum(content, bytes, check.seed);
+uint32_t content_check(const void* content, size_t bytes, const FrameCheck& check) {
+  return content_check(content, bytes, check, check.seed);
+}
+
+uint32_t content_check(const void* content, size_t bytes, const FrameCheck& check, uint32_t before) {
+  return check.contents ? checksum(content, bytes, before) : 0;
+}
+
+FrameHeader make_header(FrameType type, int blamed, uint32_t sequence, uint32_t signature, size_t bytes,
+                        uint32_t content, const FrameCheck& check) {
+  FrameHeader header{kMagic, type, static_cast<uint16_t>(blamed), sequence, signature, bytes, content, 0};
   header.header_check = checksum(&header, offsetof(FrameHeader, header_check), check.seed);
   return header;
 }
@@ -70,7 +77,7 @@ bool valid(const FrameHeader& header, int world, const FrameCheck& check) {
 }
 
 bool intact(const FrameHeader& header, const void* content, const FrameCheck& check) {
-  return !check.contents || header.content_check == checksum(content, header.bytes, check.seed);
+  return header.content_check == content_check(content, header.bytes, check);
 }
 
 void OutFrame::begin(const FrameHeader& header, const char* content) {
@@ -139,7 +146,8 @@ bool push_text(int fd, FrameType type, int blamed, const std::string& text, cons
                milliseconds patience) {
   const size_t length = std::min(text.size(), kLongestNews);
   std::string frame(sizeof(FrameHeader), '\0');
-  const FrameHeader header = make_header(type, blamed, 0, 0, text.data(), length, check);
+  const FrameHeader header =
+      make_header(type, blamed, 0, 0, length, content_check(text.data(), length, check), check);
   std::memcpy(frame.data(), &header, sizeof(header));
   frame.append(text, 0, length);
   return push(fd, frame.data(), frame.size(), patience);

@@ -41,9 +41,14 @@ struct FrameCheck {
   uint32_t seed = 0;
 };
 
-// A header whose checks stand.
-FrameHeader make_header(FrameType type, int blamed, uint32_t sequence, uint32_t signature,
-                        const void* content, size_t bytes, const FrameCheck& check);
+// The checksum of a content, or of its first bytes; or of bytes behind those of which it is `before`. 0 where
+// contents are not checked.
+uint32_t content_check(const void* content, size_t bytes, const FrameCheck& check);
+uint32_t content_check(const void* content, size_t bytes, const FrameCheck& check, uint32_t before);
+
+// A header whose checks stand, of a content of `bytes` whose checksum is `content`.
+FrameHeader make_header(FrameType type, int blamed, uint32_t sequence, uint32_t signature, size_t bytes,
+                        uint32_t content, const FrameCheck& check);
 // The header is one of this library's, undamaged, of a known type, and blames one of `world` ranks.
 bool valid(const FrameHeader& header, int world, const FrameCheck& check);
 // The content is what was sent.

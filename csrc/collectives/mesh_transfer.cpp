@@ -107,9 +107,11 @@ void MeshTransfer::send() {
 bool MeshTransfer::send_some(Peer& peer) {
   if (!peer.out.begun()) {
     const char* content = out_data(peer);
-    peer.out.begin(make_header(FrameType::kData, 0, context_->sequence, signature_, content,
-                               piece_bytes(peer.to), context_->check),
-                   content);
+    const size_t bytes = piece_bytes(peer.to);
+    const uint32_t sum = content_check(content, bytes, context_->check);
+    peer.out.begin(
+        make_header(FrameType::kData, 0, context_->sequence, signature_, bytes, sum, context_->check),
+        content);
   }
   const size_t bytes = piece_bytes(peer.to);
   const Flow flow = peer.out.send(peer.fd);

@@ -3,7 +3,7 @@
 #include <sys/socket.h>
 
 #include "collectives/accumulate.h"
-#include "collectives/ring_transfer.h"
+#include "collectives/ring_plan.h"
 
 namespace dear {
 namespace {

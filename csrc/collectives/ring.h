@@ -2,7 +2,7 @@
 
 #include "collectives/host_lane.h"
 #include "collectives/links.h"
-#include "collectives/ring_plan.h"
+#include "collectives/ring_transfer.h"
 
 namespace dear {
 
@@ -25,7 +25,7 @@ class RingLane : public HostLane {
 
  private:
   std::unique_ptr<RingLinks> links_;
-  std::vector<char> scratch_;  // grows to what the largest exchange needs, and stays
+  RingScratch scratch_;
 };
 
 }  // namespace dear

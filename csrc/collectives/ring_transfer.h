@@ -6,12 +6,23 @@
 
 namespace dear {
 
+// What transfers work in, one after another; grows to what they need.
+struct RingScratch {
+  std::vector<char> slots;       // partial sums
+  std::vector<uint32_t> checks;  // by received piece: the checksum of what is sent on of it
+};
+
 // Moves one exchange round the ring; returns when this rank's part is done. Throws a Failure that names the
 // rank to blame, the phase and the fusion group; before that it publishes it and tells both neighbours. After
-// a throw the connections are of no further use. `scratch` grows to what it needs.
+// a throw the connections are of no further use, and what is in the outputs is not defined.
+//
+// Note [Checksums in the cache]
+// Every byte is read once for its checksum by who sends it first, and once by each who receives it. What is
+// received is checked and added a block at a time, while the block is in the first-level cache, and the sum's
+// checksum is taken in the same pass. What an all-gather sends on is what came, so its checksum is too.
 //
 // Data goes from each rank to the next. Against it only news travels, for which there is thus always room.
 void run_ring_transfer(const Exchange& exchange, const RingPlan& plan, const RingLinks& links,
-                       std::vector<char>& scratch, const TransferContext& context);
+                       RingScratch& scratch, const TransferContext& context);
 
 }  // namespace dear
