@@ -99,8 +99,8 @@ def test_without_checksums_a_flipped_byte_is_not_noticed():
 
 
 def frame(kind, text, blamed=0):
-    header = struct.pack("<IHHIIQI", 0x52414544, kind, blamed, 0, 0, len(text), _C.checksum(text))
-    return header + struct.pack("<I", _C.checksum(header)) + text
+    header = struct.pack("<IHHIII", 0x52414544, kind, blamed, 0, 0, len(text))
+    return header + struct.pack("<I", _C.checksum(header)) + text + struct.pack("<I", _C.checksum(text))
 
 
 @pytest.mark.parametrize("name", KINDS)

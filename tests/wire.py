@@ -18,7 +18,7 @@ from dear import _C
 Change = Callable[[int, bytearray], None]
 
 # What a caller sends before its first frame, and the length of a frame's header.
-HELLO, HEADER = 40, 32
+HELLO, HEADER = 40, 24
 
 
 class Between:

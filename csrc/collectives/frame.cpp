@@ -17,21 +17,21 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-// What is left of a frame of `bytes` behind its first `moved`, as a message for sendmsg() or recvmsg().
+constexpr size_t kSmall = 32 << 10;  // bytes: not worth a second system call
+
+// What is left of a frame behind its first `moved` bytes, as a message for sendmsg() or recvmsg().
 struct Rest {
-  Rest(FrameHeader& header, char* content, size_t bytes, size_t moved) {
+  Rest(FrameHeader& header, char* content, size_t bytes, ContentCheck& check, size_t moved) {
+    const iovec all[] = {{&header, sizeof(header)}, {content, bytes}, {&check, sizeof(check)}};
     message.msg_iov = blocks;
-    if (moved >= sizeof(header)) {
-      const size_t done = moved - sizeof(header);
-      blocks[0] = {content + done, bytes - done};
-      message.msg_iovlen = 1;
-    } else {
-      blocks[0] = {reinterpret_cast<char*>(&header) + moved, sizeof(header) - moved};
-      blocks[1] = {content, bytes};
-      message.msg_iovlen = 2;
+    for (const iovec& block : all) {
+      const size_t done = std::min(moved, block.iov_len);
+      moved -= done;
+      if (done == block.iov_len) continue;
+      blocks[message.msg_iovlen++] = {static_cast<char*>(block.iov_base) + done, block.iov_len - done};
     }
   }
-  iovec blocks[2];
+  iovec blocks[3];
   msghdr message{};
 };
 
@@ -55,19 +55,29 @@ size_t read_rest(int fd, char* data, size_t size) {
 
 }  // namespace
 
-uint32_t content_check(const void* content, size_t bytes, const FrameCheck& check) {
+ContentCheck content_check(const void* content, size_t bytes, const FrameCheck& check) {
   return content_check(content, bytes, check, check.seed);
 }
 
-uint32_t content_check(const void* content, size_t bytes, const FrameCheck& check, uint32_t before) {
+ContentCheck content_check(const void* content, size_t bytes, const FrameCheck& check, ContentCheck before) {
   return check.contents ? checksum(content, bytes, before) : 0;
 }
 
 FrameHeader make_header(FrameType type, int blamed, uint32_t sequence, uint32_t signature, size_t bytes,
-                        uint32_t content, const FrameCheck& check) {
-  FrameHeader header{kMagic, type, static_cast<uint16_t>(blamed), sequence, signature, bytes, content, 0};
+                        const FrameCheck& check) {
+  FrameHeader header{
+      kMagic, type, static_cast<uint16_t>(blamed), sequence, signature, static_cast<uint32_t>(bytes), 0};
   header.header_check = checksum(&header, offsetof(FrameHeader, header_check), check.seed);
   return header;
+}
+
+std::vector<char> make_frame(const FrameHeader& header, const char* content, const FrameCheck& check) {
+  std::vector<char> frame(frame_bytes(header.bytes));
+  const ContentCheck sum = content_check(content, header.bytes, check);
+  std::memcpy(frame.data(), &header, sizeof(header));
+  std::copy(content, content + header.bytes, frame.begin() + sizeof(header));
+  std::memcpy(frame.data() + frame.size() - sizeof(sum), &sum, sizeof(sum));
+  return frame;
 }
 
 bool valid(const FrameHeader& header, int world, const FrameCheck& check) {
@@ -76,35 +86,54 @@ bool valid(const FrameHeader& header, int world, const FrameCheck& check) {
          header.type >= FrameType::kData && header.type <= FrameType::kLeft && header.blamed < world;
 }
 
-bool intact(const FrameHeader& header, const void* content, const FrameCheck& check) {
-  return header.content_check == content_check(content, header.bytes, check);
+void OutFrame::begin(const FrameHeader& header, const char* content, const FrameCheck& check) {
+  begin(header, content, check.contents ? check.seed : 0);
+  how_ = check;
+  checked_ = 0;
+  if (!check.contents) checked_ = header.bytes;
+  if (header.bytes <= kSmall) this->check(header.bytes);
 }
 
-void OutFrame::begin(const FrameHeader& header, const char* content) {
+void OutFrame::begin(const FrameHeader& header, const char* content, ContentCheck known) {
   header_ = header;
   content_ = content;
+  check_ = known;
+  checked_ = header.bytes;
   moved_ = 0;
   begun_ = true;
 }
 
+void OutFrame::check(size_t bytes) {
+  if (bytes <= checked_) return;
+  check_ = content_check(content_ + checked_, bytes - checked_, how_, check_);
+  checked_ = bytes;
+}
+
 Flow OutFrame::send(int fd) {
   const size_t bytes = header_.bytes;
-  Rest rest(header_, const_cast<char*>(content_), bytes, moved_);
-  ssize_t put;
-  do {
-    put = ::sendmsg(fd, &rest.message, MSG_NOSIGNAL | MSG_DONTWAIT);
-  } while (put < 0 && errno == EINTR);
-  if (put < 0) return errno == EAGAIN ? Flow::kBlocked : Flow::kLost;
-  moved_ += static_cast<size_t>(put);
-  if (moved_ < sizeof(FrameHeader) + bytes) return Flow::kSome;
+  Flow flow = Flow::kBlocked;
+  do {  // a second time for a checksum that was not known at the first
+    Rest rest(header_, const_cast<char*>(content_), bytes, check_, moved_);
+    const bool more = !checked();
+    if (more) --rest.message.msg_iovlen;
+    ssize_t put;
+    do {
+      put = ::sendmsg(fd, &rest.message, MSG_NOSIGNAL | MSG_DONTWAIT | (more ? MSG_MORE : 0));
+    } while (put < 0 && errno == EINTR);
+    if (put < 0) return errno == EAGAIN ? flow : Flow::kLost;
+    flow = Flow::kSome;
+    moved_ += static_cast<size_t>(put);
+    check(std::min(bytes, moved_ - std::min(moved_, sizeof(header_))));
+  } while (moved_ == sizeof(header_) + bytes);
+  if (moved_ < frame_bytes(bytes)) return flow;
   begun_ = false;
   return Flow::kDone;
 }
 
 bool OutFrame::finish(int fd, milliseconds patience) {
   if (!under_way()) return true;
-  const size_t bytes = header_.bytes;
-  const Rest rest(header_, const_cast<char*>(content_), bytes, moved_);
+  check(header_.bytes);
+  const Rest rest(header_, const_cast<char*>(content_), header_.bytes, check_, moved_);
   begun_ = false;
   for (size_t i = 0; i < rest.message.msg_iovlen; ++i) {
     const iovec& block = rest.blocks[i];
@@ -114,7 +143,8 @@ bool OutFrame::finish(int fd, milliseconds patience) {
 }
 
 Flow InFrame::receive(int fd, char* content, size_t bytes) {
-  Rest rest(header_, content, bytes, moved_);
+  expected_ = bytes;
+  Rest rest(header_, content, bytes, check_, moved_);
   header_is_new_ = false;
   const ssize_t got = ::recvmsg(fd, &rest.message, MSG_DONTWAIT);
   if (got < 0 && (errno == EAGAIN || errno == EINTR)) return Flow::kBlocked;
@@ -122,7 +152,13 @@ Flow InFrame::receive(int fd, char* content, size_t bytes) {
   if (got <= 0) return Flow::kLost;
   header_is_new_ = moved_ < sizeof(FrameHeader) && moved_ + static_cast<size_t>(got) >= sizeof(FrameHeader);
   moved_ += static_cast<size_t>(got);
-  return moved_ == sizeof(FrameHeader) + bytes ? Flow::kDone : Flow::kSome;
+  return moved_ == frame_bytes(bytes) ? Flow::kDone : Flow::kSome;
+}
+
+std::string InFrame::begun(const char* content) const {
+  const size_t came = moved_ - std::min(moved_, sizeof(header_));
+  const size_t inside = std::min(came, expected_);
+  return std::string(content, inside) + std::string(reinterpret_cast<const char*>(&check_), came - inside);
 }
 
 bool push(int fd, const char* data, size_t size, milliseconds patience) {
@@ -145,21 +181,23 @@ bool push(int fd, const char* data, size_t size, milliseconds patience) {
 bool push_text(int fd, FrameType type, int blamed, const std::string& text, const FrameCheck& check,
                milliseconds patience) {
   const size_t length = std::min(text.size(), kLongestNews);
-  std::string frame(sizeof(FrameHeader), '\0');
-  const FrameHeader header =
-      make_header(type, blamed, 0, 0, length, content_check(text.data(), length, check), check);
-  std::memcpy(frame.data(), &header, sizeof(header));
-  frame.append(text, 0, length);
+  const FrameHeader header = make_header(type, blamed, 0, 0, length, check);
+  const std::vector<char> frame = make_frame(header, text.data(), check);
   return push(fd, frame.data(), frame.size(), patience);
 }
 
 std::string read_text(int fd, std::string begun, const FrameHeader& header, const FrameCheck& check) {
-  const size_t length = std::min<uint64_t>(header.bytes, kLongestNews);
+  const size_t length = std::min<size_t>(header.bytes, kLongestNews);
+  const size_t whole = length + sizeof(ContentCheck);
   std::string text = std::move(begun);
-  const size_t have = std::min(length, text.size());
+  const size_t have = std::min(whole, text.size());
+  text.resize(whole);
+  const bool complete =
+      have + read_rest(fd, text.data() + have, whole - have) == whole && length == header.bytes;
+  ContentCheck sum;
+  std::memcpy(&sum, text.data() + length, sizeof(sum));
   text.resize(length);
-  text.resize(have + read_rest(fd, text.data() + have, length - have));
-  if (text.size() == header.bytes && intact(header, text.data(), check)) return sanitised(text);
+  if (complete && content_check(text.data(), length, check) == sum) return sanitised(text);
   if (header.type == FrameType::kLeft) return "";
   return "Rank " + std::to_string(header.blamed) +
          " is to blame for a failure, of which the text was damaged.";

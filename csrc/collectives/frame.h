@@ -5,10 +5,15 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace dear {
 
-// What travels on a lane's connections: a header, and as many bytes as it says.
+// What travels on a lane's connections: a header, as many bytes as it says, and their checksum.
+//
+// Note [The checksum comes last]
+// Who sends a content that has not been touched for long takes its checksum after the kernel has copied it,
+// from the cache. Before it, the checksum would wait for the memory.
 //
 // Frames are sent only when their whole content is at hand, so that news never has to wait inside a frame
 // behind data that does not come. Integers have the machine's own byte order, which is little-endian wherever
@@ -26,11 +31,16 @@ struct FrameHeader {
   uint16_t blamed;  // a rank
   uint32_t sequence;
   uint32_t signature;
-  uint64_t bytes;
-  uint32_t content_check;  // 0 where contents are not checked
-  uint32_t header_check;   // of everything before it
+  uint32_t bytes;
+  uint32_t header_check;  // of everything before it
 };
-static_assert(sizeof(FrameHeader) == 32);
+static_assert(sizeof(FrameHeader) == 24);
+
+// Of the content; 0 where contents are not checked.
+using ContentCheck = uint32_t;
+
+// A frame of a content of `bytes`.
+constexpr size_t frame_bytes(size_t bytes) { return sizeof(FrameHeader) + bytes + sizeof(ContentCheck); }
 
 constexpr uint32_t kMagic = 0x52414544;  // "DEAR"
 constexpr size_t kLongestNews = 1024;
@@ -41,19 +51,17 @@ struct FrameCheck {
   uint32_t seed = 0;
 };
 
-// The checksum of a content, or of its first bytes; or of bytes behind those of which it is `before`. 0 where
-// contents are not checked.
-uint32_t content_check(const void* content, size_t bytes, const FrameCheck& check);
-uint32_t content_check(const void* content, size_t bytes, const FrameCheck& check, uint32_t before);
+// Of a content, or of its first bytes; or of bytes and those before them, of which it is `before`.
+ContentCheck content_check(const void* content, size_t bytes, const FrameCheck& check);
+ContentCheck content_check(const void* content, size_t bytes, const FrameCheck& check, ContentCheck before);
 
-// A header whose checks stand, of a content of `bytes` whose checksum is `content`.
+// A header whose check stands, of a content of `bytes`.
 FrameHeader make_header(FrameType type, int blamed, uint32_t sequence, uint32_t signature, size_t bytes,
-                        uint32_t content, const FrameCheck& check);
+                        const FrameCheck& check);
+// A frame in one piece.
+std::vector<char> make_frame(const FrameHeader& header, const char* content, const FrameCheck& check);
 // The header is one of this library's, undamaged, of a known type, and blames one of `world` ranks.
 bool valid(const FrameHeader& header, int world, const FrameCheck& check);
-// The content is what was sent.
-bool intact(const FrameHeader& header, const void* content, const FrameCheck& check);
-
 // What became of an attempt to move something.
 enum class Flow { kDone, kSome, kBlocked, kLost };
 
@@ -63,17 +71,26 @@ class OutFrame {
   bool begun() const { return begun_; }
   // Some of it has left: the receiver waits for the rest.
   bool under_way() const { return begun_ && moved_ > 0; }
-  // `content` stays where it is until the frame is done.
-  void begin(const FrameHeader& header, const char* content);
+  // `content` stays where it is until the frame is done. Its checksum is taken while it is sent, or is
+  // `known`.
+  void begin(const FrameHeader& header, const char* content, const FrameCheck& check);
+  void begin(const FrameHeader& header, const char* content, ContentCheck known);
   // Sends as much as the socket takes. kLost leaves the reason in errno.
   Flow send(int fd);
   // Writes what is left of a frame that is under way, or gives up after `patience`.
   bool finish(int fd, std::chrono::milliseconds patience);
 
  private:
+  bool checked() const { return checked_ == header_.bytes; }
+  // Takes the checksum of the content's first `bytes`.
+  void check(size_t bytes);
+
   FrameHeader header_{};
   const char* content_ = nullptr;
-  size_t moved_ = 0;  // bytes, header included
+  FrameCheck how_{};
+  ContentCheck check_ = 0;  // of the content's first bytes, `checked_` of them
+  size_t checked_ = 0;
+  size_t moved_ = 0;  // bytes of the frame
   bool begun_ = false;
 };
 
@@ -86,13 +103,18 @@ class InFrame {
   // The last receive() brought the end of the header. Where the frame is not of the length expected, the rest
   // of what has come is the beginning of its content.
   bool header_is_new() const { return header_is_new_; }
+  // What came with the content; it fits where the content is what was sent.
+  ContentCheck check() const { return check_; }
   size_t moved() const { return moved_; }
-  size_t content_moved() const { return moved_ > sizeof(FrameHeader) ? moved_ - sizeof(FrameHeader) : 0; }
+  // What has come behind the header, of a frame of another length than expected.
+  std::string begun(const char* content) const;
   void next() { moved_ = 0; }
 
  private:
   FrameHeader header_{};
-  size_t moved_ = 0;  // bytes, header included
+  ContentCheck check_ = 0;
+  size_t expected_ = 0;  // bytes of the content
+  size_t moved_ = 0;     // bytes of the frame
   bool header_is_new_ = false;
 };
 
@@ -102,7 +124,7 @@ bool push(int fd, const char* data, size_t size, std::chrono::milliseconds patie
 bool push_text(int fd, FrameType type, int blamed, const std::string& text, const FrameCheck& check,
                std::chrono::milliseconds patience);
 
-// The text of a kFailure or kLeft frame whose header has come, and of its content the bytes `begun`; gives up
+// The text of a kFailure or kLeft frame whose header has come, and behind it the bytes `begun`; gives up
 // after a second. It is fit to be printed, whatever came.
 std::string read_text(int fd, std::string begun, const FrameHeader& header, const FrameCheck& check);
 

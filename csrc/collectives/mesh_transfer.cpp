@@ -107,11 +107,9 @@ void MeshTransfer::send() {
 bool MeshTransfer::send_some(Peer& peer) {
   if (!peer.out.begun()) {
     const char* content = out_data(peer);
-    const size_t bytes = piece_bytes(peer.to);
-    const uint32_t sum = content_check(content, bytes, context_->check);
-    peer.out.begin(
-        make_header(FrameType::kData, 0, context_->sequence, signature_, bytes, sum, context_->check),
-        content);
+    const FrameHeader header = make_header(FrameType::kData, 0, context_->sequence, signature_,
+                                           piece_bytes(peer.to), context_->check);
+    peer.out.begin(header, content, context_->check);
   }
   const size_t bytes = piece_bytes(peer.to);
   const Flow flow = peer.out.send(peer.fd);
@@ -133,7 +131,8 @@ bool MeshTransfer::send_some(Peer& peer) {
 void MeshTransfer::want(Peer& peer) {
   const size_t moved = peer.in.moved();
   const bool first = peer.from.part == 0 && peer.from.offset == 0 && moved < sizeof(FrameHeader);
-  const size_t bytes = peer.lost ? 1 : sizeof(FrameHeader) + (first ? 0 : piece_bytes(peer.from)) - moved;
+  const size_t whole = first ? sizeof(FrameHeader) : frame_bytes(piece_bytes(peer.from));
+  const size_t bytes = peer.lost ? 1 : whole - moved;
   if (bytes == peer.low_water) return;
   peer.low_water = bytes;
   set_low_water(peer.fd, bytes);
@@ -148,7 +147,9 @@ void MeshTransfer::receive_some(Peer& peer) {
   if (peer.in.header_is_new()) check_header(peer);
   progressed(peer);
   if (flow != Flow::kDone) return;
-  if (!intact(peer.in.header(), content, context_->check)) blame({peer.rank}, complaint::damaged());
+  if (content_check(content, bytes, context_->check) != peer.in.check()) {
+    blame({peer.rank}, complaint::damaged());
+  }
   peer.in.next();
   context_->host.progress(peer.rank).note_received(static_cast<int64_t>(bytes));
   peer.from.offset += kPiece;
@@ -166,9 +167,8 @@ void MeshTransfer::check_header(Peer& peer) {
 }
 
 std::string MeshTransfer::text_begun(const Peer& peer) const {
-  const size_t came = peer.in.content_moved();
-  std::string begun = came > 0 ? std::string(in_data(peer), came) : std::string();
-  return read_text(peer.fd, std::move(begun), peer.in.header(), context_->check);
+  const char* content = complete(peer.from) ? nullptr : in_data(peer);
+  return read_text(peer.fd, peer.in.begun(content), peer.in.header(), context_->check);
 }
 
 // --- waiting ---

@@ -69,20 +69,26 @@ class RingTransfer {
     return forwards_ || piece.source < 0 ? piece.own : slot(plan_.inbound[static_cast<size_t>(piece.source)]);
   }
 
-  FrameHeader header(FrameType type, int blamed, size_t bytes, uint32_t check) const {
-    return make_header(type, blamed, context_.sequence, plan_.signature, bytes, check, context_.check);
+  FrameHeader header(FrameType type, int blamed) const {
+    const auto bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
+    return make_header(type, blamed, context_.sequence, plan_.signature, bytes, context_.check);
+  }
+
+  void begin_frame() {
+    const int64_t source = plan_.outbound[sent_].source;
+    const FrameHeader data = header(FrameType::kData, 0);
+    if (source < 0) {
+      out_.begin(data, outbound_data(), context_.check);
+    } else {
+      out_.begin(data, outbound_data(), scratch_.checks[static_cast<size_t>(source)]);
+    }
   }
 
   // Sends as much of the current frame as the socket takes; false when there is nothing to send or no room.
   bool send_some() {
     if (!out_.begun()) {
       if (!next_piece_ready()) return false;
-      const Piece& piece = plan_.outbound[sent_];
-      const char* content = outbound_data();
-      const auto bytes = static_cast<size_t>(piece.bytes);
-      const uint32_t check = piece.source < 0 ? content_check(content, bytes, context_.check)
-                                              : scratch_.checks[static_cast<size_t>(piece.source)];
-      out_.begin(header(FrameType::kData, 0, bytes, check), content);
+      begin_frame();
     }
     const Flow flow = out_.send(links_.to_next());
     if (flow == Flow::kLost) lose_next(complaint::lost(errno));
@@ -144,7 +150,7 @@ class RingTransfer {
   // exchange is looked at on its own: a neighbour that is in another collective may never send as much.
   size_t wanted() const {
     const bool first = received_ == 0 && in_.moved() < sizeof(FrameHeader);
-    return sizeof(FrameHeader) + (first ? 0 : inbound_bytes()) - in_.moved();
+    return (first ? sizeof(FrameHeader) : frame_bytes(inbound_bytes())) - in_.moved();
   }
 
   void want(size_t bytes) {
@@ -164,7 +170,7 @@ class RingTransfer {
     in_.next();
     if (header.type == FrameType::kData) {
       take_piece();
-    } else if (!intact(header, inbound_data(), context_.check)) {
+    } else if (!intact(inbound_data(), header.bytes)) {
       blame(prev_, complaint::damaged());
     } else if (header.blamed != context_.rank && header.blamed != blamed_) {
       blamed_ = header.blamed;
@@ -185,18 +191,21 @@ class RingTransfer {
 
   // The text of a kFailure or kLeft frame, whose first bytes came with the header.
   std::string text_begun() {
-    return read_text(links_.from_prev(), std::string(inbound_data(), in_.content_moved()), in_.header(),
-                     context_.check);
+    return read_text(links_.from_prev(), in_.begun(inbound_data()), in_.header(), context_.check);
+  }
+
+  bool intact(const char* content, size_t bytes) const {
+    return content_check(content, bytes, context_.check) == in_.check();
   }
 
   void take_piece() {
     const Piece& piece = plan_.inbound[received_];
     if (!forwards_) {
       add(piece);
-    } else if (!intact(in_.header(), piece.out, context_.check)) {
+    } else if (!intact(piece.out, in_.header().bytes)) {
       blame(prev_, complaint::damaged());
     } else {
-      scratch_.checks[received_] = in_.header().content_check;
+      scratch_.checks[received_] = in_.check();
     }
     if (!forwards_ && piece.out == nullptr) ++waiting_sums_;
     context_.host.progress(prev_).note_received(piece.bytes);
@@ -220,7 +229,7 @@ class RingTransfer {
       accumulate(piece.type, sum + at, came + at, piece.own + at, bytes / size, rule);
       if (!last) check_out = content_check(sum + at, static_cast<size_t>(bytes), context_.check, check_out);
     }
-    if (check_in != in_.header().content_check) blame(prev_, complaint::damaged());
+    if (check_in != in_.check()) blame(prev_, complaint::damaged());
     scratch_.checks[received_] = check_out;
   }
 
@@ -280,12 +289,9 @@ class RingTransfer {
 
   // As long as the frame it comes instead of, since the receiver sleeps until so much has come.
   void tell_starved() {
-    std::vector<char> frame(sizeof(FrameHeader) + static_cast<size_t>(plan_.outbound[sent_].bytes));
-    const char* content = frame.data() + sizeof(FrameHeader);
-    const size_t bytes = frame.size() - sizeof(FrameHeader);
-    const FrameHeader waiting =
-        header(FrameType::kWaiting, blamed_, bytes, content_check(content, bytes, context_.check));
-    std::memcpy(frame.data(), &waiting, sizeof(waiting));
+    const FrameHeader waiting = header(FrameType::kWaiting, blamed_);
+    const std::vector<char> frame =
+        make_frame(waiting, std::vector<char>(waiting.bytes).data(), context_.check);
     push(links_.to_next(), frame.data(), frame.size(), milliseconds(1000));
   }
 

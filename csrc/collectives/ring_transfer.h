@@ -17,9 +17,10 @@ struct RingScratch {
 // a throw the connections are of no further use, and what is in the outputs is not defined.
 //
 // Note [Checksums in the cache]
-// Every byte is read once for its checksum by who sends it first, and once by each who receives it. What is
-// received is checked and added a block at a time, while the block is in the first-level cache, and the sum's
-// checksum is taken in the same pass. What an all-gather sends on is what came, so its checksum is too.
+// No byte is fetched from memory for its checksum alone. What is sent for the first time is summed behind the
+// kernel's copy, see Note [The checksum comes last]. What is received is checked and added a block at a time,
+// while the block is in the first-level cache, and the checksum of the result is taken in the same pass. What
+// an all-gather sends on is what came, and so is its checksum.
 //
 // Data goes from each rank to the next. Against it only news travels, for which there is thus always room.
 void run_ring_transfer(const Exchange& exchange, const RingPlan& plan, const RingLinks& links,
