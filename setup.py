@@ -16,16 +16,16 @@ ROOT = Path(__file__).resolve().parent
 def need_torch() -> None:
     """Ends the build with one sentence where torch is not installed.
 
-    The module works with the torch that it was compiled against only, so torch is no requirement of the build: pip would
-    bring the newest one, whatever is installed. Where pip isolates the build, this Python finds the installed one without
-    pip's PYTHONPATH; CMakeLists.txt looks for it in the same two places.
+    The module works only with the torch that it was compiled against, so torch is no requirement of the build: pip
+    would bring the newest one, whatever is installed. Where pip isolates the build, this Python finds the installed one
+    without pip's PYTHONPATH; CMakeLists.txt looks for it in the same two places.
     """
     outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     look = [sys.executable, "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"]
     if all(subprocess.run(look, env=one, cwd=ROOT.anchor).returncode for one in (None, outside)):
         raise SystemExit(
-            "error: torch is not installed in this environment: install torch 2.11 to 2.15 first (`pip install torch`), "
-            "or, where it is installed and the build is isolated from it, add --no-build-isolation."
+            "error: torch is not installed in this environment: install torch 2.11 to 2.15 first (`pip install "
+            "torch`), or, where it is installed and the build is isolated from it, add --no-build-isolation."
         )
 
 
