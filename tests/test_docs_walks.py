@@ -1,4 +1,4 @@
-"""The architecture page lists the Python files that a step passes through: a traced step must say the same."""
+"""The architecture page lists the files that a step passes through, and counts them: a traced step must say the same."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def section(title: str) -> str:
     return found[1]
 
 
+def native_files(text: str) -> set[str]:
+    return set(re.findall(r"`(csrc/[\w/]+\.(?:cpp|h))`", text))
+
+
 def files_of_a_step(rank: int, world: int, compressed: bool) -> list[str]:
     """The files of `dear` and `compress` in which a function is called during one step in steady state."""
     torch.manual_seed(0)
@@ -43,7 +47,7 @@ def files_of_a_step(rank: int, world: int, compressed: bool) -> list[str]:
         optimizer.zero_grad()
 
     with dear.attach(model, optimizer, compressor=compress.ACPSGD(rank=4) if compressed else None):
-        for _ in range(5):  # DDP rebuilds its buckets in the second
+        for _ in range(5):  # the first lays the buckets
             step()
         sys.setprofile(profile)
         try:
@@ -53,6 +57,18 @@ def files_of_a_step(rank: int, world: int, compressed: bool) -> list[str]:
     return sorted(entered)
 
 
+def test_counts_are_those_of_the_lists():
+    dense, compressed = (section(f"The files of a {kind} step") for kind in ("dense", "compressed"))
+    shared = native_files(dense.partition("Also entered")[2])  # "in C++ the same files as in a dense step"
+    vectors = native_files(compressed.partition("Vectors travel dense")[2])
+    assert len(vectors) == 2
+    for text, native in (dense, native_files(dense)), (compressed, native_files(compressed) - vectors | shared):
+        numbered = len(re.findall(r"^\| \d+ \|", text, re.MULTILINE))
+        said = re.search(r"(\d+)( files hold|\. All files).*?(\d+) in Python and (\d+) in C\+\+", text, re.DOTALL)
+        assert said is not None
+        assert (int(said[1]), int(said[4])) == (numbered, len(native))
+
+
 @pytest.mark.parametrize(
     ("title", "compressed", "longest"),
     [("The files of a dense step", False, 12), ("The files of a compressed step", True, 18)],
@@ -60,6 +76,7 @@ def files_of_a_step(rank: int, world: int, compressed: bool) -> list[str]:
 def test_walks_name_the_files_of_a_step(pool2, title, compressed, longest):
     text = section(title)
     found = set(pool2.run(files_of_a_step, compressed)[0])
+    assert f"{len(found)} in Python" in text
     assert set(re.findall(r"`((?:dear|compress)/\w+\.py)`", text)) == found
     numbered = re.findall(r"^\| (\d+) \| `([\w/.]+)` \|", text, re.MULTILINE)
     assert [int(number) for number, _ in numbered] == list(range(1, len(numbered) + 1))

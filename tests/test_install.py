@@ -1,0 +1,51 @@
+"""Building against the torch that is installed, also where pip isolates the build from it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NEED_TORCH = "import runpy, setuptools; setuptools.setup = lambda **_: None; runpy.run_path('setup.py')['need_torch']()"
+
+
+@pytest.fixture
+def isolated(tmp_path: Path) -> dict[str, str]:
+    """An environment in which Python finds no torch, by PYTHONPATH as in pip's isolated builds."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "hidden")}
+
+
+def need_torch(python: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.executable = {str(python)!r}; {NEED_TORCH}"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_an_isolated_build_finds_the_installed_torch(isolated: dict[str, str]) -> None:
+    without = subprocess.run([sys.executable, "-c", "import torch"], env=isolated, capture_output=True, text=True)
+    assert "ModuleNotFoundError" in without.stderr
+    done = need_torch(sys.executable, isolated)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_torch_there_is_one_sentence(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    done = need_torch(tmp_path / "bare" / "bin" / "python")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: torch is not installed in this environment: install torch 2.11 to 2.15 first")
+
+
+@pytest.mark.slow
+def test_cmake_finds_the_installed_torch_too(isolated: dict[str, str], tmp_path: Path) -> None:
+    if shutil.which("cmake") is None or shutil.which("ninja") is None:
+        pytest.skip("cmake and ninja are not on the PATH")
+    configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
+    done = subprocess.run(configure, env=isolated, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Found Torch" in done.stdout
