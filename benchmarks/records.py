@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from . import cuda
 from .spelling import of_today
 
 SCHEMA = 1  # raised when a reader of older files would misread newer ones
@@ -25,11 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def header(benchmark: str, settings: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """The first part of a result: what was run, with what, on what. Holds no host name and no path of this machine.
 
-    device: where tensors live; for "cuda" the GPU is named, with the versions of CUDA and NCCL that torch has.
+    device: where tensors live; for "cuda" the GPU is named, with the versions of CUDA and NCCL that torch has,
+    and what else decides results there (cuda.py).
     """
     on, with_what = machine(), versions()
     if device == "cuda" and torch.cuda.is_available():
         on["gpu"] = torch.cuda.get_device_name()
+        on["gpu_settings"] = cuda.settings()
         with_what["cuda"] = torch.version.cuda
         with_what["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return {
@@ -41,6 +44,7 @@ def header(benchmark: str, settings: dict[str, Any], device: str = "cpu") -> dic
         "machine": on,
         "versions": with_what,
         "settings": settings,
+        **({"clocks": cuda.clocks()} if device == "cuda" else {}),
     }
 
 

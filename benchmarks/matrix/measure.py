@@ -2,7 +2,8 @@
 
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +24,25 @@ class Ended:
     status: int
     reason: str
     log: Path
+    cut: bool = False  # it was interrupted, since its time was over
 
 
 def run(
-    command: Sequence[str], log: Path, report: Callable[[progress.Step], None], show: Callable[[str], None]
+    command: Sequence[str],
+    log: Path,
+    report: Callable[[progress.Step], None],
+    show: Callable[[str], None],
+    limit: float | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Ended:
-    """Runs the command until it ends.
+    """Runs the command until it ends, or is interrupted after `limit` seconds. env: added to the environment.
 
     Its standard output and error go to `log`, and line by line to `show`, those that tell its progress to `report`
     instead. On KeyboardInterrupt, or a polite end of this process, the command is interrupted once, waited for, and
     KeyboardInterrupt raised.
     """
-    environment = {**python_path(), **progress.as_json, "PYTHONUNBUFFERED": "1"}
-    last = ""
+    environment = {**python_path(), **progress.as_json, "PYTHONUNBUFFERED": "1", **(env or {})}
+    last, over = "", threading.Event()
     # SIGINT among them: a shell's background job inherits it as ignored, and would hand that on to the benchmark.
     with (
         log.open("w") as file,
@@ -45,6 +52,7 @@ def run(
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         process = processes.start(command, environment, **pipes).process
         assert process.stdout is not None
+        clocks = _ended_after(limit, process, over)
         try:
             for line in process.stdout:
                 file.write(line)
@@ -59,7 +67,28 @@ def run(
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_TO_END)
             raise
-    return Ended(status, last if status else "", log)
+        finally:
+            for clock in clocks:
+                clock.cancel()
+    return Ended(status, last if status else "", log, over.is_set() and status != 0)
+
+
+def _ended_after(
+    limit: float | None, process: "subprocess.Popen[str]", over: threading.Event
+) -> Sequence[threading.Timer]:
+    """Starts clocks that interrupt the process after so many seconds, and kill it where that does not help."""
+    if limit is None:
+        return []
+
+    def interrupt() -> None:
+        over.set()
+        process.send_signal(signal.SIGINT)
+
+    clocks = [threading.Timer(limit, interrupt), threading.Timer(limit + SECONDS_TO_END, process.kill)]
+    for clock in clocks:
+        clock.daemon = True
+        clock.start()
+    return clocks
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""Everything that a short time on one GPU can show, in the order of worth: python -m benchmarks.gpu --minutes 9.
+
+Builds the extension for the GPU that is here, runs the CUDA tests, measures the kernels and then training steps over
+NCCL, with several ranks on the one GPU. What is finished is stored at once, and --resume goes on from there, so several
+short calls make one result. Needs an NVIDIA GPU, nvcc, and torch with CUDA; no network. --dry-run rehearses it on any
+machine, over gloo with host tensors and tiny sizes.
+"""
+
+import argparse
+import shlex
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from .. import cells, cuda, records
+from ..command import Parser, fail, number, terminal
+from . import mps
+from .measure import Call
+from .show import show
+from .tasks import tasks
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__package__, __doc__)
+    parser.add_argument("--minutes", type=partial(number, above=0), default=9.0, help="of this call (default: 9)")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="where results go (default: out/gpu)")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier call stopped")
+    parser.add_argument("--dry-run", action="store_true", help="rehearse without a GPU, with tiny sizes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given, console = arguments(), terminal()
+    if not given.dry_run and not cuda.query():
+        fail("nvidia-smi names no GPU here: run this where there is one, or rehearse it with --dry-run.")
+    given.out.mkdir(parents=True, exist_ok=True)
+    with cells.ended_by_a_sentence(given.out / "gpu.json"):
+        about = nullcontext("MPS is not used in a rehearsal.") if given.dry_run else mps.started()
+        with about as sentence:
+            console.print(sentence, highlight=False)
+            became = run(given, console)
+    show(became, console)
+    if any(became.values()):
+        typed = [word for word in sys.argv[1:] if word != "--resume"]
+        console.print(
+            "Go on with: " + shlex.join(["python", "-m", str(__package__), *typed, "--resume"]), soft_wrap=True
+        )
+    raise SystemExit(1 if any(why.startswith("failed") for why in became.values()) else 0)
+
+
+def run(given: argparse.Namespace, console: Console) -> dict[str, str]:
+    """All tasks, as far as the time goes; what became of each."""
+    path = given.out / "gpu.json"
+    header = records.header("gpu", {"dry_run": given.dry_run}, "cpu" if given.dry_run else "cuda")
+    store = cells.Store.open(header, path, given.resume)
+    return Call(tasks(given.dry_run), given.minutes, given.out, store, given.resume and path.exists(), console).run()
+
+
+if __name__ == "__main__":
+    main()

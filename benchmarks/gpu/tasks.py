@@ -1,0 +1,85 @@
+"""What the command does, in the order of worth: for a GPU, and as a rehearsal on any machine."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..records import ROOT
+
+PACKAGE = __name__.split(".")[0]  # as it is imported here: from a checkout or installed
+
+# Every rank is a host of its own to NCCL (NCCL_HOSTID, set for each worker), connected by sockets.
+SOCKETS = {"NCCL_NET": "Socket", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+STRATEGIES = "none,ddp:25,ddp:4,ddp+fp16:25,dear,bf16:25,dear+bf16,dear+acp:4"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One command."""
+
+    name: str
+    arguments: tuple[str, ...]  # what Python is given
+    minutes: float = 0.0  # that it takes; it is not begun where less is left
+    share: float = 1.0  # of all the time of a call: then it is interrupted, and goes on in the next call
+    results: str = ""  # the file that it writes into the output folder
+    env: Mapping[str, str] = field(default_factory=dict)
+    every_call: bool = False  # also if an earlier call has done it; nothing else can run where it fails
+
+    @property
+    def tests(self) -> bool:
+        """Whether it runs tests, of which each is a step by itself."""
+        return "pytest" in self.arguments
+
+    def command(self, folder: Path, resume: bool) -> list[str]:
+        """A benchmark gets its file, and is told to go on with it."""
+        more: list[str] = []
+        if self.results and not self.tests:
+            more = ["--json", str(folder / self.results), *(["--resume"] if resume else [])]
+        return [sys.executable, *self.arguments, *more]
+
+
+def tasks(dry_run: bool) -> list[Task]:
+    """All of them."""
+    if not (ROOT / "CMakeLists.txt").exists():  # installed: there is nothing to build, and no test
+        return _benchmarks(dry_run)
+    build = ("-c", "import dear._C") if dry_run else ("-m", f"{PACKAGE}.gpu.build")
+    return [Task("build", build, every_call=True), *_tests(dry_run), *_benchmarks(dry_run)]
+
+
+def _tests(dry_run: bool) -> list[Task]:
+    """The kernels' tests, then the host's tests with CUDA tensors."""
+    kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_kernels_*.py"))
+    only = ("-k", "cuda")
+    if dry_run:
+        kernels, only = ["tests/test_kernels_ops.py"], ("-k", "cpu and opcheck and dense")
+    pytest = ("-m", "pytest", "-p", f"{PACKAGE}.gpu.outcomes", "-p", "no:cacheprovider")
+    return [
+        Task("tests-kernels", (*pytest, *only, *kernels), share=0.25, results="tests-kernels.jsonl"),
+        Task("tests-nccl", (*pytest, "tests/test_cuda.py"), share=0.35, results="tests-nccl.jsonl"),
+    ]
+
+
+def _benchmarks(dry_run: bool) -> list[Task]:
+    if dry_run:
+        digits = "--backend gloo --device cpu --workload digits --rates unlimited --rounds 1 --warmup 1 --steps 1"
+        return [
+            _benchmark("kernels", "kernels", "--device cpu --numel 4096 --rounds 1 --threads 1"),
+            _benchmark("training-resnet50", "training", f"{digits} --strategies none,ddp:25,dear,dear+acp:4"),
+        ]
+    training = f"--backend nccl --device cuda --rates 10gbit --rounds 4 --strategies {STRATEGIES}"
+    four = f"{training} --workers 4 --batch 32"
+    return [
+        _benchmark("kernels", "kernels", "--device cuda", 0.2, share=0.3),
+        _benchmark("training-resnet50", "training", f"{training} --workload resnet50", 1.5),
+        _benchmark("training-bert-base", "training", f"{training} --workload bert-base", 2),
+        _benchmark("kernels-large", "kernels", "--device cuda --numel 134217728 --rounds 5", 0.5),
+        _benchmark("training-resnet50-4w", "training", f"{four} --workload resnet50", 2),
+        _benchmark("training-bert-base-4w", "training", f"{four} --workload bert-base", 3),
+    ]
+
+
+def _benchmark(name: str, module: str, arguments: str, minutes: float = 0, share: float = 1) -> Task:
+    command = ("-m", f"{PACKAGE}.{module}", *shlex.split(arguments))
+    return Task(name, command, minutes, share, f"{name}.json", SOCKETS if module == "training" else {})
