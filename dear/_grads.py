@@ -82,3 +82,11 @@ def dropped(name: str) -> RuntimeError:
         f'The .grad of {name} was set to None after backward(), which has no effect with update="sharded", since the '
         'average exists only in shards: use dear.attach(..., update="replicated").'
     )
+
+
+def superseded(name: str) -> RuntimeError:
+    """The error for a gradient in shards that was taken out of ``.grad`` before."""
+    return RuntimeError(
+        f'The gradient of {name} that was asked about no longer stands in .grad, and with update="sharded" its values '
+        "are gone then: read .grad again after each backward()."
+    )

@@ -41,9 +41,12 @@ _ZERO = (torch.Tensor.zero_, torch._foreach_zero_)
 
 
 class LocalGrad(torch.Tensor):
-    """This worker's own gradient, under ``update="sharded"``: the average exists only in shards."""
+    """This worker's own gradient, under ``update="sharded"``: the average exists only in shards, and answers there what
+    it can (:mod:`dear._grad_operators`)."""
 
     settle: Callable[[], None]
+    place: int  # in the layout
+    answer: Callable[[Any, Any, Any], Any]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,10 +59,14 @@ class LocalGrad(torch.Tensor):
                 return func(*args, **(kwargs or {}))
         if func is torch.Tensor.__repr__:
             return "<this worker's own gradient; the average is held in shards>"
+        grad = next(value for value in tree_iter((args, kwargs)) if isinstance(value, LocalGrad))
+        answer = grad.answer(func, args, kwargs or {})
+        if answer is not NotImplemented:
+            return answer
         raise RuntimeError(
             f"{getattr(func, '__name__', func)} was called on a .grad that is this worker's own, because with "
-            'update="sharded" the average exists only in shards: use engine.clip_grad_norm_() to clip, or '
-            'dear.attach(..., update="replicated") to read, scale or change gradients.'
+            'update="sharded" the average exists only in shards: ask for norms, scale or clamp in place, or use '
+            'dear.attach(..., update="replicated").'
         )
 
 
@@ -94,10 +101,13 @@ def _settled(value: Any) -> Any:
     return value
 
 
-def local_grad(view: torch.Tensor, settle: Callable[[], None]) -> LocalGrad:
-    """``view`` of a bucket as a gradient that nobody may read; ``settle`` is called before it is set to zero."""
+def local_grad(
+    view: torch.Tensor, place: int, settle: Callable[[], None], answer: Callable[[Any, Any, Any], Any]
+) -> LocalGrad:
+    """``view`` of a bucket as a gradient that nobody may read; ``settle`` is called before it is set to zero, and
+    ``answer`` is asked about everything else: it takes a function and its arguments."""
     grad = view.as_subclass(LocalGrad)
-    grad.settle = settle
+    grad.settle, grad.place, grad.answer = settle, place, answer
     return grad
 
 

@@ -20,6 +20,7 @@ from dear._homes import Homes
 from dear._layout import Layout, Segment, cut_segments
 from dear._optimizer import ELEMENTWISE, Groups
 from dear._placeholders import Placeholders, local_grad
+from dear._sharded_gradients import ShardedGradients
 from dear._state_views import ShardedState
 from dear._update import Request, Update
 from dear.collectives import shard_range
@@ -39,6 +40,7 @@ class ShardedUpdate(Update):
         self._state: dict[torch.Tensor, dict[str, Any]] = {}  # by segment
         self._shown: Any = None  # in optimizer.state
         self._exporting = False
+        self._gradients = ShardedGradients(attached)
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -70,9 +72,10 @@ class ShardedUpdate(Update):
         self._homes = Homes(layout)
         settle = weakly(self.attached, lambda attached: attached.scheduler.synchronize())
         self._cut(layout, former)
+        answer = self._gradients.answering()
         return [
-            (place.param, local_grad(place.view(layout.buckets[place.bucket].buffer.view(-1)), settle))
-            for place in layout.places
+            (place.param, local_grad(place.view(layout.buckets[place.bucket].buffer.view(-1)), index, settle, answer))
+            for index, place in enumerate(layout.places)
         ]
 
     def _cut(self, layout: Layout, full: _state.FullState) -> None:
@@ -108,6 +111,9 @@ class ShardedUpdate(Update):
             attached.scheduler.replace_buffers(list(zip(layout.shard, layout.full, strict=True)))
         if members:
             self._cut(layout, self._full_state())
+
+    def before_forward(self, reduces: bool) -> None:
+        self._gradients.before_forward()
 
     # --- the step ---
 
@@ -209,7 +215,9 @@ class ShardedUpdate(Update):
                 "for the cause, or pass error_if_nonfinite=False."
             )
         if grads:
-            torch._foreach_mul_(grads, torch.clamp(max_norm / (total + 1e-6), max=1.0))
+            coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+            torch._foreach_mul_(grads, coefficient)
+            self._gradients.scaled(coefficient)
         return total
 
     def _norms(self, own: torch.Tensor | None) -> torch.Tensor:

@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from dear._address import listening_address
+from dear._generation import agree_on_generation, store_outlives_us
 
 __all__ = ["Job", "detect", "expand_nodelist", "init_process_group"]
 
@@ -54,7 +57,8 @@ def init_process_group(backend: str | None = None, timeout: timedelta | float | 
     order, and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not. MASTER_ADDR
     and MASTER_PORT, where set, are kept. Under mpirun, MPI is only used to agree on an address and is finalized
     thereafter, unless the script had initialized it: ranks waiting for each other in MPI_Finalize would keep a failed
-    one from ending.
+    one from ending. Under torchrun, processes that are started anew (--max-restarts) meet no address of those before
+    them.
 
     backend: NCCL if there is CUDA, otherwise gloo. With NCCL, this process's device becomes the one of its local rank.
     timeout: of collectives, a timedelta or seconds; by default torch's.
@@ -82,7 +86,16 @@ def init_process_group(backend: str | None = None, timeout: timedelta | float | 
         os.environ.update(job.environment())
         if "nccl" in backend:
             torch.cuda.set_device(_device_index(job, torch.cuda.device_count()))
+        if store_outlives_us(os.environ) and backend != "mpi":
+            kwargs |= _own_store(kwargs.get("timeout", default_pg_timeout))
     dist.init_process_group(backend, **kwargs)
+
+
+def _own_store(timeout: timedelta) -> dict[str, Any]:
+    """The elastic agent's store, with keys of this generation's own."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    name = agree_on_generation(store, rank, world_size, timeout)
+    return {"store": dist.PrefixStore(f"generation/{name}", store), "rank": rank, "world_size": world_size}
 
 
 # ----------------------------------------------------------------------------------------- what the environment says

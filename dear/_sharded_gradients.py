@@ -1,0 +1,181 @@
+"""Averaged gradients that exist in shards: what can be asked of them and done to them, with plain DDP's result.
+
+Note [Asking for gradients in shards]
+A norm is answered collectively: each rank computes it of its part of every gradient, all parts go round in one
+exchange, and every rank then knows the norm of every gradient. So the first question after a backward pass must be
+asked by every rank, and those that follow cost nothing. What changes each element by itself is done to this rank's
+parts alone. GradScaler's check is both, and its verdict is every rank's. The local gradients, which DDP adds to if
+they are not zeroed, follow when the next forward pass begins.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from dear import _C, _grads
+from dear._attached import Attached
+from dear._context import StepContext, ordinary
+from dear._grad_operators import answer
+from dear._placeholders import LocalGrad
+from dear.collectives import shard_range
+
+Norms = torch.Tensor  # one for each place of the layout
+
+
+class ShardedGradients:
+    """The averages of the last reduced backward pass; each question and each change is every rank's."""
+
+    def __init__(self, attached: Attached) -> None:
+        self._attached = attached
+        self._passes = -1  # backward passes that had been reduced when this was last looked at
+        self._norms: dict[float, tuple[Norms, set[int]]] = {}  # by order; which of them a change has made stale
+        self._factors: dict[int, Any] = {}  # by place: the average is that of the local gradients times this
+        self._changed: set[int] = set()  # places whose averages were changed otherwise
+
+    # --- what placeholders ask for ---
+
+    def answering(self) -> Callable[[Any, Any, Any], Any]:
+        """What a placeholder asks. It keeps nothing alive: the native scheduler keeps placeholders, where the garbage
+        collector sees no cycle."""
+        held = weakref.ref(self)
+
+        def ask(func: Any, args: Any, kwargs: Any) -> Any:
+            alive = held()
+            return NotImplemented if alive is None else answer(alive, func, args, kwargs)
+
+        return ask
+
+    def norms(self, grads: Sequence[LocalGrad], order: float) -> list[torch.Tensor]:
+        """The norm of each of these averaged gradients. Collective, unless it is known."""
+        at = [self._place(grad) for grad in grads]
+        known, stale = self._norms.get(order, (None, set()))
+        if known is None or stale.intersection(at):
+            with ordinary(StepContext(self._attached.device, grad=False)):
+                known = self._gather_norms(order)
+            self._norms[order] = known, set()
+        return [known[index].to(grad.dtype) for index, grad in zip(at, grads, strict=True)]
+
+    def change(self, grads: Sequence[LocalGrad], operator: Callable[[list[torch.Tensor]], Any], factor: Any) -> None:
+        """Applies an elementwise operator to this rank's parts of these gradients.
+
+        factor: what the operator multiplies by, or None where it does something else.
+        """
+        at = [self._place(grad) for grad in grads]
+        with ordinary(StepContext(self._attached.device, grad=False)):
+            parts = [part for part in map(self._part, at) if part is not None]
+            if parts:
+                operator(parts)
+        self._note(at, factor)
+
+    def unscale(self, grads: Sequence[LocalGrad], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
+        """GradScaler's: multiplies by ``inv_scale``, and sets ``found_inf`` on every rank if any element of any of
+        these gradients is not finite. Collective."""
+        self.change(
+            grads, lambda parts: torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale),
+            inv_scale.clone(),
+        )  # fmt: skip
+        with ordinary(StepContext(self._attached.device, grad=False)):
+            found = self._gather(found_inf.view(1), "the overflow check of the gradients")
+            found_inf.copy_(found.max())
+
+    # --- what the update strategy tells ---
+
+    def scaled(self, factor: Any) -> None:
+        """All averages were multiplied by this."""
+        self._look()
+        self._note(range(len(self._attached.known_layout.places)), factor)
+
+    def before_forward(self) -> None:
+        """A backward pass may follow, which adds to the local gradients that were not zeroed."""
+        attached = self._attached
+        if attached.layout is None or not (self._factors or self._changed):
+            return
+        places = attached.layout.places
+        for index in sorted(self._factors.keys() | self._changed):
+            param = places[index].param
+            with torch._C.DisableTorchFunctionSubclass():
+                grad = param.grad
+                if not isinstance(grad, LocalGrad):
+                    continue
+                if index in self._changed:
+                    raise RuntimeError(
+                        f"The .grad of {attached.names[param]} was changed other than by a factor, and not zeroed "
+                        'before the next forward pass, which update="sharded" cannot add to: call '
+                        'optimizer.zero_grad(), or use dear.attach(..., update="replicated").'
+                    )
+                plain = grad.as_subclass(torch.Tensor)
+                with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(plain):
+                    plain.mul_(self._factors[index])
+        self._factors.clear()
+        self._changed.clear()
+
+    # --- inside ---
+
+    def _look(self) -> None:
+        """Forgets what is of an earlier backward pass, and waits for this one's averages.
+
+        Raises:
+            RuntimeError: the last one was not reduced, or gradients were written to since.
+        """
+        attached, scheduler = self._attached, self._attached.scheduler
+        attached.check_reduced()
+        if self._passes != scheduler.passes():
+            self._passes = scheduler.passes()
+            self._norms.clear()
+            self._factors.clear()
+            self._changed.clear()
+        if scheduler.has_gradients():
+            scheduler.check_untouched()
+        scheduler.synchronize()
+
+    def _place(self, grad: LocalGrad) -> int:
+        """Where the gradient stands in the layout."""
+        self._look()
+        place = self._attached.known_layout.places[grad.place]
+        with torch._C.DisableTorchFunctionSubclass():
+            if place.param.grad is not grad:
+                raise _grads.superseded(self._attached.names[place.param])
+        return grad.place
+
+    def _part(self, index: int) -> torch.Tensor | None:
+        """This rank's part of the average; None where it has none."""
+        layout = self._attached.known_layout
+        place = layout.places[index]
+        begin, end = shard_range(layout.full[place.bucket].numel(), self._attached.world, self._attached.rank)
+        start, stop = max(begin, place.start), min(end, place.stop)
+        return layout.shard[place.bucket][start - begin : stop - begin] if start < stop else None
+
+    def _note(self, at: Iterable[int], factor: Any) -> None:
+        at = set(at)
+        for _, stale in self._norms.values():
+            stale |= at
+        if factor is None:
+            self._changed |= at
+            return
+        for index in at:
+            self._factors[index] = self._factors.get(index, 1.0) * factor
+
+    def _gather_norms(self, order: float) -> Norms:
+        places = self._attached.known_layout.places
+        nothing = float("inf") if order < 0 else 0.0
+        mine = torch.full((len(places),), nothing, dtype=torch.float64, device=self._attached.device)
+        for index in range(len(places)):
+            part = self._part(index)
+            if part is not None:
+                wide = torch.float64 if part.dtype == torch.float64 else torch.float32
+                mine[index] = torch.linalg.vector_norm(part, order, dtype=wide)
+        everyones = self._gather(mine, "the norms of the gradients")
+        return everyones.sum(0) if order == 0 else torch.linalg.vector_norm(everyones, order, dim=0)
+
+    def _gather(self, mine: torch.Tensor, label: str) -> torch.Tensor:
+        """Every rank's row, by rank, in the all-gather lane, so that a missing peer is named as everywhere."""
+        attached = self._attached
+        rows = mine.new_empty(attached.world, mine.numel())
+        rows[attached.rank] = mine
+        lane = attached.gather_lane
+        lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(rows.view(-1), rows[attached.rank])], label).wait()
+        return rows

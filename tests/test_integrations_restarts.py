@@ -1,0 +1,123 @@
+"""A worker is killed in mid-training; torchrun starts all anew, and they end where an uninterrupted run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dear._generation import agree_on_generation
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS = ["1:13:forward", "0:13:backward", "1:14:save", "1:0:start", "0:0:start", "1:7:backward,0:21:forward"]
+
+
+def torchrun(folder: Path, kills: str, how: tuple[str, ...] = ("--standalone",)) -> tuple[str, dict[str, torch.Tensor]]:
+    """The output of a job, and the parameters that it ended with."""
+    checkpoint = folder / "checkpoint.pt"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", *how, "--nproc_per_node=2", "--max-restarts=2",
+        str(ROOT / "tests" / "restarting.py"), str(checkpoint), str(folder / "killed"), kills,
+    ]  # fmt: skip
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "MASTER_"))}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with subprocess.Popen(
+        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            output = process.communicate(timeout=250)[0]
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, output
+    assert len(list(folder.glob("killed.*"))) == len([kill for kill in kills.split(",") if kill]), output
+    return output, torch.load(checkpoint, weights_only=False)["model"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    output, final = torchrun(tmp_path_factory.mktemp("uninterrupted"), "")
+    assert "started at step 0" in output
+    return final
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", KILLS)
+def test_a_job_comes_back(kills, uninterrupted, tmp_path):
+    output, final = torchrun(tmp_path, kills)
+    last = int(kills.split(",")[-1].split(":")[1])
+    assert f"started at step {last // 5 * 5}" in output
+    for name, value in uninterrupted.items():
+        assert torch.equal(final[name], value), name
+
+
+@pytest.mark.slow
+def test_a_job_comes_back_with_a_static_rendezvous(uninterrupted, tmp_path, free_port):
+    how = ("--master-addr=127.0.0.1", f"--master-port={free_port}")
+    _, final = torchrun(tmp_path, "1:13:forward,0:16:backward", how)
+    for name, value in uninterrupted.items():
+        assert torch.equal(final[name], value), name
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# The agreement on a name
+
+
+def generation(store: dist.Store, ranks: list[int], world: int, seconds: float = 30.0) -> dict[int, str]:
+    """What each of these ranks gets, or the sentence of its error."""
+    names: dict[int, str] = {}
+
+    def join(rank: int) -> None:
+        try:
+            names[rank] = agree_on_generation(store, rank, world, timedelta(seconds=seconds))
+        except RuntimeError as error:
+            names[rank] = str(error)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return names
+
+
+def test_each_generation_has_one_name_of_its_own():
+    store = dist.HashStore()
+    seen = set()
+    for _ in range(5):
+        names = generation(store, [2, 0, 1], 3)
+        assert len(set(names.values())) == 1, names
+        seen |= set(names.values())
+    assert len(seen) == 5
+
+
+def test_those_who_died_before_they_had_a_name_do_not_matter():
+    store = dist.HashStore()
+    for dead in ([1], [1, 2], [2], [0, 1]):
+        lost = generation(store, dead, 3, seconds=0.2)
+        assert "not come within 0.2 s" in lost[dead[0]], lost  # rank 1 may have heard from a rank 0 that gave up
+        names = generation(store, [0, 1, 2], 3)
+        assert len(set(names.values())) == 1 and " " not in names[0], names
+
+
+def test_who_is_missing_is_named():
+    store = dist.HashStore()
+    assert "since rank 2 has not come within 0.3 s" in generation(store, [0, 1], 3, 0.3)[0]
+    assert "since ranks 1, 2, 3 have not come" in generation(store, [0], 4, 0.3)[0]
+    assert "since rank 0 has not come" in generation(store, [1], 2, 0.3)[1]
