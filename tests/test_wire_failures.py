@@ -8,6 +8,7 @@ import signal
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +128,36 @@ def test_ctrl_c_ends_a_wait():
     assert not exchange.done()
     submit(made[1])
     exchange.wait()  # it went on
+
+
+def native_waits(rank, world, phase, come):
+    lane = make_lane(dist.group.WORLD, "a lane", "native", timedelta(seconds=600))
+    full = torch.full((2000,), float(rank))
+    shard = torch.empty(2000) if phase == "all_to_all" else torch.ones(1000)
+
+    def start():
+        return lane.submit(getattr(_C.Phase, phase), _C.Reduction.average, [(full, shard)], "fusion group 1")
+
+    if rank == 1:
+        while not os.path.exists(come):
+            time.sleep(0.05)
+        start().wait()
+        return
+    exchange = start()
+    with interrupted():
+        exchange.wait()
+    assert not exchange.done()
+    Path(come).touch()
+    while not exchange.done():  # it went on, and says when it has ended
+        time.sleep(0.01)
+    exchange.wait()
+    want = {"reduce_scatter": torch.full((1000,), 0.5), "all_to_all": torch.tensor([0.0, 1.0]).repeat_interleave(1000)}
+    assert phase == "all_gather" or torch.equal(shard, want[phase])
+
+
+@pytest.mark.parametrize("phase", ["reduce_scatter", "all_gather", "all_to_all"])
+def test_ctrl_c_ends_a_wait_for_the_backend(pool2, tmp_path, phase):
+    pool2.run(native_waits, phase, str(tmp_path / "come"), group_timeout=600)
 
 
 def test_ctrl_c_ends_set_up():
