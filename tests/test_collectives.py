@@ -121,8 +121,23 @@ def test_averages_do_not_overflow(world, pool2, pool3, pool4):
     {2: pool2, 3: pool3, 4: pool4}[world].run(averages_do_not_overflow, "ring", list(LARGE))
 
 
-def test_native_averages_of_float16_do_not_overflow(pool3):
-    pool3.run(averages_do_not_overflow, "native", [torch.float16])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_native_averages_do_not_overflow(world, pool2, pool3, pool4):
+    {2: pool2, 3: pool3, 4: pool4}[world].run(averages_do_not_overflow, "native", list(LARGE))
+
+
+def native_averages_have_the_bits_of_ddp(rank, world):
+    """DDP halves, and then sums."""
+    for dtype in LARGE:
+        both = [torch.randn(1001, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(2)]
+        for tensor in both:
+            tensor[:300] *= torch.finfo(dtype).tiny  # halves are subnormal, and lose a bit
+        have = dear.all_reduce(both[rank].clone(), op="avg", algorithm="native").wait()
+        assert torch.equal(have, both[0] / 2 + both[1] / 2), dtype
+
+
+def test_native_averages_have_the_bits_of_ddp(pool2):
+    pool2.run(native_averages_have_the_bits_of_ddp)
 
 
 def part_of_the_world(rank, world):

@@ -47,8 +47,8 @@ def test_message_is_in_the_sources(message, fragments):
 
 def test_what_nothing_says_is_found(fragments):
     assert said("was still in flight: wait for it first.", fragments)
-    assert said("(its process has ended) during the", fragments)
-    assert not said("(its process has ended) after the", fragments)
+    assert said("the network between the two is cut) during the", fragments)
+    assert not said("the network between the two is cut) after the", fragments)
     assert not said("was still in flight: check that the moon is full.", fragments)
 
 

@@ -8,12 +8,13 @@ import signal
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from interrupting import interrupted
-from wire import in_ranks, lane_of, peers
+from wire import Links, in_ranks, lane_of, peers
 from workers import run_workers
 
 from dear import _C
@@ -58,6 +59,38 @@ def test_the_news_reaches_lanes_that_have_not_seen_the_death():
     outcomes = run_workers(two_lanes_of_which_each_waits_on_one, 4, expect_dead={2})
     for rank in (0, 1, 3):
         assert re.match(r"Rank 2 .* during the reduce-scatter of fusion group 1, as rank \d", outcomes[rank]), outcomes
+
+
+def linked_lanes(world):
+    """Two ring lanes of each rank, and the links they have."""
+    links = Links()
+    shared = [peers(rank, world) for rank in range(world)]
+    made = [in_ranks(world, lambda rank, n=name: lane_of(_C.RingLane, links, n, 20, shared[rank])) for name in "ab"]
+    for lanes_of in made:
+        in_ranks(world, lambda rank, lanes_of=lanes_of: submit(lanes_of[rank]).wait())
+    return made, links
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_a_link_that_is_cut_between_living_ranks_is_named_by_all(world):
+    """The connection of one lane from rank 1 to rank 2; that of the other lane stands."""
+    (lanes_of, _), links = linked_lanes(world)
+    links.cut(2, lane=0)
+    said = [failure_of(exchange) for exchange in [submit(lane) for lane in lanes_of]]
+    for sentence in said:
+        assert re.match(r"Rank 1 and rank 2 lost the connection between them, while both are alive", sentence), said
+        assert re.search(r" during the reduce-scatter of fusion group 1, as rank [12] saw it\.$", sentence), said
+
+
+def test_who_is_cut_off_from_all_says_so_and_is_named_by_all():
+    """All connections of rank 2: from rank 1, and to rank 3."""
+    (lanes_of, _), links = linked_lanes(4)
+    links.cut(2)
+    links.cut(3)
+    said = [failure_of(exchange) for exchange in [submit(lane) for lane in lanes_of]]
+    assert said[2].startswith("Rank 2 lost its connections to all other ranks at once"), said
+    for rank in (0, 1, 3):
+        assert re.match(r"Rank 2 closed its connection .*, as rank [13] saw it\.$", said[rank]), said
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,6 +160,36 @@ def test_ctrl_c_ends_a_wait():
     assert not exchange.done()
     submit(made[1])
     exchange.wait()  # it went on
+
+
+def native_waits(rank, world, phase, come):
+    lane = make_lane(dist.group.WORLD, "a lane", "native", timedelta(seconds=600))
+    full = torch.full((2000,), float(rank))
+    shard = torch.empty(2000) if phase == "all_to_all" else torch.ones(1000)
+
+    def start():
+        return lane.submit(getattr(_C.Phase, phase), _C.Reduction.average, [(full, shard)], "fusion group 1")
+
+    if rank == 1:
+        while not os.path.exists(come):
+            time.sleep(0.05)
+        start().wait()
+        return
+    exchange = start()
+    with interrupted():
+        exchange.wait()
+    assert not exchange.done()
+    Path(come).touch()
+    while not exchange.done():  # it went on, and says when it has ended
+        time.sleep(0.01)
+    exchange.wait()
+    want = {"reduce_scatter": torch.full((1000,), 0.5), "all_to_all": torch.tensor([0.0, 1.0]).repeat_interleave(1000)}
+    assert phase == "all_gather" or torch.equal(shard, want[phase])
+
+
+@pytest.mark.parametrize("phase", ["reduce_scatter", "all_gather", "all_to_all"])
+def test_ctrl_c_ends_a_wait_for_the_backend(pool2, tmp_path, phase):
+    pool2.run(native_waits, phase, str(tmp_path / "come"), group_timeout=600)
 
 
 def test_ctrl_c_ends_set_up():

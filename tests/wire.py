@@ -26,6 +26,7 @@ class Between:
 
     def __init__(self, target: tuple[str, int], change: Change) -> None:
         self._target, self._change = target, change
+        self._ends: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
@@ -35,8 +36,15 @@ class Between:
             while True:
                 caller, _ = self._listener.accept()
                 callee = socket.create_connection(self._target)
+                self._ends += [caller, callee]
                 for ends in ((caller, callee, self._change), (callee, caller, unchanged)):
                     threading.Thread(target=self._pass, args=ends, daemon=True).start()
+
+    def cut(self) -> None:
+        """Ends every connection, as seen from both of its ends."""
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     @staticmethod
     def _pass(source: socket.socket, sink: socket.socket, change: Change) -> None:
@@ -101,6 +109,25 @@ def changing(victim: int, change: Change) -> dist.Store:
         return Between((host, port), change).port if rank == victim else port
 
     return Watched(dist.HashStore(), seen)
+
+
+class Links(Watched):
+    """A store that puts somebody before every rank of every lane: what calls that rank can be cut."""
+
+    def __init__(self) -> None:
+        self._between: dict[int, list[Between]] = {}
+        super().__init__(dist.HashStore(), self._put)
+
+    def _put(self, rank: int, host: str, port: int) -> int:
+        between = Between((host, port), unchanged)
+        self._between.setdefault(rank, []).append(between)
+        return between.port
+
+    def cut(self, rank: int, lane: int | None = None) -> None:
+        """Of ``lane``, by the order in which lanes were made, or of all."""
+        for number, between in enumerate(self._between[rank]):
+            if lane in (None, number):
+                between.cut()
 
 
 def peers(rank: int, world: int, **settings: Any) -> _C.Peers:

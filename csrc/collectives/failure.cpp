@@ -50,7 +50,16 @@ std::string sanitised(const std::string& text) {
 
 namespace complaint {
 
-std::string closed() { return "closed its connection (its process has ended)"; }
+std::string closed() {
+  return "closed its connection (its process has ended, or the network between the two is cut)";
+}
+std::string apart() {
+  return "lost the connection between them, while both are alive (suspect the network between their hosts)";
+}
+std::string alone() {
+  return "lost its connections to all other ranks at once (the network of its host is cut, or all of them "
+         "have ended)";
+}
 std::string lost(int error) { return std::string("lost its connection (") + std::strerror(error) + ")"; }
 std::string corrupt() { return "sent bytes that are not this library's: the stream is corrupt"; }
 std::string damaged() {

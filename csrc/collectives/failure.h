@@ -26,6 +26,9 @@ std::string sanitised(const std::string& text);
 // What several callers have to say of a neighbour, each a predicate of "Rank 3 ...".
 namespace complaint {
 std::string closed();
+// Of two ranks; and of this one.
+std::string apart();
+std::string alone();
 std::string lost(int error);
 std::string corrupt();
 std::string damaged();

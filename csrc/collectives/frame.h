@@ -140,6 +140,9 @@ std::optional<Word> read_word(int fd, int world, const FrameCheck& check);
 // Whether the other side has ended the connection and nothing of it is left to be read.
 bool hung_up(int fd);
 
+// Whether the other side may still send something. Disturbs nobody who reads.
+bool still_open(int fd);
+
 // Sets how many bytes must have arrived before poll() reports the socket readable (a hang-up it reports at
 // once).
 void set_low_water(int fd, size_t bytes);

@@ -105,6 +105,11 @@ std::optional<Failure> HostLane::look() {
   return wire.owns_lock() ? find_news() : std::nullopt;
 }
 
+Failure HostLane::explain_loss(int peer, const std::string& what, const Exchange& exchange) {
+  const auto patience = std::min<std::chrono::milliseconds>(timeout_ / 4, std::chrono::seconds(1));
+  return peers_->explain_loss(peer, what, phase_name(exchange.phase()), exchange.label(), patience, this);
+}
+
 std::vector<int> HostLane::gone() {
   const std::unique_lock<std::mutex> wire(shared_->wire, std::try_to_lock);
   return wire.owns_lock() && !told_ ? find_gone() : std::vector<int>{};

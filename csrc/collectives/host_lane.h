@@ -18,8 +18,8 @@ class TransferHost {
   virtual std::optional<Failure> ending() = 0;
   // Makes a failure known to the process's other lanes; returns what is to be told and thrown in its place.
   virtual Failure publish(const Failure& failure) = 0;
-  // News that has come by another lane.
-  virtual std::optional<Failure> search() = 0;
+  // What to publish of a connection to `peer` that has ended without a word; see Peers::explain_loss().
+  virtual Failure explain_loss(int peer, const std::string& what, const Exchange& exchange) = 0;
   virtual PeerProgress& progress(int peer) = 0;
 };
 
@@ -71,6 +71,10 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   virtual std::optional<Failure> find_news() = 0;
   // The ranks whose connections have ended without a word.
   virtual std::vector<int> find_gone() const = 0;
+  // There is a connection to `peer` that has not ended.
+  virtual bool open_to(int peer) const = 0;
+  // No connection stands, and nothing that came is unread.
+  virtual bool all_hung_up() const = 0;
 
   const std::shared_ptr<Peers> peers_;
   const int rank_;
@@ -107,11 +111,13 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   bool told() const override { return told_; }
   std::optional<Failure> look() override;
   std::vector<int> gone() override;
+  bool reaches(int rank) override { return open_to(rank); }
+  bool cut_off() override { return all_hung_up(); }
   LaneRecord record() override;
 
   std::optional<Failure> ending() override;
   Failure publish(const Failure& failure) override;
-  std::optional<Failure> search() override { return peers_->search(this); }
+  Failure explain_loss(int peer, const std::string& what, const Exchange& exchange) override;
   PeerProgress& progress(int peer) override { return progress_[static_cast<size_t>(peer)]; }
 
   const std::string name_;

@@ -46,4 +46,8 @@ std::vector<int> MeshLane::find_gone() const {
   return ranks;
 }
 
+bool MeshLane::open_to(int peer) const { return links_ && peer != rank_ && still_open(links_->to(peer)); }
+
+bool MeshLane::all_hung_up() const { return static_cast<int>(find_gone().size()) == world_ - 1; }
+
 }  // namespace dear

@@ -21,6 +21,8 @@ class MeshLane : public HostLane {
   void tell(FrameType type, const Failure& failure) override;
   std::optional<Failure> find_news() override { return std::nullopt; }  // it may lie behind data
   std::vector<int> find_gone() const override;
+  bool open_to(int peer) const override;
+  bool all_hung_up() const override;
 
  private:
   std::unique_ptr<MeshLinks> links_;  // null where the rank is alone

@@ -248,8 +248,7 @@ void MeshTransfer::blame(const std::vector<int>& ranks, const std::string& what)
 }
 
 void MeshTransfer::blame_lost(int rank, const std::string& what) const {
-  if (const auto news = context_->host.search()) throw Failure(*news);
-  blame({rank}, what);
+  throw Failure(context_->host.explain_loss(rank, what, *exchange_));
 }
 
 }  // namespace dear

@@ -76,7 +76,7 @@ class MeshTransfer {
   // The text of a kFailure or kLeft frame, whose first bytes came with the header.
   std::string text_begun(const Peer& peer) const;
   [[noreturn]] void blame(const std::vector<int>& ranks, const std::string& what) const;
-  // A peer is gone that gave no reason here; another lane may have heard of one.
+  // A peer is gone that gave no reason here.
   [[noreturn]] void blame_lost(int rank, const std::string& what) const;
 
   const MeshLinks& links_;

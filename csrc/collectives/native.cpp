@@ -5,10 +5,12 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 #include <utility>
 
 #include "collectives/accumulate.h"
+#include "collectives/backend_wait.h"
 
 namespace dear {
 namespace {
@@ -95,6 +97,7 @@ class NativeExchange : public Exchange {
     if (in.empty()) return;
     // A group may have several backends, one for each type of device.
     const c10::Device device = in[0].device();
+    on_host_ = device.is_cpu();
     nccl_ = device.is_cuda() && group.getBackend(device.type())->getBackendName() == "nccl";
     // NCCL makes one operation of many: one launch, and no pause between them.
     const bool together = phase_ != Phase::kAllToAll && nccl_ &&
@@ -120,18 +123,24 @@ class NativeExchange : public Exchange {
       if (error_) std::rethrow_exception(error_);
       if (!in_flight_) return;
     }
+    NativeExchange& moved = built_ ? static_cast<NativeExchange&>(*built_) : *this;
+    moved.await_backend();  // what it throws is Ctrl-C, and no failure: one may wait again
     try {
       if (built_) built_->wait();
-      for (const auto& work : works_) work->wait();
+      if (backend_) {
+        backend_->rethrow();
+      } else {
+        for (const auto& work : works_) work->wait();
+      }
       for (size_t i = 0; i < parts_.size() && !built_; ++i) settle(parts_[i], buffers_[i]);
     } catch (const std::exception& error) {
-      works_.clear();
+      forget();
       fail(std::make_exception_ptr(std::runtime_error("The " + std::string(phase_name(phase_)) + " of " +
                                                       label_ + " failed on rank " + std::to_string(rank_) +
                                                       ": " + error.what())));
       std::rethrow_exception(error_);
     }
-    works_.clear();
+    forget();
     finish();
   }
 
@@ -139,6 +148,7 @@ class NativeExchange : public Exchange {
     const std::unique_lock<std::mutex> alone(waiting_, std::try_to_lock);
     if (!alone.owns_lock()) return false;  // somebody is waiting for it
     if (built_) return built_->done();
+    if (on_host_ && !works_.empty()) return backend().ended();
     for (const auto& work : works_) {
       if (!work->isCompleted()) return false;
     }
@@ -152,11 +162,26 @@ class NativeExchange : public Exchange {
     bool staged = false;
   };
 
+  BackendWait& backend() {
+    if (!backend_) backend_.emplace(works_);
+    return *backend_;
+  }
+
+  // Of host tensors: until they have been moved, or cannot be.
+  void await_backend() {
+    if (on_host_ && !works_.empty()) backend().await_end();
+  }
+
+  void forget() {
+    works_.clear();
+    backend_.reset();
+  }
+
   void stage(const Part& part, Buffers& buffers) {
     const at::Tensor inside = buffers.full.narrow(0, 0, part.full.numel());
     if (phase_ == Phase::kReduceScatter) {
       inside.copy_(part.full);
-      if (prescales(part.full)) inside.mul_(average_rule(at::kHalf, world_, true, false).own_scale);
+      if (prescales(part.full)) inside.mul_(rule(part.full).own_scale);
     } else {
       mine(inside).copy_(mine(part.full));
     }
@@ -182,10 +207,15 @@ class NativeExchange : public Exchange {
     return nccl_ && reduction_ == Reduction::kAverage && tensor.scalar_type() == at::kHalf;
   }
 
-  // On the host, float16 values are scaled before they are summed; see Note [Averages without overflow].
+  // On the host, values are scaled before they are summed; see Note [Averages without overflow].
   bool prescales(const at::Tensor& tensor) const {
     return phase_ == Phase::kReduceScatter && reduction_ == Reduction::kAverage && tensor.is_cpu() &&
-           tensor.scalar_type() == at::kHalf && world_ > 1;
+           at::isFloatingType(tensor.scalar_type()) && world_ > 1;
+  }
+
+  // How what has been scaled is summed, the division included.
+  AddRule rule(const at::Tensor& tensor) const {
+    return average_rule(tensor.scalar_type(), world_, true, true);
   }
 
   at::Tensor mine(const at::Tensor& full) const {
@@ -205,7 +235,8 @@ class NativeExchange : public Exchange {
     if (at::isIntegralType(shard.scalar_type(), true)) {
       shard.div_(world_, "trunc");
     } else if (prescales(part.full)) {
-      shard.div_(average_rule(at::kHalf, world_, false, true).divisor);
+      const float divisor = rule(part.full).divisor;
+      if (divisor != 1) shard.div_(divisor);
     } else {
       shard.div_(world_);
     }
@@ -215,8 +246,10 @@ class NativeExchange : public Exchange {
   const int world_;
   std::mutex waiting_;
   bool nccl_ = false;
+  bool on_host_ = false;
   std::vector<Buffers> buffers_;
   std::vector<c10::intrusive_ptr<c10d::Work>> works_;
+  std::optional<BackendWait> backend_;  // of host tensors, once somebody has waited or asked
 };
 
 }  // namespace
@@ -236,8 +269,8 @@ void NativeLane::submit(const std::shared_ptr<Exchange>& exchange) {
     Exchange& moved = exchange->built();
     if (&moved != exchange.get()) moved.begin();
     static_cast<NativeExchange&>(moved).issue(*group_);
-  } catch (const std::exception& error) {
-    exchange->fail(std::make_exception_ptr(std::runtime_error(error.what())));
+  } catch (...) {  // whoever waits for it hears of it, also of Ctrl-C
+    exchange->fail(std::current_exception());
   }
 }
 

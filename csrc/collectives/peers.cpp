@@ -7,6 +7,13 @@
 #include "collectives/interrupt.h"
 
 namespace dear {
+namespace {
+
+// How long nothing has to change until it is clear who has lost whom. A process that ends, and a network that
+// is cut, end connections one after another.
+constexpr std::chrono::milliseconds kCalm{100};
+
+}  // namespace
 
 Peers::Peers(int rank, int world, std::string address, bool check_contents, const std::string& key,
              std::string recorder)
@@ -69,6 +76,48 @@ std::vector<int> Peers::gone() {
   return {};
 }
 
+std::vector<int> Peers::reached() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  std::vector<int> ranks;
+  for (int rank = 0; rank < world_; ++rank) {
+    const auto reaches = [rank](Member* member) { return member->reaches(rank); };
+    if (std::any_of(state_->members.begin(), state_->members.end(), reaches)) ranks.push_back(rank);
+  }
+  return ranks;
+}
+
+bool Peers::cut_off() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return std::all_of(state_->members.begin(), state_->members.end(),
+                     [](Member* member) { return member->cut_off(); });
+}
+
+Failure Peers::explain_loss(int rank, const std::string& what, const std::string& phase,
+                            const std::string& label, std::chrono::milliseconds patience,
+                            const Member* asking) {
+  const auto failure = [&](const std::vector<int>& ranks, const std::string& complaint) {
+    return make_failure(ranks, complaint, phase.c_str(), label, rank_);
+  };
+  const auto start = std::chrono::steady_clock::now();
+  auto changed = start;
+  std::vector<int> before = reached();
+  while (true) {
+    if (const auto found = search(asking)) return *found;
+    const std::vector<int> now_reached = reached();
+    const auto now = std::chrono::steady_clock::now();
+    if (now_reached != before) changed = now;
+    before = now_reached;
+    const bool lives = std::find(before.begin(), before.end(), rank) != before.end();
+    if (now - changed >= kCalm && !lives) {
+      return world_ > 2 && cut_off() ? failure({rank_}, complaint::alone()) : failure({rank}, what);
+    }
+    if (now - start >= std::max(patience, kCalm) && lives) {
+      return failure({std::min(rank, rank_), std::max(rank, rank_)}, complaint::apart());
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+}
+
 std::optional<Failure> Peers::investigate(const std::string& phase, const std::string& label,
                                           std::chrono::milliseconds patience) {
   const auto deadline = std::chrono::steady_clock::now() + patience;
@@ -77,7 +126,7 @@ std::optional<Failure> Peers::investigate(const std::string& phase, const std::s
     if (!found) {
       const std::vector<int> ranks = gone();
       if (!ranks.empty()) {
-        found = make_failure({ranks.front()}, complaint::closed(), phase.c_str(), label, rank_);
+        found = explain_loss(ranks.front(), complaint::closed(), phase, label, patience, nullptr);
       }
     }
     if (found) {

@@ -25,6 +25,10 @@ namespace dear {
 //  - The first news wins in a process: whatever its lanes find later, they say what came first.
 //  - A rank that leaves in good order says so on its connections (FrameType::kLeft), which is only told to
 //    who still waits for it.
+//  - A connection that ends without a word is another's death, or the network. The connections of all lanes
+//    are looked at until nothing changes any more: where some of them to that rank stand, both ranks are
+//    alive, and both are named; where none of them to any rank stands, this rank is the one that is cut off.
+//    Only then are the others told.
 //  - In a ring, a rank that is starved for a quarter of the timeout tells the next one for whom it waits.
 
 // What the lanes of one process that serve the same ranks have in common: who they are, how their frames are
@@ -47,6 +51,10 @@ class Peers {
     virtual std::optional<Failure> look() = 0;
     // The ranks whose connections have ended without a word, as far as that can be seen likewise.
     virtual std::vector<int> gone() = 0;
+    // There is a connection to `rank` that has not ended.
+    virtual bool reaches(int rank) = 0;
+    // All its connections have ended, and nothing that came on them is unread.
+    virtual bool cut_off() = 0;
     virtual LaneRecord record() = 0;
   };
 
@@ -69,8 +77,11 @@ class Peers {
   // already. Returns the news.
   Failure publish(const Failure& failure, const Member* from);
   bool failed();
-  // The news, or what another lane than `asking` finds when it looks.
-  std::optional<Failure> search(const Member* asking);
+  // What to say of a connection to `rank` that has ended without a word, as lane `asking` sees it: there may
+  // be news, or it may turn out that the rank lives. `what` is what is said of a rank that has ended. Takes a
+  // tenth of a second where it has, and up to `patience` where it lives.
+  Failure explain_loss(int rank, const std::string& what, const std::string& phase, const std::string& label,
+                       std::chrono::milliseconds patience, const Member* asking);
   // For when something else than a lane has failed, and idle lanes, which read nothing, may know whose fault
   // it is: waits for news, or for a connection that ends, for up to `patience`; publishes and returns the
   // news. `phase` and `label` say what has failed. Throws what check_interrupt() throws.
@@ -91,7 +102,12 @@ class Peers {
     bool recorded = false;
   };
 
+  // The news, or what another lane than `asking` finds when it looks.
+  std::optional<Failure> search(const Member* asking);
   std::vector<int> gone();
+  // The ranks to which some lane has a connection that stands.
+  std::vector<int> reached();
+  bool cut_off();
 
   const int rank_;
   const int world_;

@@ -77,4 +77,14 @@ std::vector<int> RingLane::find_gone() const {
   return ranks;
 }
 
+bool RingLane::open_to(int peer) const {
+  if (!links_) return false;
+  return (peer == (rank_ + 1) % world_ && still_open(links_->to_next())) ||
+         (peer == (rank_ + world_ - 1) % world_ && still_open(links_->from_prev()));
+}
+
+bool RingLane::all_hung_up() const {
+  return !links_ || (hung_up(links_->to_next()) && hung_up(links_->from_prev()));
+}
+
 }  // namespace dear

@@ -22,6 +22,8 @@ class RingLane : public HostLane {
   void tell(FrameType type, const Failure& failure) override;
   std::optional<Failure> find_news() override;
   std::vector<int> find_gone() const override;
+  bool open_to(int peer) const override;
+  bool all_hung_up() const override;
 
  private:
   std::unique_ptr<RingLinks> links_;

@@ -299,10 +299,9 @@ class RingTransfer {
     throw make_failure({rank}, what, phase_name(exchange_.phase()), exchange_.label(), context_.rank);
   }
 
-  // A neighbour is gone that gave no reason here; another lane may have heard of one.
+  // A neighbour is gone that gave no reason here.
   [[noreturn]] void blame_lost(int rank, const std::string& what) const {
-    if (const auto news = context_.host.search()) throw Failure(*news);
-    blame(rank, what);
+    throw Failure(context_.host.explain_loss(rank, what, exchange_));
   }
 
   const Exchange& exchange_;

@@ -28,7 +28,7 @@ from chaos.links import cut
 from chaos.plan import Plan
 
 SLACK = 30.0  # seconds beyond the group's timeout that a busy machine may take
-BLAME = re.compile(r"Rank (\d+)")
+BLAME = re.compile(r"Rank (\d+)(?: and rank (\d+) lost the connection between them)?")
 
 
 @dataclasses.dataclass
@@ -57,6 +57,11 @@ class Report:
     def record(self) -> dict[str, Any]:
         """As JSON."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Report:
+        """What :meth:`record` gave."""
+        return cls(**record | {"plan": Plan(**record["plan"])})
 
 
 class Child:
@@ -252,14 +257,22 @@ class Chaos:
                 report.crashed = True
                 report.texts.append(f"rank {rank} ended with {ending.exitcode}: {_tail(folder / f'rank{rank}.log')}")
             elif ending.error is not None:
-                blamed = BLAME.search(ending.error)
-                right = blamed is not None and (int(blamed[1]) == plan.victim or rank == plan.victim)
+                blamed = named(ending.error, both=plan.event == "cut")
+                right = plan.victim in blamed or (rank == plan.victim and bool(blamed))
                 if not right or plan.event == "pause":
                     report.named = False
                     report.texts.append(f"rank {rank}: {ending.error[:400]}")
             elif ending.result != want and ending.result is not None:
                 report.resumed = False
                 report.texts.append(f"rank {rank} ended with other bits")
+
+
+def named(sentence: str, both: bool) -> set[int]:
+    """Whom a sentence blames; ``both``: also the second of two ranks, where it says that their connection broke."""
+    found = BLAME.search(sentence)
+    if found is None:
+        return set()
+    return {int(rank) for rank in found.groups()[: 2 if both else 1] if rank is not None}
 
 
 def _tail(log: Path) -> str:
