@@ -54,9 +54,8 @@ class Schedule:
         # What is compressed together lies together: then a fusion group is one bucket.
         compresses = attached.compression.compressor is not None
         cap = min(former.cap, self._group_bytes if compresses else ddp_bucket_bytes(self._group_bytes))
-        # Local gradients stay in the buckets when nobody else may read them: a copy less.
-        views = former.views or not update.gathers_gradients
-        self._options = _ddp.ReducerOptions(cap, min(former.first, cap), views)
+        # Local gradients stay in DDP's buckets, whatever the user has chosen: no second copy of the model's size.
+        self._options = _ddp.ReducerOptions(cap, min(former.first, cap), views=True)
         # See Note [One layout].
         order = _ddp.in_reducer_order(model, attached.params)[::-1] if model.static_graph else None
         self._reducer_order = _ddp.rebuild_reducer(model, self._options, attached.params, order)
