@@ -89,11 +89,13 @@ class ReplicatedUpdate(Update):
             if attached.scheduler.has_gradients():
                 self._check_untouched()
             attached.compression.validate()
-        if found.own or found.plain or found.missing or attached.layout is None:
-            # What the user has put there counts, or can be changed any time.
+        # What the user has put there counts, or can be changed any time.
+        counts = found.own or found.plain or found.missing
+        if counts or self.updates_at_once or attached.layout is None:
             if attached.layout is not None:
                 self._finish_gradients()
             attached.user.run_all(None)
+            self.updates_at_once = False
             return
         attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
         self._groups = attached.user.groups()

@@ -135,6 +135,12 @@ class ShardedUpdate(Update):
         """Each fusion group is updated once its gradients have been reduced, and gathered in the forward's order."""
         attached, scheduler = self.attached, self.attached.scheduler
         updated: set[int] = set()
+        if self.updates_at_once:
+            for index in attached.order:
+                scheduler.wait_reduced(index)
+            self._run(attached.order, "all fusion groups")
+            updated.update(attached.order)
+            self.updates_at_once = False
 
         def update(group: int) -> None:
             scheduler.wait_reduced(group)
