@@ -23,6 +23,7 @@ import torch
 
 from dear import _C, _ddp
 from dear._attached import Attached, Param
+from dear._bucket_order import BucketOrder
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, ddp_bucket_bytes, fuse, gather_order
 from dear._layout import Layout, read_places
@@ -45,7 +46,7 @@ class Schedule:
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
         self._kept: Placeholders = []  # that stood in .grad when a forward pass began, whose step is still to come
         self._facts = Facts(attached.names, attached.params)
-        self._saved_order: list[str] = []  # of a loaded state, until a layout has it
+        self.bucket_order = BucketOrder(attached)
         model, scheduler = attached.model, attached.scheduler
         # The scheduler must not keep the engine alive: it is owned by the reducer, the reducer by the model.
         me = weakref.ref(self)
@@ -119,38 +120,15 @@ class Schedule:
         attached = self._attached
         index = {param: i for i, param in enumerate(attached.params)}
         seen = [index[param] for param in self._forward.seen] if self._forward else []
-        known = (seen, self._saved_order)
-        seen, saved = broadcast_object(attached.gather_lane, known, "the order of the forward pass", attached.device)
+        known = (seen, self.bucket_order.wanted)
+        found = broadcast_object(attached.gather_lane, known, "the order of the forward pass", attached.device)
+        seen, self.bucket_order.wanted = found
         self._position = {attached.params[i]: place for place, i in enumerate(seen)}
-        self._saved_order = []
-        if self._may_reorder(saved) and saved != self._names_in(attached.scheduler.incoming()):
-            by_name = {attached.names[param]: param for param in attached.params}
-            order = [by_name[name] for name in saved]
+        order = self.bucket_order.take(attached.scheduler.incoming())
+        if order is not None:
             self._reducer_order = _ddp.rebuild_reducer(attached.model, self._options, attached.params, order)
             self.hook_calls = _ddp.register(attached.model, attached.scheduler)
             _C.take_buckets(attached.model.reducer, attached.scheduler)
-
-    def _may_reorder(self, names: list[str]) -> bool:
-        """Whether buckets can have this order: it may differ between runs, and is of this model's parameters."""
-        attached = self._attached
-        mine = sorted(attached.names[param] for param in attached.params)
-        return not _ddp.tracks_unused(attached.model) and sorted(names) == mine
-
-    def _names_in(self, buckets: list[_C.Bucket]) -> list[str]:
-        return [self._attached.names[place.param] for place in read_places(buckets, self._attached.params)]
-
-    # --- state ---
-
-    def bucket_order(self) -> list[str]:
-        """The names of the parameters in the order of the buckets, or in that which the next layout shall have; empty
-        before the first backward pass."""
-        layout = self._attached.layout
-        return self._saved_order or (self._names_in(layout.buckets) if layout is not None else [])
-
-    def load_bucket_order(self, names: list[str]) -> None:
-        """The next layout shall have this order, if it can; a layout that has another one is given up. Every rank must
-        call it alike."""
-        self._saved_order = names
 
     def _fuse(self) -> list[int]:
         """Makes fusion groups of the layout's buckets; returns how many buckets are in each."""
@@ -218,12 +196,9 @@ class Schedule:
             return
         self.look_again()
         reduces = attached.model.require_backward_grad_sync
-        if reduces and self._saved_order and attached.layout is not None:
-            if self._may_reorder(self._saved_order) and self._saved_order != self._names_in(attached.layout.buckets):
-                attached.synchronize()
-                attached.scheduler.forget_layout()
-            else:
-                self._saved_order = []
+        if reduces and attached.layout is not None and self.bucket_order.asks_to_leave(attached.layout.buckets):
+            attached.synchronize()
+            attached.scheduler.forget_layout()
         if reduces:
             attached.passes_before_forward = attached.scheduler.passes()
         else:

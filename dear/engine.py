@@ -162,7 +162,7 @@ class Engine:
         ``update="sharded"``, every rank must call this; each gets all of it.
         """
         self.synchronize()
-        state: dict[str, Any] = {"bucket_order": self._schedule.bucket_order()}
+        state: dict[str, Any] = {"bucket_order": self._schedule.bucket_order.names()}
         if self.compressor is not None:
             state["compressor"] = self.compressor.state_dict(gather=True)
         with self._update.full_state():
@@ -181,7 +181,7 @@ class Engine:
         if self.compressor is not None and "compressor" in state_dict:
             self.compressor.load_state_dict(state_dict["compressor"])
         self._attached.user.optimizer.load_state_dict(state_dict["optimizer"])
-        self._schedule.load_bucket_order(list(state_dict.get("bucket_order", [])))
+        self._schedule.bucket_order.load(list(state_dict.get("bucket_order", [])))
 
     def _before_export(self) -> None:
         self.synchronize()
