@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "schedule/comm_hook.h"
+#include "schedule/gradients.h"
 #include "schedule/parameters.h"
 
 namespace dear::bindings {
@@ -14,6 +15,12 @@ void bind_parameters(py::module_& m) {
   m.def("can_move", &can_move, py::arg("tensor"));
   m.def("move_storage", &move_storage, py::arg("tensor"), py::arg("home"));
   m.def("has_aliases", &has_aliases, py::arg("tensors"));
+  py::class_<GradientWalk>(m, "GradientWalk")
+      .def(py::init<std::vector<std::pair<at::Tensor, at::Tensor>>>(), py::arg("expected"))
+      .def("look", [](const GradientWalk& self) {
+        GradientWalk::Found found = self.look();
+        return std::make_tuple(found.reduced, found.plain, std::move(found.missing), std::move(found.own));
+      });
   m.def("set_python_dispatch", &set_python_dispatch, py::arg("tensors"), py::arg("on"));
 }
 

@@ -20,6 +20,7 @@ __all__: list[str] = [
     "CompressedHook",
     "DenseCodec",
     "Exchange",
+    "GradientWalk",
     "HalfCodec",
     "HookCalls",
     "Lane",
@@ -284,6 +285,10 @@ class PowerCodec(Codec):
         segments: torch.Tensor,
         dense_numel: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
+
+class GradientWalk:
+    def __init__(self, expected: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None: ...
+    def look(self) -> tuple[bool, bool, list[int], list[int]]: ...
 
 class PipelineCounts:
     @property

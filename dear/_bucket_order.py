@@ -44,8 +44,6 @@ class BucketOrder:
 
     def _differs(self, buckets: list[_C.Bucket]) -> bool:
         """Buckets can have an order that may differ between runs, and that is of this model's parameters."""
-        if not self.wanted:
-            return False
         attached = self._attached
         mine = sorted(attached.names[param] for param in attached.params)
         possible = not _ddp.tracks_unused(attached.model) and sorted(self.wanted) == mine

@@ -63,7 +63,7 @@ class ReplicatedUpdate(Update):
         attached = self.attached
         if attached.layout is None:
             return
-        if _grads.look(attached.placeholders).nothing:
+        if attached.look_at_all_grads().nothing:
             return
         attached.synchronize()
         for group in attached.order:

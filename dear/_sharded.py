@@ -202,7 +202,7 @@ class ShardedUpdate(Update):
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
         attached = self.attached
         attached.scheduler.synchronize()
-        found = _grads.look(attached.expected())
+        found = attached.look_at_grads()
         self._take(found.own)
         used = [] if found.nothing else [segment for segment in self._segments if self._is_used(segment)]
         grads = [segment.tensor.grad for segment in used if segment.tensor.grad is not None]

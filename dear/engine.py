@@ -117,7 +117,7 @@ class Engine:
         else:
             if scheduler.has_gradients():
                 attached.compression.validate()  # which may take the gradients away
-            found = _grads.look(attached.expected())
+            found = attached.look_at_grads()
         if found.nothing:  # zero_grad() came first: there is nothing to do, as in plain torch
             if scheduler.has_gradients():
                 scheduler.synchronize()
@@ -244,7 +244,7 @@ class Engine:
     def _show_averages(self) -> None:
         """``.grad`` is what plain DDP would have left there. Collective."""
         attached = self._attached
-        found = _grads.look(attached.placeholders)
+        found = attached.look_at_all_grads()
         averages = self._update.averaged_gradients() if found.reduced else {}
         for param, _ in attached.placeholders:
             if param not in found.own and param.grad is not None:
