@@ -177,6 +177,12 @@ void bind_compressed(py::module_& m) {
             self.bind(source, target, begin, numel, std::move(runs));
           },
           py::arg("source"), py::arg("target"), py::arg("begin"), py::arg("numel"), py::arg("runs"), NoGil())
+      .def("keep_gradient", &TwoPhaseExchange::keep_gradient)
+      .def("take_gradient",
+           [](TwoPhaseExchange& self) -> std::optional<at::Tensor> {
+             at::Tensor taken = self.take_gradient();
+             return taken.defined() ? std::optional(std::move(taken)) : std::nullopt;
+           })
       .def("compressed", &TwoPhaseExchange::compressed, NoGil())
       .def("has_nonfinite", &TwoPhaseExchange::has_nonfinite)
       .def("roll_back", &TwoPhaseExchange::roll_back, NoGil());

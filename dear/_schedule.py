@@ -99,7 +99,7 @@ class Schedule:
         _ddp.rebuild_buckets(attached.model, attached.scheduler)
         self._agree_on_order()
         buckets = attached.scheduler.incoming()
-        full = [bucket.buffer.new_empty(bucket.buffer.numel()) for bucket in buckets]
+        full = [self._flat_of(bucket) for bucket in buckets]
         ranges = [shard_range(flat.numel(), attached.world, attached.rank) for flat in full]
         shard = [update.shard_of(flat, *own) for flat, own in zip(full, ranges, strict=True)]
         layout = Layout(buckets, read_places(buckets, attached.params), full, shard)
@@ -113,6 +113,13 @@ class Schedule:
         attached.scheduler.adopt_layout(buffers, exchanges, placeholders, sizes, attached.order)
         update.regroup()
         self._facts.note()
+
+    def _flat_of(self, bucket: _C.Bucket) -> torch.Tensor:
+        """Where the all-gather completes the bucket: gradients in the place of the local ones, which were read by then;
+        anything else in memory of its own. A version counter of its own tells results from writes to gradients."""
+        if self._update.gathers_gradients:
+            return bucket.buffer.view(-1).data
+        return bucket.buffer.new_empty(bucket.buffer.numel())
 
     def _agree_on_order(self) -> None:
         """Rank 0's forward order becomes everyone's: all ranks must queue the same all-gathers. So does the order of
@@ -196,7 +203,8 @@ class Schedule:
             return
         self.look_again()
         reduces = attached.model.require_backward_grad_sync
-        if reduces and attached.layout is not None and self.bucket_order.asks_to_leave(attached.layout.buckets):
+        wanted = reduces and attached.layout is not None and self.bucket_order.wanted
+        if wanted and self.bucket_order.asks_to_leave(attached.known_layout.buckets):
             attached.synchronize()
             attached.scheduler.forget_layout()
         if reduces:
