@@ -102,7 +102,9 @@ class ReplicatedUpdate(Update):
         self._context = StepContext.here(attached.device)
         self._to_update = set(attached.order)
         attached.barrier.close(attached.order)
-        if not is_ordinary(attached.device) or _C.has_aliases(attached.params) or self._view.is_held_elsewhere():
+        held = _C.has_aliases(attached.params) or self._view.is_held_elsewhere()
+        self.alias_waits += held
+        if held or not is_ordinary(attached.device):
             attached.barrier.settle(attached.order)
 
     def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:

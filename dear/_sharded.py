@@ -129,6 +129,7 @@ class ShardedUpdate(Update):
         self._update_as_reduced()
         attached.barrier.close(attached.order)
         if self._homes.has_aliases:
+            self.alias_waits += 1
             attached.synchronize()
 
     def _update_as_reduced(self) -> None:

@@ -46,6 +46,7 @@ class Update(ABC):
 
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
+        self.alias_waits = 0  # steps that finished at once, since somebody else holds memory of a parameter
         self.updates_at_once = True  # until the optimizer has made its state: see Note [The first update]
 
     @classmethod

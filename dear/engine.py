@@ -192,7 +192,9 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters: ``steps``; ``bytes_sent`` by this rank in all; of the last step, how many ms the training thread
         waited for communication (``exposed_ms``, and by phase; with NCCL none, since streams wait in its place); the
-        fusion groups; for host tensors, what a compressor computed in the step before (``encode_ms``, ``merge_ms``,
+        fusion groups; ``alias_waits``, the steps that waited for everything, because something else held the memory of
+        a parameter (a kept ``state_dict()``, ``p.detach()``, a view) or, with replicated updates, of the optimizer's
+        state; for host tensors, what a compressor computed in the step before (``encode_ms``, ``merge_ms``,
         ``decode_ms``)."""
         reduce_ns, gather_ns = self._last_waits
         return {
@@ -202,6 +204,7 @@ class Engine:
             "wait_reduce_scatter_ms": reduce_ns / 1e6,
             "wait_all_gather_ms": gather_ns / 1e6,
             "fusion_groups": len(self._attached.order),
+            "alias_waits": self._update.alias_waits,
             "update": self.update,
             "optimizer_state_bytes": self._update.state_bytes(),
             **self._attached.compression.stats_of_last_step(),
