@@ -13,7 +13,7 @@ void bind_parameters(py::module_& m) {
   m.def("fingerprint", &fingerprint, py::arg("tensors"));
   m.def("checksums", &checksums, py::arg("tensors"), NoGil());
   m.def("can_move", &can_move, py::arg("tensor"));
-  m.def("move_storage", &move_storage, py::arg("tensor"), py::arg("home"));
+  m.def("move_storage", &move_storage, py::arg("tensor"), py::arg("target"));
   m.def("has_aliases", &has_aliases, py::arg("tensors"));
   py::class_<GradientWalk>(m, "GradientWalk")
       .def(py::init<std::vector<std::pair<at::Tensor, at::Tensor>>>(), py::arg("expected"))

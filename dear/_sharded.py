@@ -15,8 +15,8 @@ import torch
 from dear import _C, _ddp, _grads, _state
 from dear._attached import Attached, weakly
 from dear._context import StepContext, ordinary
+from dear._flat_parameters import FlatParameters
 from dear._grads import Found, Grads
-from dear._homes import Homes
 from dear._layout import Layout, Segment, cut_segments
 from dear._optimizer import ELEMENTWISE, Groups
 from dear._placeholders import Placeholders, local_grad
@@ -33,7 +33,7 @@ class ShardedUpdate(Update):
 
     def __init__(self, attached: Attached) -> None:
         super().__init__(attached)
-        self._homes: Homes | None = None
+        self._flat: FlatParameters | None = None
         self._segments: list[Segment] = []
         self._by_group: list[list[Segment]] = []  # by fusion group
         self._state: dict[torch.Tensor, dict[str, Any]] = {}  # by segment
@@ -67,7 +67,7 @@ class ShardedUpdate(Update):
 
     def adopt(self, layout: Layout) -> Placeholders:
         former = self._full_state()
-        self._homes = Homes(layout)
+        self._flat = FlatParameters(layout)
         settle = weakly(self.attached, lambda attached: attached.scheduler.synchronize())
         self._cut(layout, former)
         return [
@@ -99,10 +99,10 @@ class ShardedUpdate(Update):
         attached, layout = self.attached, self.attached.layout
         if layout is None:
             return
-        assert self._homes is not None
-        moved = self._homes.moved()
+        assert self._flat is not None
+        moved = self._flat.moved()
         if moved:
-            self._homes.return_home(moved)
+            self._flat.move_back(moved)
             for segment in self._segments:
                 segment.tensor.data = layout.full[segment.bucket][segment.start : segment.stop]
             attached.scheduler.replace_buffers(list(zip(layout.shard, layout.full, strict=True)))
@@ -123,12 +123,12 @@ class ShardedUpdate(Update):
         if attached.scheduler.has_gradients():
             attached.scheduler.check_untouched()
         attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
-        assert self._homes is not None
-        self._homes.fetch_guests()
+        assert self._flat is not None
+        self._flat.copy_in()
         self._take(found.own)
         self._update_as_reduced()
         attached.barrier.close(attached.order)
-        if self._homes.has_aliases:
+        if self._flat.has_aliases:
             self.alias_waits += 1
             attached.synchronize()
 
@@ -195,8 +195,8 @@ class ShardedUpdate(Update):
 
     def finish(self, group: int) -> None:
         self.attached.scheduler.wait_gathered(group)
-        assert self._homes is not None
-        self._homes.serve_guests(self.attached.known_layout.groups[group])
+        assert self._flat is not None
+        self._flat.copy_out(self.attached.known_layout.groups[group])
 
     # --- gradients ---
 
