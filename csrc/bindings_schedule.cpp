@@ -136,9 +136,9 @@ CompressedHook::Callbacks make_callbacks(py::function bind, py::function measure
     const py::gil_scoped_acquire acquire;
     (*call)(index);
   };
-  callbacks.ended = [call = hold(std::move(ended))](const std::vector<size_t>& bad) {
+  callbacks.ended = [call = hold(std::move(ended))](const std::vector<size_t>& nonfinite) {
     const py::gil_scoped_acquire acquire;
-    (*call)(bad);
+    (*call)(nonfinite);
   };
   return callbacks;
 }

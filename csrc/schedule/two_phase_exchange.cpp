@@ -253,8 +253,8 @@ bool TwoPhaseExchange::done() {
 }
 
 bool TwoPhaseExchange::has_nonfinite() const {
-  const at::Tensor bad = codec_->bad();
-  return bad.defined() && bad.ne(0).any().item<bool>();
+  const at::Tensor nonfinite = codec_->bad();
+  return nonfinite.defined() && nonfinite.ne(0).any().item<bool>();
 }
 
 void TwoPhaseExchange::roll_back() {
