@@ -16,6 +16,7 @@ from .command import Parser, fail, terminal
 from .convergence import show as losses
 from .demo import show as demo
 from .kernels import show as kernels_table
+from .memory import show as memory
 from .records import SourceError, load
 from .training import seeds
 from .training import show as training
@@ -43,6 +44,7 @@ TABLES: dict[str, Show] = {
     "kernels": kernels_table.show,
     "convergence": lambda payload, console: losses.show(payload["cells"], console),
     "bandwidth": bandwidth.show_file,
+    "memory": lambda payload, console: memory.show(payload["cells"], console),
     "demo": demo.show,
 }
 

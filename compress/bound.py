@@ -26,7 +26,10 @@ class Bound:
         return self._part(self.target, index)
 
     def gradient(self) -> Tensor:
-        """This rank's flat gradient, copied."""
+        """This rank's flat gradient, copied: now, or, where the exchange was asked to, before the result came."""
+        kept = self.exchange.take_gradient()
+        if kept is not None:
+            return kept
         return torch.cat([self._part(self.source, index) for index in range(len(self.begins))])
 
     def aggregate(self) -> Tensor:

@@ -46,6 +46,16 @@ class ScheduleBinding(Binding):
         self._validated = step
         self._to_keep = set()
 
+    def measure_next(self) -> None:
+        super().measure_next()
+        self._keep_gradients()
+
+    def _keep_gradients(self) -> None:
+        """Results come in the place of gradients, to which a measured step compares them."""
+        for bounds in self.bounds.values():
+            for bound in bounds:
+                bound.exchange.keep_gradient()
+
     def exchanges(self, buckets: list[_C.Bucket], full: list[Tensor]) -> list[list[_C.TwoPhaseExchange]]:
         self.bounds.clear()
         self._params = [param for bucket in buckets for param in bucket.params]
@@ -53,6 +63,8 @@ class ScheduleBinding(Binding):
         for index, (bucket, result) in enumerate(zip(buckets, full, strict=True)):
             names = [self._names[id(param)] for param in bucket.params]
             exchanges.append(self.bind(index, names, bucket.params, bucket.grads, bucket.buffer.view(-1), result))
+        if self._measure:
+            self._keep_gradients()
         return exchanges
 
     def note_unused(self, unused: set[torch.nn.Parameter]) -> None:

@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "schedule/comm_hook.h"
+#include "schedule/gradients.h"
 #include "schedule/parameters.h"
 
 namespace dear::bindings {
@@ -12,8 +13,14 @@ void bind_parameters(py::module_& m) {
   m.def("fingerprint", &fingerprint, py::arg("tensors"));
   m.def("checksums", &checksums, py::arg("tensors"), NoGil());
   m.def("can_move", &can_move, py::arg("tensor"));
-  m.def("move_storage", &move_storage, py::arg("tensor"), py::arg("home"));
+  m.def("move_storage", &move_storage, py::arg("tensor"), py::arg("target"));
   m.def("has_aliases", &has_aliases, py::arg("tensors"));
+  py::class_<GradientWalk>(m, "GradientWalk")
+      .def(py::init<std::vector<std::pair<at::Tensor, at::Tensor>>>(), py::arg("expected"))
+      .def("look", [](const GradientWalk& self) {
+        GradientWalk::Found found = self.look();
+        return std::make_tuple(found.reduced, found.plain, std::move(found.missing), std::move(found.own));
+      });
   m.def("set_python_dispatch", &set_python_dispatch, py::arg("tensors"), py::arg("on"));
 }
 
@@ -129,9 +136,9 @@ CompressedHook::Callbacks make_callbacks(py::function bind, py::function measure
     const py::gil_scoped_acquire acquire;
     (*call)(index);
   };
-  callbacks.ended = [call = hold(std::move(ended))](const std::vector<size_t>& bad) {
+  callbacks.ended = [call = hold(std::move(ended))](const std::vector<size_t>& nonfinite) {
     const py::gil_scoped_acquire acquire;
-    (*call)(bad);
+    (*call)(nonfinite);
   };
   return callbacks;
 }
@@ -170,6 +177,12 @@ void bind_compressed(py::module_& m) {
             self.bind(source, target, begin, numel, std::move(runs));
           },
           py::arg("source"), py::arg("target"), py::arg("begin"), py::arg("numel"), py::arg("runs"), NoGil())
+      .def("keep_gradient", &TwoPhaseExchange::keep_gradient)
+      .def("take_gradient",
+           [](TwoPhaseExchange& self) -> std::optional<at::Tensor> {
+             at::Tensor taken = self.take_gradient();
+             return taken.defined() ? std::optional(std::move(taken)) : std::nullopt;
+           })
       .def("compressed", &TwoPhaseExchange::compressed, NoGil())
       .def("has_nonfinite", &TwoPhaseExchange::has_nonfinite)
       .def("roll_back", &TwoPhaseExchange::roll_back, NoGil());

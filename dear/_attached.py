@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C, _grads
+from dear._grads import Found, Watcher
 from dear._layout import Layout
 from dear._optimizer import UserOptimizer
 from dear._pending import Barrier
@@ -20,6 +21,8 @@ from dear.compression import Binding
 
 Param = torch.nn.Parameter
 Owner = TypeVar("Owner")
+
+_NONE: set[Param] = set()
 
 
 @dataclass(eq=False)
@@ -46,6 +49,9 @@ class Attached:
     # and before the last one under no_sync().
     passes_before_forward: int | None = None
     passes_before_local: int | None = None
+
+    _members: Watcher = field(default_factory=Watcher)
+    _everyone: Watcher = field(default_factory=Watcher)
 
     @property
     def rank(self) -> int:
@@ -78,10 +84,13 @@ class Attached:
         if having and missed and self.passes_before_forward == self.scheduler.passes():
             raise _grads.missed(self.names[missed[0]])
 
-    def expected(self) -> Placeholders:
-        """What the last backward pass should have left in the ``.grad`` of the optimizer's parameters."""
-        managed = set(self.user.params)
-        return [(p, grad) for p, grad in self.placeholders if p in managed and p not in self.unused]
+    def look_at_grads(self) -> Found:
+        """What stands in the ``.grad`` of the optimizer's parameters that some rank has used, after a layout."""
+        return self._members.look(self.placeholders, self.user.params, self.unused)
+
+    def look_at_all_grads(self) -> Found:
+        """The same for every parameter that DDP reduces."""
+        return self._everyone.look(self.placeholders, self.params, _NONE)
 
     def synchronize(self) -> None:
         """Waits until nothing is in flight and every parameter is finished.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from dear import _C
 from dear._placeholders import Placeholders
 
 Param = torch.nn.Parameter
@@ -33,20 +35,29 @@ class Found:
         return not self.reduced and not self.own
 
 
-def look(placeholders: Placeholders) -> Found:
-    """What the parameters have in ``.grad``, against what the last backward pass should have left there."""
-    found = Found()
-    with torch._C.DisableTorchFunctionSubclass():
-        for param, placeholder in placeholders:
-            grad = param.grad
-            if grad is None:
-                found.missing.append(param)
-            elif grad is placeholder or grad.data_ptr() == placeholder.data_ptr():
-                found.reduced = True
-                found.plain = found.plain or grad is not placeholder
-            else:
-                found.own[param] = grad
-    return found
+class Watcher:
+    """Looks at the ``.grad`` of the same parameters again and again, in one native walk."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, ...] = (None, None, None)
+        self._params: list[Param] = []
+        self._walk = _C.GradientWalk([])
+
+    def look(self, placeholders: Placeholders, members: list[Param], unused: set[Param]) -> Found:
+        """What stands there, against what the last backward pass should have left: ``placeholders``, of those that are
+        ``members`` and not ``unused``. Another selection is another object: none of the three is changed in place."""
+        of = (placeholders, members, unused)
+        if any(one is not other for one, other in zip(of, self._of, strict=True)):
+            managed = set(members) - unused
+            expected = [(param, placeholder) for param, placeholder in placeholders if param in managed]
+            self._of, self._params, self._walk = of, [param for param, _ in expected], _C.GradientWalk(expected)
+        reduced, plain, missing, own = self._walk.look()
+        found = Found(reduced, plain, [self._params[index] for index in missing])
+        if own:
+            with torch._C.DisableTorchFunctionSubclass():
+                grads = [(self._params[index], self._params[index].grad) for index in own]
+            found.own = {param: grad for param, grad in grads if grad is not None}
+        return found
 
 
 def look_without_layout(params: Iterable[Param]) -> Found:

@@ -63,7 +63,7 @@ class ReplicatedUpdate(Update):
         attached = self.attached
         if attached.layout is None:
             return
-        if _grads.look(attached.placeholders).nothing:
+        if attached.look_at_all_grads().nothing:
             return
         attached.synchronize()
         for group in attached.order:
@@ -89,18 +89,22 @@ class ReplicatedUpdate(Update):
             if attached.scheduler.has_gradients():
                 self._check_untouched()
             attached.compression.validate()
-        if found.own or found.plain or found.missing or attached.layout is None:
-            # What the user has put there counts, or can be changed any time.
+        # What the user has put there counts, or can be changed any time.
+        counts = found.own or found.plain or found.missing
+        if counts or self.updates_at_once or attached.layout is None:
             if attached.layout is not None:
                 self._finish_gradients()
             attached.user.run_all(None)
+            self.updates_at_once = False
             return
         attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
         self._groups = attached.user.groups()
         self._context = StepContext.here(attached.device)
         self._to_update = set(attached.order)
         attached.barrier.close(attached.order)
-        if not is_ordinary(attached.device) or _C.has_aliases(attached.params) or self._view.is_held_elsewhere():
+        held = _C.has_aliases(attached.params) or self._view.is_held_elsewhere()
+        self.alias_waits += held
+        if held or not is_ordinary(attached.device):
             attached.barrier.settle(attached.order)
 
     def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:

@@ -23,6 +23,7 @@ import torch
 
 from dear import _C, _ddp
 from dear._attached import Attached, Param
+from dear._bucket_order import BucketOrder
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, ddp_bucket_bytes, fuse, gather_order
 from dear._layout import Layout, read_places
@@ -45,7 +46,7 @@ class Schedule:
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
         self._kept: Placeholders = []  # that stood in .grad when a forward pass began, whose step is still to come
         self._facts = Facts(attached.names, attached.params)
-        self._saved_order: list[str] = []  # of a loaded state, until a layout has it
+        self.bucket_order = BucketOrder(attached)
         model, scheduler = attached.model, attached.scheduler
         # The scheduler must not keep the engine alive: it is owned by the reducer, the reducer by the model.
         me = weakref.ref(self)
@@ -54,9 +55,8 @@ class Schedule:
         # What is compressed together lies together: then a fusion group is one bucket.
         compresses = attached.compression.compressor is not None
         cap = min(former.cap, self._group_bytes if compresses else ddp_bucket_bytes(self._group_bytes))
-        # Local gradients stay in the buckets when nobody else may read them: a copy less.
-        views = former.views or not update.gathers_gradients
-        self._options = _ddp.ReducerOptions(cap, min(former.first, cap), views)
+        # Local gradients stay in DDP's buckets, whatever the user has chosen: no second copy of the model's size.
+        self._options = _ddp.ReducerOptions(cap, min(former.first, cap), views=True)
         # See Note [One layout].
         order = _ddp.in_reducer_order(model, attached.params)[::-1] if model.static_graph else None
         self._reducer_order = _ddp.rebuild_reducer(model, self._options, attached.params, order)
@@ -99,7 +99,7 @@ class Schedule:
         _ddp.rebuild_buckets(attached.model, attached.scheduler)
         self._agree_on_order()
         buckets = attached.scheduler.incoming()
-        full = [bucket.buffer.new_empty(bucket.buffer.numel()) for bucket in buckets]
+        full = [self._flat_of(bucket) for bucket in buckets]
         ranges = [shard_range(flat.numel(), attached.world, attached.rank) for flat in full]
         shard = [update.shard_of(flat, *own) for flat, own in zip(full, ranges, strict=True)]
         layout = Layout(buckets, read_places(buckets, attached.params), full, shard)
@@ -114,44 +114,28 @@ class Schedule:
         update.regroup()
         self._facts.note()
 
+    def _flat_of(self, bucket: _C.Bucket) -> torch.Tensor:
+        """Where the all-gather completes the bucket: gradients in the place of the local ones, which were read by then;
+        anything else in memory of its own. A version counter of its own tells results from writes to gradients."""
+        if self._update.gathers_gradients:
+            return bucket.buffer.view(-1).data
+        return bucket.buffer.new_empty(bucket.buffer.numel())
+
     def _agree_on_order(self) -> None:
         """Rank 0's forward order becomes everyone's: all ranks must queue the same all-gathers. So does the order of
         the buckets that it has loaded."""
         attached = self._attached
         index = {param: i for i, param in enumerate(attached.params)}
         seen = [index[param] for param in self._forward.seen] if self._forward else []
-        known = (seen, self._saved_order)
-        seen, saved = broadcast_object(attached.gather_lane, known, "the order of the forward pass", attached.device)
+        known = (seen, self.bucket_order.wanted)
+        found = broadcast_object(attached.gather_lane, known, "the order of the forward pass", attached.device)
+        seen, self.bucket_order.wanted = found
         self._position = {attached.params[i]: place for place, i in enumerate(seen)}
-        self._saved_order = []
-        if self._may_reorder(saved) and saved != self._names_in(attached.scheduler.incoming()):
-            by_name = {attached.names[param]: param for param in attached.params}
-            order = [by_name[name] for name in saved]
+        order = self.bucket_order.take(attached.scheduler.incoming())
+        if order is not None:
             self._reducer_order = _ddp.rebuild_reducer(attached.model, self._options, attached.params, order)
             self.hook_calls = _ddp.register(attached.model, attached.scheduler)
             _C.take_buckets(attached.model.reducer, attached.scheduler)
-
-    def _may_reorder(self, names: list[str]) -> bool:
-        """Whether buckets can have this order: it may differ between runs, and is of this model's parameters."""
-        attached = self._attached
-        mine = sorted(attached.names[param] for param in attached.params)
-        return not _ddp.tracks_unused(attached.model) and sorted(names) == mine
-
-    def _names_in(self, buckets: list[_C.Bucket]) -> list[str]:
-        return [self._attached.names[place.param] for place in read_places(buckets, self._attached.params)]
-
-    # --- state ---
-
-    def bucket_order(self) -> list[str]:
-        """The names of the parameters in the order of the buckets, or in that which the next layout shall have; empty
-        before the first backward pass."""
-        layout = self._attached.layout
-        return self._saved_order or (self._names_in(layout.buckets) if layout is not None else [])
-
-    def load_bucket_order(self, names: list[str]) -> None:
-        """The next layout shall have this order, if it can; a layout that has another one is given up. Every rank must
-        call it alike."""
-        self._saved_order = names
 
     def _fuse(self) -> list[int]:
         """Makes fusion groups of the layout's buckets; returns how many buckets are in each."""
@@ -219,12 +203,10 @@ class Schedule:
             return
         self.look_again()
         reduces = attached.model.require_backward_grad_sync
-        if reduces and self._saved_order and attached.layout is not None:
-            if self._may_reorder(self._saved_order) and self._saved_order != self._names_in(attached.layout.buckets):
-                attached.synchronize()
-                attached.scheduler.forget_layout()
-            else:
-                self._saved_order = []
+        wanted = reduces and attached.layout is not None and self.bucket_order.wanted
+        if wanted and self.bucket_order.asks_to_leave(attached.known_layout.buckets):
+            attached.synchronize()
+            attached.scheduler.forget_layout()
         if reduces:
             attached.passes_before_forward = attached.scheduler.passes()
         else:

@@ -15,8 +15,8 @@ import torch
 from dear import _C, _ddp, _grads, _state
 from dear._attached import Attached, weakly
 from dear._context import StepContext, ordinary
+from dear._flat_parameters import FlatParameters
 from dear._grads import Found, Grads
-from dear._homes import Homes
 from dear._layout import Layout, Segment, cut_segments
 from dear._optimizer import ELEMENTWISE, Groups
 from dear._placeholders import Placeholders, local_grad
@@ -34,7 +34,7 @@ class ShardedUpdate(Update):
 
     def __init__(self, attached: Attached) -> None:
         super().__init__(attached)
-        self._homes: Homes | None = None
+        self._flat: FlatParameters | None = None
         self._segments: list[Segment] = []
         self._by_group: list[list[Segment]] = []  # by fusion group
         self._state: dict[torch.Tensor, dict[str, Any]] = {}  # by segment
@@ -69,7 +69,7 @@ class ShardedUpdate(Update):
 
     def adopt(self, layout: Layout) -> Placeholders:
         former = self._full_state()
-        self._homes = Homes(layout)
+        self._flat = FlatParameters(layout)
         settle = weakly(self.attached, lambda attached: attached.scheduler.synchronize())
         self._cut(layout, former)
         answer = self._gradients.answering()
@@ -102,10 +102,10 @@ class ShardedUpdate(Update):
         attached, layout = self.attached, self.attached.layout
         if layout is None:
             return
-        assert self._homes is not None
-        moved = self._homes.moved()
+        assert self._flat is not None
+        moved = self._flat.moved()
         if moved:
-            self._homes.return_home(moved)
+            self._flat.move_back(moved)
             for segment in self._segments:
                 segment.tensor.data = layout.full[segment.bucket][segment.start : segment.stop]
             attached.scheduler.replace_buffers(list(zip(layout.shard, layout.full, strict=True)))
@@ -129,18 +129,25 @@ class ShardedUpdate(Update):
         if attached.scheduler.has_gradients():
             attached.scheduler.check_untouched()
         attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
-        assert self._homes is not None
-        self._homes.fetch_guests()
+        assert self._flat is not None
+        self._flat.copy_in()
         self._take(found.own)
         self._update_as_reduced()
         attached.barrier.close(attached.order)
-        if self._homes.has_aliases:
+        if self._flat.has_aliases:
+            self.alias_waits += 1
             attached.synchronize()
 
     def _update_as_reduced(self) -> None:
         """Each fusion group is updated once its gradients have been reduced, and gathered in the forward's order."""
         attached, scheduler = self.attached, self.attached.scheduler
         updated: set[int] = set()
+        if self.updates_at_once:
+            for index in attached.order:
+                scheduler.wait_reduced(index)
+            self._run(attached.order, "all fusion groups")
+            updated.update(attached.order)
+            self.updates_at_once = False
 
         def update(group: int) -> None:
             scheduler.wait_reduced(group)
@@ -194,15 +201,15 @@ class ShardedUpdate(Update):
 
     def finish(self, group: int) -> None:
         self.attached.scheduler.wait_gathered(group)
-        assert self._homes is not None
-        self._homes.serve_guests(self.attached.known_layout.groups[group])
+        assert self._flat is not None
+        self._flat.copy_out(self.attached.known_layout.groups[group])
 
     # --- gradients ---
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
         attached = self.attached
         attached.scheduler.synchronize()
-        found = _grads.look(attached.expected())
+        found = attached.look_at_grads()
         self._take(found.own)
         used = [] if found.nothing else [segment for segment in self._segments if self._is_used(segment)]
         grads = [segment.tensor.grad for segment in used if segment.tensor.grad is not None]

@@ -5,6 +5,12 @@ A strategy owns everything that depends on who updates what: what the flat buffe
 optimizer's step, what a pending parameter still needs, clipping, and the optimizer's state in and out. The schedule
 and the engine know no strategy by name: another one is a file with a subclass of :class:`Update`, and a line in
 :mod:`dear.attaching`.
+
+Note [The first update]
+An optimizer makes its state in its first update: for all parameters of a call, before it updates the first of them. The
+first update is one call for all fusion groups. In a call for each, state that stays for good would lie between the
+temporaries of the updates before it, and the C library's heap could reuse little of what these leave: it held up to a
+copy of the model more.
 """
 
 from __future__ import annotations
@@ -40,6 +46,8 @@ class Update(ABC):
 
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
+        self.alias_waits = 0  # steps that finished at once, since somebody else holds memory of a parameter
+        self.updates_at_once = True  # until the optimizer has made its state: see Note [The first update]
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:

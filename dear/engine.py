@@ -117,7 +117,7 @@ class Engine:
         else:
             if scheduler.has_gradients():
                 attached.compression.validate()  # which may take the gradients away
-            found = _grads.look(attached.expected())
+            found = attached.look_at_grads()
         if found.nothing:  # zero_grad() came first: there is nothing to do, as in plain torch
             if scheduler.has_gradients():
                 scheduler.synchronize()
@@ -162,7 +162,7 @@ class Engine:
         ``update="sharded"``, every rank must call this; each gets all of it.
         """
         self.synchronize()
-        state: dict[str, Any] = {"bucket_order": self._schedule.bucket_order()}
+        state: dict[str, Any] = {"bucket_order": self._schedule.bucket_order.names()}
         if self.compressor is not None:
             state["compressor"] = self.compressor.state_dict(gather=True)
         with self._update.full_state():
@@ -181,7 +181,7 @@ class Engine:
         if self.compressor is not None and "compressor" in state_dict:
             self.compressor.load_state_dict(state_dict["compressor"])
         self._attached.user.optimizer.load_state_dict(state_dict["optimizer"])
-        self._schedule.load_bucket_order(list(state_dict.get("bucket_order", [])))
+        self._schedule.bucket_order.load(list(state_dict.get("bucket_order", [])))
 
     def _before_export(self) -> None:
         self.synchronize()
@@ -192,7 +192,9 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters: ``steps``; ``bytes_sent`` by this rank in all; of the last step, how many ms the training thread
         waited for communication (``exposed_ms``, and by phase; with NCCL none, since streams wait in its place); the
-        fusion groups; for host tensors, what a compressor computed in the step before (``encode_ms``, ``merge_ms``,
+        fusion groups; ``alias_waits``, the steps that waited for everything, because something else held the memory of
+        a parameter (a kept ``state_dict()``, ``p.detach()``, a view) or, with replicated updates, of the optimizer's
+        state; for host tensors, what a compressor computed in the step before (``encode_ms``, ``merge_ms``,
         ``decode_ms``)."""
         reduce_ns, gather_ns = self._last_waits
         return {
@@ -202,6 +204,7 @@ class Engine:
             "wait_reduce_scatter_ms": reduce_ns / 1e6,
             "wait_all_gather_ms": gather_ns / 1e6,
             "fusion_groups": len(self._attached.order),
+            "alias_waits": self._update.alias_waits,
             "update": self.update,
             "optimizer_state_bytes": self._update.state_bytes(),
             **self._attached.compression.stats_of_last_step(),
@@ -244,7 +247,7 @@ class Engine:
     def _show_averages(self) -> None:
         """``.grad`` is what plain DDP would have left there. Collective."""
         attached = self._attached
-        found = _grads.look(attached.placeholders)
+        found = attached.look_at_all_grads()
         averages = self._update.averaged_gradients() if found.reduced else {}
         for param, _ in attached.placeholders:
             if param not in found.own and param.grad is not None:

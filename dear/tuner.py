@@ -67,11 +67,11 @@ class FusionTuner:
         agree(engine.process_group, look, "every rank must call dear.FusionTuner() with the same arguments")
         self._engine, self._steps, self._clock = engine, steps, clock
         self._times: list[list[float]] = [[] for _ in self.sizes]  # seconds, by size
-        self._turns = [index for _ in range(rounds) for index in range(len(self.sizes))]
+        self._trials = [index for _ in range(rounds) for index in range(len(self.sizes))]
         self._seen = 0  # steps of this trial
         self._last = 0.0  # when the step before ended
         self.best: float | None = None  #: the size in MiB that was left in place, once there is one
-        engine.bucket_cap_mb = self.sizes[self._turns[0]]
+        engine.bucket_cap_mb = self.sizes[self._trials[0]]
 
     @property
     def tuning(self) -> bool:
@@ -93,14 +93,14 @@ class FusionTuner:
             return
         now = self._clock()
         if self._seen > 0:
-            self._times[self._turns[0]].append(now - self._last)
+            self._times[self._trials[0]].append(now - self._last)
         self._seen, self._last = self._seen + 1, now
         if self._seen <= self._steps:
             return
-        self._turns.pop(0)
+        self._trials.pop(0)
         self._seen = 0
-        if self._turns:
-            self._engine.bucket_cap_mb = self.sizes[self._turns[0]]
+        if self._trials:
+            self._engine.bucket_cap_mb = self.sizes[self._trials[0]]
         else:
             self._decide()
 

@@ -338,3 +338,25 @@ def counters(rank, world, update):
 @both_modes
 def test_counters(pool2, update):
     pool2.run(counters, update)
+
+
+def held_memory(rank, world, update):
+    """Steps are counted that waited for everything because somebody held a parameter's memory."""
+    model, opt = training.build("Mlp", training.SGD, {})
+    engine = dear.attach(model, opt, update=update, **SMALL)
+    for step in range(3):
+        training.plain_step(model, opt, rank, step)
+    assert engine.stats()["alias_waits"] == 0
+    held = model.module.state_dict()
+    for step in range(3, 5):
+        training.plain_step(model, opt, rank, step)
+    assert engine.stats()["alias_waits"] == 2
+    del held
+    training.plain_step(model, opt, rank, 5)
+    assert engine.stats()["alias_waits"] == 2
+    engine.detach()
+
+
+@both_modes
+def test_steps_that_wait_for_aliases_are_counted(pool2, update):
+    pool2.run(held_memory, update)

@@ -11,7 +11,7 @@ from ..command import show_size
 from ..demo import show as demo
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
-from . import figures, others, phases, repeats, steps
+from . import figures, memory, others, phases, repeats, steps
 from .contest import Cell
 from .evidence import Evidence, origin
 from .markdown import extent, number
@@ -107,6 +107,7 @@ class Facts:
             loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True
         )
         known = {"facts": self, "steps": steps, "others": others, "number": number, "show_size": show_size}
+        known |= {"memory": memory}
         known["tolerance"] = losses.TOLERANCE
         return environment.get_template(page).render(known).rstrip() + "\n"
 

@@ -94,16 +94,16 @@ void CompressedHook::end() {
     error = std::exchange(error_, nullptr);
   }
   if (error) std::rethrow_exception(error);
-  std::vector<size_t> bad;
+  std::vector<size_t> nonfinite;
   for (size_t i = 0; i < delivered_; ++i) {
     const TwoPhaseExchanges& exchanges = buckets_[i].exchanges;
     // The futures completed a moment before the exchanges were done.
     for (const auto& exchange : exchanges) exchange->wait();
     if (std::any_of(exchanges.begin(), exchanges.end(),
                     [](const auto& exchange) { return exchange->has_nonfinite(); }))
-      bad.push_back(i);
+      nonfinite.push_back(i);
   }
-  if (always_ended_ || measuring_ || !bad.empty()) callbacks_.ended(bad);
+  if (always_ended_ || measuring_ || !nonfinite.empty()) callbacks_.ended(nonfinite);
 }
 
 void CompressedHook::roll_back() {

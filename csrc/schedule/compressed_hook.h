@@ -18,8 +18,8 @@ class CompressedHook {
     // Before a bucket goes out, in a step that is measured.
     std::function<void(size_t index)> measure;
     // At the end of a backward pass in which nothing failed, when every .grad is final: if that was asked for
-    // or a gradient was non-finite. `bad`: the buckets with non-finite gradients.
-    std::function<void(const std::vector<size_t>& bad)> ended;
+    // or a gradient was non-finite. `nonfinite`: the buckets with non-finite gradients.
+    std::function<void(const std::vector<size_t>& nonfinite)> ended;
   };
 
   CompressedHook(std::shared_ptr<Pipeline> pipeline, Callbacks callbacks)

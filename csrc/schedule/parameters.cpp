@@ -61,14 +61,14 @@ bool can_move(const at::Tensor& tensor) {
   return storage.nbytes() == tensor.nbytes() && storage.resizable() && !is_shared(storage);
 }
 
-void move_storage(const at::Tensor& tensor, const at::Tensor& home) {
-  TORCH_CHECK(can_move(tensor) && home.is_contiguous() && home.nbytes() == tensor.nbytes() &&
-                  home.scalar_type() == tensor.scalar_type() && home.device() == tensor.device(),
+void move_storage(const at::Tensor& tensor, const at::Tensor& target) {
+  TORCH_CHECK(can_move(tensor) && target.is_contiguous() && target.nbytes() == tensor.nbytes() &&
+                  target.scalar_type() == tensor.scalar_type() && target.device() == tensor.device(),
               "A storage can be moved only to as many contiguous elements of the same type.");
-  home.as_strided(tensor.sizes(), tensor.strides(), home.storage_offset()).copy_(tensor.detach());
+  target.as_strided(tensor.sizes(), tensor.strides(), target.storage_offset()).copy_(tensor.detach());
   c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
   storage->set_data_ptr(
-      c10::DataPtr(home.mutable_data_ptr(), new at::Tensor(home), &drop_tensor, tensor.device()));
+      c10::DataPtr(target.mutable_data_ptr(), new at::Tensor(target), &drop_tensor, tensor.device()));
 }
 
 bool has_aliases(const std::vector<at::Tensor>& tensors) {

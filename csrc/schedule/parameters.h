@@ -25,8 +25,8 @@ std::vector<uint32_t> checksums(const std::vector<at::Tensor>& tensors);
 // Whether move_storage() may move the tensor: it is all of its storage, densely, and nobody else holds that.
 bool can_move(const at::Tensor& tensor);
 
-// Copies the tensor to `home`, as many contiguous elements of its type, and makes its storage point there.
-void move_storage(const at::Tensor& tensor, const at::Tensor& home);
+// Copies the tensor to `target`, as many contiguous elements of its type, and makes its storage point there.
+void move_storage(const at::Tensor& tensor, const at::Tensor& target);
 
 // Whether anybody but the tensor itself holds the storage of one of them: a view or an alias.
 bool has_aliases(const std::vector<at::Tensor>& tensors);

@@ -17,8 +17,8 @@ namespace dear {
 
 // What this library keeps for a bucket. The reduce-scatter reads DDP's buffer and writes `shard`; the
 // all-gather completes `full`. With update="sharded", `full` holds the parameters and `shard` the gradient of
-// this rank's chunk; with update="replicated", `full` holds the averaged gradients and `shard` is this rank's
-// chunk of it.
+// this rank's chunk; with update="replicated", `full` is DDP's buffer again, with a version counter of its
+// own, and `shard` this rank's chunk of it: averaged gradients come in the place of the local ones.
 struct BucketBuffers {
   at::Tensor shard;
   at::Tensor full;
@@ -30,9 +30,9 @@ using Placeholders = std::vector<std::pair<at::Tensor, at::Tensor>>;
 // Decides when each half of each fusion group moves.
 //
 // Note [Local gradients stay whole]
-// The reduce-scatter does not write into DDP's bucket. So .grad keeps the local gradient, gradients
-// accumulate as in plain DDP, and a write to them that races with the reduction shows in the bucket's version
-// counter.
+// Where parameters are gathered, the reduce-scatter does not write into DDP's bucket. So .grad keeps the
+// local gradient, and gradients accumulate as in plain DDP. A write to them that races with the reduction
+// shows in the bucket's version counter, which no exchange touches.
 //
 // Threads: all calls come from the training thread, or from the autograd thread while the training thread
 // waits in backward(). None takes or needs the GIL.

@@ -63,7 +63,8 @@ void TwoPhaseExchange::bind(const at::Tensor& source, const at::Tensor& target, 
   source_ = source;
   target_ = target;
   if (runs_.empty()) {
-    codec_->bind(source.narrow(0, begin, numel), target.narrow(0, begin, numel));
+    own_ = source.narrow(0, begin, numel);
+    codec_->bind(own_, target.narrow(0, begin, numel));
     return;
   }
   own_ = at::empty({numel}, source.options());
@@ -101,6 +102,7 @@ void TwoPhaseExchange::start() {
     for (const Run& run : runs_) {
       own_.narrow(0, run.in_group, run.numel).copy_(source_.narrow(0, run.in_bucket, run.numel));
     }
+    if (std::exchange(keeps_gradient_, false)) gradient_ = own_.clone();
     const std::optional<Message> message = advance(0);
     dropped_.copy_(codec_->dropped());
     if (stream_) encoded_->record(*stream_);
@@ -251,8 +253,8 @@ bool TwoPhaseExchange::done() {
 }
 
 bool TwoPhaseExchange::has_nonfinite() const {
-  const at::Tensor bad = codec_->bad();
-  return bad.defined() && bad.ne(0).any().item<bool>();
+  const at::Tensor nonfinite = codec_->bad();
+  return nonfinite.defined() && nonfinite.ne(0).any().item<bool>();
 }
 
 void TwoPhaseExchange::roll_back() {

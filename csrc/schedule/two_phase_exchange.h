@@ -36,6 +36,11 @@ class TwoPhaseExchange {
   void bind(const at::Tensor& source, const at::Tensor& target, int64_t begin, int64_t numel,
             std::vector<Run> runs);
 
+  // The next start() copies the gradient, since the result may take its place.
+  void keep_gradient() { keeps_gradient_ = true; }
+  // The copy, flat as the group is, once; undefined where none was made.
+  at::Tensor take_gradient() { return std::exchange(gradient_, {}); }
+
   // Encodes and queues the first phase.
   void start();
   // Queues the second phase. `done` hears of its end, and of what went wrong; it may be empty.
@@ -102,7 +107,9 @@ class TwoPhaseExchange {
 
   at::Tensor source_;  // of the bucket; used where there are runs
   at::Tensor target_;
-  at::Tensor own_;  // the group in one run, where it is not so in the bucket
+  at::Tensor own_;  // the group in one run: a part of the source, or a copy where it is not so in the bucket
+  at::Tensor gradient_;  // copied for whoever asked for it
+  bool keeps_gradient_ = false;
   std::vector<Run> runs_;
 
   int64_t step_ = 0;

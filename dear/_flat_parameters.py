@@ -14,24 +14,25 @@ from dear._context import StepContext, ordinary
 from dear._layout import Layout, Place
 
 
-class Homes:
-    """Where the parameters of a layout are: in the flat buffers, or, if others hold their memory, where they were."""
+class FlatParameters:
+    """Where the parameters of a layout are: in the flat buffers, or, if others hold their memory, where they were, and
+    then their values are copied."""
 
     def __init__(self, layout: Layout) -> None:
         """Moves every parameter that can be moved."""
         self._layout = layout
-        self._guests: list[Place] = []
+        self._copied: list[Place] = []
         self._addresses: list[int] = []
-        self._move_in(range(len(layout.full)))
+        self._move(range(len(layout.full)))
 
-    def _move_in(self, buckets: Iterable[int]) -> None:
+    def _move(self, buckets: Iterable[int]) -> None:
         layout = self._layout
-        self._guests = [place for place in self._guests if place.bucket not in buckets]
+        self._copied = [place for place in self._copied if place.bucket not in buckets]
         for place in (place for bucket in buckets for place in layout.in_bucket(bucket)):
             if _C.can_move(place.param):
                 _C.move_storage(place.param, layout.full[place.bucket][place.start : place.stop])
             else:
-                self._guests.append(place)
+                self._copied.append(place)
         self._addresses = [place.param.data_ptr() for place in layout.places]
 
     def moved(self) -> set[int]:
@@ -39,28 +40,28 @@ class Homes:
         pairs = zip(self._layout.places, self._addresses, strict=True)
         return {place.bucket for place, address in pairs if place.param.data_ptr() != address}
 
-    def return_home(self, buckets: set[int]) -> None:
+    def move_back(self, buckets: set[int]) -> None:
         """Gives these buckets new flat buffers, since others may hold parts of the old ones, and fills them with the
         values of their parameters."""
         for bucket in buckets:
             self._layout.full[bucket] = torch.empty_like(self._layout.full[bucket])
-        self._move_in(buckets)
+        self._move(buckets)
 
     @property
     def has_aliases(self) -> bool:
         """Whether anybody but the parameters themselves holds their memory."""
-        return bool(self._guests) or _C.has_aliases([place.param for place in self._layout.places])
+        return bool(self._copied) or _C.has_aliases([place.param for place in self._layout.places])
 
-    def fetch_guests(self) -> None:
-        """Copies the guests' values to the flat buffers."""
-        for place in self._guests:
+    def copy_in(self) -> None:
+        """Copies the values of parameters that could not be moved to the flat buffers."""
+        for place in self._copied:
             place.view(self._layout.full[place.bucket]).copy_(place.param.detach())
 
-    def serve_guests(self, places: Iterable[Place]) -> None:
-        """Copies the flat buffers' values to those of the places that are guests."""
-        if self._guests:
-            guests = {id(place) for place in self._guests}
+    def copy_out(self, places: Iterable[Place]) -> None:
+        """Copies the flat buffers' values to those of the places whose parameters could not be moved."""
+        if self._copied:
+            copied = {id(place) for place in self._copied}
             with ordinary(StepContext(self._layout.full[0].device, grad=False)):
                 for place in places:
-                    if id(place) in guests:
+                    if id(place) in copied:
                         place.param.copy_(place.view(self._layout.full[place.bucket]))

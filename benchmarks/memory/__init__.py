@@ -1,0 +1,1 @@
+"""Memory of a worker: at its peak, and once training runs steadily."""

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <utility>
+#include <vector>
+
+namespace dear {
+
+// What the parameters have in .grad, against what the last backward pass should have left there. One walk a
+// step over all of them, with no Python object touched.
+class GradientWalk {
+ public:
+  // Numbers count the pairs of parameters and placeholders.
+  struct Found {
+    bool reduced = false;         // some have the placeholder, or a view of its memory
+    bool plain = false;           // some have such a view
+    std::vector<size_t> missing;  // have none
+    std::vector<size_t> own;      // have anything else
+  };
+
+  explicit GradientWalk(std::vector<std::pair<at::Tensor, at::Tensor>> expected)
+      : expected_(std::move(expected)) {}
+  Found look() const;
+
+ private:
+  const std::vector<std::pair<at::Tensor, at::Tensor>> expected_;
+};
+
+}  // namespace dear
