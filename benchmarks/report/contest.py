@@ -15,8 +15,8 @@ import numpy as np
 from ..network.rates import parse_rate, show_rate
 from ..records import Source
 from ..stats import paired_ratio, round_times
-from ..training import strategies, summary
-from ..training.strategies import StrategyError, parse_strategy
+from ..training import summary
+from ..training.strategies import Compressed, StrategyError, parse_strategy
 
 FLOOR = "none"
 EMULATED = "emulated network"
@@ -71,11 +71,18 @@ def kind(name: str) -> str:
 
 
 def trains_like(name: str, curves: Sequence[dict[str, Any]]) -> str | None:
-    """As strategies.trains_like, also for names that only an earlier or later version knows."""
+    """Which of the strategies in the cells of benchmarks.convergence `name` trains like; None if none does.
+
+    Itself, before all. Else the same without bucket size and schedule, which change no sum but its rounding (and, for
+    top-k and sign, which elements share a threshold or a scale): dear:sharded:4 as ddp, dear+acp:8:2 as acp:8.
+    """
     try:
-        return strategies.trains_like(name, curves)
-    except StrategyError:
+        strategy = parse_strategy(name)
+    except StrategyError:  # results of another version
         return None
+    trained = {cell["plan"]["strategy"] for cell in curves}
+    plain = str(strategy.compressor) if isinstance(strategy, Compressed) else strategy.same_as
+    return next((each for each in (name, plain) if each in trained), None)
 
 
 class Setting(NamedTuple):

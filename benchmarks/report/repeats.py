@@ -80,12 +80,12 @@ def of_collectives(sources: Iterable[Source]) -> list[Run]:
 def _collectives_run(source: Source, cell: dict[str, Any]) -> Run:
     started = f", started by {cell['variant']}" if cell.get("variant") else ""
     what = f"collectives, {cell['workers']} workers, {cell['network']}, {show_rate(cell['rate'])}{started}"
-    rows = []
-    for size in cell["sizes"]:
-        exact = collectives.rows(size, cell["workers"], cell["rate"])
-        found = [(row.name, row.timing.p50_us, row.speedup) for row in exact if not row.failure]
-        found += [(row.name, row.p50_us, row.speedup) for row in collectives.compressor_rows(size) if not row.failure]
-        rows += [(f"{show_size(size['bytes'])} {name}", us, ratio) for name, us, ratio in found]
+    rows = [
+        (f"{show_size(size['bytes'])} {row.name}", row.timing.p50_us, row.speedup)
+        for size in cell["sizes"]
+        for row in collectives.rows(size, cell["workers"], cell["rate"])
+        if not row.failure
+    ]
     return Run((source.machine, what, cell["plan"]["dtype"]), what, "µs", source, _rows(rows))
 
 
