@@ -108,7 +108,7 @@ class Row:
         return 100 * self.timing.bus_bandwidth * 8 / self.bits if self.bits else None
 
     def over(self, rival: str) -> float | None:
-        """The rival's time / this one's, paired by round; None for a half of an all-reduce, which it would flatter."""
+        """The rival's time / this one's, paired by round; None for a half of an all-reduce."""
         if self.name not in self.rounds or rival not in self.rounds or self.one["halves"] == 1:
             return None
         return paired_ratio(self.rounds[self.name], self.rounds[rival])

@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .. import drawing
-from . import contest
-from .contest import Cell, family, median, short_rate
+from . import comparison
+from .comparison import Cell, family, median, short_rate
 
 FLOOR_COLOUR = "#d5d8dc"
 # In the order of the bar: what the training thread does, then what it waits for.
@@ -61,7 +61,7 @@ def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
     cells = [cell for cell in cells if cell.floor is not None and cell.best_of_each_kind()]
     seen = {family(row.name) for cell in cells for row in cell.best_of_each_kind()}
     entries: list[Any] = [Patch(color=FLOOR_COLOUR, label="compute floor (measured without communication)")]
-    for one in contest.FAMILIES:
+    for one in comparison.FAMILIES:
         if one in seen:
             entries.append(Patch(color=one.colour, label=f"exposed communication, {one.label}"))
     mark = Line2D([], [], color="black", marker="|", linestyle="", markersize=10, markeredgewidth=1.6)
@@ -74,7 +74,7 @@ def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
 def profiled(cell: Cell) -> dict[str, dict[str, Any]]:
     """By strategy: the floor, and the best size of each kind, as far as they were profiled; the shortest step last."""
     names = [row.name for row in sorted(cell.best_of_each_kind(), key=median, reverse=True)]
-    floor = [row.name for row in cell.finished if row.name == contest.FLOOR]
+    floor = [row.name for row in cell.finished if row.name == comparison.FLOOR]
     found = {name: cell.strategy(name).get("breakdown") for name in [*names, *floor]}
     return {name: one for name, one in found.items() if one and "failure" not in one}
 

@@ -12,7 +12,7 @@ from ..demo import show as demo
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
 from . import bars, others, repeats, steps
-from .contest import Cell
+from .comparison import Cell
 from .evidence import Evidence, origin
 from .markdown import extent, number
 from .page import draw_map

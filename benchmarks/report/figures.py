@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from .. import drawing
 from ..network.rates import parse_rate
 from ..stats import is_plain_ddp
-from . import contest
-from .contest import Cell, family, kind, median, short_rate
+from . import comparison
+from .comparison import Cell, family, kind, median, short_rate
 
 MARKERS = "osD^vPX<>*hd"
 DASHES = ("-", "--", "-.", ":")
@@ -60,7 +60,7 @@ def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> Non
 
 def _places(rates: Sequence[str]) -> dict[str, float]:
     """Where each rate stands on a logarithmic axis; no limit stands apart, behind the fastest."""
-    bits = {rate: parse_rate(rate) for rate in contest.by_rate(rates)}
+    bits = {rate: parse_rate(rate) for rate in comparison.by_rate(rates)}
     fastest = max((one for one in bits.values() if one), default=1e9)
     return {rate: one or fastest * NO_LIMIT_GAP for rate, one in bits.items()}
 
@@ -91,7 +91,7 @@ def _shade(colour: str, share: float) -> tuple[float, float, float]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    return contest.FAMILIES.index(family(name)), name
+    return comparison.FAMILIES.index(family(name)), name
 
 
 def _bound(axes: Axes, limited: Sequence[Cell], cells: Sequence[Cell], places: dict[str, float]) -> None:

@@ -11,8 +11,8 @@ from matplotlib.lines import Line2D
 from .. import drawing
 from ..records import Source
 from ..stats import SMOOTHED_OVER, trailing_mean
-from . import contest
-from .contest import Cell, kind, short_rate
+from . import comparison
+from .comparison import Cell, kind, short_rate
 from .figures import styles_of
 
 
@@ -38,7 +38,7 @@ def by_step(source: Source, about: Sequence[str], path: Path) -> None:
 
 
 def are_in(cell: Cell) -> bool:
-    return any(cell.strategy(row.name).get("losses") for row in cell.finished if row.name != contest.FLOOR)
+    return any(cell.strategy(row.name).get("losses") for row in cell.finished if row.name != comparison.FLOOR)
 
 
 def over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:

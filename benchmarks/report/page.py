@@ -18,8 +18,8 @@ from rich.table import Table
 from .. import losses, show
 from ..matrix.tasks import example
 from ..records import Source, provenance
-from . import bars, contest, figures, losses_figures, repeats, winners
-from .contest import Cell
+from . import bars, comparison, figures, losses_figures, repeats, winners
+from .comparison import Cell
 from .evidence import Evidence, origin
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -54,7 +54,7 @@ def printed(what: Table | Callable[[Console], None], about: list[str]) -> Part:
 def draw_map(evidence: Evidence, out: Path) -> Path:
     """map.png: who wins where."""
     title = "The same training as DDP: float32, nothing rounded away"
-    maps = [winners.Map(title, lambda _, name: contest.is_exact(name), lambda *_: False)]
+    maps = [winners.Map(title, lambda _, name: comparison.is_exact(name), lambda *_: False)]
     if evidence.inexact():
         maps.append(
             winners.Map(
@@ -100,7 +100,7 @@ def tables_of(benchmark: str) -> Make:
 def the_demo(evidence: Evidence, out: Path) -> Iterator[Part]:
     for source in evidence.of_benchmark("demo"):
         path = out / f"loss-{source.name}.png"
-        losses_figures.over_time([contest.as_cell(source, source.payload["training"])], provenance([source]), path)
+        losses_figures.over_time([comparison.as_cell(source, source.payload["training"])], provenance([source]), path)
         yield Part(provenance([source]), path)
 
 

@@ -13,7 +13,7 @@ from ..collectives import show as collectives
 from ..command import show_size
 from ..network.rates import show_rate
 from ..records import Source
-from .contest import Cell
+from .comparison import Cell
 from .evidence import Evidence
 
 WITHIN = 5  # percent: what two runs of one table may differ by, at the median
@@ -111,10 +111,10 @@ def twice_measured(runs: Iterable[Run]) -> list[TwiceMeasured]:
 def table(one: TwiceMeasured) -> Table:
     """Both runs side by side."""
     middle, worst = one.off_by
-    verdict = "within" if middle <= WITHIN else "NOT within"
+    agree = "within" if middle <= WITHIN else "NOT within"
     title = (
         f"{one.what}: the two runs' ratios differ by {middle:.1f}% at the median, {worst:.1f}% at worst "
-        f"({verdict} {WITHIN}% at the median)"
+        f"({agree} {WITHIN}% at the median)"
     )
     columns = [f"{one.unit}\nfirst", f"{one.unit}\nagain", "again /\nfirst", "×\nfirst", "×\nagain", "× again /\nfirst"]
     shown = tables.table(title, "row", columns)
