@@ -61,7 +61,7 @@ class Differs(ValueError):
 
 @dataclass
 class Store:
-    """The cells of one run, in a file where `path` is given; only rank 0, or whoever starts the workers, has one.
+    """The cells of one run, in a file where `path` is given. Rank 0 has one, or the process that starts the workers.
 
     A cell is what a benchmark measured, its "plan", and what tells it from the others of the file.
     """

@@ -50,7 +50,7 @@ def run_surviving(plan: Any, candidates: Sequence[str], run: Callable[[Any], dic
     """`run(plan)`; a candidate that takes its worker down is left out of a second try, and its row says why.
 
     What workers say they are doing must end in the candidate's name. `plan` is a dataclass whose `excluded` holds the
-    candidates that are left out, and why. Raises WorkersFailed where none of them is to blame.
+    candidates that are left out, and why. Raises WorkersFailed where none of them is the cause.
     """
     while True:
         try:
@@ -64,7 +64,7 @@ def run_surviving(plan: Any, candidates: Sequence[str], run: Callable[[Any], dic
 
 
 def _short(text: str) -> str:
-    """First and last line of a report that ends in somebody's standard error: what happened, and what it said."""
+    """First and last line of a report that ends in a process's standard error: what happened, and what it said."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ... ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else "no reason given"
 

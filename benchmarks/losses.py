@@ -3,11 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from . import records
-from .stats import trailing_mean
 
 DENSE = "ddp"  # what every other strategy is compared with, seed by seed
 LAST = 20  # training losses at the end that are averaged: one step's depends on its batch
@@ -61,16 +57,3 @@ def _finished(cells: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]
 
 def _held_out(cell: dict[str, Any]) -> float:
     return float(cell["held_out"][-1][1])
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The cells of a file that benchmarks.convergence wrote. Raises ValueError for another file."""
-    (source,) = records.load([path])
-    if source.benchmark != "convergence":
-        raise ValueError(f"{path} holds no losses: pass what --json of benchmarks.convergence wrote")
-    return source.cells
-
-
-def smoothed(cells: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
-    """For each finished seed the training loss by step, each the mean of itself and those up to LAST - 1 before it."""
-    return [trailing_mean(cell["losses"], LAST) for cell in _finished(cells, name)]

@@ -41,7 +41,7 @@ def marked(value: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with suppress(OSError):  # gone, or somebody else's
+            with suppress(OSError):  # gone, or another user's
                 if wanted in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
     return found
@@ -138,7 +138,7 @@ class Processes:
         self._children: list[Child] = []
         self._reaper = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, self.mark],
-            # Without the mark of whoever started us: who ends us by it must leave the reaper to its work.
+            # Without the mark of the process that started us: ending us by that mark must not end the reaper.
             env={name: value for name, value in os.environ.items() if name != MARK},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

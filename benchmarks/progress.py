@@ -1,7 +1,7 @@
 """How far work is: between processes as lines of JSON, to people as a bar or, in a file, as lines of text.
 
 A process that is told to by the environment (`as_json`) writes each report as one JSON object on a line of its own;
-`read` gives it back to whoever follows that process's output.
+`read` returns it to the process that reads this output.
 """
 
 import json
@@ -49,7 +49,7 @@ class Step:
 
 
 def write(step: Step) -> None:
-    """Tells whoever follows this process's output."""
+    """Reports to the process that reads this process's output."""
     print(json.dumps({"progress": asdict(step)}), flush=True)
 
 

@@ -44,11 +44,6 @@ class CompressorName:
         return compress.Dense(torch.bfloat16 if self.kind == "bf16" else torch.float16, **more)
 
 
-def is_compressor(kind: str) -> bool:
-    """Whether a strategy's first word names a compressor."""
-    return kind in _OPTIONS
-
-
 def split_name(parts: Sequence[str]) -> tuple[CompressorName, list[str]]:
     """The compressor at the head of a strategy's parts, and the parts behind it.
 

@@ -58,7 +58,7 @@ def is_plain_ddp(name: str) -> bool:
 
 
 def best_ddp(strategies: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The plain DDP with the smallest median: picking it by the same numbers favours the rival, not us."""
+    """The plain DDP with the smallest median: choosing it by the same numbers favours DDP."""
     candidates = [one for one in strategies if is_plain_ddp(one["name"]) and finished(one)]
     return min(candidates, key=lambda one: statistics.median(round_times(one)), default=None)
 

@@ -28,7 +28,7 @@ def launched() -> bool:
     """Whether torchrun, mpirun or srun started this process, as one of the ranks of a job."""
     try:
         detect(os.environ)
-    except RuntimeError:  # by nobody, or by somebody who told too little, of which joining the job will complain
+    except RuntimeError:  # by no launcher, or with variables missing, which joining the job will report
         return "RANK" in os.environ
     return True
 
@@ -51,7 +51,7 @@ class Worker:
     def __init__(self, backend: str = "gloo", device: str = "cpu") -> None:
         torch.set_num_threads(1)
         if launched() and detect(os.environ).launcher == "mpirun":
-            with suppress(ImportError, RuntimeError):  # of which whoever needs MPI will complain
+            with suppress(ImportError, RuntimeError):  # a method that needs MPI will report it
                 importlib.import_module("mpi4py.MPI")  # or joining the job would finalize it
         if not dist.is_initialized():
             dear.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
@@ -88,7 +88,7 @@ class Worker:
         """Runs the action on every rank; returns its result, or, on all ranks alike, the failure that came first.
 
         Every rank must call this together: it is where they agree whether to go on. The first failure in time is the
-        cause; those after it are ranks that waited in vain.
+        cause; later ones are of ranks that waited for the failed one.
         """
         result, failure = None, None
         try:

@@ -1,4 +1,4 @@
-"""The architecture page lists the files that a step passes through, and counts them: a traced step must say the same."""
+"""The architecture page lists and counts the files that a step passes through: a traced step must say the same."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from canned import strategy, training_cell
 from rich.console import Console
 
 from benchmarks import records
-from benchmarks.report import contest, repeats
+from benchmarks.report import comparison, repeats
 from benchmarks.training import __main__ as training
 from benchmarks.training import seeds
 
@@ -72,7 +72,7 @@ def test_another_seed_is_not_the_same_table_again() -> None:
         one["plan"] |= {"batch": 4, "workload": "gpt"}
         return records.Source(name, "training", {"cells": [one], **about})
 
-    runs = repeats.of_training(contest.cells([source("a", 1), source("b", 2), source("c", 2)]))
+    runs = repeats.of_training(comparison.cells([source("a", 1), source("b", 2), source("c", 2)]))
     (twice,) = repeats.twice_measured(runs)
     assert (twice.first.file, twice.second.file) == ("b", "c")
 

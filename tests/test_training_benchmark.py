@@ -106,22 +106,6 @@ def test_losses_are_compared_with_dense_seed_by_seed() -> None:
     assert "1.050 (2)" in text and "sign failed, seed 2: rank 0: no" in text
 
 
-def test_time_to_loss_is_steps_times_milliseconds(cell: dict[str, Any]) -> None:
-    def falling(strategy: str, seed: int, last: float) -> dict[str, Any]:
-        return course(strategy, seed, last, losses=[4.0] * losses.LAST + [last] * losses.LAST)
-
-    curves = [falling("ddp", 1, 2.0), falling("ddp", 2, 2.0), falling("ddp+fp16", 1, 3.0)]
-    target, rows = tradeoff.times_to_loss(cell, curves)
-    assert target == 3.0  # the lowest that fp16 reaches, too
-    by_name = {row.name: row for row in rows}
-    assert set(by_name) == {"ddp:1", "ddp:25", "ddp+fp16", "dear:sharded"}  # no losses of "none"; "fsdp2" has failed
-    assert by_name["dear:sharded"].trained_as == "ddp"
-    assert by_name["ddp+fp16"].steps == 2 * losses.LAST and by_name["dear:sharded"].steps == 1.5 * losses.LAST
-    assert by_name["dear:sharded"].seconds == pytest.approx(1.5 * losses.LAST * 0.3)
-    missed = {row.name: row.steps for row in tradeoff.times_to_loss(cell, curves, 2.5)[1]}
-    assert missed["ddp+fp16"] is None and missed["ddp:1"] == 1.75 * losses.LAST
-
-
 def test_compression_that_costs_more_than_it_saves_is_pointed_out(cell: dict[str, Any]) -> None:
     def compressed(name: str, encode_ms: float | None) -> dict[str, Any]:
         report = {"dense_bytes": 12_500_000, "encode_ms": encode_ms, "merge_ms": 5.0, "decode_ms": 15.0}

@@ -129,7 +129,7 @@ class Method:
 
 
 class ReduceScatterHalf(Method):
-    """A reduce-scatter alone: the shard holds the sum of everybody's part. In place, the shard is a part of `data`."""
+    """A reduce-scatter alone: the shard holds the sum over all ranks. In place, the shard is a part of `data`."""
 
     halves = 1
 

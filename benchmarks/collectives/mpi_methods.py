@@ -11,7 +11,7 @@ from .exact import AllGatherHalf, Method, Place, Placement, ReduceScatterHalf
 
 @functools.cache
 def communicator(world: int) -> tuple[Any, Any]:
-    """mpi4py's module MPI, and a communicator of all ranks that nobody else uses.
+    """mpi4py's module MPI, and a communicator of all ranks for these methods alone.
 
     Raises RuntimeError where MPI does not connect the ranks that torch connects; the message says what to do.
     """

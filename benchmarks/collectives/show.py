@@ -1,6 +1,7 @@
 """Turns the raw JSON of the collectives benchmark into rows and tables, in nccl-tests' form for exact methods."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean  # unlike numpy's it is exact, so the same on every machine
 from typing import Any
 
@@ -18,6 +19,7 @@ BASELINE = "all_reduce"
 NATIVE = "native"
 REDOP = "sum"
 FAILED = "[red]failed[/red]"
+PARTS = ("encode", "communicate", "decode")
 TIMING = ("p50", "p99", "algbw\nGB/s", "busbw\nGB/s", "#wrong")
 ABOUT_COMPRESSORS = (
     " Compressors: encode is what is computed before the first exchange, decode all that is computed after it. wire: "
@@ -28,29 +30,63 @@ ABOUT_COMPRESSORS = (
 
 @dataclass(frozen=True)
 class Timing:
-    """One method in one placement at one size. Bandwidths in bytes per second."""
+    """One method in one placement at one size, in place or out of it; a run is as long as its slowest rank.
 
-    failure: str | None = None
-    p50_us: float = 0.0  # over all timed runs, a run being as long as its slowest rank
-    p99_us: float = 0.0
-    algorithm_bandwidth: float = 0.0  # size / p50
-    bus_bandwidth: float = 0.0  # what one link carries each way: halves * (P-1)/P of the algorithm bandwidth
-    wrong: int = 0
+    account: raw. bytes_: of the whole tensor. factor: what one link carries each way, as a multiple of these.
+    """
+
+    account: dict[str, Any]
+    bytes_: int
+    factor: float
+
+    @property
+    def failure(self) -> str | None:
+        return None if finished(self.account) else self.account["failure"] or "no round was finished"
+
+    def times(self, series: str = "us") -> list[float]:
+        """Of all timed runs."""
+        return [us for block in self.account["blocks"] for us in slowest_rank(block[series])]
+
+    @cached_property
+    def p50_us(self) -> float:
+        return np.percentile(self.times(), 50)
+
+    @property
+    def p99_us(self) -> float:
+        return np.percentile(self.times(), 99)
+
+    @property
+    def algorithm_bandwidth(self) -> float:
+        """Bytes per second: size / p50."""
+        return self.bytes_ / (self.p50_us / 1e6)
+
+    @property
+    def bus_bandwidth(self) -> float:
+        """Bytes per second that one link carries each way."""
+        return self.factor * self.algorithm_bandwidth
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one size, in place; `out_of_place` where that was measured too. Bandwidths in bytes per second."""
+    """One method at one size, in place; `out_of_place` where that was measured too.
 
-    name: str
-    halves: int  # 2: a whole all-reduce, 1: one half of it
+    one: its raw account. rounds: by name the median times, by round, of every method that finished at this size.
+    """
+
+    one: dict[str, Any]
     timing: Timing
-    out_of_place: Timing | None = None
-    cpu_ms: float = 0.0  # process CPU time of one run, mean over ranks
-    of_rate: float | None = None  # bus bandwidth in percent of the link's rate
-    speedup: float | None = None  # the backend's all_reduce's time / ours, paired by round
-    over_native: float | None = None  # the same for the backend's own reduce_scatter + all_gather
-    best: bool = False  # the fastest whole all-reduce at this size, in place or out of it
+    out_of_place: Timing | None
+    bits: float | None  # per second, of the link
+    rounds: dict[str, list[float]]
+    best: bool = False  # the fastest whole all-reduce at this size, in place or out of it, or the fastest compressor
+
+    @property
+    def name(self) -> str:
+        return str(self.one["name"])
+
+    @property
+    def lossy(self) -> bool:
+        return bool(self.one.get("lossy"))
 
     @property
     def failure(self) -> str | None:
@@ -61,102 +97,53 @@ class Row:
         """µs, in place or out of it; None where neither was measured."""
         return min((one.p50_us for one in (self.timing, self.out_of_place) if one and not one.failure), default=None)
 
+    @property
+    def cpu_ms(self) -> float:
+        """Process CPU time of one run, mean over ranks."""
+        return fmean(cpu for block in self.one["blocks"] for cpu in block["cpu_ms"])
 
-@dataclass(frozen=True)
-class CompressorRow:
-    """One compressor at one size, end to end. Times are medians of the slowest rank's, bandwidths bytes per second."""
+    @property
+    def of_rate(self) -> float | None:
+        """Bus bandwidth in percent of the link's rate."""
+        return 100 * self.timing.bus_bandwidth * 8 / self.bits if self.bits else None
 
-    name: str
-    failure: str | None = None
-    raw_bytes: int = 0  # of the gradient
-    wire_bytes: int = 0  # what one rank must send
-    p50_us: float = 0.0
-    p99_us: float = 0.0
-    encode_us: float = 0.0
-    communicate_us: float = 0.0
-    decode_us: float = 0.0
-    effective_bandwidth: float = 0.0  # raw bytes / p50
-    wire_bandwidth: float = 0.0  # wire bytes / communicate
-    error: float = 0.0  # |result - mean|² / |mean|² of one step without error feedback
-    speedup: float | None = None  # the backend's all_reduce's time / ours, paired by round
-    over_16_bit: float | None = None  # the same for dense in 16 bits
-    best: bool = False  # the fastest compressor at this size
+    def over(self, rival: str) -> float | None:
+        """The rival's time / this one's, paired by round; None for a half of an all-reduce."""
+        if self.name not in self.rounds or rival not in self.rounds or self.one["halves"] == 1:
+            return None
+        return paired_ratio(self.rounds[self.name], self.rounds[rival])
+
+    @property
+    def speedup(self) -> float | None:
+        return self.over(BASELINE)
+
+    @property
+    def parts_us(self) -> tuple[float, float, float]:
+        """Medians of a compressor's encoding, communication and decoding."""
+        encode, communicate, decode = (np.median(self.timing.times(f"{part}_us")) for part in PARTS)
+        return float(encode), float(communicate), float(decode)
+
+    @property
+    def wire_bandwidth(self) -> float:
+        """A compressor's bytes on the wire by the time of communication, in bytes per second."""
+        return self.one["wire_bytes"] / (self.parts_us[1] / 1e6)
 
 
 def rows(size: dict[str, Any], workers: int, rate: str) -> list[Row]:
-    """One row per exact method, failed ones included."""
-    exact = [one for one in size["methods"] if not one.get("lossy")]
-    rivals = {one["name"]: _rounds(one) for one in exact if one["name"] in (BASELINE, NATIVE) and finished(one)}
-    made = [_row(one, rivals, size["bytes"], workers, parse_rate(rate)) for one in exact]
-    best = min(
-        (row for row in made if row.halves == 2 and row.shortest), key=lambda row: row.shortest or 0, default=None
-    )
-    return [replace(row, best=row is best) for row in made]
-
-
-def _row(one: dict[str, Any], rivals: dict[str, list[float]], bytes_: int, workers: int, bits: float | None) -> Row:
-    factor = one["halves"] * (workers - 1) / workers
-    out_of_place = _timing(one["out_of_place"], bytes_, factor) if one.get("out_of_place") else None
-    timing = _timing(one, bytes_, factor)
-    if timing.failure:
-        return Row(one["name"], one["halves"], timing, out_of_place)
-    against = rivals if one["halves"] == 2 else {}  # a half compared with a whole would flatter it
-    return Row(
-        name=one["name"],
-        halves=one["halves"],
-        timing=timing,
-        out_of_place=out_of_place,
-        cpu_ms=fmean(cpu for block in one["blocks"] for cpu in block["cpu_ms"]),
-        of_rate=100 * timing.bus_bandwidth * 8 / bits if bits else None,
-        speedup=paired_ratio(_rounds(one), against[BASELINE]) if BASELINE in against else None,
-        over_native=paired_ratio(_rounds(one), against[NATIVE]) if NATIVE in against else None,
-    )
-
-
-def _timing(account: dict[str, Any], bytes_: int, factor: float) -> Timing:
-    if not finished(account):
-        return Timing(failure=account["failure"] or "no round was finished")
-    p50, p99 = np.percentile(_times(account), [50, 99])
-    bandwidth = bytes_ / (p50 / 1e6)
-    return Timing(None, p50, p99, bandwidth, factor * bandwidth, account["wrong"])
-
-
-def compressor_rows(size: dict[str, Any]) -> list[CompressorRow]:
-    """One row per compressor, failed ones included."""
+    """One row per method, failed ones included."""
     known = {one["name"]: _rounds(one) for one in size["methods"] if finished(one)}
-    made = [_compressor_row(one, known) for one in size["methods"] if one.get("lossy")]
-    best = min((row for row in made if not row.failure), key=lambda row: row.p50_us, default=None)
-    return [replace(row, best=row is best) for row in made]
 
+    def made(one: dict[str, Any]) -> Row:
+        factor = one["halves"] * (workers - 1) / workers
+        out_of_place = Timing(one["out_of_place"], size["bytes"], factor) if one.get("out_of_place") else None
+        return Row(one, Timing(one, size["bytes"], factor), out_of_place, parse_rate(rate), known)
 
-def _compressor_row(one: dict[str, Any], known: dict[str, list[float]]) -> CompressorRow:
-    if one["name"] not in known:
-        return CompressorRow(one["name"], failure=one["failure"] or "no round was finished")
-    p50, p99 = np.percentile(_times(one), [50, 99])
-    encode, communicate, decode = (np.median(_times(one, f"{part}_us")) for part in ("encode", "communicate", "decode"))
-    speedup, over_16_bit = (
-        paired_ratio(known[one["name"]], known[rival]) if rival in known else None for rival in (BASELINE, "bf16")
-    )
-    return CompressorRow(
-        one["name"],
-        None,
-        one["raw_bytes"],
-        one["wire_bytes"],
-        p50,
-        p99,
-        float(encode),
-        float(communicate),
-        float(decode),
-        effective_bandwidth=one["raw_bytes"] / (p50 / 1e6),
-        wire_bandwidth=one["wire_bytes"] / (float(communicate) / 1e6),
-        error=one["vnmse"],
-        speedup=speedup,
-        over_16_bit=over_16_bit,
-    )
-
-
-def _times(account: dict[str, Any], series: str = "us") -> list[float]:
-    return [us for block in account["blocks"] for us in slowest_rank(block[series])]
+    found = [made(one) for one in size["methods"]]
+    best = []
+    for lossy in (False, True):
+        compete = [row for row in found if row.lossy == lossy and row.one["halves"] == 2 and row.shortest]
+        best += sorted(compete, key=lambda row: row.shortest or 0)[:1]
+    return [replace(row, best=row in best) for row in found]
 
 
 def _rounds(account: dict[str, Any]) -> list[float]:
@@ -206,32 +193,29 @@ def _print(table: Table, console: Console) -> None:
     console.print(table, soft_wrap=True)
 
 
-def _named(row: Row | CompressorRow) -> str:
+def _named(row: Row) -> str:
     return f"{row.name} [green]BEST[/green]" if row.best else row.name
 
 
 def _exact_table(cell: dict[str, Any], failures: dict[str, str]) -> Table:
-    placed = [
-        f"{place}\n{column}"
-        for place in ("out of", "in")
-        for column in ("p50", "p99", "algbw\nGB/s", "busbw\nGB/s", "#wrong")
-    ]
+    placed = [f"{place}\n{column}" for place in ("out of", "in") for column in TIMING]
     last = ["% of\nrate", "× all_\nred.", "×\nnative", "CPU\nms"]
-    table = _table(
-        f"{_title(cell)}\nout of place, in place", ["size", "count", "type", "redop", "method", *placed, *last]
-    )
+    title = f"{_title(cell)}\nout of place, in place"
+    table = _table(title, ["size", "count", "type", "redop", "method", *placed, *last])
     for size in cell["sizes"]:
         labels = [show_size(size["bytes"]), str(size["count"]), cell["plan"]["dtype"], REDOP]
-        found = rows(size, cell["workers"], cell["rate"])
+        found = [row for row in rows(size, cell["workers"], cell["rate"]) if not row.lossy]
         for row in found:
-            forms = (row.of_rate, ".1f"), (row.speedup, ".3f"), (row.over_native, ".2f"), (row.cpu_ms or None, ".1f")
-            numbers = [*_timing_cells(row.out_of_place), *_timing_cells(row.timing), *(value(*form) for form in forms)]
-            table.add_row(*labels, _named(row), *numbers, end_section=row is found[-1])
-            labels = [""] * 4
+            numbers = [*_timing_cells(row.out_of_place), *_timing_cells(row.timing)]
             if row.failure:
                 failures.setdefault(row.name, row.failure)
-            elif row.out_of_place and row.out_of_place.failure:
-                failures.setdefault(f"{row.name}, out of place", row.out_of_place.failure)
+            else:
+                forms = (row.of_rate, ".1f"), (row.speedup, ".3f"), (row.over(NATIVE), ".2f"), (row.cpu_ms, ".1f")
+                numbers += [value(*form) for form in forms]
+                if row.out_of_place and row.out_of_place.failure:
+                    failures.setdefault(f"{row.name}, out of place", row.out_of_place.failure)
+            table.add_row(*labels, _named(row), *numbers, end_section=row is found[-1])
+            labels = [""] * 4
     return table
 
 
@@ -240,9 +224,9 @@ def _timing_cells(timing: Timing | None) -> list[str]:
         return ["", "", "", "", "N/A"]
     if timing.failure:
         return [FAILED, "", "", "", ""]
-    wrong = f"[red]{timing.wrong}[/red]" if timing.wrong else "0"
+    wrong = timing.account["wrong"]
     bandwidths = [f"{each / 1e9:.3f}" for each in (timing.algorithm_bandwidth, timing.bus_bandwidth)]
-    return [f"{timing.p50_us:.0f}", f"{timing.p99_us:.0f}", *bandwidths, wrong]
+    return [f"{timing.p50_us:.0f}", f"{timing.p99_us:.0f}", *bandwidths, f"[red]{wrong}[/red]" if wrong else "0"]
 
 
 def _compressor_table(cell: dict[str, Any], failures: dict[str, str]) -> Table:
@@ -251,16 +235,17 @@ def _compressor_table(cell: dict[str, Any], failures: dict[str, str]) -> Table:
     table = _table(f"{_title(cell)}\ncompressors, end to end", columns)
     for size in cell["sizes"]:
         labels = [show_size(size["bytes"]), str(size["count"]), cell["plan"]["dtype"]]
-        found = compressor_rows(size)
+        found = [row for row in rows(size, cell["workers"], cell["rate"]) if row.lossy]
         for row in found:
             numbers = ["", "", FAILED]
             if row.failure:
                 failures.setdefault(f"{row.name} at {show_size(size['bytes'])}", row.failure)
             else:
-                us = (row.p50_us, row.p99_us, row.encode_us, row.communicate_us, row.decode_us)
-                numbers = [show_size(row.raw_bytes), show_size(row.wire_bytes), *(f"{each:.0f}" for each in us)]
-                numbers += [f"{each / 1e9:.3f}" for each in (row.effective_bandwidth, row.wire_bandwidth)]
-                numbers += [f"{row.error:.2g}", value(row.speedup, ".3f"), value(row.over_16_bit, ".3f")]
+                us = (row.timing.p50_us, row.timing.p99_us, *row.parts_us)
+                bandwidths = row.one["raw_bytes"] / (row.timing.p50_us / 1e6), row.wire_bandwidth
+                numbers = [show_size(row.one[f"{bytes_}_bytes"]) for bytes_ in ("raw", "wire")]
+                numbers += [*(f"{each:.0f}" for each in us), *(f"{each / 1e9:.3f}" for each in bandwidths)]
+                numbers += [f"{row.one['vnmse']:.2g}", value(row.speedup, ".3f"), value(row.over("bf16"), ".3f")]
             table.add_row(*labels, _named(row), *numbers, end_section=row is found[-1])
             labels = [""] * 3
     return table

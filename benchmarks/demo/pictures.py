@@ -71,7 +71,7 @@ def step_timeline(traces: Sequence[tuple[str, dict[str, Any]]], title: str, path
 
 
 def typical_step(trace: dict[str, Any]) -> int:
-    """Of the steps with one before and one after them, the one of median length: no lucky one, and no unlucky one."""
+    """Of the steps with one before and one after them, the one of median length."""
     begins: dict[int, int] = {}
     for span in trace["compute"]:
         begins.setdefault(span["step"], span["start"])

@@ -16,7 +16,7 @@ COLUMNS = ("ms/step", "exposed\ncommunication", "speed-up", "training\ntime s", 
 
 
 def draw(result: dict[str, Any], out: Path) -> list[Path]:
-    """The pictures, as far as there is something to draw; older ones are removed, lest they pass for new."""
+    """The pictures, as far as there is something to draw; older ones are removed."""
     training = result["training"]
     where = f"{training['workers']} workers, {training['network']}, {show_rate(training['rate'])}"
     loss, timeline = out / "loss.png", out / "timeline.png"

@@ -155,7 +155,7 @@ class Network:
         namespace = Namespace()
         self._namespaces.append(namespace)
         with suppress(FileNotFoundError):  # a kernel without IPv6
-            namespace.set("ipv6/conf/all/disable_ipv6", "1")  # or its announcements wander through the queues
+            namespace.set("ipv6/conf/all/disable_ipv6", "1")  # or its announcements take room in the queues
         return namespace
 
     @staticmethod

@@ -11,8 +11,8 @@ from ..command import show_size
 from ..demo import show as demo
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
-from . import figures, memory, others, phases, repeats, steps
-from .contest import Cell
+from . import bars, memory, others, repeats, steps
+from .comparison import Cell
 from .evidence import Evidence, origin
 from .markdown import extent, number
 from .page import draw_map
@@ -137,9 +137,9 @@ def pictures(results: Path, folder: Path) -> None:
     draw_map(facts.evidence, folder)
     shown = [cell for cell in facts.cells(optimizer="sgd") if cell in facts.evidence.chosen.values()]
     four = [cell for cell in steps.in_order(shown) if cell.setting.workers == 4 and cell.rate in ("100mbit", "1gbit")]
-    figures.step_parts(four, origin(four), folder / "compression.png")
-    two = [cell for cell in steps.in_order(shown) if cell.setting.workers == 2 and phases.are_in(cell)]
-    phases.draw(two, origin(two), folder / "phases.png")
+    bars.step_parts(four, origin(four), folder / "compression.png")
+    two = [cell for cell in steps.in_order(shown) if cell.setting.workers == 2 and bars.profiled(cell)]
+    bars.by_phase(two, origin(two), folder / "phases.png")
     with tempfile.TemporaryDirectory() as scratch:
         for source in facts.of("demo"):
             demo.draw(source.payload, Path(scratch))

@@ -9,8 +9,8 @@ from typing import Any
 from .. import losses, records
 from ..records import Source
 from ..training import seeds
-from . import contest
-from .contest import Cell, Setting
+from . import comparison
+from .comparison import Cell, Setting
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Evidence:
 
     @classmethod
     def of(cls, read: Sequence[Source]) -> "Evidence":
-        cells = contest.cells(records.of(read, "training"))
-        return cls(list(read), cells, contest.chosen(cells))
+        cells = comparison.cells(records.of(read, "training"))
+        return cls(list(read), cells, comparison.chosen(cells))
 
     def of_benchmark(self, benchmark: str) -> list[Source]:
         return records.of(self.sources, benchmark)
@@ -47,7 +47,7 @@ class Evidence:
 
     def of_setting(self, setting: Setting) -> list[Cell]:
         """Its chosen cells, slowest link first."""
-        rates = contest.by_rate(rate for one, rate in self.chosen if one == setting)
+        rates = comparison.by_rate(rate for one, rate in self.chosen if one == setting)
         return [self.chosen[setting, rate] for rate in rates]
 
     def curves(self, workload: str) -> list[dict[str, Any]]:
@@ -63,19 +63,19 @@ class Evidence:
             for group in seeds.groups([cell.data for cell in self.cells if cell.setting == setting]):
                 for row in seeds.rows(group):
                     if row.held_out_ratio is not None:
-                        key = setting, contest.kind(row.name)
+                        key = setting, comparison.kind(row.name)
                         found[key] = max(found.get(key, 0.0), statistics.mean(row.held_out_ratio.values))
         return found
 
     def loss(self, name: str, setting: Setting) -> Loss | None:
         """What is known of the loss with this strategy: from the setting's own runs with several seeds, or else from
-        those of the convergence benchmark that trained as this strategy does; None where nobody measured it."""
-        if contest.is_exact(name):
+        those of the convergence benchmark that trained as this strategy does; None where it was not measured."""
+        if comparison.is_exact(name):
             return Loss(1.0, setting.workload)
-        if (own := self._seeded.get((setting, contest.kind(name)))) is not None:
+        if (own := self._seeded.get((setting, comparison.kind(name)))) is not None:
             return Loss(own, f"{setting.workload} with {setting.optimizer}")
         curves = self.curves(setting.workload)
-        alike = contest.trains_like(name, curves)
+        alike = comparison.trains_like(name, curves)
         ratio = next((row.ratio for row in losses.rows(curves) if row.name == alike), None)
         trained = ", ".join(sorted({cell["plan"]["optimizer"] for cell in curves}))
         return None if ratio is None else Loss(ratio, f"{setting.workload} with {trained}")
@@ -88,15 +88,15 @@ class Evidence:
     def inexact(self) -> list[tuple[str, Setting]]:
         """Kinds in the chosen cells that do not train exactly as DDP does, each with its setting."""
         found = {
-            (contest.kind(row.name), setting)
+            (comparison.kind(row.name), setting)
             for (setting, _), cell in self.chosen.items()
             for row in cell.finished
-            if row.name != contest.FLOOR and not contest.is_exact(row.name)
+            if row.name != comparison.FLOOR and not comparison.is_exact(row.name)
         }
         return sorted(found)
 
     def about_losses(self) -> str:
-        """Which methods the second map leaves out, and whose loss nobody has measured."""
+        """Which methods the second map leaves out, and whose loss was not measured."""
         barred, unknown = set(), set()
         for name, setting in self.inexact():
             known = self.loss(name, setting)

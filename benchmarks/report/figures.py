@@ -1,4 +1,4 @@
-"""Pictures of the training benchmark for one setting: step time by rate, what a step consists of, loss over time."""
+"""The picture of step time by link rate, and the look of a strategy's line in every picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +8,16 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from .. import drawing
 from ..network.rates import parse_rate
 from ..stats import is_plain_ddp
-from . import contest
-from .contest import Cell, family, kind, median, short_rate
+from . import comparison
+from .comparison import Cell, family, kind, median, short_rate
 
 MARKERS = "osD^vPX<>*hd"
 DASHES = ("-", "--", "-.", ":")
 SHADES = (0.0, -0.45, 0.45)  # towards black, towards white
-FLOOR_COLOUR = "#d5d8dc"
 NO_LIMIT_GAP = 3.0  # the place of "no limit" on the rate axis: this many times the highest rate
 
 
@@ -54,22 +52,15 @@ def step_by_rate(cells: Sequence[Cell], about: Sequence[str], path: Path) -> Non
     drawing.plain(axes)
     axes.grid(axis="y", which="both", alpha=0.2)
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
-    handles.append(
-        Line2D(
-            [],
-            [],
-            color="black",
-            linestyle=":",
-            label="bound for float32: max(compute measured, communication computed)",
-        )
-    )
+    bound = "bound for float32: max(compute measured, communication computed)"
+    handles.append(Line2D([], [], color="black", linestyle=":", label=bound))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     drawing.save(figure, path, about)
 
 
 def _places(rates: Sequence[str]) -> dict[str, float]:
     """Where each rate stands on a logarithmic axis; no limit stands apart, behind the fastest."""
-    bits = {rate: parse_rate(rate) for rate in contest.by_rate(rates)}
+    bits = {rate: parse_rate(rate) for rate in comparison.by_rate(rates)}
     fastest = max((one for one in bits.values() if one), default=1e9)
     return {rate: one or fastest * NO_LIMIT_GAP for rate, one in bits.items()}
 
@@ -100,7 +91,7 @@ def _shade(colour: str, share: float) -> tuple[float, float, float]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    return contest.FAMILIES.index(family(name)), name
+    return comparison.FAMILIES.index(family(name)), name
 
 
 def _bound(axes: Axes, limited: Sequence[Cell], cells: Sequence[Cell], places: dict[str, float]) -> None:
@@ -119,43 +110,3 @@ def dense_bound(cell: Cell) -> float | None:
     """ms that no strategy can beat which sends float32 gradients; None where the floor was not measured."""
     dense = [row.computed_communication or 0.0 for row in cell.finished if is_plain_ddp(row.name)]
     return None if cell.floor is None else max(cell.floor, *dense, 0.0)
-
-
-def step_parts(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
-    """Bars: the compute floor, and what communication adds to it, for the best size of each kind; a panel per rate."""
-    cells = [cell for cell in cells if cell.floor is not None and cell.best_of_each_kind()]
-    figure, panels = panels_below_each_other(cells, lambda cell: 0.5 + 0.27 * len(cell.best_of_each_kind()), width=10)
-    for axes, cell in zip(panels, cells, strict=True):
-        rows = sorted(cell.best_of_each_kind(), key=median, reverse=True)
-        floor = cell.floor or 0.0
-        for place, row in enumerate(rows):
-            axes.barh(place, min(floor, median(row)), color=FLOOR_COLOUR, height=0.72)
-            axes.barh(place, max(median(row) - floor, 0), left=floor, color=family(row.name).colour, height=0.72)
-            bound = max(floor, row.computed_communication or 0.0)
-            axes.plot([bound] * 2, [place - 0.45, place + 0.45], color="black", linewidth=1.6)
-            axes.text(median(row), place, f" {median(row):.0f}", va="center", fontsize=8)
-        axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
-        axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
-        axes.set_xlim(0, 1.09 * max(median(row) for row in rows))
-        drawing.plain(axes)
-    panels[-1].set_xlabel("ms per step (median); every panel has its own scale")
-    seen = {family(row.name).label for cell in cells for row in cell.best_of_each_kind()}
-    entries = [Patch(color=FLOOR_COLOUR, label="compute floor (measured without communication)")]
-    entries += [
-        Patch(color=one.colour, label=f"exposed communication, {one.label}")
-        for one in contest.FAMILIES
-        if one.label in seen
-    ]
-    mark = Line2D([], [], color="black", marker="|", linestyle="", markersize=10, markeredgewidth=1.6)
-    mark.set_label("max(compute floor, own communication, computed)")
-    figure.legend(handles=[*entries, mark], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.suptitle(f"What a step consists of: {cells[0].setting.label}")
-    drawing.save(figure, path, about)
-
-
-def panels_below_each_other(cells: Sequence[Cell], height: Any, width: float) -> tuple[Any, list[Axes]]:
-    heights = [height(cell) for cell in cells]
-    figure, panels = plt.subplots(
-        len(cells), squeeze=False, figsize=(width, 1.9 + sum(heights)), height_ratios=heights, layout="constrained"
-    )
-    return figure, list(panels[:, 0])

@@ -59,8 +59,8 @@ def bandwidth_table(sources: Iterable[Source]) -> str:
     return table(["strategy", "workers", "holds at", "not at"], rows)
 
 
-def _exact(cell: dict[str, Any], bytes_: int = 0) -> list[tuple[int, dict[str, collectives.Row]]]:
-    """For each size, or that one, the exact methods that finished, by name."""
+def _rows(cell: dict[str, Any], bytes_: int = 0) -> list[tuple[int, dict[str, collectives.Row]]]:
+    """For each size, or that one, the methods that finished, by name."""
     return [
         (size["bytes"], {row.name: row for row in found if not row.failure})
         for size in cell["sizes"]
@@ -84,7 +84,7 @@ def ring_table(sources: Sequence[Source], rival: str = "all_reduce") -> str:
     sizes = sorted({size["bytes"] for _, cell in cells for size in cell["sizes"]})
     rows = []
     for source, cell in cells:
-        found = dict(_exact(cell))
+        found = dict(_rows(cell))
         shown = [_ring(found[size], rival) if size in found else "" for size in sizes]
         rows.append([_where(cell), source.file, *shown])
     return table(["link", "run", *map(show_size, sizes)], rows)
@@ -92,7 +92,7 @@ def ring_table(sources: Sequence[Source], rival: str = "all_reduce") -> str:
 
 def _ring(found: dict[str, collectives.Row], rival: str) -> str:
     ring, other = found.get("ring"), found.get(rival)
-    gain = ring and (ring.speedup if rival == collectives.BASELINE else ring.over_native)
+    gain = ring and (ring.speedup if rival == collectives.BASELINE else ring.over(collectives.NATIVE))
     return f"{gain:.2f}× ({number(ring.cpu_ms)}, {number(other.cpu_ms)})" if ring and other and gain else ""
 
 
@@ -101,7 +101,7 @@ def of_link(sources: Sequence[Source], at_least: int) -> str:
     found = [
         row.of_rate
         for _, cell in _plain(sources)
-        for size, rows in _exact(cell)
+        for size, rows in _rows(cell)
         for name, row in rows.items()
         if size >= at_least and name in ("ring-rs", "ring-ag") and row.of_rate
     ]
@@ -112,10 +112,8 @@ def ways_table(sources: Sequence[Source], bytes_: int = 2**22) -> str:
     """All ways side by side at one size, in place: ms of the slowest rank, medians."""
     rows = []
     for source, cell in _plain(sources):
-        for size, exact in _exact(cell, bytes_):
-            lossy = [each for one in cell["sizes"] if one["bytes"] == size for each in collectives.compressor_rows(one)]
-            us = {name: row.timing.p50_us for name, row in exact.items()}
-            us |= {row.name: row.p50_us for row in lossy if not row.failure} | _mpi(source, cell, size)
+        for size, found in _rows(cell, bytes_):
+            us = {name: row.timing.p50_us for name, row in found.items()} | _mpi(source, cell, size)
             shown = [number(us[name] / 1e3) if name in us else "" for name in WAYS]
             rows.append([_where(cell), source.file, *shown])
     return table(["link", "run", *WAYS.values()], rows)
@@ -128,7 +126,7 @@ def _mpi(source: Source, plain: dict[str, Any], bytes_: int) -> dict[str, float]
         for cell in source.cells
         for title in MPIS
         if cell.get("variant", "").startswith(title) and _where(cell) == _where(plain)
-        for _, rows in _exact(cell, bytes_)
+        for _, rows in _rows(cell, bytes_)
         if "mpi" in rows
     }
 

@@ -18,8 +18,8 @@ from rich.table import Table
 from .. import losses, show
 from ..matrix.tasks import example
 from ..records import Source, provenance
-from . import contest, figures, losses_figures, phases, repeats, tables, winners
-from .contest import Cell
+from . import bars, comparison, figures, losses_figures, repeats, winners
+from .comparison import Cell
 from .evidence import Evidence, origin
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -54,7 +54,7 @@ def printed(what: Table | Callable[[Console], None], about: list[str]) -> Part:
 def draw_map(evidence: Evidence, out: Path) -> Path:
     """map.png: who wins where."""
     title = "The same training as DDP: float32, nothing rounded away"
-    maps = [winners.Map(title, lambda _, name: contest.is_exact(name), lambda *_: False)]
+    maps = [winners.Map(title, lambda _, name: comparison.is_exact(name), lambda *_: False)]
     if evidence.inexact():
         maps.append(
             winners.Map(
@@ -87,18 +87,6 @@ def pictures(name: str, draw: Draw, usable: Callable[[Cell], bool]) -> Make:
     return make
 
 
-def of_settings(table: Callable[[Sequence[Cell]], Table | None]) -> Make:
-    """A table for each setting."""
-
-    def make(evidence: Evidence, out: Path) -> Iterator[Part]:
-        for setting in evidence.settings:
-            cells = evidence.of_setting(setting)
-            if (made := table(cells)) is not None:
-                yield printed(made, origin(cells))
-
-    return make
-
-
 def tables_of(benchmark: str) -> Make:
     """The tables that `show` prints of the files of a benchmark."""
 
@@ -112,38 +100,20 @@ def tables_of(benchmark: str) -> Make:
 def the_demo(evidence: Evidence, out: Path) -> Iterator[Part]:
     for source in evidence.of_benchmark("demo"):
         path = out / f"loss-{source.name}.png"
-        losses_figures.over_time([contest.as_cell(source, source.payload["training"])], provenance([source]), path)
+        losses_figures.over_time([comparison.as_cell(source, source.payload["training"])], provenance([source]), path)
         yield Part(provenance([source]), path)
 
 
 def curves(evidence: Evidence, out: Path) -> Iterator[Part]:
-    """Losses by step; over computed time, and the time to a loss, where step times were measured of the same work."""
     for source in evidence.of_benchmark("convergence"):
         path = out / f"{source.name}.png"
         losses_figures.by_step(source, provenance([source]), path)
         yield Part(provenance([source]), path)
-        for setting in evidence.settings:
-            cells = evidence.of_setting(setting)
-            if not losses_figures.matches(source, cells):
-                continue
-            both = provenance([source, *(cell.source for cell in cells)])
-            path = out / f"{source.name}-time-{setting.slug}.png"
-            losses_figures.by_computed_time(source, cells, both, path)
-            note = "Computed from two measurements: the losses by step, and the median step time at each rate."
-            yield Part(both, path, note=note)
-            for cell in cells:
-                part = printed(partial(tables.times_to_loss, cell, source.cells), both)
-                if part.printed.strip():
-                    yield part
 
 
 def repeated(evidence: Evidence, out: Path) -> Iterator[Part]:
     for one in repeats.of(evidence):
         yield printed(repeats.table(one), provenance([one.first, one.second]))
-
-
-def _has_floor(cell: Cell) -> bool:
-    return cell.floor is not None
 
 
 # By the name of the section: the benchmark that fills it, and what makes its parts.
@@ -152,10 +122,11 @@ SECTIONS: dict[str, tuple[str, list[Make]]] = {
     "steps": ("training", [pictures("step-time", figures.step_by_rate, lambda _: True), tables_of("training")]),
     "parts": (
         "training",
-        [pictures("step-parts", figures.step_parts, _has_floor), pictures("step-phases", phases.draw, phases.are_in)],
+        [
+            pictures("step-parts", bars.step_parts, lambda cell: cell.floor is not None),
+            pictures("step-phases", bars.by_phase, lambda cell: bool(bars.profiled(cell))),
+        ],
     ),
-    "bound": ("training", [of_settings(tables.bounds)]),
-    "price": ("training", [of_settings(tables.price_of_compression)]),
     "loss": (
         "training",
         [pictures("loss", losses_figures.over_time, losses_figures.are_in), the_demo, tables_of("demo")],

@@ -13,7 +13,7 @@ from ..collectives import show as collectives
 from ..command import show_size
 from ..network.rates import show_rate
 from ..records import Source
-from .contest import Cell
+from .comparison import Cell
 from .evidence import Evidence
 
 WITHIN = 5  # percent: what two runs of one table may differ by, at the median
@@ -80,12 +80,12 @@ def of_collectives(sources: Iterable[Source]) -> list[Run]:
 def _collectives_run(source: Source, cell: dict[str, Any]) -> Run:
     started = f", started by {cell['variant']}" if cell.get("variant") else ""
     what = f"collectives, {cell['workers']} workers, {cell['network']}, {show_rate(cell['rate'])}{started}"
-    rows = []
-    for size in cell["sizes"]:
-        exact = collectives.rows(size, cell["workers"], cell["rate"])
-        found = [(row.name, row.timing.p50_us, row.speedup) for row in exact if not row.failure]
-        found += [(row.name, row.p50_us, row.speedup) for row in collectives.compressor_rows(size) if not row.failure]
-        rows += [(f"{show_size(size['bytes'])} {name}", us, ratio) for name, us, ratio in found]
+    rows = [
+        (f"{show_size(size['bytes'])} {row.name}", row.timing.p50_us, row.speedup)
+        for size in cell["sizes"]
+        for row in collectives.rows(size, cell["workers"], cell["rate"])
+        if not row.failure
+    ]
     return Run((source.machine, what, cell["plan"]["dtype"]), what, "µs", source, _rows(rows))
 
 
@@ -111,10 +111,10 @@ def twice_measured(runs: Iterable[Run]) -> list[TwiceMeasured]:
 def table(one: TwiceMeasured) -> Table:
     """Both runs side by side."""
     middle, worst = one.off_by
-    verdict = "within" if middle <= WITHIN else "NOT within"
+    agree = "within" if middle <= WITHIN else "NOT within"
     title = (
         f"{one.what}: the two runs' ratios differ by {middle:.1f}% at the median, {worst:.1f}% at worst "
-        f"({verdict} {WITHIN}% at the median)"
+        f"({agree} {WITHIN}% at the median)"
     )
     columns = [f"{one.unit}\nfirst", f"{one.unit}\nagain", "again /\nfirst", "×\nfirst", "×\nagain", "× again /\nfirst"]
     shown = tables.table(title, "row", columns)

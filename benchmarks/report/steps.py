@@ -7,8 +7,8 @@ from ..network.rates import show_rate
 from ..spelling import split_name
 from ..stats import paired_ratio, round_times
 from ..training.summary import Row
-from . import contest
-from .contest import Cell, kind, median
+from . import comparison
+from .comparison import Cell, kind, median
 from .evidence import Evidence
 from .markdown import extent, number, table
 
@@ -64,10 +64,10 @@ def run_name(cell: Cell) -> str:
 
 def by_setting(cells: Iterable[Cell]) -> list[list[Cell]]:
     """The runs of each setting and rate, most workers first, then the slowest link, then the oldest run."""
-    found: dict[tuple[contest.Setting, str], list[Cell]] = {}
+    found: dict[tuple[comparison.Setting, str], list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: cell.source.when):
         found.setdefault((cell.setting, cell.rate), []).append(cell)
-    rates = contest.by_rate(rate for _, rate in found)
+    rates = comparison.by_rate(rate for _, rate in found)
     return [found[key] for key in sorted(found, key=lambda key: (-key[0].workers, key[0], rates.index(key[1])))]
 
 
@@ -102,13 +102,13 @@ def dense_runs(cells: Iterable[Cell]) -> str:
     """DeAR against DDP at its best bucket size, in every run that has both; with the quartiles over the rounds."""
     rows = []
     for cell in in_order(cells):
-        verdict = contest.verdict(cell, lambda _, name: kind(name) in (*DDP, *DEAR))
-        if verdict is None or verdict.ratio is None or verdict.spread is None:
+        compared = comparison.compare(cell, lambda _, name: kind(name) in (*DDP, *DEAR))
+        if compared is None or compared.ratio is None or compared.spread is None:
             continue
         ms = {row.name: row.median for row in cell.finished}
-        times = [ms.get(name or "") for name in (verdict.rival, "ddp:25", "fsdp2", verdict.ours)]
-        low, high = verdict.spread
-        won = f"{verdict.ratio:.2f}× ({low:.2f}–{high:.2f})"
+        times = [ms.get(name or "") for name in (compared.rival, "ddp:25", "fsdp2", compared.ours)]
+        low, high = compared.spread
+        won = f"{compared.ratio:.2f}× ({low:.2f}–{high:.2f})"
         about = [f"{where(cell)}, {cell.setting.optimizer}", run_name(cell)]
         rows.append([*about, *map(number, (cell.floor, *times)), won])
     methods = ["tuned DDP", "DDP, 25 MiB", "FSDP2", "DeAR"]
@@ -116,7 +116,7 @@ def dense_runs(cells: Iterable[Cell]) -> str:
 
 
 def is_compressed(name: str) -> bool:
-    return contest.family(name) is contest.COMPRESSED
+    return comparison.family(name) is comparison.COMPRESSED
 
 
 def overview(evidence: Evidence, wanted: Callable[[Cell], bool]) -> str:

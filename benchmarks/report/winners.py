@@ -11,8 +11,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Rectangle
 
 from .. import drawing
-from . import contest
-from .contest import FAMILIES, Cell, Setting, TakesPart, Verdict, family, short_rate
+from . import comparison
+from .comparison import FAMILIES, Cell, Compared, Setting, TakesPart, family, short_rate
 
 # Columns that the map always has, so that what was not measured is seen not to be.
 RATES = ("100mbit", "500mbit", "1gbit", "2.5gbit", "10gbit", "unlimited")
@@ -23,7 +23,7 @@ UNPROVEN = "†"
 
 @dataclass(frozen=True)
 class Map:
-    """One map: who takes part in it, and of whom nobody has measured whether training still gets as far."""
+    """One map: which strategies take part in it, and which of these have a loss that was not measured."""
 
     title: str
     takes_part: TakesPart
@@ -33,7 +33,7 @@ class Map:
 def draw(cells: dict[tuple[Setting, str], Cell], maps: Sequence[Map], about: Sequence[str], path: Path) -> None:
     """The maps, below each other."""
     settings = sorted({setting for setting, _ in cells})
-    rates = contest.by_rate([*RATES, *(rate for _, rate in cells)])
+    rates = comparison.by_rate([*RATES, *(rate for _, rate in cells)])
     figure, axes = plt.subplots(
         len(maps),
         squeeze=False,
@@ -45,13 +45,13 @@ def draw(cells: dict[tuple[Setting, str], Cell], maps: Sequence[Map], about: Seq
         for row, setting in enumerate(settings):
             for column, rate in enumerate(rates):
                 cell = cells.get((setting, rate))
-                verdict = contest.verdict(cell, one.takes_part) if cell else None
-                shown = [name for name in (verdict.ours, verdict.rival) if name] if verdict else []
+                compared = comparison.compare(cell, one.takes_part) if cell else None
+                shown = [name for name in (compared.ours, compared.rival) if name] if compared else []
                 doubts = {name for name in shown if cell and one.is_unproven(cell, name)}
-                if verdict:
-                    seen.add(family(verdict.winner))
+                if compared:
+                    seen.add(family(compared.winner))
                 unproven |= bool(doubts)
-                _one(panel, column, row, verdict, doubts)
+                _one(panel, column, row, compared, doubts)
         panel.set(xlim=(0, len(rates)), ylim=(len(settings), 0), title=one.title)
         panel.set_xticks([column + 0.5 for column in range(len(rates))], [short_rate(rate) for rate in rates])
         panel.set_yticks(
@@ -70,36 +70,43 @@ def draw(cells: dict[tuple[Setting, str], Cell], maps: Sequence[Map], about: Seq
     drawing.save(figure, path, about)
 
 
-def _one(axes: Axes, column: int, row: int, verdict: Verdict | None, doubts: Set[str] = frozenset()) -> None:
+def _one(axes: Axes, column: int, row: int, compared: Compared | None, doubts: Set[str] = frozenset()) -> None:
     """One cell: the winner, the best rival's time over the best of ours, and the best of the other side.
 
     doubts: those of the two whose loss was not measured.
     """
     corner, middle = (column + 0.03, row + 0.04), column + 0.5
-    if verdict is None:
+    if compared is None:
         axes.add_patch(Rectangle(corner, 0.94, 0.92, **UNMEASURED))
         return
 
     def called(name: str | None) -> str:
         return f"{name} {UNPROVEN}" if name in doubts else f"{name}"
 
-    colour = _paled(family(verdict.winner).colour) if verdict.tie else family(verdict.winner).colour
+    colour = _paled(family(compared.winner).colour) if compared.tie else family(compared.winner).colour
     axes.add_patch(Rectangle(corner, 0.94, 0.92, facecolor=colour, linewidth=0))
     ink = "black" if _is_light(colour) else "white"
-    lost = verdict.ratio is not None and verdict.winner != verdict.ours
+    lost = compared.ratio is not None and compared.winner != compared.ours
     if lost:
         inner = (column + 0.045, row + 0.06)
         axes.add_patch(Rectangle(inner, 0.91, 0.88, facecolor="none", edgecolor=LOST, linewidth=2.5))
     axes.text(
-        middle, row + 0.27, called(verdict.winner), ha="center", va="center", fontsize=8.5, color=ink, fontweight="bold"
+        middle,
+        row + 0.27,
+        called(compared.winner),
+        ha="center",
+        va="center",
+        fontsize=8.5,
+        color=ink,
+        fontweight="bold",
     )
-    if verdict.ratio is None:
-        text = "no rival measured" if verdict.rival is None else "none of ours measured"
+    if compared.ratio is None:
+        text = "no rival measured" if compared.rival is None else "none of ours measured"
         axes.text(middle, row + 0.6, text, ha="center", va="center", fontsize=7.5, color=ink)
         return
-    sign = "≈ " if verdict.tie else ""
-    axes.text(middle, row + 0.53, f"{sign}{verdict.ratio:.2f}×", ha="center", va="center", fontsize=12, color=ink)
-    other = f"best of ours:\n{called(verdict.ours)}" if lost else f"best rival:\n{called(verdict.rival)}"
+    sign = "≈ " if compared.tie else ""
+    axes.text(middle, row + 0.53, f"{sign}{compared.ratio:.2f}×", ha="center", va="center", fontsize=12, color=ink)
+    other = f"best of ours:\n{called(compared.ours)}" if lost else f"best rival:\n{called(compared.rival)}"
     axes.text(middle, row + 0.79, other, ha="center", va="center", fontsize=7, color=ink)
 
 

@@ -7,14 +7,9 @@ becomes one worker, and what is measured is the network as it is.
 """
 
 import argparse
-from pathlib import Path
-from typing import Any
-
-from rich.console import Console
 
 from .. import cells
 from ..command import Parser, listed, positive, terminal
-from ..losses import read
 from . import seeds
 from .measure import measure, run_cell
 from .plan import Plan, plan_of, plan_options
@@ -28,14 +23,7 @@ def arguments() -> argparse.Namespace:
     plan_options(parser, strategies=STRATEGIES, rounds=8, warmup=2, steps=6)
     parser.add_argument("--seeds", type=listed(positive), default=[1], help="such as 1,2,3: all is measured with each")
     parser.add_argument("--breakdown", action="store_true", help="then profile a few steps of each: what took how long")
-    parser.add_argument("--losses", type=Path, help="JSON of benchmarks.convergence: adds the time to a target loss")
-    parser.add_argument("--target", type=float, help="that loss (default: the lowest that all strategies reach)")
-    given = parser.parse_args()
-    try:
-        given.curves = read(given.losses) if given.losses else []
-    except ValueError as error:
-        parser.error(str(error))
-    return given
+    return parser.parse_args()
 
 
 def plans(given: argparse.Namespace) -> dict[str, Plan]:
@@ -45,11 +33,7 @@ def plans(given: argparse.Namespace) -> dict[str, Plan]:
 
 def main() -> None:
     given = arguments()
-
-    def show_cell(cell: dict[str, Any], console: Console) -> None:
-        show(cell, console, given.curves, given.target)
-
-    measured = cells.main(cells.Benchmark("training", measure, run_cell, show_cell), given, plans(given))
+    measured = cells.main(cells.Benchmark("training", measure, run_cell, show), given, plans(given))
     seeds.show(measured, terminal())
 
 

@@ -107,7 +107,7 @@ def profile(
 def account(compute: Sequence[Span], lanes: Sequence[Span] | None, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Milliseconds per step, over all steps but the first and the last.
 
-    compute, lanes: as of timeline.record; lanes is None where nobody saw what moved, and waits are then inside the
+    compute, lanes: as of timeline.record; lanes is None where exchanges could not be seen: waits are then inside the
     phase in which they fell, unless the reports say how long they were. reports: what the strategy says of its steps.
 
     Returns "phases": time of the training thread by what it did (PHASES), None where unknown; "encode", "merge"

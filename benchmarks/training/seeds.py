@@ -1,4 +1,4 @@
-"""Cells of the training benchmark that differ in their seed alone, together: what is the method's, and what luck.
+"""Cells of the training benchmark that differ in their seed alone, together: what is the method's, and what the seed's.
 
 Pure: from raw JSON alone, so the report can use it too.
 """

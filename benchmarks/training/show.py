@@ -1,6 +1,5 @@
 """Every table of one cell of the training benchmark. From raw JSON alone."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,16 +9,10 @@ from . import summary, tradeoff
 from .breakdown import PHASES
 
 
-def show(
-    cell: dict[str, Any], console: Console, curves: Sequence[dict[str, Any]] = (), target: float | None = None
-) -> None:
-    """The step times; then, where they were measured, compression, the time to a loss, and the breakdown.
-
-    curves, target: as of tradeoff.times_to_loss.
-    """
+def show(cell: dict[str, Any], console: Console) -> None:
+    """The step times; then, where they were measured, compression and the breakdown."""
     summary.show(cell, console)
     tradeoff.show(cell, console)
-    tradeoff.show_time_to_loss(cell, curves, target, console)
     show_breakdown(cell, console)
 
 

@@ -3,7 +3,7 @@
 A new one is a class and an entry in KINDS.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -243,15 +243,3 @@ def parse_strategy(name: str) -> Strategy:
         )
     except (KeyError, ValueError):
         raise StrategyError(f"Strategy {name!r} is not known: the forms are {FORMS}.") from None
-
-
-def trains_like(name: str, curves: Sequence[dict[str, Any]]) -> str | None:
-    """Which of the strategies in the cells of benchmarks.convergence `name` trains like; None if none does.
-
-    Itself, before all. Else the same without bucket size and schedule, which change no sum but its rounding (and, for
-    top-k and sign, which elements share a threshold or a scale): dear:sharded:4 as ddp, dear+acp:8:2 as acp:8.
-    """
-    trained = {cell["plan"]["strategy"] for cell in curves}
-    strategy = parse_strategy(name)
-    plain = str(strategy.compressor) if isinstance(strategy, Compressed) else strategy.same_as
-    return next((each for each in (name, plain) if each in trained), None)

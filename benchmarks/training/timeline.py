@@ -60,9 +60,9 @@ def record(
 ) -> dict[str, Any]:
     """Trains one step per batch under trace; times are perf_counter_ns.
 
-    `tracer` has start_trace() and stop_trace(), and sees what moves; without one nobody does. `after_step` is called
-    between two steps, on nobody's account. The first part's forward begins with the step, and the last part's backward
-    with the backward pass.
+    `tracer` has start_trace() and stop_trace(), and sees what moves; without one, exchanges are not recorded.
+    `after_step` is called between two steps and is in the time of neither. The first part's forward begins with the
+    step, and the last part's backward with the backward pass.
 
     Returns {"compute": spans with step, phase, name, start, end; "lanes": spans with lane, name, start, end}.
     """

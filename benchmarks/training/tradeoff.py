@@ -1,4 +1,4 @@
-"""What compression costs and saves in a step, and the time to a loss. From raw JSON alone, so the report can use it."""
+"""What compression costs and saves in a step. From raw JSON alone."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,12 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import losses, stats
 from ..command import show_size
 from ..network.rates import parse_rate
 from ..tables import note, table, value
-from . import summary
-from .strategies import trains_like
 
 #: What a compressor computes in a step, as it reports it.
 WORK = ("encode_ms", "merge_ms", "decode_ms")
@@ -85,54 +82,3 @@ def show(cell: dict[str, Any], console: Console) -> None:
         "saved: computed from bytes and rate, as if nothing hid it. compute: encoding, merging and decoding, measured; "
         "some of it runs beside other work.",
     )
-
-
-@dataclass(frozen=True)
-class TimeToLoss:
-    """One strategy's way to a training loss: measured steps times measured milliseconds, from two runs."""
-
-    name: str
-    trained_as: str  # whose losses were taken
-    steps: float | None  # mean over the seeds; None where a seed has not come so far
-    seconds: float | None
-
-
-def times_to_loss(
-    cell: dict[str, Any], curves: Sequence[dict[str, Any]], target: float | None = None
-) -> tuple[float | None, list[TimeToLoss]]:
-    """The target loss and one row for each strategy that was measured and has losses.
-
-    curves: cells of benchmarks.convergence. Losses are averaged over losses.LAST steps. A target of None takes the
-    lowest that all of these strategies reach with every seed.
-    """
-    chosen = [(row, name) for row in summary.summarise(cell) if row.median and (name := trains_like(row.name, curves))]
-    own = {name: losses.smoothed(curves, name) for _, name in chosen}
-    if target is None and own:
-        target = max(min(curve) for found in own.values() for curve in found)
-    if target is None:
-        return None, []
-    rows = []
-    for row, name in chosen:
-        reached = [stats.first_at(curve, target) for curve in own[name]]
-        known = [step for step in reached if step is not None]
-        steps = statistics.mean(known) if len(known) == len(reached) else None
-        seconds = None if steps is None or row.median is None else steps * row.median / 1e3
-        rows.append(TimeToLoss(row.name, name, steps, seconds))
-    return target, rows
-
-
-def show_time_to_loss(
-    cell: dict[str, Any], curves: Sequence[dict[str, Any]], target: float | None, console: Console
-) -> None:
-    """The table of times to a loss; nothing without losses."""
-    target, rows = times_to_loss(cell, curves, target)
-    if not rows:
-        return
-    trained, timed = curves[0]["plan"]["optimizer"], cell["plan"]["optimizer"]
-    which = "" if trained == timed else f": losses with {trained}, times with {timed}"
-    title = f"Time to a training loss of {target:.3f} (computed: steps × ms per step, two measurements{which})"
-    made = table(title, ["strategy", "losses of"], ["steps", "seconds"])
-    for row in sorted(rows, key=lambda row: row.seconds if row.seconds is not None else float("inf")):
-        steps = "not reached" if row.steps is None else f"{row.steps:.0f}"
-        made.add_row(row.name, row.trained_as, steps, value(row.seconds, ".1f"))
-    console.print(made)

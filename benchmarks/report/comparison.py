@@ -1,4 +1,4 @@
-"""Who competes with whom: families of strategies, the settings they met in, and who won.
+"""This library's strategies against torch's: families of strategies, the settings they ran in, and which is fastest.
 
 Ours are the strategies of this library; rivals are torch's. Every comparison is made inside one cell of one file,
 whose strategies ran in the same rounds, and each side competes with the best that it has: a rival at its best bucket
@@ -15,8 +15,8 @@ import numpy as np
 from ..network.rates import parse_rate, show_rate
 from ..records import Source
 from ..stats import paired_ratio, round_times
-from ..training import strategies, summary
-from ..training.strategies import StrategyError, parse_strategy
+from ..training import summary
+from ..training.strategies import Compressed, StrategyError, parse_strategy
 
 FLOOR = "none"
 EMULATED = "emulated network"
@@ -71,11 +71,18 @@ def kind(name: str) -> str:
 
 
 def trains_like(name: str, curves: Sequence[dict[str, Any]]) -> str | None:
-    """As strategies.trains_like, also for names that only an earlier or later version knows."""
+    """Which of the strategies in the cells of benchmarks.convergence `name` trains like; None if none does.
+
+    Itself, before all. Else the same without bucket size and schedule, which change no sum but its rounding (and, for
+    top-k and sign, which elements share a threshold or a scale): dear:sharded:4 as ddp, dear+acp:8:2 as acp:8.
+    """
     try:
-        return strategies.trains_like(name, curves)
-    except StrategyError:
+        strategy = parse_strategy(name)
+    except StrategyError:  # results of another version
         return None
+    trained = {cell["plan"]["strategy"] for cell in curves}
+    plain = str(strategy.compressor) if isinstance(strategy, Compressed) else strategy.same_as
+    return next((each for each in (name, plain) if each in trained), None)
 
 
 class Setting(NamedTuple):
@@ -181,8 +188,8 @@ TakesPart = Callable[[Cell, str], bool]  # whether a strategy of a cell is among
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Who won a cell. A ratio above 1 means that this library's best step is shorter than the best rival's."""
+class Compared:
+    """The fastest strategy of a cell. A ratio above 1: this library's best step is shorter than the best rival's."""
 
     winner: str
     ours: str | None
@@ -196,8 +203,8 @@ class Verdict:
         return self.spread is not None and self.spread[0] <= 1 <= self.spread[1]
 
 
-def verdict(cell: Cell, takes_part: TakesPart) -> Verdict | None:
-    """The best of ours against the best rival, among those that take part; None where nobody does."""
+def compare(cell: Cell, takes_part: TakesPart) -> Compared | None:
+    """The best of ours against the best rival, among those that take part; None where none does."""
     rows = [row for row in cell.finished if row.name != FLOOR and takes_part(cell, row.name)]
     if not rows:
         return None
@@ -206,10 +213,10 @@ def verdict(cell: Cell, takes_part: TakesPart) -> Verdict | None:
     if not ours or not rival:
         alone = ours or rival
         assert alone is not None
-        return Verdict(alone.name, alone.name if ours else None, alone.name if rival else None, None, None)
+        return Compared(alone.name, alone.name if ours else None, alone.name if rival else None, None, None)
     own, other = (round_times(cell.strategy(row.name)) for row in (ours, rival))
     ratios = [b / a for a, b in zip(own, other, strict=True)]
     ratio = paired_ratio(own, other)
     # The pairs decide, as they do everywhere: medians that lie minutes apart may say otherwise.
     winner_name = ours.name if ratio > 1 else rival.name
-    return Verdict(winner_name, ours.name, rival.name, ratio, (np.percentile(ratios, 25), np.percentile(ratios, 75)))
+    return Compared(winner_name, ours.name, rival.name, ratio, (np.percentile(ratios, 25), np.percentile(ratios, 75)))
