@@ -11,6 +11,7 @@ from compress.contract import Contract
 from compress.exchange import Steps
 from compress.group import Group
 from dear import _C
+from dear._compiled import uncompiled
 
 
 class GeneratedCodec:
@@ -32,9 +33,11 @@ class GeneratedCodec:
     def compresses(self, step: int) -> bool:
         return True
 
+    @uncompiled
     def bind(self, gradient: Tensor, result: Tensor) -> None:
         self._source, self._group.gradient = gradient, result
 
+    @uncompiled
     def advance(self, step: int, stage: int) -> tuple[_C.Phase, Tensor, Tensor | None] | None:
         group = self._group
         if stage == 0:

@@ -15,6 +15,7 @@ from compress.bound import Bound
 from compress.contract import Contract
 from compress.outcome import keep_unused, treat_nonfinite
 from dear import _C, _ddp
+from dear._compiled import enter, uncompiled
 from dear._look_again import Facts
 from dear._own_calls import OwnCalls
 
@@ -36,12 +37,15 @@ class HookBinding(Binding):
         self._params: dict[str, Tensor] = {}
         me = weakref.ref(self)  # the model's reducer holds the native hook, which must not hold the model
 
+        @uncompiled
         def bind(index: int, bucket: _C.Bucket) -> list[_C.TwoPhaseExchange]:
             return _alive(me)._bind(index, bucket)
 
+        @uncompiled
         def measure(index: int) -> None:
             _alive(me).note_exact(index)
 
+        @uncompiled
         def ended(nonfinite: Sequence[int]) -> None:
             _alive(me)._ended(bool(nonfinite))
 
@@ -63,12 +67,12 @@ class HookBinding(Binding):
         self._own_calls = OwnCalls(model, self._lane, self._device)
         me = weakref.ref(self)
 
-        def look_again(module: torch.nn.Module, args: Any) -> None:
+        def look_again() -> None:
             binding = me()
             if binding is not None:
                 binding._look_again()
 
-        model.register_forward_pre_hook(look_again, prepend=True)
+        enter(model, look_again, lambda failed: None)
 
     def _look_again(self) -> None:
         self._own_calls.before_forward(self.steps > self._begun)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dear import _C
 from dear._look_again import check_members
+from dear._optimizer import is_initialized
 from dear._pending import can_be_pending
 
 HOOK_NAME = "dear"
@@ -72,10 +73,10 @@ def check(model: DDP, optimizer: Any, group: dist.ProcessGroup | None) -> None:
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"dear.attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    if not is_initialized(optimizer):
         raise TypeError(
-            f"{type(optimizer).__name__} is a wrapper around an optimizer, which never called Optimizer.__init__(): "
-            "pass the optimizer inside."
+            f"{type(optimizer).__name__} is a wrapper around an optimizer, which never called Optimizer.__init__(), "
+            "and holds none in .optimizer: pass the optimizer inside."
         )
     if getattr(model, ENGINE, None) or getattr(optimizer, ENGINE, None):
         raise RuntimeError("This model or optimizer is attached already: call engine.detach() on the first engine.")
@@ -192,6 +193,27 @@ def _thawed(params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
             param.requires_grad_(False)
 
 
+@contextlib.contextmanager
+def _bucket_sizes(model: DDP, options: ReducerOptions) -> Iterator[None]:
+    """Inside, DDP builds a reducer with these sizes. Afterwards it shows its own again: torch.compile cuts graphs at
+    the ends of such buckets, and shall cut them as without this library."""
+    names = ("bucket_bytes_cap", "bucket_bytes_cap_default", "bucket_bytes_cap_list", "_bucket_config")
+    former = {name: getattr(model, name) for name in names if hasattr(model, name)}
+    model.bucket_bytes_cap = options.cap
+    model.bucket_bytes_cap_default = options.first < options.cap
+    model.bucket_bytes_cap_list = []
+    if "_bucket_config" in former:  # from torch 2.13 on
+        model._bucket_config = dataclasses.replace(
+            former["_bucket_config"], bucket_bytes_cap=options.cap, per_bucket_bytes_caps=(),
+            first_bucket_bytes_cap=options.first,
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            setattr(model, name, value)
+
+
 def rebuild_reducer(
     model: DDP,
     options: ReducerOptions,
@@ -207,20 +229,10 @@ def rebuild_reducer(
     Returns the parameters in the order in which the reducer numbers them.
     """
     model._remove_autograd_hooks()
-    cap = options.cap
     model.gradient_as_bucket_view = options.views
-    model.bucket_bytes_cap = cap
-    config = getattr(model, "_bucket_config", None)
-    if config is not None:
-        model._bucket_config = dataclasses.replace(
-            config, bucket_bytes_cap=cap, per_bucket_bytes_caps=(), first_bucket_bytes_cap=options.first
-        )
-    else:
-        model.bucket_bytes_cap_default = options.first < cap
-    model.bucket_bytes_cap_list = []
     # With a static graph, the first backward pass of a reducer is reduced at its end, which DDP arranges once.
     model._static_graph_delay_allreduce_enqueued = False
-    with _thawed(params):
+    with _thawed(params), _bucket_sizes(model, options):
         parameters, sparse = model._build_params_for_reducer()
         if order is not None:
             parameters, sparse = list(order), [False] * len(order)

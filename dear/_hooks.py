@@ -14,10 +14,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
+from dear._compiled import enter, is_wrapper, leave, settle_all, stand_in_front, step_aside
 from dear._pending import Pending
 
 # What is put before methods of a module's own: Python asks an instance before its class.
-GUARDED = ("__deepcopy__", "__reduce_ex__", "join_hook")
+GUARDED = ("__deepcopy__", "__reduce_ex__", "join_hook", "compile")
 
 
 def _refusal(sentence: str) -> Any:
@@ -27,33 +28,19 @@ def _refusal(sentence: str) -> Any:
     return refuse
 
 
-def _is_compiled(module: torch.nn.Module) -> bool:
-    """Whether the module's forward is a compiled graph, in which no hook runs."""
-    wrapper = type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch._dynamo")
-    return wrapper or getattr(module, "_compiled_call_impl", None) is not None
-
-
 def settle_parameters(module: torch.nn.Module, args: Any) -> None:
-    """A forward pre-hook: a module's parameters are finished before it reads them.
-
-    Compiled code must meet finished parameters only, or its guards would see their classes change: what is compiled
-    below a module, and what a compiled module holds, is finished here too.
-    """
-    if torch.compiler.is_compiling():
+    """A forward pre-hook: a module's parameters are finished before it reads them."""
+    if torch.compiler.is_compiling():  # somebody stood in front, see Note [Compiled code]
         return
     for param in module._parameters.values():
         if isinstance(param, Pending):
             param._settle()
-    for child in module._modules.values():
-        if child is not None and _is_compiled(child):
-            settle_all(child)
 
 
-def settle_all(module: torch.nn.Module) -> None:
-    """Finishes every parameter of the module and of those below it."""
-    for param in module.parameters():
-        if isinstance(param, Pending):
-            param._settle()
+def settle_before_compiled(module: torch.nn.Module, args: Any) -> None:
+    """A forward pre-hook of what ``torch.compile(module)`` returned."""
+    if not torch.compiler.is_compiling():
+        settle_all(module)
 
 
 class Hooks:
@@ -76,12 +63,6 @@ class Hooks:
         """Puts them on. ``after_forward`` is told whether the pass failed; the last three are of the optimizer's
         ``state_dict()`` and ``load_state_dict()``."""
 
-        def before(module: torch.nn.Module, args: Any) -> None:
-            before_forward()
-
-        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-            after_forward(output is None)
-
         def before_load_model(module: Any, state: Any, prefix: str, local_metadata: Any, *_: Any) -> None:
             if local_metadata.get("assign_to_params_buffers"):
                 raise RuntimeError(
@@ -90,10 +71,11 @@ class Hooks:
                 )
 
         keep = self._handles.append
-        keep(self._model.register_forward_pre_hook(before, prepend=True))
-        keep(self._model.register_forward_hook(after, always_call=True))
+        enter(self._model, before_forward, after_forward)
         for module in self._model.module.modules():
-            keep(module.register_forward_pre_hook(settle_parameters, prepend=True))
+            hook = settle_before_compiled if is_wrapper(module) else settle_parameters
+            keep(module.register_forward_pre_hook(hook, prepend=True))
+            stand_in_front(module)
         for module in self._model.modules():
             keep(module.register_load_state_dict_pre_hook(before_load_model))
             self._guard(module)
@@ -140,6 +122,8 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        leave(self._model)
         for module in self._model.modules():
             for name in GUARDED:
                 module.__dict__.pop(name, None)
+            step_aside(module)

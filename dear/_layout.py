@@ -111,7 +111,8 @@ def cut_segments(
         kinds: list[Hashable] = []
         for place in layout.in_bucket(index):
             start, stop = max(begin, place.start), min(end, place.stop)
-            if start >= stop or place.param not in group_of:
+            # One without elements has optimizer state all the same: whoever owns what stands around it has it.
+            if start > stop or (start == stop and place.stop > place.start) or place.param not in group_of:
                 continue
             kind = (group_of[place.param], kind_of(place.param))
             last = segments[-1] if segments else None

@@ -18,6 +18,8 @@ import torch
 from torch import optim
 from torch.optim import optimizer as _all_optimizers
 
+from dear._compiled import uncompiled
+
 # Of all optimizers, before and after a step.
 _GLOBAL_HOOKS: Any = (_all_optimizers._global_optimizer_pre_hooks, _all_optimizers._global_optimizer_post_hooks)
 
@@ -42,6 +44,22 @@ ELEMENTWISE = {
 PER_PARAMETER = ELEMENTWISE | {getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)}
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer that a wrapper holds in ``.optimizer``, as those of Accelerate and Lightning do, through
+    however many wrappers; anything else as it is."""
+    inner = optimizer
+    for _ in range(8):
+        if isinstance(inner, optim.Optimizer) and is_initialized(inner):
+            return inner
+        inner = getattr(inner, "optimizer", None)
+    return optimizer
+
+
+def is_initialized(optimizer: optim.Optimizer) -> bool:
+    """Whether ``Optimizer.__init__()`` was called: many wrappers are optimizers in name only."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks")
+
+
 class UserOptimizer:
     """An optimizer whose ``step`` and ``zero_grad`` are taken over until :meth:`release`."""
 
@@ -57,6 +75,7 @@ class UserOptimizer:
         """``optimizer.step`` is this bound method from now on; its owner is not kept alive."""
         self._owner = weakref.WeakMethod(step)  # type: ignore[arg-type]
 
+        @uncompiled
         @functools.wraps(self.original_step)
         def dear_step(optimizer: optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
             taken = self._owner() if self._owner is not None else None
@@ -64,6 +83,7 @@ class UserOptimizer:
 
         kind = type(self.optimizer)
 
+        @uncompiled
         def dear_zero_grad(optimizer: optim.Optimizer, set_to_none: bool = True) -> None:
             # It touches .grad alone, which needs no wait; without this it would ask each pending parameter's class.
             with torch._C.DisableTorchFunctionSubclass() if set_to_none else contextlib.nullcontext():

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C
+from dear._compiled import uncompiled
 from dear._objects import all_gather_object
 
 __all__ = ["OwnCalls"]
@@ -33,9 +34,8 @@ class OwnCalls:
         # With a static graph DDP chooses another time for it, which cannot be told.
         self._rebuilds = not (model.static_graph or model.find_unused_parameters)
 
+        @uncompiled
         def pre_forward(self: DDP, *inputs: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return type(self)._pre_forward(self, *inputs, **kwargs)
             try:
                 return type(self)._pre_forward(self, *inputs, **kwargs)
             except RuntimeError as error:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_iter
 
 from dear import _C
@@ -66,6 +67,7 @@ class Pending:
     _dear_pending: tuple[Barrier, int]
 
     @classmethod
+    @_disable_dynamo
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
@@ -75,6 +77,7 @@ class Pending:
         return func(*args, **kwargs)
 
     @classmethod
+    @_disable_dynamo
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _settle_among(args, kwargs)
@@ -164,8 +167,11 @@ class Barrier:
             RuntimeError: what was left to do has failed, and the parameters stay pending; or this is a forked child,
                 where nobody can finish them.
         """
-        if not self.pending:
-            return
+        if self.pending:
+            self._settle(groups)
+
+    @_disable_dynamo
+    def _settle(self, groups: Iterable[int]) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
                 "A parameter was used in a forked process while its update was under way in the parent: call "

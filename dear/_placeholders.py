@@ -34,10 +34,20 @@ _HARMLESS = {
     torch.Tensor.untyped_storage,
     torch.Tensor.storage_offset,
     torch.Tensor.as_subclass,
+    torch.Tensor.is_inference,
+    torch.Tensor.is_conj,
+    torch.Tensor.is_neg,
+    torch.Tensor._is_view,
+    torch.Tensor._is_zerotensor,
     torch._foreach_zero_,
     *(getattr(torch.Tensor, name).__get__ for name in _METADATA if hasattr(torch.Tensor, name)),
 }
 _ZERO = (torch.Tensor.zero_, torch._foreach_zero_)
+
+
+def _called(func: Any) -> str:
+    """What a user knows the function as: an attribute's getter by the attribute's name."""
+    return str(getattr(getattr(func, "__self__", None), "__name__", None) or getattr(func, "__name__", func))
 
 
 class LocalGrad(torch.Tensor):
@@ -64,7 +74,7 @@ class LocalGrad(torch.Tensor):
         if answer is not NotImplemented:
             return answer
         raise RuntimeError(
-            f"{getattr(func, '__name__', func)} was called on a .grad that is this worker's own, because with "
+            f"{_called(func)} was called on a .grad that is this worker's own, because with "
             'update="sharded" the average exists only in shards: ask for norms, scale or clamp in place, or use '
             'dear.attach(..., update="replicated").'
         )

@@ -24,6 +24,7 @@ import torch
 from dear import _C, _ddp
 from dear._attached import Attached, Param
 from dear._bucket_order import BucketOrder
+from dear._compiled import uncompiled
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, ddp_bucket_bytes, fuse, gather_order
 from dear._layout import Layout, read_places
@@ -50,7 +51,12 @@ class Schedule:
         model, scheduler = attached.model, attached.scheduler
         # The scheduler must not keep the engine alive: it is owned by the reducer, the reducer by the model.
         me = weakref.ref(self)
-        scheduler.set_backward_ended(lambda new: me()._backward_ended(new), _ddp.tracks_unused(model))  # type: ignore[union-attr]
+
+        @uncompiled
+        def backward_ended(layout_is_new: bool) -> None:
+            me()._backward_ended(layout_is_new)  # type: ignore[union-attr]
+
+        scheduler.set_backward_ended(backward_ended, _ddp.tracks_unused(model))
         self._former_options = former = _ddp.reducer_options(model)
         # What is compressed together lies together: then a fusion group is one bucket.
         compresses = attached.compression.compressor is not None
@@ -194,6 +200,10 @@ class Schedule:
 
     def before_forward(self) -> None:
         """Called before every forward of the DDP module."""
+        with ordinary(StepContext.here(self._attached.device)):  # modes of the user's see the model's work alone
+            self._prepare_forward()
+
+    def _prepare_forward(self) -> None:
         attached = self._attached
         if attached.scheduler.has_gradients():  # a backward whose gradients no step has used: they are added to
             attached.scheduler.synchronize()
@@ -222,6 +232,10 @@ class Schedule:
 
     def after_forward(self, failed: bool) -> None:
         """Called after every forward of the DDP module, also after one that ``failed``."""
+        with ordinary(StepContext.here(self._attached.device)):
+            self._conclude_forward(failed)
+
+    def _conclude_forward(self, failed: bool) -> None:
         attached = self._attached
         for param, placeholder in self._kept:
             param.grad = placeholder

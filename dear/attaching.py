@@ -18,7 +18,7 @@ from dear._attached import Attached, weakly
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, check_cap, default_group_bytes
 from dear._look_again import overlapping
-from dear._optimizer import UserOptimizer
+from dear._optimizer import UserOptimizer, unwrapped
 from dear._pending import Barrier
 from dear._replicas import check_interval
 from dear._replicated import ReplicatedUpdate
@@ -62,7 +62,7 @@ def attach(
 
     Args:
         model: the DDP module as built, without a communication hook.
-        optimizer: any torch optimizer over its parameters.
+        optimizer: any torch optimizer over its parameters, or a wrapper that holds one in ``.optimizer``.
         compressor: shrinks what both halves send, such as ``compress.ACPSGD(rank=4)``; its second phase moves under
             the next forward pass, and the update is replicated. A gradient that is not finite shows at ``step()``.
         update: ``"sharded"``: each rank updates its shard of the parameters between the halves, and the updated
@@ -91,6 +91,7 @@ def attach(
     sharded update: Rajbhandari et al., "ZeRO", 2020, stage 1.
     """
     _ddp.check_kind(model, "dear.attach()")
+    optimizer = unwrapped(optimizer)
     group = process_group if process_group is not None else model.process_group
     plans: list[_Plan] = []
 
@@ -122,7 +123,24 @@ def attach(
 
     agree(model.process_group, look, "every rank must call dear.attach() with the same arguments")
     with ordinary(StepContext(plans[0].device, grad=False)):
+        if not plans[0].strategy.gathers_gradients:  # it hands each rank's part of the parameters to all
+            _check_equal(model)
         return _assemble(model, optimizer, group, compressor, plans[0], overlap_forward, check_replicas)
+
+
+def _check_equal(model: DDP) -> None:
+    """Refuses replicas that differ. Collective.
+
+    Raises:
+        ValueError: names a parameter, and the first rank whose values of it are not rank 0's; on every rank.
+    """
+    names, params = _ddp.parameter_names(model), _ddp.reduced_parameters(model)
+
+    def sums() -> dict[str, Any]:
+        each = zip(params, _C.checksums(params), strict=True)
+        return {f"the values of the parameter {names[param]}": total for param, total in each}
+
+    agree(model.process_group, sums, "give every rank the same ones before dear.attach(), as building DDP does")
 
 
 def choose_strategy(request: Request, update: str) -> type[Update]:
