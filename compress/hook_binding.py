@@ -30,6 +30,10 @@ class HookBinding(Binding):
 
     def __init__(self, compressor: Contract, device: torch.device, model: DDP | None = None) -> None:
         """Collective."""
+        if not compressor.start.known:
+            raise ValueError(
+                'start_step="warmup" needs the optimizer, which only dear.attach() knows: give a number of steps.'
+            )
         super().__init__(compressor, device)
         self._model = model
         self._names: dict[int, str] = {}
