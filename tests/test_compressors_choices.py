@@ -119,6 +119,8 @@ def refused(rank: int, world: int) -> None:
         with pytest.raises(ValueError, match=rf"{named.replace('*', '.')}.*matches no parameter"):
             attach(wrong)
         assert wrong.binding is None
+    with pytest.raises(ValueError, match="exempt names 'second', which matches no parameter"):
+        backward(attach(compress.TopK(exempt="second"), named=False), gradients(rank, 0))  # "parameter 2 [300, 50]"
     with pytest.raises(ValueError, match="disagree on the exempt parameters of a bucket"):
         backward(attach(compress.TopK(exempt=lambda name, _: name == "wide" and rank == 1)), gradients(rank, 0))
     compressor = compress.TopK(exempt="wide")
