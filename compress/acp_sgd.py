@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compress.group import Group
+from typing import Any, ClassVar
+
 from compress.low_rank import LowRank
 from dear import _C
 
@@ -23,7 +24,7 @@ class ACPSGD(LowRank):
     the other factor is the same on all ranks.
 
     Args:
-        rank: r, at most 256 and at most the smaller side; smaller compresses more.
+        rank, rank_of, exempt: see :class:`compress.low_rank.LowRank`. ``"auto"`` is a quarter of the smaller side.
         min_compression_ratio: of n m to (n + m) r / 2.
         Others: see :class:`compress.Compressor`.
 
@@ -31,8 +32,10 @@ class ACPSGD(LowRank):
     Learning", ICDCS 2023, Algorithm 1.
     """
 
+    auto: ClassVar[float] = 1 / 4
+
     def cost(self, rows: int, columns: int, rank: int) -> float:
         return (rows + columns) * rank / 2
 
-    def native(self, group: Group) -> _C.Codec:
-        return _C.AcpCodec(start_step=self.start_step, **self.codec_arguments(group))
+    def codec(self, arguments: dict[str, Any]) -> _C.Codec:
+        return _C.AcpCodec(start=self.start.native, **arguments)

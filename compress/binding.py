@@ -109,8 +109,9 @@ class Binding:
 
         def look() -> dict[str, Any]:
             check_bucket(names, params, source)
+            chosen = compressor.choose(dict(zip(names, params, strict=True)))
             check_parameters(compressor, sizes)
-            return facts(compressor) | {"the parameters of a bucket": sizes, "seed": compressor.seed}
+            return facts(compressor) | chosen | {"the parameters of a bucket": sizes, "seed": compressor.seed}
 
         compressor.seed = agree(compressor.ranks(), look, REMEDY, ("seed",), self._lane)["seed"]
         begins: dict[str, int] = {}

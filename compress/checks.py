@@ -28,7 +28,10 @@ def check_new(compressor: Any, model: DDP, caller: str) -> dict[str, Any]:
     compression.check_kind(compressor, caller)
     if compressor.binding is not None:
         raise RuntimeError("This compressor serves a model already, and keeps its state: make another one.")
-    sizes = {name: param.numel() for name, param in model.module.named_parameters() if param.requires_grad}
+    params = dict(model.module.named_parameters())
+    compressor.check_names(params)
+    sizes = {name: param.numel() for name, param in params.items() if param.requires_grad}
+    compressor.choose({name: params[name] for name in sizes})
     check_parameters(compressor, sizes)
     return facts(compressor)
 
@@ -39,6 +42,7 @@ def facts(compressor: Contract) -> dict[str, Any]:
         **compressor.options(),
         "error_feedback": compressor.error_feedback,
         "start_step": compressor.start_step,
+        "exempt": compressor.exempt.patterns,
         "min_compression_ratio": compressor.min_compression_ratio,
         "nonfinite": compressor.nonfinite,
         "step": compressor.step,

@@ -40,8 +40,11 @@ def comm_hook(state: Compressor, bucket: dist.GradBucket) -> Future[Tensor]:
     if state.binding is None:
         agree(state.ranks(), lambda: facts(state), REMEDY)
         state.binding = HookBinding(state, bucket.buffer().device)
+    future = state.binding.native.on_bucket(bucket)
+    if bucket.is_last():
+        state.binding.check_names()
     # DDP wants a future of a Python object from a Python hook; the native one holds a tensor.
-    return state.binding.native.on_bucket(bucket).then(_value)  # type: ignore[no-any-return]
+    return future.then(_value)  # type: ignore[no-any-return]
 
 
 def _value(future: Future[Tensor]) -> Tensor:

@@ -35,7 +35,13 @@ class Compressor(Contract):
 
     Args:
         error_feedback: adds what was not sent to the next step's gradient.
-        start_step: the first so many steps are dense.
+        start_step: the first so many steps are dense. ``"warmup"``, under :func:`dear.attach` only: until the learning
+            rate of no parameter group rises any more from one step to the next, as a scheduler's warm-up ends, and one
+            step beyond. Low-rank compressors learn their factors from the last dense result.
+        exempt: parameters that are sent exactly, never compressed: names as ``model.module.named_parameters()`` has
+            them, names of modules, or patterns such as ``"*.bias"``; or a callable of name and parameter. A name that
+            matches nothing is refused. Under DDP's own ``register_comm_hook`` names are as
+            :mod:`compress.comm_hook` says.
         min_compression_ratio: what would shrink by less than this stays dense.
         seed: of everything random; rank 0's counts.
         nonfinite: what a gradient with inf or NaN on any rank does, on all ranks alike. ``"raise"``: ``backward()``

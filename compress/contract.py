@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from compress import ops, patterns
+from compress.choices import Selected, Selection, check_matched
 from compress.exchange import Steps
 from compress.feedback import Feedback
 from compress.group import Group
+from compress.start import Start
 from dear import _C
 
 NonFinite = Literal["raise", "skip", "propagate"]
@@ -29,25 +32,29 @@ class Contract:
     #: Buckets of host tensors are cut into groups of about so many elements, so that one is encoded, merged or decoded
     #: while another is sent. None, where little is sent: one group for each bucket.
     part_numel: ClassVar[int | None] = None
+    #: Whether exempt parameters travel in the messages of the others, rather than in a group of their own.
+    carries_exempt: ClassVar[bool] = False
 
     def __init__(
         self,
         *,
         error_feedback: bool = True,
-        start_step: int = 0,
+        start_step: int | Literal["warmup"] = 0,
+        exempt: Selection = (),
         min_compression_ratio: float = 1.0,
         seed: int = 0,
         nonfinite: NonFinite = "raise",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if start_step < 0:
-            raise ValueError(f"start_step must be the number of dense steps, 0 or more, not {start_step!r}.")
         if not min_compression_ratio > 0:
             raise ValueError(f"min_compression_ratio must be a positive number, not {min_compression_ratio!r}.")
         if nonfinite not in ("raise", "skip", "propagate"):
             raise ValueError(f'nonfinite must be "raise", "skip" or "propagate", not {nonfinite!r}.')
         self.error_feedback = bool(error_feedback)
-        self.start_step, self.min_compression_ratio = int(start_step), float(min_compression_ratio)
+        self.start_step, self.min_compression_ratio = start_step, float(min_compression_ratio)
+        self.start = Start(start_step)
+        self.exempt = Selected(exempt, "exempt")
+        self.exempted: set[str] = set()  # of the parameters seen so far
         self.seed, self.nonfinite, self.process_group = int(seed), nonfinite, process_group
         self.feedback = Feedback()
         self.groups: dict[tuple[str, ...], Group] = {}
@@ -61,6 +68,17 @@ class Contract:
     def options(self) -> dict[str, Any]:
         """The subclass's own options, which must be equal on every rank and in a state that is loaded."""
         return {}
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuses options that name no parameter of the model; ``names`` are all there are."""
+        check_matched(self.exempt.patterns, names, "exempt")
+
+    def choose(self, params: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Notes what the options say about these parameters; returns what must be equal on every rank, by what it is
+        called in a sentence."""
+        exempt = [name for name, param in params.items() if self.exempt(name, param)]
+        self.exempted.update(exempt)
+        return {"the exempt parameters of a bucket": exempt}
 
     def ratio(self, group: Group) -> float:
         """By how much the group shrinks: bytes of its float32 gradient, to bytes of its payload."""
@@ -123,6 +141,12 @@ class Contract:
         """The native codec of a group, which then does what encode, merge and decode would do; None where there is
         none."""
         return None
+
+    def natives(self, group: Group) -> list[tuple[int, _C.Codec]]:
+        """The native codecs of a group and the steps from which they count, the first from step 0; empty where there
+        are none."""
+        codec = self.native(group)
+        return [] if codec is None else [(0, codec)]
 
     def compresses(self, group: Group) -> bool:
         """Whether the group is worth compressing, and of a type that can be."""

@@ -13,7 +13,7 @@ from dear import _C
 
 def parts_of_bucket(compressor: Contract, sizes: dict[str, int], device: torch.device) -> list[list[str]]:
     """How a bucket of these parameters (name: elements) is cut into groups: as a loaded state cut it, else by
-    ``compressor.part_numel``.
+    ``compressor.part_numel``. Exempt parameters are a group of their own, unless they travel with the others.
 
     DDP begins with one bucket and rebuilds it at the second step; a resumed run begins with the groups it had.
     """
@@ -21,9 +21,13 @@ def parts_of_bucket(compressor: Contract, sizes: dict[str, int], device: torch.d
     parts = [part for part in saved if set(part) <= set(sizes)]
     if sorted(name for part in parts for name in part) == sorted(sizes):
         return parts
-    if compressor.part_numel is None or device.type != "cpu":
-        return [list(sizes)]
-    return in_parts(sizes, compressor.part_numel)
+    exempt = [] if compressor.carries_exempt else [name for name in sizes if name in compressor.exempted]
+    rest = {name: size for name, size in sizes.items() if name not in exempt}
+    if rest and compressor.part_numel is not None and device.type == "cpu":
+        parts = in_parts(rest, compressor.part_numel)
+    else:
+        parts = [list(rest)]
+    return [part for part in [*parts, exempt] if part]
 
 
 def make_group(
@@ -39,10 +43,10 @@ def make_group(
     group = Group(members, dtype, device, ranks.rank(), ranks.size(), label)
     compressor.feedback.world = ranks.size()
     group.codec = _C.DenseCodec(group.device, group.rank, group.world)
-    if compressor.compresses(group):
+    if not compressor.exempted.issuperset(key) and compressor.compresses(group):
         compressor.prepare(group)
-        codec = compressor.native(group) or GeneratedCodec(compressor, group).native()
-        group.codec = _C.StartingCodec(group.device, group.codec, codec, compressor.start_step)
+        codecs = compressor.natives(group) or [(0, GeneratedCodec(compressor, group).native())]
+        group.codec = _C.StagedCodec(group.device, compressor.start.native, group.codec, codecs)
     compressor.groups[key] = group
     return group
 

@@ -27,10 +27,15 @@ class HookBinding(Binding):
     """
 
     calls: _C.HookCalls | None = None  # of the native hook, counted
+    _names_checked = False
     _begun = 0  # steps, before this model's first
 
     def __init__(self, compressor: Contract, device: torch.device, model: DDP | None = None) -> None:
         """Collective."""
+        if not compressor.start.known:
+            raise ValueError(
+                'start_step="warmup" needs the optimizer, which only dear.attach() knows: give a number of steps.'
+            )
         super().__init__(compressor, device)
         self._model = model
         self._names: dict[int, str] = {}
@@ -84,6 +89,12 @@ class HookBinding(Binding):
         super().forget_groups(step)
         self._begun = step
         self.native.forget()
+
+    def check_names(self) -> None:
+        """Once every bucket was seen: whether the compressor's options name a parameter each."""
+        if not self._names_checked:
+            self.compressor.check_names(self._params)
+            self._names_checked = True
 
     def measure_next(self) -> None:
         self.native.measure_next()

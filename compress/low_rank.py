@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from compress.choices import Assigned, check_matched
 from compress.compressor import Compressor
 from compress.contract import COMPRESSIBLE
 from compress.group import Group, Member
+from compress.ranks import Rank, check_rank, rank_for
+from compress.stepwise import Stepwise
 from dear import _C
 
 
 @dataclass
 class Batch:
-    """All matrices of one shape in a group: B of [n, m], and their factors of rank r."""
+    """All matrices of one shape and rank in a group: B of [n, m], and their factors."""
 
     members: list[Member]
     error: Tensor | None  # [B, n, m]
-    p: Tensor  # [B, n, r]
-    q: Tensor  # [B, m, r]
+    factors: list[tuple[Tensor, Tensor]]  # P [B, n, r], Q [B, m, r]; by stage, each with a rank of its own
 
 
 @dataclass
@@ -38,77 +41,129 @@ class Layout:
 
 
 class LowRank(Compressor):
-    """Approximates each matrix M [n, m] by P Qᵀ. Vectors, and matrices that shrink by less than
-    ``min_compression_ratio``, travel dense in the same message. Tensors of more dimensions are viewed as matrices."""
+    """Approximates each matrix M [n, m] by P Qᵀ. Vectors, exempt parameters, and matrices that shrink by less than
+    ``min_compression_ratio``, travel dense in the same message. Tensors of more dimensions are viewed as matrices.
 
-    def __init__(self, rank: int = 4, *, min_compression_ratio: float = 2.0, **options: Any) -> None:
+    Args:
+        rank: columns of P and Q, at most 256 and at most the smaller side. A whole number, a fraction of the smaller
+            side, or ``"auto"``; or a list of (step, rank), such as ``[(0, 32), (1000, 8)]``: a matrix that would stay
+            dense under any of them does so throughout. Smaller compresses more.
+        rank_of: the rank by parameter, which counts in place of ``rank``: a dict from names, modules' names or patterns
+            to ranks, or a callable of name and parameter that returns a rank, or None for ``rank``.
+    """
+
+    carries_exempt: ClassVar[bool] = True
+    #: The fraction of the smaller side that rank="auto" stands for.
+    auto: ClassVar[float]
+
+    def __init__(
+        self,
+        rank: Rank | Sequence[tuple[int, Rank]] = 4,
+        *,
+        rank_of: Mapping[str, Rank] | Callable[[str, Tensor], Rank | None] | None = None,
+        min_compression_ratio: float = 2.0,
+        **options: Any,
+    ) -> None:
         super().__init__(min_compression_ratio=min_compression_ratio, **options)
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 256:
-            raise ValueError(f"rank must be a whole number from 1 to 256, not {rank!r}.")
         self.rank = rank
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}  # by name: P, Q; views of the batches
+        self.stages: Stepwise[Rank] = Stepwise(rank, "rank", check_rank)
+        self.rank_of = Assigned(rank_of, "rank_of", lambda one: check_rank(one, "rank_of"))
+        self._own: dict[str, Rank] = {}  # what rank_of says, by name
+        self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by name and stage: P, Q; views of the batches
 
     def options(self) -> dict[str, Any]:
-        return {"rank": self.rank}
+        return {"rank": self.stages.said, "rank_of": self.rank_of.by_pattern}
+
+    def check_names(self, names: Iterable[str]) -> None:
+        known = list(names)
+        super().check_names(known)
+        check_matched(self.rank_of.by_pattern, known, "rank_of")
+
+    def choose(self, params: Mapping[str, Tensor]) -> dict[str, Any]:
+        own = {name: rank for name, param in params.items() if (rank := self.rank_of(name, param)) is not None}
+        self._own.update(own)
+        return super().choose(params) | {"the ranks of a bucket's parameters": own}
 
     @abstractmethod
     def cost(self, rows: int, columns: int, rank: int) -> float:
         """Elements sent for a matrix in a step, on average."""
 
-    def _rank_of(self, member: Member) -> int:
-        """The rank under which a member is compressed; 0 where it stays dense."""
-        rank = min(self.rank, member.rows, member.columns)
-        worth = member.numel >= self.min_compression_ratio * self.cost(member.rows, member.columns, rank)
-        return rank if member.columns > 1 and worth else 0
+    @abstractmethod
+    def codec(self, arguments: dict[str, Any]) -> _C.Codec:
+        """The native codec of a group, for one stage."""
+
+    def _ranks_of(self, member: Member) -> tuple[int, ...]:
+        """The ranks under which a member is compressed, by stage; empty where it stays dense."""
+        wanted = [rank for _, rank in self.stages.values]
+        if member.name in self._own:
+            wanted = [self._own[member.name]] * len(wanted)
+        ranks = tuple(rank_for(rank, member.rows, member.columns, self.auto) for rank in wanted)
+        worth = member.numel >= self.min_compression_ratio * self.cost(member.rows, member.columns, max(ranks))
+        return ranks if member.columns > 1 and member.name not in self.exempted and worth else ()
 
     def ratio(self, group: Group) -> float:
         sent = 0.0
         for member in group.members:
-            rank = self._rank_of(member)
-            sent += self.cost(member.rows, member.columns, rank) if rank else member.numel
+            ranks = self._ranks_of(member)
+            sent += self.cost(member.rows, member.columns, max(ranks)) if ranks else member.numel
         return group.numel / sent
 
     def compresses(self, group: Group) -> bool:
-        return group.dtype in COMPRESSIBLE and any(self._rank_of(member) for member in group.members)
+        return group.dtype in COMPRESSIBLE and any(self._ranks_of(member) for member in group.members)
 
     def prepare(self, group: Group) -> None:
-        shapes: dict[tuple[int, int], list[Member]] = {}
+        alike: dict[tuple[int, int, tuple[int, ...]], list[Member]] = {}
         for member in group.members:
-            if self._rank_of(member):
-                shapes.setdefault((member.rows, member.columns), []).append(member)
-        batches = [self._make_batch(group, members) for members in shapes.values()]
-        group.private = Layout(batches, [member for member in group.members if not self._rank_of(member)])
+            if ranks := self._ranks_of(member):
+                alike.setdefault((member.rows, member.columns, ranks), []).append(member)
+        batches = [self._make_batch(group, members, ranks) for (_, _, ranks), members in alike.items()]
+        group.private = Layout(batches, [member for member in group.members if not self._ranks_of(member)])
 
-    def _make_batch(self, group: Group, members: list[Member]) -> Batch:
+    def _make_batch(self, group: Group, members: list[Member], ranks: tuple[int, ...]) -> Batch:
         (first, *_), count = members, len(members)
-        rank = self._rank_of(first)
-        p = torch.zeros(count, first.rows, rank, device=group.device)
-        q = torch.zeros(count, first.columns, rank, device=group.device)
+        factors = [
+            (
+                torch.zeros(count, first.rows, rank, device=group.device),
+                torch.zeros(count, first.columns, rank, device=group.device),
+            )
+            for rank in ranks
+        ]
+        before, now = self.stages.index(self.step - 1), self.stages.index(self.step)
         for index, member in enumerate(members):
-            if member.name in self._factors:
-                for factor, old in zip((p, q), self._factors[member.name], strict=True):
-                    factor[index].copy_(old)
-            else:
-                q[index].copy_(torch.randn(first.columns, rank, generator=self.generator(member.name)))
-            self._factors[member.name] = (p[index], q[index])
+            known = self._factors.get(member.name)
+            own = [(p[index], q[index]) for p, q in factors]
+            for stage, (_, q) in enumerate(own):
+                q.copy_(torch.randn(q.shape, generator=self.generator(member.name)))
+                if known and stage in (before, now):  # later ones follow their predecessor when they begin
+                    for new, old in zip(own[stage], known[min(before, len(known) - 1)], strict=True):
+                        shared = min(new.shape[1], old.shape[1])
+                        new[:, :shared].copy_(old[:, :shared])
+            self._factors[member.name] = own
         error = None
         if self.error_feedback:
             error = self.feedback.allocate(members, group.device).view(count, first.rows, first.columns)
             group.feedback.append(error)
-        return Batch(members, error, p, q)
+        return Batch(members, error, factors)
 
-    def codec_arguments(self, group: Group) -> dict[str, Any]:
+    def natives(self, group: Group) -> list[tuple[int, _C.Codec]]:
+        return [
+            (begin, self.codec(self._codec_arguments(group, stage)))
+            for stage, (begin, _) in enumerate(self.stages.values)
+        ]
+
+    def _codec_arguments(self, group: Group, stage: int) -> dict[str, Any]:
         layout: Layout = group.private
         batches = []
         for batch in layout.batches:
             starts = torch.tensor([member.start for member in batch.members], device=group.device)
-            batches.append(_C.MatrixBatch(starts=starts, error=batch.error, p=batch.p, q=batch.q))
+            p, q = batch.factors[stage]
+            batches.append(_C.MatrixBatch(starts=starts, error=batch.error, p=p, q=q))
         segments, position = [], 0
         for member in layout.dense:
             segments.append([member.start, member.numel, position])
             position += member.numel
         return {
-            **super().codec_arguments(group),
+            **self.codec_arguments(group),
             "batches": batches,
             "segments": torch.tensor(segments, dtype=torch.int64, device=group.device).view(-1, 3),
             "dense_numel": layout.dense_numel,
@@ -117,7 +172,12 @@ class LowRank(Compressor):
     # --- state: the factors are the same on all ranks ---
 
     def named_state(self) -> dict[str, Any]:
-        return {name: (p.clone(), q.clone()) for name, (p, q) in self._factors.items()}
+        """The factors of the stage that counts."""
+        stage, state = self.stages.index(self.step - 1), dict[str, Any]()
+        for name, known in self._factors.items():
+            p, q = known[min(stage, len(known) - 1)]
+            state[name] = (p.clone(), q.clone())
+        return state
 
     def load_named_state(self, state: dict[str, Any]) -> None:
-        self._factors = {name: (p.clone(), q.clone()) for name, (p, q) in state.items()}
+        self._factors = {name: [(p.clone(), q.clone())] for name, (p, q) in state.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compress.group import Group
+from typing import Any, ClassVar
+
 from compress.low_rank import LowRank
 from dear import _C
 
@@ -19,13 +20,15 @@ class PowerSGD(LowRank):
     other, (n + m) r elements for a matrix; dense members travel in the first.
 
     Args:
-        rank: r, at most 256 and at most the smaller side; smaller compresses more.
+        rank, rank_of, exempt: see :class:`compress.low_rank.LowRank`. ``"auto"`` is an eighth of the smaller side.
         min_compression_ratio: of n m to (n + m) r.
         Others: see :class:`compress.Compressor`.
 
     Source: Vogels, Karimireddy, Jaggi: "PowerSGD", NeurIPS 2019, Algorithms 1 and 2. There E is what all ranks' mean
     missed; here each rank keeps what its own share missed, which sums to the same.
     """
+
+    auto: ClassVar[float] = 1 / 8
 
     @property
     def exchanges(self) -> int:
@@ -34,5 +37,5 @@ class PowerSGD(LowRank):
     def cost(self, rows: int, columns: int, rank: int) -> float:
         return (rows + columns) * rank
 
-    def native(self, group: Group) -> _C.Codec:
-        return _C.PowerCodec(**self.codec_arguments(group))
+    def codec(self, arguments: dict[str, Any]) -> _C.Codec:
+        return _C.PowerCodec(**arguments)

@@ -28,10 +28,12 @@ def save(compressor: Contract, gather: bool) -> State:
         "compressor": type(compressor).__name__,
         "options": compressor.options() | {"error_feedback": compressor.error_feedback},
         "step": compressor.step,
+        "start": compressor.start.state(),
         "seed": compressor.seed,
         "rank": ranks.rank(),
         "world_size": ranks.size(),
         "layout": layout,
+        "exempt": sorted(compressor.exempted),
         **compressor.feedback.state(),
         "named": compressor.named_state(),
         "own": compressor.own_state(),
@@ -53,6 +55,7 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
     states = check_loaded(compressor, state, ranks.rank(), ranks.size())
     mine, compressor.feedback = merge_states(states, ranks.rank(), ranks.size())
     compressor.seed = mine["seed"]
+    compressor.start.load(mine["start"])
     compressor.load_named_state(mine["named"])
     if mine["world_size"] == ranks.size():
         compressor.load_own_state(mine["own"])
@@ -106,8 +109,8 @@ def check_form(state: State) -> None:
         ValueError: one sentence that names the first part that is wrong.
     """
     kinds = {
-        "options": dict, "step": int, "seed": int, "rank": int, "world_size": int, "layout": list, "errors": dict,
-        "owned": dict, "named": dict,
+        "options": dict, "step": int, "start": dict, "seed": int, "rank": int, "world_size": int, "layout": list,
+        "exempt": list, "errors": dict, "owned": dict, "named": dict,
     }  # fmt: skip
     for part, kind in kinds.items():
         if not isinstance(state.get(part), kind):
@@ -139,6 +142,11 @@ def check_parameters(compressor: Contract, sizes: dict[str, int]) -> None:
                 "load a state saved with this model."
             )
     known = loaded_names(compressor)
+    exempt = set(compressor.loaded["exempt"]) if compressor.loaded else set()
+    for name in known.intersection(sizes):
+        if (name in exempt) != (name in compressor.exempted):
+            then = "exempt" if name in exempt else "compressed"
+            raise ValueError(f"The state loaded has {name} {then}: give exempt= as it was when the state was saved.")
     missing = [name for name in sizes if name not in known]
     if known and missing:
         raise ValueError(

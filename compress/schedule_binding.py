@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from compress.bound import Bound
 from compress.contract import Contract
 from compress.outcome import keep_unused, treat_nonfinite
 from dear import _C
+from dear._agree import agree
 from dear.compression import Site
 
 
@@ -29,6 +31,7 @@ class ScheduleBinding(Binding):
         compressor.process_group = site.model.process_group
         super().__init__(compressor, site.device, lanes=site.lanes, algorithm=site.algorithm)
         self._names = {id(param): name for name, param in site.model.module.named_parameters()}
+        self._optimizer = weakref.ref(site.optimizer)
         self._scheduler, self._synchronize = site.scheduler, site.synchronize
         self._params: list[Tensor] = []
         self._validated = self.pipeline.steps  # how many steps had begun then
@@ -76,6 +79,7 @@ class ScheduleBinding(Binding):
         step = self.pipeline.steps
         if self._validated == step:
             return
+        self._look_at_warmup(step)
         if self._scheduler.any_dropped():
             self._scheduler.synchronize()
             self._validated = step
@@ -85,6 +89,18 @@ class ScheduleBinding(Binding):
         else:
             self._compare()
             self._validated = step
+
+    def _look_at_warmup(self, step: int) -> None:
+        """With ``start_step="warmup"``: compression begins when the learning rate has stopped rising. Collective until
+        then."""
+        start, optimizer = self.compressor.start, self._optimizer()
+        if start.known or optimizer is None:
+            return
+        ends = start.ends([float(group["lr"]) for group in optimizer.param_groups])
+        remedy = "give every rank the same learning rates"
+        agree(self.compressor.ranks(), lambda: {"the end of the learning rate's warm-up": ends}, remedy)
+        if ends:
+            start.set(step + 1)  # the step between is dense, and the codecs learn from it
 
     def arrived(self, bucket: int) -> None:
         """Results for parameters that no rank has used go back to the error feedback, once."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from compress import ops
 from compress.compressor import Compressor
 from compress.group import Group
+from compress.stepwise import Stepwise
 from dear import _C
 
 #: A sample must have so many elements above the threshold: the count then strays by 2%.
@@ -27,7 +29,8 @@ class TopK(Compressor):
     length, so that no length depends on data; what does not fit stays in the error.
 
     Args:
-        density: k / n, in (0, 1]; smaller compresses more. n is the number of elements in a bucket.
+        density: k / n, in (0, 1], or a list of (step, density), such as ``[(0, 0.1), (1000, 0.01)]``; smaller
+            compresses more. n is the number of elements in a bucket.
         selection: ``"exact"`` finds the k-th largest of all elements every step. ``"threshold"`` keeps a threshold for
             as long as it selects about k of a sample, a sixteenth of the elements or more, another one every step; it
             costs little, and selects k to within 10%. Small groups and owners select exactly.
@@ -42,68 +45,83 @@ class TopK(Compressor):
 
     def __init__(
         self,
-        density: float = 0.01,
+        density: float | Sequence[tuple[int, float]] = 0.01,
         *,
         selection: Literal["exact", "threshold"] = "exact",
         slack: float = 1.25,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if not 0 < density <= 1:
-            raise ValueError(f"density must be in (0, 1], the share of elements to send, not {density!r}.")
+        self.stages: Stepwise[float] = Stepwise(density, "density", _check_density)
         if selection not in ("exact", "threshold"):
             raise ValueError(f'selection must be "exact" or "threshold", not {selection!r}.')
         if not 1 <= slack < math.inf:
             raise ValueError(f"slack must be 1 or more, and finite, not {slack!r}.")
-        self.density, self.selection, self.slack = float(density), selection, float(slack)
+        self.density, self.selection, self.slack = density, selection, float(slack)
         self._thresholds: dict[tuple[str, ...], float] = {}  # loaded, by group
 
     def options(self) -> dict[str, Any]:
-        return {"density": self.density, "selection": self.selection, "slack": self.slack}
+        return {"density": self.stages.said, "selection": self.selection, "slack": self.slack}
 
     def ratio(self, group: Group) -> float:
-        return group.numel / (group.world * ops.topk_slot_numel(self._capacity(group)))
+        largest = max(density for _, density in self.stages.values)
+        return group.numel / (group.world * ops.topk_slot_numel(self._capacity(group, largest)))
 
-    def native(self, group: Group) -> _C.Codec:
-        k = self._k(group)
-        codec = _C.TopKCodec(
+    def natives(self, group: Group) -> list[tuple[int, _C.Codec]]:
+        codecs = [self._codec(group, density) for _, density in self.stages.values]
+        if group.names in self._thresholds:
+            codecs[self._stage()].threshold.fill_(self._thresholds.pop(group.names))
+        group.private = codecs
+        return [(begin, codec) for (begin, _), codec in zip(self.stages.values, codecs, strict=True)]
+
+    def _codec(self, group: Group, density: float) -> _C.TopKCodec:
+        k = self._k(group, density)
+        return _C.TopKCodec(
             numel=group.numel,
             shard=self.shard_numel(group),
             k=k,
             owner_k=max(1, k // self._owners(group)),
-            capacity=self._capacity(group),
-            stretch=self._stretch(group),
+            capacity=self._capacity(group, density),
+            stretch=self._stretch(k),
             **self.codec_arguments(group),
         )
-        if group.names in self._thresholds:
-            codec.threshold.fill_(self._thresholds.pop(group.names))
-        group.private = codec
-        return codec
 
     def own_state(self) -> dict[tuple[str, ...], float]:
         kept = {
-            names: float(group.private.threshold) for names, group in self.groups.items() if group.private is not None
+            names: float(group.private[self._stage()].threshold)
+            for names, group in self.groups.items()
+            if group.private is not None
         }
         return self._thresholds | kept
 
     def load_own_state(self, state: dict[tuple[str, ...], float]) -> None:
         self._thresholds = dict(state)
 
-    def _stretch(self, group: Group) -> int:
+    def _stage(self) -> int:
+        """Of the last step."""
+        return self.stages.index(self.step - 1)
+
+    def _stretch(self, k: int) -> int:
         """One run of so many is sampled; 0 where the sample would be too small."""
         stretch = LARGEST_STRETCH
-        while stretch > 1 and self._k(group) < ENOUGH * stretch:
+        while stretch > 1 and k < ENOUGH * stretch:
             stretch //= 2
         return stretch if self.selection == "threshold" and stretch > 1 else 0
 
-    def _k(self, group: Group) -> int:
-        return max(1, round(self.density * group.numel))
+    def _k(self, group: Group, density: float) -> int:
+        return max(1, round(density * group.numel))
 
-    def _capacity(self, group: Group) -> int:
+    def _capacity(self, group: Group, density: float) -> int:
         """Entries in one owner's slot."""
-        evenly = self._k(group) / self._owners(group)
+        evenly = self._k(group, density) / self._owners(group)
         return min(self.shard_numel(group), group.numel, math.ceil(self.slack * evenly))
 
     def _owners(self, group: Group) -> int:
         """Ranks whose shard is not empty."""
         return -(-group.numel // self.shard_numel(group))
+
+
+def _check_density(density: Any) -> float:
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], the share of elements to send, not {density!r}.")
+    return float(density)

@@ -10,6 +10,8 @@ namespace {
 
 using compress::Codec;
 using compress::Message;
+using compress::StagedCodec;
+using compress::StartStep;
 using OptionalTensor = std::optional<at::Tensor>;
 
 // A compressor written in Python: an object with advance(step, stage), stages(step), bind(gradient, result),
@@ -87,9 +89,18 @@ void bind_codecs(py::module_& m) {
       .def(py::init<at::Tensor, py::object>(), py::arg("dropped"), py::arg("object"));
   py::class_<compress::DenseCodec, Codec, std::shared_ptr<compress::DenseCodec>>(m, "DenseCodec")
       .def(py::init<at::Device, int64_t, int64_t>(), py::arg("device"), py::arg("rank"), py::arg("world"));
-  py::class_<compress::StartingCodec, Codec, std::shared_ptr<compress::StartingCodec>>(m, "StartingCodec")
-      .def(py::init<at::Device, std::shared_ptr<Codec>, std::shared_ptr<Codec>, int64_t>(), py::arg("device"),
-           py::arg("dense"), py::arg("compressed"), py::arg("start_step"));
+  py::class_<StartStep, std::shared_ptr<StartStep>>(m, "StartStep")
+      .def(py::init<int64_t>(), py::arg("step"))
+      .def_property("step", &StartStep::get, &StartStep::set);
+  py::class_<StagedCodec, Codec, std::shared_ptr<StagedCodec>>(m, "StagedCodec")
+      .def(py::init([](at::Device device, std::shared_ptr<StartStep> start, std::shared_ptr<Codec> dense,
+                       const std::vector<std::pair<int64_t, std::shared_ptr<Codec>>>& compressed) {
+             std::vector<compress::CodecStage> stages;
+             for (const auto& [begin, codec] : compressed) stages.push_back({begin, codec});
+             return std::make_shared<StagedCodec>(device, std::move(start), std::move(dense),
+                                                  std::move(stages));
+           }),
+           py::arg("device"), py::arg("start"), py::arg("dense"), py::arg("compressed"));
   py::class_<compress::SignCodec, Codec, std::shared_ptr<compress::SignCodec>>(m, "SignCodec")
       .def(py::init<at::Device, int64_t, int64_t, int64_t, int64_t, OptionalTensor, OptionalTensor, bool>(),
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("words"), py::arg("owned"),
@@ -114,9 +125,10 @@ void bind_codecs(py::module_& m) {
            }),
            py::arg("starts"), py::arg("error"), py::arg("p"), py::arg("q"));
   py::class_<compress::AcpCodec, Codec, std::shared_ptr<compress::AcpCodec>>(m, "AcpCodec")
-      .def(py::init<at::Device, int64_t, int64_t, std::vector<MatrixBatch>, at::Tensor, int64_t, int64_t>(),
+      .def(py::init<at::Device, int64_t, int64_t, std::vector<MatrixBatch>, at::Tensor, int64_t,
+                    std::shared_ptr<StartStep>>(),
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("batches"), py::arg("segments"),
-           py::arg("dense_numel"), py::arg("start_step"));
+           py::arg("dense_numel"), py::arg("start"));
   py::class_<compress::PowerCodec, Codec, std::shared_ptr<compress::PowerCodec>>(m, "PowerCodec")
       .def(py::init<at::Device, int64_t, int64_t, std::vector<MatrixBatch>, at::Tensor, int64_t>(),
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("batches"), py::arg("segments"),

@@ -39,7 +39,8 @@ __all__: list[str] = [
     "SIGN_RECORD",
     "Scheduler",
     "SignCodec",
-    "StartingCodec",
+    "StagedCodec",
+    "StartStep",
     "TopKCodec",
     "TraceEvent",
     "TwoPhaseExchange",
@@ -205,13 +206,20 @@ class DenseCodec(Codec):
         world: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
 
-class StartingCodec(Codec):
+class StartStep:
+    def __init__(self, step: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def step(self) -> int: ...
+    @step.setter
+    def step(self, arg1: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+
+class StagedCodec(Codec):
     def __init__(
         self,
         device: torch.device,
+        start: StartStep,
         dense: Codec,
-        compressed: Codec,
-        start_step: typing.SupportsInt | typing.SupportsIndex,
+        compressed: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, Codec]],
     ) -> None: ...
 
 class SignCodec(Codec):
@@ -273,7 +281,7 @@ class AcpCodec(Codec):
         batches: collections.abc.Sequence[MatrixBatch],
         segments: torch.Tensor,
         dense_numel: typing.SupportsInt | typing.SupportsIndex,
-        start_step: typing.SupportsInt | typing.SupportsIndex,
+        start: StartStep,
     ) -> None: ...
 
 class PowerCodec(Codec):

@@ -191,7 +191,7 @@ def _assemble(
         lanes = [reduce_lane, gather_lane]
         wait = weakly(attached, Attached.synchronize)
         attached.compression = compressor.bind_to_schedule(
-            Site(model, plan.device, lanes, plan.algorithm, scheduler, wait)
+            Site(model, optimizer, plan.device, lanes, plan.algorithm, scheduler, wait)
         )
     update = plan.strategy(attached)
     finish.append(update.finish)

@@ -18,6 +18,7 @@ class Site:
     """Where a compressor is put to work."""
 
     model: DDP
+    optimizer: torch.optim.Optimizer
     device: torch.device
     lanes: Sequence[_C.Lane]  # the reduce-scatter lane and the all-gather lane
     algorithm: str

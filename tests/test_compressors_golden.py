@@ -243,7 +243,7 @@ def density(rank: int, world: int) -> list[float]:
     for step in range(20):
         backward(model, gradients(rank, step, LARGE))
         (group,) = compressor.groups.values()
-        selected.append(int(group.private.selected) / (0.02 * group.numel))
+        selected.append(int(group.private[0].selected) / (0.02 * group.numel))
     return selected
 
 

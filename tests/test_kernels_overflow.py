@@ -158,7 +158,7 @@ def low_rank(kind: str, rank: int, error: Tensor | None) -> _C.Codec:
     )
     options = {"segments": torch.zeros(0, 3, dtype=torch.int64), "dense_numel": 0, "batches": [batch],
                "device": torch.device("cpu"), "rank": rank, "world": WORLD}  # fmt: skip
-    return _C.AcpCodec(start_step=0, **options) if kind == "acp" else _C.PowerCodec(**options)
+    return _C.AcpCodec(start=_C.StartStep(0), **options) if kind == "acp" else _C.PowerCodec(**options)
 
 
 def owner(kind: str, rank: int, error: Tensor | None, owner_error: Tensor | None) -> _C.Codec:

@@ -23,4 +23,39 @@ std::optional<Message> DenseCodec::advance(int64_t, size_t stage) {
   }
 }
 
+StagedCodec::StagedCodec(at::Device device, std::shared_ptr<const StartStep> start,
+                         std::shared_ptr<Codec> dense, std::vector<CodecStage> compressed)
+    : Codec(device),
+      start_(std::move(start)),
+      dense_(std::move(dense)),
+      compressed_(std::move(compressed)),
+      now_(dense_) {
+  TORCH_CHECK(!compressed_.empty() && compressed_.front().begin == 0,
+              "The first compressed codec must begin at step 0.");
+}
+
+const std::shared_ptr<Codec>& StagedCodec::at(int64_t step) const {
+  if (step < start_->get()) return dense_;
+  size_t index = 0;
+  while (index + 1 < compressed_.size() && compressed_[index + 1].begin <= step) ++index;
+  return compressed_[index].codec;
+}
+
+void StagedCodec::bind(at::Tensor gradient, at::Tensor result) {
+  Codec::bind(gradient, result);
+  dense_->bind(gradient, result);
+  for (const CodecStage& stage : compressed_) stage.codec->bind(gradient, result);
+}
+
+std::optional<Message> StagedCodec::advance(int64_t step, size_t stage) {
+  const std::shared_ptr<Codec>& codec = at(step);
+  if (stage == 0 && codec != now_) {
+    codec->follow(*now_);
+    now_ = codec;
+  }
+  auto message = codec->advance(step, stage);
+  if (!message && codec == dense_ && step + 1 == start_->get()) at(step + 1)->learn(result_);
+  return message;
+}
+
 }  // namespace dear::compress

@@ -2,8 +2,10 @@
 
 #include <ATen/ATen.h>
 
+#include <atomic>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "collectives/exchange.h"
 
@@ -43,6 +45,10 @@ class Codec {
   virtual at::Tensor bad() const { return bad_; }
   // Whether this step goes out compressed.
   virtual bool compresses(int64_t step) const { return true; }
+  // Takes up what another codec of the same group has learned, which it follows from this step on.
+  virtual void follow(const Codec& /*before*/) {}
+  // Learns from a dense step's result, flat [n] and equal on all ranks, behind which it begins.
+  virtual void learn(const at::Tensor& /*result*/) {}
 
  protected:
   explicit Codec(at::Device device)
@@ -69,35 +75,42 @@ class DenseCodec : public Codec {
   at::Tensor shard_;
 };
 
-// Dense before `start_step`, compressed from then on.
-class StartingCodec : public Codec {
+// The first step that goes out compressed, one number for all groups of a compressor. It may be changed
+// between steps, to a step that has not begun.
+class StartStep {
  public:
-  StartingCodec(at::Device device, std::shared_ptr<Codec> dense, std::shared_ptr<Codec> compressed,
-                int64_t start_step)
-      : Codec(device),
-        dense_(std::move(dense)),
-        compressed_(std::move(compressed)),
-        start_step_(start_step),
-        now_(dense_) {}
+  explicit StartStep(int64_t step) : step_(step) {}
+  int64_t get() const { return step_; }
+  void set(int64_t step) { step_ = step; }
+
+ private:
+  std::atomic<int64_t> step_;
+};
+
+// A codec that compresses from a step on, until the next one does.
+struct CodecStage {
+  int64_t begin;
+  std::shared_ptr<Codec> codec;
+};
+
+// Dense before `start`; then, of the compressed ones, that which began last. The first begins at step 0.
+class StagedCodec : public Codec {
+ public:
+  StagedCodec(at::Device device, std::shared_ptr<const StartStep> start, std::shared_ptr<Codec> dense,
+              std::vector<CodecStage> compressed);
   size_t stages(int64_t step) const override { return at(step)->stages(step); }
-  std::optional<Message> advance(int64_t step, size_t stage) override {
-    now_ = at(step);
-    return now_->advance(step, stage);
-  }
-  void bind(at::Tensor gradient, at::Tensor result) override {
-    dense_->bind(gradient, result);
-    compressed_->bind(gradient, result);
-  }
+  std::optional<Message> advance(int64_t step, size_t stage) override;
+  void bind(at::Tensor gradient, at::Tensor result) override;
   at::Tensor dropped() const override { return now_->dropped(); }
   at::Tensor bad() const override { return now_->bad(); }
   bool compresses(int64_t step) const override { return at(step)->compresses(step); }
 
  private:
-  const std::shared_ptr<Codec>& at(int64_t step) const { return step < start_step_ ? dense_ : compressed_; }
+  const std::shared_ptr<Codec>& at(int64_t step) const;
 
-  std::shared_ptr<Codec> dense_;
-  std::shared_ptr<Codec> compressed_;
-  const int64_t start_step_;
+  const std::shared_ptr<const StartStep> start_;
+  const std::shared_ptr<Codec> dense_;
+  const std::vector<CodecStage> compressed_;
   std::shared_ptr<Codec> now_;
 };
 

@@ -44,6 +44,34 @@ LowRankCodec::Average LowRankCodec::make_average(bool of_p, bool with_dense) con
   return message;
 }
 
+void LowRankCodec::follow(const Codec& before) {
+  const auto* other = dynamic_cast<const LowRankCodec*>(&before);
+  if (other == nullptr) return;
+  for (size_t i = 0; i < batches_.size(); ++i) {
+    const MatrixBatch& from = other->batches_[i];
+    const int64_t columns = std::min(batches_[i].p.size(2), from.p.size(2));
+    batches_[i].p.narrow(2, 0, columns).copy_(from.p.narrow(2, 0, columns));
+    batches_[i].q.narrow(2, 0, columns).copy_(from.q.narrow(2, 0, columns));
+  }
+}
+
+void LowRankCodec::learn(const at::Tensor& result) {
+  constexpr int kIterations = 2;
+  for (size_t i = 0; i < batches_.size(); ++i) {
+    const MatrixBatch& batch = batches_[i];
+    // A buffer for this one step: the error feedback must stay as it is.
+    const at::Tensor matrices =
+        at::zeros({batch.p.size(0), batch.p.size(1), batch.q.size(1)}, batch.p.options());
+    ops::OptionalTensor gradient = result, starts = batch.starts;
+    for (int iteration = 0; iteration < kIterations; ++iteration) {
+      ops::low_rank_project(gradient, matrices, batch.q, batch.p, starts, false, false, std::nullopt);
+      gradient = starts = std::nullopt;  // it is in the matrices now
+      orthogonalize(i, batch.p);
+      ops::low_rank_project(gradient, matrices, batch.p, batch.q, starts, true, false, std::nullopt);
+    }
+  }
+}
+
 void LowRankCodec::orthogonalize(size_t batch, const at::Tensor& factors) const {
   const int64_t numel = orthogonalize_workspace_numel(factors.size(0), factors.size(1), factors.size(2));
   ops::orthogonalize(factors, workspace_[batch].narrow(0, 0, numel));
@@ -73,14 +101,14 @@ void LowRankCodec::write_result(const Average& message) {
 }
 
 AcpCodec::AcpCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
-                   at::Tensor segments, int64_t dense_numel, int64_t start_step)
+                   at::Tensor segments, int64_t dense_numel, std::shared_ptr<const StartStep> start)
     : LowRankCodec(device, rank, world, std::move(batches), std::move(segments), dense_numel),
-      start_step_(start_step),
+      start_(std::move(start)),
       of_p_(make_average(true, true)),
       of_q_(make_average(false, true)) {}
 
 std::optional<Message> AcpCodec::advance(int64_t step, size_t stage) {
-  const bool odd = (step - start_step_) % 2 == 0;  // the paper counts from 1
+  const bool odd = (step - start_->get()) % 2 == 0;  // the paper counts from 1
   const Average& message = odd ? of_p_ : of_q_;
   switch (stage) {
     case 0:

@@ -18,6 +18,12 @@ struct MatrixBatch {
 // What ACP-SGD and Power-SGD share: one pass over a batch to correct and project it, and the members that
 // travel dense in the same message.
 class LowRankCodec : public Codec {
+ public:
+  // Takes over the columns of the factors that both ranks have.
+  void follow(const Codec& before) override;
+  // Subspace iterations on the result, so that the first compressed step knows what matters.
+  void learn(const at::Tensor& result) override;
+
  protected:
   // `segments`: int64 [count, 3], of each dense member where it begins in the gradient, how many elements it
   // has, and where it begins in the dense part of a message.
@@ -63,12 +69,12 @@ class LowRankCodec : public Codec {
 class AcpCodec : public LowRankCodec {
  public:
   AcpCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
-           at::Tensor segments, int64_t dense_numel, int64_t start_step);
+           at::Tensor segments, int64_t dense_numel, std::shared_ptr<const StartStep> start);
   size_t stages(int64_t) const override { return 2; }
   std::optional<Message> advance(int64_t step, size_t stage) override;
 
  private:
-  const int64_t start_step_;
+  const std::shared_ptr<const StartStep> start_;
   Average of_p_;
   Average of_q_;
 };

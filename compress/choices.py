@@ -1,0 +1,76 @@
+"""Choices by parameter: which ones are meant by a name, a pattern or a predicate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+Predicate = Callable[[str, Tensor], bool]
+Selection = str | Iterable[str] | Predicate
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern means a parameter: its name, its module's name, or a glob pattern such as ``"*.bias"``."""
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+
+
+def check_matched(patterns: Iterable[str], names: Iterable[str], option: str) -> None:
+    """Refuses a pattern that means none of the model's parameters.
+
+    Raises:
+        ValueError: one sentence says which.
+    """
+    known = list(names)
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in known):
+            raise ValueError(
+                f"{option} names {pattern!r}, which matches no parameter of the model: give names as "
+                "model.module.named_parameters() has them, or a pattern such as '*.bias'."
+            )
+
+
+class Selected:
+    """Parameters selected by name: what ``exempt=`` takes."""
+
+    def __init__(self, given: Selection, option: str) -> None:
+        self._predicate: Predicate | None = None
+        self.patterns: tuple[str, ...] = ()
+        if callable(given):
+            self._predicate = given
+            return
+        patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+        if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+            raise ValueError(
+                f"{option} must be names of parameters or a callable of name and parameter, not {given!r}."
+            )
+        self.patterns = tuple(patterns)
+
+    def __call__(self, name: str, param: Tensor) -> bool:
+        if self._predicate is not None:
+            return bool(self._predicate(name, param))
+        return any(matches(pattern, name) for pattern in self.patterns)
+
+
+class Assigned:
+    """A value by parameter: what ``rank_of=`` takes. None where nothing is said; of several patterns the first
+    counts."""
+
+    def __init__(
+        self, given: Mapping[str, Any] | Callable[[str, Tensor], Any] | None, option: str, check: Callable[[Any], Any]
+    ) -> None:
+        if not (given is None or callable(given) or isinstance(given, Mapping)):
+            raise ValueError(f"{option} must map names of parameters to values, or be a callable, not {given!r}.")
+        self._function = given if callable(given) else None
+        self._check = check
+        self.by_pattern: dict[str, Any] = {}
+        if isinstance(given, Mapping):
+            self.by_pattern = {str(pattern): check(value) for pattern, value in given.items()}
+
+    def __call__(self, name: str, param: Tensor) -> Any:
+        if self._function is not None:
+            value = self._function(name, param)
+            return None if value is None else self._check(value)
+        return next((value for pattern, value in self.by_pattern.items() if matches(pattern, name)), None)

@@ -1,0 +1,48 @@
+"""When compression begins: after a number of steps, or when the learning rate has stopped rising."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dear import _C
+
+#: While nobody knows when.
+NEVER = 2**62
+
+
+class Start:
+    """The first compressed step of a compressor; ``native`` is what its codecs ask.
+
+    ``"warmup"``: while the learning rate of some parameter group is higher than at the step before, the warm-up goes
+    on. The first step that ends it is followed by one more dense one, from which the codecs learn.
+    """
+
+    def __init__(self, given: Any) -> None:
+        if given != "warmup" and (type(given) is not int or given < 0):
+            raise ValueError(f'start_step must be the number of dense steps, 0 or more, or "warmup", not {given!r}.')
+        self.given = given
+        self.native = _C.StartStep(NEVER if given == "warmup" else given)
+        self._rates: list[float] | None = None  # of the step before
+
+    @property
+    def known(self) -> bool:
+        """Whether it is a number by now."""
+        return self.native.step != NEVER
+
+    def ends(self, rates: list[float]) -> bool:
+        """Whether a step with these learning rates is the first that did not raise any."""
+        before, self._rates = self._rates, rates
+        return before is not None and not any(now > then for now, then in zip(rates, before, strict=False))
+
+    def set(self, step: int) -> None:
+        """Compression begins with that step."""
+        self.native.step = step
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.native.step if self.known else None, "rates": self._rates}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`state` gave, of a warm-up; a given number of steps stands."""
+        if self.given == "warmup":
+            self.native.step = NEVER if state["step"] is None else state["step"]
+            self._rates = state["rates"]
