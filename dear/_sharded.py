@@ -23,7 +23,6 @@ from dear._placeholders import Placeholders, local_grad
 from dear._sharded_gradients import ShardedGradients
 from dear._state_views import ShardedState
 from dear._update import Request, Update
-from dear.collectives import shard_range
 
 
 class ShardedUpdate(Update):
@@ -119,9 +118,10 @@ class ShardedUpdate(Update):
 
     def step(self, found: Found) -> None:
         attached = self.attached
-        if attached.layout is None:
+        if attached.layout is None or (self._exporting and not found.reduced):
             attached.user.run_all(None)
             return
+        self.hide_full_state()
         if attached.user.optimizer.state is not self._shown:  # the user's own
             self.state_was_loaded()
         if found.missing:
@@ -214,8 +214,12 @@ class ShardedUpdate(Update):
         used = [] if found.nothing else [segment for segment in self._segments if self._is_used(segment)]
         grads = [segment.tensor.grad for segment in used if segment.tensor.grad is not None]
         each = list(torch._foreach_norm(grads, norm_type)) if grads else []
-        norms = self._norms(torch.stack([norm.float() for norm in each]).norm(norm_type) if each else None)
-        total = torch.linalg.vector_norm(norms, norm_type)
+        own = (
+            torch.stack([norm.float() for norm in each]).norm(norm_type)
+            if each
+            else torch.zeros((), device=attached.device)
+        )
+        total = torch.linalg.vector_norm(self._gradients.gather(own.view(1), "the gradient norm"), norm_type)
         if error_if_nonfinite and not torch.isfinite(total):
             raise RuntimeError(
                 f"The total norm of order {norm_type} of the gradients is not finite, so they cannot be clipped: look "
@@ -227,30 +231,8 @@ class ShardedUpdate(Update):
             self._gradients.scaled(coefficient)
         return total
 
-    def _norms(self, own: torch.Tensor | None) -> torch.Tensor:
-        """One number of every rank, in the all-gather lane, so that a missing peer is named as everywhere."""
-        attached = self.attached
-        norms = torch.zeros(attached.world, dtype=torch.float32, device=attached.device)
-        mine = norms[attached.rank : attached.rank + 1]
-        if own is not None:
-            mine.copy_(own)
-        self._gather(norms, "the gradient norm")
-        return norms
-
-    def _gather(self, flat: torch.Tensor, label: str) -> None:
-        """Completes a flat tensor of which each rank has its shard. Collective."""
-        lane = self.attached.gather_lane
-        begin, end = shard_range(flat.numel(), self.attached.world, self.attached.rank)
-        lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(flat, flat[begin:end])], label).wait()
-
     def averaged_gradients(self) -> Grads:
-        attached, layout = self.attached, self.attached.known_layout
-        flats = [torch.empty_like(flat) for flat in layout.full]
-        for flat, shard in zip(flats, layout.shard, strict=True):
-            begin, end = shard_range(flat.numel(), attached.world, attached.rank)
-            flat[begin:end] = shard
-            self._gather(flat, "the gradients")
-        return {place.param: place.view(flats[place.bucket]).clone() for place in layout.places}
+        return self._gradients.averages()
 
     # --- the optimizer's state ---
 
@@ -262,6 +244,9 @@ class ShardedUpdate(Update):
 
     @contextmanager
     def full_state(self) -> Iterator[None]:
+        if self._exporting:
+            yield
+            return
         optimizer = self.attached.user.optimizer
         kept = optimizer.state
         if self.attached.layout is not None:
@@ -272,16 +257,26 @@ class ShardedUpdate(Update):
         finally:
             optimizer.state, self._exporting = kept, False
 
+    def show_full_state(self) -> None:
+        if not self._exporting:
+            self.attached.user.optimizer.state = defaultdict(dict, self._full_state())
+            self._exporting = True
+
+    def hide_full_state(self) -> None:
+        if self._exporting:
+            self._exporting = False
+            self.state_was_loaded()  # it may have been changed
+
     def check_export(self) -> None:
         if not self._exporting:
             raise RuntimeError(
                 "The optimizer's state is held in shards, so optimizer.state_dict() has only a part: call "
-                "engine.state_dict() on every rank, and save its result."
+                "engine.state_dict() on every rank and save its result, or enter engine.full_state() on every rank."
             )
 
     def state_was_loaded(self) -> None:
         layout = self.attached.layout
-        if layout is not None:
+        if layout is not None and not self._exporting:
             with ordinary(StepContext(self.attached.device)):
                 self._cut(layout, dict(self.attached.user.optimizer.state))
             self.regroup()

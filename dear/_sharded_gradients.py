@@ -20,6 +20,7 @@ from dear import _C, _grads
 from dear._attached import Attached
 from dear._context import StepContext, ordinary
 from dear._grad_operators import answer
+from dear._grads import Grads
 from dear._placeholders import LocalGrad
 from dear.collectives import shard_range
 
@@ -79,7 +80,7 @@ class ShardedGradients:
             inv_scale.clone(),
         )  # fmt: skip
         with ordinary(StepContext(self._attached.device, grad=False)):
-            found = self._gather(found_inf.view(1), "the overflow check of the gradients")
+            found = self.gather(found_inf.view(1), "the overflow check of the gradients")
             found_inf.copy_(found.max())
 
     # --- what the update strategy tells ---
@@ -112,6 +113,23 @@ class ShardedGradients:
                     plain.mul_(self._factors[index])
         self._factors.clear()
         self._changed.clear()
+
+    def averages(self) -> Grads:
+        """Copies of the averaged gradients, whole, on every rank. Collective."""
+        attached, layout = self._attached, self._attached.known_layout
+        flats = [torch.empty_like(flat) for flat in layout.full]
+        for flat, shard in zip(flats, layout.shard, strict=True):
+            begin, end = shard_range(flat.numel(), attached.world, attached.rank)
+            flat[begin:end] = shard
+            self._complete(flat, "the gradients")
+        return {place.param: place.view(flats[place.bucket]).clone() for place in layout.places}
+
+    def gather(self, mine: torch.Tensor, label: str) -> torch.Tensor:
+        """What each rank passed, a row for each rank. Collective."""
+        rows = mine.new_empty(self._attached.world, mine.numel())
+        rows[self._attached.rank] = mine
+        self._complete(rows.view(-1), label)
+        return rows
 
     # --- inside ---
 
@@ -168,14 +186,12 @@ class ShardedGradients:
             if part is not None:
                 wide = torch.float64 if part.dtype == torch.float64 else torch.float32
                 mine[index] = torch.linalg.vector_norm(part, order, dtype=wide)
-        everyones = self._gather(mine, "the norms of the gradients")
+        everyones = self.gather(mine, "the norms of the gradients")
         return everyones.sum(0) if order == 0 else torch.linalg.vector_norm(everyones, order, dim=0)
 
-    def _gather(self, mine: torch.Tensor, label: str) -> torch.Tensor:
-        """Every rank's row, by rank, in the all-gather lane, so that a missing peer is named as everywhere."""
-        attached = self._attached
-        rows = mine.new_empty(attached.world, mine.numel())
-        rows[attached.rank] = mine
-        lane = attached.gather_lane
-        lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(rows.view(-1), rows[attached.rank])], label).wait()
-        return rows
+    def _complete(self, flat: torch.Tensor, label: str) -> None:
+        """Gathers a flat tensor of which each rank has its shard, in the all-gather lane, so that a missing peer is
+        named as everywhere."""
+        lane = self._attached.gather_lane
+        begin, end = shard_range(flat.numel(), self._attached.world, self._attached.rank)
+        lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(flat, flat[begin:end])], label).wait()

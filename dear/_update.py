@@ -109,6 +109,13 @@ class Update(ABC):
         """``optimizer.state`` is the full state inside. Collective where it is held in parts."""
         yield
 
+    def show_full_state(self) -> None:  # noqa: B027 - not every strategy needs it
+        """``optimizer.state`` is the full state until the next step, or :meth:`hide_full_state`. Collective where it is
+        held in parts."""
+
+    def hide_full_state(self) -> None:  # noqa: B027 - not every strategy needs it
+        """Takes the full state back, with what was changed in it."""
+
     def check_export(self) -> None:  # noqa: B027 - not every strategy needs it
         """Raises RuntimeError where ``optimizer.state_dict()`` would give a part of the state only."""
 

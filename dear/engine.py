@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -153,34 +153,55 @@ class Engine:
 
     # --- state ---
 
-    def state_dict(self) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def full_state(self) -> Iterator[None]:
+        """Inside, the optimizer has its full state, as plain DDP's has, and ``optimizer.state_dict()`` and
+        ``load_state_dict()`` work on any rank alone. Every rank must enter it; what is changed inside must be changed
+        on every rank alike. The next ``step()`` ends it too.
+
+        Compressors and the order of the buckets are not part of it: see ``state_dict(optimizer=False)``.
+        """
+        self.synchronize()
+        self._update.show_full_state()
+        try:
+            yield
+        finally:
+            self._update.hide_full_state()
+
+    def state_dict(self, optimizer: bool = True) -> dict[str, Any]:
         """The optimizer's full state, as ``optimizer.state_dict()`` of plain DDP would give it, under ``"optimizer"``.
 
         Under ``"bucket_order"`` stand the names of the parameters in the order of the buckets, by which a run that goes
         on with this state sums as this one does. With a compressor, all ranks' states of it stand under
         ``"compressor"``. With it, or with
         ``update="sharded"``, every rank must call this; each gets all of it.
+
+        optimizer: False leaves the optimizer's state out, where a framework saves it by itself.
         """
         self.synchronize()
         state: dict[str, Any] = {"bucket_order": self._schedule.bucket_order.names()}
         if self.compressor is not None:
             state["compressor"] = self.compressor.state_dict(gather=True)
+        if not optimizer:
+            return state
         with self._update.full_state():
             state["optimizer"] = self._attached.user.optimizer.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what :meth:`state_dict` or a plain optimizer gave, at any world size. Every rank must call it alike.
+        """Takes what :meth:`state_dict` gave, at any world size, or ``{"optimizer": state}`` with a plain optimizer's
+        state. Every rank must call it alike.
 
         Raises:
             KeyError: it is not such a dict.
             ValueError: the compressor's state in it is of another kind, or of another model.
         """
-        if "optimizer" not in state_dict:
+        if "optimizer" not in state_dict and "bucket_order" not in state_dict:
             raise KeyError('An engine\'s state has the key "optimizer": pass what engine.state_dict() returned.')
         if self.compressor is not None and "compressor" in state_dict:
             self.compressor.load_state_dict(state_dict["compressor"])
-        self._attached.user.optimizer.load_state_dict(state_dict["optimizer"])
+        if "optimizer" in state_dict:
+            self._attached.user.optimizer.load_state_dict(state_dict["optimizer"])
         self._schedule.bucket_order.load(list(state_dict.get("bucket_order", [])))
 
     def _before_export(self) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from dear._generation import agree_on_generation
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 250  # seconds for a job
 KILLS = ["1:13:forward", "0:13:backward", "1:14:save", "1:0:start", "0:0:start", "1:7:backward,0:21:forward"]
 
 
@@ -33,7 +34,7 @@ def torchrun(folder: Path, kills: str, how: tuple[str, ...] = ("--standalone",))
         command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
         try:
-            output = process.communicate(timeout=250)[0]
+            output = process.communicate(timeout=PATIENCE)[0]
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise

@@ -1,0 +1,119 @@
+"""One training run in a framework's hands: what every integration does, whatever calls it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim import Optimizer
+
+from dear.attaching import attach
+from dear.engine import Engine
+
+__all__ = ["FILE", "Session"]
+
+FILE = "dear.pt"  #: beside a framework's own files in a checkpoint
+
+
+class Session:
+    """Attaches when the framework has wrapped the model, and keeps what its checkpoints have no place for: the
+    compressor's state, error feedback included, and the order of the buckets.
+
+    Args:
+        options: of :func:`dear.attach`.
+        register: puts ``options["compressor"]`` on the DDP module as a plain hook, in place of the schedule:
+            ``compress.register``.
+    """
+
+    def __init__(self, options: dict[str, Any], register: Callable[[DDP, Any], Any] | None = None) -> None:
+        if register is not None and set(options) != {"compressor"}:
+            raise ValueError(
+                "register puts a compressor on as a plain hook: pass compressor with it, and nothing else."
+            )
+        self._options, self._register = options, register
+        self._engine: Engine | None = None
+        self._full = ExitStack()
+        self._later: tuple[Any, str] | None = None  # a state that came before the model
+        self._last: dict[str, Any] = {}  # the state at detach()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine while it is attached.
+
+        Raises:
+            RuntimeError: training has not begun, or has ended, or a compressor is on as a plain hook.
+        """
+        if self._engine is None:
+            raise RuntimeError("There is no engine now: ask for it between the framework's begin and end of training.")
+        return self._engine
+
+    def begin(self, model: Any, optimizer: Optimizer) -> Engine | None:
+        """Attaches to the framework's DDP module. Collective."""
+        if self._register is not None:
+            self._register(model, self._options["compressor"])
+        else:
+            self._engine = attach(model, optimizer, **self._options)
+        if self._later is not None:
+            state, where = self._later
+            self._later = None
+            self.load(state, where)
+        return self._engine
+
+    # --- checkpoints ---
+
+    def state(self) -> dict[str, Any]:
+        """What the framework does not save by itself. Collective."""
+        if self._engine is not None:
+            return self._engine.state_dict(optimizer=False)
+        if self._register is not None:
+            return {"compressor": self._options["compressor"].state_dict(gather=True)}
+        return self._last
+
+    def load(self, state: dict[str, Any] | None, where: str) -> None:
+        """Takes what :meth:`state` gave, now or when training begins; None where a checkpoint does not have it.
+
+        where: names the checkpoint, in a warning.
+        """
+        compressor = self._options.get("compressor")
+        if not state:
+            if compressor is not None and compressor.error_feedback:
+                warnings.warn(
+                    f"{where} has no error feedback of the compressor, so training goes on without what was not sent "
+                    "yet: save checkpoints while this integration is in use.",
+                    stacklevel=3,
+                )
+        elif self._engine is not None:
+            self._engine.load_state_dict(state)
+        elif self._register is None or self._options["compressor"].binding is None:
+            self._later = state, where
+        else:
+            self._options["compressor"].load_state_dict(state["compressor"])
+
+    def show_full_state(self) -> None:
+        """The optimizer has its full state from now on, until :meth:`hide_full_state` or the next step. Collective."""
+        self._full.close()
+        if self._engine is not None:
+            self._full.enter_context(self._engine.full_state())
+
+    def hide_full_state(self) -> None:
+        """The optimizer's state is in shards again."""
+        self._full.close()
+
+    # --- the end ---
+
+    def end(self) -> None:
+        """Gives model and optimizer back to plain DDP. Collective."""
+        if self._engine is not None:
+            self._full.close()
+            self._last = self._engine.state_dict(optimizer=False)
+            engine, self._engine = self._engine, None
+            engine.detach()
+
+    def give_up(self, error: BaseException) -> None:
+        """The same after an error, which other ranks may not have: without a collective."""
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            engine.__exit__(type(error), error, None)

@@ -1,0 +1,70 @@
+"""Accelerate: ``attach(accelerator, model, optimizer)`` after ``accelerator.prepare()``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from dear.engine import Engine
+from dear.integrations._session import FILE, Session
+
+__all__ = ["attach", "inner_optimizer"]
+
+
+def attach(
+    accelerator: Any, model: DDP, optimizer: Any, *, register: Callable[[DDP, Any], Any] | None = None, **options: Any
+) -> Engine | None:
+    """Puts the schedule under what ``accelerator.prepare()`` returned; the loop stays as it is.
+
+    ``accelerator.clip_grad_norm_``, ``clip_grad_value_``, ``accumulate`` and its GradScaler work. ``save_state`` saves
+    the optimizer's full state, and a file ``dear.pt`` beside it with the compressor's and the order of the buckets;
+    ``load_state`` takes both, and plain DDP's checkpoints too.
+
+    Args:
+        accelerator: an ``accelerate.Accelerator`` with several processes.
+        model: the DDP module that ``prepare()`` returned.
+        optimizer: the wrapped optimizer that ``prepare()`` returned.
+        register: ``compress.register`` puts ``options["compressor"]`` on as a plain hook, without the schedule.
+        options: of :func:`dear.attach`.
+
+    Returns:
+        The engine; None with ``register``.
+    """
+    session = Session(options, register)
+    inner = inner_optimizer(optimizer)
+    engine = session.begin(model, inner)
+    remember_step(optimizer)
+
+    def before_save(models: Any, weights: Any, folder: str) -> None:
+        state = session.state()
+        if accelerator.is_main_process:
+            torch.save(state, os.path.join(folder, FILE))
+        session.show_full_state()
+
+    def before_load(models: Any, folder: str) -> None:
+        path = os.path.join(folder, FILE)
+        session.load(torch.load(path, weights_only=True) if os.path.exists(path) else None, folder)
+
+    accelerator.register_save_state_pre_hook(before_save)
+    accelerator.register_load_state_pre_hook(before_load)
+    # save_state() reads the optimizer's state once, on every rank.
+    inner.register_state_dict_post_hook(lambda *_: session.hide_full_state())
+    return engine
+
+
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def remember_step(optimizer: Any) -> None:
+    """With a GradScaler Accelerate's wrapper holds the ``step`` that the optimizer had before; it looks again when its
+    state is set."""
+    if hasattr(optimizer, "__setstate__") and hasattr(optimizer, "optimizer"):
+        optimizer.__setstate__({})
