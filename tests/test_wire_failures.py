@@ -93,6 +93,76 @@ def test_who_is_cut_off_from_all_says_so_and_is_named_by_all():
         assert re.match(r"Rank 2 closed its connection .*, as rank [13] saw it\.$", said[rank]), said
 
 
+class Slow(dist.Store):
+    """A store in which nobody is found to be ready the first times, so that a set-up has time to look around."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self._inner, self._asked = inner, 0
+
+    def set(self, key, value):
+        self._inner.set(key, value)
+
+    def get(self, key):
+        return self._inner.get(key)
+
+    def check(self, keys):
+        self._asked += any("/ready/" in key for key in keys)
+        return self._inner.check(keys) and not (0 < self._asked < 60)
+
+
+class EndsWhenReady(dist.Store):
+    """A store with which a process ends once its connections for a lane are made, before it says so."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self._inner = inner
+
+    def set(self, key, value):
+        if "/ready/" in key:
+            os._exit(7)
+        self._inner.set(key, value)
+
+    def get(self, key):
+        return self._inner.get(key)
+
+    def check(self, keys):
+        return self._inner.check(keys)
+
+
+def ends_in_set_up(rank, world, before):
+    store, shared = dist.distributed_c10d._get_default_store(), peers(rank, world)
+    if before:
+        held = lane_of(_C.RingLane, store, "one", 600, shared)
+        dist.barrier()
+        if rank == 2:
+            os._exit(7)
+        assert held.rank == rank
+    mine = EndsWhenReady(store) if rank == 2 else store
+    with pytest.raises(RuntimeError) as caught:
+        lane_of(_C.RingLane, mine, "two", 600, shared)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_who_ends_while_a_lane_is_set_up_is_named_at_once(before):
+    """In the middle of it; or before it, when there are connections of an earlier lane. The timeout is far away."""
+    outcomes = run_workers(ends_in_set_up, 3, before, group_timeout=600, expect_dead={2})
+    for rank in (0, 1):
+        sentence = r"Rank 2 closed its connection .* during the set-up of communication lane two, as rank [01] saw it"
+        assert re.match(sentence, outcomes[rank]), outcomes
+
+
+def test_who_leaves_in_good_order_is_not_missed_by_the_next_lane():
+    made, shared, store = {}, [peers(rank, 2) for rank in range(2)], dist.HashStore()
+    made["a"] = in_ranks(2, lambda rank: lane_of(_C.RingLane, store, "a", 20, shared[rank]))
+    made["a"][1] = None
+    gc.collect()
+    made["b"] = in_ranks(2, lambda rank: lane_of(_C.RingLane, Slow(store), "b", 20, shared[rank]))
+    assert [lane.rank for lane in made["b"]] == [0, 1], made
+    in_ranks(2, lambda rank: submit(made["b"][rank]).wait())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_leaves_says_so(kind):
     made = lanes(kind, 3, 20)

@@ -18,7 +18,7 @@ void set_option(int fd, int option, int value) {
 
 }  // namespace
 
-RingLinks::RingLinks(const Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
+RingLinks::RingLinks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
                      std::chrono::milliseconds timeout) {
   const int rank = peers.rank();
   const int world = peers.world();
@@ -35,7 +35,7 @@ RingLinks::~RingLinks() {
   if (from_prev_ >= 0) ::close(from_prev_);
 }
 
-MeshLinks::MeshLinks(const Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
+MeshLinks::MeshLinks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
                      std::chrono::milliseconds timeout) {
   const int rank = peers.rank();
   const int world = peers.world();

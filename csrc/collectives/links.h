@@ -20,7 +20,7 @@ namespace dear {
 class RingLinks {
  public:
   // Throws one sentence when a neighbour cannot be reached within `timeout`.
-  RingLinks(const Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
+  RingLinks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
             std::chrono::milliseconds timeout);
   ~RingLinks();
   RingLinks(const RingLinks&) = delete;
@@ -38,7 +38,7 @@ class RingLinks {
 class MeshLinks {
  public:
   // Throws one sentence when a rank cannot be reached within `timeout`.
-  MeshLinks(const Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
+  MeshLinks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
             std::chrono::milliseconds timeout);
   ~MeshLinks();
   MeshLinks(const MeshLinks&) = delete;

@@ -12,6 +12,7 @@ namespace {
 // How long nothing has to change until it is clear who has lost whom. A process that ends, and a network that
 // is cut, end connections one after another.
 constexpr std::chrono::milliseconds kCalm{100};
+constexpr std::chrono::milliseconds kOneSecond{1000};  // with one that may live, where nothing waits for it
 
 }  // namespace
 
@@ -126,7 +127,7 @@ std::optional<Failure> Peers::investigate(const std::string& phase, const std::s
     if (!found) {
       const std::vector<int> ranks = gone();
       if (!ranks.empty()) {
-        found = explain_loss(ranks.front(), complaint::closed(), phase, label, patience, nullptr);
+        found = explain_loss(ranks.front(), complaint::closed(), phase, label, kOneSecond, nullptr);
       }
     }
     if (found) {

@@ -66,7 +66,7 @@ struct Caller : Talk {
 
 class Rendezvous {
  public:
-  Rendezvous(const Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& lane,
+  Rendezvous(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& lane,
              const std::vector<int>& callees, const std::vector<int>& callers, milliseconds timeout)
       : peers_(peers),
         store_(store),
@@ -167,6 +167,22 @@ class Rendezvous {
     }
   }
 
+  // Who has ended? The connections that have been made here tell, and those of lanes made before.
+  void check_alive() {
+    for (const auto* made : {&made_.called, &made_.accepted}) {
+      for (int rank = 0; rank < peers_.world(); ++rank) {
+        const int fd = (*made)[static_cast<size_t>(rank)].get();
+        if (fd < 0 || still_open(fd)) continue;
+        heed();  // it may have said why
+        if (all("ready")) return;
+        throw make_failure({rank}, complaint::closed(), "set-up", "communication lane " + lane_,
+                           peers_.rank());
+      }
+    }
+    if (const auto news = peers_.investigate("set-up", "communication lane " + lane_, milliseconds(0)))
+      throw Failure(*news);
+  }
+
   // --- connections ---
 
   bool connected() const {
@@ -184,6 +200,7 @@ class Rendezvous {
     }
     if (Clock::now() >= next_heed_) {
       heed();
+      check_alive();
       next_heed_ = Clock::now() + milliseconds(100);
     }
     std::vector<pollfd> entries{{listener_.get(), POLLIN, 0}};
@@ -321,7 +338,7 @@ class Rendezvous {
     throw std::runtime_error("Communication lane " + lane_ + " was not set up in time.");
   }
 
-  const Peers& peers_;
+  Peers& peers_;
   const c10::intrusive_ptr<c10d::Store> store_;
   const std::string lane_;
   std::vector<int> missing_;  // callers
@@ -343,9 +360,9 @@ Socket::~Socket() {
   if (fd_ >= 0) ::close(fd_);
 }
 
-Connections connect_ranks(const Peers& peers, const c10::intrusive_ptr<c10d::Store>& store,
-                          const std::string& lane, const std::vector<int>& callees,
-                          const std::vector<int>& callers, milliseconds timeout) {
+Connections connect_ranks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& lane,
+                          const std::vector<int>& callees, const std::vector<int>& callers,
+                          milliseconds timeout) {
   return Rendezvous(peers, store, lane, callees, callers, timeout).run();
 }
 

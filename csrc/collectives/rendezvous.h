@@ -37,10 +37,11 @@ struct Connections {
 // every rank of the lane has all its connections. Callers are served side by side: who connects and says
 // nothing keeps nobody waiting. See Note [Who may join] at Hello.
 //
-// Throws one sentence that names who did not come, and after which time; every rank that still waits throws
+// Throws one sentence that names who did not come, and after which time; or who has ended meanwhile, as far
+// as connections that were made before, here or for another lane, tell. Every rank that still waits throws
 // the same one. May throw what check_interrupt() throws.
-Connections connect_ranks(const Peers& peers, const c10::intrusive_ptr<c10d::Store>& store,
-                          const std::string& lane, const std::vector<int>& callees,
-                          const std::vector<int>& callers, std::chrono::milliseconds timeout);
+Connections connect_ranks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& lane,
+                          const std::vector<int>& callees, const std::vector<int>& callers,
+                          std::chrono::milliseconds timeout);
 
 }  // namespace dear

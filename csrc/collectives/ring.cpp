@@ -66,13 +66,14 @@ void RingLane::tell(FrameType type, const Failure& failure) {
 std::optional<Failure> RingLane::find_news() {
   if (!links_) return std::nullopt;
   const std::optional<Word> word = read_word(links_->to_next(), world_, peers_->check());
+  if (word && word->type == FrameType::kLeft) next_left_ = true;
   if (!word || word->type != FrameType::kFailure) return std::nullopt;
   return Failure(word->text, {word->blamed});
 }
 
 std::vector<int> RingLane::find_gone() const {
   std::vector<int> ranks;
-  if (links_ && hung_up(links_->to_next())) ranks.push_back((rank_ + 1) % world_);
+  if (links_ && !next_left_ && hung_up(links_->to_next())) ranks.push_back((rank_ + 1) % world_);
   if (links_ && hung_up(links_->from_prev())) ranks.push_back((rank_ + world_ - 1) % world_);
   return ranks;
 }

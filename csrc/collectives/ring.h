@@ -28,6 +28,7 @@ class RingLane : public HostLane {
  private:
   std::unique_ptr<RingLinks> links_;
   RingScratch scratch_;
+  std::atomic<bool> next_left_{false};  // it has said that it leaves, in good order
 };
 
 }  // namespace dear

@@ -24,11 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1, help="of the first run; they count on from it")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="a file for the figures and every run, as JSON; runs that it has already are not repeated",
-    )
+    parser.add_argument("--out", type=Path, help="a file for the figures and every run, as JSON; goes on from there")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; call again to go on")
     options = parser.parse_args()
     reports = results.load(options.out) if options.out else []

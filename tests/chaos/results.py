@@ -46,9 +46,7 @@ def load(path: Path) -> list[Report]:
         return []
     payload = json.loads(path.read_text())
     if payload["commit"] != records.commit():
-        raise ValueError(
-            f"--out {path} holds runs of commit {payload['commit'][:12]}, not of this one: remove it first."
-        )
+        raise ValueError(f"--out {path} holds runs of another commit, {payload['commit'][:12]}: remove it first.")
     return [Report.of(record) for record in payload["runs"]]
 
 
