@@ -12,7 +12,7 @@ from ..launch import WorkersFailed, run_workers
 from ..network.lab import Lab, Loopback
 from ..progress import Report
 from ..training.data import standard_library
-from ..training.gpt import GPT, SEQUENCE
+from ..training.gpt import GPT
 from ..training.strategies import parse_strategy
 from ..training.trainer import Trainer, optimizer_factory
 from ..worker import Worker
@@ -29,6 +29,7 @@ class Load:
     optimizer: str
     steps: int
     batch: int  # examples per worker and step
+    length: int  # of an example, in bytes: activations are small beside what the model takes
     layers: int
     width: int
     views: bool = True  # DDP's gradient_as_bucket_view; False: DDP as torch builds it where nothing is said
@@ -80,7 +81,7 @@ def _train(load: Load, worker: Worker, group: Any, report: Report) -> dict[str, 
     net = GPT(load.layers, load.width, load.width // HEAD)
     size = sum(param.nbytes for param in net.parameters())
     trainer = _build(load, net, group)
-    text, most, most_allocated = standard_library(SEQUENCE), 0, 0
+    text, most, most_allocated = standard_library(load.length), 0, 0
 
     def look() -> None:
         nonlocal most, most_allocated
@@ -123,7 +124,7 @@ def _warm_up(load: Load) -> None:
     """What the first step of any model loads into the process is none of the strategy's."""
     net = GPT(1, HEAD, 1)
     trainer = Trainer(net, optimizer_factory(load.optimizer)(net))
-    trainer.step(*standard_library(SEQUENCE).batch(0, rank=0, world=1, batch=load.batch, seed=1))
+    trainer.step(*standard_library(load.length).batch(0, rank=0, world=1, batch=load.batch, seed=1))
 
 
 def run_cell(lab: Lab | Loopback, load: Load, report: Report) -> dict[str, Any]:
