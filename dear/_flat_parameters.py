@@ -21,6 +21,7 @@ class FlatParameters:
     def __init__(self, layout: Layout) -> None:
         """Moves every parameter that can be moved."""
         self._layout = layout
+        self._params = [place.param for place in layout.places]
         self._copied: list[Place] = []
         self._addresses: list[int] = []
         self._move(range(len(layout.full)))
@@ -50,7 +51,7 @@ class FlatParameters:
     @property
     def has_aliases(self) -> bool:
         """Whether anybody but the parameters themselves holds their memory."""
-        return bool(self._copied) or _C.has_aliases([place.param for place in self._layout.places])
+        return bool(self._copied) or _C.has_aliases(self._params)
 
     def copy_in(self) -> None:
         """Copies the values of parameters that could not be moved to the flat buffers."""

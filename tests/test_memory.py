@@ -18,7 +18,7 @@ from benchmarks.records import Source
 from benchmarks.report.memory import memory_table
 
 # No copy of a model with these settings is small against what a process takes anyway.
-SETTINGS = {"optimizer": "adamw", "steps": 3, "batch": 1, "layers": 4, "width": 640}
+SETTINGS = {"optimizer": "adamw", "steps": 3, "batch": 1, "length": 16, "layers": 4, "width": 640}
 
 
 def storages(tensors: Any) -> set[int]:

@@ -18,8 +18,8 @@ from .measure import Load, measure, run_cell
 from .show import show, show_one
 
 STRATEGIES = (
-    "none,ddp,dear:sharded,dear:replicated,bf16,acp:4,power:4,topk:0.01,sign,dear+bf16,dear+acp:4,dear+power:4,"
-    "dear+topk:0.01,dear+sign"
+    "ddp,dear:sharded,dear:replicated,dear+topk:0.01,dear+sign,dear+acp:4,dear+power:4,dear+bf16,topk:0.01,sign,acp:4,"
+    "power:4,bf16"
 )
 
 
@@ -27,8 +27,9 @@ def arguments() -> argparse.Namespace:
     parser = Parser(__package__, __doc__)
     parser.add_argument("--strategies", type=strategy_names, default=STRATEGIES, help=f"comma-separated, of: {FORMS}")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    parser.add_argument("--steps", type=positive, default=6, help="the last of which is looked at")
+    parser.add_argument("--steps", type=positive, default=4, help="the last of which is looked at")
     parser.add_argument("--batch", type=positive, default=1, help="examples per worker and step")
+    parser.add_argument("--length", type=positive, default=16, help="of an example, in bytes, up to 128")
     parser.add_argument("--layers", type=positive, default=8, help="of the GPT")
     parser.add_argument("--width", type=positive, default=640, help="of the GPT, a multiple of 64")
     cells.options(parser)

@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..launch import WorkersFailed, run_workers
 from ..network.lab import Lab, Loopback
 from ..progress import Report
-from ..training.data import standard_library
-from ..training.gpt import GPT, SEQUENCE
+from ..training.gpt import GPT, VOCABULARY
 from ..training.strategies import parse_strategy
 from ..training.trainer import Trainer, optimizer_factory
 from ..worker import Worker
@@ -29,6 +28,7 @@ class Load:
     optimizer: str
     steps: int
     batch: int  # examples per worker and step
+    length: int  # of an example, in bytes: activations are small beside what the model takes
     layers: int
     width: int
     views: bool = True  # DDP's gradient_as_bucket_view; False: DDP as torch builds it where nothing is said
@@ -80,14 +80,14 @@ def _train(load: Load, worker: Worker, group: Any, report: Report) -> dict[str, 
     net = GPT(load.layers, load.width, load.width // HEAD)
     size = sum(param.nbytes for param in net.parameters())
     trainer = _build(load, net, group)
-    text, most, most_allocated = standard_library(SEQUENCE), 0, 0
+    most, most_allocated = 0, 0
 
     def look() -> None:
         nonlocal most, most_allocated
         most, most_allocated = max(most, resident()), max(most_allocated, allocated() or 0)
 
     for step in range(load.steps):
-        inputs, targets = text.batch(step, rank=worker.rank, world=worker.world, batch=load.batch, seed=1)
+        inputs, targets = _examples(load)
         most, most_allocated = 0, 0
         loss = trainer.loss(trainer.model(inputs), targets)
         look()
@@ -123,7 +123,12 @@ def _warm_up(load: Load) -> None:
     """What the first step of any model loads into the process is none of the strategy's."""
     net = GPT(1, HEAD, 1)
     trainer = Trainer(net, optimizer_factory(load.optimizer)(net))
-    trainer.step(*standard_library(SEQUENCE).batch(0, rank=0, world=1, batch=load.batch, seed=1))
+    trainer.step(*_examples(load))
+
+
+def _examples(load: Load) -> torch.Tensor:
+    """Inputs and targets: noise, since nothing of it is learnt."""
+    return torch.randint(VOCABULARY, (2, load.batch, load.length))
 
 
 def run_cell(lab: Lab | Loopback, load: Load, report: Report) -> dict[str, Any]:
