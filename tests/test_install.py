@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,18 @@ def test_without_torch_there_is_one_sentence(tmp_path: Path) -> None:
     done = need_torch(tmp_path / "bare" / "bin" / "python")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: torch is not installed in this environment: install torch 2.11 to 2.15 first")
+
+
+def test_a_source_distribution_can_be_built(tmp_path: Path) -> None:
+    """It holds what the native build reads; CMake refuses to configure without the sources of each target."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (made,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    native = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert native and native <= held
+    assert {"CMakeLists.txt", "tests/native/lanes.cpp", "benchmarks/report/pages/index.md"} <= held
 
 
 @pytest.mark.slow
