@@ -20,7 +20,8 @@ def isolated(tmp_path: Path) -> dict[str, str]:
     """An environment in which Python finds no torch, by PYTHONPATH as in pip's isolated builds."""
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    return {**os.environ, "PYTHONPATH": str(tmp_path / "hidden")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # cmake and ninja are beside Python
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "hidden"), "PATH": path}
 
 
 def need_torch(python: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -56,8 +57,8 @@ def test_a_source_distribution_can_be_built(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_cmake_finds_the_installed_torch_too(isolated: dict[str, str], tmp_path: Path) -> None:
-    if shutil.which("cmake") is None or shutil.which("ninja") is None:
-        pytest.skip("cmake and ninja are not on the PATH")
+    if not all(shutil.which(tool, path=isolated["PATH"]) for tool in ("cmake", "ninja")):
+        pytest.skip("cmake and ninja are not installed")
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
     done = subprocess.run(configure, env=isolated, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
