@@ -15,8 +15,7 @@ from workers import WorkerPool
 
 import dear
 from benchmarks.collectives import __main__ as collectives
-from benchmarks.collectives import measure as turns
-from benchmarks.collectives import mpi
+from benchmarks.collectives import measure, mpi
 from benchmarks.collectives import show as collectives_table
 from benchmarks.collectives.compressed import COMPRESSORS, gradient, members
 from benchmarks.collectives.exact import DTYPES, EXACT, PLACEMENTS, Place, local_values, summed_values, wrong
@@ -153,7 +152,7 @@ def trouble(rank: int, world_size: int) -> dict[str, Any]:
     methods = {"picky": Picky, "broken": Broken}
     names = ["picky", "broken", "absent"]
     plan = collectives.Plan(names, [4096, 8192], iterations=1, rounds=1, excluded={"absent": "skipped: not here"})
-    return turns.Measurement(Worker(), plan, methods, lambda *_: None).run() | {"tried": tried}
+    return measure.Measurement(Worker(), plan, methods, lambda *_: None).run() | {"tried": tried}
 
 
 def test_a_method_that_fails_is_a_row_that_says_why(pool2: WorkerPool) -> None:

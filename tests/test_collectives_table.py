@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks.collectives import measure as turns
+from benchmarks.collectives import measure
 from benchmarks.collectives import show as collectives_table
 
 
@@ -92,7 +92,7 @@ def test_fits_need_two_sizes() -> None:
     def at(bytes_: int, us: float) -> dict[str, Any]:
         return {"bytes": bytes_, "methods": [method("ring", 2, us), method("mpi", 2, 0, failure="no")]}
 
-    assert turns.fits([at(1000, 30)]) == {}
-    found = turns.fits([at(1000, 30), at(2000, 50), at(4000, 90)])
+    assert measure.fits([at(1000, 30)]) == {}
+    found = measure.fits([at(1000, 30), at(2000, 50), at(4000, 90)])
     assert set(found) == {"ring"}
     assert found["ring"]["alpha"] == pytest.approx(10e-6) and found["ring"]["beta"] == pytest.approx(20e-9)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ def isolated(tmp_path: Path) -> dict[str, str]:
     """An environment in which Python finds no torch, by PYTHONPATH as in pip's isolated builds."""
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    return {**os.environ, "PYTHONPATH": str(tmp_path / "hidden")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # cmake and ninja are beside Python
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "hidden"), "PATH": path}
 
 
 def need_torch(python: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -41,10 +43,22 @@ def test_without_torch_there_is_one_sentence(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: torch is not installed in this environment: install torch 2.11 to 2.15 first")
 
 
+def test_a_source_distribution_can_be_built(tmp_path: Path) -> None:
+    """It holds what the native build reads; CMake refuses to configure without the sources of each target."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (made,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    native = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert native and native <= held
+    assert {"CMakeLists.txt", "tests/native/lanes.cpp", "benchmarks/report/pages/index.md"} <= held
+
+
 @pytest.mark.slow
 def test_cmake_finds_the_installed_torch_too(isolated: dict[str, str], tmp_path: Path) -> None:
-    if shutil.which("cmake") is None or shutil.which("ninja") is None:
-        pytest.skip("cmake and ninja are not on the PATH")
+    if not all(shutil.which(tool, path=isolated["PATH"]) for tool in ("cmake", "ninja")):
+        pytest.skip("cmake and ninja are not installed")
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
     done = subprocess.run(configure, env=isolated, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
