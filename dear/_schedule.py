@@ -229,6 +229,11 @@ class Schedule:
             return
         self.look_again()
         reduces = attached.model.require_backward_grad_sync
+        if not reduces and attached.model.static_graph and attached.scheduler.passes() == 0:
+            raise RuntimeError(
+                "With static_graph=True the first pass after dear.attach() must not run under model.no_sync(), where "
+                "DDP's new reducer cannot learn the graph: run one ordinary pass first."
+            )
         if reduces and self._saved_order and attached.layout is not None:
             if self._may_reorder(self._saved_order) and self._saved_order != self._names_in(attached.layout.buckets):
                 attached.synchronize()
