@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from compress.bound import Bound
@@ -22,7 +21,7 @@ from compress.saved import check_parameters
 from dear import _C
 from dear._agree import agree
 from dear._objects import all_gather_object
-from dear.collectives import choose_algorithm, group_timeout, make_lane
+from dear.collectives import choose_algorithm, group_timeout, make_lane, shard_range
 
 
 class Binding:
@@ -146,10 +145,17 @@ class Binding:
 
     def note_exact(self, index: int) -> None:
         """Reduces the bucket's gradients densely, before they go out compressed. Collective."""
+        lane = self._lane
         for bound in self.bounds[index]:
             exact = bound.gradient().double()
-            dist.all_reduce(exact, group=self.compressor.ranks())
-            self._exact.append((bound, exact.div_(bound.group.world)))
+            begin, end = shard_range(exact.numel(), lane.world, lane.rank)
+            for phase, reduction in (
+                (_C.Phase.reduce_scatter, _C.Reduction.average), (_C.Phase.all_gather, _C.Reduction.sum)
+            ):  # fmt: skip
+                lane.submit(
+                    phase, reduction, [(exact, exact[begin:end])], f"the exact gradients of bucket {index}"
+                ).wait()
+            self._exact.append((bound, exact))
 
     def compare_exact(self) -> None:
         """Notes how far the results are from what :meth:`note_exact` said."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from compress.contract import Contract
 from compress.feedback import Feedback
+from dear._agree import everyones
 
 State = dict[str, Any]
 
@@ -42,9 +42,7 @@ def save(compressor: Contract, gather: bool) -> State:
         return state
     if compressor.binding is not None:
         return {"ranks": compressor.binding.everyones(state)}
-    states: list[State] = [{}] * ranks.size()
-    dist.all_gather_object(states, state, group=ranks)
-    return {"ranks": states}
+    return {"ranks": everyones(ranks, state, "the compressor's state")}
 
 
 def load(compressor: Contract, state: State | Sequence[State]) -> None:

@@ -61,6 +61,7 @@ void bind_scheduler(py::module_& m) {
                py::gil_scoped_acquire acquire;
                (*held)(layout_is_new);
              });
+             self.set_meets(always);
            })
       .def("clear_backward_ended", [](Scheduler& self) { self.set_backward_ended(nullptr); })
       .def("incoming", &Scheduler::incoming)

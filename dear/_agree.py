@@ -51,7 +51,7 @@ def agree(
         facts = look()
     except _KINDS as error:
         cause, refusal = error, (next(kind for kind in _KINDS if isinstance(error, kind)), str(error))
-    everyone = _exchange(group, lane, (facts, refusal), f"what each rank is about to do ({remedy})")
+    everyone = everyones(group, (facts, refusal), f"what each rank is about to do ({remedy})", lane)
     _raise_first([theirs for _, theirs in everyone], cause)
     first = everyone[0][0]
     for rank, (theirs, _) in enumerate(everyone):
@@ -63,10 +63,13 @@ def agree(
     return first
 
 
-def _exchange(
-    group: dist.ProcessGroup, lane: _C.Lane | None, mine: Any, label: str
-) -> list[tuple[dict[str, Any], Refusal | None]]:
-    """By a lane of ours, which names a peer that is missing, wherever the group has host tensors."""
+def everyones(group: dist.ProcessGroup, mine: Any, label: str, lane: _C.Lane | None = None) -> list[Any]:
+    """What every rank of the group passes, by rank: by a lane of ours, which names a peer that is missing, wherever the
+    group has host tensors. Collective.
+
+    Raises:
+        RuntimeError: a peer has died or stalled, or does not make this call; the sentence names the rank and ``label``.
+    """
     if lane is not None and not isinstance(lane, _C.NativeLane):
         return all_gather_object(lane, mine, label)
     if _has_gloo(group):
@@ -83,8 +86,8 @@ def _has_gloo(group: dist.ProcessGroup) -> bool:
         return False
 
 
-def _exchange_by_backend(group: dist.ProcessGroup, mine: Any, label: str) -> Any:
-    """As :func:`_exchange`. The backend does not tell who is missing; the store knows who has come here."""
+def _exchange_by_backend(group: dist.ProcessGroup, mine: Any, label: str) -> list[Any]:
+    """As :func:`everyones`. The backend does not tell who is missing; the store knows who has come here."""
     store = c10d._get_process_group_store(group)
     number = next(_numbers.setdefault(group, itertools.count()))
     store.set(f"dear/agreement/{number}/{group.rank()}", "")

@@ -76,7 +76,8 @@ def ordinary(context: StepContext) -> Iterator[None]:
     for mode in context.devices:
         _push_mode(mode)
     try:
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        if tracing is not None:  # in some contexts it cannot even be set to what it is
+            torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         with (
             temporarily_clear_interpreter_stack(),
             _disable_current_modes(),
@@ -93,7 +94,8 @@ def ordinary(context: StepContext) -> Iterator[None]:
             _pop_mode()
         for mode in reversed(modes):
             _push_mode(mode)
-        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+        if tracing is not None:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 def _set(context: StepContext) -> None:

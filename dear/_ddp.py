@@ -233,11 +233,10 @@ def rebuild_reducer(
     # With a static graph, the first backward pass of a reducer is reduced at its end, which DDP arranges once.
     model._static_graph_delay_allreduce_enqueued = False
     with _thawed(params), _bucket_sizes(model, options):
-        parameters, sparse = model._build_params_for_reducer()
-        if order is not None:
-            parameters, sparse = list(order), [False] * len(order)
-        names = model._build_debug_param_to_name_mapping(parameters)
-        model._ddp_init_helper(parameters, sparse, names, model.static_graph)
+        parameters = _numbered(model, params) if order is None else list(order)
+        known = parameter_names(model)
+        names = {index: known.get(param, "") for index, param in enumerate(parameters)}
+        model._ddp_init_helper(parameters, [False] * len(parameters), names, model.static_graph)
     if model.static_graph:
         model.reducer._set_static_graph()
         assert model.logger is not None
@@ -282,7 +281,13 @@ def tracks_unused(model: DDP) -> bool:
 def in_reducer_order(model: DDP, params: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     """These parameters, all of the reducer's, in the order in which it numbers them."""
     with _thawed(params):
-        return list(model._build_params_for_reducer()[0])
+        return _numbered(model, params)
+
+
+def _numbered(model: DDP, params: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """The reducer's parameters in DDP's order, without those that came into the model after it was wrapped."""
+    known = set(params)
+    return [param for param in model._build_params_for_reducer()[0] if param in known]
 
 
 def used_parameters(model: DDP, parameters: list[torch.nn.Parameter]) -> set[torch.nn.Parameter] | None:

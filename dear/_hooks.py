@@ -7,6 +7,8 @@ order, since any other reader waits too (Note [Pending parameters]).
 from __future__ import annotations
 
 import copy
+import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from dear._compiled import enter, is_wrapper, leave, settle_all, stand_in_front,
 from dear._pending import Pending
 
 # What is put before methods of a module's own: Python asks an instance before its class.
-GUARDED = ("__deepcopy__", "__reduce_ex__", "join_hook", "compile")
+GUARDED = ("__deepcopy__", "__reduce_ex__", "join_hook", "compile", "__prepare_scriptable__")
 
 
 def _refusal(sentence: str) -> Any:
@@ -82,9 +84,9 @@ class Hooks:
         keep(optimizer.register_state_dict_pre_hook(lambda _: before_export()))
         keep(optimizer.register_load_state_dict_pre_hook(lambda _, __: before_load()))
         keep(optimizer.register_load_state_dict_post_hook(lambda _: after_load()))
-        self._model.__dict__["__deepcopy__"] = _refusal(
-            "A deep copy of this DDP module would lose its communication hook without a word: copy model.module, or "
-            "call engine.detach() first."
+        self._model.__dict__["__deepcopy__"] = self._model.__dict__["__reduce_ex__"] = _refusal(
+            "A copy of this DDP module would lose its communication hook without a word: copy model.module or save its "
+            "state_dict(), or call engine.detach() first."
         )
         self._model.__dict__["join_hook"] = _refusal(
             "model.join() cannot be used with dear.attach(), whose exchanges need every rank: give all ranks the same "
@@ -101,9 +103,31 @@ class Hooks:
                     registry.update(entries)
 
         module.__dict__["__deepcopy__"] = copy_without_hooks
-        module.__dict__["__reduce_ex__"] = _refusal(
-            "A module under dear.attach() cannot be pickled: save its state_dict(), or call engine.detach() first."
-        )
+
+        def reduce_for_a_copy(protocol: Any) -> Any:
+            if sys._getframe(1).f_globals.get("__name__") == "copy":  # copy.copy() asks an instance for this alone
+                return type(module).__reduce_ex__(module, protocol)
+            raise RuntimeError(
+                "A module under dear.attach() cannot be pickled: save its state_dict(), or call engine.detach() first."
+            )
+
+        module.__dict__["__reduce_ex__"] = reduce_for_a_copy
+        module.__dict__["__prepare_scriptable__"] = self._without_hooks(module)
+
+    def _without_hooks(self, module: torch.nn.Module) -> Callable[[], torch.nn.Module]:
+        """For torch.jit.script(), which would compile hooks with the module: a twin that shares everything else."""
+
+        def twin() -> torch.nn.Module:
+            settle_all(module)
+            ours = {handle.id for handle in self._handles}
+            twin = type(module).__new__(type(module))
+            twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in GUARDED})
+            hooks = module._forward_pre_hooks.items()
+            twin.__dict__["_modules"] = dict(module._modules)  # which torch fills with the twins of those below
+            twin.__dict__["_forward_pre_hooks"] = OrderedDict((key, hook) for key, hook in hooks if key not in ours)
+            return twin
+
+        return twin
 
     def _take_off(self, root: torch.nn.Module) -> list[tuple[Any, Any]]:
         """Removes this engine's hooks and methods from all modules below ``root``; returns what to put back."""

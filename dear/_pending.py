@@ -17,6 +17,7 @@ any finishes at once (``_C.has_aliases``).
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -64,7 +65,21 @@ _METADATA |= {
 class Pending:
     """What the classes of pending parameters add to the parameter's own class."""
 
+    _dear_kind: type  # the parameter's own class
     _dear_pending: tuple[Barrier, int]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """``type(param)(...)`` makes a parameter of the own class, which is finished."""
+        return cls._dear_kind(*args, **kwargs)
+
+    def detach(self) -> torch.Tensor:  # type: ignore[override]
+        """As that of the parameter's own class."""
+        self._settle()
+        plain = self.detach()
+        # HACK: where nn.Parameter(param) does not know the class it wants a detached tensor of the class as it is then.
+        if sys._getframe(1).f_code is Param.__new__.__code__:
+            return torch.Tensor._make_subclass(type(self), plain)  # type: ignore[type-var, return-value]
+        return plain
 
     @classmethod
     @_disable_dynamo
@@ -116,7 +131,7 @@ _classes: dict[type, type] = {}
 def _pending_class(kind: type) -> type:
     """The class of a pending parameter whose class is ``kind``."""
     if kind not in _classes:
-        _classes[kind] = type(f"Pending{kind.__name__}", (Pending, kind), {"__module__": __name__})
+        _classes[kind] = type(f"Pending{kind.__name__}", (Pending, kind), {"__module__": __name__, "_dear_kind": kind})
     return _classes[kind]
 
 

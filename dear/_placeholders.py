@@ -39,15 +39,19 @@ _HARMLESS = {
     torch.Tensor.is_neg,
     torch.Tensor._is_view,
     torch.Tensor._is_zerotensor,
+    torch._has_compatible_shallow_copy_type,
     torch._foreach_zero_,
     *(getattr(torch.Tensor, name).__get__ for name in _METADATA if hasattr(torch.Tensor, name)),
 }
+# What a conversion of the whole model calls, which most often changes nothing.
+_CONVERSIONS = {getattr(torch.Tensor, name) for name in ("to", "cpu", "cuda", "float", "double", "half", "bfloat16")}
 _ZERO = (torch.Tensor.zero_, torch._foreach_zero_)
 
 
 def _called(func: Any) -> str:
     """What a user knows the function as: an attribute's getter by the attribute's name."""
-    return str(getattr(getattr(func, "__self__", None), "__name__", None) or getattr(func, "__name__", func))
+    name = getattr(func, "__name__", str(func))
+    return str(func.__self__.__name__ if name in ("__get__", "__set__", "__delete__") else name)
 
 
 class LocalGrad(torch.Tensor):
@@ -67,6 +71,13 @@ class LocalGrad(torch.Tensor):
         if func in _HARMLESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func in _CONVERSIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                converted = func(*args, **(kwargs or {}))
+            if converted is args[0]:
+                return converted
+        if func == torch.Tensor.data.__set__ and args[0] is args[1]:  # type: ignore[attr-defined]
+            return None
         if func is torch.Tensor.__repr__:
             return "<this worker's own gradient; the average is held in shards>"
         grad = next(value for value in tree_iter((args, kwargs)) if isinstance(value, LocalGrad))
@@ -75,8 +86,8 @@ class LocalGrad(torch.Tensor):
             return answer
         raise RuntimeError(
             f"{_called(func)} was called on a .grad that is this worker's own, because with "
-            'update="sharded" the average exists only in shards: ask for norms, scale or clamp in place, or use '
-            'dear.attach(..., update="replicated").'
+            'update="sharded" the average exists only in shards: ask for norms, scale or clamp in place, use '
+            'dear.attach(..., update="replicated"), or call zero_grad() before the model is converted or moved.'
         )
 
 

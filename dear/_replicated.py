@@ -160,7 +160,8 @@ class ReplicatedUpdate(Update):
                 user.run(groups, self._view)
         finally:
             for param, before in shown.items():
-                param.grad = before
+                if not isinstance(before, PendingGrad):  # in whose place the finished gradient can stay
+                    param.grad = before
 
     # --- gradients ---
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from dear._agree import agree
+from dear._agree import agree, everyones
 from dear._fusion import check_cap
 from dear.engine import Engine
 
@@ -107,11 +106,10 @@ class FusionTuner:
     def _decide(self) -> None:
         """By the slowest rank's time of each step, which all ranks then know: so all take the same size."""
         self._engine.synchronize()
-        slowest = torch.tensor(self._times, dtype=torch.float64, device=self._engine.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._engine.process_group)
-        self._times = slowest.tolist()
-        times = self.times
-        self.best = min(self.sizes, key=lambda size: times[size])
+        times = everyones(self._engine.process_group, self._times, "the times that the fusion tuner took")
+        self._times = torch.tensor(times, dtype=torch.float64).amax(dim=0).tolist()
+        medians = self.times
+        self.best = min(self.sizes, key=lambda size: medians[size])
         self._engine.bucket_cap_mb = self.best
 
 

@@ -82,7 +82,10 @@ void CompressedHook::note(std::exception_ptr error) {
 
 void CompressedHook::arrive() {
   for (size_t i = 0; i < std::min(delivered_, buckets_.size()); ++i) {
-    for (const auto& exchange : buckets_[i].exchanges) exchange->wait_ended();
+    // DDP is about to wait for all ranks by itself where parameters may go unused, and would not name who is
+    // missing.
+    for (const auto& exchange : buckets_[i].exchanges)
+      always_ended_ ? exchange->wait() : exchange->wait_ended();
   }
 }
 

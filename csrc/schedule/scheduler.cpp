@@ -25,6 +25,7 @@ bool Scheduler::same_layout(size_t index, const Bucket& bucket) const {
 }
 
 void Scheduler::on_bucket(size_t index, Bucket bucket, bool last) {
+  const at::Device device = bucket.buffer.device();
   if (index == 0) {
     synchronize();
     layout_is_new_ = !same_layout(0, bucket);
@@ -46,11 +47,24 @@ void Scheduler::on_bucket(size_t index, Bucket bucket, bool last) {
     incoming_.push_back(std::move(bucket));
   }
   if (last) {
+    if (meets_) meet(device);
     if (!layout_is_new_ && gather_gradients_) submit_gathers_in_order();
     // Queued twice over, to come after the callback in which DDP finishes its own work.
     auto& engine = torch::autograd::Engine::get_default_engine();
     engine.queue_callback([this, &engine] { engine.queue_callback([this] { finish_backward(); }); });
   }
+}
+
+void Scheduler::meet(const at::Device& device) {
+  if (!meeting_) {
+    const auto options = at::TensorOptions().device(device).dtype(at::kInt);
+    const at::Tensor ranks = at::zeros({gather_lane_->world()}, options);
+    meeting_ = gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum,
+                                           {{ranks, ranks.narrow(0, gather_lane_->rank(), 1)}},
+                                           "the ranks that come to the end of the backward pass");
+  }
+  gather_lane_->submit(meeting_);
+  meeting_->wait();
 }
 
 void Scheduler::finish_backward() {
@@ -234,10 +248,10 @@ void Scheduler::wait_reduced(size_t index) {
   if (!group.reducing) return;
   timed_wait(*group.reduce, index, &waits_.reduce_scatter_ns, [&] { group.reduce->wait(); });
   group.reducing = false;
-  TORCH_CHECK(untouched(group), "Gradients of fusion group ", index,
-              " were written to while they were being "
-              "reduced: call engine.synchronize() before a second backward pass, or run the first ones under "
-              "model.no_sync().");
+  TORCH_CHECK(
+      untouched(group), "Gradients of fusion group ", index,
+      " were written to by a backward pass that DDP does not reduce, while it reduced them: sum the losses "
+      "and call backward() once, or give each backward pass a forward pass of its own.");
 }
 
 bool Scheduler::untouched(const Group& group) const {

@@ -54,6 +54,9 @@ class Scheduler {
   // Called once when gradients have been delivered and DDP has finished with them; `layout_is_new` tells that
   // the buckets differ from those of adopt_layout() and nothing has been submitted.
   void set_backward_ended(std::function<void(bool layout_is_new)> callback) { ended_ = std::move(callback); }
+  // DDP waits for all ranks at the end of a backward pass, as where parameters may go unused, and would not
+  // say who is missing: an exchange of ours comes first.
+  void set_meets(bool meets) { meets_ = meets; }
 
   // --- layout; at a step boundary, or from the callback above ---
 
@@ -126,6 +129,7 @@ class Scheduler {
 
   bool same_layout(size_t index, const Bucket& bucket) const;
   bool untouched(const Group& group) const;
+  void meet(const at::Device& device);
   void make_dense(Group& group);
   void make_compressed(Group& group);
   void submit_all();
@@ -141,6 +145,8 @@ class Scheduler {
   std::shared_ptr<Lane> gather_lane_;
   const bool gather_gradients_;
   std::function<void(bool)> ended_;
+  bool meets_ = false;
+  std::shared_ptr<Exchange> meeting_;
 
   std::vector<Bucket> incoming_;  // buckets that DDP has changed, until adopt_layout()
   std::vector<Bucket> buckets_;   // empty until the first layout

@@ -1,0 +1,125 @@
+"""What ``dear.attach()`` is given: wrappers of optimizers, replicas that differ already, a model that grows later."""
+
+import pytest
+import torch
+import training
+from holding import SMALL
+from silence import check_told, told
+from torch import nn, optim
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import dear
+
+STEPS = 4
+both_modes = pytest.mark.parametrize("update", ["sharded", "replicated"])
+
+
+class Named(optim.Optimizer):
+    """An optimizer in name only, as Accelerate's: ``Optimizer.__init__()`` was never called."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+
+class Holder:
+    """Holds an optimizer and is none, as Lightning's."""
+
+    step, zero_grad = Named.step, Named.zero_grad
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+WRAPPERS = {"named": Named, "holder": Holder, "both": lambda optimizer: Holder(Named(optimizer))}
+
+
+@told
+def wrapped(rank, world, update):
+    want = training.train(rank, "Mlp", steps=STEPS)
+    for name, wrap in WRAPPERS.items():
+        model, opt = training.build("Mlp", training.SGD, {})
+        wrapper = wrap(opt)
+        engine = dear.attach(model, wrapper, update=update, **SMALL)
+        losses = [training.plain_step(model, wrapper, rank, step) for step in range(STEPS)]
+        assert losses == want[0], name
+        for key, value in model.module.state_dict().items():
+            assert torch.equal(value, want[1][key]), (name, key)
+        engine.detach()
+    with pytest.raises(TypeError, match=r"holds none in \.optimizer: pass the optimizer inside\.$"):
+        dear.attach(DDP(nn.Linear(2, 2)), Named(None))
+
+
+@both_modes
+def test_a_wrapper_of_an_optimizer_is_unwrapped(pool2, update):
+    check_told(pool2, wrapped, update)
+
+
+@told
+def apart(rank, world):
+    model, opt = training.build("Mlp", training.SGD, {})
+    with torch.no_grad():
+        model.module.second.weight[3, 4] += 1e-3 * rank
+    with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on the values of the parameter second\.weight"):
+        dear.attach(model, opt, update="sharded", **SMALL)
+    with torch.no_grad():
+        model.module.second.weight[3, 4] -= 1e-3 * rank
+        torch.distributed.broadcast(model.module.second.weight, 0)
+    dear.attach(model, opt, update="sharded", **SMALL).detach()
+
+
+def test_replicas_that_differ_are_refused(pool2):
+    check_told(pool2, apart)
+
+
+@told
+def first_pass_without_sync(rank, world, update):
+    model, opt = training.build("StaticallyUnused", training.SGD, {"static_graph": True})
+    training.plain_step(model, opt, rank, 0)
+    engine = dear.attach(model, opt, update=update, **SMALL)
+    with (
+        model.no_sync(),
+        pytest.raises(RuntimeError, match=r"the first pass after dear\.attach\(\) must not run under"),
+    ):
+        model(training.models.data(rank, 1)[0])
+    training.plain_step(model, opt, rank, 1)
+    with model.no_sync():
+        training.loss_of(model, rank, 2).backward()
+    training.plain_step(model, opt, rank, 3)
+    engine.detach()
+
+
+@both_modes
+def test_a_static_graph_is_learned_in_an_ordinary_pass(pool2, update):
+    check_told(pool2, first_pass_without_sync, update)
+
+
+@told
+def grown(rank, world, update):
+    """Plain DDP does not know what came into the model later."""
+    finals = []
+    for kind in ("plain", update):
+        model, opt = training.build("Mlp", training.SGD, {})
+        training.plain_step(model, opt, rank, 0)
+        engine = dear.attach(model, opt, update=kind, **SMALL) if kind != "plain" else None
+        training.plain_step(model, opt, rank, 1)
+        model.module.extra = nn.Linear(3, 3)
+        training.plain_step(model, opt, rank, 2)
+        if engine is not None:
+            engine.detach()
+        training.plain_step(model, opt, rank, 3)
+        finals.append([param.detach() for name, param in model.module.named_parameters() if "extra" not in name])
+    assert all(map(torch.equal, *finals))
+
+
+@both_modes
+def test_a_module_that_comes_later_is_left_alone(pool2, update):
+    check_told(pool2, grown, update)
