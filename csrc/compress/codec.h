@@ -43,6 +43,11 @@ class Codec {
   virtual at::Tensor bad() const { return bad_; }
   // Whether this step goes out compressed.
   virtual bool compresses(int64_t step) const { return true; }
+  // Makes the error feedback what it means, where a codec leaves part of it for the next step: to be called
+  // before anybody else reads it, when nothing is in flight.
+  virtual void settle() {}
+  // Somebody has written the error feedback since the last step: what was left of it is void.
+  virtual void forget() {}
 
  protected:
   explicit Codec(at::Device device)
@@ -91,6 +96,8 @@ class StartingCodec : public Codec {
   at::Tensor dropped() const override { return now_->dropped(); }
   at::Tensor bad() const override { return now_->bad(); }
   bool compresses(int64_t step) const override { return at(step)->compresses(step); }
+  void settle() override { compressed_->settle(); }
+  void forget() override { compressed_->forget(); }
 
  private:
   const std::shared_ptr<Codec>& at(int64_t step) const { return step < start_step_ ? dense_ : compressed_; }
