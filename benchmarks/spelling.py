@@ -1,10 +1,10 @@
-"""The gradient compressors as command lines, results and tables name them: acp:4, topk:0.01, sign:majority, bf16."""
+"""The gradient compressors as command lines, results and tables name them: acp:4, topk:0.01, sign:majority, int8."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FORMS = "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16"
+FORMS = "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, int8, fp8"
 
 # Names that earlier versions wrote into results of the collectives, as they begin in JSON.
 _EARLIER = {'"acpsgd:': '"acp:', '"powersgd:': '"power:', '"signsgd"': '"sign"'}
@@ -41,7 +41,7 @@ class CompressorName:
                 return compress.TopK(density=float(self.option or 0), **more)
             case "sign":
                 return compress.SignSGD(vote="majority" if self.option else "mean", **more)
-        return compress.Dense(torch.bfloat16 if self.kind == "bf16" else torch.float16, **more)
+        return compress.Dense(getattr(torch, _DENSE[self.kind]), **more)
 
 
 def split_name(parts: Sequence[str]) -> tuple[CompressorName, list[str]]:
@@ -70,14 +70,16 @@ def _share(text: str) -> bool:
         return False
 
 
+# Dense gradients by kind: what an element is on the wire.
+_DENSE = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}
+
 # By kind: whether a word is an option of it.
 _OPTIONS: dict[str, Callable[[str], bool]] = {
     "acp": whole,
     "power": whole,
     "topk": _share,
     "sign": "majority".__eq__,
-    "bf16": lambda _: False,
-    "fp16": lambda _: False,
+    **dict.fromkeys(_DENSE, lambda _: False),
 }
 
 

@@ -96,6 +96,7 @@ class Compressor(Contract):
         """
         if self.binding is not None:
             self.binding.synchronize()
+        self.settle_errors()
         world = self.ranks().size()
         dense = sum(g.numel * torch.empty(0, dtype=g.dtype).element_size() for g in self.groups.values())
         return {

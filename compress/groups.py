@@ -38,7 +38,7 @@ def make_group(
     if key in compressor.groups:
         return compressor.groups[key]
     for old in [old for old in compressor.groups if not set(old).isdisjoint(key)]:
-        del compressor.groups[old]  # its error feedback moves to the new group
+        compressor.groups.pop(old).codec.settle()  # its error feedback moves to the new group
     ranks = compressor.ranks()
     group = Group(members, dtype, device, ranks.rank(), ranks.size(), label)
     compressor.feedback.world = ranks.size()

@@ -56,6 +56,63 @@ def dense_average(payloads: Tensor, error: Tensor | None, out: Tensor, dropped: 
     _ops.dense_average(payloads, error, out, dropped)
 
 
+# --- Dense, in 8 bits -------------------------------------------------------------------------------------------------
+
+
+def quantized_unit(numel: int) -> int:
+    """The smallest shard of at least so many elements that is whole words of codes and of scales."""
+    return -(-numel // _C.SCALE_UNIT) * _C.SCALE_UNIT
+
+
+def quantized_words(shard: int) -> int:
+    """int32 words of an owner's row: the codes of ``shard`` elements, then a scale for each block of 128.
+
+    A code is a byte, and so is a scale b, for 2^(b - 127). ``shard`` is a multiple of 512.
+    """
+    return _C.quantized_words(shard)
+
+
+def quantize_encode(
+    grad: Tensor,
+    error: Tensor | None,
+    shard: int,
+    payload: Tensor,
+    dropped: Tensor | None = None,
+    floating: bool = False,
+    key: int | None = None,
+) -> None:
+    """``payload`` [owners, quantized_words(shard)] = ``grad + error`` [n], in 8 bits; ``error`` becomes what that lost.
+
+    Owner s holds elements [s * shard, (s + 1) * shard). Codes are int8, or where ``floating`` float8_e4m3fn. Rounded to
+    nearest, or with a ``key`` (32 bits) stochastically, by a hash of the key and the element's index. Rows of the
+    payload may lie apart. What is beyond 2^126 counts as not finite; without ``error`` (None) that is sent as 0.
+    """
+    _ops.quantize_encode(grad, error, shard, payload, dropped, floating, key)
+
+
+def quantize_average(
+    payloads: Tensor,
+    error: Tensor | None,
+    shard: int,
+    out: Tensor,
+    numel: int,
+    dropped: Tensor | None = None,
+    floating: bool = False,
+    key: int | None = None,
+) -> None:
+    """:func:`quantize_encode` of the mean of every rank's row for one shard, [ranks, words], into one row ``out``.
+
+    ``numel`` is how many elements of the shard exist, and the length of the owner's ``error``. Summed in float32, in
+    order of the ranks.
+    """
+    _ops.quantize_average(payloads, error, shard, out, numel, dropped, floating, key)
+
+
+def quantize_decode(payload: Tensor, shard: int, out: Tensor, floating: bool = False) -> None:
+    """``out`` [n] of a gradient type: what the owners' rows ``payload`` [owners, words] say."""
+    _ops.quantize_decode(payload, shard, out, floating)
+
+
 # --- Sign -------------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +277,7 @@ def low_rank_project(
     transposed: bool = False,
     residual: bool = True,
     dropped: Tensor | None = None,
+    pending: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """``error += grad``, then the other factor of all matrices, and what the two do not say, in one sweep.
 
@@ -233,8 +291,21 @@ def low_rank_project(
     are averaged and decoded, an element of the gradient is dropped where |C| would exceed 2^90, and an element of
     ``factor`` beyond 2^110 is zero; ``dropped`` counts both. ``grad`` and ``starts`` None: nothing is added.
     1 <= r <= 256.
+
+    ``pending``: factors P [batch, n, r] and Q [batch, m, r] that are taken out of ``error`` before the gradient is
+    added, as :func:`low_rank_subtract` would do, in the same sweep. So what the last step's factors do not say need not
+    be written by itself.
     """
-    _ops.low_rank_project(grad, error, fixed, factor, starts, transposed, residual, dropped)
+    pending_p, pending_q = pending or (None, None)
+    _ops.low_rank_project(grad, error, fixed, factor, starts, transposed, residual, dropped, pending_p, pending_q)
+
+
+def low_rank_subtract(error: Tensor, p: Tensor, q: Tensor, dropped: Tensor | None = None) -> None:
+    """``error`` [batch, n, m] -= P Q^T of ``p`` [batch, n, r] and ``q`` [batch, m, r], where that is finite.
+
+    ``dropped`` counts where it is not.
+    """
+    _ops.low_rank_subtract(error, p, q, dropped)
 
 
 def low_rank_decode(p: Tensor, q: Tensor, out: Tensor, starts: Tensor) -> None:

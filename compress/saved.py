@@ -20,6 +20,7 @@ def save(compressor: Contract, gather: bool) -> State:
     ranks = compressor.ranks()
     if compressor.binding is not None:
         compressor.binding.synchronize()
+    compressor.settle_errors()
     if compressor.groups or compressor.loaded is None:
         layout = [list(group.names) for group in compressor.groups.values()]
     else:

@@ -2,6 +2,7 @@
 #include "bindings.h"
 #include "compress/codecs/half.h"
 #include "compress/codecs/low_rank.h"
+#include "compress/codecs/quantized.h"
 #include "compress/codecs/sign.h"
 #include "compress/codecs/topk.h"
 
@@ -60,6 +61,8 @@ class PythonCodec : public Codec {
 void bind_sizes(py::module_& m) {
   m.attr("BLOCK") = compress::kBlock;
   m.attr("SIGN_RECORD") = compress::kSignRecord;
+  m.attr("SCALE_UNIT") = compress::kScaleUnit;
+  m.def("quantized_words", &compress::quantized_words, py::arg("shard"));
   m.def("sign_payload_numel", &compress::sign_payload_numel, py::arg("numel"));
   m.def("topk_slot_numel", &compress::slot_words, py::arg("capacity"));
   m.def("topk_workspace_numel", &compress::topk_workspace_numel, py::arg("numel"));
@@ -81,6 +84,7 @@ void bind_codecs(py::module_& m) {
       .def("advance", &Codec::advance, py::arg("step"), py::arg("stage"), NoGil())
       .def("bind", &Codec::bind, py::arg("gradient"), py::arg("result"), NoGil())
       .def("compresses", &Codec::compresses, NoGil())
+      .def("settle", &Codec::settle, NoGil())
       .def("dropped", &Codec::dropped)
       .def("bad", [](const Codec& codec) -> OptionalTensor {
         return codec.bad().defined() ? OptionalTensor(codec.bad()) : std::nullopt;
@@ -110,6 +114,11 @@ void bind_codecs(py::module_& m) {
                     OptionalTensor>(),
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
            py::arg("dtype"), py::arg("error"), py::arg("owner_error"));
+  py::class_<compress::QuantizedCodec, Codec, std::shared_ptr<compress::QuantizedCodec>>(m, "QuantizedCodec")
+      .def(py::init<at::Device, int64_t, int64_t, int64_t, int64_t, bool, int64_t, OptionalTensor,
+                    OptionalTensor>(),
+           py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
+           py::arg("floating"), py::arg("seed"), py::arg("error"), py::arg("owner_error"));
   py::class_<compress::TopKCodec, Codec, std::shared_ptr<compress::TopKCodec>>(m, "TopKCodec")
       .def(py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     int64_t, OptionalTensor, OptionalTensor>(),

@@ -34,8 +34,10 @@ __all__: list[str] = [
     "PipelineCounts",
     "PowerCodec",
     "PythonCodec",
+    "QuantizedCodec",
     "Reduction",
     "RingLane",
+    "SCALE_UNIT",
     "SIGN_RECORD",
     "Scheduler",
     "SignCodec",
@@ -53,6 +55,7 @@ __all__: list[str] = [
     "move_storage",
     "now_ns",
     "orthogonalize_workspace_numel",
+    "quantized_words",
     "rebuild_buckets",
     "register_compressed_hook",
     "register_scheduler",
@@ -193,6 +196,7 @@ class Codec:
     def bind(self, gradient: torch.Tensor, result: torch.Tensor) -> None: ...
     def compresses(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
     def dropped(self) -> torch.Tensor: ...
+    def settle(self) -> None: ...
     def stages(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
 
 class PythonCodec(Codec):
@@ -244,6 +248,20 @@ class HalfCodec(Codec):
         shard: typing.SupportsInt | typing.SupportsIndex,
         owned: typing.SupportsInt | typing.SupportsIndex,
         dtype: torch.dtype,
+        error: torch.Tensor | None,
+        owner_error: torch.Tensor | None,
+    ) -> None: ...
+
+class QuantizedCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        shard: typing.SupportsInt | typing.SupportsIndex,
+        owned: typing.SupportsInt | typing.SupportsIndex,
+        floating: bool,
+        seed: typing.SupportsInt | typing.SupportsIndex,
         error: torch.Tensor | None,
         owner_error: torch.Tensor | None,
     ) -> None: ...
@@ -449,6 +467,7 @@ def orthogonalize_workspace_numel(
     rows: typing.SupportsInt | typing.SupportsIndex,
     columns: typing.SupportsInt | typing.SupportsIndex,
 ) -> int: ...
+def quantized_words(shard: typing.SupportsInt | typing.SupportsIndex) -> int: ...
 def rebuild_buckets(reducer: torch._C._distributed_c10d.Reducer, scheduler: Scheduler) -> None: ...
 def register_compressed_hook(
     arg0: torch._C._distributed_c10d.Reducer, arg1: CompressedHook, arg2: HookCalls
@@ -466,4 +485,5 @@ def topk_slot_numel(capacity: typing.SupportsInt | typing.SupportsIndex) -> int:
 def topk_workspace_numel(numel: typing.SupportsInt | typing.SupportsIndex) -> int: ...
 
 BLOCK: int = 4096
+SCALE_UNIT: int = 512
 SIGN_RECORD: int = 129

@@ -171,7 +171,10 @@ def test_options_out_of_range():
         (lambda: compress.PowerSGD(rank=2.5), "rank must be a whole number from 1"),
         (lambda: compress.SignSGD(vote="mode"), 'vote must be "mean" or "majority"'),
         (lambda: compress.SignSGD(vote="majority", error_feedback=True), "takes no error feedback"),
-        (lambda: compress.Dense(torch.float32), "dtype must be torch.bfloat16 or torch.float16"),
+        (
+            lambda: compress.Dense(torch.float32),
+            "dtype must be torch.bfloat16, torch.float16, torch.float8_e4m3fn or torch.int8",
+        ),
         (lambda: compress.ACPSGD(start_step=-1), "start_step must be"),
         (lambda: compress.ACPSGD(min_compression_ratio=0), "min_compression_ratio must be"),
         (lambda: compress.ACPSGD(nonfinite="ignore"), "nonfinite must be"),

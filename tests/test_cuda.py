@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import on_streams
 import pytest
 import test_all_to_all
 import test_collectives
@@ -16,6 +17,7 @@ import test_compressed_schedule
 import test_compressors_feedback
 import test_compressors_golden
 import test_compressors_hook
+import test_dense_eight_bits
 import test_parity
 import test_schedule
 import test_scheduled_feedback
@@ -46,6 +48,11 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     *((test_compressors_golden.low_rank, case) for case in itertools.product(("acp", "power"), (True, False))),
     *((test_compressors_golden.flat_kinds, (kind,)) for kind in ("topk", "sign", "majority")),
     *((test_compressors_golden.sixteen_bits, (dtype, None)) for dtype in (torch.bfloat16, torch.float16)),
+    *((test_dense_eight_bits.as_said, (dtype,)) for dtype in (torch.int8, torch.float8_e4m3fn)),
+    (on_streams.several_wait, ()),
+    (on_streams.runs_ahead, ()),
+    (on_streams.one_read_a_step, ()),
+    (on_streams.capture_is_refused, ()),
     *((test_compressors_feedback.conserved, (kind, True, True)) for kind in KINDS),
     *((test_compressors_feedback.resume, (kind, True, False)) for kind in KINDS),
     (test_compressors_hook.all_models, ()),

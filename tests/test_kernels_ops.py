@@ -40,7 +40,18 @@ def arguments(name: str, device: str) -> tuple[object, ...]:
             *(torch.randn(300, device=device), torch.randn(2, 10, 12, device=device)),
             *(torch.randn(2, 12, 3, device=device), torch.randn(2, 10, 3, device=device)),
             *(torch.tensor([0, 150], device=device), False, True, ties),
+            *(torch.randn(2, 10, 3, device=device), torch.randn(2, 12, 3, device=device)),
         ),
+        "low_rank_subtract": (
+            *(torch.randn(2, 10, 12, device=device), torch.randn(2, 10, 3, device=device)),
+            *(torch.randn(2, 12, 3, device=device), ties),
+        ),
+        "quantize_encode": (grad, error, 4608, counter(1161, device).view(1, -1), ties, True, 7),
+        "quantize_average": (
+            *(counter(3 * 1161, device).view(3, -1), error, 4608),
+            *(counter(1161, device), N, ties, False, None),
+        ),
+        "quantize_decode": (counter(1161, device).view(1, -1), 4608, grad, True),
         "low_rank_decode": (
             *(torch.randn(2, 10, 3, device=device), torch.randn(2, 12, 3, device=device)),
             *(torch.randn(300, device=device), torch.tensor([0, 150], device=device)),
@@ -57,6 +68,7 @@ def arguments(name: str, device: str) -> tuple[object, ...]:
 NAMES = [
     *("error_correct", "dense_round", "dense_average", "sign_encode", "sign_vote", "sign_average", "sign_decode"),
     *("topk_threshold", "topk_refresh", "topk_select", "topk_accumulate", "topk_decode"),
+    *("low_rank_subtract", "quantize_encode", "quantize_average", "quantize_decode"),
     *("low_rank_project", "low_rank_decode", "gather_segments", "scatter_segments", "orthogonalize"),
 ]
 

@@ -139,6 +139,44 @@ def test_bits_are_independent_of_threads_and_batch(transposed: bool) -> None:
 
 @on_devices
 @either_way
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (9, 1024, 260, 4), (40, 64, 130, 8)])
+def test_pending_factors_are_taken_out_on_the_way(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, transposed: bool, device: str
+) -> None:
+    """One sweep gives what subtracting them, and then a sweep, gives: bit for bit."""
+    batch, n, m, rank = shape
+    error, fixed, factor = (t.to(device) for t in problem(shape, transposed))
+    generator = torch.Generator().manual_seed(3)
+    p, q = (torch.randn(batch, length, rank, generator=generator).to(device) for length in (n, m))
+    starts, numel = layout(shape, 3)
+    grad = misaligned(torch.randn(numel, generator=generator).to(dtype), 3, device)
+    table = torch.tensor(starts, device=device)
+    at_once, in_two, other = error.clone(), error.clone(), factor.clone()
+    ops.low_rank_project(grad, at_once, fixed, factor, table, transposed, residual=False, pending=(p, q))
+    ops.low_rank_subtract(in_two, p, q)
+    golden, lost = reference.low_rank_residual(error.cpu(), p.cpu(), q.cpu())
+    scale = error.cpu().double().abs() + p.cpu().double().abs() @ q.cpu().double().abs().mT
+    assert lost == 0 and ((in_two.cpu().double() - golden.double()).abs() <= 1e-6 * scale).all()
+    ops.low_rank_project(grad, in_two, fixed, other, table, transposed, residual=False)
+    assert same_bits(at_once, in_two)
+    assert same_bits(factor, other)
+
+
+@on_devices
+@either_way
+def test_pending_factors_that_overflow_leave_the_error(transposed: bool, device: str) -> None:
+    error, fixed, factor = (t.to(device) for t in problem((1, 9, 200, 3), transposed))
+    p, q = torch.ones(1, 9, 3, device=device), torch.ones(1, 200, 3, device=device)
+    p[0, 4], q[0, 7] = 3e38, 3e38
+    before, count = error.clone(), counter(1, device)
+    ops.low_rank_project(None, error, fixed, factor, None, transposed, False, count, (p, q))
+    assert error.isfinite().all() and count.item() >= 1
+    assert error[0, 4, 7] == before[0, 4, 7]
+
+
+@on_devices
+@either_way
 def test_dropped_elements_are_added_to_the_count(transposed: bool, device: str) -> None:
     error, fixed, factor = (t.to(device) for t in problem((1, 3, 4, 1), transposed))
     grad = torch.zeros(12, device=device)
@@ -203,6 +241,12 @@ def test_bad_calls_say_what_was_wrong() -> None:
         ops.low_rank_project(grad, error, fixed, fixed, starts)
     with pytest.raises(ValueError, match=r"must be \[2, 5, 3\]"):
         ops.low_rank_project(grad, error, fixed, factor, starts, transposed=True)
+    with pytest.raises(ValueError, match=r"the pending P must be \[2, 5, 3\]"):
+        ops.low_rank_project(grad, error, fixed, factor, starts, pending=(fixed, fixed))
+    with pytest.raises(ValueError, match="the pending factors need each other"):
+        torch.ops.dear.low_rank_project(grad, error, fixed, factor, starts, False, True, None, factor, None)
+    with pytest.raises(ValueError, match=r"Q must be \[2, 6, 3\]"):
+        ops.low_rank_subtract(error, factor, factor)
     with pytest.raises(ValueError, match="matrices, rows, columns"):
         ops.low_rank_project(grad, error.flatten(), fixed, factor, starts)
     for wrong in ([0, 31], [-1, 30]):

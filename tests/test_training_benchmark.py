@@ -70,9 +70,11 @@ def test_compressor_strategies_are_parsed() -> None:
 
 
 def test_a_named_compressor_is_what_it_says() -> None:
-    made = {one.name: one.compressor.make() for one in parse_strategies("acp:8,power:2,topk:0.02,sign:majority,bf16")}  # type: ignore[attr-defined]
+    names = "acp:8,power:2,topk:0.02,sign:majority,bf16,int8,fp8"
+    made = {one.name: one.compressor.make() for one in parse_strategies(names)}  # type: ignore[attr-defined]
     assert made["acp:8"].rank == 8 and made["power:2"].rank == 2 and made["topk:0.02"].density == 0.02
     assert made["sign:majority"].vote == "majority" and made["bf16"].dtype == torch.bfloat16
+    assert made["int8"].dtype == torch.int8 and made["fp8"].dtype == torch.float8_e4m3fn
 
 
 # Losses, times and rates, from canned results

@@ -12,7 +12,7 @@ PACKAGE = __name__.split(".")[0]  # as it is imported here: from a checkout or i
 
 # Every rank is a host of its own to NCCL (NCCL_HOSTID, set for each worker), connected by sockets.
 SOCKETS = {"NCCL_NET": "Socket", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
-STRATEGIES = "none,ddp:25,ddp:4,ddp+fp16:25,dear,bf16:25,dear+bf16,dear+acp:4"
+STRATEGIES = "none,ddp:25,ddp:4,ddp+fp16:25,dear,bf16:25,dear+bf16,int8:25,dear+int8,dear+acp:4"
 
 
 @dataclass(frozen=True)

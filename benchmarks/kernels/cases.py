@@ -164,6 +164,52 @@ def dense_cases(grad: Tensor, dtype: torch.dtype) -> list[Case]:
     ]
 
 
+def quantize_cases(grad: Tensor, code: torch.dtype) -> list[Case]:
+    """Dense gradients in 8 bits, with a scale for each block of elements."""
+    n, name, floating = grad.numel(), str(code).removeprefix("torch.").removesuffix("_e4m3fn"), code.is_floating_point
+    shard = ops.quantized_unit(-(-n // VOTERS))
+    words, own = ops.quantized_words(shard), min(shard, n)
+    error, plain_error, owner_error, out = torch.zeros(n), torch.zeros(n), torch.zeros(own), torch.empty_like(grad)
+    payload = torch.zeros(VOTERS, words, dtype=torch.int32)
+    merged = torch.zeros(words, dtype=torch.int32)
+    largest = 448.0 if floating else 127.0
+
+    def plain_encode() -> Tensor:
+        total = plain_error.add_(grad)
+        scale = (total.abs().max() / largest).clamp(min=1e-38)
+        scaled = total / scale
+        codes = scaled.to(code) if floating else scaled.round_().to(code)
+        total.sub_(codes.to(torch.float32) * scale)
+        return codes
+
+    return [
+        Case(
+            f"dense in {name}, error feedback",
+            n * 12 + VOTERS * words * 4,
+            lambda: ops.quantize_encode(grad, error, shard, payload, None, floating),
+            plain_encode,
+        ),
+        Case(
+            f"dense in {name}, stochastic",
+            n * 4 + VOTERS * words * 4,
+            lambda: ops.quantize_encode(grad, None, shard, payload, None, floating, 7),
+            None,
+        ),
+        Case(
+            f"average of {VOTERS} in {name}, error feedback",
+            (VOTERS + 1) * words * 4 + own * 8,
+            lambda: ops.quantize_average(payload, owner_error, shard, merged, own, None, floating),
+            None,
+        ),
+        Case(
+            f"decode of {name}",
+            n * 4 + VOTERS * words * 4,
+            lambda: ops.quantize_decode(payload, shard, out, floating),
+            None,
+        ),
+    ]
+
+
 def refresh_case(grad: Tensor, density: float) -> Case:
     """A threshold that holds for a sample of a sixteenth of the group."""
     sample = grad[: max(1, grad.numel() // 16)]
@@ -188,6 +234,7 @@ def low_rank_cases(grad: Tensor, rank: int, side: int = 1024) -> list[Case]:
     fixed = torch.linalg.qr(torch.randn(count, side, rank)).Q.contiguous()
     factor, plain_factor = torch.empty(count, side, rank), torch.empty(count, side, rank)
     error, plain_error = torch.zeros(count, side, side), torch.zeros(count, side, side)
+    held, last = torch.zeros(count, side, side), torch.randn(count, side, rank) * 1e-3
     out, plain_out = torch.empty(used), torch.empty(count, side, side)
     factors = 4 * (fixed.numel() + factor.numel())
 
@@ -206,6 +253,15 @@ def low_rank_cases(grad: Tensor, rank: int, side: int = 1024) -> list[Case]:
                 partial(plain, way),
             )
             for name, product, way in (("P", "C Q", False), ("Q", "C^T P", True))
+        ),
+        *(
+            Case(
+                f"low-rank {name}, rank {rank}, the last factors pending",
+                used * 12 + 2 * factors,
+                partial(ops.low_rank_project, flat, held, fixed, factor, starts, way, False, None, (last, fixed)),
+                partial(plain, way),
+            )
+            for name, way in (("P", False), ("Q", True))
         ),
         Case(
             f"low-rank decode, rank {rank}",
@@ -283,5 +339,9 @@ FAMILIES: dict[str, Callable[[Tensor, float, int], list[Case]]] = {
     "top-k": lambda grad, density, rank: [*topk_cases(grad, density), refresh_case(grad, density)],
     "low-rank": lambda grad, density, rank: low_rank_cases(grad, rank),
     "dense": lambda grad, density, rank: [*segment_cases(grad), *dense_cases(grad, torch.bfloat16)],
+    "8 bits": lambda grad, density, rank: [
+        *quantize_cases(grad, torch.int8),
+        *quantize_cases(grad, torch.float8_e4m3fn),
+    ],
     "orthogonalise": lambda grad, density, rank: [orthogonalize_case(columns) for columns in (4, 8, 16, 32)],
 }

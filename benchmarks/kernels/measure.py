@@ -11,9 +11,11 @@ nowhere else. Per element, with float32 gradients g and error feedback e, one bi
     average, P voters          read P/8 and e 4, write e 4 and 1/8
     top-k decode               read d entries of 8, write g 4
     kept threshold             read g 4 and e 4 of the sample
-    low-rank, error feedback   read g 4, read e 4, write e 4, whichever factor is made         = 12 and the factors
+    low-rank, error feedback   read g 4, read e 4, write e 4, whichever factor is made         = 12 and the factors;
+                               also where the last step's factors are taken out of e on the way
     low-rank decode            write g 4                                                       = 4 and the factors
     dense in 16 bits           read g 4, write 2; with error feedback read e 4, write e 4     = 6, 14
+    dense in 8 bits            the same with 1.008 instead of 2, the scales among it            = 5.01, 13.01
     average of 16 bits, P      read 2 P, write 2; with error feedback read e 4, write e 4
     dense members, gathered    read g 4, write the message 4; the same when scattered          = 8
 

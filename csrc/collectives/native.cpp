@@ -3,6 +3,8 @@
 #include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <optional>
@@ -121,7 +123,7 @@ class NativeExchange : public Exchange {
     {
       std::lock_guard<std::mutex> lock(sync_->mutex);
       if (error_) std::rethrow_exception(error_);
-      if (!in_flight_) return;
+      if (!in_flight_) return follow();
     }
     NativeExchange& moved = built_ ? static_cast<NativeExchange&>(*built_) : *this;
     moved.await_backend();  // what it throws is Ctrl-C, and no failure: one may wait again
@@ -133,6 +135,7 @@ class NativeExchange : public Exchange {
         for (const auto& work : works_) work->wait();
       }
       for (size_t i = 0; i < parts_.size() && !built_; ++i) settle(parts_[i], buffers_[i]);
+      note_settled();
     } catch (const std::exception& error) {
       forget();
       fail(std::make_exception_ptr(std::runtime_error("The " + std::string(phase_name(phase_)) + " of " +
@@ -242,9 +245,27 @@ class NativeExchange : public Exchange {
     }
   }
 
+  // The first to wait orders its stream behind the backend's, and settles there. Whoever waits later, on
+  // whatever stream, is ordered behind that.
+  void note_settled() {
+    const c10::Device device = parts_.empty() ? c10::Device(c10::kCPU) : parts_.front().full.device();
+    if (device.is_cpu()) return;
+    const c10::impl::VirtualGuardImpl guard(device.type());
+    if (!settled_) settled_.emplace(device.type());
+    settled_->record(guard.getStream(device));
+  }
+
+  void follow() {
+    if (built_) return built_->wait();
+    if (!settled_) return;
+    const c10::impl::VirtualGuardImpl guard(settled_->device_type());
+    settled_->block(guard.getStream(parts_.front().full.device()));
+  }
+
   const int rank_;
   const int world_;
   std::mutex waiting_;
+  std::optional<c10::Event> settled_;
   bool nccl_ = false;
   bool on_host_ = false;
   std::vector<Buffers> buffers_;

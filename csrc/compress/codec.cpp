@@ -50,6 +50,7 @@ void StagedCodec::bind(at::Tensor gradient, at::Tensor result) {
 std::optional<Message> StagedCodec::advance(int64_t step, size_t stage) {
   const std::shared_ptr<Codec>& codec = at(step);
   if (stage == 0 && codec != now_) {
+    now_->settle();
     codec->follow(*now_);
     now_ = codec;
   }

@@ -49,6 +49,11 @@ class Codec {
   virtual void follow(const Codec& /*before*/) {}
   // Learns from a dense step's result, flat [n] and equal on all ranks, behind which it begins.
   virtual void learn(const at::Tensor& /*result*/) {}
+  // Makes the error feedback what it means, where a codec leaves part of it for the next step: to be called
+  // before anybody else reads it, when nothing is in flight.
+  virtual void settle() {}
+  // Somebody has written the error feedback since the last step: what was left of it is void.
+  virtual void forget() {}
 
  protected:
   explicit Codec(at::Device device)
@@ -104,6 +109,8 @@ class StagedCodec : public Codec {
   at::Tensor dropped() const override { return now_->dropped(); }
   at::Tensor bad() const override { return now_->bad(); }
   bool compresses(int64_t step) const override { return at(step)->compresses(step); }
+  void settle() override { now_->settle(); }
+  void forget() override { now_->forget(); }
 
  private:
   const std::shared_ptr<Codec>& at(int64_t step) const;

@@ -44,6 +44,17 @@ constexpr int64_t topk_workspace_numel(int64_t numel) {
   return topk_mask_words(numel) + 2 * block_count(numel) + kHistogramWords;
 }
 
+// Note [Eight bits on the wire]
+// Blocks of kScaleBlock elements share one scale, a power of two, as in the microscaling formats: so scaling
+// is exact, and every processor gives the same bits. An owner's row holds the codes of its shard, a byte
+// each, then a byte b for each block, whose scale is 2^(b - 127); b = 0 says that the block is zero. A shard
+// is whole words of both. Elements beyond kLargestQuantized are dropped and counted, as what is not finite
+// is: no decoded value, and no mean of them, can then overflow.
+constexpr int64_t kScaleBlock = 128;
+constexpr int64_t kScaleUnit = 4 * kScaleBlock;
+constexpr int64_t quantized_words(int64_t shard) { return shard / 4 + shard / kScaleUnit; }
+constexpr float kLargestQuantized = 0x1p126f;
+
 // Rows of one partial Gram matrix: enough parts to share one tall matrix among threads.
 constexpr int64_t kGramRows = 1024;
 constexpr int64_t kMaxRank = 256;

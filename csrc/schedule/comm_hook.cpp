@@ -1,5 +1,8 @@
 #include "schedule/comm_hook.h"
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <type_traits>
 #include <utility>
 
 namespace dear {
@@ -13,6 +16,28 @@ struct HookState {
   HoldsGil holds_gil;
 };
 
+// Not every torch can say it of any device.
+template <typename Guard, typename = void>
+struct Captures {
+  static bool stream(const Guard&, at::Device) { return false; }
+};
+template <typename Guard>
+struct Captures<Guard, std::void_t<decltype(&Guard::isStreamCapturing)>> {
+  static bool stream(const Guard& guard, at::Device device) {
+    return guard.isStreamCapturing(guard.getStream(device));
+  }
+};
+
+// What a graph replays has no host in it: no queue, no lane's order, no look at what has changed.
+void refuse_capture(const at::Tensor& buffer) {
+  if (buffer.is_cpu()) return;
+  const c10::impl::VirtualGuardImpl guard(buffer.device().type());
+  TORCH_CHECK(!Captures<c10::impl::VirtualGuardImpl>::stream(guard, buffer.device()),
+              "A CUDA graph is being captured around a backward pass whose gradients this library exchanges, "
+              "which no graph can hold: leave the step uncaptured, or capture parts of the model alone, with "
+              "torch.cuda.make_graphed_callables.");
+}
+
 class Hook : public c10d::CppCommHookInterface<HookState> {
  public:
   using CppCommHookInterface::CppCommHookInterface;
@@ -22,6 +47,7 @@ class Hook : public c10d::CppCommHookInterface<HookState> {
   Future runHook(c10d::GradBucket& bucket) override {
     ++state_.calls->total;
     if (state_.holds_gil()) ++state_.calls->with_gil;
+    refuse_capture(bucket.getBufferRef());
     return state_.on_bucket(bucket);
   }
 };

@@ -97,14 +97,17 @@ void CompressedHook::end() {
     error = std::exchange(error_, nullptr);
   }
   if (error) std::rethrow_exception(error);
-  std::vector<size_t> nonfinite;
+  TwoPhaseExchanges all;
   for (size_t i = 0; i < delivered_; ++i) {
-    const TwoPhaseExchanges& exchanges = buckets_[i].exchanges;
     // The futures completed a moment before the exchanges were done.
-    for (const auto& exchange : exchanges) exchange->wait();
-    if (std::any_of(exchanges.begin(), exchanges.end(),
-                    [](const auto& exchange) { return exchange->has_nonfinite(); }))
-      nonfinite.push_back(i);
+    for (const auto& exchange : buckets_[i].exchanges) exchange->wait();
+    all.insert(all.end(), buckets_[i].exchanges.begin(), buckets_[i].exchanges.end());
+  }
+  std::vector<size_t> nonfinite;
+  if (TwoPhaseExchange::any_nonfinite(all)) {
+    for (size_t i = 0; i < delivered_; ++i) {
+      if (TwoPhaseExchange::any_nonfinite(buckets_[i].exchanges)) nonfinite.push_back(i);
+    }
   }
   if (always_ended_ || measuring_ || !nonfinite.empty()) callbacks_.ended(nonfinite);
 }

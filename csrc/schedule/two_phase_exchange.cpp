@@ -97,6 +97,7 @@ void TwoPhaseExchange::start() {
   }
   on_stream([this] {
     if (codec_->compresses(step_)) {
+      if (!before_.empty()) codec_->settle();
       for (size_t i = 0; i < before_.size(); ++i) before_[i].copy_(keeps_[i]);
     }
     for (const Run& run : runs_) {
@@ -257,9 +258,21 @@ bool TwoPhaseExchange::has_nonfinite() const {
   return nonfinite.defined() && nonfinite.ne(0).any().item<bool>();
 }
 
+bool TwoPhaseExchange::any_nonfinite(const std::vector<std::shared_ptr<TwoPhaseExchange>>& exchanges) {
+  std::vector<at::Tensor> found;
+  for (const auto& exchange : exchanges) {
+    if (!exchange->stream_ && exchange->has_nonfinite())
+      return true;  // the host's: nothing is to be waited for
+    const at::Tensor bad = exchange->codec_->bad();
+    if (exchange->stream_ && bad.defined()) found.push_back(bad.ne(0).any().view({1}));
+  }
+  return !found.empty() && at::cat(found).any().item<bool>();
+}
+
 void TwoPhaseExchange::roll_back() {
   if (!codec_->compresses(step_)) return;
   for (size_t i = 0; i < before_.size(); ++i) keeps_[i].copy_(before_[i]);
+  codec_->forget();
 }
 
 }  // namespace dear

@@ -65,6 +65,9 @@ class TwoPhaseExchange {
   at::Tensor dropped();
   // Any rank has; known after wait(). Reads the device.
   bool has_nonfinite() const;
+  // The same for several, of one device, which is read once: a host that waits for the device for each group
+  // waits often.
+  static bool any_nonfinite(const std::vector<std::shared_ptr<TwoPhaseExchange>>& exchanges);
   // Makes the error feedback what it was before the step.
   void roll_back();
   const std::string& label() const { return label_; }

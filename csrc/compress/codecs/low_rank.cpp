@@ -18,6 +18,8 @@ LowRankCodec::LowRankCodec(at::Device device, int64_t rank, int64_t world, std::
   for (const MatrixBatch& batch : batches_) {
     const int64_t count = batch.p.size(0), rows = batch.p.size(1), columns = batch.q.size(1);
     corrected_.push_back(batch.error ? *batch.error : at::empty({count, rows, columns}, batch.p.options()));
+    own_p_.push_back(at::zeros_like(batch.p));
+    own_q_.push_back(at::zeros_like(batch.q));
     const int64_t numel = std::max(orthogonalize_workspace_numel(count, rows, batch.p.size(2)),
                                    orthogonalize_workspace_numel(count, columns, batch.p.size(2)));
     workspace_.push_back(at::zeros({numel}, batch.p.options().dtype(at::kDouble)));
@@ -78,16 +80,35 @@ void LowRankCodec::orthogonalize(size_t batch, const at::Tensor& factors) const 
 }
 
 void LowRankCodec::project(size_t batch, const at::Tensor& fixed, const at::Tensor& factor, bool transposed,
-                           bool corrects, bool keeps_rest) {
-  const bool feedback = batches_[batch].error.has_value();
-  if (corrects && !feedback) corrected_[batch].zero_();
-  ops::OptionalTensor gradient, starts;
+                           bool corrects) {
+  const MatrixBatch& own = batches_[batch];
+  ops::OptionalTensor gradient, starts, pending_p, pending_q;
   if (corrects) {
     gradient = gradient_;
-    starts = batches_[batch].starts;
+    starts = own.starts;
+    if (!own.error) corrected_[batch].zero_();
+    if (pending_ != Pending::kNone) {
+      pending_p = pending_ == Pending::kOwnP ? own_p_[batch] : own.p;
+      pending_q = pending_ == Pending::kOwnP ? own.q : own_q_[batch];
+    }
   }
-  ops::low_rank_project(gradient, corrected_[batch], fixed, factor, starts, transposed,
-                        keeps_rest && feedback, dropped_);
+  ops::low_rank_project(gradient, corrected_[batch], fixed, factor, starts, transposed, /*residual=*/false,
+                        dropped_, pending_p, pending_q);
+}
+
+void LowRankCodec::leave_pending(const std::vector<at::Tensor>& own, bool transposed) {
+  if (!batches_.front().error) return;
+  for (size_t i = 0; i < batches_.size(); ++i) (transposed ? own_q_ : own_p_)[i].copy_(own[i]);
+  pending_ = transposed ? Pending::kOwnQ : Pending::kOwnP;
+}
+
+void LowRankCodec::settle() {
+  for (size_t i = 0; i < batches_.size() && pending_ != Pending::kNone; ++i) {
+    const bool own_p = pending_ == Pending::kOwnP;
+    ops::low_rank_subtract(corrected_[i], own_p ? own_p_[i] : batches_[i].p,
+                           own_p ? batches_[i].q : own_q_[i], std::nullopt);
+  }
+  pending_ = Pending::kNone;
 }
 
 void LowRankCodec::put_dense(const Average& message) {
@@ -116,8 +137,9 @@ std::optional<Message> AcpCodec::advance(int64_t step, size_t stage) {
       for (size_t i = 0; i < batches_.size(); ++i) {
         const at::Tensor& fixed = odd ? batches_[i].q : batches_[i].p;
         orthogonalize(i, fixed);
-        project(i, fixed, message.factors[i], !odd, /*corrects=*/true, /*keeps_rest=*/true);
+        project(i, fixed, message.factors[i], !odd, /*corrects=*/true);
       }
+      leave_pending(message.factors, !odd);
       put_dense(message);
       return reduce_scatter(message);
     case 1:
@@ -145,8 +167,9 @@ std::optional<Message> PowerCodec::advance(int64_t, size_t stage) {
     case 0:
       dropped_.zero_();
       for (size_t i = 0; i < batches_.size(); ++i) {
-        project(i, batches_[i].q, first_.factors[i], false, /*corrects=*/true, /*keeps_rest=*/false);
+        project(i, batches_[i].q, first_.factors[i], false, /*corrects=*/true);
       }
+      forget();
       put_dense(first_);
       return reduce_scatter(first_);
     case 1:
@@ -155,8 +178,9 @@ std::optional<Message> PowerCodec::advance(int64_t, size_t stage) {
       for (size_t i = 0; i < batches_.size(); ++i) {
         batches_[i].p.copy_(first_.factors[i]);
         orthogonalize(i, batches_[i].p);
-        project(i, batches_[i].p, second_.factors[i], true, /*corrects=*/false, /*keeps_rest=*/true);
+        project(i, batches_[i].p, second_.factors[i], true, /*corrects=*/false);
       }
+      leave_pending(second_.factors, true);
       return reduce_scatter(second_);
     case 3:
       return all_gather(second_);

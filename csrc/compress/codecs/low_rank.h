@@ -23,6 +23,9 @@ class LowRankCodec : public Codec {
   void follow(const Codec& before) override;
   // Subspace iterations on the result, so that the first compressed step knows what matters.
   void learn(const at::Tensor& result) override;
+  // See Note [Four passes].
+  void settle() override;
+  void forget() override { pending_ = Pending::kNone; }
 
  protected:
   // `segments`: int64 [count, 3], of each dense member where it begins in the gradient, how many elements it
@@ -46,10 +49,13 @@ class LowRankCodec : public Codec {
   static Message all_gather(const Average& message) { return {Phase::kAllGather, message.flat, {}}; }
 
   void orthogonalize(size_t batch, const at::Tensor& factors) const;
-  // factor <- (gradient + E) Q (`transposed`: its transpose times P), where `fixed` is Q (or P). The gradient
-  // is taken into E first if `corrects`; what factor and `fixed` say is taken out of it if `keeps_rest`.
+  // factor <- C Q (`transposed`: C^T P), where `fixed` is Q (or P), and C = gradient + E if `corrects`, else
+  // what the last such call made of E.
   void project(size_t batch, const at::Tensor& fixed, const at::Tensor& factor, bool transposed,
-               bool corrects, bool keeps_rest);
+               bool corrects);
+  // The factors of this step, one of them `own` of this rank and the other one fixed, are what E does not say
+  // any more: they are taken out of it in the next step. To be called when all batches are projected.
+  void leave_pending(const std::vector<at::Tensor>& own, bool transposed);
   void put_dense(const Average& message);
   // The result: P Q^T of every batch, and the dense members of `message`.
   void write_result(const Average& message);
@@ -61,7 +67,11 @@ class LowRankCodec : public Codec {
   const int64_t world_;
   at::Tensor segments_;
   const int64_t dense_numel_;
-  std::vector<at::Tensor> corrected_;  // E, or a buffer in its place, by batch
+  std::vector<at::Tensor> corrected_;  // C, or a buffer in its place, by batch
+  enum class Pending { kNone, kOwnP, kOwnQ };
+  Pending pending_ = Pending::kNone;  // which of the pending factors is this rank's own, in the next
+  std::vector<at::Tensor> own_p_;
+  std::vector<at::Tensor> own_q_;
   std::vector<at::Tensor> workspace_;
 };
 

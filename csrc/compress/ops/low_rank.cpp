@@ -9,6 +9,7 @@
 #include <ATen/ops/bmm.h>
 
 #include "compress/kernels/cuda/low_rank.h"
+#include "compress/kernels/cuda/low_rank_sweep.h"
 #include "compress/kernels/cuda/orthogonalize.h"
 #include "compress/ops/launch.h"
 #endif
@@ -44,14 +45,19 @@ const int64_t* starts_within(const Tensor& table, const BatchShape& batch, int64
   return starts;
 }
 
+const float* factor_or_null(const OptionalTensor& factor) {
+  return factor ? factor->const_data_ptr<float>() : nullptr;
+}
+
 struct LowRankProject {
   static constexpr auto schema =
       "low_rank_project(Tensor? grad, Tensor(a!) error, Tensor fixed, Tensor(b!) factor, Tensor? starts, "
-      "bool transposed, bool residual, Tensor(c!)? dropped) -> ()";
+      "bool transposed, bool residual, Tensor(c!)? dropped, Tensor? pending_p, Tensor? pending_q) -> ()";
 
   static void check(const OptionalTensor& grad, const Tensor& error, const Tensor& fixed,
                     const Tensor& factor, const OptionalTensor& starts, bool transposed, bool,
-                    const OptionalTensor& dropped) {
+                    const OptionalTensor& dropped, const OptionalTensor& pending_p,
+                    const OptionalTensor& pending_q) {
     check_flat(error, at::kFloat, "the error feedback");
     TORCH_CHECK_VALUE(error.dim() == 3, "the error feedback must be [matrices, rows, columns], but it is ",
                       error.sizes(), ": view it in that shape.");
@@ -69,11 +75,17 @@ struct LowRankProject {
     const int64_t known = transposed ? 1 : 2;
     check_factor(fixed, error, error.size(0), error.size(known), fixed.size(2), "the fixed factor");
     check_factor(factor, error, error.size(0), error.size(3 - known), fixed.size(2), "the new factor");
+    TORCH_CHECK_VALUE(pending_p.has_value() == pending_q.has_value(),
+                      "the pending factors need each other: pass both or none.");
+    if (pending_p) {
+      check_factor(*pending_p, error, error.size(0), error.size(1), fixed.size(2), "the pending P");
+      check_factor(*pending_q, error, error.size(0), error.size(2), fixed.size(2), "the pending Q");
+    }
     check_dropped(dropped, error);
   }
   static void cpu(const OptionalTensor& grad, const Tensor& error, const Tensor& fixed, const Tensor& factor,
-                  const OptionalTensor& starts, bool transposed, bool residual,
-                  const OptionalTensor& dropped) {
+                  const OptionalTensor& starts, bool transposed, bool residual, const OptionalTensor& dropped,
+                  const OptionalTensor& pending_p, const OptionalTensor& pending_q) {
     const BatchShape batch{error.size(0), error.size(1), error.size(2), fixed.size(2)};
     const cpu::Projection projection{data_or_null(grad),
                                      type_or_float(grad),
@@ -81,25 +93,38 @@ struct LowRankProject {
                                      floats(error),
                                      fixed.const_data_ptr<float>(),
                                      floats(factor),
-                                     residual};
+                                     residual,
+                                     factor_or_null(pending_p),
+                                     factor_or_null(pending_q)};
     add_count(dropped, cpu::low_rank_project(batch, projection, transposed));
   }
 #ifdef DEAR_WITH_CUDA
   static void cuda(const OptionalTensor& grad, const Tensor& error, const Tensor& fixed, const Tensor& factor,
                    const OptionalTensor& starts, bool transposed, bool residual,
-                   const OptionalTensor& dropped) {
+                   const OptionalTensor& dropped, const OptionalTensor& pending_p,
+                   const OptionalTensor& pending_q) {
     const BatchShape batch{error.size(0), error.size(1), error.size(2), fixed.size(2)};
     const Launch launch(error);
-    if (grad) {
-      cuda::correct_matrices(batch, grad->const_data_ptr(), grad_type(*grad), grad->numel(),
-                             starts->const_data_ptr<int64_t>(), floats(error), words_or_null(dropped),
-                             launch.stream());
+    const cuda::Sweep sweep{data_or_null(grad),
+                            type_or_float(grad),
+                            grad ? grad->numel() : 0,
+                            grad ? starts->const_data_ptr<int64_t>() : nullptr,
+                            floats(error),
+                            factor_or_null(pending_p),
+                            factor_or_null(pending_q),
+                            words_or_null(dropped)};
+    if (cuda::sweeps_at_once(batch, transposed)) {
+      cuda::low_rank_sweep(batch, sweep, fixed.const_data_ptr<float>(), floats(factor), transposed,
+                           launch.stream());
+      launch.check();
+    } else {
+      if (grad || pending_p) cuda::correct_matrices(batch, sweep, launch.stream());
+      launch.check();
+      Tensor product = factor;
+      at::bmm_out(product, transposed ? error.transpose(1, 2) : error, fixed);
+      cuda::limit_factor(floats(factor), factor.numel(), words_or_null(dropped), launch.stream());
       launch.check();
     }
-    Tensor product = factor;
-    at::bmm_out(product, transposed ? error.transpose(1, 2) : error, fixed);
-    cuda::limit_factor(floats(factor), factor.numel(), words_or_null(dropped), launch.stream());
-    launch.check();
     if (residual) {
       const Tensor& p = transposed ? fixed : factor;
       const Tensor& q = transposed ? factor : fixed;
@@ -107,6 +132,38 @@ struct LowRankProject {
                               words_or_null(dropped), launch.stream());
       launch.check();
     }
+  }
+#endif
+};
+
+struct LowRankSubtract {
+  static constexpr auto schema =
+      "low_rank_subtract(Tensor(a!) error, Tensor p, Tensor q, Tensor(b!)? dropped) -> ()";
+
+  static void check(const Tensor& error, const Tensor& p, const Tensor& q, const OptionalTensor& dropped) {
+    check_flat(error, at::kFloat, "the error feedback");
+    TORCH_CHECK_VALUE(
+        error.dim() == 3 && p.dim() == 3,
+        "the error feedback must be [matrices, rows, columns] and P [matrices, rows, rank], but "
+        "they are ",
+        error.sizes(), " and ", p.sizes(), ": view them in that shape.");
+    check_rank(p.size(2));
+    check_factor(p, error, error.size(0), error.size(1), p.size(2), "P");
+    check_factor(q, error, error.size(0), error.size(2), p.size(2), "Q");
+    check_dropped(dropped, error);
+  }
+  static void cpu(const Tensor& error, const Tensor& p, const Tensor& q, const OptionalTensor& dropped) {
+    const BatchShape batch{error.size(0), error.size(1), error.size(2), p.size(2)};
+    add_count(dropped, cpu::low_rank_subtract(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(),
+                                              floats(error)));
+  }
+#ifdef DEAR_WITH_CUDA
+  static void cuda(const Tensor& error, const Tensor& p, const Tensor& q, const OptionalTensor& dropped) {
+    const BatchShape batch{error.size(0), error.size(1), error.size(2), p.size(2)};
+    const Launch launch(error);
+    cuda::low_rank_subtract(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(), floats(error),
+                            words_or_null(dropped), launch.stream());
+    launch.check();
   }
 #endif
 };
@@ -174,8 +231,14 @@ struct Orthogonalize {
 
 void low_rank_project(const OptionalTensor& grad, const Tensor& error, const Tensor& fixed,
                       const Tensor& factor, const OptionalTensor& starts, bool transposed, bool residual,
-                      const OptionalTensor& dropped) {
-  call<LowRankProject>(grad, error, fixed, factor, starts, transposed, residual, dropped);
+                      const OptionalTensor& dropped, const OptionalTensor& pending_p,
+                      const OptionalTensor& pending_q) {
+  call<LowRankProject>(grad, error, fixed, factor, starts, transposed, residual, dropped, pending_p,
+                       pending_q);
+}
+
+void low_rank_subtract(const Tensor& error, const Tensor& p, const Tensor& q, const OptionalTensor& dropped) {
+  call<LowRankSubtract>(error, p, q, dropped);
 }
 
 void low_rank_decode(const Tensor& p, const Tensor& q, const Tensor& out, const Tensor& starts) {
@@ -188,6 +251,7 @@ void orthogonalize(const Tensor& matrices, const Tensor& workspace) {
 
 TORCH_LIBRARY_FRAGMENT(dear, m) {
   define<LowRankProject>(m);
+  define<LowRankSubtract>(m);
   define<LowRankDecode>(m);
   define<Orthogonalize>(m);
 }

@@ -8,7 +8,9 @@ namespace dear::compress::ops {
 
 void low_rank_project(const OptionalTensor& grad, const Tensor& error, const Tensor& fixed,
                       const Tensor& factor, const OptionalTensor& starts, bool transposed, bool residual,
-                      const OptionalTensor& dropped);
+                      const OptionalTensor& dropped, const OptionalTensor& pending_p = {},
+                      const OptionalTensor& pending_q = {});
+void low_rank_subtract(const Tensor& error, const Tensor& p, const Tensor& q, const OptionalTensor& dropped);
 void low_rank_decode(const Tensor& p, const Tensor& q, const Tensor& out, const Tensor& starts);
 void orthogonalize(const Tensor& matrices, const Tensor& workspace);
 

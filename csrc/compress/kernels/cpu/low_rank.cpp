@@ -7,7 +7,7 @@
 
 #include "compress/kernels/cpu/cast.h"
 #include "compress/kernels/cpu/error_feedback.h"
-#include "compress/kernels/cpu/isa.h"
+#include "compress/kernels/cpu/low_rank_loops.h"
 #include "compress/kernels/cpu/scratch.h"
 
 // The rank is worked on in tiles of four, and padded with zeros to whole tiles: what that computes in vain
@@ -17,8 +17,6 @@
 namespace dear::compress::cpu {
 
 namespace {
-
-constexpr int64_t kTile = 4;
 
 // Elements a thread takes at least.
 constexpr int64_t kGrain = 32768;
@@ -41,90 +39,6 @@ int64_t part_rows(int64_t rows) {
 
 }  // namespace
 
-// sums[k] += a . across[k], sums[4 + k] += b . across[k]
-DEAR_CLONES void dot_two_rows(const float* a, const float* b, const float* across, int64_t stride, int64_t n,
-                              float* sums) {
-  const float* q0 = across;
-  const float* q1 = across + stride;
-  const float* q2 = across + 2 * stride;
-  const float* q3 = across + 3 * stride;
-  float a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
-  DEAR_SIMD_SUM(a0, a1, a2, a3, b0, b1, b2, b3)
-  for (int64_t i = 0; i < n; ++i) {
-    a0 += a[i] * q0[i];
-    a1 += a[i] * q1[i];
-    a2 += a[i] * q2[i];
-    a3 += a[i] * q3[i];
-    b0 += b[i] * q0[i];
-    b1 += b[i] * q1[i];
-    b2 += b[i] * q2[i];
-    b3 += b[i] * q3[i];
-  }
-  const float added[] = {a0, a1, a2, a3, b0, b1, b2, b3};
-  for (int k = 0; k < 8; ++k) sums[k] += added[k];
-}
-
-// across[k] += sum over four rows i of down[i][k] * rows[i], for k of one tile.
-DEAR_CLONES void add_four_rows(const float* const* rows, const float* down, int64_t down_stride, int64_t n,
-                               float* across, int64_t across_stride) {
-  const float* r0 = rows[0];
-  const float* r1 = rows[1];
-  const float* r2 = rows[2];
-  const float* r3 = rows[3];
-  for (int64_t k = 0; k < kTile; ++k) {
-    const float d0 = down[k];
-    const float d1 = down[down_stride + k];
-    const float d2 = down[2 * down_stride + k];
-    const float d3 = down[3 * down_stride + k];
-    float* out = across + k * across_stride;
-    for (int64_t i = 0; i < n; ++i) out[i] += (d0 * r0[i] + d1 * r1[i]) + (d2 * r2[i] + d3 * r3[i]);
-  }
-}
-
-// out = row - sum over k of one tile of down[k] * across[k]; `out` may be `row`.
-DEAR_CLONES void subtract_tile(const float* row, const float* down, const float* across, int64_t stride,
-                               int64_t n, float* out) {
-  const float d0 = down[0];
-  const float d1 = down[1];
-  const float d2 = down[2];
-  const float d3 = down[3];
-  const float* q0 = across;
-  const float* q1 = across + stride;
-  const float* q2 = across + 2 * stride;
-  const float* q3 = across + 3 * stride;
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = row[i] - ((d0 * q0[i] + d1 * q1[i]) + (d2 * q2[i] + d3 * q3[i]));
-  }
-}
-
-// kept = values where those are finite; returns how many are not.
-DEAR_CLONES uint32_t keep_finite(const float* values, float* kept, int64_t n) {
-  uint32_t count = 0;
-  DEAR_SIMD_SUM(count)
-  for (int64_t i = 0; i < n; ++i) {
-    const bool finite = is_finite(values[i]);
-    count += finite ? 0u : 1u;
-    kept[i] = finite ? values[i] : kept[i];
-  }
-  return count;
-}
-
-// Makes zero of what lies beyond the limit or is NaN; returns how many those are.
-DEAR_CLONES uint32_t drop_beyond(float limit, int64_t n, float* values) {
-  uint32_t count = 0;
-  DEAR_SIMD_SUM(count)
-  for (int64_t i = 0; i < n; ++i) {
-    const bool kept = within(values[i], limit);
-    count += kept ? 0u : 1u;
-    values[i] = kept ? values[i] : 0.0f;
-  }
-  return count;
-}
-
-DEAR_CLONES void add_values(const float* values, int64_t n, float* total) {
-  for (int64_t i = 0; i < n; ++i) total[i] += values[i];
-}
-
 namespace {
 
 // What is asked, and what both directions share.
@@ -141,13 +55,29 @@ struct Sweep {
     if (count != 0) dropped.fetch_add(count, std::memory_order_relaxed);
   }
 
+  bool has_pending() const { return projection.pending_p != nullptr; }
+
   float* row(int64_t matrix, int64_t index) const {
     return projection.error + (matrix * batch.rows + index) * batch.columns;
   }
 
-  // The row of the error after the gradient was added.
-  float* correct(int64_t matrix, int64_t index) {
+  // What one thread needs to take the pending factors out of rows: Q^T of the matrix, a row of P, and a row
+  // of scratch.
+  struct Pending {
+    float* across = nullptr;
+    float* down = nullptr;
+    float* row = nullptr;
+  };
+
+  // The row of the error, after what is pending was taken out and the gradient was added. See Note [Four
+  // passes].
+  float* correct(int64_t matrix, int64_t index, const Pending& pending) {
     float* kept = row(matrix, index);
+    if (has_pending()) {
+      const float* p = projection.pending_p + (matrix * batch.rows + index) * batch.rank;
+      std::fill(std::copy_n(p, batch.rank, pending.down), pending.down + rank, 0.0f);
+      subtract(kept, pending.down, pending.across, pending.row);
+    }
     if (projection.grad != nullptr) {
       const int64_t start = projection.starts[matrix] + index * batch.columns;
       drop(correct_run(element(projection.grad, projection.type, start), projection.type, kept, batch.columns,
@@ -175,11 +105,24 @@ struct RowScratch {
   float* across;  // Q^T
   float* down;    // kRows rows of P
   float* row;
+  Sweep::Pending pending;
 
-  explicit RowScratch(const Sweep& sweep)
-      : across(thread_scratch<float>((sweep.rank + 1) * sweep.batch.columns + kRows * sweep.rank)),
-        down(across + sweep.rank * sweep.batch.columns),
-        row(down + kRows * sweep.rank) {}
+  explicit RowScratch(const Sweep& sweep) {
+    const int64_t square = sweep.rank * sweep.batch.columns;
+    across = thread_scratch<float>(2 * square + sweep.batch.columns + (kRows + 1) * sweep.rank);
+    pending.across = across + square;
+    row = pending.row = pending.across + square;
+    down = row + sweep.batch.columns;
+    pending.down = down + kRows * sweep.rank;
+  }
+  void enter(const Sweep& sweep, int64_t matrix) const {
+    const int64_t begin = matrix * sweep.batch.columns * sweep.batch.rank;
+    if (sweep.projection.fixed != nullptr) {
+      lay_across(sweep.projection.fixed + begin, sweep.batch.columns, sweep.batch.rank, across);
+    }
+    if (!sweep.has_pending()) return;
+    lay_across(sweep.projection.pending_q + begin, sweep.batch.columns, sweep.batch.rank, pending.across);
+  }
 };
 
 void project_two_rows(Sweep& sweep, int64_t matrix, int64_t first, const RowScratch& scratch) {
@@ -187,8 +130,8 @@ void project_two_rows(Sweep& sweep, int64_t matrix, int64_t first, const RowScra
   const Projection& projection = sweep.projection;
   const int64_t rank = sweep.rank;
   const int64_t count = std::min(kRows, batch.rows - first);
-  float* const top = sweep.correct(matrix, first);
-  float* const rows[kRows] = {top, count < kRows ? top : sweep.correct(matrix, first + 1)};
+  float* const top = sweep.correct(matrix, first, scratch.pending);
+  float* const rows[kRows] = {top, count < kRows ? top : sweep.correct(matrix, first + 1, scratch.pending)};
   for (int64_t k = 0; k < rank; k += kTile) {
     float sums[kRows * kTile] = {};
     for (int64_t column = 0; column < batch.columns; column += kSumColumns) {
@@ -213,10 +156,7 @@ void project_rows(Sweep& sweep) {
     int64_t entered = -1;
     for (int64_t i = first; i < last; ++i) {
       const int64_t matrix = i / pairs;
-      if (matrix != entered) {
-        const float* fixed = sweep.projection.fixed + matrix * batch.columns * batch.rank;
-        lay_across(fixed, batch.columns, batch.rank, scratch.across);
-      }
+      if (matrix != entered) scratch.enter(sweep, matrix);
       entered = matrix;
       project_two_rows(sweep, matrix, i % pairs * kRows, scratch);
     }
@@ -233,14 +173,20 @@ class ColumnSweep {
         matrix_(matrix),
         part_rows_(part_rows(sweep.batch.rows)),
         square_(sweep.rank * sweep.batch.columns),
-        down_(thread_scratch<float>(padded_rows() * sweep.rank + (parts() + 1) * square_)),
-        total_(down_ + padded_rows() * sweep.rank) {
+        down_(thread_scratch<float>(padded_rows() * sweep.rank + (parts() + 2) * square_ +
+                                    parts() * (sweep.batch.columns + sweep.rank))),
+        total_(down_ + padded_rows() * sweep.rank),
+        pending_(total_ + (parts() + 1) * square_) {
     const BatchShape& batch = sweep_.batch;
     const int64_t rank = sweep_.rank;
     const float* fixed = sweep.projection.fixed + matrix * batch.rows * batch.rank;
     std::fill(down_, down_ + padded_rows() * rank, 0.0f);
     for (int64_t row = 0; row < batch.rows; ++row) {
       std::copy_n(fixed + row * batch.rank, batch.rank, down_ + row * rank);
+    }
+    if (sweep.has_pending()) {
+      const float* q = sweep.projection.pending_q + matrix * batch.columns * batch.rank;
+      lay_across(q, batch.columns, batch.rank, pending_);
     }
   }
 
@@ -251,13 +197,15 @@ class ColumnSweep {
     const BatchShape& batch = sweep_.batch;
     const int64_t rank = sweep_.rank;
     float* across = part_of(part);
+    float* own = pending_ + square_ + part * (batch.columns + rank);
+    const Sweep::Pending pending{pending_, own + batch.columns, own};
     std::fill(across, across + square_, 0.0f);
     for (int64_t row = begin(part); row < begin(part + 1); row += kTile) {
       // Behind the last row those of P are zero: any row of C will do.
-      float* const top = sweep_.correct(matrix_, row);
+      float* const top = sweep_.correct(matrix_, row, pending);
       const float* rows[kTile] = {top, top, top, top};
       for (int64_t i = 1; i < std::min(kTile, batch.rows - row); ++i) {
-        rows[i] = sweep_.correct(matrix_, row + i);
+        rows[i] = sweep_.correct(matrix_, row + i, pending);
       }
       for (int64_t k = 0; k < rank; k += kTile) {
         add_four_rows(rows, down_ + row * rank + k, rank, batch.columns, across + k * batch.columns,
@@ -298,6 +246,7 @@ class ColumnSweep {
   const int64_t square_;  // elements of Q^T
   float* const down_;     // P
   float* const total_;    // Q^T, and behind it the share of each part
+  float* const pending_;  // Q^T of the pending factors, and behind it each part's row and row of P
 };
 
 void project_columns(Sweep& sweep) {
@@ -335,6 +284,22 @@ void lay_across(const float* factor, int64_t length, int64_t rank, float* across
   for (int64_t i = 0; i < length; ++i) {
     for (int64_t k = 0; k < rank; ++k) across[k * length + i] = factor[i * rank + k];
   }
+}
+
+int64_t low_rank_subtract(const BatchShape& batch, const float* p, const float* q, float* error) {
+  const Projection projection{nullptr, GradType::kFloat32, nullptr, error, nullptr, nullptr, false, p, q};
+  Sweep sweep(batch, projection);
+  at::parallel_for(0, batch.count * batch.rows, grain_of(batch.columns), [&](int64_t first, int64_t last) {
+    const RowScratch scratch(sweep);
+    int64_t entered = -1;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t matrix = i / batch.rows;
+      if (matrix != entered) scratch.enter(sweep, matrix);
+      entered = matrix;
+      sweep.correct(matrix, i % batch.rows, scratch.pending);
+    }
+  });
+  return sweep.dropped.load();
 }
 
 int64_t low_rank_project(const BatchShape& batch, const Projection& projection, bool transposed) {

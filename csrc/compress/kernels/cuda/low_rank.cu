@@ -1,5 +1,4 @@
-#include "compress/kernels/cuda/common.cuh"
-#include "compress/kernels/cuda/low_rank.h"
+#include "compress/kernels/cuda/low_rank.cuh"
 
 namespace dear::compress::cuda {
 
@@ -10,39 +9,6 @@ namespace {
 constexpr int kTileRows = kThreads / 32 * 4;
 constexpr int kTileColumns = 32 * 4;
 constexpr int kTileRank = 8;
-
-__device__ __forceinline__ int64_t start_of(const int64_t* starts, int64_t matrix, int64_t matrix_numel,
-                                            int64_t numel) {
-  const int64_t start = starts[matrix];
-  if (start < 0 || start > numel - matrix_numel) __trap();
-  return start;
-}
-
-template <typename T>
-__global__ __launch_bounds__(kThreads) void correct_kernel(BatchShape batch, const T* grad, int64_t numel,
-                                                           const int64_t* starts, float* error,
-                                                           int32_t* dropped) {
-  const int64_t size = batch.numel();
-  const int64_t blocks = block_count(size);
-  const int64_t matrix = blockIdx.x / blocks;
-  const int64_t first = blockIdx.x % blocks * kBlock;
-  const T* own = grad + start_of(starts, matrix, size, numel);
-  float* kept = error + matrix * size;
-  const bool own_aligned = vector_aligned(own);
-  const bool kept_aligned = vector_aligned(kept);
-  int lost = 0;
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    const int64_t offset = first + group_offset(group);
-    float values[4];
-    float sums[4];
-    load_four(own, offset, size, own_aligned, values);
-    load_four(kept, offset, size, kept_aligned, sums);
-    lost += correct_four(values, sums, sums, kLargestElement);
-    store_four(sums, kept, offset, size, kept_aligned);
-  }
-  if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
-}
 
 // See Note [Overflow in low-rank factors].
 __global__ __launch_bounds__(kThreads) void limit_kernel(float* factor, int64_t n, int32_t* dropped) {
@@ -120,6 +86,33 @@ __device__ __forceinline__ void multiply(const BatchShape& batch, const Tile& ti
   }
 }
 
+template <typename T>
+__global__ __launch_bounds__(kThreads) void correct_kernel(BatchShape batch, Sweep sweep, const T* grad) {
+  const Tile tile(batch);
+  float sums[4][4] = {};
+  if (sweep.pending_p != nullptr) multiply(batch, tile, sweep.pending_p, sweep.pending_q, sums);
+  const T* own = grad;
+  if (grad != nullptr) own += start_of(sweep.starts, tile.matrix, batch.numel(), sweep.numel);
+  int lost = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (tile.own_row() + i >= batch.rows) break;
+    const int64_t offset = (tile.own_row() + i) * batch.columns;
+    float* row = sweep.error + tile.matrix * batch.numel() + offset;
+    const bool aligned = vector_aligned(row);
+    float kept[4];
+    float values[4] = {};
+    load_four(row, tile.own_column(), batch.columns, aligned, kept);
+    if (own != nullptr) {
+      load_four(own + offset, tile.own_column(), batch.columns, vector_aligned(own + offset), values);
+    }
+    lost += take_out(sums[i], tile.own_column(), batch.columns, kept);
+    lost += correct_four(values, kept, kept, kLargestElement);
+    store_four(kept, row, tile.own_column(), batch.columns, aligned);
+  }
+  if (lost != 0 && sweep.dropped != nullptr) atomicAdd(sweep.dropped, lost);
+}
+
 __global__ __launch_bounds__(kThreads) void subtract_kernel(BatchShape batch, const float* p, const float* q,
                                                             float* error, int32_t* dropped) {
   const Tile tile(batch);
@@ -133,14 +126,7 @@ __global__ __launch_bounds__(kThreads) void subtract_kernel(BatchShape batch, co
     const bool aligned = vector_aligned(row);
     float kept[4];
     load_four(row, tile.own_column(), batch.columns, aligned, kept);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float rest = kept[j] - sums[i][j];
-      const bool finite = is_finite(rest);
-      kept[j] = finite ? rest : kept[j];
-      // Behind the last column an infinite P times a Q of zero is not finite either, and nobody's.
-      lost += finite || tile.own_column() + j >= batch.columns ? 0 : 1;
-    }
+    lost += take_out(sums[i], tile.own_column(), batch.columns, kept);
     store_four(kept, row, tile.own_column(), batch.columns, aligned);
   }
   if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
@@ -170,14 +156,12 @@ unsigned tile_count(const BatchShape& batch) {
 
 }  // namespace
 
-void correct_matrices(const BatchShape& batch, const void* grad, GradType type, int64_t numel,
-                      const int64_t* starts, float* error, int32_t* dropped, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(batch.count * block_count(batch.numel()));
-  if (grid == 0) return;
-  dispatch(type, [&](auto* tag) {
+void correct_matrices(const BatchShape& batch, const Sweep& sweep, cudaStream_t stream) {
+  if (tile_count(batch) == 0) return;
+  dispatch(sweep.type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     correct_kernel<T>
-        <<<grid, kThreads, 0, stream>>>(batch, static_cast<const T*>(grad), numel, starts, error, dropped);
+        <<<tile_count(batch), kThreads, 0, stream>>>(batch, sweep, static_cast<const T*>(sweep.grad));
   });
 }
 

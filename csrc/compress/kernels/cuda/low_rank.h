@@ -10,10 +10,21 @@
 
 namespace dear::compress::cuda {
 
-// error [count, rows, columns] += the matrices of grad, which has `numel` elements. `dropped` (may be null)
-// is raised by the number of elements that were dropped.
-void correct_matrices(const BatchShape& batch, const void* grad, GradType type, int64_t numel,
-                      const int64_t* starts, float* error, int32_t* dropped, cudaStream_t stream);
+// What the first sweep of a step does to the memory of the error: see Note [Four passes] in
+// ../cpu/low_rank.h.
+struct Sweep {
+  const void* grad;  // flat, or null: nothing is added
+  GradType type;
+  int64_t numel;           // of grad
+  const int64_t* starts;   // [count] where in grad each matrix begins
+  float* error;            // [count, rows, columns]
+  const float* pending_p;  // [count, rows, rank], or null: nothing is taken out
+  const float* pending_q;  // [count, columns, rank]
+  int32_t* dropped;        // or null; raised by the number of elements that were dropped
+};
+
+// error -= P Q^T of the pending factors, then += the matrices of grad.
+void correct_matrices(const BatchShape& batch, const Sweep& sweep, cudaStream_t stream);
 
 // Makes zero of the elements of a factor that are not finite or too large, and raises `dropped` by them.
 void limit_factor(float* factor, int64_t n, int32_t* dropped, cudaStream_t stream);

@@ -1,0 +1,102 @@
+"""What is true of a device's streams alone: cases for tests/test_cuda.py, called as the ranks of an NCCL group."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from place import place
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import compress
+import dear
+
+CYCLES = 2_000_000_000  # about a second: far more than the host takes for the steps below
+
+
+def model_of(width: int = 64) -> DDP:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+    return DDP(net.to(place()), gradient_as_bucket_view=True)
+
+
+def several_wait(rank: int, world: int) -> None:
+    """Every stream that waits for an exchange is ordered behind its result, not only the first one's."""
+    numel = 1 << 20
+    source = torch.full((numel,), float(rank + 1), device=place())
+    expected = sum(range(1, world + 1)) / world
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for _ in range(3):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(CYCLES // 10)  # the exchange begins after all have waited
+        work = dear.all_reduce(source.clone(), algorithm="native")
+        seen = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                seen.append(work.wait().clone())
+        torch.cuda.synchronize()
+        for one in seen:
+            assert torch.equal(one, torch.full_like(one, expected))
+
+
+def runs_ahead(rank: int, world: int) -> None:
+    """The host of a dense step waits for no device: while the GPU is kept busy, it goes through whole steps."""
+    for update in ("sharded", "replicated"):
+        model = model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with dear.attach(model, optimizer, update=update):
+            x = torch.randn(8, 64, device=place())
+
+            def step(model=model, optimizer=optimizer, x=x) -> None:
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            for _ in range(4):
+                step()
+            torch.cuda.synchronize()
+            dist.barrier()
+            torch.cuda._sleep(CYCLES)
+            busy = torch.cuda.Event()
+            busy.record()
+            for _ in range(2):
+                step()
+            assert not busy.query(), f"the host has waited for the device with update={update!r}"
+            torch.cuda.synchronize()
+
+
+def one_read_a_step(rank: int, world: int) -> None:
+    """Whether all gradients were finite is read from the device once a step, however many groups there are."""
+    model = DDP(
+        nn.Sequential(*(nn.Linear(64, 64) for _ in range(12))).to(place()),
+        bucket_cap_mb=0.02,
+        gradient_as_bucket_view=True,
+    )
+    compress.register(model, compress.SignSGD(min_compression_ratio=0.1))
+    x = torch.randn(8, 64, device=place())
+    for _ in range(3):
+        model(x).square().mean().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(x).square().mean().backward()
+    reads = sum(event.count for event in profile.key_averages() if event.key == "aten::_local_scalar_dense")
+    assert reads <= 1, reads
+
+
+def capture_is_refused(rank: int, world: int) -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 64, device=place())
+    with dear.attach(model, optimizer, update="replicated"):
+        for _ in range(3):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.cuda.synchronize()
+        loss = model(x).square().mean()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                with pytest.raises(RuntimeError, match="A CUDA graph is being captured"):
+                    loss.backward()
+            finally:
+                graph.capture_end()
