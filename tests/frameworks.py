@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from compressing import KINDS
+
+ROOT = Path(__file__).resolve().parent.parent
 
 #: The settings that every framework is tested in: options of its integration.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -22,9 +27,12 @@ COMPRESSORS = ("bf16", "power", "acp", "topk", "sign")
 
 
 def options(name: str) -> dict[str, Any]:
-    """The options of an integration by name: a setting, or a compressor under the schedule, or "hook-" and one."""
+    """The options of an integration by name: a setting, a setting and "-large" for buckets of the usual size, a
+    compressor under the schedule, or "hook-" and one."""
     if name in SETTINGS:
         return dict(SETTINGS[name])
+    if name.endswith("-large"):
+        return {"update": name.removesuffix("-large")}
     kind = KINDS[name.removeprefix("hook-")](min_compression_ratio=0.2)
     if name.startswith("hook-"):
         import compress
@@ -54,11 +62,21 @@ def as_torchrun(rank: int, world: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def shared_folder(folder: Any) -> str:
-    """A folder by the name that rank 0 has for it."""
-    name = [str(folder)]
-    dist.broadcast_object_list(name)
-    return name[0]
+def torchrun(script: Path, *arguments: str, how: tuple[str, ...] = ("--standalone",), patience: float = 250) -> str:
+    """What two workers print that torchrun starts, who must end well within ``patience`` seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", *how, "--nproc_per_node=2", str(script), *arguments]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "MASTER_"))}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(
+        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            output = process.communicate(timeout=patience)[0]
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, output
+    return output
 
 
 def same(have: dict[str, torch.Tensor], want: dict[str, torch.Tensor], exact: bool = True, what: str = "") -> None:
