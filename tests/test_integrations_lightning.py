@@ -113,10 +113,11 @@ class SaveAt(pl.Callback):
     """A checkpoint in mid-epoch."""
 
     def __init__(self, path, step):
-        self.path, self.step = path, step
+        self.path, self.step, self.saved = path, step, False
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and not self.saved:
+            self.saved = True
             trainer.save_checkpoint(self.path)
 
 
@@ -124,11 +125,12 @@ def checkpoints(rank, world, how, name, folder, also_plain):
     with as_torchrun(rank, world):
         path = f"{folder}/after.ckpt"
         arguments = with_library(how, name)
-        arguments["callbacks"] = [SaveAt(path, 6), *arguments.get("callbacks", ())]
-        _, want = fit(Net(), **arguments)
+        features = {} if also_plain else {**FEATURES["all"], "accumulate_grad_batches": 2}
+        saver = SaveAt(path, 6 if also_plain else 3)
+        _, want = fit(Net(), **arguments | {"callbacks": [saver, *arguments.get("callbacks", ())]}, **features)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            _, have = fit(Net(), **with_library(how, name), resume=path, seed=3)
+            _, have = fit(Net(), **with_library(how, name), resume=path, seed=3, **features)
         assert not [w for w in caught if "error feedback" in str(w.message)]
         same(have, want, what=name)
         if also_plain:
@@ -146,6 +148,21 @@ def test_a_checkpoint_is_resumed(pool2, name, tmp_path):
 
 def test_a_checkpoint_of_the_strategy_is_resumed(pool2, tmp_path):
     pool2.run(checkpoints, "strategy", "sharded", str(tmp_path), False)
+
+
+def averaged(rank, world, name):
+    """Lightning's own moving average of the weights."""
+    with as_torchrun(rank, world):
+        results = []
+        for arguments in ({}, with_library("callback", name)):
+            ema = pl.callbacks.EMAWeightAveraging(decay=0.9)
+            results.append(fit(Net(), **arguments | {"callbacks": [ema, *arguments.get("callbacks", ())]})[1])
+        same(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["sharded", "replicated"])
+def test_ema(pool2, name):
+    pool2.run(averaged, name)
 
 
 def without_feedback(rank, world, folder):
