@@ -111,9 +111,6 @@ class ShardedUpdate(Update):
         if members:
             self._cut(layout, self._full_state())
 
-    def before_forward(self, reduces: bool) -> None:
-        self._gradients.before_forward()
-
     # --- the step ---
 
     def step(self, found: Found) -> None:
@@ -286,5 +283,6 @@ class ShardedUpdate(Update):
         return sum(v.nbytes for values in state.values() for v in values.values() if isinstance(v, torch.Tensor))
 
     def release(self) -> None:
+        self._gradients.release()
         if self.attached.layout is not None:
             self.attached.user.optimizer.state = defaultdict(dict, self._full_state())

@@ -4,8 +4,8 @@ Note [Asking for gradients in shards]
 A norm is answered collectively: each rank computes it of its part of every gradient, all parts go round in one
 exchange, and every rank then knows the norm of every gradient. So the first question after a backward pass must be
 asked by every rank, and those that follow cost nothing. What changes each element by itself is done to this rank's
-parts alone. GradScaler's check is both, and its verdict is every rank's. The local gradients, which DDP adds to if
-they are not zeroed, follow when the next forward pass begins.
+parts alone. GradScaler's check is both, and its verdict is every rank's. The local gradients, which autograd adds to if
+they are not zeroed, follow when the next backward pass begins: many zero them between the two passes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_iter
 
 from dear import _C, _grads
 from dear._attached import Attached
@@ -36,6 +38,7 @@ class ShardedGradients:
         self._norms: dict[float, tuple[Norms, set[int]]] = {}  # by order; which of them a change has made stale
         self._factors: dict[int, Any] = {}  # by place: the average is that of the local gradients times this
         self._changed: set[int] = set()  # places whose averages were changed otherwise
+        self._hook = attached.model.register_forward_hook(_watching(weakref.ref(self)))
 
     # --- what placeholders ask for ---
 
@@ -90,11 +93,14 @@ class ShardedGradients:
         self._look()
         self._note(range(len(self._attached.known_layout.places)), factor)
 
-    def before_forward(self) -> None:
-        """A backward pass may follow, which adds to the local gradients that were not zeroed."""
+    def release(self) -> None:
+        """Takes the hook off the model."""
+        self._hook.remove()
+
+    def _before_backward(self) -> None:
+        """A backward pass begins, which adds to the local gradients that were not zeroed."""
         attached = self._attached
-        if attached.layout is None or not (self._factors or self._changed):
-            return
+        assert attached.layout is not None
         places = attached.layout.places
         for index in sorted(self._factors.keys() | self._changed):
             param = places[index].param
@@ -105,7 +111,7 @@ class ShardedGradients:
                 if index in self._changed:
                     raise RuntimeError(
                         f"The .grad of {attached.names[param]} was changed other than by a factor, and not zeroed "
-                        'before the next forward pass, which update="sharded" cannot add to: call '
+                        'before the next backward pass, which update="sharded" cannot add to: call '
                         'optimizer.zero_grad(), or use dear.attach(..., update="replicated").'
                     )
                 plain = grad.as_subclass(torch.Tensor)
@@ -195,3 +201,18 @@ class ShardedGradients:
         lane = self._attached.gather_lane
         begin, end = shard_range(flat.numel(), self._attached.world, self._attached.rank)
         lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(flat, flat[begin:end])], label).wait()
+
+
+def _watching(held: weakref.ref[ShardedGradients]) -> Callable[[Any, Any, Any], None]:
+    """A forward hook that has :meth:`ShardedGradients._before_backward` called where local gradients must follow."""
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        alive = held()
+        if alive is None or not (alive._factors or alive._changed) or torch.compiler.is_compiling():
+            return
+        outputs = [value for value in tree_iter(output) if isinstance(value, torch.Tensor) and value.requires_grad]
+        if outputs:
+            gradients = alive  # for the type checker
+            register_multi_grad_hook(outputs, lambda _: gradients._before_backward(), mode="any")
+
+    return after

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -13,39 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from frameworks import ROOT, torchrun
 
 from dear._generation import agree_on_generation
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 250  # seconds for a job
 KILLS = ["1:13:forward", "0:13:backward", "1:14:save", "1:0:start", "0:0:start", "1:7:backward,0:21:forward"]
 
 
-def torchrun(folder: Path, kills: str, how: tuple[str, ...] = ("--standalone",)) -> tuple[str, dict[str, torch.Tensor]]:
+def run(folder: Path, kills: str, how: tuple[str, ...] = ("--standalone",)) -> tuple[str, dict[str, torch.Tensor]]:
     """The output of a job, and the parameters that it ended with."""
     checkpoint = folder / "checkpoint.pt"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", *how, "--nproc_per_node=2", "--max-restarts=2",
-        str(ROOT / "tests" / "restarting.py"), str(checkpoint), str(folder / "killed"), kills,
-    ]  # fmt: skip
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "MASTER_"))}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with subprocess.Popen(
-        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    ) as process:
-        try:
-            output = process.communicate(timeout=PATIENCE)[0]
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    assert process.returncode == 0, output
+    script = ROOT / "tests" / "restarting.py"
+    arguments = (str(checkpoint), str(folder / "killed"), kills)
+    output = torchrun(script, *arguments, how=(*how, "--max-restarts=2"), patience=PATIENCE)
     assert len(list(folder.glob("killed.*"))) == len([kill for kill in kills.split(",") if kill]), output
     return output, torch.load(checkpoint, weights_only=False)["model"]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    output, final = torchrun(tmp_path_factory.mktemp("uninterrupted"), "")
+    output, final = run(tmp_path_factory.mktemp("uninterrupted"), "")
     assert "started at step 0" in output
     return final
 
@@ -53,7 +37,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", KILLS)
 def test_a_job_comes_back(kills, uninterrupted, tmp_path):
-    output, final = torchrun(tmp_path, kills)
+    output, final = run(tmp_path, kills)
     last = int(kills.split(",")[-1].split(":")[1])
     assert f"started at step {last // 5 * 5}" in output
     for name, value in uninterrupted.items():
@@ -63,7 +47,7 @@ def test_a_job_comes_back(kills, uninterrupted, tmp_path):
 @pytest.mark.slow
 def test_a_job_comes_back_with_a_static_rendezvous(uninterrupted, tmp_path, free_port):
     how = ("--master-addr=127.0.0.1", f"--master-port={free_port}")
-    _, final = torchrun(tmp_path, "1:13:forward,0:16:backward", how)
+    _, final = run(tmp_path, "1:13:forward,0:16:backward", how)
     for name, value in uninterrupted.items():
         assert torch.equal(final[name], value), name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -35,6 +36,7 @@ class Session:
             )
         self._options, self._register = options, register
         self._engine: Engine | None = None
+        self._optimizer: Optimizer | None = None
         self._full = ExitStack()
         self._later: tuple[Any, str] | None = None  # a state that came before the model
         self._last: dict[str, Any] = {}  # the state at detach()
@@ -55,7 +57,7 @@ class Session:
         if self._register is not None:
             self._register(model, self._options["compressor"])
         else:
-            self._engine = attach(model, optimizer, **self._options)
+            self._engine, self._optimizer = attach(model, optimizer, **self._options), optimizer
         if self._later is not None:
             state, where = self._later
             self._later = None
@@ -117,3 +119,7 @@ class Session:
         if self._engine is not None:
             engine, self._engine = self._engine, None
             engine.__exit__(type(error), error, None)
+            if engine.update == "sharded" and self._optimizer is not None:
+                # The other ranks' parts cannot be had any more; frameworks move what is there, whatever it is.
+                self._optimizer.state = defaultdict(dict)
+                self._optimizer.zero_grad()

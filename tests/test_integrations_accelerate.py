@@ -1,0 +1,251 @@
+"""Accelerate on two workers: after prepare(), with its clipping, accumulation and states, as with plain DDP."""
+
+from __future__ import annotations
+
+import warnings
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from frameworks import COMPRESSORS, as_torchrun, options, same
+
+pytest.importorskip("accelerate")
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from dear.integrations.accelerate import attach, inner_optimizer
+
+
+def loader(rank=0):
+    torch.manual_seed(5)
+    data = torch.utils.data.TensorDataset(torch.randn(96, 16), torch.randn(96, 8))
+    return torch.utils.data.DataLoader(data, batch_size=8, shuffle=False)
+
+
+class Training:
+    """A loop as Accelerate's documentation has it."""
+
+    def __init__(self, name=None, seed=0, kind=torch.optim.AdamW, compile_with=None, **accelerator):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        self.accelerator = Accelerator(cpu=True, **accelerator)
+        torch.manual_seed(seed)
+        net = models.Mlp()
+        if compile_with is not None:
+            net = torch.compile(net, backend=compile_with)
+        optimizer = kind(net.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5)
+        self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
+            net, optimizer, loader(), scheduler
+        )
+        self.engine = attach(self.accelerator, self.model, self.optimizer, **options(name)) if name else None
+        self.norms = []
+
+    def train(self, batches, clip=None, clip_value=None):
+        for index, (x, y) in enumerate(self.loader):
+            if index not in batches:
+                continue
+            with self.accelerator.accumulate(self.model):
+                loss = F.mse_loss(self.model(x), y)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients and clip is not None:
+                    self.norms.append(self.accelerator.clip_grad_norm_(self.model.parameters(), clip).item())
+                if self.accelerator.sync_gradients and clip_value is not None:
+                    self.accelerator.clip_grad_value_(self.model.parameters(), clip_value)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+        return self
+
+    def parameters(self):
+        return {name: value.clone() for name, value in self.accelerator.unwrap_model(self.model).state_dict().items()}
+
+
+FEATURES = {
+    "plain": ({}, {}),
+    "clip": ({}, {"clip": 0.05}),
+    "clip by value": ({}, {"clip_value": 0.01}),
+    "accumulate": ({"gradient_accumulation_steps": 2}, {}),
+    "bf16": ({"mixed_precision": "bf16"}, {}),
+    "all": ({"gradient_accumulation_steps": 3, "mixed_precision": "bf16"}, {"clip": 0.05}),
+}
+
+
+def trained(rank, world, name, feature):
+    with as_torchrun(rank, world):
+        accelerator, loop = FEATURES[feature]
+        want = Training(**accelerator).train(range(6), **loop)
+        have = Training(name, **accelerator).train(range(6), **loop)
+        same(have.parameters(), want.parameters(), feature not in ("clip", "all"), feature)
+        assert have.norms == pytest.approx(want.norms, rel=1e-5)
+        assert have.engine.stats()["steps"] == (6 if "gradient_accumulation_steps" not in accelerator else
+                                                6 // accelerator["gradient_accumulation_steps"])  # fmt: skip
+        have.engine.detach()
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", ["sharded", "replicated"])
+def test_features(pool2, name, feature):
+    pool2.run(trained, name, feature)
+
+
+def compressed(rank, world, name):
+    """All features at once under a compressor: replicas stay equal, and the loss falls as plain DDP's does."""
+    with as_torchrun(rank, world):
+        plain = Training(gradient_accumulation_steps=2, mixed_precision="bf16")
+        have = Training(name, gradient_accumulation_steps=2, mixed_precision="bf16")
+        for run in (plain, have):
+            for _ in range(6):
+                run.train(range(6), clip=0.5)
+        for value in have.parameters().values():
+            every = [torch.empty_like(value) for _ in range(world)]
+            torch.distributed.all_gather(every, value)
+            assert all(torch.equal(each, value) for each in every)
+        torch.manual_seed(5)
+        x, y = torch.randn(96, 16), torch.randn(96, 8)
+        first, last, wanted = (
+            F.mse_loss(run.accelerator.unwrap_model(run.model)(x), y).item() for run in (Training(), have, plain)
+        )
+        assert first - last > 0.25 * (first - wanted) > 0, (first, last, wanted)
+        assert len(have.norms) == len(plain.norms) and all(norm > 0 for norm in have.norms)
+
+
+@pytest.mark.parametrize("name", [*COMPRESSORS, "hook-power", "hook-topk"])
+def test_compressors_with_all_features(pool2, name):
+    pool2.run(compressed, name)
+
+
+def averaged(rank, world, name):
+    """An exponential moving average beside the training, updated from the module inside."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    with as_torchrun(rank, world):
+        results = []
+        for each in (None, name):
+            run = Training(each)
+            ema = AveragedModel(run.accelerator.unwrap_model(run.model), multi_avg_fn=get_ema_multi_avg_fn(0.9))
+            for index in range(6):
+                run.train([index])
+                ema.update_parameters(run.accelerator.unwrap_model(run.model))
+            results.append({key: value.clone() for key, value in ema.module.state_dict().items()})
+        same(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["sharded", "replicated"])
+def test_ema(pool2, name):
+    pool2.run(averaged, name)
+
+
+def compiled(rank, world, name):
+    """The model is compiled before prepare(), by a backend that counts."""
+    with as_torchrun(rank, world):
+        results = []
+        for each in (None, name):
+            torch._dynamo.reset()
+            graphs = []
+            # With buckets smaller than DDP's first one Dynamo refuses to split the graph, plain DDP's too.
+            run = Training(
+                each and f"{each}-large", compile_with=lambda graph, _, graphs=graphs: graphs.append(1) or graph.forward
+            )
+            results.append((run.train(range(6)).parameters(), len(graphs)))
+        assert results[0][1] >= 1
+        assert results[1][1] == results[0][1], "compiled as often as with plain DDP"
+        same(results[1][0], results[0][0])
+
+
+@pytest.mark.parametrize("name", ["sharded", "replicated"])
+def test_compile(pool2, name):
+    pool2.run(compiled, name)
+
+
+def scaled(rank, world, name):
+    """Accelerate makes no GradScaler on a CPU; one as it makes on a GPU, with a step that overflows."""
+    with as_torchrun(rank, world):
+        results = []
+        for each in (None, name):
+            run = Training(None)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+            run.accelerator.scaler = scaler
+            run.optimizer = type(run.optimizer)(inner_optimizer(run.optimizer), scaler=scaler)
+            run.accelerator._optimizers = [run.optimizer]
+            engine = attach(run.accelerator, run.model, run.optimizer, **options(each)) if each else None
+            skipped = []
+            for index, (x, y) in enumerate(run.loader):
+                loss = F.mse_loss(run.model(x), y) * (1e38 if index == 2 and rank else 1)
+                run.accelerator.backward(loss)
+                run.optimizer.step()
+                skipped.append(run.optimizer.step_was_skipped)
+                run.optimizer.zero_grad()
+            if engine:
+                assert engine.stats()["steps"] == len(skipped) - 1
+                engine.detach()
+            results.append((run.parameters(), skipped))
+        assert results[1][1] == results[0][1] and any(skipped)
+        same(results[1][0], results[0][0])
+
+
+@pytest.mark.parametrize("name", ["sharded", "replicated"])
+def test_grad_scaler(pool2, name):
+    pool2.run(scaled, name)
+
+
+def saved(rank, world, name, folder):
+    with as_torchrun(rank, world):
+        run = Training(name).train(range(3))
+        run.accelerator.save_state(f"{folder}/state")
+        run.accelerator.wait_for_everyone()
+        want = run.train(range(3, 6)).parameters()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again = Training(name, seed=3)
+            again.accelerator.load_state(f"{folder}/state")
+        assert not [w for w in caught if "error feedback" in str(w.message)]
+        same(again.train(range(3, 6)).parameters(), want, what=name)
+        run.accelerator.load_state(f"{folder}/state")  # in the run that goes on, too
+        same(run.train(range(3, 6)).parameters(), want, what=name)
+        if name == "sharded":
+            plain = Training(None, seed=3)
+            plain.accelerator.load_state(f"{folder}/state")
+            same(plain.train(range(3, 6)).parameters(), want, what="plain DDP")
+            plain.accelerator.save_state(f"{folder}/plain")
+            plain.accelerator.wait_for_everyone()
+            want = plain.train(range(2)).parameters()
+            again = Training(name, seed=3)
+            again.accelerator.load_state(f"{folder}/plain")
+            same(again.train(range(2)).parameters(), want, what="of plain DDP")
+
+
+@pytest.mark.parametrize("name", ["sharded", "replicated", *COMPRESSORS, "hook-power", "hook-topk"])
+def test_a_state_is_loaded(pool2, name, tmp_path):
+    pool2.run(saved, name, str(tmp_path))
+
+
+def without_feedback(rank, world, folder):
+    with as_torchrun(rank, world):
+        run = Training(None).train(range(2))
+        run.accelerator.save_state(folder)
+        run.accelerator.wait_for_everyone()
+        run = Training("power")
+        with pytest.warns(UserWarning, match="has no error feedback of the compressor"):
+            run.accelerator.load_state(folder)
+
+
+def test_a_state_without_error_feedback_is_told(pool2, tmp_path):
+    pool2.run(without_feedback, str(tmp_path / "state"))
+
+
+def ended(rank, world, folder):
+    """After detach() the state is saved as plain DDP's."""
+    with as_torchrun(rank, world):
+        run = Training("sharded").train(range(3))
+        run.engine.detach()
+        run.accelerator.save_state(folder)
+        run.accelerator.wait_for_everyone()
+        state = torch.load(f"{folder}/optimizer.bin", weights_only=True)["state"]
+        assert len(state) == len(list(run.model.parameters()))
+
+
+def test_saving_after_the_end(pool2, tmp_path):
+    pool2.run(ended, str(tmp_path / "state"))
