@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from compress import checks, saved
 from compress.contract import Contract
+from compress.group import settle_errors
 from compress.schedule_binding import ScheduleBinding
 from dear.compression import Site
 
@@ -96,7 +97,7 @@ class Compressor(Contract):
         """
         if self.binding is not None:
             self.binding.synchronize()
-        self.settle_errors()
+        settle_errors(self.groups.values())
         world = self.ranks().size()
         dense = sum(g.numel * torch.empty(0, dtype=g.dtype).element_size() for g in self.groups.values())
         return {

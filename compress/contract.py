@@ -188,12 +188,6 @@ class Contract:
 
     # --- for whoever drives it ---
 
-    def settle_errors(self) -> None:
-        """Makes the error feedback complete: a codec may have left part of it for the next step. Nothing is in
-        flight."""
-        for group in self.groups.values():
-            group.codec.settle()
-
     @property
     def step(self) -> int:
         """How many steps have begun."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,3 +99,10 @@ class Group:
         if key not in self.buffers:
             self.buffers[key] = torch.zeros(*shape, dtype=dtype, device=self.device)
         return self.buffers[key]
+
+
+def settle_errors(groups: Iterable[Group]) -> None:
+    """Makes the groups' error feedback complete: a codec may have left part of it for the next step. Nothing is in
+    flight."""
+    for group in groups:
+        group.codec.settle()

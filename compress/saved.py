@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.contract import Contract
 from compress.feedback import Feedback
+from compress.group import settle_errors
 from dear._agree import everyones
 
 State = dict[str, Any]
@@ -20,7 +21,7 @@ def save(compressor: Contract, gather: bool) -> State:
     ranks = compressor.ranks()
     if compressor.binding is not None:
         compressor.binding.synchronize()
-    compressor.settle_errors()
+    settle_errors(compressor.groups.values())
     if compressor.groups or compressor.loaded is None:
         layout = [list(group.names) for group in compressor.groups.values()]
     else:

@@ -54,7 +54,7 @@ std::string closed() {
   return "closed its connection (its process has ended, or the network between the two is cut)";
 }
 std::string apart() {
-  return "lost the connection between them, while both are alive (suspect the network between their hosts)";
+  return "lost a connection between them, while others stand (suspect the network between their hosts)";
 }
 std::string alone() {
   return "lost its connections to all other ranks at once (the network of its host is cut, or all of them "

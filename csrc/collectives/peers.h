@@ -26,8 +26,8 @@ namespace dear {
 //  - A rank that leaves in good order says so on its connections (FrameType::kLeft), which is only told to
 //    who still waits for it.
 //  - A connection that ends without a word is another's death, or the network. The connections of all lanes
-//    are looked at until nothing changes any more: where some of them to that rank stand, both ranks are
-//    alive, and both are named; where none of them to any rank stands, this rank is the one that is cut off.
+//    are looked at until nothing changes any more: where some of them to that rank stand, it has not
+//    ended, and both are named; where none of them to any rank stands, this rank is the one that is cut off.
 //    Only then are the others told.
 //  - In a ring, a rank that is starved for a quarter of the timeout tells the next one for whom it waits.
 
@@ -79,7 +79,7 @@ class Peers {
   bool failed();
   // What to say of a connection to `rank` that has ended without a word, as lane `asking` sees it: there may
   // be news, or it may turn out that the rank lives. `what` is what is said of a rank that has ended. Takes a
-  // tenth of a second where it has, and up to `patience` where it lives.
+  // tenth of a second where it has ended, and up to `patience` where other connections to it stand.
   Failure explain_loss(int rank, const std::string& what, const std::string& phase, const std::string& label,
                        std::chrono::milliseconds patience, const Member* asking);
   // For when something else than a lane has failed, and idle lanes, which read nothing, may know whose fault

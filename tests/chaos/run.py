@@ -28,7 +28,7 @@ from chaos.links import cut
 from chaos.plan import Plan
 
 SLACK = 30.0  # seconds beyond the group's timeout that a busy machine may take
-BLAME = re.compile(r"Rank (\d+)(?: and rank (\d+) lost the connection between them)?")
+BLAME = re.compile(r"Rank (\d+)(?: and rank (\d+) lost a connection between them)?")
 
 
 @dataclasses.dataclass
