@@ -27,7 +27,7 @@ class Attached:
     """A model and its optimizer under the schedule. Everybody reads it; each field says who writes it."""
 
     model: DDP
-    user: UserOptimizer
+    users: list[UserOptimizer]  # one, or several that step on their own
     group: dist.ProcessGroup
     device: torch.device
     params: list[Param]  # those that DDP's reducer knows, in the model's order
@@ -48,6 +48,11 @@ class Attached:
     passes_before_local: int | None = None
 
     @property
+    def user(self) -> UserOptimizer:
+        """The optimizer, where there is one."""
+        return self.users[0]
+
+    @property
     def rank(self) -> int:
         return self.group.rank()
 
@@ -61,9 +66,20 @@ class Attached:
         assert self.layout is not None
         return self.layout
 
-    def check_reduced(self) -> None:
-        """Refuses gradients that are still local: of passes under no_sync() that no other pass has reduced since, or
-        of one that DDP did not reduce, since it missed a parameter.
+    def optimizer_of(self) -> dict[Param, int]:
+        """Which of the optimizers has which parameter."""
+        return {param: number for number, user in enumerate(self.users) for param in user.params}
+
+    def pending_groups(self, optimizer: int | None = None) -> list[int]:
+        """The barrier's groups in the order of the forward pass, of one optimizer or of all: each fusion group has one
+        for each optimizer, since these step one after another."""
+        count = len(self.users)
+        numbers = range(count) if optimizer is None else (optimizer,)
+        return [group * count + number for group in self.order for number in numbers]
+
+    def check_reduced(self, optimizer: int) -> None:
+        """Refuses gradients of an optimizer's parameters that are still local: of passes under no_sync() that no other
+        pass has reduced since, or of one that DDP did not reduce, since it missed a parameter.
 
         Raises:
             RuntimeError: names a parameter that has such a gradient, or that was missed.
@@ -71,16 +87,17 @@ class Attached:
         if self.scheduler.has_gradients():
             return
         with torch._C.DisableTorchFunctionSubclass():
-            having = [param for param in self.user.params if param.grad is not None]
+            having = [param for param in self.users[optimizer].params if param.grad is not None]
             missed = [param for param in self.params if param.grad is None]
         if having and self.passes_before_local == self.scheduler.passes():
             raise _grads.unreduced(self.names[having[0]])
         if having and missed and self.passes_before_forward == self.scheduler.passes():
             raise _grads.missed(self.names[missed[0]])
 
-    def expected(self) -> Placeholders:
-        """What the last backward pass should have left in the ``.grad`` of the optimizer's parameters."""
-        managed = set(self.user.params)
+    def expected(self, optimizer: int | None = None) -> Placeholders:
+        """What the last backward pass should have left in the ``.grad`` of one optimizer's parameters, or of all."""
+        users = self.users if optimizer is None else [self.users[optimizer]]
+        managed = {param for user in users for param in user.params}
         return [(p, grad) for p, grad in self.placeholders if p in managed and p not in self.unused]
 
     def synchronize(self) -> None:
@@ -90,7 +107,7 @@ class Attached:
             RuntimeError: a peer has died or stalled; names the rank, the phase and the fusion group.
         """
         self.scheduler.synchronize()
-        self.barrier.settle(self.order)
+        self.barrier.settle(self.pending_groups())
 
 
 def weakly(owner: Owner, action: Callable[[Owner], None]) -> Callable[[], None]:

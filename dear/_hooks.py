@@ -7,7 +7,7 @@ order, since any other reader waits too (Note [Pending parameters]).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,16 +65,16 @@ class Hooks:
 
     def install(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         *,
         before_forward: Callable[[], None],
         after_forward: Callable[[bool], None],
         before_export: Callable[[], None],
         before_load: Callable[[], None],
-        after_load: Callable[[], None],
+        after_load: Callable[[int], None],
     ) -> None:
-        """Puts them on. ``after_forward`` is told whether the pass failed; the last three are of the optimizer's
-        ``state_dict()`` and ``load_state_dict()``."""
+        """Puts them on. ``after_forward`` is told whether the pass failed; the last three are of the optimizers'
+        ``state_dict()`` and ``load_state_dict()``, the last one is told which optimizer has loaded."""
 
         def before(module: torch.nn.Module, args: Any) -> None:
             before_forward()
@@ -97,9 +97,10 @@ class Hooks:
         for module in self._model.modules():
             keep(module.register_load_state_dict_pre_hook(before_load_model))
             self._guard(module)
-        keep(optimizer.register_state_dict_pre_hook(lambda _: before_export()))
-        keep(optimizer.register_load_state_dict_pre_hook(lambda _, __: before_load()))
-        keep(optimizer.register_load_state_dict_post_hook(lambda _: after_load()))
+        for number, optimizer in enumerate(optimizers):
+            keep(optimizer.register_state_dict_pre_hook(lambda _: before_export()))
+            keep(optimizer.register_load_state_dict_pre_hook(lambda _, __: before_load()))
+            keep(optimizer.register_load_state_dict_post_hook(lambda _, number=number: after_load(number)))
         self._model.__dict__["__deepcopy__"] = _refusal(
             "A deep copy of this DDP module would lose its communication hook without a word: copy model.module, or "
             "call engine.detach() first."

@@ -5,6 +5,7 @@ The optimizer's state and work are divided by the world size (ZeRO, stage 1); th
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from dear import _C, _ddp, _grads, _state
-from dear._attached import Attached, weakly
+from dear._attached import Attached, Param, weakly
 from dear._context import StepContext, ordinary
 from dear._grads import Found, Grads
 from dear._homes import Homes
@@ -22,7 +23,6 @@ from dear._optimizer import ELEMENTWISE, Groups
 from dear._placeholders import Placeholders, local_grad
 from dear._state_views import ShardedState
 from dear._update import Request, Update
-from dear.collectives import shard_range
 
 
 class ShardedUpdate(Update):
@@ -36,8 +36,8 @@ class ShardedUpdate(Update):
         self._homes: Homes | None = None
         self._segments: list[Segment] = []
         self._by_group: list[list[Segment]] = []  # by fusion group
-        self._state: dict[torch.Tensor, dict[str, Any]] = {}  # by segment
-        self._shown: Any = None  # in optimizer.state
+        self._state: dict[torch.Tensor, dict[str, Any]] = defaultdict(dict)  # by segment
+        self._shown: list[Any] = [None] * len(attached.users)  # in optimizer.state
         self._exporting = False
 
     @classmethod
@@ -47,47 +47,73 @@ class ShardedUpdate(Update):
                 'update="sharded" gathers updated parameters, which a compressor would spoil: leave update out, or use '
                 'update="replicated".'
             )
-        if request.optimizer not in ELEMENTWISE:
-            return (
-                f'update="sharded" cuts parameters anywhere, and {request.optimizer.__name__} is not known to update '
-                'each element on its own: use update="replicated".'
-            )
-        if request.shared is not None:
-            first, second = request.shared
-            return (
-                f'The parameters {first} and {second} share memory, and update="sharded" would part them: make them '
-                'one parameter, or use update="replicated".'
-            )
-        return None
+        for optimizer in request.optimizers:
+            if type(optimizer) not in ELEMENTWISE:
+                return (
+                    f'update="sharded" cuts parameters anywhere, and {type(optimizer).__name__} is not known to update '
+                    'each element on its own: use update="owned" if it updates each parameter on its own, or '
+                    'update="replicated".'
+                )
+        return cls.refusal_of_aliases(request)
+
+    @classmethod
+    def refusal_of_aliases(cls, request: Request) -> str | None:
+        """Why parameters that share memory cannot be served, if there are any."""
+        if request.shared is None:
+            return None
+        first, second = request.shared
+        return (
+            f'The parameters {first} and {second} share memory, and update="{cls.kind}" would part them: make them '
+            'one parameter, or use update="replicated".'
+        )
 
     # --- the layout ---
 
-    def shard_of(self, full: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        return full.new_empty(end - begin)
+    def shard_of(self, full: torch.Tensor, owners: _C.Ownership) -> torch.Tensor:
+        return full.new_empty(owners.size(self.attached.rank))
+
+    def whole(self) -> set[Param]:
+        """The parameters that must not be cut: here none."""
+        return set()
 
     def adopt(self, layout: Layout) -> Placeholders:
         former = self._full_state()
         self._homes = Homes(layout)
+        self._segments = []
+        self._state.clear()
         settle = weakly(self.attached, lambda attached: attached.scheduler.synchronize())
-        self._cut(layout, former)
+        self._cut(layout, former, range(len(self.attached.users)))
         return [
             (place.param, local_grad(place.view(layout.buckets[place.bucket].buffer.view(-1)), settle))
             for place in layout.places
         ]
 
-    def _cut(self, layout: Layout, full: _state.FullState) -> None:
-        """Makes segments of this rank's shards, and takes their part of the full state."""
+    def _cut(self, layout: Layout, full: _state.FullState, numbers: Iterable[int]) -> None:
+        """Makes segments of what this rank owns of these optimizers' parameters, and takes their part of the full
+        state."""
         attached = self.attached
         # Where parameters may go unused, each is updated on its own.
         merge = not _ddp.tracks_unused(attached.model)
-        group_of = {p: i for i, group in enumerate(attached.user.optimizer.param_groups) for p in group["params"]}
-        self._segments = cut_segments(
-            layout, attached.world, attached.rank, group_of,
-            lambda param: _state.kind(full.get(param, {})) if merge else id(param),
-        )  # fmt: skip
-        self._state = defaultdict(dict, _state.scatter(full, self._segments))
-        self._shown = ShardedState(weakly(attached, lambda _: self._state.clear()))
-        attached.user.optimizer.state = self._shown
+        whole = self.whole()
+        for number in numbers:
+            optimizer = attached.users[number].optimizer
+            self._forget(number)
+            self._segments = [segment for segment in self._segments if segment.optimizer != number]
+            group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+            segments = cut_segments(
+                layout, attached.rank, number, group_of, whole,
+                lambda param: _state.kind(full.get(param, {})) if merge else id(param),
+            )  # fmt: skip
+            self._segments += segments
+            self._state.update(_state.scatter(full, segments))
+            shown = ShardedState(weakly(self, functools.partial(type(self)._forget, number=number)))
+            optimizer.state = self._shown[number] = shown
+
+    def _forget(self, number: int) -> None:
+        """Drops this rank's part of an optimizer's state."""
+        for segment in self._segments:
+            if segment.optimizer == number:
+                self._state.pop(segment.tensor, None)
 
     def regroup(self) -> None:
         layout = self.attached.known_layout
@@ -104,41 +130,44 @@ class ShardedUpdate(Update):
         if moved:
             self._homes.return_home(moved)
             for segment in self._segments:
-                segment.tensor.data = layout.full[segment.bucket][segment.start : segment.stop]
-            attached.scheduler.replace_buffers(list(zip(layout.shard, layout.full, strict=True)))
+                segment.tensor.data = segment.view(layout.full[segment.bucket])
         if members:
-            self._cut(layout, self._full_state())
+            self._cut(layout, self._full_state(), range(len(attached.users)))
+        if moved or members:
+            attached.scheduler.replace_buffers(layout.buffers(attached.optimizer_of(), len(attached.users)))
 
     # --- the step ---
 
-    def step(self, found: Found) -> None:
+    def step(self, found: Found, optimizer: int) -> None:
         attached = self.attached
+        user = attached.users[optimizer]
         if attached.layout is None:
-            attached.user.run_all(None)
+            user.run_all(None)
             return
-        if attached.user.optimizer.state is not self._shown:  # the user's own
-            self.state_was_loaded()
+        if user.optimizer.state is not self._shown[optimizer]:  # the user's own
+            self.state_was_loaded(optimizer)
         if found.missing:
             raise _grads.dropped(attached.names[found.missing[0]])
         if attached.scheduler.has_gradients():
             attached.scheduler.check_untouched()
-        attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
+        pending = attached.pending_groups(optimizer)
+        attached.barrier.settle(pending)  # the last step's, if this one follows without a backward pass
         assert self._homes is not None
         self._homes.fetch_guests()
         self._take(found.own)
-        self._update_as_reduced()
-        attached.barrier.close(attached.order)
+        self._update_as_reduced(optimizer)
+        attached.barrier.close(pending)
         if self._homes.has_aliases:
             attached.synchronize()
 
-    def _update_as_reduced(self) -> None:
+    def _update_as_reduced(self, optimizer: int) -> None:
         """Each fusion group is updated once its gradients have been reduced, and gathered in the forward's order."""
         attached, scheduler = self.attached, self.attached.scheduler
         updated: set[int] = set()
 
         def update(group: int) -> None:
             scheduler.wait_reduced(group)
-            self._run([group], f"fusion group {group}")
+            self._run(optimizer, [group], f"fusion group {group}")
             updated.add(group)
 
         for index in attached.order:
@@ -150,7 +179,7 @@ class ShardedUpdate(Update):
                 update(ready)
             if index not in updated:
                 update(index)
-            scheduler.submit_gather(index)
+            scheduler.submit_gather(index, optimizer)
 
     def _take(self, own: Grads) -> None:
         """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
@@ -160,20 +189,22 @@ class ShardedUpdate(Update):
         for segment in self._segments:
             for place in segment.places:
                 if place.param in own:
-                    start, stop = max(segment.start, place.start), min(segment.stop, place.stop)
-                    flat = place.flatten(own[place.param])
                     assert segment.tensor.grad is not None
-                    part = segment.tensor.grad[start - segment.start : stop - segment.start]
-                    part.copy_(flat[start - place.start : stop - place.start])
+                    segment.slot(place, segment.tensor.grad).copy_(segment.part(place, own[place.param]))
         for param, placeholder in self.attached.placeholders:
             if param in own:
                 param.grad = placeholder
 
-    def _run(self, groups: Iterable[int], name: str) -> None:
-        """One update of these fusion groups' segments, with the hyper-parameters as they stand."""
+    def _run(self, optimizer: int, groups: Iterable[int], name: str) -> None:
+        """One update of an optimizer's segments in these fusion groups, with the hyper-parameters as they stand."""
         start = _C.now_ns()
-        user = self.attached.user
-        segments = [segment for index in groups for segment in self._by_group[index] if self._is_used(segment)]
+        user = self.attached.users[optimizer]
+        segments = [
+            segment
+            for index in groups
+            for segment in self._by_group[index]
+            if segment.optimizer == optimizer and self._is_used(segment)
+        ]
         work: Groups = []
         for index, group in enumerate(user.optimizer.param_groups):
             tensors = [segment.tensor for segment in segments if segment.group == index]
@@ -187,9 +218,11 @@ class ShardedUpdate(Update):
         return segment.places[0].param not in self.attached.unused
 
     def finish(self, group: int) -> None:
-        self.attached.scheduler.wait_gathered(group)
+        attached = self.attached
+        index, optimizer = divmod(group, len(attached.users))
+        attached.scheduler.wait_gathered(index, optimizer)
         assert self._homes is not None
-        self._homes.serve_guests(self.attached.known_layout.groups[group])
+        self._homes.serve_guests(attached.known_layout.pending[group])
 
     # --- gradients ---
 
@@ -219,22 +252,15 @@ class ShardedUpdate(Update):
         mine = norms[attached.rank : attached.rank + 1]
         if own is not None:
             mine.copy_(own)
-        self._gather(norms, "the gradient norm")
+        attached.gather_lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(norms, mine)], "the gradient norm").wait()
         return norms
-
-    def _gather(self, flat: torch.Tensor, label: str) -> None:
-        """Completes a flat tensor of which each rank has its shard. Collective."""
-        lane = self.attached.gather_lane
-        begin, end = shard_range(flat.numel(), self.attached.world, self.attached.rank)
-        lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(flat, flat[begin:end])], label).wait()
 
     def averaged_gradients(self) -> Grads:
         attached, layout = self.attached, self.attached.known_layout
         flats = [torch.empty_like(flat) for flat in layout.full]
-        for flat, shard in zip(flats, layout.shard, strict=True):
-            begin, end = shard_range(flat.numel(), attached.world, attached.rank)
-            flat[begin:end] = shard
-            self._gather(flat, "the gradients")
+        for bucket, (flat, shard) in enumerate(zip(flats, layout.shard, strict=True)):
+            layout.unpack(bucket, attached.rank, shard, flat)
+            layout.gather(attached.gather_lane, bucket, flat, "the gradients")
         return {place.param: place.view(flats[place.bucket]).clone() for place in layout.places}
 
     # --- the optimizer's state ---
@@ -242,20 +268,29 @@ class ShardedUpdate(Update):
     def _full_state(self) -> _state.FullState:
         attached = self.attached
         if attached.layout is None:
-            return dict(attached.user.optimizer.state)
+            return {key: value for user in attached.users for key, value in user.optimizer.state.items()}
         return _state.gather(self._state, self._segments, attached.layout, attached.gather_lane)
 
     @contextmanager
     def full_state(self) -> Iterator[None]:
-        optimizer = self.attached.user.optimizer
-        kept = optimizer.state
+        users = self.attached.users
+        kept = [user.optimizer.state for user in users]
         if self.attached.layout is not None:
-            optimizer.state = defaultdict(dict, self._full_state())
+            self._put_full_state()
         self._exporting = True
         try:
             yield
         finally:
-            optimizer.state, self._exporting = kept, False
+            for user, state in zip(users, kept, strict=True):
+                user.optimizer.state = state
+            self._exporting = False
+
+    def _put_full_state(self) -> None:
+        """Each optimizer has its full state. Collective."""
+        full = self._full_state()
+        for user in self.attached.users:
+            mine = set(user.params)
+            user.optimizer.state = defaultdict(dict, {p: state for p, state in full.items() if p in mine})
 
     def check_export(self) -> None:
         if not self._exporting:
@@ -264,17 +299,24 @@ class ShardedUpdate(Update):
                 "engine.state_dict() on every rank, and save its result."
             )
 
-    def state_was_loaded(self) -> None:
+    def state_was_loaded(self, optimizer: int) -> None:
         layout = self.attached.layout
         if layout is not None:
             with ordinary(StepContext(self.attached.device)):
-                self._cut(layout, dict(self.attached.user.optimizer.state))
+                self._cut(layout, dict(self.attached.users[optimizer].optimizer.state), (optimizer,))
             self.regroup()
 
     def state_bytes(self) -> int:
-        state = self._state if self.attached.layout is not None else self.attached.user.optimizer.state
-        return sum(v.nbytes for values in state.values() for v in values.values() if isinstance(v, torch.Tensor))
+        users = self.attached.users
+        states = [self._state] if self.attached.layout is not None else [user.optimizer.state for user in users]
+        return sum(
+            value.nbytes
+            for state in states
+            for values in state.values()
+            for value in values.values()
+            if isinstance(value, torch.Tensor)
+        )
 
     def release(self) -> None:
         if self.attached.layout is not None:
-            self.attached.user.optimizer.state = defaultdict(dict, self._full_state())
+            self._put_full_state()

@@ -10,14 +10,17 @@ and the engine know no strategy by name: another one is a file with a subclass o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
+from dear import _C
 from dear._attached import Attached
+from dear._fusion import default_group_bytes
 from dear._grads import Found, Grads
 from dear._layout import Layout
 from dear._placeholders import Placeholders
@@ -27,7 +30,7 @@ from dear._placeholders import Placeholders
 class Request:
     """What a strategy is asked to serve."""
 
-    optimizer: type
+    optimizers: tuple[Optimizer, ...]
     compresses: bool  # gradients are compressed
     shared: tuple[str, str] | None  # the names of two parameters that share memory
 
@@ -46,11 +49,26 @@ class Update(ABC):
         """Why the strategy cannot serve the request, in a sentence with a remedy; None where it can."""
         return None
 
+    @classmethod
+    def suits(cls, request: Request) -> bool:
+        """Whether ``update="auto"`` may choose the strategy."""
+        return cls.refusal(request) is None
+
+    @classmethod
+    def usual_group_bytes(cls, request: Request, params: Sequence[torch.nn.Parameter], world: int, ratio: float) -> int:
+        """The size of a fusion group of these parameters' gradients, which shrink by ``ratio``, where the user names
+        none."""
+        return default_group_bytes(sum(param.nbytes for param in params), ratio)
+
     # --- the layout ---
 
+    def owners(self, layout: Layout) -> list[_C.Ownership]:
+        """Who owns what of each bucket of a layout whose fusion groups are known: equal chunks."""
+        return [_C.Ownership.even(flat.numel(), self.attached.world) for flat in layout.full]
+
     @abstractmethod
-    def shard_of(self, full: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Where the averaged gradients ``[begin, end)`` of a bucket go, whose flat buffer is ``full``."""
+    def shard_of(self, full: torch.Tensor, owners: _C.Ownership) -> torch.Tensor:
+        """Where this rank's chunk of the averaged gradients of a bucket goes, whose flat buffer is ``full``."""
 
     @abstractmethod
     def adopt(self, layout: Layout) -> Placeholders:
@@ -72,9 +90,9 @@ class Update(ABC):
     # --- the step ---
 
     @abstractmethod
-    def step(self, found: Found) -> None:
-        """One step of the optimizer, or its beginning, with the gradients ``found`` in ``.grad``. What it leaves for
-        later makes the parameters pending, and :meth:`finish` does it."""
+    def step(self, found: Found, optimizer: int) -> None:
+        """One step of one of ``attached.users``, or its beginning, with the gradients ``found`` in ``.grad``. What it
+        leaves for later makes the parameters pending, and :meth:`finish` does it."""
 
     def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:
         """For strategies that let the optimizer call the closure: whether that was done, and the step's result."""
@@ -82,7 +100,8 @@ class Update(ABC):
 
     @abstractmethod
     def finish(self, group: int) -> None:
-        """Does what :meth:`step` left to do for a fusion group, in whatever context; its parameters stand then."""
+        """Does what :meth:`step` left to do for one of the barrier's groups, in whatever context; its parameters stand
+        then."""
 
     # --- gradients ---
 
@@ -98,18 +117,22 @@ class Update(ABC):
 
     @contextmanager
     def full_state(self) -> Iterator[None]:
-        """``optimizer.state`` is the full state inside. Collective where it is held in parts."""
+        """``optimizer.state`` is the full state inside, of every optimizer. Collective where it is held in parts."""
         yield
 
     def check_export(self) -> None:  # noqa: B027 - not every strategy needs it
         """Raises RuntimeError where ``optimizer.state_dict()`` would give a part of the state only."""
 
-    def state_was_loaded(self) -> None:  # noqa: B027 - not every strategy needs it
-        """The optimizer has loaded, or was given, another full state."""
+    def state_was_loaded(self, optimizer: int) -> None:  # noqa: B027 - not every strategy needs it
+        """One of the optimizers has loaded, or was given, another full state."""
 
     @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of this rank's optimizer state."""
+
+    def stats(self) -> dict[str, Any]:
+        """What the strategy adds to :meth:`dear.Engine.stats`."""
+        return {}
 
     @abstractmethod
     def release(self) -> None:
