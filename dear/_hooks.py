@@ -7,6 +7,7 @@ order, since any other reader waits too (Note [Pending parameters]).
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,10 @@ def _refusal(sentence: str) -> Any:
         raise RuntimeError(sentence)
 
     return refuse
+
+
+def _after_load(tell: Callable[[int], None], number: int, optimizer: Optimizer) -> None:
+    tell(number)
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:
@@ -100,7 +105,7 @@ class Hooks:
         for number, optimizer in enumerate(optimizers):
             keep(optimizer.register_state_dict_pre_hook(lambda _: before_export()))
             keep(optimizer.register_load_state_dict_pre_hook(lambda _, __: before_load()))
-            keep(optimizer.register_load_state_dict_post_hook(lambda _, number=number: after_load(number)))
+            keep(optimizer.register_load_state_dict_post_hook(functools.partial(_after_load, after_load, number)))
         self._model.__dict__["__deepcopy__"] = _refusal(
             "A deep copy of this DDP module would lose its communication hook without a word: copy model.module, or "
             "call engine.detach() first."

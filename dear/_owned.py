@@ -76,9 +76,8 @@ class OwnedUpdate(ShardedUpdate):
             for place in layout.places:
                 if place.param in whole and _owners_of(layout.owners[place.bucket], place.start, place.stop) > 1:
                     raise RuntimeError(
-                        f"The parameter {self.attached.names[place.param]} came to a group whose parameters stay whole "
-                        "from one that is updated elementwise, and is cut among ranks: call engine.detach() and attach "
-                        "again."
+                        f"The parameter {self.attached.names[place.param]} came to a group that keeps its parameters "
+                        "whole from one that does not, and is cut among ranks: call engine.detach() and attach again."
                     )
         super().parameters_changed(members)
 
