@@ -16,7 +16,7 @@ class WholeAdamW(optim.AdamW):
 
 
 class Factored(optim.Optimizer):
-    """Keeps a [n, n] matrix, a number and a None for each matrix, and nothing of its shape: as Shampoo and its like."""
+    """Keeps a [n, n] matrix and a number for each parameter, and nothing of its shape: as Shampoo and its like."""
 
     dear_whole = True
 
@@ -36,7 +36,7 @@ class Factored(optim.Optimizer):
                 grad = param.grad.reshape(param.shape[0], -1) if param.dim() else param.grad.view(1, 1)
                 state = self.state[param]
                 if not state:
-                    state.update(left=torch.eye(len(grad), dtype=grad.dtype, device=grad.device), calls=0, nothing=None)
+                    state.update(left=torch.eye(len(grad), dtype=grad.dtype, device=grad.device), calls=0)
                 state["left"].lerp_(grad @ grad.T, 0.1)
                 state["calls"] += 1
                 scale = 1 / (1 + state["left"].diagonal().sum() * state["calls"])

@@ -11,10 +11,10 @@ import test_silence_parameters
 from silence import check
 
 TESTS = (
-    test_silence_context.test_contexts,
-    test_silence_gradients.test_gradients,
-    test_silence_model.test_models,
-    test_silence_optimizer.test_optimizers,
+    test_silence_context.test_the_context_of_a_reader_changes_nothing,
+    test_silence_gradients.test_gradients_are_those_of_plain_ddp,
+    test_silence_model.test_changes_of_the_model_are_seen,
+    test_silence_optimizer.test_the_optimizer_is_that_of_plain_ddp,
     test_silence_parameters.test_reads_see_finished_parameters,
     test_silence_parameters.test_writes_are_not_lost,
 )

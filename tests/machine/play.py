@@ -109,8 +109,8 @@ class Run:
     def ahead(self, step: int) -> None:
         """Backward and step, which rank 0 makes while none of its exchanges can have ended: rank 1 waits for it.
 
-        Sharded or owned, the all-gathers need rank 1's step; replicated, they need its backward (and so does DDP itself where
-        it looks for unused parameters: there this cannot be used).
+        Sharded or owned, the all-gathers need rank 1's step; replicated, they need its backward (and so does DDP itself
+        where it looks for unused parameters: there this cannot be used).
         """
         held = self.case.how if self.rank == 1 and self.engine is not None else ""
         loss = self.forward(step)
