@@ -79,6 +79,6 @@ def missed(name: str) -> RuntimeError:
 def dropped(name: str) -> RuntimeError:
     """The error for a gradient that was set to None where only shards of it count."""
     return RuntimeError(
-        f'The .grad of {name} was set to None after backward(), which has no effect with update="sharded", since the '
-        'average exists only in shards: use dear.attach(..., update="replicated").'
+        f'The .grad of {name} was set to None after backward(), which has no effect with update="sharded" or "owned", '
+        'since the average exists only in shards: use dear.attach(..., update="replicated").'
     )

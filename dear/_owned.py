@@ -47,7 +47,7 @@ class OwnedUpdate(ShardedUpdate):
                 f'update="owned" updates each parameter on its own, and {type(joint).__name__} updates all of them '
                 'together: use update="replicated".'
             )
-        return cls.refusal_of_aliases(request)
+        return request.refusal_of_aliases(cls.kind)
 
     @classmethod
     def suits(cls, request: Request) -> bool:

@@ -41,7 +41,7 @@ _ZERO = (torch.Tensor.zero_, torch._foreach_zero_)
 
 
 class LocalGrad(torch.Tensor):
-    """This worker's own gradient, under ``update="sharded"``: the average exists only in shards."""
+    """This worker's own gradient, under ``update="sharded"`` or ``"owned"``: the average exists only in shards."""
 
     settle: Callable[[], None]
 
@@ -58,7 +58,7 @@ class LocalGrad(torch.Tensor):
             return "<this worker's own gradient; the average is held in shards>"
         raise RuntimeError(
             f"{getattr(func, '__name__', func)} was called on a .grad that is this worker's own, because with "
-            'update="sharded" the average exists only in shards: use engine.clip_grad_norm_() to clip, or '
+            'update="sharded" or "owned" the average exists only in shards: use engine.clip_grad_norm_() to clip, or '
             'dear.attach(..., update="replicated") to read, scale or change gradients.'
         )
 

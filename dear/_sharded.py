@@ -54,18 +54,7 @@ class ShardedUpdate(Update):
                     'each element on its own: use update="owned" if it updates each parameter on its own, or '
                     'update="replicated".'
                 )
-        return cls.refusal_of_aliases(request)
-
-    @classmethod
-    def refusal_of_aliases(cls, request: Request) -> str | None:
-        """Why parameters that share memory cannot be served, if there are any."""
-        if request.shared is None:
-            return None
-        first, second = request.shared
-        return (
-            f'The parameters {first} and {second} share memory, and update="{cls.kind}" would part them: make them '
-            'one parameter, or use update="replicated".'
-        )
+        return request.refusal_of_aliases(cls.kind)
 
     # --- the layout ---
 

@@ -34,6 +34,16 @@ class Request:
     compresses: bool  # gradients are compressed
     shared: tuple[str, str] | None  # the names of two parameters that share memory
 
+    def refusal_of_aliases(self, update: str) -> str | None:
+        """Why a strategy that moves parameters apart cannot serve it, where two share memory."""
+        if self.shared is None:
+            return None
+        first, second = self.shared
+        return (
+            f'The parameters {first} and {second} share memory, and update="{update}" would part them: make them one '
+            'parameter, or use update="replicated".'
+        )
+
 
 class Update(ABC):
     """One strategy at work for one engine. Called from the training thread, at a step boundary unless said."""

@@ -159,12 +159,13 @@ class Engine:
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's full state, as ``optimizer.state_dict()`` of plain DDP would give it, under ``"optimizer"``.
+        """The optimizer's full state, as ``optimizer.state_dict()`` of plain DDP would give it, under ``"optimizer"``;
+        a list of them where ``attach`` was given several optimizers.
 
         Under ``"bucket_order"`` stand the names of the parameters in the order of the buckets, by which a run that goes
         on with this state sums as this one does. With a compressor, all ranks' states of it stand under
         ``"compressor"``. With it, or with
-        ``update="sharded"``, every rank must call this; each gets all of it.
+        ``update="sharded"`` or ``"owned"``, every rank must call this; each gets all of it.
         """
         self.synchronize()
         state: dict[str, Any] = {"bucket_order": self._schedule.bucket_order()}
@@ -180,7 +181,8 @@ class Engine:
 
         Raises:
             KeyError: it is not such a dict.
-            ValueError: the compressor's state in it is of another kind, or of another model.
+            ValueError: the compressor's state in it is of another kind, or of another model; or it is of another number
+                of optimizers.
         """
         if "optimizer" not in state_dict:
             raise KeyError('An engine\'s state has the key "optimizer": pass what engine.state_dict() returned.')
@@ -206,7 +208,8 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters: ``steps``; ``bytes_sent`` by this rank in all; of the last step, how many ms the training thread
         waited for communication (``exposed_ms``, and by phase; with NCCL none, since streams wait in its place); the
-        fusion groups; for host tensors, what a compressor computed in the step before (``encode_ms``, ``merge_ms``,
+        fusion groups; with ``update="owned"`` what the dearest rank's updates cost over the mean (``update_balance``,
+        1.0 at best); for host tensors, what a compressor computed in the step before (``encode_ms``, ``merge_ms``,
         ``decode_ms``)."""
         reduce_ns, gather_ns = self._last_waits
         return {
