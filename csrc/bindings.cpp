@@ -8,6 +8,7 @@
 #include "collectives/mesh.h"
 #include "collectives/native.h"
 #include "collectives/ring.h"
+#include "collectives/shard.h"
 
 namespace {
 
@@ -15,6 +16,7 @@ namespace py = pybind11;
 
 using dear::Exchange;
 using dear::Lane;
+using dear::Ownership;
 using dear::Part;
 using dear::Phase;
 using dear::Reduction;
@@ -42,6 +44,37 @@ void raise_if_interrupted() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
+void bind_ownership(py::module_& m) {
+  using Bounds = std::vector<std::vector<std::pair<int64_t, int64_t>>>;
+  py::class_<Ownership, std::shared_ptr<Ownership>>(m, "Ownership")
+      .def(py::init([](int64_t numel, const Bounds& by_rank) {
+             std::vector<std::vector<dear::Range>> ranges;
+             for (const auto& bounds : by_rank) {
+               ranges.emplace_back();
+               for (const auto& [begin, end] : bounds) ranges.back().push_back({begin, end});
+             }
+             return std::make_shared<Ownership>(numel, std::move(ranges));
+           }),
+           py::arg("numel"), py::arg("ranges"))
+      .def_static(
+          "even",
+          [](int64_t numel, int world) {
+            return std::const_pointer_cast<Ownership>(Ownership::even(numel, world));
+          },
+          py::arg("numel"), py::arg("world"))
+      .def_property_readonly("numel", &Ownership::numel)
+      .def_property_readonly("world", &Ownership::world)
+      .def("size", &Ownership::size, py::arg("rank"))
+      .def(
+          "ranges",
+          [](const Ownership& self, int rank) {
+            std::vector<std::pair<int64_t, int64_t>> bounds;
+            for (const dear::Range& range : self.ranges(rank)) bounds.emplace_back(range.begin, range.end);
+            return bounds;
+          },
+          py::arg("rank"));
+}
+
 void bind_collectives(py::module_& m) {
   py::enum_<Phase>(m, "Phase")
       .value("reduce_scatter", Phase::kReduceScatter)
@@ -56,18 +89,25 @@ void bind_collectives(py::module_& m) {
       .def_property_readonly("end_ns", &Exchange::end_ns)
       .def_property_readonly("label", &Exchange::label);
 
+  bind_ownership(m);
   py::class_<Lane, std::shared_ptr<Lane>>(m, "Lane")
       .def(
           "submit",
           [](Lane& lane, Phase phase, Reduction reduction,
-             const std::vector<std::pair<at::Tensor, at::Tensor>>& pairs, std::string label) {
+             const std::vector<std::pair<at::Tensor, at::Tensor>>& pairs, std::string label,
+             const std::vector<std::shared_ptr<Ownership>>& owners) {
+            TORCH_CHECK_VALUE(owners.empty() || owners.size() == pairs.size(),
+                              "owners must be one for each of parts, or left out.");
             std::vector<Part> parts;
-            for (const auto& [full, shard] : pairs) parts.push_back({full, shard});
+            for (const auto& [full, shard] : pairs) {
+              parts.push_back({full, shard, owners.empty() ? nullptr : owners[parts.size()]});
+            }
             auto exchange = lane.make_exchange(phase, reduction, std::move(parts), std::move(label));
             lane.submit(exchange);
             return exchange;
           },
-          py::arg("phase"), py::arg("reduction"), py::arg("parts"), py::arg("label"), NoGil())
+          py::arg("phase"), py::arg("reduction"), py::arg("parts"), py::arg("label"),
+          py::arg("owners") = std::vector<std::shared_ptr<Ownership>>{}, NoGil())
       .def("abort", &Lane::abort, NoGil())
       .def(
           "investigate",

@@ -24,17 +24,18 @@ void bind_parameters(py::module_& m) {
   m.def("set_python_dispatch", &set_python_dispatch, py::arg("tensors"), py::arg("on"));
 }
 
-std::vector<BucketBuffers> to_buffers(const std::vector<std::pair<at::Tensor, at::Tensor>>& pairs) {
-  std::vector<BucketBuffers> buffers;
-  for (const auto& [shard, full] : pairs) buffers.push_back({shard, full});
-  return buffers;
-}
-
 void bind_scheduler(py::module_& m) {
   py::class_<Bucket>(m, "Bucket")
       .def_readonly("buffer", &Bucket::buffer)
       .def_readonly("params", &Bucket::params)
       .def_readonly("grads", &Bucket::grads);
+  py::class_<BucketBuffers>(m, "BucketBuffers")
+      .def(py::init([](at::Tensor shard, at::Tensor full, std::shared_ptr<Ownership> owners,
+                       std::vector<std::shared_ptr<Ownership>> portions) {
+             return BucketBuffers{std::move(shard), std::move(full), std::move(owners), std::move(portions)};
+           }),
+           py::arg("shard"), py::arg("full"), py::arg("owners"),
+           py::arg("portions") = std::vector<std::shared_ptr<Ownership>>{});
   py::class_<TraceEvent>(m, "TraceEvent")
       .def_readonly("lane", &TraceEvent::lane)
       .def_readonly("name", &TraceEvent::name)
@@ -65,25 +66,10 @@ void bind_scheduler(py::module_& m) {
            })
       .def("clear_backward_ended", [](Scheduler& self) { self.set_backward_ended(nullptr); })
       .def("incoming", &Scheduler::incoming)
-      .def(
-          "adopt_layout",
-          [](Scheduler& self, const std::vector<std::pair<at::Tensor, at::Tensor>>& pairs,
-             std::vector<TwoPhaseExchanges> exchanges, Placeholders placeholders,
-             const std::vector<size_t>& sizes, std::vector<size_t> gather_order) {
-            std::vector<BucketBuffers> buffers = to_buffers(pairs);
-            const py::gil_scoped_release release;
-            self.adopt_layout(std::move(buffers), std::move(exchanges), std::move(placeholders), sizes,
-                              std::move(gather_order));
-          },
-          py::arg("buffers"), py::arg("exchanges"), py::arg("placeholders"), py::arg("sizes"),
-          py::arg("gather_order"))
+      .def("adopt_layout", &Scheduler::adopt_layout, py::arg("buffers"), py::arg("exchanges"),
+           py::arg("placeholders"), py::arg("sizes"), py::arg("gather_order"), NoGil())
       .def("regroup", &Scheduler::regroup, py::arg("sizes"), py::arg("gather_order"), NoGil())
-      .def(
-          "replace_buffers",
-          [](Scheduler& self, const std::vector<std::pair<at::Tensor, at::Tensor>>& pairs) {
-            self.replace_buffers(to_buffers(pairs));
-          },
-          py::arg("buffers"))
+      .def("replace_buffers", &Scheduler::replace_buffers, py::arg("buffers"))
       .def("forget_layout", &Scheduler::forget_layout, NoGil())
       .def("set_pipeline", &Scheduler::set_pipeline, py::arg("pipeline"))
       .def("any_dropped", &Scheduler::any_dropped, NoGil())
@@ -93,8 +79,8 @@ void bind_scheduler(py::module_& m) {
       .def("gradients_used", &Scheduler::gradients_used)
       .def("reduced", &Scheduler::reduced)
       .def("wait_reduced", &Scheduler::wait_reduced, NoGil())
-      .def("submit_gather", &Scheduler::submit_gather, NoGil())
-      .def("wait_gathered", &Scheduler::wait_gathered, NoGil())
+      .def("submit_gather", &Scheduler::submit_gather, py::arg("group"), py::arg("portion") = 0, NoGil())
+      .def("wait_gathered", &Scheduler::wait_gathered, py::arg("group"), py::arg("portion") = 0, NoGil())
       .def("gathering", &Scheduler::gathering)
       .def("synchronize", &Scheduler::synchronize, NoGil())
       .def("take_wait_times",

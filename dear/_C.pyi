@@ -16,6 +16,7 @@ __all__: list[str] = [
     "AcpCodec",
     "BLOCK",
     "Bucket",
+    "BucketBuffers",
     "Codec",
     "CompressedHook",
     "DenseCodec",
@@ -28,6 +29,7 @@ __all__: list[str] = [
     "MeshLane",
     "Message",
     "NativeLane",
+    "Ownership",
     "Peers",
     "Phase",
     "Pipeline",
@@ -134,6 +136,27 @@ class Exchange:
     @property
     def start_ns(self) -> int: ...
 
+class Ownership:
+    @staticmethod
+    def even(
+        numel: typing.SupportsInt | typing.SupportsIndex, world: typing.SupportsInt | typing.SupportsIndex
+    ) -> Ownership: ...
+    def __init__(
+        self,
+        numel: typing.SupportsInt | typing.SupportsIndex,
+        ranges: collections.abc.Sequence[
+            collections.abc.Sequence[
+                tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+            ]
+        ],
+    ) -> None: ...
+    def ranges(self, rank: typing.SupportsInt | typing.SupportsIndex) -> list[tuple[int, int]]: ...
+    def size(self, rank: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    @property
+    def numel(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+
 class Lane:
     def abort(self, arg0: str) -> None: ...
     def investigate(self, phase: str, label: str, patience: datetime.timedelta) -> str | None: ...
@@ -143,6 +166,7 @@ class Lane:
         reduction: Reduction,
         parts: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]],
         label: str,
+        owners: collections.abc.Sequence[Ownership] = [],
     ) -> Exchange: ...
     @property
     def rank(self) -> int: ...
@@ -392,6 +416,15 @@ class Bucket:
     @property
     def params(self) -> list[torch.Tensor]: ...
 
+class BucketBuffers:
+    def __init__(
+        self,
+        shard: torch.Tensor,
+        full: torch.Tensor,
+        owners: Ownership,
+        portions: collections.abc.Sequence[Ownership] = [],
+    ) -> None: ...
+
 class TraceEvent:
     @property
     def end_ns(self) -> int: ...
@@ -414,7 +447,7 @@ class Scheduler:
     def abort(self, arg0: str) -> None: ...
     def adopt_layout(
         self,
-        buffers: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]],
+        buffers: collections.abc.Sequence[BucketBuffers],
         exchanges: collections.abc.Sequence[collections.abc.Sequence[TwoPhaseExchange]],
         placeholders: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]],
         sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
@@ -436,12 +469,14 @@ class Scheduler:
         sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
         gather_order: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     ) -> None: ...
-    def replace_buffers(self, buffers: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None: ...
+    def replace_buffers(self, buffers: collections.abc.Sequence[BucketBuffers]) -> None: ...
     def set_backward_ended(self, arg0: collections.abc.Callable, arg1: bool) -> None: ...
     def set_pipeline(self, pipeline: Pipeline) -> None: ...
     def start_trace(self) -> None: ...
     def stop_trace(self) -> list[TraceEvent]: ...
-    def submit_gather(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def submit_gather(
+        self, group: typing.SupportsInt | typing.SupportsIndex, portion: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> None: ...
     def synchronize(self) -> None: ...
     def take_wait_times(self) -> tuple[int, int]: ...
     def trace(
@@ -451,7 +486,9 @@ class Scheduler:
         arg2: typing.SupportsInt | typing.SupportsIndex,
         arg3: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
-    def wait_gathered(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def wait_gathered(
+        self, group: typing.SupportsInt | typing.SupportsIndex, portion: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> None: ...
     def wait_reduced(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
 
 def can_move(tensor: torch.Tensor) -> bool: ...

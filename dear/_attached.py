@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -30,7 +31,7 @@ class Attached:
     """A model and its optimizer under the schedule. Everybody reads it; each field says who writes it."""
 
     model: DDP
-    user: UserOptimizer
+    users: list[UserOptimizer]  # one, or several that step on their own
     group: dist.ProcessGroup
     device: torch.device
     params: list[Param]  # those that DDP's reducer knows, in the model's order
@@ -50,8 +51,13 @@ class Attached:
     passes_before_forward: int | None = None
     passes_before_local: int | None = None
 
-    _members: Watcher = field(default_factory=Watcher)
+    _members: defaultdict[int, Watcher] = field(default_factory=lambda: defaultdict(Watcher))  # by optimizer
     _everyone: Watcher = field(default_factory=Watcher)
+
+    @property
+    def user(self) -> UserOptimizer:
+        """The optimizer, where there is one."""
+        return self.users[0]
 
     @property
     def rank(self) -> int:
@@ -67,9 +73,20 @@ class Attached:
         assert self.layout is not None
         return self.layout
 
-    def check_reduced(self) -> None:
-        """Refuses gradients that are still local: of passes under no_sync() that no other pass has reduced since, or
-        of one that DDP did not reduce, since it missed a parameter.
+    def optimizer_of(self) -> dict[Param, int]:
+        """Which of the optimizers has which parameter."""
+        return {param: number for number, user in enumerate(self.users) for param in user.params}
+
+    def pending_groups(self, optimizer: int | None = None) -> list[int]:
+        """The barrier's groups in the order of the forward pass, of one optimizer or of all: each fusion group has one
+        for each optimizer, since these step one after another."""
+        count = len(self.users)
+        numbers = range(count) if optimizer is None else (optimizer,)
+        return [group * count + number for group in self.order for number in numbers]
+
+    def check_reduced(self, optimizer: int | None = None) -> None:
+        """Refuses gradients of one optimizer's parameters, or of all optimizers', that are still local: of passes under
+        no_sync() that no other pass has reduced since, or of one that DDP did not reduce, since it missed a parameter.
 
         Raises:
             RuntimeError: names a parameter that has such a gradient, or that was missed.
@@ -77,16 +94,21 @@ class Attached:
         if self.scheduler.has_gradients():
             return
         with torch._C.DisableTorchFunctionSubclass():
-            having = [param for param in self.user.params if param.grad is not None]
+            users = self.users if optimizer is None else [self.users[optimizer]]
+            having = [param for user in users for param in user.params if param.grad is not None]
             missed = [param for param in self.params if param.grad is None]
         if having and self.passes_before_local == self.scheduler.passes():
             raise _grads.unreduced(self.names[having[0]])
         if having and missed and self.passes_before_forward == self.scheduler.passes():
             raise _grads.missed(self.names[missed[0]])
 
-    def look_at_grads(self) -> Found:
-        """What stands in the ``.grad`` of the optimizer's parameters that some rank has used, after a layout."""
-        return self._members.look(self.placeholders, self.user.params, self.unused)
+    def look_at_grads(self, optimizer: int | None = None) -> Found:
+        """What stands in the ``.grad`` of one optimizer's parameters, or of all optimizers', that some rank has used,
+        after a layout."""
+        found = Found()
+        for number in range(len(self.users)) if optimizer is None else (optimizer,):
+            found.add(self._members[number].look(self.placeholders, self.users[number].params, self.unused))
+        return found
 
     def look_at_all_grads(self) -> Found:
         """The same for every parameter that DDP reduces."""
@@ -99,7 +121,7 @@ class Attached:
             RuntimeError: a peer has died or stalled; names the rank, the phase and the fusion group.
         """
         self.scheduler.synchronize()
-        self.barrier.settle(self.order)
+        self.barrier.settle(self.pending_groups())
 
 
 def weakly(owner: Owner, action: Callable[[Owner], None]) -> Callable[[], None]:

@@ -65,32 +65,33 @@ def check_hookable(model: DDP) -> None:
         )
 
 
-def check(model: DDP, optimizer: Any, group: dist.ProcessGroup | None) -> None:
+def check(model: DDP, optimizers: Sequence[Any], group: dist.ProcessGroup | None) -> None:
     """Refuses what the schedule cannot work with, before anything is changed.
 
     Raises:
         TypeError, ValueError, RuntimeError: one sentence that says what is wrong and what to do.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"dear.attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
-    if not is_initialized(optimizer):
-        raise TypeError(
-            f"{type(optimizer).__name__} is a wrapper around an optimizer, which never called Optimizer.__init__(), "
-            "and holds none in .optimizer: pass the optimizer inside."
-        )
-    if getattr(model, ENGINE, None) or getattr(optimizer, ENGINE, None):
-        raise RuntimeError("This model or optimizer is attached already: call engine.detach() on the first engine.")
-    if hasattr(torch.optim, "SparseAdam") and isinstance(optimizer, torch.optim.SparseAdam):
-        raise ValueError("SparseAdam wants sparse gradients, which cannot be reduced in shards: use Adam.")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"dear.attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+        if not is_initialized(optimizer):
+            raise TypeError(
+                f"{type(optimizer).__name__} is a wrapper around an optimizer, which never called Optimizer.__init__()"
+                ", and holds none in .optimizer: pass the optimizer inside."
+            )
+        if getattr(model, ENGINE, None) or getattr(optimizer, ENGINE, None):
+            raise RuntimeError("This model or optimizer is attached already: call engine.detach() on the first engine.")
+        if hasattr(torch.optim, "SparseAdam") and isinstance(optimizer, torch.optim.SparseAdam):
+            raise ValueError("SparseAdam wants sparse gradients, which cannot be reduced in shards: use Adam.")
     check_hookable(model)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, not {type(group).__name__}.")
     if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(model.process_group):
         raise ValueError("process_group must have the ranks of the DDP module's own group: build DDP on that group.")
-    _check_parameters(model, optimizer)
+    _check_parameters(model, optimizers)
 
 
-def _check_parameters(model: DDP, optimizer: Optimizer) -> None:
+def _check_parameters(model: DDP, optimizers: Sequence[Optimizer]) -> None:
     names = parameter_names(model)
     devices = sorted({str(param.device) for param in names if param.requires_grad})
     if len(devices) > 1:
@@ -117,7 +118,8 @@ def _check_parameters(model: DDP, optimizer: Optimizer) -> None:
             "This model's parameters are DTensors, or parts of them (tensor parallelism), which an update cannot be "
             "cut into shards of: use plain DDP for it."
         )
-    check_members([p for g in optimizer.param_groups for p in g["params"]], names, set(trained))
+    members = [p for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]]
+    check_members(members, names, set(trained))
 
 
 def _is_parallel(model: DDP) -> bool:

@@ -34,6 +34,12 @@ class Found:
         """No parameter has a gradient."""
         return not self.reduced and not self.own
 
+    def add(self, other: Found) -> None:
+        """Takes in what was found of other parameters."""
+        self.reduced, self.plain = self.reduced or other.reduced, self.plain or other.plain
+        self.missing += other.missing
+        self.own |= other.own
+
 
 class Watcher:
     """Looks at the ``.grad`` of the same parameters again and again, in one native walk."""
@@ -90,8 +96,8 @@ def missed(name: str) -> RuntimeError:
 def dropped(name: str) -> RuntimeError:
     """The error for a gradient that was set to None where only shards of it count."""
     return RuntimeError(
-        f'The .grad of {name} was set to None after backward(), which has no effect with update="sharded", since the '
-        'average exists only in shards: use dear.attach(..., update="replicated").'
+        f'The .grad of {name} was set to None after backward(), which has no effect with update="sharded" or "owned", '
+        'since the average exists only in shards: use dear.attach(..., update="replicated").'
     )
 
 

@@ -7,9 +7,10 @@ order, since any other reader waits too (Note [Pending parameters]).
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ def _refusal(sentence: str) -> Any:
         raise RuntimeError(sentence)
 
     return refuse
+
+
+def _after_load(tell: Callable[[int], None], number: int, optimizer: Optimizer) -> None:
+    tell(number)
 
 
 def settle_parameters(module: torch.nn.Module, args: Any) -> None:
@@ -54,16 +59,16 @@ class Hooks:
 
     def install(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         *,
         before_forward: Callable[[], None],
         after_forward: Callable[[bool], None],
         before_export: Callable[[], None],
         before_load: Callable[[], None],
-        after_load: Callable[[], None],
+        after_load: Callable[[int], None],
     ) -> None:
-        """Puts them on. ``after_forward`` is told whether the pass failed; the last three are of the optimizer's
-        ``state_dict()`` and ``load_state_dict()``."""
+        """Puts them on. ``after_forward`` is told whether the pass failed; the last three are of the optimizers'
+        ``state_dict()`` and ``load_state_dict()``, the last one is told which optimizer has loaded."""
 
         def before_load_model(module: Any, state: Any, prefix: str, local_metadata: Any, *_: Any) -> None:
             if local_metadata.get("assign_to_params_buffers"):
@@ -81,9 +86,10 @@ class Hooks:
         for module in self._model.modules():
             keep(module.register_load_state_dict_pre_hook(before_load_model))
             self._guard(module)
-        keep(optimizer.register_state_dict_pre_hook(lambda _: before_export()))
-        keep(optimizer.register_load_state_dict_pre_hook(lambda _, __: before_load()))
-        keep(optimizer.register_load_state_dict_post_hook(lambda _: after_load()))
+        for number, optimizer in enumerate(optimizers):
+            keep(optimizer.register_state_dict_pre_hook(lambda _: before_export()))
+            keep(optimizer.register_load_state_dict_pre_hook(lambda _, __: before_load()))
+            keep(optimizer.register_load_state_dict_post_hook(functools.partial(_after_load, after_load, number)))
         self._model.__dict__["__deepcopy__"] = self._model.__dict__["__reduce_ex__"] = _refusal(
             "A copy of this DDP module would lose its communication hook without a word: copy model.module or save its "
             "state_dict(), or call engine.detach() first."

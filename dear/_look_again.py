@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,17 +55,17 @@ class Facts:
                     "to(memory_format=torch.channels_last), before it is wrapped."
                 )
 
-    def check_members(self, params: Iterable[Param]) -> None:
+    def check_members(self, params: Sequence[Param]) -> None:
         """Refuses an optimizer of parameters that DDP would not train alike on all ranks.
 
         Raises:
-            ValueError: a parameter is not in the model.
+            ValueError: a parameter is not in the model, or in two optimizers.
             RuntimeError: a parameter is trained, and DDP does not reduce its gradient.
         """
         check_members(params, self._names, self._reduced)
 
 
-def check_members(params: Iterable[Param], names: dict[Param, str], reduced: set[Param]) -> None:
+def check_members(params: Sequence[Param], names: dict[Param, str], reduced: set[Param]) -> None:
     """See :meth:`Facts.check_members`."""
     strangers = [param for param in params if param not in names]
     if strangers:
@@ -73,6 +73,13 @@ def check_members(params: Iterable[Param], names: dict[Param, str], reduced: set
             f"The optimizer holds {len(strangers)} parameters that are not in the DDP module, so nobody would reduce "
             "their gradients: give them an optimizer of their own, or put them into the module."
         )
+    seen: set[Param] = set()
+    for param in params:
+        if param in seen:
+            raise ValueError(
+                f"The parameter {names[param]} is in two optimizers, which would update it twice: leave it in one."
+            )
+        seen.add(param)
     for param in params:
         if param.requires_grad and param not in reduced:
             raise RuntimeError(

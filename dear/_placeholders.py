@@ -55,8 +55,8 @@ def _called(func: Any) -> str:
 
 
 class LocalGrad(torch.Tensor):
-    """This worker's own gradient, under ``update="sharded"``: the average exists only in shards, and answers there what
-    it can (:mod:`dear._grad_operators`)."""
+    """This worker's own gradient, under ``update="sharded"`` or ``"owned"``: the average exists only in shards, and
+    answers there what it can (:mod:`dear._grad_operators`)."""
 
     settle: Callable[[], None]
     place: int  # in the layout
@@ -86,8 +86,8 @@ class LocalGrad(torch.Tensor):
             return answer
         raise RuntimeError(
             f"{_called(func)} was called on a .grad that is this worker's own, because with "
-            'update="sharded" the average exists only in shards: ask for norms, scale or clamp in place, use '
-            'dear.attach(..., update="replicated"), or call zero_grad() before the model is converted or moved.'
+            'update="sharded" or "owned" the average exists only in shards: ask for norms, scale or clamp in place, '
+            'use dear.attach(..., update="replicated"), or call zero_grad() before the model is converted or moved.'
         )
 
 

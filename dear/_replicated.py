@@ -20,7 +20,8 @@ from dear._look_again import overlapping
 from dear._optimizer import Groups
 from dear._placeholders import PendingGrad, Placeholders, pending_grad
 from dear._state_views import PendingState
-from dear._update import Update
+from dear._update import Request, Update
+from dear.collectives import shard_range
 
 
 class ReplicatedUpdate(Update):
@@ -37,11 +38,22 @@ class ReplicatedUpdate(Update):
         self._groups: Groups = []  # of the optimizer, as they were at step()
         self._context = StepContext(attached.device)
         self._versions: list[int] | None = None  # of the averages, before a pass that is not reduced
-        self.state_was_loaded()
+        self.state_was_loaded(0)
 
     # --- the layout ---
 
-    def shard_of(self, full: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    @classmethod
+    def refusal(cls, request: Request) -> str | None:
+        if len(request.optimizers) > 1:
+            return (
+                "With replicated updates, and with a compressor, dear.attach() takes one optimizer, not "
+                f"{len(request.optimizers)}: make them one with several groups, or let each be elementwise or "
+                "whole-matrix."
+            )
+        return None
+
+    def shard_of(self, full: torch.Tensor, owners: _C.Ownership) -> torch.Tensor:
+        begin, end = shard_range(full.numel(), self.attached.world, self.attached.rank)
         return full[begin:end]
 
     def adopt(self, layout: Layout) -> Placeholders:
@@ -81,21 +93,21 @@ class ReplicatedUpdate(Update):
 
     # --- the step ---
 
-    def step(self, found: Found) -> None:
+    def step(self, found: Found, optimizer: int) -> None:
         attached = self.attached
         if attached.user.optimizer.state is not self._view:
-            self.state_was_loaded()
+            self.state_was_loaded(0)
         if attached.layout is not None:
             if attached.scheduler.has_gradients():
                 self._check_untouched()
             attached.compression.validate()
         # What the user has put there counts, or can be changed any time.
         counts = found.own or found.plain or found.missing
-        if counts or self.updates_at_once or attached.layout is None:
+        if counts or optimizer in self.first_updates or attached.layout is None:
             if attached.layout is not None:
                 self._finish_gradients()
             attached.user.run_all(None)
-            self.updates_at_once = False
+            self.first_updates.discard(optimizer)
             return
         attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
         self._groups = attached.user.groups()
@@ -114,7 +126,7 @@ class ReplicatedUpdate(Update):
 
         def finish() -> None:
             scheduler = self.attached.scheduler
-            self.attached.check_reduced()
+            self.attached.check_reduced(0)
             if scheduler.has_gradients():
                 self._check_untouched()
                 self._finish_gradients()
@@ -201,11 +213,11 @@ class ReplicatedUpdate(Update):
 
     # --- the optimizer's state ---
 
-    def state_was_loaded(self) -> None:
+    def state_was_loaded(self, optimizer: int) -> None:
         """What the user sees in ``optimizer.state`` finishes the update before it is read."""
-        optimizer = self.attached.user.optimizer
+        kept = self.attached.user.optimizer
         settle = weakly(self.attached, lambda attached: attached.barrier.settle(attached.order))
-        optimizer.state = self._view = PendingState.of(dict(optimizer.state), settle)
+        kept.state = self._view = PendingState.of(dict(kept.state), settle)
 
     def state_bytes(self) -> int:
         with self._view.unsettled():

@@ -34,7 +34,6 @@ from dear._observe import ForwardOrder
 from dear._own_calls import OwnCalls
 from dear._placeholders import Placeholders
 from dear._update import Request, Update
-from dear.collectives import shard_range
 
 
 class Schedule:
@@ -106,16 +105,17 @@ class Schedule:
         self._agree_on_order()
         buckets = attached.scheduler.incoming()
         full = [self._flat_of(bucket) for bucket in buckets]
-        ranges = [shard_range(flat.numel(), attached.world, attached.rank) for flat in full]
-        shard = [update.shard_of(flat, *own) for flat, own in zip(full, ranges, strict=True)]
-        layout = Layout(buckets, read_places(buckets, attached.params), full, shard)
+        layout = Layout(buckets, read_places(buckets, attached.params), full)
+        layout.fuse(self._sizes(layout))
+        layout.owners = update.owners(layout)
+        layout.shard = [update.shard_of(flat, own) for flat, own in zip(full, layout.owners, strict=True)]
         attached.placeholders = update.adopt(layout)
         attached.layout = layout
         exchanges = attached.compression.exchanges(buckets, full)
         sizes = self._fuse()
         # Where parameters may go unused, DDP tells which after the pass, and the others get theirs then.
         placeholders = [] if _ddp.tracks_unused(attached.model) else attached.placeholders
-        buffers = list(zip(layout.shard, layout.full, strict=True))
+        buffers = layout.buffers(attached.optimizer_of(), len(attached.users))
         attached.scheduler.adopt_layout(buffers, exchanges, placeholders, sizes, attached.order)
         update.regroup()
         self._facts.note()
@@ -147,15 +147,18 @@ class Schedule:
         """Makes fusion groups of the layout's buckets; returns how many buckets are in each."""
         attached = self._attached
         layout = attached.known_layout
-        if attached.compression.compressor is not None:
-            sizes = [1] * len(layout.full)
-        else:
-            sizes = fuse([flat.nbytes for flat in layout.full], self._group_bytes)
+        sizes = self._sizes(layout)
         layout.fuse(sizes)
-        members = [[place.param for place in places] for places in layout.groups]
-        attached.order = gather_order(members, self._position)
-        attached.barrier.set_groups(members)
+        layout.split(attached.optimizer_of(), len(attached.users))
+        attached.order = gather_order([[place.param for place in places] for places in layout.groups], self._position)
+        attached.barrier.set_groups([place.param for place in places] for places in layout.pending)
         return sizes
+
+    def _sizes(self, layout: Layout) -> list[int]:
+        """How many buckets each fusion group shall have."""
+        if self._attached.compression.compressor is not None:
+            return [1] * len(layout.full)
+        return fuse([flat.nbytes for flat in layout.full], self._group_bytes)
 
     def regroup(self) -> None:
         """Makes the fusion groups anew. Nothing may be pending."""
@@ -169,19 +172,19 @@ class Schedule:
         """Adopts what has changed in the model or in the optimizer since the last step boundary, as DDP would train
         it, or refuses it."""
         attached = self._attached
-        members, places = attached.user.has_other_members(), self._facts.changed()
+        members, places = any(user.has_other_members() for user in attached.users), self._facts.changed()
         if not members and not places:
             return
         attached.synchronize()
         self._facts.check()
-        self._facts.check_members(attached.user.listed())
+        self._facts.check_members([param for user in attached.users for param in user.listed()])
         compresses = attached.compression.compressor is not None
-        refusal = self._update.refusal(
-            Request(type(attached.user.optimizer), compresses, overlapping(attached.names) if places else None)
-        )
+        optimizers = tuple(user.optimizer for user in attached.users)
+        refusal = self._update.refusal(Request(optimizers, compresses, overlapping(attached.names) if places else None))
         if refusal is not None:
             raise RuntimeError(refusal)
-        attached.user.note_members()
+        for user in attached.users:
+            user.note_members()
         if attached.layout is not None:
             self._update.parameters_changed(members)
             self.regroup()

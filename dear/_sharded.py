@@ -5,6 +5,7 @@ The optimizer's state and work are divided by the world size (ZeRO, stage 1); th
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from dear import _C, _ddp, _grads, _state
-from dear._attached import Attached, weakly
+from dear._attached import Attached, Param, weakly
 from dear._context import StepContext, ordinary
 from dear._flat_parameters import FlatParameters
 from dear._grads import Found, Grads
@@ -36,8 +37,8 @@ class ShardedUpdate(Update):
         self._flat: FlatParameters | None = None
         self._segments: list[Segment] = []
         self._by_group: list[list[Segment]] = []  # by fusion group
-        self._state: dict[torch.Tensor, dict[str, Any]] = {}  # by segment
-        self._shown: Any = None  # in optimizer.state
+        self._state: dict[torch.Tensor, dict[str, Any]] = defaultdict(dict)  # by segment
+        self._shown: list[Any] = [None] * len(attached.users)  # in optimizer.state
         self._exporting = False
         self._gradients = ShardedGradients(attached)
 
@@ -48,48 +49,63 @@ class ShardedUpdate(Update):
                 'update="sharded" gathers updated parameters, which a compressor would spoil: leave update out, or use '
                 'update="replicated".'
             )
-        if request.optimizer not in ELEMENTWISE:
-            return (
-                f'update="sharded" cuts parameters anywhere, and {request.optimizer.__name__} is not known to update '
-                'each element on its own: use update="replicated".'
-            )
-        if request.shared is not None:
-            first, second = request.shared
-            return (
-                f'The parameters {first} and {second} share memory, and update="sharded" would part them: make them '
-                'one parameter, or use update="replicated".'
-            )
-        return None
+        for optimizer in request.optimizers:
+            if type(optimizer) not in ELEMENTWISE:
+                return (
+                    f'update="sharded" cuts parameters anywhere, and {type(optimizer).__name__} is not known to update '
+                    'each element on its own: use update="owned" if it updates each parameter on its own, or '
+                    'update="replicated".'
+                )
+        return request.refusal_of_aliases(cls.kind)
 
     # --- the layout ---
 
-    def shard_of(self, full: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        return full.new_empty(end - begin)
+    def shard_of(self, full: torch.Tensor, owners: _C.Ownership) -> torch.Tensor:
+        return full.new_empty(owners.size(self.attached.rank))
+
+    def whole(self) -> set[Param]:
+        """The parameters that must not be cut: here none."""
+        return set()
 
     def adopt(self, layout: Layout) -> Placeholders:
         former = self._full_state()
         self._flat = FlatParameters(layout)
+        self._segments = []
+        self._state.clear()
         settle = weakly(self.attached, lambda attached: attached.scheduler.synchronize())
-        self._cut(layout, former)
+        self._cut(layout, former, range(len(self.attached.users)))
         answer = self._gradients.answering()
         return [
             (place.param, local_grad(place.view(layout.buckets[place.bucket].buffer.view(-1)), index, settle, answer))
             for index, place in enumerate(layout.places)
         ]
 
-    def _cut(self, layout: Layout, full: _state.FullState) -> None:
-        """Makes segments of this rank's shards, and takes their part of the full state."""
+    def _cut(self, layout: Layout, full: _state.FullState, numbers: Iterable[int]) -> None:
+        """Makes segments of what this rank owns of these optimizers' parameters, and takes their part of the full
+        state."""
         attached = self.attached
         # Where parameters may go unused, each is updated on its own.
         merge = not _ddp.tracks_unused(attached.model)
-        group_of = {p: i for i, group in enumerate(attached.user.optimizer.param_groups) for p in group["params"]}
-        self._segments = cut_segments(
-            layout, attached.world, attached.rank, group_of,
-            lambda param: _state.kind(full.get(param, {})) if merge else id(param),
-        )  # fmt: skip
-        self._state = defaultdict(dict, _state.scatter(full, self._segments))
-        self._shown = ShardedState(weakly(attached, lambda _: self._state.clear()))
-        attached.user.optimizer.state = self._shown
+        whole = self.whole()
+        for number in numbers:
+            optimizer = attached.users[number].optimizer
+            self._forget(number)
+            self._segments = [segment for segment in self._segments if segment.optimizer != number]
+            group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+            segments = cut_segments(
+                layout, attached.rank, number, group_of, whole,
+                lambda param: _state.kind(full.get(param, {})) if merge else id(param),
+            )  # fmt: skip
+            self._segments += segments
+            self._state.update(_state.scatter(full, segments))
+            shown = ShardedState(weakly(self, functools.partial(type(self)._forget, number=number)))
+            optimizer.state = self._shown[number] = shown
+
+    def _forget(self, number: int) -> None:
+        """Drops this rank's part of an optimizer's state."""
+        for segment in self._segments:
+            if segment.optimizer == number:
+                self._state.pop(segment.tensor, None)
 
     def regroup(self) -> None:
         layout = self.attached.known_layout
@@ -106,49 +122,52 @@ class ShardedUpdate(Update):
         if moved:
             self._flat.move_back(moved)
             for segment in self._segments:
-                segment.tensor.data = layout.full[segment.bucket][segment.start : segment.stop]
-            attached.scheduler.replace_buffers(list(zip(layout.shard, layout.full, strict=True)))
+                segment.tensor.data = segment.view(layout.full[segment.bucket])
         if members:
-            self._cut(layout, self._full_state())
+            self._cut(layout, self._full_state(), range(len(attached.users)))
+        if moved or members:
+            attached.scheduler.replace_buffers(layout.buffers(attached.optimizer_of(), len(attached.users)))
 
     # --- the step ---
 
-    def step(self, found: Found) -> None:
+    def step(self, found: Found, optimizer: int) -> None:
         attached = self.attached
+        user = attached.users[optimizer]
         if attached.layout is None or (self._exporting and not found.reduced):
-            attached.user.run_all(None)
+            user.run_all(None)
             return
         self.hide_full_state()
-        if attached.user.optimizer.state is not self._shown:  # the user's own
-            self.state_was_loaded()
+        if user.optimizer.state is not self._shown[optimizer]:  # the user's own
+            self.state_was_loaded(optimizer)
         if found.missing:
             raise _grads.dropped(attached.names[found.missing[0]])
         if attached.scheduler.has_gradients():
             attached.scheduler.check_untouched()
-        attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
+        pending = attached.pending_groups(optimizer)
+        attached.barrier.settle(pending)  # the last step's, if this one follows without a backward pass
         assert self._flat is not None
         self._flat.copy_in()
         self._take(found.own)
-        self._update_as_reduced()
-        attached.barrier.close(attached.order)
+        self._update_as_reduced(optimizer)
+        attached.barrier.close(pending)
         if self._flat.has_aliases:
             self.alias_waits += 1
             attached.synchronize()
 
-    def _update_as_reduced(self) -> None:
+    def _update_as_reduced(self, optimizer: int) -> None:
         """Each fusion group is updated once its gradients have been reduced, and gathered in the forward's order."""
         attached, scheduler = self.attached, self.attached.scheduler
         updated: set[int] = set()
-        if self.updates_at_once:
+        if optimizer in self.first_updates:
             for index in attached.order:
                 scheduler.wait_reduced(index)
-            self._run(attached.order, "all fusion groups")
+            self._run(optimizer, attached.order, "all fusion groups")
             updated.update(attached.order)
-            self.updates_at_once = False
+            self.first_updates.remove(optimizer)
 
         def update(group: int) -> None:
             scheduler.wait_reduced(group)
-            self._run([group], f"fusion group {group}")
+            self._run(optimizer, [group], f"fusion group {group}")
             updated.add(group)
 
         for index in attached.order:
@@ -160,7 +179,7 @@ class ShardedUpdate(Update):
                 update(ready)
             if index not in updated:
                 update(index)
-            scheduler.submit_gather(index)
+            scheduler.submit_gather(index, optimizer)
 
     def _take(self, own: Grads) -> None:
         """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
@@ -170,20 +189,22 @@ class ShardedUpdate(Update):
         for segment in self._segments:
             for place in segment.places:
                 if place.param in own:
-                    start, stop = max(segment.start, place.start), min(segment.stop, place.stop)
-                    flat = place.flatten(own[place.param])
                     assert segment.tensor.grad is not None
-                    part = segment.tensor.grad[start - segment.start : stop - segment.start]
-                    part.copy_(flat[start - place.start : stop - place.start])
+                    segment.slot(place, segment.tensor.grad).copy_(segment.part(place, own[place.param]))
         for param, placeholder in self.attached.placeholders:
             if param in own:
                 param.grad = placeholder
 
-    def _run(self, groups: Iterable[int], name: str) -> None:
-        """One update of these fusion groups' segments, with the hyper-parameters as they stand."""
+    def _run(self, optimizer: int, groups: Iterable[int], name: str) -> None:
+        """One update of an optimizer's segments in these fusion groups, with the hyper-parameters as they stand."""
         start = _C.now_ns()
-        user = self.attached.user
-        segments = [segment for index in groups for segment in self._by_group[index] if self._is_used(segment)]
+        user = self.attached.users[optimizer]
+        segments = [
+            segment
+            for index in groups
+            for segment in self._by_group[index]
+            if segment.optimizer == optimizer and segment.is_used(self.attached.unused)
+        ]
         work: Groups = []
         for index, group in enumerate(user.optimizer.param_groups):
             tensors = [segment.tensor for segment in segments if segment.group == index]
@@ -193,13 +214,12 @@ class ShardedUpdate(Update):
             user.run(work, self._state)
         self.attached.scheduler.trace("update", name, start, _C.now_ns())
 
-    def _is_used(self, segment: Segment) -> bool:
-        return segment.places[0].param not in self.attached.unused
-
     def finish(self, group: int) -> None:
-        self.attached.scheduler.wait_gathered(group)
+        attached = self.attached
+        index, optimizer = divmod(group, len(attached.users))
+        attached.scheduler.wait_gathered(index, optimizer)
         assert self._flat is not None
-        self._flat.copy_out(self.attached.known_layout.groups[group])
+        self._flat.copy_out(attached.known_layout.pending[group])
 
     # --- gradients ---
 
@@ -208,7 +228,7 @@ class ShardedUpdate(Update):
         attached.scheduler.synchronize()
         found = attached.look_at_grads()
         self._take(found.own)
-        used = [] if found.nothing else [segment for segment in self._segments if self._is_used(segment)]
+        used = [] if found.nothing else [segment for segment in self._segments if segment.is_used(attached.unused)]
         grads = [segment.tensor.grad for segment in used if segment.tensor.grad is not None]
         each = list(torch._foreach_norm(grads, norm_type)) if grads else []
         own = (
@@ -236,7 +256,7 @@ class ShardedUpdate(Update):
     def _full_state(self) -> _state.FullState:
         attached = self.attached
         if attached.layout is None:
-            return dict(attached.user.optimizer.state)
+            return {key: value for user in attached.users for key, value in user.optimizer.state.items()}
         return _state.gather(self._state, self._segments, attached.layout, attached.gather_lane)
 
     @contextmanager
@@ -244,25 +264,35 @@ class ShardedUpdate(Update):
         if self._exporting:
             yield
             return
-        optimizer = self.attached.user.optimizer
-        kept = optimizer.state
+        users = self.attached.users
+        kept = [user.optimizer.state for user in users]
         if self.attached.layout is not None:
-            optimizer.state = defaultdict(dict, self._full_state())
+            self._put_full_state()
         self._exporting = True
         try:
             yield
         finally:
-            optimizer.state, self._exporting = kept, False
+            for user, state in zip(users, kept, strict=True):
+                user.optimizer.state = state
+            self._exporting = False
+
+    def _put_full_state(self) -> None:
+        """Each optimizer has its full state. Collective."""
+        full = self._full_state()
+        for user in self.attached.users:
+            mine = set(user.params)
+            user.optimizer.state = defaultdict(dict, {p: state for p, state in full.items() if p in mine})
 
     def show_full_state(self) -> None:
         if not self._exporting:
-            self.attached.user.optimizer.state = defaultdict(dict, self._full_state())
+            self._put_full_state()
             self._exporting = True
 
     def hide_full_state(self) -> None:
         if self._exporting:
             self._exporting = False
-            self.state_was_loaded()  # it may have been changed
+            for number in range(len(self.attached.users)):
+                self.state_was_loaded(number)  # it may have been changed
 
     def check_export(self) -> None:
         if not self._exporting:
@@ -271,18 +301,25 @@ class ShardedUpdate(Update):
                 "engine.state_dict() on every rank and save its result, or enter engine.full_state() on every rank."
             )
 
-    def state_was_loaded(self) -> None:
+    def state_was_loaded(self, optimizer: int) -> None:
         layout = self.attached.layout
         if layout is not None and not self._exporting:
             with ordinary(StepContext(self.attached.device)):
-                self._cut(layout, dict(self.attached.user.optimizer.state))
+                self._cut(layout, dict(self.attached.users[optimizer].optimizer.state), (optimizer,))
             self.regroup()
 
     def state_bytes(self) -> int:
-        state = self._state if self.attached.layout is not None else self.attached.user.optimizer.state
-        return sum(v.nbytes for values in state.values() for v in values.values() if isinstance(v, torch.Tensor))
+        users = self.attached.users
+        states = [self._state] if self.attached.layout is not None else [user.optimizer.state for user in users]
+        return sum(
+            value.nbytes
+            for state in states
+            for values in state.values()
+            for value in values.values()
+            if isinstance(value, torch.Tensor)
+        )
 
     def release(self) -> None:
         self._gradients.release()
         if self.attached.layout is not None:
-            self.attached.user.optimizer.state = defaultdict(dict, self._full_state())
+            self._put_full_state()

@@ -24,7 +24,6 @@ from dear._context import StepContext, ordinary
 from dear._grad_operators import answer
 from dear._grads import Grads
 from dear._placeholders import LocalGrad
-from dear.collectives import shard_range
 
 Norms = torch.Tensor  # one for each place of the layout
 
@@ -70,7 +69,7 @@ class ShardedGradients:
         """
         at = [self._place(grad) for grad in grads]
         with ordinary(StepContext(self._attached.device, grad=False)):
-            parts = [part for part in map(self._part, at) if part is not None]
+            parts = [part for index in at for part in self._parts(index)]
             if parts:
                 operator(parts)
         self._note(at, factor)
@@ -124,17 +123,19 @@ class ShardedGradients:
         """Copies of the averaged gradients, whole, on every rank. Collective."""
         attached, layout = self._attached, self._attached.known_layout
         flats = [torch.empty_like(flat) for flat in layout.full]
-        for flat, shard in zip(flats, layout.shard, strict=True):
-            begin, end = shard_range(flat.numel(), attached.world, attached.rank)
-            flat[begin:end] = shard
-            self._complete(flat, "the gradients")
+        for bucket, (flat, shard) in enumerate(zip(flats, layout.shard, strict=True)):
+            layout.unpack(bucket, attached.rank, shard, flat)
+            layout.gather(attached.gather_lane, bucket, flat, "the gradients")
         return {place.param: place.view(flats[place.bucket]).clone() for place in layout.places}
 
     def gather(self, mine: torch.Tensor, label: str) -> torch.Tensor:
-        """What each rank passed, a row for each rank. Collective."""
-        rows = mine.new_empty(self._attached.world, mine.numel())
-        rows[self._attached.rank] = mine
-        self._complete(rows.view(-1), label)
+        """What each rank passed, a row for each rank. Collective, in the all-gather lane, so that a missing peer is
+        named as everywhere."""
+        attached = self._attached
+        rows = mine.new_empty(attached.world, mine.numel())
+        rows[attached.rank] = mine
+        parts = [(rows.view(-1), rows[attached.rank])]
+        attached.gather_lane.submit(_C.Phase.all_gather, _C.Reduction.sum, parts, label).wait()
         return rows
 
     # --- inside ---
@@ -165,13 +166,10 @@ class ShardedGradients:
                 raise _grads.superseded(self._attached.names[place.param])
         return grad.place
 
-    def _part(self, index: int) -> torch.Tensor | None:
-        """This rank's part of the average; None where it has none."""
+    def _parts(self, index: int) -> list[torch.Tensor]:
+        """This rank's parts of the average."""
         layout = self._attached.known_layout
-        place = layout.places[index]
-        begin, end = shard_range(layout.full[place.bucket].numel(), self._attached.world, self._attached.rank)
-        start, stop = max(begin, place.start), min(end, place.stop)
-        return layout.shard[place.bucket][start - begin : stop - begin] if start < stop else None
+        return layout.parts(layout.places[index], self._attached.rank)
 
     def _note(self, at: Iterable[int], factor: Any) -> None:
         at = set(at)
@@ -188,19 +186,13 @@ class ShardedGradients:
         nothing = float("inf") if order < 0 else 0.0
         mine = torch.full((len(places),), nothing, dtype=torch.float64, device=self._attached.device)
         for index in range(len(places)):
-            part = self._part(index)
-            if part is not None:
-                wide = torch.float64 if part.dtype == torch.float64 else torch.float32
-                mine[index] = torch.linalg.vector_norm(part, order, dtype=wide)
+            parts = self._parts(index)
+            if parts:
+                wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+                each = [torch.linalg.vector_norm(part, order, dtype=wide) for part in parts]
+                mine[index] = sum(each) if order == 0 else torch.linalg.vector_norm(torch.stack(each), order)
         everyones = self.gather(mine, "the norms of the gradients")
         return everyones.sum(0) if order == 0 else torch.linalg.vector_norm(everyones, order, dim=0)
-
-    def _complete(self, flat: torch.Tensor, label: str) -> None:
-        """Gathers a flat tensor of which each rank has its shard, in the all-gather lane, so that a missing peer is
-        named as everywhere."""
-        lane = self._attached.gather_lane
-        begin, end = shard_range(flat.numel(), self._attached.world, self._attached.rank)
-        lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(flat, flat[begin:end])], label).wait()
 
 
 def _watching(held: weakref.ref[ShardedGradients]) -> Callable[[Any, Any, Any], None]:

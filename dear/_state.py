@@ -1,4 +1,5 @@
-"""Optimizer state between its two forms: sharded (flat segments) and full (by parameter, as torch saves it)."""
+"""Optimizer state between its two forms: in parts (by segment, on its owner) and full (by parameter, as torch saves
+it)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ import torch
 from dear import _C
 from dear._layout import Layout, Segment
 from dear._objects import all_gather_object
-from dear.collectives import shard_range
 
 FullState = dict[torch.Tensor, dict[str, Any]]  # keyed by parameter
 
@@ -18,8 +18,8 @@ FullState = dict[torch.Tensor, dict[str, Any]]  # keyed by parameter
 _SCALARS = {"step", "eta", "mu", "mu_product"}
 
 
-def _elementwise(key: str, value: Any, param: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and key not in _SCALARS and value.shape == param.shape
+def _elementwise(key: str, value: Any, owner: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and key not in _SCALARS and value.shape == owner.shape
 
 
 def kind(state: dict[str, Any]) -> Hashable:
@@ -40,14 +40,19 @@ def scatter(full: FullState, segments: list[Segment]) -> dict[torch.Tensor, dict
             if not _elementwise(key, value, segment.places[0].param):
                 state[key] = value.clone() if isinstance(value, torch.Tensor) else value
                 continue
-            runs = []
-            for place in segment.places:
-                flat = place.flatten(full[place.param][key])
-                start, stop = max(segment.start, place.start), min(segment.stop, place.stop)
-                runs.append(flat[start - place.start : stop - place.start])
-            state[key] = torch.cat(runs)
+            parts = [segment.part(place, full[place.param][key]) for place in segment.places]
+            state[key] = parts[0].clone() if segment.whole else torch.cat(parts)
         sharded[segment.tensor] = state
     return sharded
+
+
+def _fact(key: str, value: Any, owner: torch.Tensor) -> tuple[str, Any]:
+    """What the other ranks are told of a state: the values themselves travel flat if there is one for each element."""
+    if _elementwise(key, value, owner):
+        return "flat", value.dtype
+    if isinstance(value, torch.Tensor):
+        return ("same" if value.device.type == "cpu" else "beside"), value.cpu()
+    return "same", value
 
 
 def gather(
@@ -64,12 +69,7 @@ def gather(
         state = sharded.get(segment.tensor)
         if not state:
             continue
-        facts = {
-            key: ("flat", value.dtype)
-            if isinstance(value, torch.Tensor) and value.dim() == 1
-            else ("same", value.cpu() if isinstance(value, torch.Tensor) else value)
-            for key, value in state.items()
-        }
+        facts = {key: _fact(key, value, segment.tensor) for key, value in state.items()}
         for place in segment.places:
             mine[position[place.param]] = facts
     everyone = all_gather_object(lane, mine, "the optimizer's state", layout.full[0].device)
@@ -79,9 +79,10 @@ def gather(
     for index, facts in sorted(known.items()):
         # A copy for each: parameters of one segment must not share the tensor that counts their steps.
         full[layout.places[index].param] = {
-            key: value.clone() if isinstance(value, torch.Tensor) else value
+            key: value.to(where, copy=True) if isinstance(value, torch.Tensor) else value
             for key, (how, value) in facts.items()
-            if how == "same"
+            if how != "flat"
+            for where in (layout.full[0].device if how == "beside" else "cpu",)
         }
     for bucket, buffer in enumerate(layout.full):
         here = [place for place in layout.in_bucket(bucket) if position[place.param] in known]
@@ -95,13 +96,11 @@ def gather(
             flat = torch.zeros(buffer.numel(), dtype=dtype, device=buffer.device)
             for segment in segments:
                 part = sharded.get(segment.tensor, {}).get(key)
-                if segment.bucket == bucket and part is not None:
-                    flat[segment.start : segment.stop] = part
-            begin, end = shard_range(flat.numel(), lane.world, lane.rank)
-            parts = [(flat, flat[begin:end])]
-            lane.submit(_C.Phase.all_gather, _C.Reduction.sum, parts, f"optimizer state {key}").wait()
+                if segment.bucket == bucket and part is not None and _elementwise(key, part, segment.tensor):
+                    segment.view(flat).copy_(part)
+            layout.gather(lane, bucket, flat, f"optimizer state {key}")
             for place in here:
-                if key in known[position[place.param]]:
+                if known[position[place.param]].get(key, ("", None))[0] == "flat":
                     whole = torch.empty_strided(place.param.size(), place.stride, dtype=dtype, device=buffer.device)
                     full[place.param][key] = whole.copy_(place.view(flat))
     return full

@@ -16,14 +16,17 @@ copy of the model more.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
+from dear import _C
 from dear._attached import Attached
+from dear._fusion import default_group_bytes
 from dear._grads import Found, Grads
 from dear._layout import Layout
 from dear._placeholders import Placeholders
@@ -33,9 +36,19 @@ from dear._placeholders import Placeholders
 class Request:
     """What a strategy is asked to serve."""
 
-    optimizer: type
+    optimizers: tuple[Optimizer, ...]
     compresses: bool  # gradients are compressed
     shared: tuple[str, str] | None  # the names of two parameters that share memory
+
+    def refusal_of_aliases(self, update: str) -> str | None:
+        """Why a strategy that moves parameters apart cannot serve it, where two share memory."""
+        if self.shared is None:
+            return None
+        first, second = self.shared
+        return (
+            f'The parameters {first} and {second} share memory, and update="{update}" would part them: make them one '
+            'parameter, or use update="replicated".'
+        )
 
 
 class Update(ABC):
@@ -47,18 +60,34 @@ class Update(ABC):
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
         self.alias_waits = 0  # steps that finished at once, since somebody else holds memory of a parameter
-        self.updates_at_once = True  # until the optimizer has made its state: see Note [The first update]
+        # The optimizers that have not made their state yet, by number: see Note [The first update].
+        self.first_updates = set(range(len(attached.users)))
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
         """Why the strategy cannot serve the request, in a sentence with a remedy; None where it can."""
         return None
 
+    @classmethod
+    def suits(cls, request: Request) -> bool:
+        """Whether ``update="auto"`` may choose the strategy."""
+        return cls.refusal(request) is None
+
+    @classmethod
+    def usual_group_bytes(cls, request: Request, params: Sequence[torch.nn.Parameter], world: int, ratio: float) -> int:
+        """The size of a fusion group of these parameters' gradients, which shrink by ``ratio``, where the user names
+        none."""
+        return default_group_bytes(sum(param.nbytes for param in params), ratio)
+
     # --- the layout ---
 
+    def owners(self, layout: Layout) -> list[_C.Ownership]:
+        """Who owns what of each bucket of a layout whose fusion groups are known: equal chunks."""
+        return [_C.Ownership.even(flat.numel(), self.attached.world) for flat in layout.full]
+
     @abstractmethod
-    def shard_of(self, full: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Where the averaged gradients ``[begin, end)`` of a bucket go, whose flat buffer is ``full``."""
+    def shard_of(self, full: torch.Tensor, owners: _C.Ownership) -> torch.Tensor:
+        """Where this rank's chunk of the averaged gradients of a bucket goes, whose flat buffer is ``full``."""
 
     @abstractmethod
     def adopt(self, layout: Layout) -> Placeholders:
@@ -80,9 +109,9 @@ class Update(ABC):
     # --- the step ---
 
     @abstractmethod
-    def step(self, found: Found) -> None:
-        """One step of the optimizer, or its beginning, with the gradients ``found`` in ``.grad``. What it leaves for
-        later makes the parameters pending, and :meth:`finish` does it."""
+    def step(self, found: Found, optimizer: int) -> None:
+        """One step of one of ``attached.users``, or its beginning, with the gradients ``found`` in ``.grad``. What it
+        leaves for later makes the parameters pending, and :meth:`finish` does it."""
 
     def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:
         """For strategies that let the optimizer call the closure: whether that was done, and the step's result."""
@@ -90,7 +119,8 @@ class Update(ABC):
 
     @abstractmethod
     def finish(self, group: int) -> None:
-        """Does what :meth:`step` left to do for a fusion group, in whatever context; its parameters stand then."""
+        """Does what :meth:`step` left to do for one of the barrier's groups, in whatever context; its parameters stand
+        then."""
 
     # --- gradients ---
 
@@ -106,7 +136,7 @@ class Update(ABC):
 
     @contextmanager
     def full_state(self) -> Iterator[None]:
-        """``optimizer.state`` is the full state inside. Collective where it is held in parts."""
+        """``optimizer.state`` is the full state inside, of every optimizer. Collective where it is held in parts."""
         yield
 
     def show_full_state(self) -> None:  # noqa: B027 - not every strategy needs it
@@ -119,12 +149,16 @@ class Update(ABC):
     def check_export(self) -> None:  # noqa: B027 - not every strategy needs it
         """Raises RuntimeError where ``optimizer.state_dict()`` would give a part of the state only."""
 
-    def state_was_loaded(self) -> None:  # noqa: B027 - not every strategy needs it
-        """The optimizer has loaded, or was given, another full state."""
+    def state_was_loaded(self, optimizer: int) -> None:  # noqa: B027 - not every strategy needs it
+        """One of the optimizers has loaded, or was given, another full state."""
 
     @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of this rank's optimizer state."""
+
+    def stats(self) -> dict[str, Any]:
+        """What the strategy adds to :meth:`dear.Engine.stats`."""
+        return {}
 
     @abstractmethod
     def release(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ from dear import _C, _ddp
 from dear._agree import agree
 from dear._attached import Attached, weakly
 from dear._context import StepContext, ordinary
-from dear._fusion import MIB, check_cap, default_group_bytes
+from dear._fusion import MIB, check_cap
 from dear._look_again import overlapping
 from dear._optimizer import UserOptimizer, unwrapped
+from dear._owned import OwnedUpdate
 from dear._pending import Barrier
 from dear._replicas import check_interval
 from dear._replicated import ReplicatedUpdate
@@ -30,7 +31,7 @@ from dear.compression import Compressor, Site, Uncompressed, check_kind
 from dear.engine import Engine
 
 #: In the order in which ``update="auto"`` tries them.
-STRATEGIES: dict[str, type[Update]] = {kind.kind: kind for kind in (ShardedUpdate, ReplicatedUpdate)}
+STRATEGIES: dict[str, type[Update]] = {kind.kind: kind for kind in (ShardedUpdate, OwnedUpdate, ReplicatedUpdate)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class _Plan:
 
 def attach(
     model: DDP,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     compressor: Compressor | None = None,
     update: str = "auto",
@@ -62,17 +63,23 @@ def attach(
 
     Args:
         model: the DDP module as built, without a communication hook.
-        optimizer: any torch optimizer over its parameters, or a wrapper that holds one in ``.optimizer``.
+        optimizer: any torch optimizer over its parameters, or a wrapper that holds one in ``.optimizer``; or several,
+            such as Muon for matrices and AdamW for the rest, which step one after another, in the same order on every
+            rank, each its own parameters.
         compressor: shrinks what both halves send, such as ``compress.ACPSGD(rank=4)``; its second phase moves under
             the next forward pass, and the update is replicated. A gradient that is not finite shows at ``step()``.
         update: ``"sharded"``: each rank updates its shard of the parameters between the halves, and the updated
             parameters are gathered (optimizer state and work divided by the world size; for elementwise optimizers).
+            ``"owned"``: the same, but each parameter is one rank's, which updates it whole: for optimizers of matrices,
+            such as Muon and Adafactor, and others that declare themselves so (``dear_whole``, see "How it works").
             ``"replicated"``: averaged gradients are gathered and every rank updates everything, each layer when its
-            gradients have come. ``"auto"``: sharded where the optimizer is known to be elementwise, nothing is
-            compressed, and no two parameters share memory.
+            gradients have come. ``"auto"``: sharded where the optimizer is known to be elementwise, owned where it is
+            known to update whole parameters or declares it, replicated where a gradient is compressed or two parameters
+            share memory.
         bucket_cap_mb: size of a fusion group in MiB of gradients; ``"auto"`` takes a sixteenth of the model's, from 1
-            to 25, and more of what a compressor shrinks. Smaller groups overlap better, larger ones cost fewer
-            messages. Where DDP's own buckets are larger, DDP is made to bucket finer.
+            to 25, and more of what a compressor shrinks; with owned updates as much as balances the ranks. Smaller
+            groups overlap better, larger ones cost fewer messages. Where DDP's own buckets are larger, DDP is made to
+            bucket finer.
         overlap_forward: False waits for the all-gathers in ``step()``.
         process_group: must have the ranks of the module's own group, which is the default.
         algorithm: ``"ring"``, ``"native"`` or None to choose by backend; see :mod:`dear.collectives`.
@@ -91,23 +98,25 @@ def attach(
     sharded update: Rajbhandari et al., "ZeRO", 2020, stage 1.
     """
     _ddp.check_kind(model, "dear.attach()")
-    optimizer = unwrapped(optimizer)
     group = process_group if process_group is not None else model.process_group
     plans: list[_Plan] = []
+    optimizers = tuple(map(unwrapped, optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,)))
 
     def look() -> dict[str, Any]:
-        _ddp.check(model, optimizer, process_group)
+        if not optimizers:
+            raise ValueError("optimizer must be an optimizer or several, and an empty list was given.")
+        _ddp.check(model, optimizers, process_group)
         known: dict[str, Any] = {"the compressor": None}
         if compressor is not None:
             check_kind(compressor, "dear.attach()")
             known = compressor.check_new(model, "dear.attach()")
-        request = Request(type(optimizer), compressor is not None, overlapping(_ddp.parameter_names(model)))
+        request = Request(optimizers, compressor is not None, overlapping(_ddp.parameter_names(model)))
         strategy = choose_strategy(request, update)
         cap = bucket_cap_mb
         params = _ddp.reduced_parameters(model)
         if cap == "auto":
             ratio = 1.0 if compressor is None else compressor.usual_ratio
-            cap = default_group_bytes(sum(param.nbytes for param in params), ratio) / MIB
+            cap = strategy.usual_group_bytes(request, params, group.size(), ratio) / MIB
         check_cap(cap)
         check_interval(check_replicas)
         device = params[0].device
@@ -116,7 +125,7 @@ def attach(
         known |= dataclasses.asdict(plan) | {"update": strategy.kind}
         del known["strategy"], known["device"]
         return known | {
-            "optimizer": type(optimizer).__name__,
+            "optimizer": ", ".join(type(each).__name__ for each in optimizers),
             "overlap_forward": overlap_forward,
             "check_replicas": check_replicas,
         }
@@ -125,7 +134,7 @@ def attach(
     with ordinary(StepContext(plans[0].device, grad=False)):
         if not plans[0].strategy.gathers_gradients:  # it hands each rank's part of the parameters to all
             _check_equal(model)
-        return _assemble(model, optimizer, group, compressor, plans[0], overlap_forward, check_replicas)
+        return _assemble(model, optimizers, group, compressor, plans[0], overlap_forward, check_replicas)
 
 
 def _check_equal(model: DDP) -> None:
@@ -150,7 +159,8 @@ def choose_strategy(request: Request, update: str) -> type[Update]:
         ValueError: an unknown name, or a strategy that cannot serve it.
     """
     if update == "auto":
-        return next(kind for kind in STRATEGIES.values() if kind.refusal(request) is None)
+        found = next((kind for kind in STRATEGIES.values() if kind.suits(request)), None)
+        update = found.kind if found is not None else ReplicatedUpdate.kind
     if update not in STRATEGIES:
         names = ", ".join(f'"{name}"' for name in STRATEGIES)
         raise ValueError(f'update must be "auto" or one of {names}, not {update!r}.')
@@ -162,7 +172,7 @@ def choose_strategy(request: Request, update: str) -> type[Update]:
 
 def _assemble(
     model: DDP,
-    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
     group: dist.ProcessGroup,
     compressor: Compressor | None,
     plan: _Plan,
@@ -177,7 +187,7 @@ def _assemble(
     finish: list[Callable[[int], None]] = []  # the strategy's, once there is one
     attached = Attached(
         model=model,
-        user=UserOptimizer(optimizer),
+        users=[UserOptimizer(optimizer) for optimizer in optimizers],
         group=group,
         device=plan.device,
         params=_ddp.reduced_parameters(model),
@@ -191,7 +201,7 @@ def _assemble(
         lanes = [reduce_lane, gather_lane]
         wait = weakly(attached, Attached.synchronize)
         attached.compression = compressor.bind_to_schedule(
-            Site(model, optimizer, plan.device, lanes, plan.algorithm, scheduler, wait)
+            Site(model, optimizers[0], plan.device, lanes, plan.algorithm, scheduler, wait)
         )
     update = plan.strategy(attached)
     finish.append(update.finish)

@@ -36,16 +36,18 @@ class Engine:
         self._detached = False
         self._hooks = Hooks(attached.model)
         self._hooks.install(
-            attached.user.optimizer,
+            [user.optimizer for user in attached.users],
             before_forward=schedule.before_forward,
             after_forward=schedule.after_forward,
             before_export=self._before_export,
             before_load=self.synchronize,
             after_load=update.state_was_loaded,
         )
-        attached.user.take_over(self._step)
+        self._steppers = [_Stepper(self, number) for number in range(len(attached.users))]
+        for user, stepper in zip(attached.users, self._steppers, strict=True):
+            user.take_over(stepper.step)
+            setattr(user.optimizer, _ddp.ENGINE, self)
         setattr(attached.model, _ddp.ENGINE, self)
-        setattr(attached.user.optimizer, _ddp.ENGINE, self)
         self._at_exit = functools.partial(_finish_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
 
@@ -53,7 +55,7 @@ class Engine:
 
     @property
     def update(self) -> str:
-        """``"sharded"`` or ``"replicated"``."""
+        """``"sharded"``, ``"owned"`` or ``"replicated"``."""
         return self._update.kind
 
     @property
@@ -90,42 +92,45 @@ class Engine:
 
     # --- the step ---
 
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
-        """What ``optimizer.step`` does."""
-        return self._attached.user.with_hooks(self._step_between_hooks, closure, self.synchronize)
+    def _step(self, number: int, closure: Callable[[], Any] | None) -> Any:
+        """What ``optimizer.step`` of one of the optimizers does."""
+        step = functools.partial(self._step_between_hooks, number)
+        return self._attached.users[number].with_hooks(step, closure, self.synchronize)
 
-    def _step_between_hooks(self, closure: Callable[[], Any] | None) -> Any:
+    def _step_between_hooks(self, number: int, closure: Callable[[], Any] | None) -> Any:
         self._schedule.look_again()
         called, loss = self._update.step_with_closure(closure)
         if not called:
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            if not self._step_with_gradients():
+            if not self._step_with_gradients(number):
                 return loss
+        if number > 0:  # the first one counts
+            return loss
         self._steps += 1
         self._last_waits = self._attached.scheduler.take_wait_times()
         if self._check_replicas and self._steps % self._check_replicas == 0:
             check_replicas(self._attached, self._steps)
         return loss
 
-    def _step_with_gradients(self) -> bool:
-        """One step with what stands in ``.grad``; False where nothing does, and so nothing is to be done."""
+    def _step_with_gradients(self, number: int) -> bool:
+        """One step of an optimizer with what stands in ``.grad``; False where nothing does: nothing is to be done."""
         attached, scheduler = self._attached, self._attached.scheduler
         if attached.layout is None:
-            found = _grads.look_without_layout(attached.user.params)
+            found = _grads.look_without_layout(attached.users[number].params)
         else:
             if scheduler.has_gradients():
                 attached.compression.validate()  # which may take the gradients away
-            found = attached.look_at_grads()
+            found = attached.look_at_grads(number)
         if found.nothing:  # zero_grad() came first: there is nothing to do, as in plain torch
             if scheduler.has_gradients():
                 scheduler.synchronize()
                 self._schedule.unclaimed()
                 scheduler.gradients_used()
             return False
-        attached.check_reduced()
-        self._update.step(found)
+        attached.check_reduced(number)
+        self._update.step(found, number)
         scheduler.gradients_used()
         if not self._overlap:
             self.synchronize()
@@ -169,12 +174,13 @@ class Engine:
             self._update.hide_full_state()
 
     def state_dict(self, optimizer: bool = True) -> dict[str, Any]:
-        """The optimizer's full state, as ``optimizer.state_dict()`` of plain DDP would give it, under ``"optimizer"``.
+        """The optimizer's full state, as ``optimizer.state_dict()`` of plain DDP would give it, under ``"optimizer"``;
+        a list of them where ``attach`` was given several optimizers.
 
         Under ``"bucket_order"`` stand the names of the parameters in the order of the buckets, by which a run that goes
         on with this state sums as this one does. With a compressor, all ranks' states of it stand under
         ``"compressor"``. With it, or with
-        ``update="sharded"``, every rank must call this; each gets all of it.
+        ``update="sharded"`` or ``"owned"``, every rank must call this; each gets all of it.
 
         optimizer: False leaves the optimizer's state out, where a framework saves it by itself.
         """
@@ -185,7 +191,8 @@ class Engine:
         if not optimizer:
             return state
         with self._update.full_state():
-            state["optimizer"] = self._attached.user.optimizer.state_dict()
+            states = [user.optimizer.state_dict() for user in self._attached.users]
+        state["optimizer"] = states[0] if len(states) == 1 else states
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -194,14 +201,23 @@ class Engine:
 
         Raises:
             KeyError: it is not such a dict.
-            ValueError: the compressor's state in it is of another kind, or of another model.
+            ValueError: the compressor's state in it is of another kind, or of another model; or it is of another number
+                of optimizers.
         """
         if "optimizer" not in state_dict and "bucket_order" not in state_dict:
             raise KeyError('An engine\'s state has the key "optimizer": pass what engine.state_dict() returned.')
         if self.compressor is not None and "compressor" in state_dict:
             self.compressor.load_state_dict(state_dict["compressor"])
         if "optimizer" in state_dict:
-            self._attached.user.optimizer.load_state_dict(state_dict["optimizer"])
+            users, states = self._attached.users, state_dict["optimizer"]
+            states = [states] if isinstance(states, dict) else list(states)
+            if len(states) != len(users):
+                raise ValueError(
+                    f"The state is of {len(states)} optimizers and the engine has {len(users)}: attach to as many, in "
+                    "the same order."
+                )
+            for user, state in zip(users, states, strict=True):
+                user.optimizer.load_state_dict(state)
         self._schedule.bucket_order.load(list(state_dict.get("bucket_order", [])))
 
     def _before_export(self) -> None:
@@ -215,7 +231,8 @@ class Engine:
         waited for communication (``exposed_ms``, and by phase; with NCCL none, since streams wait in its place); the
         fusion groups; ``alias_waits``, the steps that waited for everything, because something else held the memory of
         a parameter (a kept ``state_dict()``, ``p.detach()``, a view) or, with replicated updates, of the optimizer's
-        state; for host tensors, what a compressor computed in the step before (``encode_ms``, ``merge_ms``,
+        state; with ``update="owned"`` what the dearest rank's updates cost over the mean (``update_balance``, 1.0 at
+        best); for host tensors, what a compressor computed in the step before (``encode_ms``, ``merge_ms``,
         ``decode_ms``)."""
         reduce_ns, gather_ns = self._last_waits
         return {
@@ -228,6 +245,7 @@ class Engine:
             "alias_waits": self._update.alias_waits,
             "update": self.update,
             "optimizer_state_bytes": self._update.state_bytes(),
+            **self._update.stats(),
             **self._attached.compression.stats_of_last_step(),
         }
 
@@ -292,9 +310,23 @@ class Engine:
         self._hooks.remove()
         self._schedule.release()
         self._attached.compression.release()
-        self._attached.user.release()
-        for owner in (self._attached.model, self._attached.user.optimizer):
+        for user in self._attached.users:
+            user.release()
+        for owner in (self._attached.model, *(user.optimizer for user in self._attached.users)):
             delattr(owner, _ddp.ENGINE)
+
+
+class _Stepper:
+    """What an optimizer's ``step`` calls. The engine holds it, and not the other way."""
+
+    def __init__(self, engine: Engine, number: int) -> None:
+        self._engine, self._number = weakref.ref(engine), number
+
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """One step of the optimizer."""
+        engine = self._engine()
+        assert engine is not None
+        return engine._step(self._number, closure)
 
 
 def _finish_at_exit(engine: weakref.ref[Engine]) -> None:

@@ -43,7 +43,7 @@ def step_ahead(rank, model, optimizer, engine, step, tag):
     if rank == 1 and engine.update == "replicated":
         hold(tag)
     loss.backward()
-    if rank == 1 and engine.update == "sharded":
+    if rank == 1 and engine.update != "replicated":
         hold(tag)
     optimizer.step()
     optimizer.zero_grad()
@@ -54,18 +54,18 @@ def hold_updates(engine, groups, tag):
     update = engine._update
     step, run = update.step, update._run
 
-    def run_held(indices, name):
+    def run_held(optimizer, indices, name):
         if groups & set(indices):
             del update._run
             hold(tag)
-        run(indices, name)
+        run(optimizer, indices, name)
 
-    def step_held(found):
+    def step_held(found, optimizer):
         del update.step
         # Or groups would be updated as they come, and not in the order of gathering.
         engine._attached.scheduler.synchronize()
         update._run = run_held
-        step(found)
+        step(found, optimizer)
 
     update.step = step_held
 

@@ -32,7 +32,7 @@ def all_models(rank, world, update, view, exact):
 
 
 @pytest.mark.parametrize("view", [False, True])
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
+@pytest.mark.parametrize("update", ["sharded", "owned", "replicated"])
 def test_models_bit_for_bit(pool2, update, view):
     pool2.run(all_models, update, view, True)
 
@@ -85,7 +85,7 @@ def optimizers(rank, world, update):
     training.compare(rank, world, "Mlp", (optim.Adafactor, {"lr": 0.01}), attach={**SMALL, "update": "auto"})
 
 
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
+@pytest.mark.parametrize("update", ["sharded", "owned", "replicated"])
 def test_every_optimizer(pool2, update):
     pool2.run(optimizers, update)
 
@@ -156,7 +156,7 @@ def schedule_and_groups(rank, world, update):
         assert torch.equal(want[name], have[name]), name
 
 
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
+@pytest.mark.parametrize("update", ["sharded", "owned", "replicated"])
 def test_groups_and_schedules_bit_for_bit(pool2, update):
     pool2.run(schedule_and_groups, update)
 
@@ -236,7 +236,7 @@ def loops(rank, world, update, view):
 
 
 @pytest.mark.parametrize("view", [False, True])
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
+@pytest.mark.parametrize("update", ["sharded", "owned", "replicated"])
 def test_training_loops(pool2, update, view):
     pool2.run(loops, update, view)
 

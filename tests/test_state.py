@@ -139,7 +139,7 @@ def resume_from_others(rank, world, update, path):
     plain, plain_opt = training.build("Mlp", ADAM, {})
     plain.module.load_state_dict(state["model"])
     plain_opt.load_state_dict(state["engine"]["optimizer"])
-    model, opt, engine = fresh(update=update)
+    model, opt, engine = fresh(ADAM, update=update)
     model.module.load_state_dict(state["model"])
     engine.load_state_dict(torch.load(path)["engine"])  # torch's load_state_dict keeps the tensors it is given
     for number in range(4, 8):

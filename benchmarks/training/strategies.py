@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import spelling
 from ..spelling import CompressorName
-from .trainer import InStep, OptimizerFactory, Trainer
+from .trainer import InStep, OptimizerFactory, Trainer, listed
 from .workloads import repeated_blocks
 
 ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in one bucket
 FORMS = (
-    "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, dear[:sharded|replicated|auto[:MIB]], "
+    "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, dear[:sharded|owned|replicated|auto[:MIB]], "
     f"COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one of: {spelling.FORMS}"
 )
 
@@ -42,7 +42,7 @@ def _read(kind: Callable[[str], Any], accepts: Callable[[Any], bool]) -> Callabl
 
 SIZE: Option = ("bucket_cap_mb", _read(float, lambda mib: 0 < mib < float("inf")))
 RANK: Option = ("rank", _read(int, lambda rank: 1 <= rank <= 256))
-UPDATE: Option = ("update", _read(str, ("sharded", "replicated", "auto").__contains__))
+UPDATE: Option = ("update", _read(str, ("sharded", "owned", "replicated", "auto").__contains__))
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Dear(DDP):
 
         model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
         own = optimizer(model)
-        return Trainer(model, own, dear.attach(model, own, update=self.update, **self.size()))
+        return Trainer(model, own, dear.attach(model, listed(own), update=self.update, **self.size()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ class DearCompressed(Compressed):
 
         model, compressor = self.wrap(net, group), self.compressor.make()
         own = optimizer(model)
-        return Trainer(model, own, dear.attach(model, own, compressor=compressor, **self.size()), compressor)
+        return Trainer(model, own, dear.attach(model, listed(own), compressor=compressor, **self.size()), compressor)
 
 
 # By the first word of a name. Compressors, which have a word each, are in spelling.py.

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .gpt import language_loss
+from .muon import Together, muon_and_adamw
 
-OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+Optimizers = torch.optim.Optimizer | Together
+OptimizerFactory = Callable[[nn.Module], Optimizers]
+
+
+def listed(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
+    """The optimizers themselves, one or several."""
+    return optimizers.optimizers if isinstance(optimizers, Together) else [optimizers]
 
 
 @dataclass
@@ -19,7 +26,7 @@ class Trainer:
     """A strategy built on this rank, ready to step."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     engine: Any = None  # dear's Engine, where the strategy has one
     compressor: Any = None  # a compress.Compressor, where the strategy has one
     loss: Callable[[Any, Tensor], Tensor] = language_loss  # of the model's output and the targets
@@ -92,11 +99,16 @@ def _local_bytes(value: Any) -> int:
     return local.numel() * local.element_size()
 
 
-# By name: the class, the learning rate and the options.
-OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float, dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, 0.02, {}),
-    "momentum": (torch.optim.SGD, 0.05, {"momentum": 0.9}),
-    "adamw": (torch.optim.AdamW, 5e-4, {}),
+def _of_all(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[..., Optimizers]:
+    return lambda model, lr: kind(model.parameters(), lr=lr, **options)
+
+
+# By name: what makes it, of a model and a learning rate, and the rate.
+OPTIMIZERS: dict[str, tuple[Callable[..., Optimizers], float]] = {
+    "sgd": (_of_all(torch.optim.SGD), 0.02),
+    "momentum": (_of_all(torch.optim.SGD, momentum=0.9), 0.05),
+    "adamw": (_of_all(torch.optim.AdamW), 5e-4),
+    "muon": (muon_and_adamw, 0.02),
 }
 
 
@@ -105,6 +117,6 @@ def optimizer_factory(name: str, learning_rate: float | None = None) -> Optimize
 
     `name` is one of OPTIMIZERS; a learning rate of None takes the default there.
     """
-    kind, default, options = OPTIMIZERS[name]
+    make, default = OPTIMIZERS[name]
     chosen = default if learning_rate is None else learning_rate
-    return lambda model: kind(model.parameters(), lr=chosen, **options)
+    return lambda model: make(model, chosen)

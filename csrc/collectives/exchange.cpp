@@ -31,6 +31,12 @@ int64_t now_ns() {
       .count();
 }
 
+bool is_uneven(const Part& part) { return part.owners && !part.owners->is_even(); }
+
+std::shared_ptr<const Ownership> owners_of(const Part& part, int world) {
+  return part.owners ? part.owners : Ownership::even(part.full.numel(), world);
+}
+
 void check_all_to_all(const Part& part, int world) {
   TORCH_CHECK(part.full.numel() % world == 0 && part.shard.numel() == part.full.numel(),
               "An all-to-all sends each rank a chunk of the same size.");
@@ -47,6 +53,8 @@ Exchange::Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, st
                 "torch.view_as_real(tensor).view(-1).");
     TORCH_CHECK(part.full.layout() == at::kStrided,
                 "A collective over sparse tensors is not supported: pass tensor.to_dense().view(-1).");
+    TORCH_CHECK(!part.owners || part.owners->numel() == part.full.numel(), "The owners of a buffer of ",
+                part.full.numel(), " elements must be told of as many.");
     if (phase_ != Phase::kAllGather) {
       TORCH_CHECK(part.shard.dim() == 1 && part.shard.is_contiguous() &&
                       part.shard.scalar_type() == part.full.scalar_type() &&
@@ -109,6 +117,11 @@ uint32_t Exchange::signature() const {
   for (const Part& part : parts_) {
     hash = mix(mix(hash, static_cast<uint64_t>(part.full.numel())),
                static_cast<uint64_t>(part.full.scalar_type()));
+    for (int rank = 0; is_uneven(part) && rank < part.owners->world(); ++rank) {
+      hash = mix(hash, static_cast<uint64_t>(part.owners->size(rank)));
+      for (const Range& range : part.owners->ranges(rank))
+        hash = mix(hash, static_cast<uint64_t>(range.begin));
+    }
   }
   return hash;
 }

@@ -14,7 +14,7 @@
 
 #include "collectives/failure.h"
 #include "collectives/fork.h"
-#include "collectives/shard.h"
+#include "collectives/ownership.h"
 
 namespace dear {
 
@@ -28,12 +28,19 @@ int64_t now_ns();
 
 // One buffer of an exchange. `full` has every rank's chunk, `shard` is this rank's; both are flat and
 // contiguous. A reduce-scatter reads `full` and writes `shard`; an all-gather writes `full`, where this
-// rank's chunk must already stand (`shard` is then unused). `shard` may alias this rank's chunk of `full`.
+// rank's chunk must already stand (`shard` is then unused). `shard` may alias this rank's chunk of `full`,
+// where that is one range. Chunks are those of `owners`, or equal ones where there is none.
 // An all-to-all sends chunk r of `full` to rank r, and `shard`, as long as `full`, gets what came from each.
 struct Part {
   at::Tensor full;
   at::Tensor shard;
+  std::shared_ptr<const Ownership> owners = nullptr;
 };
+
+// Whether the part's chunks are others than equal ones.
+bool is_uneven(const Part& part);
+// Who owns what of the part among `world` ranks.
+std::shared_ptr<const Ownership> owners_of(const Part& part, int world);
 
 // Throws one sentence when the part's lengths are not those of an all-to-all among `world` ranks.
 void check_all_to_all(const Part& part, int world);
@@ -78,7 +85,10 @@ class Exchange {
   }
 
   int64_t bytes() const;
-  // What ranks compare to see that they are in the same exchange: of phase, reduction, lengths and types.
+  // What one of `world` ranks sends.
+  virtual int64_t bytes_sent(int world) const { return bytes() * (world - 1) / world; }
+  // What ranks compare to see that they are in the same exchange: of phase, reduction, lengths,
+  // types and owners.
   uint32_t signature() const;
   int64_t start_ns() const { return start_ns_; }
   int64_t end_ns() const { return end_ns_; }

@@ -7,12 +7,15 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <type_traits>
 #include <utility>
 
 #include "collectives/accumulate.h"
 #include "collectives/backend_wait.h"
+#include "collectives/shard.h"
+#include "collectives/staging.h"
 
 namespace dear {
 namespace {
@@ -81,6 +84,7 @@ class NativeExchange : public Exchange {
 
   void issue(c10d::ProcessGroup& group) {
     start_ns_ = now_ns();
+    pack();
     Tensors out;
     Tensors in;
     for (size_t i = 0; i < parts_.size(); ++i) {
@@ -135,6 +139,7 @@ class NativeExchange : public Exchange {
         for (const auto& work : works_) work->wait();
       }
       for (size_t i = 0; i < parts_.size() && !built_; ++i) settle(parts_[i], buffers_[i]);
+      if (!built_) unpack();
       note_settled();
     } catch (const std::exception& error) {
       forget();
@@ -157,6 +162,11 @@ class NativeExchange : public Exchange {
     }
     return true;
   }
+
+ protected:
+  // Before the backend is called, and when its result stands.
+  virtual void pack() {}
+  virtual void unpack() {}
 
  private:
   struct Buffers {
@@ -273,12 +283,33 @@ class NativeExchange : public Exchange {
   std::optional<BackendWait> backend_;  // of host tensors, once somebody has waited or asked
 };
 
+// Of buffers whose chunks are not equal. See Note [Staging].
+class StagedExchange : public NativeExchange {
+ public:
+  StagedExchange(Phase phase, Reduction reduction, Staging staging, std::string label, int rank, int world)
+      : NativeExchange(phase, reduction, staging.parts(), std::move(label), rank, world),
+        staging_(std::move(staging)) {}
+
+ protected:
+  void pack() override { staging_.pack(); }
+  void unpack() override { staging_.unpack(); }
+
+ private:
+  Staging staging_;
+};
+
 }  // namespace
 
 NativeLane::NativeLane(c10::intrusive_ptr<c10d::ProcessGroup> group) : group_(std::move(group)) {}
 
 std::shared_ptr<Exchange> NativeLane::make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,
                                                     std::string label) {
+  if (std::any_of(parts.begin(), parts.end(), is_uneven)) {
+    Staging staging(std::move(parts), phase, rank(), world(), std::numeric_limits<int64_t>::max(),
+                    /*pad=*/true);
+    return std::make_shared<StagedExchange>(phase, reduction, std::move(staging), std::move(label), rank(),
+                                            world());
+  }
   return std::make_shared<NativeExchange>(phase, reduction, std::move(parts), std::move(label), rank(),
                                           world());
 }

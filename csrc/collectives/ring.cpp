@@ -4,21 +4,41 @@
 
 #include "collectives/accumulate.h"
 #include "collectives/ring_plan.h"
+#include "collectives/staging.h"
 
 namespace dear {
 namespace {
 
+constexpr int64_t kShortRange = 16 << 10;  // bytes; see Note [Staging]
+
 class RingExchange : public Exchange {
  public:
-  RingExchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label, int rank,
-               int world)
-      : Exchange(phase, reduction, std::move(parts), std::move(label)),
+  RingExchange(Phase phase, Reduction reduction, Staging staging, std::string label, int rank, int world)
+      : Exchange(phase, reduction, staging.parts(), std::move(label)),
+        staging_(std::move(staging)),
         plan_(make_ring_plan(*this, rank, world)) {}
   const RingPlan& plan() const { return plan_; }
+  Staging& staging() { return staging_; }
+  int64_t bytes_sent(int world) const override {
+    int64_t total = 0;
+    for (const Piece& piece : plan_.outbound) total += piece.bytes;
+    return total;
+  }
 
  private:
+  Staging staging_;
   RingPlan plan_;
 };
+
+// A world of one: the reduce-scatter's result is what it reads.
+void copy_chunk(const Part& part) {
+  const auto owners = owners_of(part, 1);
+  for (const Range& range : owners->ranges(0)) {
+    const at::Tensor from = part.full.narrow(0, range.begin, range.size());
+    at::Tensor to = part.shard.narrow(0, range.at, range.size());
+    if (to.data_ptr() != from.data_ptr()) to.copy_(from);
+  }
+}
 
 }  // namespace
 
@@ -39,19 +59,23 @@ std::shared_ptr<Exchange> RingLane::make_exchange(Phase phase, Reduction reducti
                 " was given: use the native collectives of that device's backend.");
     if (phase == Phase::kReduceScatter) check_summable(part.full.scalar_type());
   }
-  return std::make_shared<RingExchange>(phase, reduction, std::move(parts), std::move(label), rank_, world_);
+  Staging staging(std::move(parts), phase, rank_, world_, kShortRange, /*pad=*/false);
+  return std::make_shared<RingExchange>(phase, reduction, std::move(staging), std::move(label), rank_,
+                                        world_);
 }
 
 void RingLane::transfer(Exchange& exchange, const TransferContext& context) {
-  const auto& plan = static_cast<const RingExchange&>(exchange).plan();
+  auto& moved = static_cast<RingExchange&>(exchange);
+  const RingPlan& plan = moved.plan();
+  moved.staging().pack();
   if (world_ == 1) {
     for (const Part& part : exchange.parts()) {
-      if (exchange.phase() == Phase::kReduceScatter && part.shard.data_ptr() != part.full.data_ptr())
-        part.shard.copy_(part.full);
+      if (exchange.phase() == Phase::kReduceScatter) copy_chunk(part);
     }
   } else if (!plan.inbound.empty() || !plan.outbound.empty()) {
     run_ring_transfer(exchange, plan, *links_, scratch_, context);
   }
+  moved.staging().unpack();
 }
 
 void RingLane::tell(FrameType type, const Failure& failure) {

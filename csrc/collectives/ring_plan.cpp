@@ -17,21 +17,27 @@ std::vector<Piece> cut_chunk(const Exchange& exchange, int chunk, int rank, int 
   std::vector<Piece> pieces;
   int64_t chunk_bytes = 0;
   for (const Part& part : exchange.parts()) {
-    chunk_bytes += Shards{part.full.numel(), world}.size(chunk) * part.full.element_size();
+    chunk_bytes += owners_of(part, world)->size(chunk) * part.full.element_size();
   }
   const int64_t piece_bytes = std::clamp(chunk_bytes / kPiecesPerChunk, kSmallestPiece, kLargestPiece);
   const bool gather = exchange.phase() == Phase::kAllGather;
   for (const Part& part : exchange.parts()) {
-    const Shards shards{part.full.numel(), world};
+    const auto owners = owners_of(part, world);
     const int64_t size = part.full.element_size();
     const int64_t step = std::max<int64_t>(1, piece_bytes / size);
     auto* full = static_cast<char*>(part.full.data_ptr());
     char* shard = gather ? nullptr : static_cast<char*>(part.shard.data_ptr());
-    for (int64_t at = shards.begin(chunk); at < shards.end(chunk); at += step) {
-      const int64_t count = std::min(step, shards.end(chunk) - at);
-      char* out =
-          gather ? full + at * size : (chunk == rank ? shard + (at - shards.begin(rank)) * size : nullptr);
-      pieces.push_back({full + at * size, out, count, count * size, part.full.scalar_type()});
+    for (const Range& range : owners->ranges(chunk)) {
+      for (int64_t at = range.begin; at < range.end; at += step) {
+        const int64_t count = std::min(step, range.end - at);
+        char* out = nullptr;
+        if (gather) {
+          out = full + at * size;
+        } else if (chunk == rank) {
+          out = shard + (range.at + at - range.begin) * size;
+        }
+        pieces.push_back({full + at * size, out, count, count * size, part.full.scalar_type()});
+      }
     }
   }
   return pieces;

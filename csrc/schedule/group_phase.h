@@ -23,13 +23,14 @@ class DensePhase : public GroupPhase {
  public:
   DensePhase(std::shared_ptr<Lane> lane, std::shared_ptr<Exchange> exchange)
       : lane_(std::move(lane)), exchange_(std::move(exchange)) {}
+  Exchange& exchange() { return *exchange_; }
   void start() override { lane_->submit(exchange_); }
   void wait() override { exchange_->wait(); }
   bool done() override { return exchange_->done(); }
   Phase phase() const override { return exchange_->phase(); }
   int64_t start_ns() const override { return exchange_->start_ns(); }
   int64_t end_ns() const override { return exchange_->end_ns(); }
-  int64_t bytes_sent() const override { return exchange_->bytes() * (lane_->world() - 1) / lane_->world(); }
+  int64_t bytes_sent() const override { return exchange_->bytes_sent(lane_->world()); }
 
  private:
   const std::shared_ptr<Lane> lane_;

@@ -140,24 +140,43 @@ void Scheduler::forget_layout() {
 
 void Scheduler::make_dense(Group& group) {
   std::vector<Part> to_reduce;
-  std::vector<Part> to_gather;
-  for (size_t i = group.first; i < group.last; ++i) {
-    to_reduce.push_back({buckets_[i].buffer.view(-1), buffers_[i].shard});
-    to_gather.push_back({buffers_[i].full, buffers_[i].shard});
-  }
+  for (size_t i = group.first; i < group.last; ++i)
+    to_reduce.push_back({buckets_[i].buffer.view(-1), buffers_[i].shard, buffers_[i].owners});
   const std::string label = group_label(groups_.size());
   const auto reduce =
       reduce_lane_->make_exchange(Phase::kReduceScatter, Reduction::kAverage, std::move(to_reduce), label);
-  const auto gather =
-      gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum, std::move(to_gather), label);
-  if (gather_gradients_) {
-    gather->defer([reduce]() -> std::shared_ptr<Exchange> {
+  group.reduce = std::make_unique<DensePhase>(reduce_lane_, reduce);
+  const size_t portions = std::max<size_t>(1, buffers_[group.first].portions.size());
+  for (size_t portion = 0; portion < portions; ++portion)
+    group.gathers.push_back(make_gather(group, portion, label));
+  if (!gather_gradients_) return;
+  for (const Gather& gather : group.gathers) {
+    static_cast<DensePhase&>(*gather.phase).exchange().defer([reduce]() -> std::shared_ptr<Exchange> {
       reduce->wait();
       return nullptr;
     });
   }
-  group.reduce = std::make_unique<DensePhase>(reduce_lane_, reduce);
-  group.gather = std::make_unique<DensePhase>(gather_lane_, gather);
+}
+
+Scheduler::Gather Scheduler::make_gather(const Group& group, size_t portion, const std::string& label) {
+  Gather gather;
+  std::vector<Part> parts;
+  for (size_t i = group.first; i < group.last; ++i) {
+    const auto& portions = buffers_[i].portions;
+    const bool whole = portions.empty();
+    const auto& owners = whole ? buffers_[i].owners : portions.at(portion);
+    if (!whole && owners->owned() == 0) continue;
+    parts.push_back({buffers_[i].full, buffers_[i].shard, owners});
+    const Bucket& bucket = buckets_[i];
+    for (size_t j = 0; j < bucket.params.size(); ++j) {
+      const int64_t start = bucket.grads[j].storage_offset() - bucket.buffer.storage_offset();
+      if (whole || owners->owns(start)) gather.params.push_back(bucket.params[j]);
+    }
+  }
+  if (parts.empty()) return gather;
+  gather.phase = std::make_unique<DensePhase>(
+      gather_lane_, gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum, std::move(parts), label));
+  return gather;
 }
 
 void Scheduler::make_compressed(Group& group) {
@@ -166,7 +185,8 @@ void Scheduler::make_compressed(Group& group) {
     exchanges.insert(exchanges.end(), exchanges_.at(i).begin(), exchanges_.at(i).end());
   }
   group.reduce = std::make_unique<FirstPhase>(exchanges);
-  group.gather = std::make_unique<SecondPhase>(exchanges);
+  group.gathers.emplace_back();
+  group.gathers.back().phase = std::make_unique<SecondPhase>(exchanges);
   group.exchanges = std::move(exchanges);
 }
 
@@ -218,16 +238,17 @@ void Scheduler::submit_reduce(size_t index) {
 
 void Scheduler::submit_gathers_in_order() {
   if (pipeline_) submit_dropped();
-  for (const size_t group : gather_order_) submit_gather(group);
+  for (const size_t group : gather_order_) submit_gather(group, 0);
 }
 
-void Scheduler::submit_gather(size_t index) {
-  Group& group = groups_.at(index);
-  if (group.gathering) wait_gathered(index);
-  group.gathering = true;
+void Scheduler::submit_gather(size_t index, size_t portion) {
+  Gather& gather = groups_.at(index).gathers.at(portion);
+  if (!gather.phase) return;
+  if (gather.moving) wait_gathered(index, portion);
+  gather.moving = true;
   ++gathering_;
-  bytes_sent_ += group.gather->bytes_sent();
-  group.gather->start();
+  bytes_sent_ += gather.phase->bytes_sent();
+  gather.phase->start();
 }
 
 template <typename Wait>
@@ -270,24 +291,26 @@ void Scheduler::check_untouched() const {
   }
 }
 
-void Scheduler::wait_gathered(size_t index) {
+void Scheduler::wait_gathered(size_t index, size_t portion) {
   if (groups_.empty()) return;  // the layout was forgotten, after everything had ended
-  Group& group = groups_.at(index);
-  if (!group.gathering) return;
+  Gather& gather = groups_.at(index).gathers.at(portion);
+  if (!gather.moving) return;
   if (gather_gradients_) wait_reduced(index);
-  timed_wait(*group.gather, index, &waits_.all_gather_ns, [&] { group.gather->wait(); });
-  group.gathering = false;
+  timed_wait(*gather.phase, index, &waits_.all_gather_ns, [&] { gather.phase->wait(); });
+  gather.moving = false;
   --gathering_;
   if (gather_gradients_) return;
   // Parameters changed under autograd's eyes: whoever saved one of them too early is told so in backward().
-  for (size_t i = group.first; i < group.last; ++i) {
-    for (const at::Tensor& param : buckets_[i].params) param.unsafeGetTensorImpl()->bump_version();
-  }
+  for (const at::Tensor& param : gather.params) param.unsafeGetTensorImpl()->bump_version();
 }
 
 void Scheduler::synchronize() {
   for (size_t group = 0; group < groups_.size(); ++group) wait_reduced(group);
-  for (const size_t group : gather_order_) wait_gathered(group);
+  if (groups_.empty()) return;
+  for (const size_t group : gather_order_) {
+    for (size_t portion = 0; portion < groups_.at(group).gathers.size(); ++portion)
+      wait_gathered(group, portion);
+  }
 }
 
 std::vector<TraceEvent> Scheduler::stop_trace() {

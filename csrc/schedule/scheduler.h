@@ -18,10 +18,14 @@ namespace dear {
 // What this library keeps for a bucket. The reduce-scatter reads DDP's buffer and writes `shard`; the
 // all-gather completes `full`. With update="sharded", `full` holds the parameters and `shard` the gradient of
 // this rank's chunk; with update="replicated", `full` is DDP's buffer again, with a version counter of its
-// own, and `shard` this rank's chunk of it: averaged gradients come in the place of the local ones.
+// own, and `shard` this rank's chunk of it: averaged gradients come in the place of the local ones. `owners`
+// says what the chunks are. Where several optimizers step on their own, each gathers its portion of `full`:
+// one of `portions` says what it is, and who owns it.
 struct BucketBuffers {
   at::Tensor shard;
   at::Tensor full;
+  std::shared_ptr<Ownership> owners;                 // null: equal chunks
+  std::vector<std::shared_ptr<Ownership>> portions;  // empty: one, of everything
 };
 
 // Parameters and what stands in their .grad.
@@ -99,8 +103,8 @@ class Scheduler {
   void gradients_used() { has_gradients_ = false; }
   bool reduced(size_t group) { return groups_.at(group).reduce->done(); }
   void wait_reduced(size_t group);
-  void submit_gather(size_t group);
-  void wait_gathered(size_t group);
+  void submit_gather(size_t group, size_t portion);
+  void wait_gathered(size_t group, size_t portion);
   bool gathering() const { return gathering_ > 0; }
   // Everything in flight has ended, and its failures are thrown.
   void synchronize();
@@ -116,14 +120,18 @@ class Scheduler {
   void abort(const std::string& reason);
 
  private:
+  struct Gather {                       // of one portion
+    std::unique_ptr<GroupPhase> phase;  // null where the group has nothing of it
+    bool moving = false;
+    std::vector<at::Tensor> params;  // those whose values change
+  };
   struct Group {
     size_t first = 0;  // bucket
     size_t last = 0;   // one past
     std::unique_ptr<GroupPhase> reduce;
-    std::unique_ptr<GroupPhase> gather;
+    std::vector<Gather> gathers;  // by portion
     TwoPhaseExchanges exchanges;  // where there is a compressor
     bool reducing = false;
-    bool gathering = false;
     std::vector<uint32_t> versions;  // of the buckets' buffers when they were submitted
   };
 
@@ -131,6 +139,7 @@ class Scheduler {
   bool untouched(const Group& group) const;
   void meet(const at::Device& device);
   void make_dense(Group& group);
+  Gather make_gather(const Group& group, size_t portion, const std::string& label);
   void make_compressed(Group& group);
   void submit_all();
   void submit_reduce(size_t group);

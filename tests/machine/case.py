@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-#: How the library is put under the model. "compressed" and "register" use a compressor that stays dense.
+#: How the library is put under the model. "compressed" and "register" use a compressor that stays dense. There is
+#: "owned", too, with an optimizer that wants parameters whole.
 HOWS = ("sharded", "replicated", "compressed", "register")
 
 

@@ -66,14 +66,17 @@ class Run:
 
     def _optimizer(self) -> optim.Optimizer:
         kind, options = copy.deepcopy(self.case.optimizer)
+        make = getattr(optim, kind)
+        if self.case.how == "owned":  # which is for optimizers that want parameters whole
+            make = type(kind, (make,), {"dear_whole": True})
         if self.case.groups == 1:
-            return getattr(optim, kind)(self.params, **options)
+            return make(self.params, **options)
         half = len(self.params) // 2
         if self.case.groups == 0:  # the last parameter is left out, for add_param_group()
-            return getattr(optim, kind)(self.params[:-1], **options)
+            return make(self.params[:-1], **options)
         lr = options["lr"]
         groups = [{"params": self.params[:half], "lr": lr / 2}, {"params": self.params[half:]}]
-        return getattr(optim, kind)(groups, **options)
+        return make(groups, **options)
 
     # --- what programs call ---
 
@@ -106,15 +109,15 @@ class Run:
     def ahead(self, step: int) -> None:
         """Backward and step, which rank 0 makes while none of its exchanges can have ended: rank 1 waits for it.
 
-        Sharded, the all-gathers need rank 1's step; replicated, they need its backward (and so does DDP itself where
-        it looks for unused parameters: there this cannot be used).
+        Sharded or owned, the all-gathers need rank 1's step; replicated, they need its backward (and so does DDP itself
+        where it looks for unused parameters: there this cannot be used).
         """
         held = self.case.how if self.rank == 1 and self.engine is not None else ""
         loss = self.forward(step)
         if held == "replicated":
             self._hold()
         loss.backward()
-        if held == "sharded":
+        if held in ("sharded", "owned"):
             self._hold()
         if self.engine is not None and self.rank == 0:  # it may wait in the step already, as for aliases
             ahead.go(f"{self.number}/{self.piece}")
@@ -166,7 +169,7 @@ class Run:
 
     def inexact(self) -> None:
         """From here on sums are taken in another order: sharded, averages of two passes are not added up in place."""
-        if self.case.how == "sharded":
+        if self.case.how in ("sharded", "owned"):
             self.exact = False
 
     @contextlib.contextmanager
