@@ -58,12 +58,12 @@ class Dense(Compressor):
     def ratio(self, group: Group) -> float:
         if not self.eight_bits:
             return self.usual_ratio
-        return group.numel / (group.world * ops.quantized_words(self.shard_numel(group)))
+        return group.numel / (group.world * ops.quantize_payload_numel(self.shard_numel(group)))
 
     def shard_numel(self, group: Group) -> int:
         """Whole 32-bit words, of the scales too."""
         share = -(-group.numel // group.world)
-        return ops.quantized_unit(share) if self.eight_bits else -(-share // 2) * 2
+        return ops.quantize_shard_numel(share) if self.eight_bits else -(-share // 2) * 2
 
     def native(self, group: Group) -> _C.Codec:
         arguments = {"shard": self.shard_numel(group), **self.codec_arguments(group)}

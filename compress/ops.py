@@ -59,12 +59,12 @@ def dense_average(payloads: Tensor, error: Tensor | None, out: Tensor, dropped: 
 # --- Dense, in 8 bits -------------------------------------------------------------------------------------------------
 
 
-def quantized_unit(numel: int) -> int:
+def quantize_shard_numel(numel: int) -> int:
     """The smallest shard of at least so many elements that is whole words of codes and of scales."""
     return -(-numel // _C.SCALE_UNIT) * _C.SCALE_UNIT
 
 
-def quantized_words(shard: int) -> int:
+def quantize_payload_numel(shard: int) -> int:
     """int32 words of an owner's row: the codes of ``shard`` elements, then a scale for each block of 128.
 
     A code is a byte, and so is a scale b, for 2^(b - 127). ``shard`` is a multiple of 512.
@@ -81,9 +81,9 @@ def quantize_encode(
     floating: bool = False,
     key: int | None = None,
 ) -> None:
-    """``payload`` [owners, quantized_words(shard)] = ``grad + error`` [n], in 8 bits; ``error`` becomes what that lost.
+    """``payload`` [owners, quantize_payload_numel(shard)] = ``grad + error`` [n], in 8 bits.
 
-    Owner s holds elements [s * shard, (s + 1) * shard). Codes are int8, or where ``floating`` float8_e4m3fn. Rounded to
+    ``error`` becomes what that lost. Owner s holds elements [s * shard, (s + 1) * shard). Codes are int8, or where ``floating`` float8_e4m3fn. Rounded to
     nearest, or with a ``key`` (32 bits) stochastically, by a hash of the key and the element's index. Rows of the
     payload may lie apart. What is beyond 2^126 counts as not finite; without ``error`` (None) that is sent as 0.
     """

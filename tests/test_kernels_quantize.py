@@ -22,7 +22,7 @@ LENGTHS = [1, 127, 128, 129, 512, 4095, 4096, 4097, 12_345]
 
 def rows(shard: int, count: int, device: str, apart: int = 3) -> Tensor:
     """Rows of a payload, some words apart."""
-    words = ops.quantized_words(shard)
+    words = ops.quantize_payload_numel(shard)
     return torch.full((count, words + apart), -1, dtype=torch.int32, device=device)[:, :words]
 
 
@@ -197,8 +197,8 @@ def test_what_could_overflow_is_dropped_and_counted(code: torch.dtype, device: s
 
 
 def test_a_row_is_its_codes_and_its_scales() -> None:
-    assert ops.quantized_words(512) == 128 + 1
-    assert ops.quantized_words(4096) * 4 / 4096 < 1.01  # a byte an element, and 0.8% for the scales
+    assert ops.quantize_payload_numel(512) == 128 + 1
+    assert ops.quantize_payload_numel(4096) * 4 / 4096 < 1.01  # a byte an element, and 0.8% for the scales
     assert _C.SCALE_UNIT == 4 * SCALE_BLOCK
 
 

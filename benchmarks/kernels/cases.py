@@ -167,8 +167,8 @@ def dense_cases(grad: Tensor, dtype: torch.dtype) -> list[Case]:
 def quantize_cases(grad: Tensor, code: torch.dtype) -> list[Case]:
     """Dense gradients in 8 bits, with a scale for each block of elements."""
     n, name, floating = grad.numel(), str(code).removeprefix("torch.").removesuffix("_e4m3fn"), code.is_floating_point
-    shard = ops.quantized_unit(-(-n // VOTERS))
-    words, own = ops.quantized_words(shard), min(shard, n)
+    shard = ops.quantize_shard_numel(-(-n // VOTERS))
+    words, own = ops.quantize_payload_numel(shard), min(shard, n)
     error, plain_error, owner_error, out = torch.zeros(n), torch.zeros(n), torch.zeros(own), torch.empty_like(grad)
     payload = torch.zeros(VOTERS, words, dtype=torch.int32)
     merged = torch.zeros(words, dtype=torch.int32)

@@ -76,14 +76,75 @@ struct Sweep {
     if (has_pending()) {
       const float* p = projection.pending_p + (matrix * batch.rows + index) * batch.rank;
       std::fill(std::copy_n(p, batch.rank, pending.down), pending.down + rank, 0.0f);
-      subtract(kept, pending.down, pending.across, pending.row);
     }
-    if (projection.grad != nullptr) {
-      const int64_t start = projection.starts[matrix] + index * batch.columns;
+    if (projection.grad == nullptr) {
+      if (has_pending()) subtract(kept, pending.down, pending.across, pending.row);
+      return kept;
+    }
+    const int64_t start = projection.starts[matrix] + index * batch.columns;
+    if (has_pending()) {
+      subtract_and_add_row(kept, start, pending);
+    } else {
       drop(correct_run(element(projection.grad, projection.type, start), projection.type, kept, batch.columns,
                        kLargestElement));
     }
     return kept;
+  }
+
+  // kept -= the pending factors, and += the gradient from `start` on, in one pass over both.
+  void subtract_and_add_row(float* kept, int64_t start, const Pending& pending) {
+    float scratch[kBlock];
+    const int64_t n = batch.columns;
+    const int64_t last = rank - kTile;
+    for (int64_t k = 0; k < last; k += kTile) {
+      const float* base = k == 0 ? kept : pending.row;
+      subtract_tile(base, pending.down + k, pending.across + k * n, n, n, pending.row);
+    }
+    const float* down = pending.down + last;
+    for (int64_t offset = 0; offset < n; offset += kBlock) {
+      const int64_t length = std::min(kBlock, n - offset);
+      const float* grad = load_block(element(projection.grad, projection.type, start + offset),
+                                     projection.type, length, scratch);
+      const float* across = pending.across + last * n + offset;
+      drop(last == 0 ? subtract_and_add(down, across, n, grad, kLargestElement, length, kept + offset)
+                     : subtract_last_and_add(pending.row + offset, down, across, n, grad, kLargestElement,
+                                             length, kept + offset));
+    }
+  }
+
+  // Whether the first sweep of a step does all in one pass: the rank is one tile.
+  bool at_once() const { return projection.grad != nullptr && rank == kTile; }
+
+  // Calls visit(rows, offset, length) for the pieces of kCount rows from `first` on. `across`: of the pending
+  // Q; zeros where nothing is pending.
+  template <int64_t kCount, typename Visit>
+  void together(int64_t matrix, int64_t first, const float* across, const Visit& visit) {
+    static const float zeros[kBlock] = {};
+    alignas(64) float scratch[kCount][kBlock];
+    Together<kCount> rows;
+    for (int64_t r = 0; r < kCount; ++r) {
+      std::fill(rows.pending[r], rows.pending[r] + kTile, 0.0f);
+      if (!has_pending() || first + r >= batch.rows) continue;
+      std::copy_n(projection.pending_p + (matrix * batch.rows + first + r) * batch.rank, batch.rank,
+                  rows.pending[r]);
+    }
+    for (int64_t offset = 0; offset < batch.columns; offset += kBlock) {
+      const int64_t length = std::min(kBlock, batch.columns - offset);
+      rows.pending_across = across + offset;
+      for (int64_t r = 0; r < kCount; ++r) {
+        if (first + r >= batch.rows) {
+          std::fill(scratch[r], scratch[r] + length, 0.0f);
+          rows.kept[r] = scratch[r];
+          rows.grad[r] = zeros;
+          continue;
+        }
+        const int64_t start = projection.starts[matrix] + (first + r) * batch.columns + offset;
+        rows.kept[r] = row(matrix, first + r) + offset;
+        rows.grad[r] =
+            load_block(element(projection.grad, projection.type, start), projection.type, length, scratch[r]);
+      }
+      visit(rows, offset, length);
+    }
   }
 
   // kept -= down . across. `scratch` is one row.
@@ -120,8 +181,11 @@ struct RowScratch {
     if (sweep.projection.fixed != nullptr) {
       lay_across(sweep.projection.fixed + begin, sweep.batch.columns, sweep.batch.rank, across);
     }
-    if (!sweep.has_pending()) return;
-    lay_across(sweep.projection.pending_q + begin, sweep.batch.columns, sweep.batch.rank, pending.across);
+    if (sweep.has_pending()) {
+      lay_across(sweep.projection.pending_q + begin, sweep.batch.columns, sweep.batch.rank, pending.across);
+    } else {
+      std::fill(pending.across, pending.across + sweep.rank * sweep.batch.columns, 0.0f);
+    }
   }
 };
 
@@ -130,9 +194,21 @@ void project_two_rows(Sweep& sweep, int64_t matrix, int64_t first, const RowScra
   const Projection& projection = sweep.projection;
   const int64_t rank = sweep.rank;
   const int64_t count = std::min(kRows, batch.rows - first);
-  float* const top = sweep.correct(matrix, first, scratch.pending);
-  float* const rows[kRows] = {top, count < kRows ? top : sweep.correct(matrix, first + 1, scratch.pending)};
-  for (int64_t k = 0; k < rank; k += kTile) {
+  if (sweep.at_once()) {
+    float* sums = scratch.down;
+    std::fill(sums, sums + kRows * kTile, 0.0f);
+    sweep.together<kRows>(
+        matrix, first, scratch.pending.across, [&](const Together<kRows>& rows, int64_t offset, int64_t n) {
+          sweep.drop(
+              project_together(rows, scratch.across + offset, batch.columns, kLargestElement, n, sums));
+        });
+  }
+  const auto corrected = [&](int64_t index) {
+    return sweep.at_once() ? sweep.row(matrix, index) : sweep.correct(matrix, index, scratch.pending);
+  };
+  float* const top = corrected(first);
+  float* const rows[kRows] = {top, count < kRows ? top : corrected(first + 1)};
+  for (int64_t k = 0; k < rank && !sweep.at_once(); k += kTile) {
     float sums[kRows * kTile] = {};
     for (int64_t column = 0; column < batch.columns; column += kSumColumns) {
       dot_two_rows(rows[0] + column, rows[1] + column, scratch.across + k * batch.columns + column,
@@ -187,6 +263,8 @@ class ColumnSweep {
     if (sweep.has_pending()) {
       const float* q = sweep.projection.pending_q + matrix * batch.columns * batch.rank;
       lay_across(q, batch.columns, batch.rank, pending_);
+    } else {
+      std::fill(pending_, pending_ + square_, 0.0f);
     }
   }
 
@@ -201,6 +279,14 @@ class ColumnSweep {
     const Sweep::Pending pending{pending_, own + batch.columns, own};
     std::fill(across, across + square_, 0.0f);
     for (int64_t row = begin(part); row < begin(part + 1); row += kTile) {
+      if (sweep_.at_once()) {
+        const float* down = down_ + row * rank;
+        sweep_.together<kTile>(
+            matrix_, row, pending_, [&](const Together<kTile>& rows, int64_t offset, int64_t n) {
+              sweep_.drop(project_together(rows, down, across + offset, batch.columns, kLargestElement, n));
+            });
+        continue;
+      }
       // Behind the last row those of P are zero: any row of C will do.
       float* const top = sweep_.correct(matrix_, row, pending);
       const float* rows[kTile] = {top, top, top, top};
