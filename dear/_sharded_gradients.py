@@ -37,7 +37,7 @@ class ShardedGradients:
         self._norms: dict[float, tuple[Norms, set[int]]] = {}  # by order; which of them a change has made stale
         self._factors: dict[int, Any] = {}  # by place: the average is that of the local gradients times this
         self._changed: set[int] = set()  # places whose averages were changed otherwise
-        self._hook = attached.model.register_forward_hook(_watching(weakref.ref(self)))
+        self._hook: Any = None  # on the model, once something was changed
 
     # --- what placeholders ask for ---
 
@@ -94,7 +94,8 @@ class ShardedGradients:
 
     def release(self) -> None:
         """Takes the hook off the model."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
 
     def _before_backward(self) -> None:
         """A backward pass begins, which adds to the local gradients that were not zeroed."""
@@ -175,6 +176,8 @@ class ShardedGradients:
         at = set(at)
         for _, stale in self._norms.values():
             stale |= at
+        if self._hook is None:
+            self._hook = self._attached.model.register_forward_hook(_watching(weakref.ref(self)))
         if factor is None:
             self._changed |= at
             return

@@ -17,6 +17,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from dear.integrations.accelerate import attach, inner_optimizer
 
+pytestmark = pytest.mark.slow
+
 
 def loader(rank=0):
     torch.manual_seed(5)

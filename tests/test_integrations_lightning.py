@@ -17,6 +17,8 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from dear.integrations.lightning import DearCallback, DearStrategy
 
+pytestmark = pytest.mark.slow
+
 
 class Net(pl.LightningModule):
     def __init__(self, kind=torch.optim.AdamW, lr=0.01, optimizers=1):

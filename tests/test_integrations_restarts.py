@@ -22,8 +22,10 @@ def run(folder: Path, kills: str, how: tuple[str, ...] = ("--standalone",)) -> t
     checkpoint = folder / "checkpoint.pt"
     script = ROOT / "tests" / "restarting.py"
     arguments = (str(checkpoint), str(folder / "killed"), kills)
-    output = torchrun(script, *arguments, how=(*how, "--max-restarts=2"), patience=PATIENCE)
-    assert len(list(folder.glob("killed.*"))) == len([kill for kill in kills.split(",") if kill]), output
+    count = len(list(filter(None, kills.split(","))))
+    # No restart may fail: a worker that calls a dead one costs one more, and sometimes comes back then.
+    output = torchrun(script, *arguments, how=(*how, f"--max-restarts={count}"), patience=PATIENCE)
+    assert len(list(folder.glob("killed.*"))) == count, output
     return output, torch.load(checkpoint, weights_only=False)["model"]
 
 

@@ -17,6 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from dear.integrations.transformers import DearCallback, attach
 
+pytestmark = pytest.mark.slow
+
 
 class Text(torch.utils.data.Dataset):
     """Random tokens, the same in every process."""
