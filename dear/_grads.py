@@ -76,6 +76,15 @@ def missed(name: str) -> RuntimeError:
     )
 
 
+def added_to_changed(optimizer: str) -> RuntimeError:
+    """The error for gradients that were kept over a step which changed them in place: here they are shards."""
+    return RuntimeError(
+        f"{optimizer} has changed gradients in place in its last step, and they were not zeroed since, to which "
+        'update="sharded" cannot add: call optimizer.zero_grad() before backward(), build the optimizer with '
+        'foreach=False, or use dear.attach(..., update="replicated").'
+    )
+
+
 def dropped(name: str) -> RuntimeError:
     """The error for a gradient that was set to None where only shards of it count."""
     return RuntimeError(

@@ -71,8 +71,10 @@ class UserOptimizer:
         self._ours: dict[str, Any] = {}  # methods of the optimizer that are ours
         self._former: Any = None  # its own step, where it had one beside its class's
 
-    def take_over(self, step: Step) -> None:
-        """``optimizer.step`` is this bound method from now on; its owner is not kept alive."""
+    def take_over(self, step: Step, zeroed: Callable[[], None]) -> None:
+        """``optimizer.step`` is this bound method from now on, and ``zero_grad`` calls the other one; their owners are
+        not kept alive."""
+        told = weakref.WeakMethod(zeroed)
         self._owner = weakref.WeakMethod(step)  # type: ignore[arg-type]
 
         @uncompiled
@@ -88,6 +90,9 @@ class UserOptimizer:
             # It touches .grad alone, which needs no wait; without this it would ask each pending parameter's class.
             with torch._C.DisableTorchFunctionSubclass() if set_to_none else contextlib.nullcontext():
                 kind.zero_grad(optimizer, set_to_none)
+            listener = told()
+            if listener is not None:
+                listener()
 
         self._ours = {"step": types.MethodType(dear_step, self.optimizer)}
         if "zero_grad" not in self.optimizer.__dict__:

@@ -85,6 +85,9 @@ class ReplicatedUpdate(Update):
 
     def step(self, found: Found) -> None:
         attached = self.attached
+        if attached.barrier.pending:  # the last step's, if this one follows without a backward pass
+            attached.barrier.settle(attached.order)  # which leaves finished gradients in .grad
+            found = _grads.look(attached.expected())
         if attached.user.optimizer.state is not self._view:
             self.state_was_loaded()
         if attached.layout is not None:
@@ -97,7 +100,6 @@ class ReplicatedUpdate(Update):
                 self._finish_gradients()
             attached.user.run_all(None)
             return
-        attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
         self._groups = attached.user.groups()
         self._context = StepContext.here(attached.device)
         self._to_update = set(attached.order)

@@ -39,6 +39,8 @@ class ShardedUpdate(Update):
         self._state: dict[torch.Tensor, dict[str, Any]] = {}  # by segment
         self._shown: Any = None  # in optimizer.state
         self._exporting = False
+        # torch's foreach SGD with nesterov changes gradients in place; those that are kept would be added to so.
+        self._grads_changed = self._adds_to_changed = False
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -68,7 +70,7 @@ class ShardedUpdate(Update):
     def adopt(self, layout: Layout) -> Placeholders:
         former = self._full_state()
         self._homes = Homes(layout)
-        settle = weakly(self.attached, lambda attached: attached.scheduler.synchronize())
+        settle = weakly(self, ShardedUpdate._before_zero)
         self._cut(layout, former)
         return [
             (place.param, local_grad(place.view(layout.buckets[place.bucket].buffer.view(-1)), settle))
@@ -109,10 +111,23 @@ class ShardedUpdate(Update):
         if members:
             self._cut(layout, self._full_state())
 
+    def before_forward(self, reduces: bool) -> None:
+        if self._grads_changed and not _grads.look(self.attached.placeholders).nothing:
+            self._adds_to_changed = True
+
+    def zeroed(self) -> None:
+        self._adds_to_changed = False
+
+    def _before_zero(self) -> None:
+        self.attached.scheduler.synchronize()
+        self.zeroed()
+
     # --- the step ---
 
     def step(self, found: Found) -> None:
         attached = self.attached
+        if self._adds_to_changed and attached.scheduler.has_gradients():
+            raise _grads.added_to_changed(type(attached.user.optimizer).__name__)
         if attached.layout is None:
             attached.user.run_all(None)
             return
@@ -180,7 +195,10 @@ class ShardedUpdate(Update):
             if tensors:
                 work.append({**group, "params": tensors})
         if work:
+            grads = [segment.tensor.grad for segment in segments]
+            versions = [grad._version for grad in grads if grad is not None]
             user.run(work, self._state)
+            self._grads_changed |= versions != [grad._version for grad in grads if grad is not None]
         self.attached.scheduler.trace("update", name, start, _C.now_ns())
 
     def _is_used(self, segment: Segment) -> bool:

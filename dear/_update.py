@@ -69,6 +69,9 @@ class Update(ABC):
     def before_forward(self, reduces: bool) -> None:  # noqa: B027 - not every strategy needs it
         """A forward pass begins, whose backward pass ``reduces`` gradients or keeps them local."""
 
+    def zeroed(self) -> None:  # noqa: B027 - not every strategy needs it
+        """The optimizer has set its gradients to None or to zero."""
+
     # --- the step ---
 
     @abstractmethod

@@ -43,7 +43,7 @@ class Engine:
             before_load=self.synchronize,
             after_load=update.state_was_loaded,
         )
-        attached.user.take_over(self._step)
+        attached.user.take_over(self._step, update.zeroed)
         setattr(attached.model, _ddp.ENGINE, self)
         setattr(attached.user.optimizer, _ddp.ENGINE, self)
         self._at_exit = functools.partial(_finish_at_exit, weakref.ref(self))
