@@ -20,7 +20,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dear._pending import Pending
+from dear._pending import Pending, settle
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -73,7 +73,7 @@ def settle_all(module: torch.nn.Module) -> None:
     """Finishes every parameter of the module and of those below it."""
     for param in module.parameters():
         if isinstance(param, Pending):
-            param._settle()
+            settle(param)
 
 
 def stand_in_front(module: torch.nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from dear import _C
 from dear._context import StepContext, ordinary
 from dear._layout import Layout, Place
+from dear._pending import unguarded
 
 
 class FlatParameters:
@@ -65,4 +66,4 @@ class FlatParameters:
             with ordinary(StepContext(self._layout.full[0].device, grad=False)):
                 for place in places:
                     if id(place) in copied:
-                        place.param.copy_(place.view(self._layout.full[place.bucket]))
+                        unguarded(place.param).copy_(place.view(self._layout.full[place.bucket]))

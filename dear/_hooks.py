@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear._compiled import enter, is_wrapper, leave, settle_all, stand_in_front, step_aside
-from dear._pending import Pending
+from dear._pending import Pending, settle
 
 # What is put before methods of a module's own: Python asks an instance before its class.
 GUARDED = ("__deepcopy__", "__reduce_ex__", "join_hook", "compile", "__prepare_scriptable__")
@@ -41,7 +41,7 @@ def settle_parameters(module: torch.nn.Module, args: Any) -> None:
         return
     for param in module._parameters.values():
         if isinstance(param, Pending):
-            param._settle()
+            settle(param)
 
 
 def settle_before_compiled(module: torch.nn.Module, args: Any) -> None:

@@ -74,8 +74,8 @@ class Pending:
 
     def detach(self) -> torch.Tensor:  # type: ignore[override]
         """As that of the parameter's own class."""
-        self._settle()
-        plain = self.detach()
+        settle(self)
+        plain = torch.Tensor.detach(self)  # type: ignore[arg-type]
         # HACK: where nn.Parameter(param) does not know the class it wants a detached tensor of the class as it is then.
         if sys._getframe(1).f_code is Param.__new__.__code__:
             return torch.Tensor._make_subclass(type(self), plain)  # type: ignore[type-var, return-value]
@@ -85,11 +85,10 @@ class Pending:
     @_disable_dynamo
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        _settle_among(args, kwargs)
-        return func(*args, **kwargs)
+        if func not in _METADATA and _settle_among(args, kwargs):
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():  # hidden in an object: its operators show it
+            return func(*args, **kwargs)
 
     @classmethod
     @_disable_dynamo
@@ -98,31 +97,31 @@ class Pending:
         _settle_among(args, kwargs)
         return func(*args, **kwargs)
 
-    def _settle(self) -> None:
-        barrier, group = self._dear_pending
-        barrier.settle((group,))
-
     # Copies and pickles look at the class before they call anything.
 
     def __deepcopy__(self, memo: Any) -> Any:
-        self._settle()
+        settle(self)
         return self.__deepcopy__(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self._settle()
+        settle(self)
         return self.__reduce_ex__(protocol)
 
 
-def _settle_among(args: Any, kwargs: Any) -> None:
-    found = False
-    for value in tree_iter((args, kwargs)):
-        if isinstance(value, Pending):
-            found = True
-            value._settle()
-    if not found:
-        raise RuntimeError(
-            "A pending parameter was passed inside an object that cannot be searched: call engine.synchronize() first."
-        )
+def settle(value: Any) -> None:
+    """Finishes a parameter that was pending a moment ago: another thread may have done so since."""
+    mark = value.__dict__.get("_dear_pending")
+    if mark is not None:
+        barrier, group = mark
+        barrier.settle((group,))
+
+
+def _settle_among(args: Any, kwargs: Any) -> bool:
+    """Finishes what is pending among the arguments; whether anything was."""
+    found = [value for value in tree_iter((args, kwargs)) if isinstance(value, Pending)]
+    for value in found:
+        settle(value)
+    return bool(found)
 
 
 _classes: dict[type, type] = {}
@@ -146,6 +145,12 @@ def can_be_pending(param: Param) -> bool:
     return True
 
 
+def unguarded(param: Param) -> torch.Tensor:
+    """The memory of a parameter, pending or not, as a plain tensor: for those who finish it, and drop this then."""
+    with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+        return torch.Tensor.detach(param)
+
+
 class Barrier:
     """The parameters of fusion groups that are on their way, and who finishes them.
 
@@ -153,8 +158,10 @@ class Barrier:
     """
 
     def __init__(self, finish: Callable[[int], None]) -> None:
-        """``finish(group)`` waits for the group and does what ``step()`` left to do; its parameters are open then."""
+        """``finish(group)`` waits for the group and does what ``step()`` left to do. Its parameters are pending all the
+        while, so that other threads wait: it writes to what :func:`unguarded` gives."""
         self._finish = finish
+        self._finishing: set[int] = set()
         self._members: list[list[tuple[Param, type, type]]] = []  # by group: parameter, its class, its pending class
         self._lock = threading.RLock()
         self._process = os.getpid()
@@ -194,15 +201,14 @@ class Barrier:
             )
         with self._lock:
             for group in groups:
-                if group not in self.pending:
-                    continue
-                self.pending.remove(group)
-                self._open(group)
-                try:
-                    self._finish(group)
-                except BaseException:
-                    self.close((group,))
-                    raise
+                if group in self.pending and group not in self._finishing:
+                    self._finishing.add(group)
+                    try:
+                        self._finish(group)
+                    finally:
+                        self._finishing.remove(group)
+                    self._open(group)
+                    self.pending.remove(group)
 
     def give_up(self) -> None:
         """Nothing more can be finished: what is pending is left as it is."""

@@ -68,6 +68,8 @@ class LocalGrad(torch.Tensor):
             for value in tree_iter(args):
                 if isinstance(value, LocalGrad):
                     value.settle()
+        if func is torch.Tensor.detach_:  # it is, and a view cannot be told so
+            return args[0]
         if func in _HARMLESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))

@@ -6,6 +6,7 @@ parameters. Optimizers whose update of one parameter may depend on others step a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from dear._grads import Found, Grads
 from dear._layout import Layout
 from dear._look_again import overlapping
 from dear._optimizer import Groups
+from dear._pending import unguarded
 from dear._placeholders import PendingGrad, Placeholders, pending_grad
 from dear._state_views import PendingState
 from dear._update import Request, Update
@@ -95,6 +97,9 @@ class ReplicatedUpdate(Update):
 
     def step(self, found: Found, optimizer: int) -> None:
         attached = self.attached
+        if attached.barrier.pending:  # the last step's, if this one follows without a backward pass
+            attached.barrier.settle(attached.order)  # which leaves finished gradients in .grad
+            found = attached.look_at_grads(optimizer)
         if attached.user.optimizer.state is not self._view:
             self.state_was_loaded(0)
         if attached.layout is not None:
@@ -109,7 +114,6 @@ class ReplicatedUpdate(Update):
             attached.user.run_all(None)
             self.first_updates.discard(optimizer)
             return
-        attached.barrier.settle(attached.order)  # the last step's, if this one follows without a backward pass
         self._groups = attached.user.groups()
         self._context = StepContext.here(attached.device)
         self._to_update = set(attached.order)
@@ -155,25 +159,32 @@ class ReplicatedUpdate(Update):
         attached.scheduler.trace("update", f"fusion group {group}", start, _C.now_ns())
 
     def _run(self, grads: dict[Param, torch.Tensor]) -> None:
-        """One update of these parameters with these gradients and the hyper-parameters of the step."""
-        user = self.attached.user
+        """One update of these parameters with these gradients and the hyper-parameters of the step.
+
+        The optimizer gets plain tensors of one memory with the parameters, which are pending for everybody else."""
+        user, view = self.attached.user, self._view
         groups: Groups = []
+        updated: dict[Param, torch.Tensor] = {}
         for group in self._groups:
             params = [param for param in group["params"] if param in grads]
             if params:
-                groups.append({**group, "params": params})
+                updated |= {param: unguarded(param) for param in params}
+                groups.append({**group, "params": [updated[param] for param in params]})
         if not groups:
             return
-        shown = {param: param.grad for param in grads}
-        for param, grad in grads.items():
-            param.grad = grad
-        try:
-            with self._view.unsettled():
-                user.run(groups, self._view)
-        finally:
-            for param, before in shown.items():
-                if not isinstance(before, PendingGrad):  # in whose place the finished gradient can stay
-                    param.grad = before
+        with view.unsettled():
+            state: dict[torch.Tensor, Any] = defaultdict(dict)
+            for param, memory in updated.items():
+                memory.grad = grads[param]
+                if param in view:
+                    state[memory] = view[param]
+            user.run(groups, state)
+            for param, memory in updated.items():
+                if memory in state:
+                    view[param] = state[memory]
+        for param in updated:
+            if isinstance(param.grad, PendingGrad):
+                param.grad = grads[param]
 
     # --- gradients ---
 

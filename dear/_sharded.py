@@ -72,12 +72,12 @@ class ShardedUpdate(Update):
         self._flat = FlatParameters(layout)
         self._segments = []
         self._state.clear()
-        settle = weakly(self.attached, lambda attached: attached.scheduler.synchronize())
         self._cut(layout, former, range(len(self.attached.users)))
-        answer = self._gradients.answering()
+        gradients, answer = self._gradients, self._gradients.answering()
         return [
             (place.param, local_grad(place.view(layout.buckets[place.bucket].buffer.view(-1)), index, settle, answer))
             for index, place in enumerate(layout.places)
+            for settle in [gradients.before_zero(index)]
         ]
 
     def _cut(self, layout: Layout, full: _state.FullState, numbers: Iterable[int]) -> None:
@@ -211,7 +211,11 @@ class ShardedUpdate(Update):
             if tensors:
                 work.append({**group, "params": tensors})
         if work:
+            grads = [segment.tensor.grad for segment in segments]
+            versions = [grad._version for grad in grads if grad is not None]
             user.run(work, self._state)
+            if versions != [grad._version for grad in grads if grad is not None]:  # torch's foreach SGD with nesterov
+                self._gradients.changed_by_update({place.param for segment in segments for place in segment.places})
         self.attached.scheduler.trace("update", name, start, _C.now_ns())
 
     def finish(self, group: int) -> None:

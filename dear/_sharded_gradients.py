@@ -92,6 +92,25 @@ class ShardedGradients:
         self._look()
         self._note(range(len(self._attached.known_layout.places)), factor)
 
+    def changed_by_update(self, params: set[torch.nn.Parameter]) -> None:
+        """An update has changed averages of these parameters in place, as torch's foreach SGD with nesterov does."""
+        self._forget_earlier()
+        places = enumerate(self._attached.known_layout.places)
+        self._note((index for index, place in places if place.param in params), None)
+
+    def before_zero(self, index: int) -> Callable[[], None]:
+        """What a placeholder calls before it is set to zero, which makes good whatever was done to it. It keeps nothing
+        alive."""
+        held = weakref.ref(self)
+
+        def settle() -> None:
+            alive = held()
+            if alive is not None:
+                alive._attached.scheduler.synchronize()
+                alive._changed.discard(index)
+
+        return settle
+
     def release(self) -> None:
         """Takes the hook off the model."""
         if self._hook is not None:
@@ -149,14 +168,18 @@ class ShardedGradients:
         """
         attached, scheduler = self._attached, self._attached.scheduler
         attached.check_reduced()
-        if self._passes != scheduler.passes():
-            self._passes = scheduler.passes()
-            self._norms.clear()
-            self._factors.clear()
-            self._changed.clear()
+        self._forget_earlier()
         if scheduler.has_gradients():
             scheduler.check_untouched()
         scheduler.synchronize()
+
+    def _forget_earlier(self) -> None:
+        """Forgets what is of an earlier backward pass."""
+        if self._passes != self._attached.scheduler.passes():
+            self._passes = self._attached.scheduler.passes()
+            self._norms.clear()
+            self._factors.clear()
+            self._changed.clear()
 
     def _place(self, grad: LocalGrad) -> int:
         """Where the gradient stands in the layout."""
@@ -209,5 +232,7 @@ def _watching(held: weakref.ref[ShardedGradients]) -> Callable[[Any, Any, Any], 
         if outputs:
             gradients = alive  # for the type checker
             register_multi_grad_hook(outputs, lambda _: gradients._before_backward(), mode="any")
+        elif torch.is_grad_enabled():  # in an object that cannot be searched
+            alive._before_backward()
 
     return after

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +29,7 @@ class PendingState(defaultdict):  # type: ignore[type-arg]
     """A state that calls ``settle`` before anything is read or written."""
 
     _settle: Callable[[], None] | None = None  # another one that the user makes of this class settles nothing
-    _unsettled = False
+    _unsettled: int | None = None  # the thread that works on it
 
     @classmethod
     def of(cls, content: dict[Any, Any], settle: Callable[[], None]) -> PendingState:
@@ -40,7 +41,7 @@ class PendingState(defaultdict):  # type: ignore[type-arg]
     @contextlib.contextmanager
     def unsettled(self) -> Iterator[None]:
         """Inside, the state as it is: for the update itself."""
-        before, self._unsettled = self._unsettled, True
+        before, self._unsettled = self._unsettled, threading.get_ident()
         try:
             yield
         finally:
@@ -48,7 +49,7 @@ class PendingState(defaultdict):  # type: ignore[type-arg]
 
     def settle(self) -> None:
         """Finishes the update under way."""
-        if self._settle is not None and not self._unsettled:
+        if self._settle is not None and self._unsettled != threading.get_ident():
             self._settle()
 
     def is_held_elsewhere(self) -> bool:

@@ -39,6 +39,7 @@ USES = {
     "reduced again": "for p in params: dist.all_reduce(p.grad); p.grad.div_(2)",
     "shapes only": "note([(p.grad.shape, p.grad.dtype, p.grad.is_contiguous()) for p in params])",
 }
+NESTEROV = {"optimizer": ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "foreach": True})}
 CASES = [
     *[
         test
@@ -63,6 +64,18 @@ CASES = [
     *silence("scaled after the step", f"{WARM}\n\nahead(3)\n\nfor p in params: p.grad.mul_(2)\n\nopt.zero_grad()"
              f"{TAIL}", BOTH, True),
     *silence("used twice", f"{BACK}\n\nopt.step()\n\nopt.step()\n\nopt.zero_grad(){TAIL}", EVERY, True),
+    *silence("used twice, zeroed in place", f"{BACK}\n\nopt.step()\n\nopt.step()\n\n"
+             f"opt.zero_grad(set_to_none=False){TAIL}", EVERY, True),
+    *silence("changed in place by the step, kept", "attach()\n\nforward(0).backward()\n\nopt.step()\n\n"
+             f"forward(1).backward()\n\nopt.step(){TAIL}", EVERY, True, **NESTEROV),
+    *[
+        test
+        for name, code in {"before backward": "l = forward(s); opt.zero_grad(); l.backward()",
+                           "in place": "l = forward(s); opt.zero_grad(set_to_none=False); l.backward()",
+                           "before forward": "opt.zero_grad(); forward(s).backward()"}.items()
+        for test in silence(f"changed in place by the step, zeroed {name}",
+                            f"attach()\n\nfor s in range(5): {code}; opt.step()", EVERY, **NESTEROV)
+    ],
     *silence("zeroed first", f"{BACK}\n\nopt.zero_grad()\n\nopt.step(){TAIL}", EVERY),
     *silence("backward twice", TWICE, EVERY, True),
     *silence("backward twice, views", TWICE, EVERY, True, **VIEW),

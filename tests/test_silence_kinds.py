@@ -3,6 +3,7 @@
 import pytest
 from machine.case import Case
 from machine.search import run
+from more_kinds import MORE
 from silence import WARM, pieces
 
 TAIL = "\n\nopt.zero_grad()\n\nfor step in range(4, 7): train(step)"
@@ -160,16 +161,17 @@ SHARDED_MAY_REFUSE = [
 ]
 
 
-def case(name, how):
-    program = f"{WARM}\n\nahead(3)\n\n{KINDS[name]}{TAIL}"
+def case(code, how):
+    program = f"{WARM}\n\nahead(3)\n\n{code}{TAIL}"
     return Case(how, program=pieces(program), optimizer=("AdamW", {"lr": 0.01}))
 
 
 @pytest.mark.parametrize("how", ["sharded", "replicated"])
-def test_unforeseen_use_changes_nothing(pool2, how):
+@pytest.mark.parametrize("kinds", [KINDS, MORE], ids=["kinds", "more"])
+def test_unforeseen_use_changes_nothing(pool2, kinds, how):
     """Many cases in a few process groups: each by itself would cost more than it does."""
     refusable = {*MAY_REFUSE, *(SHARDED_MAY_REFUSE if how == "sharded" else ())}
-    outcomes = dict(zip(KINDS, run(pool2, [case(name, how) for name in KINDS]), strict=True))
+    outcomes = dict(zip(kinds, run(pool2, [case(code, how) for code in kinds.values()]), strict=True))
     wrong = {
         name: f"{outcome.kind} at {outcome.at!r}: {outcome.text}"
         for name, outcome in outcomes.items()
