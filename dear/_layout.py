@@ -105,11 +105,16 @@ class Layout:
         return self._buckets[bucket]
 
     def between(self, bucket: int, start: int, stop: int) -> list[Place]:
-        """Those of them that have an element in ``[start, stop)``."""
+        """Those of them that have an element in ``[start, stop)``, and those without elements that stand there, or at
+        its end."""
         places = self._buckets[bucket]
-        first = bisect.bisect_right(places, start, key=lambda place: place.stop)
-        last = bisect.bisect_left(places, stop, key=lambda place: place.start)
-        return [place for place in places[first:last] if place.stop > place.start]
+        first = bisect.bisect_left(places, start, key=lambda place: place.stop)
+        last = bisect.bisect_right(places, stop, key=lambda place: place.start)
+        return [
+            place
+            for place in places[first:last]
+            if place.start == place.stop or max(start, place.start) < min(stop, place.stop)
+        ]
 
     def fuse(self, sizes: list[int]) -> None:
         """Makes fusion groups of so many consecutive buckets each."""
@@ -225,7 +230,8 @@ def cut_segments(
     for index, owners in enumerate(layout.owners):
         kind: Hashable = None  # of the last segment, while it may grow
         at = 0
-        for begin, end in owners.ranges(rank):
+        # Parameters without elements have optimizer state all the same: whoever owns what stands around them has it.
+        for begin, end in owners.ranges(rank) if owners.numel else [(0, 0)]:
             for place in layout.between(index, begin, end):
                 start, stop = max(begin, place.start), min(end, place.stop)
                 if place.param not in group_of:

@@ -14,7 +14,7 @@ from torch import optim
 
 from dear import _C
 from dear._assignment import Assignment, Unit, balanced_group_bytes
-from dear._attached import Param
+from dear._attached import Attached, Param
 from dear._layout import Layout
 from dear._optimizer import ELEMENTWISE
 from dear._sharded import ShardedUpdate
@@ -30,7 +30,7 @@ class OwnedUpdate(ShardedUpdate):
 
     kind: ClassVar[str] = "owned"
 
-    def __init__(self, attached: Any) -> None:
+    def __init__(self, attached: Attached) -> None:
         super().__init__(attached)
         self._assignment = Assignment(attached.world)
 
@@ -56,18 +56,18 @@ class OwnedUpdate(ShardedUpdate):
 
     @classmethod
     def usual_group_bytes(cls, request: Request, params: Sequence[Param], world: int, ratio: float) -> int:
-        wants = _Wants(request.optimizers)
-        return balanced_group_bytes([wants.unit(param, 0, 0) for param in reversed(params)], world)
+        requirements = _Requirements(request.optimizers)
+        return balanced_group_bytes([requirements.unit(param, 0, 0) for param in reversed(params)], world)
 
     def owners(self, layout: Layout) -> list[_C.Ownership]:
-        wants = _Wants([user.optimizer for user in self.attached.users])
+        requirements = _Requirements([user.optimizer for user in self.attached.users])
         self._assignment = Assignment(self.attached.world)
         for places in layout.groups:
-            self._assignment.add_group([wants.unit(place.param, place.bucket, place.start) for place in places])
+            self._assignment.add_group([requirements.unit(place.param, place.bucket, place.start) for place in places])
         return [_C.Ownership(full.numel(), self._assignment.ranges(bucket)) for bucket, full in enumerate(layout.full)]
 
     def whole(self) -> set[Param]:
-        return _Wants([user.optimizer for user in self.attached.users]).whole
+        return _Requirements([user.optimizer for user in self.attached.users]).whole
 
     def parameters_changed(self, members: bool) -> None:
         layout = self.attached.layout
@@ -87,7 +87,7 @@ class OwnedUpdate(ShardedUpdate):
         return {"update_balance": max(costs) * len(costs) / total if total else 1.0}
 
 
-class _Wants:
+class _Requirements:
     """Which parameters of some optimizers stay whole, and what their updates cost."""
 
     def __init__(self, optimizers: Iterable[optim.Optimizer]) -> None:

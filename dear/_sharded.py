@@ -53,8 +53,8 @@ class ShardedUpdate(Update):
             if type(optimizer) not in ELEMENTWISE:
                 return (
                     f'update="sharded" cuts parameters anywhere, and {type(optimizer).__name__} is not known to update '
-                    'each element on its own: use update="owned" if it updates each parameter on its own, or '
-                    'update="replicated".'
+                    'each element on its own: use update="replicated", or update="owned" if it updates each parameter '
+                    "on its own."
                 )
         return request.refusal_of_aliases(cls.kind)
 

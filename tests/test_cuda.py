@@ -18,6 +18,8 @@ import test_compressors_feedback
 import test_compressors_golden
 import test_compressors_hook
 import test_dense_eight_bits
+import test_owned
+import test_owned_lists
 import test_parity
 import test_schedule
 import test_scheduled_feedback
@@ -39,6 +41,8 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     *((test_parity.optimizers, (mode,)) for mode in MODES),
     *((test_parity.loops, (mode, False)) for mode in MODES),
     *((test_parity.schedule_and_groups, (mode,)) for mode in MODES),
+    *((test_owned.all_models, (optimizer, True)) for optimizer in (test_owned.ADAFACTOR, test_owned.training.SGD)),
+    *((function, (("native",),)) for function in (test_owned.optimizers, test_owned.wide, test_owned_lists.parity)),
     (test_parity.clip, ()),
     (test_parity.scaler, ()),
     *((test_stale_reads.state_reads, (mode,)) for mode in MODES),

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 
+import owning
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,10 +53,10 @@ def gathers_but_one(engine, how):
     update = engine._update
     run = update._run
 
-    def run_or_end(groups, name):
+    def run_or_end(optimizer, groups, name):
         if list(groups) == [engine._attached.order[-1]]:
             end(how)
-        run(groups, name)
+        run(optimizer, groups, name)
 
     update._run = run_or_end
 
@@ -64,7 +65,8 @@ def train_until(rank, where, how, update, victim):
     """Trains for a hundred steps, unless something happens; the victim ends at its place in step FATAL."""
     torch.manual_seed(0)
     model = DDP(nn.Sequential(nn.Linear(16, 500), nn.Tanh(), nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 8)))
-    opt = torch.optim.Adam(model.parameters(), lr=0.01)
+    kind = owning.WholeAdamW if update == "owned" else torch.optim.Adam
+    opt = kind(model.parameters(), lr=0.01)
     engine = dear.attach(model, opt, update=update, bucket_cap_mb=0.2)
     for step in range(100):
         mine = rank == victim and step == FATAL
@@ -79,7 +81,7 @@ def train_until(rank, where, how, update, victim):
         if mine and where == "before step":
             end(how)
         if mine and where == "gather":
-            if update == "sharded":
+            if update != "replicated":
                 # Or the last group may be updated while another is being reduced.
                 engine._attached.scheduler.synchronize()
                 gathers_but_one(engine, how)
@@ -112,6 +114,8 @@ CASES = [  # world, victim, where, how, update
     (4, 1, "backward", "gone", "replicated"),
     (4, 3, "before step", "stalls", "sharded"),
     (4, 0, "gather", "killed", "sharded"),
+    (4, 2, "backward", "killed", "owned"),
+    (2, 1, "gather", "killed", "owned"),
 ]
 
 
@@ -134,7 +138,7 @@ def test_every_survivor_names_the_rank_the_phase_and_the_group(world, victim, wh
         assert re.search(rf"Rank {victim} .* during the (reduce-scatter|all-gather) of fusion group \d+", message), (
             message
         )
-        if where in ("gather", "before step") and update == "sharded":
+        if where in ("gather", "before step") and update != "replicated":
             assert "all-gather" in message, message
         assert "\n" not in message
         assert seconds < DEATH_TIMEOUT * 0.8, f"rank {rank} took {seconds} s"

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import dear
 
 SMALL = {"bucket_cap_mb": 0.002, "update": "owned"}
+BOTH = ("ring", "native")
 ADAFACTOR = (optim.Adafactor, {"lr": 0.01})
 MODELS = {
     "Mlp": {},
@@ -54,14 +55,14 @@ OPTIMIZERS = [
 ]
 
 
-def optimizers(rank, world):
+def optimizers(rank, world, algorithms):
     for optimizer in OPTIMIZERS:
-        for algorithm in ("ring", "native"):
+        for algorithm in algorithms:
             training.compare(rank, world, "Mlp", optimizer, attach={**SMALL, "algorithm": algorithm})
 
 
 def test_optimizers(pool2):
-    pool2.run(optimizers)
+    pool2.run(optimizers, BOTH)
 
 
 def world_of_one(rank, world):
@@ -73,11 +74,11 @@ def test_world_of_one(pool1):
     pool1.run(world_of_one)
 
 
-def wide(rank, world):
+def wide(rank, world, algorithms):
     """Parameters that are long enough to be parted, several of them to a fusion group."""
     models.Wide = Wide
     for optimizer in OPTIMIZERS:
-        for algorithm in ("ring", "native"):
+        for algorithm in algorithms:
             attach = {"update": "owned", "bucket_cap_mb": 0.3, "algorithm": algorithm}
             training.compare(rank, world, "Wide", optimizer, attach=attach)
 
@@ -90,13 +91,13 @@ class Wide(models.Mlp):
 
 
 def test_wide_models(pool2, pool4):
-    pool2.run(wide)
+    pool2.run(wide, BOTH)
     pool4.run(wide_to_rounding)
 
 
 def wide_to_rounding(rank, world):
     models.Wide = Wide
-    for algorithm in ("ring", "native"):
+    for algorithm in BOTH:
         attach = {"update": "owned", "bucket_cap_mb": 0.3, "algorithm": algorithm}
         for optimizer in ((owning.Factored, {"lr": 0.05}), (owning.WholeAdamW, {"lr": 0.01}), training.SGD):
             training.compare(rank, world, "Wide", optimizer, attach=attach, exact=False)

@@ -74,8 +74,9 @@ def test_parameters_whose_storage_is_replaced(pool2, optimizer):
     pool2.run(whole, optimizer, "other_storage", "owned")
 
 
-def test_parameters_of_no_elements_and_of_no_dimension(pool2):
-    pool2.run(whole, "AdamW", "with_empty", "owned")
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adam"])
+def test_parameters_of_no_elements_and_of_no_dimension(pool2, optimizer):
+    pool2.run(whole, optimizer, "with_empty", "owned")
 
 
 def same_everywhere(rank, world):

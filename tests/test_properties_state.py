@@ -120,7 +120,7 @@ def test_any_layout_trains_and_saves_as_plain_ddp(pool2, parameters, options):
     pool2.run(trained, parameters, options)
 
 
-@pytest.mark.parametrize("update", [known(f"empty-{update}", update) for update in ("sharded", "replicated")])
+@pytest.mark.parametrize("update", [known(f"empty-{update}", update) for update in ("sharded", "owned", "replicated")])
 def test_a_parameter_without_elements(pool2, update):
     options = {"kind": KINDS[0], "update": update, "cap": 0.001, "ddp": {}, "saved_at": 1}
     pool2.run(trained, [((3, 4), False, 0), ((0,), False, 0), ((0, 5), False, 1), ((2,), False, 1)], options)

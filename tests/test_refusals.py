@@ -177,8 +177,10 @@ def wrong_things(rank, world):
     opt = sgd(model)
     with refused(TypeError, "needs a DistributedDataParallel module, not Mlp"):
         dear.attach(net, opt)
+    with refused(TypeError, "needs a torch.optim.Optimizer, not str"):
+        dear.attach(model, "SGD")
     with refused(TypeError, "needs a torch.optim.Optimizer, not list"):
-        dear.attach(model, [opt])
+        dear.attach(model, [opt, [opt]])
     with refused(ValueError, "nothing to communicate"):
         frozen = DDP(training.models.Mlp())
         frozen.requires_grad_(False)
@@ -230,7 +232,7 @@ def on_one_rank(rank, world):
         (None, {"compressor": "acp"}, TypeError, "needs a compressor"),
         (None, {"update": "sharded", "compressor": compress.ACPSGD()}, ValueError, "which a compressor would spoil"),
         (optim.SGD([torch.zeros(3)], lr=1.0), {}, ValueError, "1 parameters that are not in the DDP module"),
-        ([], {}, TypeError, "torch.optim.Optimizer, not list"),
+        ("SGD", {}, TypeError, "torch.optim.Optimizer, not str"),
         (attached[1], {}, RuntimeError, "attached already"),
     ]:
         model, opt = training.build("Mlp", training.SGD, {})

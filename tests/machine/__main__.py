@@ -23,7 +23,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1, help="of the first sequence; they count on from it")
-    parser.add_argument("--how", choices=HOWS, help="one way to put the library under the model (default: all)")
+    parser.add_argument(
+        "--how", choices=(*HOWS, "owned"), help="one way to put the library under the model (default: all)"
+    )
     parser.add_argument("--without", nargs="*", default=[], metavar="LABEL", help="kinds of use to leave out")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     options = parser.parse_args()
