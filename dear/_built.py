@@ -15,7 +15,7 @@ def refusal(folder: Path, torch_version: str, cuda: str | None) -> str | None:
     if not any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         return (
             f"dear is imported from {folder}, where its native module was not built for this Python: run `make build` "
-            "or `pip install --no-build-isolation .` there, or start Python elsewhere to import an installed one."
+            "there, or start Python in another folder to import an installed one."
         )
     facts = folder / "_build.py"
     if not facts.exists():  # somebody built it by hand
@@ -25,13 +25,13 @@ def refusal(folder: Path, torch_version: str, cuda: str | None) -> str | None:
     if built["TORCH"] != minor:
         return (
             f"dear was built for torch {built['TORCH']}, but torch {torch_version} is installed: "
-            f"install torch {built['TORCH']}, or build dear again with `pip install --no-build-isolation`."
+            f"install torch {built['TORCH']}, or build dear again with `pip install .`."
         )
     if built["CUDA"] and built["CUDA"] != cuda:
         return (
             f"dear was built for a torch with CUDA {built['CUDA']}, but the installed torch {torch_version} has "
             f"{f'CUDA {cuda}' if cuda else 'none'}: install such a torch, or build dear again with "
-            "`pip install --no-build-isolation`."
+            "`pip install .`."
         )
     return None
 
@@ -40,9 +40,14 @@ def check() -> None:
     """To be called before anything imports ``dear._C``.
 
     Raises:
-        ImportError: the module is missing, or was built for another torch.
+        ImportError: torch or the module is missing, or the module was built for another torch.
     """
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError("dear needs torch, which is not installed: install torch 2.11 to 2.15, then dear.") from None
 
     why = refusal(Path(__file__).resolve().parent, torch.__version__, torch.version.cuda)
     if why is not None:

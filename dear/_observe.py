@@ -20,7 +20,8 @@ class ForwardOrder:
         self.seen: list[torch.nn.Parameter] = []
         self.watching = True
         self._params = params
-        self._barrier = Barrier(self._note)
+        self._barrier = Barrier()
+        self._barrier.finish = self._note
         self._barrier.set_groups([param] for param in params)
         self._barrier.close(range(len(params)))
 

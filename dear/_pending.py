@@ -157,10 +157,11 @@ class Barrier:
     Threads: any may touch a pending parameter; one of them finishes it while the others wait.
     """
 
-    def __init__(self, finish: Callable[[int], None]) -> None:
-        """``finish(group)`` waits for the group and does what ``step()`` left to do. Its parameters are pending all the
-        while, so that other threads wait: it writes to what :func:`unguarded` gives."""
-        self._finish = finish
+    #: ``finish(group)`` waits for the group and does what ``step()`` left to do. Its parameters are pending all the
+    #: while, so that other threads wait: it writes to what :func:`unguarded` gives. To be set before a group is closed.
+    finish: Callable[[int], None]
+
+    def __init__(self) -> None:
         self._finishing: set[int] = set()
         self._members: list[list[tuple[Param, type, type]]] = []  # by group: parameter, its class, its pending class
         self._lock = threading.RLock()
@@ -204,7 +205,7 @@ class Barrier:
                 if group in self.pending and group not in self._finishing:
                     self._finishing.add(group)
                     try:
-                        self._finish(group)
+                        self.finish(group)
                     finally:
                         self._finishing.remove(group)
                     self._open(group)

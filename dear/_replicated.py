@@ -95,6 +95,9 @@ class ReplicatedUpdate(Update):
 
     # --- the step ---
 
+    def validate(self) -> None:
+        self.attached.compression.validate()
+
     def step(self, found: Found, optimizer: int) -> None:
         attached = self.attached
         if attached.barrier.pending:  # the last step's, if this one follows without a backward pass

@@ -108,6 +108,9 @@ class Update(ABC):
 
     # --- the step ---
 
+    def validate(self) -> None:  # noqa: B027 - not every strategy needs it
+        """As :meth:`dear.compression.Binding.validate`, for strategies that serve compressors."""
+
     @abstractmethod
     def step(self, found: Found, optimizer: int) -> None:
         """One step of one of ``attached.users``, or its beginning, with the gradients ``found`` in ``.grad``. What it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -184,7 +184,6 @@ def _assemble(
     gather_lane = make_lane(group, "all-gather", plan.algorithm, timeout)
     reduce_lane = make_lane(group, "reduce-scatter", plan.algorithm, timeout)
     scheduler = _C.Scheduler(reduce_lane, gather_lane, plan.strategy.gathers_gradients)
-    finish: list[Callable[[int], None]] = []  # the strategy's, once there is one
     attached = Attached(
         model=model,
         users=[UserOptimizer(optimizer) for optimizer in optimizers],
@@ -194,7 +193,7 @@ def _assemble(
         names=_ddp.parameter_names(model),
         scheduler=scheduler,
         gather_lane=gather_lane,
-        barrier=Barrier(lambda index: finish[0](index)),
+        barrier=Barrier(),
         compression=Uncompressed(),
     )
     if compressor is not None:
@@ -204,6 +203,6 @@ def _assemble(
             Site(model, optimizers[0], plan.device, lanes, plan.algorithm, scheduler, wait)
         )
     update = plan.strategy(attached)
-    finish.append(update.finish)
+    attached.barrier.finish = update.finish
     schedule = Schedule(attached, update, plan.bucket_cap_mb)
     return Engine(attached, schedule, update, overlap_forward=overlap_forward, check_replicas=check_replicas)

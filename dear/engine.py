@@ -121,7 +121,7 @@ class Engine:
             found = _grads.look_without_layout(attached.users[number].params)
         else:
             if scheduler.has_gradients():
-                attached.compression.validate()  # which may take the gradients away
+                self._update.validate()  # which may take the gradients away
             found = attached.look_at_grads(number)
         if found.nothing:  # zero_grad() came first: there is nothing to do, as in plain torch
             if scheduler.has_gradients():
