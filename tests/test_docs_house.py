@@ -50,7 +50,8 @@ def test_makefile_installs_what_the_extras_list():
     wanted = {bare(one) for group in extras.values() for one in group} - {"dear-torch"}
     installed = {
         bare(word)
-        for line in rule("$(VENV)/.installed")
+        for target in ("$(VENV)/.installed", "$(VENV)/.frameworks")
+        for line in rule(target)
         if "pip install" in line
         for word in line.split("#")[0].split()
     }
