@@ -70,7 +70,12 @@ class ShardedUpdate(Update):
     def adopt(self, layout: Layout) -> Placeholders:
         former = self._full_state()
         self._homes = Homes(layout)
-        settle = weakly(self, ShardedUpdate._before_zero)
+
+        def before_zero(update: ShardedUpdate) -> None:
+            update.attached.scheduler.synchronize()
+            update.zeroed()
+
+        settle = weakly(self, before_zero)
         self._cut(layout, former)
         return [
             (place.param, local_grad(place.view(layout.buckets[place.bucket].buffer.view(-1)), settle))
@@ -117,10 +122,6 @@ class ShardedUpdate(Update):
 
     def zeroed(self) -> None:
         self._adds_to_changed = False
-
-    def _before_zero(self) -> None:
-        self.attached.scheduler.synchronize()
-        self.zeroed()
 
     # --- the step ---
 
