@@ -37,6 +37,7 @@ class ShardedUpdate(Update):
         self._segments: list[Segment] = []
         self._by_group: list[list[Segment]] = []  # by fusion group
         self._state: dict[torch.Tensor, dict[str, Any]] = {}  # by segment
+        self._others: _state.FullState = {}  # of parameters that DDP does not reduce
         self._shown: Any = None  # in optimizer.state
         self._exporting = False
         # torch's foreach SGD with nesterov changes gradients in place; those that are kept would be added to so.
@@ -93,6 +94,8 @@ class ShardedUpdate(Update):
             lambda param: _state.kind(full.get(param, {})) if merge else id(param),
         )  # fmt: skip
         self._state = defaultdict(dict, _state.scatter(full, self._segments))
+        here = {place.param for place in layout.places}
+        self._others = {param: state for param, state in full.items() if param not in here}
         self._shown = ShardedState(weakly(attached, lambda _: self._state.clear()))
         attached.user.optimizer.state = self._shown
 
@@ -262,7 +265,7 @@ class ShardedUpdate(Update):
         attached = self.attached
         if attached.layout is None:
             return dict(attached.user.optimizer.state)
-        return _state.gather(self._state, self._segments, attached.layout, attached.gather_lane)
+        return self._others | _state.gather(self._state, self._segments, attached.layout, attached.gather_lane)
 
     @contextmanager
     def full_state(self) -> Iterator[None]:
