@@ -38,6 +38,7 @@ class ShardedUpdate(Update):
         self._segments: list[Segment] = []
         self._by_group: list[list[Segment]] = []  # by fusion group
         self._state: dict[torch.Tensor, dict[str, Any]] = defaultdict(dict)  # by segment
+        self._others: _state.FullState = {}  # of parameters that DDP does not reduce
         self._shown: list[Any] = [None] * len(attached.users)  # in optimizer.state
         self._exporting = False
         self._gradients = ShardedGradients(attached)
@@ -87,6 +88,7 @@ class ShardedUpdate(Update):
         # Where parameters may go unused, each is updated on its own.
         merge = not _ddp.tracks_unused(attached.model)
         whole = self.whole()
+        here = {place.param for place in layout.places}
         for number in numbers:
             optimizer = attached.users[number].optimizer
             self._forget(number)
@@ -98,6 +100,8 @@ class ShardedUpdate(Update):
             )  # fmt: skip
             self._segments += segments
             self._state.update(_state.scatter(full, segments))
+            others = {param: full[param] for param in group_of if param in full and param not in here}
+            self._others = {p: state for p, state in self._others.items() if p not in group_of} | others
             shown = ShardedState(weakly(self, functools.partial(type(self)._forget, number=number)))
             optimizer.state = self._shown[number] = shown
 
@@ -261,7 +265,7 @@ class ShardedUpdate(Update):
         attached = self.attached
         if attached.layout is None:
             return {key: value for user in attached.users for key, value in user.optimizer.state.items()}
-        return _state.gather(self._state, self._segments, attached.layout, attached.gather_lane)
+        return self._others | _state.gather(self._state, self._segments, attached.layout, attached.gather_lane)
 
     @contextmanager
     def full_state(self) -> Iterator[None]:
