@@ -83,9 +83,10 @@ def quantize_encode(
 ) -> None:
     """``payload`` [owners, quantize_payload_numel(shard)] = ``grad + error`` [n], in 8 bits.
 
-    ``error`` becomes what that lost. Owner s holds elements [s * shard, (s + 1) * shard). Codes are int8, or where ``floating`` float8_e4m3fn. Rounded to
-    nearest, or with a ``key`` (32 bits) stochastically, by a hash of the key and the element's index. Rows of the
-    payload may lie apart. What is beyond 2^126 counts as not finite; without ``error`` (None) that is sent as 0.
+    ``error`` becomes what that lost. Owner s holds elements [s * shard, (s + 1) * shard). Codes are int8, or where
+    ``floating`` float8_e4m3fn. Rounded to nearest, or with a ``key`` (32 bits) stochastically, by a hash of the key and
+    the element's index. Rows of the payload may lie apart. What is beyond 2^126 counts as not finite; without ``error``
+    (None) that is sent as 0.
     """
     _ops.quantize_encode(grad, error, shard, payload, dropped, floating, key)
 
