@@ -6,10 +6,10 @@ namespace dear::compress::cuda {
 namespace {
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kStripe = 32 * 4;         // columns that a warp has at once: four of each lane
-constexpr int kRows = 2;                // rows that a warp has at once: more would not fit the registers
-constexpr int kMostRank = 8;            // whose sums fit the registers
-constexpr int kMostRankOfColumns = 4;   // where the fixed factor is not in shared memory
+constexpr int kStripe = 32 * 4;        // columns that a warp has at once: four of each lane
+constexpr int kRows = 2;               // rows that a warp has at once: more would not fit the registers
+constexpr int kMostRank = 8;           // whose sums fit the registers
+constexpr int kMostRankOfColumns = 4;  // where the fixed factor is not in shared memory
 
 // Four elements of kRows rows of a matrix, in registers: loaded, corrected and stored.
 template <typename T>
