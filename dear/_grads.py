@@ -63,7 +63,7 @@ def look_without_layout(params: Iterable[Param]) -> Found:
 def unreduced(name: str) -> RuntimeError:
     """The error for a gradient of a pass under no_sync() that no other pass has reduced."""
     return RuntimeError(
-        f"The gradient of {name} was not reduced, since every backward pass after the last "
+        f"optimizer.step() found a gradient of {name} that was not reduced, since every backward pass after the last "
         "step ran under model.no_sync(): run the last backward pass before optimizer.step() outside of it."
     )
 
