@@ -26,7 +26,7 @@ namespace dear {
 //   communicators of a device: then the first point is enough by itself. (Left to whoever runs the job: it
 //   costs an event a launch, and before CUDA 12.3 NCCL serialises with it.)
 // - Without it, streams may start in another order. But a collective here takes few of the processors
-//   (NCCL's channels: at most 32 thread blocks a communicator), and no kernel of ours waits for another rank,
+//   (NCCL's channels: at most 64 thread blocks a communicator), and no kernel of ours waits for another rank,
 //   so both find room: a GPU's other work ends by itself.
 class NativeLane : public Lane {
  public:

@@ -189,38 +189,44 @@ struct RowScratch {
   }
 };
 
+// Corrects two rows of one tile of ranks, and writes their products with the fixed factor, in one pass.
+void multiply_at_once(Sweep& sweep, int64_t matrix, int64_t first, const RowScratch& scratch) {
+  std::fill(scratch.down, scratch.down + kRows * kTile, 0.0f);
+  sweep.together<kRows>(matrix, first, scratch.pending.across,
+                        [&](const Together<kRows>& rows, int64_t offset, int64_t n) {
+                          sweep.drop(project_together(rows, scratch.across + offset, sweep.batch.columns,
+                                                      kLargestElement, n, scratch.down));
+                        });
+}
+
+// The same for any rank: the rows are corrected first, and then multiplied tile by tile, in a cache.
+void multiply_by_tiles(Sweep& sweep, int64_t matrix, int64_t first, const RowScratch& scratch) {
+  const int64_t columns = sweep.batch.columns;
+  float* const top = sweep.correct(matrix, first, scratch.pending);
+  float* const other = first + 1 < sweep.batch.rows ? sweep.correct(matrix, first + 1, scratch.pending) : top;
+  for (int64_t k = 0; k < sweep.rank; k += kTile) {
+    float sums[kRows * kTile] = {};
+    for (int64_t column = 0; column < columns; column += kSumColumns) {
+      dot_two_rows(top + column, other + column, scratch.across + k * columns + column, columns,
+                   std::min(kSumColumns, columns - column), sums);
+    }
+    for (int64_t i = 0; i < kRows; ++i) {
+      std::copy_n(sums + i * kTile, kTile, scratch.down + i * sweep.rank + k);
+    }
+  }
+}
+
 void project_two_rows(Sweep& sweep, int64_t matrix, int64_t first, const RowScratch& scratch) {
   const BatchShape& batch = sweep.batch;
   const Projection& projection = sweep.projection;
-  const int64_t rank = sweep.rank;
-  const int64_t count = std::min(kRows, batch.rows - first);
-  if (sweep.at_once()) {
-    float* sums = scratch.down;
-    std::fill(sums, sums + kRows * kTile, 0.0f);
-    sweep.together<kRows>(
-        matrix, first, scratch.pending.across, [&](const Together<kRows>& rows, int64_t offset, int64_t n) {
-          sweep.drop(
-              project_together(rows, scratch.across + offset, batch.columns, kLargestElement, n, sums));
-        });
-  }
-  const auto corrected = [&](int64_t index) {
-    return sweep.at_once() ? sweep.row(matrix, index) : sweep.correct(matrix, index, scratch.pending);
-  };
-  float* const top = corrected(first);
-  float* const rows[kRows] = {top, count < kRows ? top : corrected(first + 1)};
-  for (int64_t k = 0; k < rank && !sweep.at_once(); k += kTile) {
-    float sums[kRows * kTile] = {};
-    for (int64_t column = 0; column < batch.columns; column += kSumColumns) {
-      dot_two_rows(rows[0] + column, rows[1] + column, scratch.across + k * batch.columns + column,
-                   batch.columns, std::min(kSumColumns, batch.columns - column), sums);
-    }
-    for (int64_t i = 0; i < kRows; ++i) std::copy_n(sums + i * kTile, kTile, scratch.down + i * rank + k);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    float* down = scratch.down + i * rank;
+  (sweep.at_once() ? multiply_at_once : multiply_by_tiles)(sweep, matrix, first, scratch);
+  for (int64_t i = 0; i < std::min(kRows, batch.rows - first); ++i) {
+    float* down = scratch.down + i * sweep.rank;
     sweep.drop(drop_beyond(kLargestFactor, batch.rank, down));
     std::copy_n(down, batch.rank, projection.factor + (matrix * batch.rows + first + i) * batch.rank);
-    if (projection.residual) sweep.subtract(rows[i], down, scratch.across, scratch.row);
+    if (projection.residual) {
+      sweep.subtract(sweep.row(matrix, first + i), down, scratch.across, scratch.row);
+    }
   }
 }
 
@@ -364,13 +370,6 @@ void project_columns(Sweep& sweep) {
 }
 
 }  // namespace
-
-void lay_across(const float* factor, int64_t length, int64_t rank, float* across) {
-  std::fill(across + rank * length, across + padded_rank(rank) * length, 0.0f);
-  for (int64_t i = 0; i < length; ++i) {
-    for (int64_t k = 0; k < rank; ++k) across[k * length + i] = factor[i * rank + k];
-  }
-}
 
 int64_t low_rank_subtract(const BatchShape& batch, const float* p, const float* q, float* error) {
   const Projection projection{nullptr, GradType::kFloat32, nullptr, error, nullptr, nullptr, false, p, q};

@@ -1,6 +1,9 @@
 #include "compress/kernels/cpu/low_rank_loops.h"
 
+#include <algorithm>
+
 #include "compress/kernels/cpu/isa.h"
+#include "compress/kernels/cpu/low_rank.h"
 
 namespace dear::compress::cpu {
 
@@ -232,6 +235,13 @@ DEAR_CLONES uint32_t drop_beyond(float limit, int64_t n, float* values) {
 
 DEAR_CLONES void add_values(const float* values, int64_t n, float* total) {
   for (int64_t i = 0; i < n; ++i) total[i] += values[i];
+}
+
+void lay_across(const float* factor, int64_t length, int64_t rank, float* across) {
+  std::fill(across + rank * length, across + padded_rank(rank) * length, 0.0f);
+  for (int64_t i = 0; i < length; ++i) {
+    for (int64_t k = 0; k < rank; ++k) across[k * length + i] = factor[i * rank + k];
+  }
 }
 
 }  // namespace dear::compress::cpu
