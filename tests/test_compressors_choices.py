@@ -182,5 +182,5 @@ def test_presets_send_as_few_bytes_as_they_say(pool2):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match='preset must be one of "exact", "safe", "fast", not .best.'):
+    with pytest.raises(ValueError, match=r'preset must be one of "exact", "safe", "fast", not .best.'):
         compress.preset("best")
