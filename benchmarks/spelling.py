@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FORMS = "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, int8, fp8"
+FORMS = (
+    "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, int8, fp8, exact, safe, fast; RANK is a "
+    "whole number or a fraction of the smaller side"
+)
 
 # Names that earlier versions wrote into results of the collectives, as they begin in JSON.
 _EARLIER = {'"acpsgd:': '"acp:', '"powersgd:': '"power:', '"signsgd"': '"sign"'}
@@ -23,7 +26,13 @@ class CompressorName:
     @property
     def label(self) -> str:
         """For people: ACP-SGD rank 4."""
-        named = {"acp": "ACP-SGD rank", "power": "Power-SGD rank", "topk": "Top-k", "sign": "EF-SignSGD"}.get(self.kind)
+        named = {
+            "acp": "ACP-SGD rank",
+            "power": "Power-SGD rank",
+            "nystrom": "Nyström-SGD rank",
+            "topk": "Top-k",
+            "sign": "EF-SignSGD",
+        }.get(self.kind)
         return " ".join(filter(None, [named or self.kind, self.option]))
 
     def make(self, **more: Any) -> Any:
@@ -34,9 +43,11 @@ class CompressorName:
 
         match self.kind:
             case "acp":
-                return compress.ACPSGD(rank=int(self.option or 0), **more)
+                return compress.ACPSGD(rank=_rank(self.option), **more)
             case "power":
-                return compress.PowerSGD(rank=int(self.option or 0), **more)
+                return compress.PowerSGD(rank=_rank(self.option), **more)
+            case "exact" | "safe" | "fast":
+                return compress.preset(self.kind, **more)
             case "topk":
                 return compress.TopK(density=float(self.option or 0), **more)
             case "sign":
@@ -63,6 +74,14 @@ def whole(text: str) -> bool:
     return text.isdigit() and 1 <= int(text) <= 256
 
 
+def _rank(text: str | None) -> int | float:
+    return int(text or 0) if text is None or text.isdigit() else float(text)
+
+
+def _whole_or_share(text: str) -> bool:
+    return whole(text) or (_share(text) and float(text) < 1)
+
+
 def _share(text: str) -> bool:
     try:
         return 0 < float(text) <= 1
@@ -75,11 +94,12 @@ _DENSE = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8", "fp8": "float8_
 
 # By kind: whether a word is an option of it.
 _OPTIONS: dict[str, Callable[[str], bool]] = {
-    "acp": whole,
-    "power": whole,
+    "acp": _whole_or_share,
+    "power": _whole_or_share,
     "topk": _share,
     "sign": "majority".__eq__,
     **dict.fromkeys(_DENSE, lambda _: False),
+    **dict.fromkeys(("exact", "safe", "fast"), lambda _: False),
 }
 
 

@@ -6,7 +6,19 @@ from compress.compressor import Compressor
 from compress.dense import Dense
 from compress.group import Group
 from compress.power_sgd import PowerSGD
+from compress.presets import preset
 from compress.sign_sgd import SignSGD
 from compress.top_k import TopK
 
-__all__ = ["ACPSGD", "Compressor", "Dense", "Group", "PowerSGD", "SignSGD", "TopK", "comm_hook", "register"]
+__all__ = [
+    "ACPSGD",
+    "Compressor",
+    "Dense",
+    "Group",
+    "PowerSGD",
+    "SignSGD",
+    "TopK",
+    "comm_hook",
+    "preset",
+    "register",
+]

@@ -44,11 +44,11 @@ class Binding:
         lanes = list(lanes)
         for stage in range(len(lanes), max(2, compressor.exchanges)):
             lanes.append(make_lane(ranks, f"compress {stage}", chosen, timeout))
-        owners = None
-        if compressor.exchange == "owners":
-            owners = make_lane(ranks, "compress all-to-all", chosen, timeout, all_to_all=True)
+        all_to_alls: list[_C.Lane | None] = [None] * len(lanes)
+        for stage in compressor.all_to_alls:
+            all_to_alls[stage] = make_lane(ranks, f"compress all-to-all {stage}", chosen, timeout, all_to_all=True)
         self.compressor = compressor
-        self.pipeline = _C.Pipeline(lanes, owners, device)  # type: ignore[arg-type]  # the stub knows no None
+        self.pipeline = _C.Pipeline(lanes, all_to_alls, device)  # type: ignore[arg-type]  # the stub knows no None
         self._lane, self._device = lanes[1], device
         self.pipeline.steps = compressor.initial_step
         self._measure = compressor.measure_first

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from compress.choices import check_matched
 from compress.contract import Contract
 from compress.saved import check_parameters
 from dear import compression
@@ -29,7 +30,7 @@ def check_new(compressor: Any, model: DDP, caller: str) -> dict[str, Any]:
     if compressor.binding is not None:
         raise RuntimeError("This compressor serves a model already, and keeps its state: make another one.")
     params = dict(model.module.named_parameters())
-    compressor.check_names(params)
+    check_matched(compressor.patterns, params)
     sizes = {name: param.numel() for name, param in params.items() if param.requires_grad}
     compressor.choose({name: params[name] for name in sizes})
     check_parameters(compressor, sizes)

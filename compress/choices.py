@@ -17,19 +17,20 @@ def matches(pattern: str, name: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
 
 
-def check_matched(patterns: Iterable[str], names: Iterable[str], option: str) -> None:
-    """Refuses a pattern that means none of the model's parameters.
+def check_matched(patterns: Mapping[str, Iterable[str]], names: Iterable[str]) -> None:
+    """Refuses a pattern, of those by option, that means none of the model's parameters.
 
     Raises:
         ValueError: one sentence says which.
     """
     known = list(names)
-    for pattern in patterns:
-        if not any(matches(pattern, name) for name in known):
-            raise ValueError(
-                f"{option} names {pattern!r}, which matches no parameter of the model: give names as "
-                "model.module.named_parameters() has them, or a pattern such as '*.bias'."
-            )
+    for option, given in patterns.items():
+        for pattern in given:
+            if not any(matches(pattern, name) for name in known):
+                raise ValueError(
+                    f"{option} names {pattern!r}, which matches no parameter of the model: give names as "
+                    "model.module.named_parameters() has them, or a pattern such as '*.bias'."
+                )
 
 
 class Selected:
@@ -68,6 +69,10 @@ class Assigned:
         self.by_pattern: dict[str, Any] = {}
         if isinstance(given, Mapping):
             self.by_pattern = {str(pattern): check(value) for pattern, value in given.items()}
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return tuple(self.by_pattern)
 
     def __call__(self, name: str, param: Tensor) -> Any:
         if self._function is not None:

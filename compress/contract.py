@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from compress import ops, patterns
-from compress.choices import Selected, Selection, check_matched
+from compress.choices import Selected, Selection
 from compress.exchange import Steps
 from compress.feedback import Feedback
 from compress.group import Group
@@ -54,6 +54,7 @@ class Contract:
         self.start_step, self.min_compression_ratio = start_step, float(min_compression_ratio)
         self.start = Start(start_step)
         self.exempt = Selected(exempt, "exempt")
+        self.patterns = {"exempt": self.exempt.patterns}  # by option: each must match a parameter
         self.exempted: set[str] = set()  # of the parameters seen so far
         self.seed, self.nonfinite, self.process_group = int(seed), nonfinite, process_group
         self.feedback = Feedback()
@@ -68,10 +69,6 @@ class Contract:
     def options(self) -> dict[str, Any]:
         """The subclass's own options, which must be equal on every rank and in a state that is loaded."""
         return {}
-
-    def check_names(self, names: Iterable[str]) -> None:
-        """Refuses options that name no parameter of the model; ``names`` are all there are."""
-        check_matched(self.exempt.patterns, names, "exempt")
 
     def choose(self, params: Mapping[str, Tensor]) -> dict[str, Any]:
         """Notes what the options say about these parameters; returns what must be equal on every rank, by what it is
@@ -132,6 +129,11 @@ class Contract:
     def exchanges(self) -> int:
         """How many exchanges a compressed step takes; override it together with :meth:`compressed_steps`."""
         return 1 if self.exchange == "gather" else 2
+
+    @property
+    def all_to_alls(self) -> tuple[int, ...]:
+        """Which of them are all-to-alls; in Python only the first can be."""
+        return (0,) if self.exchange == "owners" else ()
 
     def compressed_steps(self, group: Group) -> Steps:
         """The exchanges of a compressed step, by :attr:`exchange`; override it for any other sequence."""

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from compress.binding import Binding
 from compress.bound import Bound
+from compress.choices import check_matched
 from compress.contract import Contract
 from compress.outcome import keep_unused, treat_nonfinite
 from dear import _C, _ddp
@@ -93,7 +94,7 @@ class HookBinding(Binding):
     def check_names(self) -> None:
         """Once every bucket was seen: whether the compressor's options name a parameter each."""
         if not self._names_checked:
-            self.compressor.check_names(self._params)
+            check_matched(self.compressor.patterns, self._params)
             self._names_checked = True
 
     def measure_next(self) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from compress.choices import Assigned, check_matched
+from compress.choices import Assigned
 from compress.compressor import Compressor
 from compress.contract import COMPRESSIBLE
 from compress.group import Group, Member
@@ -50,6 +50,9 @@ class LowRank(Compressor):
             dense under any of them does so throughout. Smaller compresses more.
         rank_of: the rank by parameter, which counts in place of ``rank``: a dict from names, modules' names or patterns
             to ranks, or a callable of name and parameter that returns a rank, or None for ``rank``.
+        factor_dtype: of the factors on the wire. In ``torch.bfloat16`` they take half the bytes of ``torch.float32``;
+            owners sum them in float32, and what rounding loses stays in the error feedback. What travels dense is
+            float32 in either case.
     """
 
     carries_exempt: ClassVar[bool] = True
@@ -61,23 +64,31 @@ class LowRank(Compressor):
         rank: Rank | Sequence[tuple[int, Rank]] = 4,
         *,
         rank_of: Mapping[str, Rank] | Callable[[str, Tensor], Rank | None] | None = None,
+        factor_dtype: torch.dtype = torch.bfloat16,
         min_compression_ratio: float = 2.0,
         **options: Any,
     ) -> None:
         super().__init__(min_compression_ratio=min_compression_ratio, **options)
-        self.rank = rank
+        if factor_dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"factor_dtype must be torch.bfloat16 or torch.float32, not {factor_dtype!r}.")
+        self.rank, self.factor_dtype = rank, factor_dtype
         self.stages: Stepwise[Rank] = Stepwise(rank, "rank", check_rank)
         self.rank_of = Assigned(rank_of, "rank_of", lambda one: check_rank(one, "rank_of"))
+        self.patterns["rank_of"] = self.rank_of.patterns
         self._own: dict[str, Rank] = {}  # what rank_of says, by name
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by name and stage: P, Q; views of the batches
 
     def options(self) -> dict[str, Any]:
-        return {"rank": self.stages.said, "rank_of": self.rank_of.by_pattern}
+        said = {"rank": self.stages.said, "rank_of": self.rank_of.by_pattern}
+        return said | {"factor_dtype": str(self.factor_dtype)}
 
-    def check_names(self, names: Iterable[str]) -> None:
-        known = list(names)
-        super().check_names(known)
-        check_matched(self.rank_of.by_pattern, known, "rank_of")
+    @property
+    def all_to_alls(self) -> tuple[int, ...]:
+        return tuple(range(0, self.exchanges, 2)) if self._rounds else ()
+
+    @property
+    def _rounds(self) -> bool:
+        return self.factor_dtype != torch.float32
 
     def choose(self, params: Mapping[str, Tensor]) -> dict[str, Any]:
         own = {name: rank for name, param in params.items() if (rank := self.rank_of(name, param)) is not None}
@@ -98,14 +109,18 @@ class LowRank(Compressor):
         if member.name in self._own:
             wanted = [self._own[member.name]] * len(wanted)
         ranks = tuple(rank_for(rank, member.rows, member.columns, self.auto) for rank in wanted)
-        worth = member.numel >= self.min_compression_ratio * self.cost(member.rows, member.columns, max(ranks))
+        worth = member.numel >= self.min_compression_ratio * self._sent(member, max(ranks))
         return ranks if member.columns > 1 and member.name not in self.exempted and worth else ()
+
+    def _sent(self, member: Member, rank: int) -> float:
+        """The same in words of 32 bits."""
+        return self.cost(member.rows, member.columns, rank) / (2 if self._rounds else 1)
 
     def ratio(self, group: Group) -> float:
         sent = 0.0
         for member in group.members:
             ranks = self._ranks_of(member)
-            sent += self.cost(member.rows, member.columns, max(ranks)) if ranks else member.numel
+            sent += self._sent(member, max(ranks)) if ranks else member.numel
         return group.numel / sent
 
     def compresses(self, group: Group) -> bool:
@@ -167,6 +182,7 @@ class LowRank(Compressor):
             "batches": batches,
             "segments": torch.tensor(segments, dtype=torch.int64, device=group.device).view(-1, 3),
             "dense_numel": layout.dense_numel,
+            "wire": self.factor_dtype if self._rounds else None,
         }
 
     # --- state: the factors are the same on all ranks ---
@@ -180,4 +196,14 @@ class LowRank(Compressor):
         return state
 
     def load_named_state(self, state: dict[str, Any]) -> None:
+        for name, factors in state.items():
+            if not (isinstance(factors, Sequence) and len(factors) == 2 and all(map(_is_matrix, factors))):
+                raise ValueError(
+                    f"The compressor's state is damaged: the factors of {name} must be two float32 matrices; load what "
+                    "state_dict() returned."
+                )
         self._factors = {name: [(p.clone(), q.clone())] for name, (p, q) in state.items()}
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() == 2

@@ -53,10 +53,11 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
     if compressor.binding is not None:
         compressor.binding.synchronize()
     states = check_loaded(compressor, state, ranks.rank(), ranks.size())
-    mine, compressor.feedback = merge_states(states, ranks.rank(), ranks.size())
+    mine, feedback = merge_states(states, ranks.rank(), ranks.size())
+    compressor.load_named_state(mine["named"])  # which may refuse it
+    compressor.feedback = feedback
     compressor.seed = mine["seed"]
     compressor.start.load(mine["start"])
-    compressor.load_named_state(mine["named"])
     if mine["world_size"] == ranks.size():
         compressor.load_own_state(mine["own"])
     compressor.initial_step = mine["step"]

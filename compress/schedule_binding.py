@@ -32,6 +32,7 @@ class ScheduleBinding(Binding):
         super().__init__(compressor, site.device, lanes=site.lanes, algorithm=site.algorithm)
         self._names = {id(param): name for name, param in site.model.module.named_parameters()}
         self._optimizer = weakref.ref(site.optimizer)
+        self._warming_up = not compressor.start.known
         self._scheduler, self._synchronize = site.scheduler, site.synchronize
         self._params: list[Tensor] = []
         self._validated = self.pipeline.steps  # how many steps had begun then
@@ -48,6 +49,7 @@ class ScheduleBinding(Binding):
         self._scheduler.forget_layout()
         self._validated = step
         self._to_keep = set()
+        self._warming_up = not self.compressor.start.known
 
     def measure_next(self) -> None:
         super().measure_next()
@@ -79,7 +81,8 @@ class ScheduleBinding(Binding):
         step = self.pipeline.steps
         if self._validated == step:
             return
-        self._look_at_warmup(step)
+        if self._warming_up:
+            self._look_at_warmup(step)
         if self._scheduler.any_dropped():
             self._scheduler.synchronize()
             self._validated = step
@@ -94,13 +97,14 @@ class ScheduleBinding(Binding):
         """With ``start_step="warmup"``: compression begins when the learning rate has stopped rising. Collective until
         then."""
         start, optimizer = self.compressor.start, self._optimizer()
-        if start.known or optimizer is None:
+        if optimizer is None:
             return
         ends = start.ends([float(group["lr"]) for group in optimizer.param_groups])
         remedy = "give every rank the same learning rates"
         agree(self.compressor.ranks(), lambda: {"the end of the learning rate's warm-up": ends}, remedy)
         if ends:
             start.set(step + 1)  # the step between is dense, and the codecs learn from it
+            self._warming_up = False
 
     def arrived(self, bucket: int) -> None:
         """Results for parameters that no rank has used go back to the error feedback, once."""

@@ -135,13 +135,14 @@ void bind_codecs(py::module_& m) {
            py::arg("starts"), py::arg("error"), py::arg("p"), py::arg("q"));
   py::class_<compress::AcpCodec, Codec, std::shared_ptr<compress::AcpCodec>>(m, "AcpCodec")
       .def(py::init<at::Device, int64_t, int64_t, std::vector<MatrixBatch>, at::Tensor, int64_t,
-                    std::shared_ptr<StartStep>>(),
+                    std::optional<at::ScalarType>, std::shared_ptr<StartStep>>(),
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("batches"), py::arg("segments"),
-           py::arg("dense_numel"), py::arg("start"));
+           py::arg("dense_numel"), py::arg("wire"), py::arg("start"));
   py::class_<compress::PowerCodec, Codec, std::shared_ptr<compress::PowerCodec>>(m, "PowerCodec")
-      .def(py::init<at::Device, int64_t, int64_t, std::vector<MatrixBatch>, at::Tensor, int64_t>(),
+      .def(py::init<at::Device, int64_t, int64_t, std::vector<MatrixBatch>, at::Tensor, int64_t,
+                    std::optional<at::ScalarType>>(),
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("batches"), py::arg("segments"),
-           py::arg("dense_numel"));
+           py::arg("dense_numel"), py::arg("wire"));
 }
 
 }  // namespace

@@ -323,6 +323,7 @@ class AcpCodec(Codec):
         batches: collections.abc.Sequence[MatrixBatch],
         segments: torch.Tensor,
         dense_numel: typing.SupportsInt | typing.SupportsIndex,
+        wire: torch.dtype | None,
         start: StartStep,
     ) -> None: ...
 
@@ -335,6 +336,7 @@ class PowerCodec(Codec):
         batches: collections.abc.Sequence[MatrixBatch],
         segments: torch.Tensor,
         dense_numel: typing.SupportsInt | typing.SupportsIndex,
+        wire: torch.dtype | None,
     ) -> None: ...
 
 class GradientWalk:
@@ -352,7 +354,9 @@ class PipelineCounts:
     def encode_ns(self) -> int: ...
 
 class Pipeline:
-    def __init__(self, lanes: collections.abc.Sequence[Lane], all_to_all: Lane, device: torch.device) -> None: ...
+    def __init__(
+        self, lanes: collections.abc.Sequence[Lane], all_to_alls: collections.abc.Sequence[Lane], device: torch.device
+    ) -> None: ...
     def abort(self, arg0: str) -> None: ...
     @property
     def counts_of_last_step(self) -> PipelineCounts: ...

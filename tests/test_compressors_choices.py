@@ -160,3 +160,27 @@ def test_what_fits_no_model_is_refused_on_every_rank(pool2):
 def test_wrong_options_are_refused_in_one_sentence(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def presets(rank: int, world: int) -> None:
+    """Bytes of a large matrix are what the preset says, against 16 bits; options of one's own count."""
+    shapes = {"square": (256, 256), "wide": (128, 512)}
+    dense = 2 * (world - 1) * 2 * sum(torch.Size(shape).numel() for shape in shapes.values()) // world
+    for name, fewer in (("exact", 0.99), ("safe", 3.9), ("fast", 15.5)):
+        compressor = compress.preset(name)
+        model = attach(compressor, net=Prescribed(shapes))
+        backward(model, gradients(rank, 0, shapes))
+        sent = compressor.stats()["bytes_sent"]
+        assert sent * fewer < dense, (name, sent, dense)
+    spared = compress.preset("safe", exempt="square", rank=3)
+    backward(attach(spared, net=Prescribed(shapes)), gradients(rank, 0, shapes))
+    assert ranks_of(spared) == {"wide": 3}
+
+
+def test_presets_send_as_few_bytes_as_they_say(pool2):
+    pool2.run(presets)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match=r'preset must be one of "exact", "safe", "fast", not .best.'):
+        compress.preset("best")

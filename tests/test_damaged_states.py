@@ -12,6 +12,10 @@ import dear
 
 DAMAGE = {
     "named": lambda state: state.update(named="P"),
+    "factors": lambda state: state["named"].update(dict.fromkeys(state["named"], "P")),
+    "factor": lambda state: state["named"].update({n: (p.double(), q) for n, (p, q) in state["named"].items()}),
+    "start": lambda state: state.update(start=3),
+    "exempt": lambda state: state.update(exempt="all"),
     "missing": lambda state: state.pop("named"),
     "step": lambda state: state.update(step="3"),
     "layout": lambda state: state.update(layout=None),

@@ -157,7 +157,7 @@ def low_rank(kind: str, rank: int, error: Tensor | None) -> _C.Codec:
         q=q,
     )
     options = {"segments": torch.zeros(0, 3, dtype=torch.int64), "dense_numel": 0, "batches": [batch],
-               "device": torch.device("cpu"), "rank": rank, "world": WORLD}  # fmt: skip
+               "device": torch.device("cpu"), "rank": rank, "world": WORLD, "wire": None}  # fmt: skip
     return _C.AcpCodec(start=_C.StartStep(0), **options) if kind == "acp" else _C.PowerCodec(**options)
 
 

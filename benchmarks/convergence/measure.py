@@ -67,7 +67,8 @@ def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, A
                 look(trainer, step)
             if worker.rank == 0:
                 report(step, course.steps, f"training {course.strategy}")
-        account = trainer.compressor_stats()
+        strategy = parse_strategy(course.strategy)
+        account = {"bytes_sent": strategy.payload_bytes(trainer.net, worker.world), **trainer.compressor_stats()}
         trainer.close()
         return account
 
@@ -81,6 +82,7 @@ def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, A
             round(sum(step) / len(step), 6) for step in zip(*worker.gather(own), strict=False)
         ],  # mean over ranks
         "held_out": [_together(shares) for shares in zip(*worker.gather(looks), strict=False)],  # [step, loss]
+        "bytes_per_step": (account or {}).get("bytes_sent", 0),  # of the last step, by rank 0
         "compressor": account or {},  # rank 0's, of the last step
     }
 

@@ -23,8 +23,8 @@ struct Message {
 // Note [Stages]
 // advance(step, 0) encodes, and returns the first message; advance(step, s) works on what message s - 1
 // brought, and returns message s; advance(step, stages) decodes, and returns nothing. How many there are
-// depends on the step alone, and so is the same on every rank; so are the lengths of messages. An all-to-all
-// can come first only. Steps count from 0.
+// depends on the step alone, and so is the same on every rank; so are the lengths of messages. Steps count
+// from 0.
 //
 // Threads: one call at a time; the calls of one step may come from different threads.
 class Codec {
@@ -32,6 +32,9 @@ class Codec {
   virtual ~Codec() = default;
   virtual size_t stages(int64_t step) const = 0;
   virtual std::optional<Message> advance(int64_t step, size_t stage) = 0;
+
+  // Whether a message behind the first is an all-to-all; others are for the ring.
+  virtual bool all_to_all(int64_t /*step*/, size_t /*stage*/) const { return false; }
 
   // From where and to where, both flat [n] of the gradient's type: this rank's gradient, which is only read,
   // and the aggregate. They may be one.
@@ -104,6 +107,7 @@ class StagedCodec : public Codec {
   StagedCodec(at::Device device, std::shared_ptr<const StartStep> start, std::shared_ptr<Codec> dense,
               std::vector<CodecStage> compressed);
   size_t stages(int64_t step) const override { return at(step)->stages(step); }
+  bool all_to_all(int64_t step, size_t stage) const override { return at(step)->all_to_all(step, stage); }
   std::optional<Message> advance(int64_t step, size_t stage) override;
   void bind(at::Tensor gradient, at::Tensor result) override;
   at::Tensor dropped() const override { return now_->dropped(); }

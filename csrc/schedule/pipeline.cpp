@@ -4,9 +4,9 @@
 
 namespace dear {
 
-Pipeline::Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::shared_ptr<Lane> all_to_all,
+Pipeline::Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::vector<std::shared_ptr<Lane>> all_to_alls,
                    at::Device device)
-    : lanes_(std::move(lanes)), all_to_all_(std::move(all_to_all)), device_(device) {
+    : lanes_(std::move(lanes)), all_to_alls_(std::move(all_to_alls)), device_(device) {
   if (!device_.is_cpu()) return;
   decoding_->thread = std::thread([this] { serve(); });
   ::pthread_setname_np(decoding_->thread.native_handle(), "dear decode");
@@ -25,8 +25,9 @@ Pipeline::~Pipeline() {
 
 Lane& Pipeline::lane(Phase phase, size_t stage) const {
   if (phase == Phase::kAllToAll) {
-    TORCH_CHECK(all_to_all_ && stage == 0, "Only the first exchange of a compressor can be an all-to-all.");
-    return *all_to_all_;
+    TORCH_CHECK(stage < all_to_alls_.size() && all_to_alls_[stage],
+                "A compressor makes an all-to-all of exchange ", stage, ", which it did not announce.");
+    return *all_to_alls_[stage];
   }
   TORCH_CHECK(stage < lanes_.size(), "A compressor announced ", lanes_.size(), " exchanges and makes more.");
   return *lanes_[stage];
@@ -53,7 +54,9 @@ void Pipeline::decode_later(std::function<void()> job) {
 
 void Pipeline::abort(const std::string& reason) {
   for (const auto& lane : lanes_) lane->abort(reason);
-  if (all_to_all_) all_to_all_->abort(reason);
+  for (const auto& lane : all_to_alls_) {
+    if (lane) lane->abort(reason);
+  }
 }
 
 void Pipeline::serve() {

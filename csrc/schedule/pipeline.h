@@ -24,8 +24,9 @@ namespace dear {
 // Threads: exchanges are submitted by one thread, the one that runs backward or the training thread.
 class Pipeline {
  public:
-  // `lanes` by stage; `all_to_all` may be null where no codec wants it.
-  Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::shared_ptr<Lane> all_to_all, at::Device device);
+  // `lanes` and `all_to_alls` by stage; of the latter those may be null, or missing, that no codec wants.
+  Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::vector<std::shared_ptr<Lane>> all_to_alls,
+           at::Device device);
   // Lets what is in flight fail first: the decoding thread may be waiting for it.
   ~Pipeline();
 
@@ -67,7 +68,7 @@ class Pipeline {
   static Counts minus(const Counts& a, const Counts& b);
 
   std::vector<std::shared_ptr<Lane>> lanes_;
-  std::shared_ptr<Lane> all_to_all_;
+  std::vector<std::shared_ptr<Lane>> all_to_alls_;
   const at::Device device_;
   int64_t steps_ = 0;
   Counts at_begin_;

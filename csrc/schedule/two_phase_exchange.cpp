@@ -192,15 +192,16 @@ std::shared_ptr<Exchange> TwoPhaseExchange::exchange_for(size_t stage, const Mes
 
 std::shared_ptr<Exchange> TwoPhaseExchange::deferred(size_t stage) {
   auto& exchange = deferred_.at(stage);
-  if (!exchange) {
-    exchange = pipeline_->lane(Phase::kAllGather, stage)
-                   .make_exchange(Phase::kAllGather, Reduction::kAverage, {}, label_);
-    exchange->defer([this, stage]() -> std::shared_ptr<Exchange> {
+  // Of the ring's lane it may become a reduce-scatter or an all-gather, when the lane reaches it.
+  const Phase phase = codec_->all_to_all(step_, stage) ? Phase::kAllToAll : Phase::kAllGather;
+  if (!exchange || exchange->phase() != phase) {
+    exchange = pipeline_->lane(phase, stage).make_exchange(phase, Reduction::kAverage, {}, label_);
+    exchange->defer([this, stage, phase]() -> std::shared_ptr<Exchange> {
       queued_[stage - 1]->wait();
       const std::optional<Message> message = advance(stage);
       TORCH_CHECK(message, "A compressor announced ", stages_, " exchanges and made ", stage, ".");
-      TORCH_CHECK(message->phase != Phase::kAllToAll,
-                  "Only the first exchange of a step can be an all-to-all.");
+      TORCH_CHECK((message->phase == Phase::kAllToAll) == (phase == Phase::kAllToAll),
+                  "A compressor makes an all-to-all of exchange ", stage, ", which it did not announce.");
       return exchange_for(stage, *message);
     });
   }

@@ -8,13 +8,14 @@
 namespace dear::compress {
 
 LowRankCodec::LowRankCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
-                           at::Tensor segments, int64_t dense_numel)
+                           at::Tensor segments, int64_t dense_numel, std::optional<at::ScalarType> wire)
     : Codec(device),
       batches_(std::move(batches)),
       rank_(rank),
       world_(world),
       segments_(std::move(segments)),
-      dense_numel_(dense_numel) {
+      dense_numel_(dense_numel),
+      wire_(wire) {
   for (const MatrixBatch& batch : batches_) {
     const int64_t count = batch.p.size(0), rows = batch.p.size(1), columns = batch.q.size(1);
     corrected_.push_back(batch.error ? *batch.error : at::empty({count, rows, columns}, batch.p.options()));
@@ -26,24 +27,17 @@ LowRankCodec::LowRankCodec(at::Device device, int64_t rank, int64_t world, std::
   }
 }
 
-LowRankCodec::Average LowRankCodec::make_average(bool of_p, bool with_dense) const {
-  int64_t numel = with_dense ? dense_numel_ + 1 : 0;
-  for (const MatrixBatch& batch : batches_) numel += (of_p ? batch.p : batch.q).numel();
-  Average message;
-  message.flat = at::zeros({numel}, batches_.front().p.options());
-  int64_t start = 0;
-  for (const MatrixBatch& batch : batches_) {
-    const at::Tensor& like = of_p ? batch.p : batch.q;
-    message.factors.push_back(message.flat.narrow(0, start, like.numel()).view(like.sizes()));
-    start += like.numel();
-  }
-  if (with_dense) {
-    message.dense = message.flat.narrow(0, start, dense_numel_);
-    message.flag = message.flat.narrow(0, start + dense_numel_, 1);
-  }
-  const Shards shards{numel, static_cast<int>(world_)};
-  message.shard = message.flat.narrow(0, shards.begin(rank_), shards.size(rank_));
-  return message;
+std::unique_ptr<FactorMessage> LowRankCodec::make_message(const std::vector<at::Tensor>& like,
+                                                          bool with_dense) const {
+  const int64_t numel = with_dense ? dense_numel_ : 0;
+  if (wire_) return std::make_unique<RoundedFactors>(like, numel, rank_, world_, *wire_);
+  return std::make_unique<ExactFactors>(like, numel, rank_, world_);
+}
+
+std::vector<at::Tensor> LowRankCodec::all_of(at::Tensor MatrixBatch::* factor) const {
+  std::vector<at::Tensor> factors;
+  for (const MatrixBatch& batch : batches_) factors.push_back(batch.*factor);
+  return factors;
 }
 
 void LowRankCodec::follow(const Codec& before) {
@@ -111,26 +105,27 @@ void LowRankCodec::settle() {
   pending_ = Pending::kNone;
 }
 
-void LowRankCodec::put_dense(const Average& message) {
+void LowRankCodec::put_dense(const FactorMessage& message) {
   ops::gather_segments(gradient_, segments_, message.dense, dropped_);
   message.flag.copy_(dropped_);
 }
 
-void LowRankCodec::write_result(const Average& message) {
+void LowRankCodec::write_result(const FactorMessage& message) {
   for (const MatrixBatch& batch : batches_) ops::low_rank_decode(batch.p, batch.q, result_, batch.starts);
   ops::scatter_segments(message.dense, segments_, result_);
 }
 
 AcpCodec::AcpCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
-                   at::Tensor segments, int64_t dense_numel, std::shared_ptr<const StartStep> start)
-    : LowRankCodec(device, rank, world, std::move(batches), std::move(segments), dense_numel),
+                   at::Tensor segments, int64_t dense_numel, std::optional<at::ScalarType> wire,
+                   std::shared_ptr<const StartStep> start)
+    : LowRankCodec(device, rank, world, std::move(batches), std::move(segments), dense_numel, wire),
       start_(std::move(start)),
-      of_p_(make_average(true, true)),
-      of_q_(make_average(false, true)) {}
+      of_p_(make_message(all_of(&MatrixBatch::p), true)),
+      of_q_(make_message(all_of(&MatrixBatch::q), true)) {}
 
 std::optional<Message> AcpCodec::advance(int64_t step, size_t stage) {
   const bool odd = (step - start_->get()) % 2 == 0;  // the paper counts from 1
-  const Average& message = odd ? of_p_ : of_q_;
+  FactorMessage& message = odd ? *of_p_ : *of_q_;
   switch (stage) {
     case 0:
       dropped_.zero_();
@@ -139,13 +134,15 @@ std::optional<Message> AcpCodec::advance(int64_t step, size_t stage) {
         orthogonalize(i, fixed);
         project(i, fixed, message.factors[i], !odd, /*corrects=*/true);
       }
-      leave_pending(message.factors, !odd);
+      rounds() ? forget() : leave_pending(message.factors, !odd);
       put_dense(message);
-      return reduce_scatter(message);
+      return message.send();
     case 1:
-      return all_gather(message);
+      return message.forward();
     default:
+      message.receive();
       bad_ = message.flag;
+      if (rounds()) leave_pending(message.shares(), !odd);
       for (size_t i = 0; i < batches_.size(); ++i) {
         (odd ? batches_[i].p : batches_[i].q).copy_(message.factors[i]);
       }
@@ -155,11 +152,11 @@ std::optional<Message> AcpCodec::advance(int64_t step, size_t stage) {
 }
 
 PowerCodec::PowerCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
-                       at::Tensor segments, int64_t dense_numel)
-    : LowRankCodec(device, rank, world, std::move(batches), std::move(segments), dense_numel),
-      first_(make_average(true, true)),
-      second_(make_average(false, false)) {
-  bad_ = first_.flag;
+                       at::Tensor segments, int64_t dense_numel, std::optional<at::ScalarType> wire)
+    : LowRankCodec(device, rank, world, std::move(batches), std::move(segments), dense_numel, wire),
+      first_(make_message(all_of(&MatrixBatch::p), true)),
+      second_(make_message(all_of(&MatrixBatch::q), false)) {
+  bad_ = first_->flag;
 }
 
 std::optional<Message> PowerCodec::advance(int64_t, size_t stage) {
@@ -167,26 +164,29 @@ std::optional<Message> PowerCodec::advance(int64_t, size_t stage) {
     case 0:
       dropped_.zero_();
       for (size_t i = 0; i < batches_.size(); ++i) {
-        project(i, batches_[i].q, first_.factors[i], false, /*corrects=*/true);
+        project(i, batches_[i].q, first_->factors[i], false, /*corrects=*/true);
       }
       forget();
-      put_dense(first_);
-      return reduce_scatter(first_);
+      put_dense(*first_);
+      return first_->send();
     case 1:
-      return all_gather(first_);
+      return first_->forward();
     case 2:
+      first_->receive();
       for (size_t i = 0; i < batches_.size(); ++i) {
-        batches_[i].p.copy_(first_.factors[i]);
+        batches_[i].p.copy_(first_->factors[i]);
         orthogonalize(i, batches_[i].p);
-        project(i, batches_[i].p, second_.factors[i], true, /*corrects=*/false);
+        project(i, batches_[i].p, second_->factors[i], true, /*corrects=*/false);
       }
-      leave_pending(second_.factors, true);
-      return reduce_scatter(second_);
+      if (!rounds()) leave_pending(second_->factors, true);
+      return second_->send();
     case 3:
-      return all_gather(second_);
+      return second_->forward();
     default:
-      for (size_t i = 0; i < batches_.size(); ++i) batches_[i].q.copy_(second_.factors[i]);
-      write_result(first_);
+      second_->receive();
+      if (rounds()) leave_pending(second_->shares(), true);
+      for (size_t i = 0; i < batches_.size(); ++i) batches_[i].q.copy_(second_->factors[i]);
+      write_result(*first_);
       return std::nullopt;
   }
 }

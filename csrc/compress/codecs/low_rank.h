@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "compress/codec.h"
+#include "compress/codecs/factor_message.h"
 
 namespace dear::compress {
 
@@ -29,36 +30,30 @@ class LowRankCodec : public Codec {
 
  protected:
   // `segments`: int64 [count, 3], of each dense member where it begins in the gradient, how many elements it
-  // has, and where it begins in the dense part of a message.
+  // has, and where it begins in the dense part of a message. `wire`: the type of 16 bits in which factors
+  // travel; none for float32.
   LowRankCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
-               at::Tensor segments, int64_t dense_numel);
+               at::Tensor segments, int64_t dense_numel, std::optional<at::ScalarType> wire);
 
-  // A message that is averaged: the factors of all batches, the dense members, and how many elements were
-  // dropped.
-  struct Average {
-    at::Tensor flat;
-    at::Tensor shard;                 // this rank's part of it
-    std::vector<at::Tensor> factors;  // [B, n or m, r]: views of it
-    at::Tensor dense;
-    at::Tensor flag;
-  };
-  Average make_average(bool of_p, bool with_dense) const;
-  static Message reduce_scatter(const Average& message) {
-    return {Phase::kReduceScatter, message.flat, message.shard};
-  }
-  static Message all_gather(const Average& message) { return {Phase::kAllGather, message.flat, {}}; }
+  // `like`: of the factors' shapes.
+  std::unique_ptr<FactorMessage> make_message(const std::vector<at::Tensor>& like, bool with_dense) const;
+  // P of every batch, or Q.
+  std::vector<at::Tensor> all_of(at::Tensor MatrixBatch::* factor) const;
 
   void orthogonalize(size_t batch, const at::Tensor& factors) const;
   // factor <- C Q (`transposed`: C^T P), where `fixed` is Q (or P), and C = gradient + E if `corrects`, else
   // what the last such call made of E.
   void project(size_t batch, const at::Tensor& fixed, const at::Tensor& factor, bool transposed,
                bool corrects);
+  // Whether factors travel in 16 bits.
+  bool rounds() const { return wire_.has_value(); }
   // The factors of this step, one of them `own` of this rank and the other one fixed, are what E does not say
-  // any more: they are taken out of it in the next step. To be called when all batches are projected.
+  // any more: they are taken out of it in the next step. To be called when all batches are projected; where
+  // factors are rounded, with this rank's shares of the mean, once these are known (Note [Rounded factors]).
   void leave_pending(const std::vector<at::Tensor>& own, bool transposed);
-  void put_dense(const Average& message);
+  void put_dense(const FactorMessage& message);
   // The result: P Q^T of every batch, and the dense members of `message`.
-  void write_result(const Average& message);
+  void write_result(const FactorMessage& message);
 
   std::vector<MatrixBatch> batches_;
 
@@ -67,6 +62,7 @@ class LowRankCodec : public Codec {
   const int64_t world_;
   at::Tensor segments_;
   const int64_t dense_numel_;
+  const std::optional<at::ScalarType> wire_;
   std::vector<at::Tensor> corrected_;  // C, or a buffer in its place, by batch
   enum class Pending { kNone, kOwnP, kOwnQ };
   Pending pending_ = Pending::kNone;  // which of the pending factors is this rank's own, in the next
@@ -79,27 +75,29 @@ class LowRankCodec : public Codec {
 class AcpCodec : public LowRankCodec {
  public:
   AcpCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
-           at::Tensor segments, int64_t dense_numel, std::shared_ptr<const StartStep> start);
+           at::Tensor segments, int64_t dense_numel, std::optional<at::ScalarType> wire,
+           std::shared_ptr<const StartStep> start);
   size_t stages(int64_t) const override { return 2; }
   std::optional<Message> advance(int64_t step, size_t stage) override;
 
  private:
   const std::shared_ptr<const StartStep> start_;
-  Average of_p_;
-  Average of_q_;
+  const std::unique_ptr<FactorMessage> of_p_;
+  const std::unique_ptr<FactorMessage> of_q_;
 };
 
 // compress.PowerSGD, whose docstring has the steps.
 class PowerCodec : public LowRankCodec {
  public:
   PowerCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
-             at::Tensor segments, int64_t dense_numel);
+             at::Tensor segments, int64_t dense_numel, std::optional<at::ScalarType> wire);
   size_t stages(int64_t) const override { return 4; }
+  bool all_to_all(int64_t, size_t stage) const override { return stage == 2 && second_->all_to_all(); }
   std::optional<Message> advance(int64_t step, size_t stage) override;
 
  private:
-  Average first_;   // P and the dense members
-  Average second_;  // Q
+  const std::unique_ptr<FactorMessage> first_;   // P and the dense members
+  const std::unique_ptr<FactorMessage> second_;  // Q
 };
 
 }  // namespace dear::compress
