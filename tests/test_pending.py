@@ -30,7 +30,8 @@ def test_other_threads_wait_until_a_parameter_is_finished(read):
         assert not seen, "the reader did not wait"
         unguarded(param).fill_(1)
 
-    barrier = Barrier(finish)
+    barrier = Barrier()
+    barrier.finish = finish
     barrier.set_groups([[param]])
     barrier.close([0])
     barrier.settle([0])
@@ -42,7 +43,8 @@ def test_other_threads_wait_until_a_parameter_is_finished(read):
 def test_many_threads_finish_a_parameter_once():
     finished = []
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(50)]
-    barrier = Barrier(lambda group: (finished.append(group), unguarded(params[group]).fill_(group)))
+    barrier = Barrier()
+    barrier.finish = lambda group: (finished.append(group), unguarded(params[group]).fill_(group))
     barrier.set_groups([param] for param in params)
     for _ in range(20):
         finished.clear()
@@ -70,7 +72,8 @@ def test_what_fails_stays_pending():
             raise RuntimeError("not yet")
         unguarded(param).fill_(1)
 
-    barrier = Barrier(finish)
+    barrier = Barrier()
+    barrier.finish = finish
     barrier.set_groups([[param]])
     barrier.close([0])
     with pytest.raises(RuntimeError, match="not yet"):
