@@ -107,6 +107,8 @@ class ShardedGradients:
             alive = held()
             if alive is not None:
                 alive._attached.scheduler.synchronize()
+                for part in alive._parts(index):  # another step would use it
+                    part.zero_()
                 alive._changed.discard(index)
 
         return settle

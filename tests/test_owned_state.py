@@ -94,3 +94,24 @@ def test_full_state_is_equal_on_every_rank(pool3):
     for other in others:
         assert first.keys() == other.keys()
         assert all(torch.equal(torch.from_numpy(first[index]), torch.from_numpy(other[index])) for index in first)
+
+
+def frozen_state(rank, world, update):
+    """An optimizer may have state of parameters that are not trained: Adagrad makes its own at once."""
+    adagrad = (optim.Adagrad, {"lr": 0.05})
+    plain, plain_opt = test_state.training.build("Frozen", adagrad, {})
+    model, opt = test_state.training.build("Frozen", adagrad, {})
+    engine = test_state.dear.attach(model, opt, update=update, **test_state.SMALL)
+    for number in (0, 1):
+        test_state.steps(plain, plain_opt, rank, range(3 * number, 3 * number + 3))
+        test_state.steps(model, opt, rank, range(3 * number, 3 * number + 3))
+        state = engine.state_dict()
+        test_state.same_optimizer(state["optimizer"], plain_opt.state_dict())
+        engine.load_state_dict(test_state.through_file(state))
+    engine.detach()
+    test_state.same_optimizer(opt.state_dict(), plain_opt.state_dict())
+
+
+@pytest.mark.parametrize("update", ["sharded", "owned"])
+def test_state_of_parameters_that_are_not_trained(pool2, update):
+    pool2.run(frozen_state, update)

@@ -76,6 +76,8 @@ CASES = [
         for test in silence(f"changed in place by the step, zeroed {name}",
                             f"attach()\n\nfor s in range(5): {code}; opt.step()", EVERY, **NESTEROV)
     ],
+    *silence("zeroed in place and used again", f"{BACK}\n\nopt.step()\n\nopt.zero_grad(set_to_none=False)\n\n"
+             f"opt.step(){TAIL}", EVERY, True),
     *silence("zeroed first", f"{BACK}\n\nopt.zero_grad()\n\nopt.step(){TAIL}", EVERY),
     *silence("backward twice", TWICE, EVERY, True),
     *silence("backward twice, views", TWICE, EVERY, True, **VIEW),

@@ -13,7 +13,7 @@ from .evidence import Evidence
 from .markdown import extent, number, table
 
 # What the columns show: the fastest of these kinds.
-DDP, HALF, DEAR = ("ddp",), ("ddp+fp16",), ("dear", "dear:sharded", "dear:replicated")
+DDP, HALF, DEAR = ("ddp",), ("ddp+fp16",), ("dear", "dear:sharded", "dear:owned", "dear:replicated")
 METHODS: dict[str, tuple[str, ...]] = {
     "tuned DDP": DDP,
     "DDP, 16-bit hook": HALF,
