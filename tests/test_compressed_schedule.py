@@ -241,7 +241,8 @@ def statistics(rank, world):
         if engine is not None:
             assert engine.stats()["update"] == "replicated"
             engine.detach()
-    assert said[0] == said[1] and said[0][4] > 0
+    assert said[0] == said[1], said
+    assert said[0][4] > 0
     assert 0 < said[0][1] < said[0][2]
 
 
