@@ -74,12 +74,18 @@ class ShardedUpdate(Update):
         self._segments = []
         self._state.clear()
         self._cut(layout, former, range(len(self.attached.users)))
-        gradients, answer = self._gradients, self._gradients.answering()
+        gradients, follow, answer = self._gradients, self._gradients.before_add(), self._gradients.answering()
+        flats = [bucket.buffer.view(-1) for bucket in layout.buckets]
         return [
-            (place.param, local_grad(place.view(layout.buckets[place.bucket].buffer.view(-1)), index, settle, answer))
+            (
+                place.param,
+                local_grad(place.view(flats[place.bucket]), index, gradients.before_zero(index), follow, answer),
+            )
             for index, place in enumerate(layout.places)
-            for settle in [gradients.before_zero(index)]
         ]
+
+    def backward_ended(self) -> None:
+        self._gradients.backward_ended()
 
     def _cut(self, layout: Layout, full: _state.FullState, numbers: Iterable[int]) -> None:
         """Makes segments of what this rank owns of these optimizers' parameters, and takes their part of the full
@@ -215,11 +221,14 @@ class ShardedUpdate(Update):
             if tensors:
                 work.append({**group, "params": tensors})
         if work:
-            grads = [segment.tensor.grad for segment in segments]
-            versions = [grad._version for grad in grads if grad is not None]
+            grads = [(segment.group, segment.tensor.grad) for segment in segments if segment.tensor.grad is not None]
+            versions = [grad._version for _, grad in grads]
             user.run(work, self._state)
-            if versions != [grad._version for grad in grads if grad is not None]:  # torch's foreach SGD with nesterov
-                self._gradients.changed_by_update({place.param for segment in segments for place in segment.places})
+            changed = {group for (group, grad), before in zip(grads, versions, strict=True) if grad._version != before}
+            if changed:  # torch's foreach SGD with nesterov: other ranks' parts have changed, too
+                self._gradients.changed_by_update(
+                    {p for i in changed for p in user.optimizer.param_groups[i]["params"]}
+                )
         self.attached.scheduler.trace("update", name, start, _C.now_ns())
 
     def finish(self, group: int) -> None:
