@@ -42,6 +42,7 @@ class ShardedUpdate(Update):
         self._shown: list[Any] = [None] * len(attached.users)  # in optimizer.state
         self._exporting = False
         self._gradients = ShardedGradients(attached)
+        self.backward_ended = self._gradients.backward_ended  # type: ignore[method-assign]
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -83,9 +84,6 @@ class ShardedUpdate(Update):
             )
             for index, place in enumerate(layout.places)
         ]
-
-    def backward_ended(self) -> None:
-        self._gradients.backward_ended()
 
     def _cut(self, layout: Layout, full: _state.FullState, numbers: Iterable[int]) -> None:
         """Makes segments of what this rank owns of these optimizers' parameters, and takes their part of the full
