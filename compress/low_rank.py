@@ -143,13 +143,15 @@ class LowRank(Compressor):
             )
             for rank in ranks
         ]
-        before, now = self.stages.index(self.step - 1), self.stages.index(self.step)
+        step = self.step - 1  # the one that is about to be sent
+        before, now = self._stage_before(step), self.stages.index(step)
+        started = step >= self.start.native.step
         for index, member in enumerate(members):
             known = self._factors.get(member.name)
             own = [(p[index], q[index]) for p, q in factors]
             for stage, (_, q) in enumerate(own):
                 q.copy_(torch.randn(q.shape, generator=self.generator(member.name)))
-                if known and stage in (before, now):  # later ones follow their predecessor when they begin
+                if known and started and stage == now:  # later ones follow their predecessor when they begin
                     for new, old in zip(own[stage], known[min(before, len(known) - 1)], strict=True):
                         shared = min(new.shape[1], old.shape[1])
                         new[:, :shared].copy_(old[:, :shared])
@@ -159,6 +161,11 @@ class LowRank(Compressor):
             error = self.feedback.allocate(members, group.device).view(count, first.rows, first.columns)
             group.feedback.append(error)
         return Batch(members, error, factors)
+
+    def _stage_before(self, step: int) -> int:
+        """The stage whose factors a step follows: that of the step before; of the first compressed step its own, which
+        learned from the last dense one."""
+        return self.stages.index(max(step - 1, self.start.native.step))
 
     def natives(self, group: Group) -> list[tuple[int, _C.Codec]]:
         return [
@@ -188,8 +195,8 @@ class LowRank(Compressor):
     # --- state: the factors are the same on all ranks ---
 
     def named_state(self) -> dict[str, Any]:
-        """The factors of the stage that counts."""
-        stage, state = self.stages.index(self.step - 1), dict[str, Any]()
+        """The factors that the next step follows."""
+        stage, state = self._stage_before(self.step), dict[str, Any]()
         for name, known in self._factors.items():
             p, q = known[min(stage, len(known) - 1)]
             state[name] = (p.clone(), q.clone())

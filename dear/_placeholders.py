@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_iter, tree_map
 
+from dear import _C
+
 Placeholders = list[tuple[torch.nn.Parameter, torch.Tensor]]
 
 # What Optimizer.zero_grad() and DDP do with a gradient without looking at its values.
@@ -59,6 +61,7 @@ class LocalGrad(torch.Tensor):
     answers there what it can (:mod:`dear._grad_operators`)."""
 
     settle: Callable[[], None]
+    follow: Callable[[], None]
     place: int  # in the layout
     answer: Callable[[Any, Any, Any], Any]
 
@@ -91,6 +94,18 @@ class LocalGrad(torch.Tensor):
             'update="sharded" or "owned" the average exists only in shards: ask for norms, scale or clamp in place, '
             'use dear.attach(..., update="replicated"), or call zero_grad() before the model is converted or moved.'
         )
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Only where the tensor carries the dispatch key: before autograd adds to it."""
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, LocalGrad):
+                value.follow()
+                _C.set_python_dispatch([value], False)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class PendingGrad(torch.Tensor):
@@ -125,12 +140,18 @@ def _settled(value: Any) -> Any:
 
 
 def local_grad(
-    view: torch.Tensor, place: int, settle: Callable[[], None], answer: Callable[[Any, Any, Any], Any]
+    view: torch.Tensor,
+    place: int,
+    settle: Callable[[], None],
+    follow: Callable[[], None],
+    answer: Callable[[Any, Any, Any], Any],
 ) -> LocalGrad:
     """``view`` of a bucket as a gradient that nobody may read; ``settle`` is called before it is set to zero, and
-    ``answer`` is asked about everything else: it takes a function and its arguments."""
+    ``answer`` is asked about everything else: it takes a function and its arguments. ``follow`` is called before
+    autograd adds to it, where it is given the dispatch key."""
     grad = view.as_subclass(LocalGrad)
-    grad.settle, grad.place, grad.answer = settle, place, answer
+    grad.settle, grad.follow, grad.place, grad.answer = settle, follow, place, answer
+    _C.set_python_dispatch([grad], False)
     return grad
 
 

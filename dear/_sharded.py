@@ -42,6 +42,7 @@ class ShardedUpdate(Update):
         self._shown: list[Any] = [None] * len(attached.users)  # in optimizer.state
         self._exporting = False
         self._gradients = ShardedGradients(attached)
+        self.backward_ended = self._gradients.backward_ended  # type: ignore[method-assign]
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -74,11 +75,14 @@ class ShardedUpdate(Update):
         self._segments = []
         self._state.clear()
         self._cut(layout, former, range(len(self.attached.users)))
-        gradients, answer = self._gradients, self._gradients.answering()
+        gradients, follow, answer = self._gradients, self._gradients.before_add(), self._gradients.answering()
+        flats = [bucket.buffer.view(-1) for bucket in layout.buckets]
         return [
-            (place.param, local_grad(place.view(layout.buckets[place.bucket].buffer.view(-1)), index, settle, answer))
+            (
+                place.param,
+                local_grad(place.view(flats[place.bucket]), index, gradients.before_zero(index), follow, answer),
+            )
             for index, place in enumerate(layout.places)
-            for settle in [gradients.before_zero(index)]
         ]
 
     def _cut(self, layout: Layout, full: _state.FullState, numbers: Iterable[int]) -> None:
@@ -215,11 +219,14 @@ class ShardedUpdate(Update):
             if tensors:
                 work.append({**group, "params": tensors})
         if work:
-            grads = [segment.tensor.grad for segment in segments]
-            versions = [grad._version for grad in grads if grad is not None]
+            grads = [(segment.group, segment.tensor.grad) for segment in segments if segment.tensor.grad is not None]
+            versions = [grad._version for _, grad in grads]
             user.run(work, self._state)
-            if versions != [grad._version for grad in grads if grad is not None]:  # torch's foreach SGD with nesterov
-                self._gradients.changed_by_update({place.param for segment in segments for place in segment.places})
+            changed = {group for (group, grad), before in zip(grads, versions, strict=True) if grad._version != before}
+            if changed:  # torch's foreach SGD with nesterov: other ranks' parts have changed, too
+                self._gradients.changed_by_update(
+                    {p for i in changed for p in user.optimizer.param_groups[i]["params"]}
+                )
         self.attached.scheduler.trace("update", name, start, _C.now_ns())
 
     def finish(self, group: int) -> None:

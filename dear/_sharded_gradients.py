@@ -5,7 +5,9 @@ A norm is answered collectively: each rank computes it of its part of every grad
 exchange, and every rank then knows the norm of every gradient. So the first question after a backward pass must be
 asked by every rank, and those that follow cost nothing. What changes each element by itself is done to this rank's
 parts alone. GradScaler's check is both, and its verdict is every rank's. The local gradients, which autograd adds to if
-they are not zeroed, follow when the next backward pass begins: many zero them between the two passes.
+they are not zeroed, follow when the next backward pass begins: many zero them between the two passes. A hook on the
+outputs of the model tells; where it cannot (a loss of what is hidden beside other outputs, a compiled DDP module), the
+first gradient that is added to is refused, since it carries the dispatch key meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_iter
 
 from dear import _C, _grads
-from dear._attached import Attached
+from dear._attached import Attached, weakly
 from dear._context import StepContext, ordinary
 from dear._grad_operators import answer
 from dear._grads import Grads
@@ -33,7 +35,6 @@ class ShardedGradients:
 
     def __init__(self, attached: Attached) -> None:
         self._attached = attached
-        self._passes = -1  # backward passes that had been reduced when this was last looked at
         self._norms: dict[float, tuple[Norms, set[int]]] = {}  # by order; which of them a change has made stale
         self._factors: dict[int, Any] = {}  # by place: the average is that of the local gradients times this
         self._changed: set[int] = set()  # places whose averages were changed otherwise
@@ -94,7 +95,6 @@ class ShardedGradients:
 
     def changed_by_update(self, params: set[torch.nn.Parameter]) -> None:
         """An update has changed averages of these parameters in place, as torch's foreach SGD with nesterov does."""
-        self._forget_earlier()
         places = enumerate(self._attached.known_layout.places)
         self._note((index for index, place in places if place.param in params), None)
 
@@ -110,8 +110,21 @@ class ShardedGradients:
                 for part in alive._parts(index):  # another step would use it
                     part.zero_()
                 alive._changed.discard(index)
+                alive._factors.pop(index, None)
+                alive._watch((index,), False)
 
         return settle
+
+    def before_add(self) -> Callable[[], None]:
+        """What a placeholder calls before autograd adds to it. It keeps nothing alive."""
+        return weakly(self, ShardedGradients._refuse_add)
+
+    def backward_ended(self) -> None:
+        """Forgets what is of an earlier backward pass: another one was reduced."""
+        self._watch(self._factors.keys() | self._changed, False)
+        self._norms.clear()
+        self._factors.clear()
+        self._changed.clear()
 
     def release(self) -> None:
         """Takes the hook off the model."""
@@ -123,7 +136,9 @@ class ShardedGradients:
         attached = self._attached
         assert attached.layout is not None
         places = attached.layout.places
-        for index in sorted(self._factors.keys() | self._changed):
+        noted = sorted(self._factors.keys() | self._changed)
+        self._watch(noted, False)
+        for index in noted:
             param = places[index].param
             with torch._C.DisableTorchFunctionSubclass():
                 grad = param.grad
@@ -140,6 +155,15 @@ class ShardedGradients:
                     plain.mul_(self._factors[index])
         self._factors.clear()
         self._changed.clear()
+
+    def _refuse_add(self) -> None:
+        """Autograd adds to a gradient that has not followed its average."""
+        if self._factors or self._changed:
+            raise RuntimeError(
+                "The .grad of a parameter was changed in place and not zeroed, and this backward pass adds to it "
+                "without the outputs of the model, as under torch.compile(model): call optimizer.zero_grad() before "
+                'backward(), or use dear.attach(..., update="replicated").'
+            )
 
     def averages(self) -> Grads:
         """Copies of the averaged gradients, whole, on every rank. Collective."""
@@ -163,25 +187,16 @@ class ShardedGradients:
     # --- inside ---
 
     def _look(self) -> None:
-        """Forgets what is of an earlier backward pass, and waits for this one's averages.
+        """Waits for the averages of the last backward pass.
 
         Raises:
             RuntimeError: the last one was not reduced, or gradients were written to since.
         """
         attached, scheduler = self._attached, self._attached.scheduler
         attached.check_reduced()
-        self._forget_earlier()
         if scheduler.has_gradients():
             scheduler.check_untouched()
         scheduler.synchronize()
-
-    def _forget_earlier(self) -> None:
-        """Forgets what is of an earlier backward pass."""
-        if self._passes != self._attached.scheduler.passes():
-            self._passes = self._attached.scheduler.passes()
-            self._norms.clear()
-            self._factors.clear()
-            self._changed.clear()
 
     def _place(self, grad: LocalGrad) -> int:
         """Where the gradient stands in the layout."""
@@ -201,6 +216,7 @@ class ShardedGradients:
         at = set(at)
         for _, stale in self._norms.values():
             stale |= at
+        self._watch(at, True)
         if self._hook is None:
             self._hook = self._attached.model.register_forward_hook(_watching(weakref.ref(self)))
         if factor is None:
@@ -208,6 +224,12 @@ class ShardedGradients:
             return
         for index in at:
             self._factors[index] = self._factors.get(index, 1.0) * factor
+
+    def _watch(self, at: Iterable[int], on: bool) -> None:
+        """Whether :meth:`before_add` is called for these places: by the dispatch key, which operators below Python see,
+        too."""
+        placeholders = self._attached.placeholders
+        _C.set_python_dispatch([placeholders[index][1] for index in at], on)
 
     def _gather_norms(self, order: float) -> Norms:
         places = self._attached.known_layout.places
