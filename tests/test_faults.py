@@ -138,7 +138,8 @@ def test_every_survivor_names_the_rank_the_phase_and_the_group(world, victim, wh
         assert re.search(rf"Rank {victim} .* during the (reduce-scatter|all-gather) of fusion group \d+", message), (
             message
         )
-        if where in ("gather", "before step") and update != "replicated":
+        # Where chunks are uneven a rank that owns nothing of a group is ahead of one that is still reducing it.
+        if where in ("gather", "before step") and update == "sharded":
             assert "all-gather" in message, message
         assert "\n" not in message
         assert seconds < DEATH_TIMEOUT * 0.8, f"rank {rank} took {seconds} s"
