@@ -300,5 +300,8 @@ def test_convergence_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
     assert dense["losses"][0] == acp["losses"][0] and len(acp["losses"]) == 3
     assert [step for step, _ in acp["held_out"]] == [2, 3]
     assert acp["compressor"]["bytes_sent"] * 4 < acp["compressor"]["dense_bytes"]
-    done = run(*common, "ddp", "--lr", "0.1")
-    assert done.returncode == 1 and "learning_rate: 0.0005 then, 0.1 now" in done.stderr
+    done = run(*common, "ddp", "--lr", "0.1")  # another learning rate is another cell
+    assert done.returncode == 0, done.stderr
+    assert [cell["plan"]["learning_rate"] for cell in json.loads(path.read_text())["cells"]] == [0.0005, 0.0005, 0.1]
+    done = run(*common, "ddp", "--batch", "2")
+    assert done.returncode == 1 and "batch: 1 then, 2 now" in done.stderr
