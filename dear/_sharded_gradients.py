@@ -55,7 +55,7 @@ class ShardedGradients:
 
     def norms(self, grads: Sequence[LocalGrad], order: float) -> list[torch.Tensor]:
         """The norm of each of these averaged gradients. Collective, unless it is known."""
-        at = [self._place(grad) for grad in grads]
+        at = self._find(grads)
         known, stale = self._norms.get(order, (None, set()))
         if known is None or stale.intersection(at):
             with ordinary(StepContext(self._attached.device, grad=False)):
@@ -68,7 +68,7 @@ class ShardedGradients:
 
         factor: what the operator multiplies by, or None where it does something else.
         """
-        at = [self._place(grad) for grad in grads]
+        at = self._find(grads)
         with ordinary(StepContext(self._attached.device, grad=False)):
             parts = [part for index in at for part in self._parts(index)]
             if parts:
@@ -198,14 +198,15 @@ class ShardedGradients:
             scheduler.check_untouched()
         scheduler.synchronize()
 
-    def _place(self, grad: LocalGrad) -> int:
-        """Where the gradient stands in the layout."""
+    def _find(self, grads: Sequence[LocalGrad]) -> list[int]:
+        """Where the gradients stand in the layout."""
         self._look()
-        place = self._attached.known_layout.places[grad.place]
+        places = self._attached.known_layout.places
         with torch._C.DisableTorchFunctionSubclass():
-            if place.param.grad is not grad:
-                raise _grads.superseded(self._attached.names[place.param])
-        return grad.place
+            for grad in grads:
+                if places[grad.place].param.grad is not grad:
+                    raise _grads.superseded(self._attached.names[places[grad.place].param])
+        return [grad.place for grad in grads]
 
     def _parts(self, index: int) -> list[torch.Tensor]:
         """This rank's parts of the average."""

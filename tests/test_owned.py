@@ -6,6 +6,7 @@ import pytest
 import torch
 import training
 from place import place
+from test_parity import MODELS
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -14,18 +15,6 @@ import dear
 SMALL = {"bucket_cap_mb": 0.002, "update": "owned"}
 BOTH = ("ring", "native")
 ADAFACTOR = (optim.Adafactor, {"lr": 0.01})
-MODELS = {
-    "Mlp": {},
-    "Tied": {},
-    "Functional": {},
-    "Attention": {},
-    "Checkpointed": {},
-    "Convolution": {},
-    "Frozen": {},
-    "MixedTypes": {},
-    "Unused": {"find_unused_parameters": True},
-    "StaticallyUnused": {"static_graph": True},
-}
 
 
 def all_models(rank, world, optimizer, exact):
