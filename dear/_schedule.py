@@ -83,7 +83,6 @@ class Schedule:
 
     def _backward_ended(self, layout_is_new: bool) -> None:
         attached = self._attached
-        self._update.backward_ended()
         if layout_is_new:
             with ordinary(StepContext(attached.device, grad=False)):
                 self._adopt_layout()

@@ -42,7 +42,6 @@ class ShardedUpdate(Update):
         self._shown: list[Any] = [None] * len(attached.users)  # in optimizer.state
         self._exporting = False
         self._gradients = ShardedGradients(attached)
-        self.backward_ended = self._gradients.backward_ended  # type: ignore[method-assign]
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:

@@ -35,6 +35,7 @@ class ShardedGradients:
 
     def __init__(self, attached: Attached) -> None:
         self._attached = attached
+        self._pass = -1  # the reduced backward pass that all that follows is of, by the scheduler's count
         self._norms: dict[float, tuple[Norms, set[int]]] = {}  # by order; which of them a change has made stale
         self._factors: dict[int, Any] = {}  # by place: the average is that of the local gradients times this
         self._changed: set[int] = set()  # places whose averages were changed otherwise
@@ -119,13 +120,6 @@ class ShardedGradients:
         """What a placeholder calls before autograd adds to it. It keeps nothing alive."""
         return weakly(self, ShardedGradients._refuse_add)
 
-    def backward_ended(self) -> None:
-        """Forgets what is of an earlier backward pass: another one was reduced."""
-        self._watch(self._factors.keys() | self._changed, False)
-        self._norms.clear()
-        self._factors.clear()
-        self._changed.clear()
-
     def release(self) -> None:
         """Takes the hook off the model."""
         if self._hook is not None:
@@ -133,6 +127,7 @@ class ShardedGradients:
 
     def _before_backward(self) -> None:
         """A backward pass begins, which adds to the local gradients that were not zeroed."""
+        self._forget_earlier()
         attached = self._attached
         assert attached.layout is not None
         places = attached.layout.places
@@ -158,6 +153,7 @@ class ShardedGradients:
 
     def _refuse_add(self) -> None:
         """Autograd adds to a gradient that has not followed its average."""
+        self._forget_earlier()
         if self._factors or self._changed:
             raise RuntimeError(
                 "The .grad of a parameter was changed in place and not zeroed, and this backward pass adds to it "
@@ -197,6 +193,19 @@ class ShardedGradients:
         if scheduler.has_gradients():
             scheduler.check_untouched()
         scheduler.synchronize()
+        self._forget_earlier()
+
+    def _forget_earlier(self) -> None:
+        """Forgets what is of an earlier backward pass, if another one was reduced since. Asked for wherever something
+        is used or noted: steady state never enters Python where a backward pass ends."""
+        passes = self._attached.scheduler.passes()
+        if passes == self._pass:
+            return
+        self._pass = passes
+        self._watch(self._factors.keys() | self._changed, False)
+        self._norms.clear()
+        self._factors.clear()
+        self._changed.clear()
 
     def _find(self, grads: Sequence[LocalGrad]) -> list[int]:
         """Where the gradients stand in the layout."""
@@ -214,6 +223,7 @@ class ShardedGradients:
         return layout.parts(layout.places[index], self._attached.rank)
 
     def _note(self, at: Iterable[int], factor: Any) -> None:
+        self._forget_earlier()
         at = set(at)
         for _, stale in self._norms.values():
             stale |= at

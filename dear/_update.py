@@ -106,9 +106,6 @@ class Update(ABC):
     def before_forward(self, reduces: bool) -> None:  # noqa: B027 - not every strategy needs it
         """A forward pass begins, whose backward pass ``reduces`` gradients or keeps them local."""
 
-    def backward_ended(self) -> None:  # noqa: B027 - not every strategy needs it
-        """A backward pass whose gradients are reduced ends: placeholders are about to stand in ``.grad``."""
-
     # --- the step ---
 
     def validate(self) -> None:  # noqa: B027 - not every strategy needs it

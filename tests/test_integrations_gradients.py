@@ -89,8 +89,14 @@ def norms(rank, world):
             torch.testing.assert_close(torch.linalg.vector_norm(have.grad, ord=order), expected)
         have = nn.utils.get_total_norm([p.grad for p, _ in pairs], order)
         torch.testing.assert_close(have, nn.utils.get_total_norm([p.grad for _, p in pairs], order))
+    for number in (6, 7):  # nothing is changed in between: another pass has other norms all the same
+        for each in (plain, model):
+            each.zero_grad()
+            training.loss_of(each, rank, number).backward()
+        have, want = (nn.utils.get_total_norm([p.grad for p in each.parameters()]) for each in (model, plain))
+        torch.testing.assert_close(have, want)
     sent = engine.stats()["bytes_sent"]
-    assert nn.utils.get_total_norm([p.grad for p, _ in pairs]) > 0
+    assert nn.utils.get_total_norm([p.grad for p in model.parameters()]) > 0
     assert engine.stats()["bytes_sent"] == sent, "what is known was asked again"
     engine.detach()
 

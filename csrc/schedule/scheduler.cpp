@@ -30,7 +30,6 @@ void Scheduler::on_bucket(size_t index, Bucket bucket, bool last) {
     synchronize();
     layout_is_new_ = !same_layout(0, bucket);
     has_gradients_ = true;
-    ++passes_;
     if (pipeline_) {
       pipeline_->begin_step();
       dropped_.zero_();
@@ -47,6 +46,7 @@ void Scheduler::on_bucket(size_t index, Bucket bucket, bool last) {
     incoming_.push_back(std::move(bucket));
   }
   if (last) {
+    ++passes_;
     if (meets_) meet(device);
     if (!layout_is_new_ && gather_gradients_) submit_gathers_in_order();
     // Queued twice over, to come after the callback in which DDP finishes its own work.
