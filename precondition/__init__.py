@@ -1,0 +1,1 @@
+"""Preconditioners for PyTorch's DistributedDataParallel, with and without the DeAR schedule."""
