@@ -34,29 +34,25 @@ class Matrix:
 
 
 class Vectors:
-    """Where the rows and columns of each layer stand in the flat vectors. See Note [Flat vectors]."""
+    """Where the rows and columns of each layer stand in the flat vectors (Note [Flat vectors]), and what is done to all
+    layers at once. A *block* is a group of a layer."""
 
-    def __init__(self, matrices: Sequence[Matrix], like: Tensor) -> None:
-        self.matrices = list(matrices)
+    def __init__(self, matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.matrices, self.dtype, self.device = list(matrices), dtype, device
         self.first_row = list(accumulate((each.groups * each.rows for each in matrices), initial=0))
         self.first_column = list(accumulate((each.groups * each.columns for each in matrices), initial=0))
         self.rows, self.columns = self.first_row[-1], self.first_column[-1]
         blocks = [each for each in matrices for _ in range(each.groups)]
-        self._rows_of, self._columns_of, self._ones = (
-            torch.tensor(values, device=like.device)
-            for values in (
-                [each.rows for each in blocks],
-                [each.columns for each in blocks],
-                [float(each.bias) for each in blocks],
-            )
+        self.block_rows, self.block_columns = (
+            torch.tensor(sizes, device=device)
+            for sizes in ([each.rows for each in blocks], [each.columns for each in blocks])
         )
-        self._ones = self._ones.to(like.dtype)
-        self._layer_of = [index for index, each in enumerate(matrices) for _ in range(each.groups)]
-        self._dtype, self._device = like.dtype, like.device
+        self._ones = torch.tensor([float(each.bias) for each in blocks], dtype=dtype, device=device)
+        self._blocks_of = torch.tensor([each.groups for each in matrices], device=device)
 
     def zeros(self, numel: int) -> Tensor:
         """So many zeros, of the vectors' type."""
-        return torch.zeros(numel, dtype=self._dtype, device=self._device)
+        return torch.zeros(numel, dtype=self.dtype, device=self.device)
 
     def row_part(self, rows: Tensor, layer: int) -> Tensor:
         """A layer's part of such a flat vector, [groups, rows]."""
@@ -68,24 +64,33 @@ class Vectors:
         matrix, at = self.matrices[layer], self.first_column[layer]
         return columns[at : at + matrix.groups * matrix.columns].view(matrix.groups, -1)
 
-    # A block is a group of a layer.
-
     def sum_rows(self, rows: Tensor) -> Tensor:
         """Sums over each block's rows, [blocks]."""
-        return torch.segment_reduce(rows, "sum", lengths=self._rows_of)
+        return torch.segment_reduce(rows, "sum", lengths=self.block_rows)
 
-    def square_norms(self, columns: Tensor, with_bias: bool = True) -> Tensor:
-        """Square norms of each block's columns, the bias's included, [blocks]."""
-        sums = torch.segment_reduce(columns.square(), "sum", lengths=self._columns_of)
-        return sums + self._ones if with_bias else sums
+    def sum_columns(self, columns: Tensor) -> Tensor:
+        """Sums over each block's columns, without the bias's, [blocks]."""
+        return torch.segment_reduce(columns, "sum", lengths=self.block_columns)
 
-    def spread(self, blocks: Tensor) -> Tensor:
+    def sum_blocks(self, blocks: Tensor) -> Tensor:
+        """Sums over each layer's blocks, [layers]."""
+        return torch.segment_reduce(blocks, "sum", lengths=self._blocks_of)
+
+    def square_norms(self, columns: Tensor) -> Tensor:
+        """‖a‖² of each block, with the bias's 1, [blocks]."""
+        return self.sum_columns(columns.square()) + self._ones
+
+    def to_blocks(self, layers: Tensor) -> Tensor:
+        """One value a layer to each of its blocks."""
+        return layers.repeat_interleave(self._blocks_of, output_size=len(self._ones))
+
+    def to_rows(self, blocks: Tensor) -> Tensor:
         """One value a block to each of its rows."""
-        return blocks.repeat_interleave(self._rows_of, output_size=self.rows)
+        return blocks.repeat_interleave(self.block_rows, output_size=self.rows)
 
-    def by_block(self, layers: Sequence[float]) -> Tensor:
-        """One number a layer to each of its blocks, as a tensor."""
-        return torch.tensor([layers[layer] for layer in self._layer_of], dtype=self._dtype, device=self._device)
+    def to_columns(self, blocks: Tensor) -> Tensor:
+        """One value a block to each of its columns."""
+        return blocks.repeat_interleave(self.block_columns, output_size=self.columns)
 
 
 @dataclass(frozen=True)
@@ -170,20 +175,16 @@ def _cut(start: int, stop: int, unit: int) -> Iterator[tuple[int, int]]:
             yield begin, end
 
 
-def products(parts: Iterable[Rectangle], columns: Tensor, vectors: Vectors) -> Tensor:
-    """G a of all layers, with the bias's 1, [rows]: this rank's share of it."""
-    sums = vectors.zeros(vectors.rows)
+def add_products(parts: Iterable[Rectangle], columns: Tensor, sums: Tensor) -> None:
+    """Adds G a, with the bias's 1, to ``sums`` [rows]: this rank's share of it."""
     for each in parts:
         each.add_products(columns, sums)
-    return sums
 
 
-def column_sums(parts: Iterable[Rectangle], vectors: Vectors) -> Tensor:
-    """The sums of all columns of all layers but the biases', [columns]: this rank's share of it."""
-    sums = vectors.zeros(vectors.columns)
+def add_column_sums(parts: Iterable[Rectangle], sums: Tensor) -> None:
+    """Adds the sums of the columns but the biases' to ``sums`` [columns]: this rank's share of it."""
     for each in parts:
         each.add_column_sums(sums)
-    return sums
 
 
 def squares(parts: Sequence[Rectangle], vectors: Vectors) -> Tensor:
@@ -191,7 +192,7 @@ def squares(parts: Sequence[Rectangle], vectors: Vectors) -> Tensor:
     sums = vectors.zeros(len(vectors.matrices))
     if not parts:
         return sums
-    norms = torch.stack(torch._foreach_norm([each.view for each in parts], 2, sums.dtype))
+    norms = torch.stack(torch._foreach_norm([each.view for each in parts], 2, vectors.dtype))
     return sums.index_add_(0, torch.tensor([each.layer for each in parts], device=sums.device), norms.square())
 
 

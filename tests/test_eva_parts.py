@@ -1,6 +1,7 @@
 """Corrections by one rank: what ranks compute of their parts is what is computed of whole matrices."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def draw(layers, seed=0):
 
     weights = [values(each.groups * each.rows * each.columns) for each in layers]
     biases = [values(each.groups * each.rows) if each.bias else None for each in layers]
-    vectors = Vectors(layers, weights[0])
+    vectors = Vectors(layers, torch.float64)
     return vectors, weights, biases, values(vectors.rows), values(vectors.columns)
 
 
@@ -38,7 +39,7 @@ def shared_out(vectors, weights, biases, world, seed):
             if tensor is None:
                 continue
             bounds = sorted([0, len(tensor), *(chance.randint(0, len(tensor)) for _ in range(world - 1))])
-            for rank, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            for rank, (start, stop) in enumerate(pairwise(bounds)):
                 if start < stop:
                     found = cut(tensor[start:stop], start, layer, vectors)
                     ranks[rank].extend([found] if cut is eva_parts.cut_bias else found)
@@ -65,7 +66,9 @@ def test_parts_add_up(world):
         vectors, weights, biases, rows, columns = draw(LAYERS, seed)
         ranks = shared_out(vectors, weights, biases, world, seed)
         before = [whole(vectors, weights, biases, layer).clone() for layer in range(len(LAYERS))]
-        product = sum(eva_parts.products(parts, columns, vectors) for parts in ranks)
+        product = vectors.zeros(vectors.rows)
+        for parts in ranks:
+            eva_parts.add_products(parts, columns, product)
         square = sum(eva_parts.squares(parts, vectors) for parts in ranks)
         factor = torch.tensor(0.7, dtype=torch.float64)
         for parts in ranks:
@@ -79,9 +82,11 @@ def test_parts_add_up(world):
 
 
 def test_column_sums_and_blocks():
-    vectors, weights, biases, rows, columns = draw(LAYERS)
+    vectors, weights, _, rows, columns = draw(LAYERS)
     ranks = shared_out(vectors, weights, [None] * len(LAYERS), 3, 0)
-    sums = sum(eva_parts.column_sums(parts, vectors) for parts in ranks)
+    sums = vectors.zeros(vectors.columns)
+    for parts in ranks:
+        eva_parts.add_column_sums(parts, sums)
     at = 0
     for layer, matrix in enumerate(LAYERS):
         want = weights[layer].view(matrix.groups, matrix.rows, matrix.columns).sum(1)
@@ -92,9 +97,13 @@ def test_column_sums_and_blocks():
         torch.testing.assert_close(vectors.sum_rows(rows)[blocks], part.sum(1))
         norms = vectors.square_norms(columns)[blocks]
         torch.testing.assert_close(norms, with_one(vectors, columns, layer).square().sum(1))
-        each = vectors.row_part(vectors.spread(vectors.square_norms(columns)), layer)
+        each = vectors.row_part(vectors.to_rows(vectors.square_norms(columns)), layer)
         assert torch.equal(each, norms.unsqueeze(1).expand(-1, matrix.rows))
-    assert vectors.by_block([0.0, 1.0, 2.0, 3.0, 4.0]).tolist() == [0, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4]
+    assert vectors.to_blocks(torch.arange(5)).tolist() == [0, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4]
+    assert vectors.sum_blocks(torch.ones(12)).tolist() == [1, 1, 3, 6, 1]
+    assert torch.equal(
+        vectors.sum_columns(vectors.to_columns(torch.ones(12))), torch.tensor([7.0, 1, *[4] * 3, *[9] * 6, 1])
+    )
 
 
 def test_closed_forms_solve_the_systems():

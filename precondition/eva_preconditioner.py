@@ -1,0 +1,72 @@
+"""What the public classes of Eva and its like share: settings, which layers they serve, and their state."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from dear.preconditioning import Param, Site, Team
+from precondition import _layers
+from precondition.eva_binding import RankOneBinding
+from precondition.eva_means import Means, Running, Shaped, lies_by_rows, matrix_of
+from precondition.eva_parts import Vectors
+from precondition.eva_rank_one import RankOneStep, Settings
+
+
+class RankOnePreconditioner(ABC):
+    """A preconditioner whose curvature has rank one. It serves one model at a time."""
+
+    updates: Sequence[str] = ("sharded", "owned")
+    step_kind: ClassVar[type[RankOneStep]]
+    captures: ClassVar[bool] = True  # whether it wants to know inputs
+    with_rows: ClassVar[bool] = True  # whether it keeps a vector of each layer's outputs
+
+    def __init__(self, damping: float, factor_decay: float, kl_clip: float | None) -> None:
+        self.settings = Settings(damping, factor_decay, kl_clip)
+        self._running: Running | None = None
+        self._loaded: dict[str, Any] | None = None  # a state that came before there was a model
+
+    def served(self, root: nn.Module, trained: set[Param]) -> list[Shaped]:
+        """What it preconditions below ``root``."""
+        return [layer for layer in _layers.find_layers(root, trained) if lies_by_rows(layer)]
+
+    def teams(self, model: nn.Module) -> Sequence[Team]:
+        """None: a rank may have any part of a gradient."""
+        return ()
+
+    def bind_to_schedule(self, site: Site) -> RankOneBinding:
+        """Puts it to work on a model."""
+        layers = self.served(site.model, set(site.params))
+        wide = any(layer.weight.dtype == torch.float64 for layer in layers)
+        dtype = torch.float64 if wide else torch.float32
+        vectors = Vectors([matrix_of(layer) for layer in layers], dtype, site.device)
+        before = self.state_dict()
+        running = self._running = Running(layers, vectors, self.with_rows)
+        means = Means(layers, vectors, self.with_rows) if self.captures else None  # type: ignore[arg-type]
+        self.load_state_dict(before)
+
+        def new_step() -> RankOneStep:
+            return self.step_kind(vectors, running, self.settings)
+
+        return RankOneBinding(self, site, layers, vectors, running, new_step, means)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running means by the layer's name: ``{"layers": {name: {"a": ..., "b": ...}}}``, equal on every rank."""
+        if self._running is None:
+            return self._loaded or {"layers": {}}
+        return {"layers": self._running.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`state_dict` gave, before or after there is a model.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        if self._running is None:
+            self._loaded = state
+        else:
+            self._running.load_state_dict(state["layers"])
