@@ -39,9 +39,9 @@ class Eva(RankOnePreconditioner):
     """Eva: K-FAC with one vector in the place of each factor. Serves linear layers and convolutions, their biases too.
 
     A layer's averaged gradient G [outputs, inputs + 1] (the last column is the bias's) becomes
-    ν (G - b aᵀ · (bᵀ G a) / (‖a‖² ‖b‖² + γ)) / γ, where ``a`` is a running mean of its inputs and ``b`` one of its output
-    gradients, over samples, positions and ranks. A step costs one message of all these vectors, averaged, and one of
-    two numbers a layer; no rank needs a whole matrix.
+    ν (G - b aᵀ · (bᵀ G a) / (‖a‖² ‖b‖² + γ)) / γ, where ``a`` is a running mean of its inputs and ``b`` one of the
+    gradients of its outputs, over samples, positions and ranks. A step costs one message of all these vectors, averaged,
+    and one of two numbers a layer; no rank needs a whole matrix.
 
     Args:
         damping: γ, above 0. Larger: nearer to the plain gradient.

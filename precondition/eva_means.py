@@ -75,7 +75,7 @@ class Means:
 
     def __init__(self, layers: Sequence[Layer], vectors: Vectors, with_rows: bool) -> None:
         self._layers, self._vectors, self._with_rows = list(layers), vectors, with_rows
-        self._inputs: dict[Layer, tuple[Tensor, int]] = {}
+        self._inputs: dict[Layer, Tensor] = {}  # as reduce() gives them
         self._outputs: dict[Layer, Tensor] = {}
         self._pass: dict[Layer, int] = {}  # the last backward pass of each
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from dear.preconditioning import Param, Site, Team
 from precondition import _layers
@@ -34,6 +35,27 @@ class RankOnePreconditioner(ABC):
         """What it preconditions below ``root``."""
         return [layer for layer in _layers.find_layers(root, trained) if lies_by_rows(layer)]
 
+    def check_new(self, model: nn.Module, optimizers: Sequence[Optimizer], caller: str) -> dict[str, Any]:
+        """Refuses what cannot be preconditioned; returns what must be equal on every rank.
+
+        Raises:
+            ValueError: there is no layer that can be, or a layer's weight and bias are of different optimizer groups.
+        """
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        group_of = {param: number for number, group in enumerate(groups) for param in group["params"]}
+        layers = self.served(model, {param for param in model.parameters() if param.requires_grad})
+        kind = type(self).__name__
+        if not layers:
+            raise ValueError(f"{caller} found no layer that precondition.{kind} serves: leave preconditioner out.")
+        for layer in layers:
+            if layer.bias is not None and group_of.get(layer.weight) != group_of.get(layer.bias):
+                raise ValueError(
+                    f"The weight and the bias of {layer.name} are in different groups of the optimizer, and {kind} changes "
+                    "them together: put them into one group."
+                )
+        settings = ", ".join(f"{name}={value}" for name, value in asdict(self.settings).items())
+        return {"the preconditioner": f"{kind}({settings}) of {', '.join(layer.name for layer in layers)}"}
+
     def teams(self, model: nn.Module) -> Sequence[Team]:
         """None: a rank may have any part of a gradient."""
         return ()
@@ -46,7 +68,8 @@ class RankOnePreconditioner(ABC):
         vectors = Vectors([matrix_of(layer) for layer in layers], dtype, site.device)
         before = self.state_dict()
         running = self._running = Running(layers, vectors, self.with_rows)
-        means = Means(layers, vectors, self.with_rows) if self.captures else None  # type: ignore[arg-type]
+        captured = [layer for layer in layers if isinstance(layer, _layers.Layer)]  # all, where inputs are wanted
+        means = Means(captured, vectors, self.with_rows) if self.captures else None
         self.load_state_dict(before)
 
         def new_step() -> RankOneStep:

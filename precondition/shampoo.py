@@ -53,13 +53,13 @@ class ShampooStep(RankOneStep):
         return Correction(running.rows * vectors.to_rows(scale), scale * inner, scale.square() * norms, squares)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Weight:
     """A parameter of two dimensions or more, as a matrix."""
 
     name: str
     weight: nn.Parameter
-    bias: None = None
+    bias: nn.Parameter | None = None
     blocks: int = 1
 
 
@@ -83,5 +83,5 @@ class Shampoo(RankOnePreconditioner):
         super().__init__(damping, factor_decay, kl_clip)
 
     def served(self, root: nn.Module, trained: set[Param]) -> list[Shaped]:
-        weights = [Weight(name, param) for name, param in root.named_parameters() if param in trained]
-        return [each for each in weights if each.weight.dim() > 1 and lies_by_rows(each)]
+        found = [Weight(name, param) for name, param in root.named_parameters() if param in trained and param.dim() > 1]
+        return [each for each in found if lies_by_rows(each)]

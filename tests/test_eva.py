@@ -13,11 +13,15 @@ from precondition.eva_reference import Reference
 from precondition.foof import FOOF
 from precondition.shampoo import Shampoo
 
+OPTIONS = (
+    {"damping": 0.03, "factor_decay": 0.05, "kl_clip": 0.001},
+    {"damping": 0.3, "factor_decay": 0.9, "kl_clip": None},
+)
 KINDS = {"eva": Eva, "foof": FOOF, "shampoo": Shampoo}
 
 
 class Net(nn.Module):
-    """A layer of every kind: strided, padded, dilated and grouped convolutions, linear ones of sequences and of rows."""
+    """Strided, padded, dilated and grouped convolutions, linear layers of sequences and of rows, one left out."""
 
     def __init__(self) -> None:
         super().__init__()
