@@ -30,6 +30,7 @@ from dear._fusion import default_group_bytes
 from dear._grads import Found, Grads
 from dear._layout import Layout
 from dear._placeholders import Placeholders
+from dear.preconditioning import Team
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Request:
     optimizers: tuple[Optimizer, ...]
     compresses: bool  # gradients are compressed
     shared: tuple[str, str] | None  # the names of two parameters that share memory
+    teams: Sequence[Team] = ()  # that one rank must own together, for a preconditioner
 
     def refusal_of_aliases(self, update: str) -> str | None:
         """Why a strategy that moves parameters apart cannot serve it, where two share memory."""

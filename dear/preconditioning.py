@@ -3,7 +3,7 @@ inside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,7 +47,8 @@ class Site:
     group: dist.ProcessGroup
     device: torch.device
     update: str  # the strategy's name
-    make_lane: Callable[[str], _C.Lane]  # collective; a lane of the preconditioner's own, by a name
+    reduce_lane: _C.Lane  # the schedule's own: exchanges of the preconditioner's go behind the gradients of a pass
+    gather_lane: _C.Lane
 
 
 class Binding(Protocol):
@@ -57,18 +58,27 @@ class Binding(Protocol):
     def preconditioner(self) -> Preconditioner | None:
         """Whose binding this is; None where nothing is preconditioned."""
 
+    @property
+    def teams(self) -> Sequence[Team]:
+        """See :meth:`Preconditioner.teams`."""
+
     def assigned(self, owner: dict[Param, int]) -> None:
         """Who owns the parameters of the teams in a new layout. Collective; at the end of a backward pass."""
 
+    def backward_ended(self) -> None:
+        """A backward pass that is reduced has ended on this rank, also one that no step will use. Collective; what is
+        submitted to a lane here goes behind the gradients."""
+
     def begin(self) -> None:
-        """The last backward pass has ended on this rank; its gradients may still be on their way. Collective."""
+        """A step begins. Its gradients may still be on their way. Collective."""
 
     def precondition(self, pieces: Sequence[Piece]) -> None:
-        """Changes averaged gradients in place: once for each fusion group, as they come, with this rank's pieces of
-        it; teams are in it whole."""
+        """Changes averaged gradients in place, where they can be: once for each fusion group, as they come, with this
+        rank's pieces of it. A team may come in two of them."""
 
-    def end(self) -> None:
-        """All of this rank's gradients have been changed. Collective; may change them once more."""
+    def end(self) -> set[Param]:
+        """All of this rank's gradients have come. Collective; what could not be changed before is changed here, and
+        what was may be scaled. Returns the parameters whose gradients any rank has changed."""
 
     def stats(self) -> dict[str, Any]:
         """What is added to :meth:`dear.Engine.stats`."""
@@ -103,14 +113,18 @@ class Unpreconditioned:
     """The binding of no preconditioner."""
 
     preconditioner = None
+    teams: Sequence[Team] = ()
 
     def assigned(self, owner: dict[Param, int]) -> None: ...
+
+    def backward_ended(self) -> None: ...
 
     def begin(self) -> None: ...
 
     def precondition(self, pieces: Sequence[Piece]) -> None: ...
 
-    def end(self) -> None: ...
+    def end(self) -> set[Param]:
+        return set()
 
     def stats(self) -> dict[str, Any]:
         return {}

@@ -20,6 +20,8 @@ from precondition._layers import Layer
 
 #: Takes a layer, its input and the gradient of its output, once for each pass that counts, on the thread of backward.
 Sink = Callable[[Layer, Tensor, Tensor], None]
+#: Takes a layer and its input in the forward pass, and returns what the sink gets in place of the input.
+Reduce = Callable[[Layer, Tensor], Tensor]
 
 
 class _Keep(torch.autograd.Function):
@@ -36,10 +38,13 @@ class _Keep(torch.autograd.Function):
 
 
 class Capture:
-    """Hooks on layers, which hand what they see to a sink."""
+    """Hooks on layers, which hand what they see to a sink.
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
+    reduce: where the sink needs less than the input, this takes it out in the forward pass, and nothing else is kept.
+    """
+
+    def __init__(self, sink: Sink, reduce: Reduce | None = None) -> None:
+        self._sink, self._reduce = sink, reduce
         self._handles: dict[Layer, Any] = {}
         self._anchor = torch.empty(0, requires_grad=True)
         #: Passes that begin while this is False do not count.
@@ -62,17 +67,26 @@ class Capture:
         def after(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not (self.enabled and module.training and isinstance(output, Tensor) and output.requires_grad):
                 return
-            kept = _Keep.apply(self._anchor, args[0] if args else kwargs["input"]).grad_fn
+            kept = self._kept(layer, args[0] if args else kwargs["input"])
             weight, shape = layer.weight, output.shape
 
             @torch.no_grad()
             def before_backward(grad: Tensor) -> None:
                 if _is_accumulated(weight):
-                    self._sink(layer, kept.saved_tensors[0].detach(), grad.detach().reshape(shape))
+                    self._sink(layer, kept(), grad.detach().reshape(shape))
 
             _in_front_of_changes(output).register_hook(before_backward)
 
         return after
+
+    def _kept(self, layer: Layer, x: Tensor) -> Callable[[], Tensor]:
+        """What the sink will want of an input, in the backward pass."""
+        if self._reduce is not None:
+            with torch.no_grad():
+                reduced = self._reduce(layer, x.detach())
+            return lambda: reduced
+        node: Any = _Keep.apply(self._anchor, x).grad_fn
+        return lambda: node.saved_tensors[0].detach()
 
 
 def _in_front_of_changes(output: Tensor) -> Tensor:
