@@ -40,14 +40,15 @@ class Eva(RankOnePreconditioner):
 
     A layer's averaged gradient G [outputs, inputs + 1] (the last column is the bias's) becomes
     ν (G - b aᵀ · (bᵀ G a) / (‖a‖² ‖b‖² + γ)) / γ, where ``a`` is a running mean of its inputs and ``b`` one of the
-    gradients of its outputs, over samples, positions and ranks. A step costs one message of all these vectors, averaged,
-    and one of two numbers a layer; no rank needs a whole matrix.
+    gradients of its outputs, over samples, positions and ranks. A step costs one message of all these vectors and one
+    of two numbers a layer; no rank needs a whole matrix.
 
     Args:
         damping: γ, above 0. Larger: nearer to the plain gradient.
         factor_decay: the weight of earlier steps in the running means, from 0 to below 1. Larger: smoother and later.
         kl_clip: κ: ν is min(1, √(κ / Σ lr² ⟨preconditioned, G⟩)), so that an update changes the model's output no more
             than so far. None: ν gives the preconditioned gradients of all layers together the norm of the plain ones.
+        scaler: the ``torch.amp.GradScaler`` that scales the loss, where there is one: it scales what ``b`` is made of.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -55,5 +56,11 @@ class Eva(RankOnePreconditioner):
 
     step_kind = EvaStep
 
-    def __init__(self, damping: float = 0.03, factor_decay: float = 0.05, kl_clip: float | None = 0.001) -> None:
-        super().__init__(damping, factor_decay, kl_clip)
+    def __init__(
+        self,
+        damping: float = 0.03,
+        factor_decay: float = 0.05,
+        kl_clip: float | None = 0.001,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        super().__init__(damping, factor_decay, kl_clip, scaler)

@@ -11,6 +11,7 @@ from dear.preconditioning import Param, Piece, Preconditioner, Site, Team
 from precondition import eva_exchange, eva_parts
 from precondition._capture import Capture
 from precondition._layers import Layer
+from precondition._plain import PLAIN
 from precondition.eva_exchange import Average
 from precondition.eva_means import Means, Running, Shaped
 from precondition.eva_parts import Rectangle, Vectors
@@ -98,6 +99,8 @@ class RankOneBinding:
             self._capture.release()
 
     def _total(self, values: Tensor) -> Tensor:
+        if self._site.update == PLAIN:  # every rank has whole gradients
+            return values
         return eva_exchange.total(values, self._site.gather_lane, "what is asked of the gradients")
 
     def _rectangles(self, piece: Piece) -> Iterator[Rectangle]:

@@ -33,7 +33,8 @@ def matrix_of(layer: Shaped) -> Matrix:
 
 def memory_order(weight: nn.Parameter) -> list[int]:
     """The dimensions of a weight but the first, the one with the longest steps in memory first."""
-    return sorted(range(1, weight.dim()), key=lambda dim: (-weight.stride(dim), dim))
+    strides = weight.stride()
+    return sorted(range(1, weight.dim()), key=lambda dim: (-strides[dim], dim))
 
 
 def lies_by_rows(layer: Shaped) -> bool:
@@ -73,8 +74,11 @@ class Means:
     has not used, or whose means are not finite, says zeros.
     """
 
-    def __init__(self, layers: Sequence[Layer], vectors: Vectors, with_rows: bool) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], vectors: Vectors, with_rows: bool, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         self._layers, self._vectors, self._with_rows = list(layers), vectors, with_rows
+        self._scaler = scaler  # of the loss, and so of the outputs' gradients
         self._inputs: dict[Layer, Tensor] = {}  # as reduce() gives them
         self._outputs: dict[Layer, Tensor] = {}
         self._pass: dict[Layer, int] = {}  # the last backward pass of each
@@ -118,6 +122,8 @@ class Means:
         if self._with_rows:
             targets = [vectors.row_part(rows, index).view(-1) for index in used]
             torch._foreach_copy_(targets, [self._outputs[self._layers[index]] for index in used])
+            if self._scaler is not None:
+                rows.div_(self._scaler.scale(rows.new_ones(())))
         magnitude = vectors.sum_columns(columns.abs())
         if self._with_rows:
             magnitude = magnitude + vectors.sum_rows(rows.abs())

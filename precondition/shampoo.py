@@ -6,6 +6,7 @@ vector for each dimension of a convolution's weight; here a weight is a matrix [
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from precondition.eva_means import Shaped, lies_by_rows
 from precondition.eva_parts import Rectangle
 from precondition.eva_preconditioner import RankOnePreconditioner
 from precondition.eva_rank_one import Correction, RankOneStep, Total
+
+_log = logging.getLogger(__name__)
 
 
 class ShampooStep(RankOneStep):
@@ -85,3 +88,9 @@ class Shampoo(RankOnePreconditioner):
     def served(self, root: nn.Module, trained: set[Param]) -> list[Shaped]:
         found = [Weight(name, param) for name, param in root.named_parameters() if param in trained and param.dim() > 1]
         return [each for each in found if lies_by_rows(each)]
+
+    def name_left_out(self, root: nn.Module, layers: Sequence[Shaped], trained: set[Param]) -> None:
+        served = {layer.weight for layer in layers}
+        other = [n for n, p in root.named_parameters() if p in trained and p.dim() > 1 and p not in served]
+        if other:
+            _log.warning("These parameters are not preconditioned, and left to the optimizer: %s.", ", ".join(other))

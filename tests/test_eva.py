@@ -1,13 +1,15 @@
 """Eva, FOOF and Shampoo: on plain DDP and under the schedule the result is the golden model's."""
 
+import contextlib
+
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dear.collectives import make_lane
-from dear.preconditioning import Piece, Site
+import dear
+import precondition
 from precondition.eva import Eva
 from precondition.eva_reference import Reference
 from precondition.foof import FOOF
@@ -70,32 +72,49 @@ def golden(kind, world, steps, options, split=1):
     return [param.detach() for param in net.parameters()]
 
 
-def alone(rank, world, kind, options):
-    """Without DDP: one rank."""
+def train(rank, kind, options, attach, steps=4, split=1):
+    """The same on every rank, by plain DDP, or by the schedule where ``attach`` is given."""
     net = build()
+    model = DDP(net, bucket_cap_mb=0.001)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    lane = make_lane(dist.group.WORLD, "test", "ring", dist.distributed_c10d.default_pg_timeout)
-    params = list(net.parameters())
-    site = Site(net, params, [optimizer], dist.group.WORLD, params[0].device, "plain", lane, lane)
-    binding = KINDS[kind](**options).bind_to_schedule(site)
-    for step in range(4):
+    preconditioner = KINDS[kind](**options)
+    engine = None
+    if attach is None:
+        precondition.register(model, optimizer, preconditioner)
+    else:
+        engine = dear.attach(model, optimizer, preconditioner=preconditioner, bucket_cap_mb=0.001, **attach)
+    for step in range(steps):
         x, y = data(rank, step)
-        F.mse_loss(net(x), y).backward()
-        binding.backward_ended()
-        with torch.no_grad():
-            binding.begin()
-            binding.precondition([Piece(p, 0, p.numel(), p.grad) for p in params])
-            binding.end()
+        pieces = list(zip(x.chunk(split), y.chunk(split), strict=True))
+        for index, (piece, target) in enumerate(pieces):
+            with contextlib.nullcontext() if index + 1 == len(pieces) else model.no_sync():
+                (F.mse_loss(model(piece), target) / split).backward()
+        if engine is None:
+            preconditioner.step()
         optimizer.step()
         optimizer.zero_grad()
-    for have, want in zip(params, golden(kind, 1, 4, options), strict=True):
-        torch.testing.assert_close(have.detach(), want, rtol=1e-8, atol=1e-10)
+    if engine is not None:
+        engine.detach()
+    return [param.detach().clone() for param in net.parameters()], preconditioner.state_dict()
+
+
+def same(have, want):
+    for one, other in zip(have, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def as_golden(rank, world, kind, ways):
+    for number, options in enumerate(OPTIONS):
+        want = golden(kind, world, 4, options, split=1 + number)
+        for attach in ways:
+            same(train(rank, kind, options, attach, split=1 + number)[0], want)
+
+
+WAYS = (None, {}, {"update": "owned"}, {"update": "sharded", "algorithm": "native"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_alone(pool1, kind):
-    for options in (
-        {"damping": 0.03, "factor_decay": 0.05, "kl_clip": 0.001},
-        {"damping": 0.3, "factor_decay": 0.9, "kl_clip": None},
-    ):
-        pool1.run(alone, kind, options)
+def test_the_golden_models_result(pool1, pool2, pool3, kind):
+    pool1.run(as_golden, kind, (None, {}))
+    pool2.run(as_golden, kind, WAYS)
+    pool3.run(as_golden, kind, (None, {}))
