@@ -20,7 +20,7 @@ milliseconds since(std::chrono::steady_clock::time_point then) {
 
 }  // namespace
 
-MeshTransfer::MeshTransfer(const MeshLinks& links, int rank, int world) : links_(links) {
+MeshTransfer::MeshTransfer(const MeshLinks& links, int rank, int world) {
   for (int distance = 1; distance < world; ++distance) {
     const int peer = (rank + distance) % world;
     peers_.push_back({peer, links.to(peer), {}, {}, {}, {}, false, false, 0, {}});
