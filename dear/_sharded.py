@@ -21,6 +21,7 @@ from dear._grads import Found, Grads
 from dear._layout import Layout, Segment, cut_segments
 from dear._optimizer import ELEMENTWISE, Groups
 from dear._placeholders import Placeholders, local_grad
+from dear._preconditioned import Preconditioning
 from dear._sharded_gradients import ShardedGradients
 from dear._state_parts import LoadedState, StateParts
 from dear._state_views import ShardedState
@@ -44,6 +45,7 @@ class ShardedUpdate(Update):
         self._exporting = False
         self._loaded: LoadedState | None = None  # before there was a layout
         self._gradients = ShardedGradients(attached)
+        self._preconditioning = Preconditioning(attached, self._gradients)
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -152,6 +154,7 @@ class ShardedUpdate(Update):
         assert self._flat is not None
         self._flat.copy_in()
         self._take(found.own)
+        self._preconditioning.run(self._by_group)
         self._update_as_reduced(optimizer)
         attached.barrier.close(pending)
         if self._flat.has_aliases:

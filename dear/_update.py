@@ -31,6 +31,7 @@ from dear._grads import Found, Grads
 from dear._layout import Layout
 from dear._placeholders import Placeholders
 from dear._state_parts import LoadedState, StateParts
+from dear.preconditioning import Team
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Request:
     optimizers: tuple[Optimizer, ...]
     compresses: bool  # gradients are compressed
     shared: tuple[str, str] | None  # the names of two parameters that share memory
+    teams: Sequence[Team] = ()  # that one rank must own together, for a preconditioner
 
     def refusal_of_aliases(self, update: str) -> str | None:
         """Why a strategy that moves parameters apart cannot serve it, where two share memory."""
