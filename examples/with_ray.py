@@ -16,15 +16,22 @@ def train():
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
     model = prepare_model(model)  # DDP
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    with dear.attach(model, optimizer):  # the one line
-        torch.manual_seed(ray.train.get_context().get_world_rank())
+    rank = ray.train.get_context().get_world_rank()
+    torch.manual_seed(rank)
+    with dear.attach(model, optimizer) as engine:  # the one line
         for _ in range(40):
             inputs = torch.randn(32, 64)
             loss = torch.nn.functional.cross_entropy(model(inputs), inputs[:, :10].argmax(1))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        ray.train.report({"loss": loss.item()})
+        state = {"model": model.module.state_dict(), **engine.state_dict()}  # on every rank
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if rank == 0:
+            torch.save(state, f"{folder}/state.pt")
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"loss": loss.item()}, checkpoint=checkpoint)
 
 
 def main():

@@ -146,7 +146,7 @@ def test_features(pool2, name, feature):
 
 
 class Largest(pl.Callback):
-    """The largest gradient that each step of the optimizer saw."""
+    """The largest gradient that each step of the optimizer used."""
 
     def __init__(self):
         self.seen = []
@@ -155,7 +155,7 @@ class Largest(pl.Callback):
         def note(*_):
             self.seen.append(max(float(p.grad.abs().max()) for p in module.parameters()))
 
-        trainer.optimizers[0].register_step_pre_hook(note)
+        trainer.optimizers[0].register_step_post_hook(note)  # Lightning computes gradients inside the step
 
 
 def loss_of(state):
