@@ -30,8 +30,9 @@ def bare(requirement: str) -> str:
 def test_packages_are_the_folders():
     listed = PROJECT["tool"]["setuptools"]["packages"]
     folders = {"dear", "compress"}
-    for init in (ROOT / "benchmarks").glob("**/__init__.py"):
-        folders.add(".".join(("dear_benchmarks", *init.parent.relative_to(ROOT / "benchmarks").parts)))
+    for renamed in ("benchmarks", "planner"):
+        for init in (ROOT / renamed).glob("**/__init__.py"):
+            folders.add(".".join((f"dear_{renamed}", *init.parent.relative_to(ROOT / renamed).parts)))
     for package in ("dear", "compress"):
         for init in (ROOT / package).glob("*/**/__init__.py"):
             folders.add(".".join(init.parent.relative_to(ROOT).parts))
