@@ -24,8 +24,8 @@ def check_rank(rank: Any, option: str = "rank") -> Rank:
     if rank == "auto" or (isinstance(rank, str) and re.fullmatch(r"\d+(\.\d+)?x", rank) and float(rank[:-1]) > 1):
         return str(rank)
     raise ValueError(
-        f"{option} must be a whole number from 1 to {LARGEST}, a fraction of the smaller side between 0 and 1, how many "
-        f'times fewer elements to send, such as "4x", or "auto", not {rank!r}.'
+        f"{option} must be a whole number from 1 to {LARGEST}, a fraction of the smaller side between 0 and 1, "
+        f'how many times fewer elements are sent, such as "4x", or "auto", not {rank!r}.'
     )
 
 
