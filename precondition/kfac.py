@@ -68,7 +68,9 @@ class KroneckerFactored(Registered):
         if self._binding is not None:
             raise RuntimeError("This preconditioner serves a model already, and keeps its state: make another one.")
         trained = set(_ddp.reduced_parameters(model))
-        self._layers = find_layers(model.module, trained)
+        held = {param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
+        found = find_layers(model.module, trained)
+        self._layers = [layer for layer in found if held.intersection(layer.params)]
         if not self._layers:
             raise ValueError(
                 f"The model has no layer that {type(self).__name__} can precondition: it serves trained nn.Linear, "

@@ -363,6 +363,24 @@ def refused(rank, world):
             precondition.register(other, other_optimizer, method)
 
 
+def partly_optimized(rank, world):
+    """What no optimizer updates keeps its gradient."""
+    model = DDP(preconditioning.build().to(place()))
+    optimizer = torch.optim.SGD(model.module.last.parameters(), lr=0.1)
+    method = precondition.KFAC()
+    precondition.register(model, optimizer, method)
+    plain_backward(model, *(each.to(place()) for each in preconditioning.batch(rank, 0)))
+    before = {name: param.grad.clone() for name, param in model.module.named_parameters()}
+    method.step()
+    changed = {name for name, param in model.module.named_parameters() if not torch.equal(param.grad, before[name])}
+    assert changed == {"last.weight", "last.bias"}
+    method.release()
+
+
+def test_layers_of_no_optimizer(pool2):
+    pool2.run(partly_optimized)
+
+
 def test_refusals(pool2):
     pool2.run(refused)
 
