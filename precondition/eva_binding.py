@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from dear.preconditioning import Param, Piece, Preconditioner, Site, Team
-from precondition import eva_exchange, eva_parts
+from precondition import eva_parts
 from precondition._capture import Capture
 from precondition._layers import Layer
 from precondition._plain import PLAIN
-from precondition.eva_exchange import Average
+from precondition.eva_exchange import Average, Exchanges
 from precondition.eva_means import Means, Running, Shaped
 from precondition.eva_parts import Rectangle, Vectors
 from precondition.eva_rank_one import RankOneStep
@@ -47,6 +47,7 @@ class RankOneBinding:
             self._place[layer.weight] = index, False
             if layer.bias is not None:
                 self._place[layer.bias] = index, True
+        self._exchanges = Exchanges(site.gather_lane)
         self._message: Average | None = None  # of the last backward pass
         self._step: RankOneStep | None = None
         self._capture: Capture | None = None
@@ -63,7 +64,7 @@ class RankOneBinding:
             return
         if self._message is not None:  # of a pass that no step has used: it is in this one's message, or was given up
             self._message.wait()
-        self._message = eva_exchange.average(self._means.message(), self._site.gather_lane, "the mean vectors")
+        self._message = self._exchanges.average(self._means.message())
 
     def begin(self) -> None:
         """The mean vectors are waited for."""
@@ -88,8 +89,9 @@ class RankOneBinding:
         return set(self._place)
 
     def stats(self) -> dict[str, Any]:
-        """How many layers are preconditioned."""
-        return {"preconditioned_layers": len(self._layers)}
+        """How many layers are preconditioned, and what this rank has sent for it."""
+        sent = self._exchanges.bytes_sent
+        return {"preconditioned_layers": len(self._layers), "preconditioner_bytes_sent": sent}
 
     def release(self) -> None:
         """Takes the hooks off the model."""
@@ -101,7 +103,7 @@ class RankOneBinding:
     def _total(self, values: Tensor) -> Tensor:
         if self._site.update == PLAIN:  # every rank has whole gradients
             return values
-        return eva_exchange.total(values, self._site.gather_lane, "what is asked of the gradients")
+        return self._exchanges.total(values)
 
     def _rectangles(self, piece: Piece) -> Iterator[Rectangle]:
         if piece.param not in self._place or piece.start == piece.stop:

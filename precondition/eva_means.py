@@ -176,7 +176,7 @@ class Running:
             if known:
                 state = {"a": self._input_of(index, layer).clone()}
                 if len(self.rows):
-                    state["b"] = self._vectors.row_part(self.rows, index).flatten()
+                    state["b"] = self._vectors.row_part(self.rows, index).flatten().clone()
                 found[layer.name] = state
         return found
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear.preconditioning import Param, Site, Team
@@ -43,7 +44,7 @@ class RankOnePreconditioner(Registered):
         """What it preconditions below ``root``."""
         return [layer for layer in _layers.find_layers(root, trained) if lies_by_rows(layer)]
 
-    def check_new(self, model: nn.Module, optimizers: Sequence[Optimizer], caller: str) -> dict[str, Any]:
+    def check_new(self, model: DDP, optimizers: Sequence[Optimizer], caller: str) -> dict[str, Any]:
         """Refuses what cannot be preconditioned; returns what must be equal on every rank.
 
         Raises:
@@ -51,7 +52,7 @@ class RankOnePreconditioner(Registered):
         """
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         group_of = {param: number for number, group in enumerate(groups) for param in group["params"]}
-        layers = self.served(model, {param for param in model.parameters() if param.requires_grad})
+        layers = self.served(model.module, {param for param in model.parameters() if param.requires_grad})
         kind = type(self).__name__
         if not layers:
             raise ValueError(f"{caller} found no layer that precondition.{kind} serves: leave preconditioner out.")
@@ -64,7 +65,7 @@ class RankOnePreconditioner(Registered):
         settings = ", ".join(f"{name}={value}" for name, value in asdict(self.settings).items())
         return {"the preconditioner": f"{kind}({settings}) of {', '.join(layer.name for layer in layers)}"}
 
-    def teams(self, model: nn.Module) -> Sequence[Team]:
+    def teams(self, model: DDP) -> Sequence[Team]:
         """None: a rank may have any part of a gradient."""
         return ()
 
