@@ -18,6 +18,7 @@ from dear._attached import Attached, weakly
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, check_cap
 from dear._look_again import overlapping
+from dear._nodes import Nodes, check_hierarchy, find_nodes, make_levelled_lane
 from dear._optimizer import UserOptimizer, unwrapped
 from dear._owned import OwnedUpdate
 from dear._pending import Barrier
@@ -26,7 +27,7 @@ from dear._replicated import ReplicatedUpdate
 from dear._schedule import Schedule
 from dear._sharded import ShardedUpdate
 from dear._update import Request, Update
-from dear.collectives import Algorithm, choose_algorithm, group_timeout, make_lane
+from dear.collectives import Algorithm, choose_algorithm, group_timeout
 from dear.compression import Compressor, Site, Uncompressed, check_kind
 from dear.engine import Engine
 
@@ -56,6 +57,7 @@ def attach(
     process_group: dist.ProcessGroup | None = None,
     algorithm: str | None = None,
     check_replicas: int = 1000,
+    hierarchy: int | Literal["node"] | None = None,
 ) -> Engine:
     """Puts the DeAR schedule under a DDP module and its optimizer; the training loop stays as it is.
 
@@ -89,6 +91,10 @@ def attach(
         check_replicas: every so many steps, ``step()`` waits until all parameters stand and compares their checksums
             with those of the other ranks, 8 bytes a parameter tensor and rank; where they differ, it raises
             RuntimeError on every rank, which names the ranks and a parameter. 0: never.
+        hierarchy: ``"node"`` moves in two levels, inside each node and then between nodes, among ranks of equal place:
+            a node's network port carries each element once, however many ranks the node has. The ranks of a node are
+            found from LOCAL_RANK and LOCAL_WORLD_SIZE, or from the hosts' names; a number says how many consecutive
+            ranks a node has. Not with a compressor. None: one level.
 
     Returns:
         The :class:`Engine`, also a context manager that detaches at its end.
@@ -128,6 +134,11 @@ def attach(
             cap = strategy.usual_group_bytes(request, params, group.size(), ratio) / MIB
         check_cap(cap)
         check_interval(check_replicas)
+        check_hierarchy(hierarchy)
+        if hierarchy is not None and compressor is not None:
+            raise ValueError(
+                "hierarchy moves dense gradients alone, and a compressor was given: leave one of them out."
+            )
         device = params[0].device
         plan = _Plan(strategy, cap, choose_algorithm(group, device, algorithm), device)
         plans.append(plan)
@@ -137,14 +148,16 @@ def attach(
             "optimizer": ", ".join(type(each).__name__ for each in optimizers),
             "overlap_forward": overlap_forward,
             "check_replicas": check_replicas,
+            "hierarchy": hierarchy,
         }
 
     agree(model.process_group, look, "every rank must call dear.attach() with the same arguments")
+    nodes = find_nodes(group, hierarchy)
     with ordinary(StepContext(plans[0].device, grad=False)):
         if not plans[0].strategy.gathers_gradients:  # it hands each rank's part of the parameters to all
             _check_equal(model)
         return _assemble(
-            model, optimizers, group, compressor, preconditioner, plans[0], overlap_forward, check_replicas
+            model, optimizers, group, compressor, preconditioner, plans[0], nodes, overlap_forward, check_replicas
         )
 
 
@@ -196,13 +209,14 @@ def _assemble(
     compressor: Compressor | None,
     preconditioner: preconditioning.Preconditioner | None,
     plan: _Plan,
+    nodes: Nodes | None,
     overlap_forward: bool,
     check_replicas: int,
 ) -> Engine:
     """Makes the parts. Collective."""
     timeout = group_timeout(group, plan.device)
-    gather_lane = make_lane(group, "all-gather", plan.algorithm, timeout)
-    reduce_lane = make_lane(group, "reduce-scatter", plan.algorithm, timeout)
+    gather_lane = make_levelled_lane(group, "all-gather", plan.algorithm, timeout, nodes)
+    reduce_lane = make_levelled_lane(group, "reduce-scatter", plan.algorithm, timeout, nodes)
     scheduler = _C.Scheduler(reduce_lane, gather_lane, plan.strategy.gathers_gradients)
     attached = Attached(
         model=model,

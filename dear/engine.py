@@ -179,7 +179,7 @@ class Engine:
         finally:
             self._update.hide_full_state()
 
-    def state_dict(self, optimizer: bool = True) -> dict[str, Any]:
+    def state_dict(self, optimizer: bool = True, gather: bool = True) -> dict[str, Any]:
         """The optimizer's full state, as ``optimizer.state_dict()`` of plain DDP would give it, under ``"optimizer"``;
         a list of them where ``attach`` was given several optimizers.
 
@@ -189,11 +189,12 @@ class Engine:
         ``update="sharded"`` or ``"owned"``, every rank must call this; each gets all of it.
 
         optimizer: False leaves the optimizer's state out, where a framework saves it by itself.
+        gather: False gives this rank's state of the compressor alone, which each rank must save then.
         """
         self.synchronize()
         state: dict[str, Any] = {"bucket_order": self._schedule.bucket_order.names()}
         if self.compressor is not None:
-            state["compressor"] = self.compressor.state_dict(gather=True)
+            state["compressor"] = self.compressor.state_dict(gather=gather)
         if self.preconditioner is not None:
             state["preconditioner"] = self.preconditioner.state_dict()
         if not optimizer:
