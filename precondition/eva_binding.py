@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from dear.preconditioning import Param, Piece, Preconditioner, Site, Team
+from dear.preconditioning import Param, Piece, Site, Team
 from precondition import eva_parts
 from precondition._capture import Capture
 from precondition._layers import Layer
 from precondition._plain import PLAIN
 from precondition.eva_exchange import Average, Exchanges
 from precondition.eva_means import Means, Running, Shaped
-from precondition.eva_parts import Rectangle, Vectors
+from precondition.eva_parts import Rectangle
 from precondition.eva_rank_one import RankOneStep
-
-#: Makes the next step, of gradients that have been reduced.
-NewStep = Callable[[], RankOneStep]
 
 
 class RankOneBinding:
@@ -30,18 +27,11 @@ class RankOneBinding:
     teams: Sequence[Team] = ()  # any rank may have any part of a gradient
 
     def __init__(
-        self,
-        preconditioner: Preconditioner,
-        site: Site,
-        layers: Sequence[Shaped],
-        vectors: Vectors,
-        running: Running,
-        new_step: NewStep,
-        means: Means | None,
+        self, preconditioner: Any, site: Site, layers: Sequence[Shaped], running: Running, means: Means | None
     ) -> None:
-        self.preconditioner = preconditioner
-        self._site, self._layers, self._vectors = site, list(layers), vectors
-        self._running, self._new_step, self._means = running, new_step, means
+        self.preconditioner = preconditioner  # a RankOnePreconditioner
+        self._site, self._layers = site, list(layers)
+        self._running, self._means = running, means
         self._place: dict[Param, tuple[int, bool]] = {}  # of a parameter: its layer, and whether it is the bias
         for index, layer in enumerate(layers):
             self._place[layer.weight] = index, False
@@ -70,11 +60,10 @@ class RankOneBinding:
         """The mean vectors are waited for."""
         if self._means is not None and self._message is not None:
             used, columns, rows = self._means.parts(self._message.wait())
-            settings = self.preconditioner.settings  # type: ignore[attr-defined]
-            self._running.update(used, columns, rows, settings.factor_decay)
+            self._running.update(used, columns, rows, self.preconditioner.settings.factor_decay)
             self._message = None
             self._means.forget()
-        self._step = self._new_step()
+        self._step = self.preconditioner.new_step(self._running)
 
     def precondition(self, pieces: Sequence[Piece]) -> None:
         """Looks at averaged gradients; they are changed at the end."""
@@ -97,6 +86,8 @@ class RankOneBinding:
         """Takes the hooks off the model."""
         if self._message is not None:
             self._message.wait()
+            self._message = None
+        self.preconditioner.released()
         if self._capture is not None:
             self._capture.release()
 
@@ -111,9 +102,9 @@ class RankOneBinding:
         layer, is_bias = self._place[piece.param]
         run = piece.grad.as_strided((piece.stop - piece.start,), (1,))  # as it lies in memory
         if is_bias:
-            yield eva_parts.cut_bias(run, piece.start, layer, self._vectors)
+            yield eva_parts.cut_bias(run, piece.start, layer, self._running.vectors)
         else:
-            yield from eva_parts.cut_weight(run, piece.start, layer, self._vectors)
+            yield from eva_parts.cut_weight(run, piece.start, layer, self._running.vectors)
 
     def _learning_rates(self) -> list[float]:
         """Of each layer, as they stand now."""

@@ -24,6 +24,9 @@ class Shaped(Protocol):
     bias: nn.Parameter | None
     blocks: int
 
+    @property
+    def params(self) -> tuple[nn.Parameter, ...]: ...
+
 
 def matrix_of(layer: Shaped) -> Matrix:
     """The shape of its gradient."""
@@ -147,8 +150,11 @@ class Running:
     ``known`` says of each layer whether it has any: the first mean is taken as it is.
     """
 
-    def __init__(self, layers: Sequence[Shaped], vectors: Vectors, with_rows: bool) -> None:
-        self._layers, self._vectors = list(layers), vectors
+    def __init__(self, layers: Sequence[Shaped], with_rows: bool, device: torch.device) -> None:
+        wide = any(layer.weight.dtype == torch.float64 for layer in layers)
+        dtype = torch.float64 if wide else torch.float32
+        self._layers = list(layers)
+        self.vectors = vectors = Vectors([matrix_of(layer) for layer in layers], dtype, device)
         self.columns = vectors.zeros(vectors.columns)
         self.rows = vectors.zeros(with_rows * vectors.rows)
         self.known = vectors.zeros(len(self._layers))
@@ -160,7 +166,7 @@ class Running:
         over all ranks, where the others said zeros, and so are divided by it. ``rows`` are not: a rank that did not use
         a layer has added nothing to its gradient, either. What is not finite there counts as 0.
         """
-        vectors = self._vectors
+        vectors = self.vectors
         weights = vectors.to_blocks((1 - decay * self.known) * (used > 0))
         counts = vectors.to_columns(vectors.to_blocks(used + (used <= 0)))
         self.columns.lerp_((columns / counts).nan_to_num(0.0, 0.0, 0.0), vectors.to_columns(weights))
@@ -176,7 +182,7 @@ class Running:
             if known:
                 state = {"a": self._input_of(index, layer).clone()}
                 if len(self.rows):
-                    state["b"] = self._vectors.row_part(self.rows, index).flatten().clone()
+                    state["b"] = self.vectors.row_part(self.rows, index).flatten().clone()
                 found[layer.name] = state
         return found
 
@@ -199,13 +205,13 @@ class Running:
             index = index_of[name]
             self._input_of(index, self._layers[index]).copy_(means["a"])
             if len(self.rows):
-                part = self._vectors.row_part(self.rows, index)
+                part = self.vectors.row_part(self.rows, index)
                 part.copy_(means["b"].view_as(part))
             self.known[index] = 1.0
 
     def _input_of(self, index: int, layer: Shaped) -> Tensor:
         """A layer's mean input as a view, in the order of the weight's dimensions."""
         order = memory_order(layer.weight)
-        part = self._vectors.column_part(self.columns, index)
+        part = self.vectors.column_part(self.columns, index)
         part = part.view(layer.blocks, *(layer.weight.shape[dim] for dim in order))
         return part.permute(0, *(1 + order.index(dim) for dim in range(1, layer.weight.dim())))

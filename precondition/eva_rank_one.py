@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from precondition import eva_parts
+from precondition import _checks, eva_parts
 from precondition.eva_means import Running
-from precondition.eva_parts import Rectangle, Vectors
+from precondition.eva_parts import Rectangle
 
 #: Adds up the ranks' shares of a flat tensor.
 Total = Callable[[Tensor], Tensor]
@@ -38,15 +38,8 @@ class Settings:
     kl_clip: float | None
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < float("inf"):
-            raise ValueError(f"damping must be a positive number, such as 0.03, not {self.damping!r}.")
-        if not 0 <= self.factor_decay < 1:
-            raise ValueError(
-                f"factor_decay is the weight of the earlier steps in a running mean, from 0 up to but not including 1, "
-                f"not {self.factor_decay!r}."
-            )
-        if self.kl_clip is not None and not 0 < self.kl_clip < float("inf"):
-            raise ValueError(f"kl_clip must be a positive number, such as 0.001, or None, not {self.kl_clip!r}.")
+        _checks.check_positive(damping=self.damping, **({} if self.kl_clip is None else {"kl_clip": self.kl_clip}))
+        _checks.check_decay(self.factor_decay)
 
 
 class Correction(NamedTuple):
@@ -61,10 +54,10 @@ class Correction(NamedTuple):
 class RankOneStep(ABC):
     """The gradients of one step, which come a few at a time."""
 
-    def __init__(self, vectors: Vectors, running: Running, settings: Settings) -> None:
-        self.vectors, self.running, self.settings = vectors, running, settings
+    def __init__(self, running: Running, settings: Settings) -> None:
+        self.vectors, self.running, self.settings = running.vectors, running, settings
         self.parts: list[Rectangle] = []
-        self.squares = vectors.zeros(len(vectors.matrices))  # this rank's share of ‖G‖²
+        self.squares = self.vectors.zeros(len(self.vectors.matrices))  # this rank's share of ‖G‖²
 
     def take(self, parts: Sequence[Rectangle]) -> None:
         """Some of this rank's averaged gradients have come."""
