@@ -29,7 +29,7 @@ class EvaStep(RankOneStep):
     def correction(self, total: Total) -> Correction:
         vectors, running = self.vectors, self.running
         share = vectors.sum_rows(running.rows * self._products)
-        inner, squares = total(torch.cat([share, self.squares])).split([len(share), len(self.squares)])
+        inner, squares = total(torch.cat([share, self.squares()])).split([len(share), len(vectors.matrices)])
         norms = vectors.square_norms(running.columns) * vectors.sum_rows(running.rows.square())
         scale = inner / (norms + self.settings.damping)
         return Correction(running.rows * vectors.to_rows(scale), scale * inner, scale.square() * norms, squares)

@@ -53,13 +53,13 @@ class RankOneBinding:
         if self._means is None:
             return
         if self._message is not None:  # of a pass that no step has used: it is in this one's message, or was given up
-            self._message.wait()
+            self._exchanges.wait(self._message)
         self._message = self._exchanges.average(self._means.message())
 
     def begin(self) -> None:
         """The mean vectors are waited for."""
         if self._means is not None and self._message is not None:
-            used, columns, rows = self._means.parts(self._message.wait())
+            used, columns, rows = self._means.parts(self._exchanges.wait(self._message))
             self._running.update(used, columns, rows, self.preconditioner.settings.factor_decay)
             self._message = None
             self._means.forget()
@@ -85,7 +85,7 @@ class RankOneBinding:
     def release(self) -> None:
         """Takes the hooks off the model."""
         if self._message is not None:
-            self._message.wait()
+            self._exchanges.wait(self._message)
             self._message = None
         self.preconditioner.released()
         if self._capture is not None:

@@ -18,12 +18,6 @@ class Average:
     message: Tensor
     exchanges: list[_C.Exchange]
 
-    def wait(self) -> Tensor:
-        """The average, equal on all ranks to the bit."""
-        for exchange in self.exchanges:
-            exchange.wait()
-        return self.message
-
 
 class Exchanges:
     """What is exchanged with the other ranks. Every call is collective."""
@@ -45,6 +39,12 @@ class Exchanges:
         sent = 2 * len(message) - (end - begin) - (following[1] - following[0])
         self.bytes_sent += sent * message.element_size()
         return Average(message, [first, lane.submit(_C.Phase.all_gather, _C.Reduction.sum, parts, label)])
+
+    def wait(self, average: Average) -> Tensor:
+        """The average, equal on all ranks to the bit."""
+        for exchange in average.exchanges:
+            exchange.wait()
+        return average.message
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over the ranks of a flat tensor that is small enough to be sent whole: one message and one wait.

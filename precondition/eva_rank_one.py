@@ -57,12 +57,12 @@ class RankOneStep(ABC):
     def __init__(self, running: Running, settings: Settings) -> None:
         self.vectors, self.running, self.settings = running.vectors, running, settings
         self.parts: list[Rectangle] = []
-        self.squares = self.vectors.zeros(len(self.vectors.matrices))  # this rank's share of ‖G‖²
+        self._norms: list[Tensor] = []  # of the parts
 
     def take(self, parts: Sequence[Rectangle]) -> None:
         """Some of this rank's averaged gradients have come."""
         self.parts += parts
-        self.squares += eva_parts.squares(parts, self.vectors)
+        self._norms += eva_parts.norms(parts, self.vectors)
         self.look(parts)
 
     def finish(self, learning_rates: Sequence[float], total: Total) -> None:
@@ -70,6 +70,10 @@ class RankOneStep(ABC):
         correction = self.correction(total)
         factor = self._scale(correction, learning_rates) / self.settings.damping
         eva_parts.subtract(self.parts, correction.rows, self.running.columns, factor)
+
+    def squares(self) -> Tensor:
+        """This rank's share of ‖G‖² of each layer."""
+        return eva_parts.squares(self.parts, self._norms, self.vectors)
 
     @abstractmethod
     def look(self, parts: Sequence[Rectangle]) -> None:
@@ -86,15 +90,14 @@ class RankOneStep(ABC):
         γ² ‖pre‖² = ‖G‖² - 2 ⟨w aᵀ, G⟩ + ‖w aᵀ‖². Rounding must not make them negative.
         """
         settings, vectors = self.settings, self.vectors
-        inner = vectors.sum_blocks(correction.inner)
         tiny = torch.finfo(vectors.dtype).tiny
         if settings.kl_clip is None:
             before = correction.squares.sum()
-            after = before - 2 * inner.sum() + correction.outer.sum()
-            return settings.damping * (before / after.clamp(min=tiny)).sqrt()
-        change = correction.squares - inner
+            after = before - 2 * correction.inner.sum() + correction.outer.sum()
+            return settings.damping * (before / after.clamp_(min=tiny)).sqrt_()
         if len(set(learning_rates)) == 1:
-            size = change.sum() * learning_rates[0] ** 2
+            size = (correction.squares.sum() - correction.inner.sum()) * learning_rates[0] ** 2
         else:
+            change = correction.squares - vectors.sum_blocks(correction.inner)
             size = change.dot(torch.tensor([lr**2 for lr in learning_rates], dtype=change.dtype, device=change.device))
-        return (settings.kl_clip * settings.damping / size.clamp(min=tiny)).sqrt().clamp(max=1.0)
+        return (settings.kl_clip * settings.damping / size.clamp_(min=tiny)).sqrt_().clamp_(max=1.0)

@@ -29,7 +29,7 @@ class FoofStep(RankOneStep):
 
     def correction(self, total: Total) -> Correction:
         vectors = self.vectors
-        shares = [self._products, self.squares]
+        shares = [self._products, self.squares()]
         products, squares = total(torch.cat(shares)).split([len(each) for each in shares])
         norms = vectors.square_norms(self.running.columns)
         rows = products / (vectors.to_rows(norms) + self.settings.damping)

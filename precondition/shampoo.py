@@ -38,7 +38,7 @@ class ShampooStep(RankOneStep):
 
     def correction(self, total: Total) -> Correction:
         vectors, running = self.vectors, self.running
-        shares = [self._row_sums, self._column_sums, self.squares]
+        shares = [self._row_sums, self._column_sums, self.squares()]
         row_sums, column_sums, squares = total(torch.cat(shares)).split([len(each) for each in shares])
         used = squares.isfinite() & (squares > 0)
         running.update(
