@@ -82,7 +82,8 @@ class Statistics:
             if layer in self._sums:
                 inputs, outputs = self._sums[layer].factors(grad_scale)
                 finite = inputs.sum().isfinite() & outputs.sum().isfinite()
-                self.dropped = ~finite if self.dropped is None else self.dropped + ~finite
+                missed = (~finite).int()
+                self.dropped = missed if self.dropped is None else self.dropped + missed
                 taken[layer] = (
                     torch.where(finite, inputs, 0.0), torch.where(finite, outputs, 0.0), finite.to(inputs.dtype),
                 )  # fmt: skip
