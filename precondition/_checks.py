@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from precondition._layers import Layer
+
+class Named(Protocol):
+    """What has parameters that are changed together, as a layer."""
+
+    name: str
+
+    @property
+    def params(self) -> Sequence[Parameter]:
+        """They."""
 
 
 def check_positive(**values: float) -> None:
@@ -29,7 +39,7 @@ def check_interval(**values: int) -> None:
             raise ValueError(f"{name} must be a number of steps, at least 1, not {value!r}.")
 
 
-def check_groups(layers: Sequence[Layer], optimizers: Sequence[Optimizer]) -> None:
+def check_groups(layers: Sequence[Named], optimizers: Sequence[Optimizer]) -> None:
     """Refuses a layer whose parameters stand in different groups, or in none: it has one learning rate.
 
     Raises:

@@ -194,7 +194,8 @@ class OwnersBinding:
             scale = torch.where(scale.isfinite(), scale, 1.0)
             changed = self._grads if self._plain else self._changed
             grads = [grad for layer in changed for grad in self._grads[layer].values()]
-            torch._foreach_mul_(grads, scale)
+            if grads:  # a rank may own no layer
+                torch._foreach_mul_(grads, scale)
         self._grads, self._changed = {}, {}
         return set(self._of_param)
 

@@ -30,8 +30,9 @@ def bare(requirement: str) -> str:
 def test_packages_are_the_folders():
     listed = PROJECT["tool"]["setuptools"]["packages"]
     folders = {"dear", "compress", "precondition"}
-    for init in (ROOT / "benchmarks").glob("**/__init__.py"):
-        folders.add(".".join(("dear_benchmarks", *init.parent.relative_to(ROOT / "benchmarks").parts)))
+    for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items():
+        for init in (ROOT / folder).glob("**/__init__.py"):
+            folders.add(".".join((package, *init.parent.relative_to(ROOT / folder).parts)))
     for package in ("dear", "compress", "precondition"):
         for init in (ROOT / package).glob("*/**/__init__.py"):
             folders.add(".".join(init.parent.relative_to(ROOT).parts))
