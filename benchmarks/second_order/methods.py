@@ -23,14 +23,15 @@ class Method:
     preconditioner: str | None = None  # a class of this library's package precondition
 
 
+# Eva and FOOF divide most of a gradient by their damping, 0.03: that much smaller is their learning rate.
 METHODS = {
     "sgd": Method("momentum", 0.05),
     "adam": Method("adamw", 1e-3),
     "muon": Method("muon", 0.02),
     "kfac": Method("momentum", 0.05, "KFAC"),
     "dpkfac": Method("momentum", 0.05, "DPKFAC"),
-    "eva": Method("momentum", 0.05, "Eva"),
-    "foof": Method("momentum", 0.05, "FOOF"),
+    "eva": Method("momentum", 0.0015, "Eva"),
+    "foof": Method("momentum", 0.0015, "FOOF"),
     "shampoo": Method("momentum", 0.05, "Shampoo"),
 }
 
