@@ -298,7 +298,7 @@ def averaged(rank, world, name):
             same(results[1], results[0])
         steps = Steps()
         fit(Net(kind), callbacks=[steps, *with_library("callback", name)["callbacks"]])
-        same(results[1], averages(steps.states, 0.9))
+        same(results[1], averages(steps.states, 0.9), exact=False)  # Lightning adds two products, and this is a lerp
 
 
 @pytest.mark.parametrize("name", ["sharded", "replicated", "owned", *COMPRESSORS, "hook-power"])
@@ -358,7 +358,7 @@ def kept(rank, world, name, folder):
                 assert torch.equal(value, states[1][0]["state"][index][key]), key
 
 
-@pytest.mark.parametrize("name", ["sharded", "replicated", "owned", "power", "topk", "hook-power"])
+@pytest.mark.parametrize("name", ["sharded", "replicated", "owned", "power", "topk"])
 def test_checkpoints_validation_and_a_second_fit(pool2, name, tmp_path):
     pool2.run(kept, name, str(tmp_path))
 
