@@ -9,6 +9,7 @@
 #include "collectives/native.h"
 #include "collectives/ring.h"
 #include "collectives/shard.h"
+#include "collectives/two_level.h"
 
 namespace {
 
@@ -28,11 +29,12 @@ template <typename HostLane>
 void bind_host_lane(py::module_& m, const char* name) {
   py::class_<HostLane, Lane, std::shared_ptr<HostLane>>(m, name).def(
       py::init([](std::shared_ptr<dear::Peers> peers, const c10::intrusive_ptr<c10d::Store>& store,
-                  const std::string& key, std::chrono::milliseconds timeout) {
+                  const std::string& key, std::chrono::milliseconds timeout, std::vector<int> ranks) {
         const py::gil_scoped_release release;
-        return make_shared_without_gil<HostLane>(std::move(peers), store, key, timeout);
+        return make_shared_without_gil<HostLane>(std::move(peers), store, key, timeout, std::move(ranks));
       }),
-      py::arg("peers"), py::arg("store"), py::arg("key"), py::arg("timeout"));
+      py::arg("peers"), py::arg("store"), py::arg("key"), py::arg("timeout"),
+      py::arg("ranks") = std::vector<int>{});
 }
 
 // Runs the handlers of signals that have come, on the interpreter's main thread, which alone may.
@@ -144,6 +146,14 @@ void bind_collectives(py::module_& m) {
              return make_shared_without_gil<dear::NativeLane>(std::move(group));
            }),
            py::arg("group"));
+  py::class_<dear::TwoLevelLane, Lane, std::shared_ptr<dear::TwoLevelLane>>(m, "TwoLevelLane")
+      .def(py::init([](std::shared_ptr<Lane> inside, std::shared_ptr<Lane> between, dear::Nodes nodes) {
+             return make_shared_without_gil<dear::TwoLevelLane>(std::move(inside), std::move(between),
+                                                                std::move(nodes));
+           }),
+           py::arg("inside"), py::arg("between"), py::arg("nodes"))
+      .def_property_readonly("bytes_inside", &dear::TwoLevelLane::bytes_inside)
+      .def_property_readonly("bytes_between", &dear::TwoLevelLane::bytes_between);
 
   m.def("now_ns", &dear::now_ns);
   m.def(

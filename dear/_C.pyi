@@ -47,6 +47,7 @@ __all__: list[str] = [
     "StartStep",
     "TopKCodec",
     "TraceEvent",
+    "TwoLevelLane",
     "TwoPhaseExchange",
     "can_move",
     "checksum",
@@ -193,16 +194,38 @@ class Peers:
 
 class RingLane(Lane):
     def __init__(
-        self, peers: Peers, store: torch.distributed.distributed_c10d.Store, key: str, timeout: datetime.timedelta
+        self,
+        peers: Peers,
+        store: torch.distributed.distributed_c10d.Store,
+        key: str,
+        timeout: datetime.timedelta,
+        ranks: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
     ) -> None: ...
 
 class MeshLane(Lane):
     def __init__(
-        self, peers: Peers, store: torch.distributed.distributed_c10d.Store, key: str, timeout: datetime.timedelta
+        self,
+        peers: Peers,
+        store: torch.distributed.distributed_c10d.Store,
+        key: str,
+        timeout: datetime.timedelta,
+        ranks: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [],
     ) -> None: ...
 
 class NativeLane(Lane):
     def __init__(self, group: torch.distributed.distributed_c10d.ProcessGroup) -> None: ...
+
+class TwoLevelLane(Lane):
+    def __init__(
+        self,
+        inside: Lane,
+        between: Lane,
+        nodes: collections.abc.Sequence[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]],
+    ) -> None: ...
+    @property
+    def bytes_between(self) -> int: ...
+    @property
+    def bytes_inside(self) -> int: ...
 
 class Message:
     @property
@@ -216,10 +239,10 @@ class Codec:
     def advance(
         self, step: typing.SupportsInt | typing.SupportsIndex, stage: typing.SupportsInt | typing.SupportsIndex
     ) -> Message | None: ...
-    def bad(self) -> torch.Tensor | None: ...
     def bind(self, gradient: torch.Tensor, result: torch.Tensor) -> None: ...
     def compresses(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
     def dropped(self) -> torch.Tensor: ...
+    def nonfinite(self) -> torch.Tensor | None: ...
     def settle(self) -> None: ...
     def stages(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> int: ...
 

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
-from dear import _C, _ddp
+from dear import _C, _ddp, preconditioning
 from dear._agree import agree
 from dear._attached import Attached, weakly
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, check_cap
 from dear._look_again import overlapping
+from dear._nodes import Nodes, check_hierarchy, find_nodes, make_levelled_lane
 from dear._optimizer import UserOptimizer, unwrapped
 from dear._owned import OwnedUpdate
 from dear._pending import Barrier
@@ -26,7 +27,7 @@ from dear._replicated import ReplicatedUpdate
 from dear._schedule import Schedule
 from dear._sharded import ShardedUpdate
 from dear._update import Request, Update
-from dear.collectives import Algorithm, choose_algorithm, group_timeout, make_lane
+from dear.collectives import Algorithm, choose_algorithm, group_timeout
 from dear.compression import Compressor, Site, Uncompressed, check_kind
 from dear.engine import Engine
 
@@ -49,12 +50,14 @@ def attach(
     optimizer: Optimizer | Sequence[Optimizer],
     *,
     compressor: Compressor | None = None,
+    preconditioner: preconditioning.Preconditioner | None = None,
     update: str = "auto",
     bucket_cap_mb: float | Literal["auto"] = "auto",
     overlap_forward: bool = True,
     process_group: dist.ProcessGroup | None = None,
     algorithm: str | None = None,
     check_replicas: int = 1000,
+    hierarchy: int | Literal["node"] | None = None,
 ) -> Engine:
     """Puts the DeAR schedule under a DDP module and its optimizer; the training loop stays as it is.
 
@@ -68,6 +71,8 @@ def attach(
             rank, each its own parameters.
         compressor: shrinks what both halves send, such as ``compress.ACPSGD(rank=4)``; its second phase moves under
             the next forward pass, and the update is replicated. A gradient that is not finite shows at ``step()``.
+        preconditioner: changes each layer's averaged gradient before the optimizer uses it, such as
+            ``precondition.DPKFAC()``. Not with a compressor.
         update: ``"sharded"``: each rank updates its shard of the parameters between the halves, and the updated
             parameters are gathered (optimizer state and work divided by the world size; for elementwise optimizers).
             ``"owned"``: the same, but each parameter is one rank's, which updates it whole: for optimizers of matrices,
@@ -86,6 +91,10 @@ def attach(
         check_replicas: every so many steps, ``step()`` waits until all parameters stand and compares their checksums
             with those of the other ranks, 8 bytes a parameter tensor and rank; where they differ, it raises
             RuntimeError on every rank, which names the ranks and a parameter. 0: never.
+        hierarchy: ``"node"`` moves in two levels, inside each node and then between nodes, among ranks of equal place:
+            a node's network port carries each element once, however many ranks the node has. The ranks of a node are
+            found from LOCAL_RANK and LOCAL_WORLD_SIZE, or from the hosts' names; a number says how many consecutive
+            ranks a node has. Not with a compressor. None: one level.
 
     Returns:
         The :class:`Engine`, also a context manager that detaches at its end.
@@ -110,8 +119,14 @@ def attach(
         if compressor is not None:
             check_kind(compressor, "dear.attach()")
             known = compressor.check_new(model, "dear.attach()")
-        request = Request(optimizers, compressor is not None, overlapping(_ddp.parameter_names(model)))
-        strategy = choose_strategy(request, update)
+        teams: Sequence[preconditioning.Team] = ()
+        served: Sequence[str] = tuple(STRATEGIES)
+        if preconditioner is not None:
+            preconditioning.check_kind(preconditioner, "dear.attach()")
+            known |= preconditioner.check_new(model, optimizers, "dear.attach()")
+            served, teams = preconditioner.updates, preconditioner.teams(model)
+        request = Request(optimizers, compressor is not None, overlapping(_ddp.parameter_names(model)), teams)
+        strategy = choose_strategy(request, update, served)
         cap = bucket_cap_mb
         params = _ddp.reduced_parameters(model)
         if cap == "auto":
@@ -119,6 +134,11 @@ def attach(
             cap = strategy.usual_group_bytes(request, params, group.size(), ratio) / MIB
         check_cap(cap)
         check_interval(check_replicas)
+        check_hierarchy(hierarchy)
+        if hierarchy is not None and compressor is not None:
+            raise ValueError(
+                "hierarchy moves dense gradients alone, and a compressor was given: leave one of them out."
+            )
         device = params[0].device
         plan = _Plan(strategy, cap, choose_algorithm(group, device, algorithm), device)
         plans.append(plan)
@@ -128,13 +148,17 @@ def attach(
             "optimizer": ", ".join(type(each).__name__ for each in optimizers),
             "overlap_forward": overlap_forward,
             "check_replicas": check_replicas,
+            "hierarchy": hierarchy,
         }
 
     agree(model.process_group, look, "every rank must call dear.attach() with the same arguments")
+    nodes = find_nodes(group, hierarchy)
     with ordinary(StepContext(plans[0].device, grad=False)):
         if not plans[0].strategy.gathers_gradients:  # it hands each rank's part of the parameters to all
             _check_equal(model)
-        return _assemble(model, optimizers, group, compressor, plans[0], overlap_forward, check_replicas)
+        return _assemble(
+            model, optimizers, group, compressor, preconditioner, plans[0], nodes, overlap_forward, check_replicas
+        )
 
 
 def _check_equal(model: DDP) -> None:
@@ -152,18 +176,26 @@ def _check_equal(model: DDP) -> None:
     agree(model.process_group, sums, "give every rank the same ones before dear.attach(), as building DDP does")
 
 
-def choose_strategy(request: Request, update: str) -> type[Update]:
+def choose_strategy(request: Request, update: str, served: Sequence[str] = tuple(STRATEGIES)) -> type[Update]:
     """The strategy that ``update`` names, or the first one that can serve the request.
+
+    served: the names of those that a preconditioner can work under, in the order in which they are tried.
 
     Raises:
         ValueError: an unknown name, or a strategy that cannot serve it.
     """
     if update == "auto":
-        found = next((kind for kind in STRATEGIES.values() if kind.suits(request)), None)
-        update = found.kind if found is not None else ReplicatedUpdate.kind
+        found = next((name for name in served if STRATEGIES[name].suits(request)), None)
+        update = found if found is not None else ReplicatedUpdate.kind
     if update not in STRATEGIES:
         names = ", ".join(f'"{name}"' for name in STRATEGIES)
         raise ValueError(f'update must be "auto" or one of {names}, not {update!r}.')
+    if update not in served:
+        raise ValueError(
+            f'A preconditioner changes gradients where their owners are, and update="{update}" has none, nor has a '
+            "compressor: leave both out, or leave preconditioner out of dear.attach(), call precondition.register(), "
+            "and preconditioner.step() between backward() and optimizer.step()."
+        )
     refusal = STRATEGIES[update].refusal(request)
     if refusal is not None:
         raise ValueError(refusal)
@@ -175,14 +207,16 @@ def _assemble(
     optimizers: Sequence[Optimizer],
     group: dist.ProcessGroup,
     compressor: Compressor | None,
+    preconditioner: preconditioning.Preconditioner | None,
     plan: _Plan,
+    nodes: Nodes | None,
     overlap_forward: bool,
     check_replicas: int,
 ) -> Engine:
     """Makes the parts. Collective."""
     timeout = group_timeout(group, plan.device)
-    gather_lane = make_lane(group, "all-gather", plan.algorithm, timeout)
-    reduce_lane = make_lane(group, "reduce-scatter", plan.algorithm, timeout)
+    gather_lane = make_levelled_lane(group, "all-gather", plan.algorithm, timeout, nodes)
+    reduce_lane = make_levelled_lane(group, "reduce-scatter", plan.algorithm, timeout, nodes)
     scheduler = _C.Scheduler(reduce_lane, gather_lane, plan.strategy.gathers_gradients)
     attached = Attached(
         model=model,
@@ -202,6 +236,13 @@ def _assemble(
         attached.compression = compressor.bind_to_schedule(
             Site(model, optimizers[0], plan.device, lanes, plan.algorithm, scheduler, wait)
         )
+    if preconditioner is not None:
+        attached.preconditioning = preconditioner.bind_to_schedule(
+            preconditioning.Site(
+                model.module, attached.params, optimizers, group, plan.device, plan.strategy.kind, reduce_lane,
+                gather_lane,
+            )
+        )  # fmt: skip
     update = plan.strategy(attached)
     attached.barrier.finish = update.finish
     schedule = Schedule(attached, update, plan.bucket_cap_mb)

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import os
 import weakref
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Literal
 
@@ -84,22 +85,30 @@ def choose_algorithm(group: dist.ProcessGroup, device: torch.device, algorithm: 
 
 
 def make_lane(
-    group: dist.ProcessGroup, name: str, algorithm: Algorithm, timeout: timedelta, *, all_to_all: bool = False
+    group: dist.ProcessGroup,
+    name: str,
+    algorithm: Algorithm,
+    timeout: timedelta,
+    *,
+    all_to_all: bool = False,
+    ranks: Sequence[int] = (),
 ) -> _C.Lane:
     """A new lane over the ranks of ``group``; every rank of it must make the same call in the same order.
 
-    With ``all_to_all`` a lane for all-to-alls, which are not for a ring: instead of it, connections to every rank.
+    With ``all_to_all`` a lane for all-to-alls, which are not for a ring: instead of it, connections to every rank. With
+    ``ranks`` a lane over these alone, which this rank is one of; every rank of the group makes the call with its own.
     """
     if algorithm == "native":
+        members = dist.get_process_group_ranks(group)
         own = dist.new_group(
-            dist.get_process_group_ranks(group), backend=_backend_of(group), timeout=timeout,
+            [members[rank] for rank in ranks] if ranks else members, backend=_backend_of(group), timeout=timeout,
             use_local_synchronization=True, group_desc=f"dear {name}",
         )  # fmt: skip
         return _C.NativeLane(own)
     number = next(_ring_numbers.setdefault(group, itertools.count()))
     store = c10d._get_process_group_store(group)
     make = _C.MeshLane if all_to_all else _C.RingLane
-    return make(_peers_of(group), store, f"{name}/{number}", timeout)
+    return make(_peers_of(group), store, f"{name}/{number}", timeout, list(ranks))
 
 
 def _peers_of(group: dist.ProcessGroup) -> _C.Peers:

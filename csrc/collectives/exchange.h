@@ -90,8 +90,8 @@ class Exchange {
   // What ranks compare to see that they are in the same exchange: of phase, reduction, lengths,
   // types and owners.
   uint32_t signature() const;
-  int64_t start_ns() const { return start_ns_; }
-  int64_t end_ns() const { return end_ns_; }
+  virtual int64_t start_ns() const { return start_ns_; }
+  virtual int64_t end_ns() const { return end_ns_; }
 
   void begin();                         // at submission
   void started();                       // at the first byte

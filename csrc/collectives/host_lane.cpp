@@ -20,14 +20,16 @@ std::string first_line(const std::string& text) { return text.substr(0, text.fin
 
 }  // namespace
 
-HostLane::HostLane(std::shared_ptr<Peers> peers, std::string name, std::chrono::milliseconds timeout)
+HostLane::HostLane(std::shared_ptr<Peers> peers, std::string name, std::chrono::milliseconds timeout,
+                   std::vector<int> ranks)
     : peers_(std::move(peers)),
-      rank_(peers_->rank()),
-      world_(peers_->world()),
+      members_(peers_->rank(), peers_->world(), std::move(ranks)),
+      rank_(members_.place()),
+      world_(members_.size()),
       timeout_(timeout),
       name_(std::move(name)),
       wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      progress_(static_cast<size_t>(world_)) {}
+      progress_(static_cast<size_t>(peers_->world())) {}
 
 HostLane::~HostLane() { ::close(wake_); }
 
@@ -70,9 +72,10 @@ void HostLane::abort(const std::string& reason) {
   {
     std::lock_guard<std::mutex> lock(shared_->mutex);
     const bool busy = shared_->state != State::kIdle || !shared_->queue.empty();
-    if (!busy && reason.rfind("Rank " + std::to_string(rank_) + " ", 0) != 0) given.clear();
+    if (!busy && reason.rfind("Rank " + std::to_string(members_.rank()) + " ", 0) != 0) given.clear();
   }
-  end(Failure(given, {rank_}, true), std::make_exception_ptr(Failure(reason, {rank_}, true)));
+  end(Failure(given, {members_.rank()}, true),
+      std::make_exception_ptr(Failure(reason, {members_.rank()}, true)));
 }
 
 void HostLane::hear(const Failure& news) { end(news, std::make_exception_ptr(news)); }
@@ -150,7 +153,7 @@ void HostLane::move(Exchange& exchange) {
     shared_->current.start_ns = exchange.start_ns();
   }
   try {
-    transfer(moved, {rank_, world_, timeout_, sequence_, wake_, peers_->check(), *this});
+    transfer(moved, {members_, peers_->world(), timeout_, sequence_, wake_, peers_->check(), *this});
   } catch (const Failure&) {
     told_ = true;
     throw;
@@ -171,8 +174,8 @@ void HostLane::run() {
       fail(failure, nullptr, exchange);
       return;
     } catch (const std::exception& error) {  // in what was to compute the payload
-      const Failure failure = make_failure({rank_}, "failed (" + first_line(error.what()) + ")",
-                                           phase_name(exchange->phase()), exchange->label(), rank_);
+      const Failure failure = make_failure({members_.rank()}, "failed (" + first_line(error.what()) + ")",
+                                           phase_name(exchange->phase()), exchange->label(), members_.rank());
       fail(publish(failure), std::current_exception(), exchange);
       return;
     }
@@ -213,9 +216,9 @@ LaneRecord HostLane::record() {
   record.name = name_;
   record.state = kNames[static_cast<size_t>(shared_->state)];
   record.current = shared_->current;
-  for (int peer = 0; peer < world_; ++peer) {
+  for (int peer = 0; peer < peers_->world(); ++peer) {
     const PeerProgress& progress = progress_[static_cast<size_t>(peer)];
-    if (peer == rank_ || progress.moved_ns == 0) continue;
+    if (peer == members_.rank() || progress.moved_ns == 0) continue;
     record.peers.push_back({peer, progress.sent, progress.received, progress.moved_ns});
   }
   uint32_t sequence = sequence_ + (shared_->state == State::kIdle ? 0 : 1);

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "collectives/exchange.h"
+#include "collectives/members.h"
 #include "collectives/peers.h"
 
 namespace dear {
@@ -25,8 +26,8 @@ class TransferHost {
 
 // What a transfer needs to know of the lane it runs in.
 struct TransferContext {
-  int rank;
-  int world;
+  const Members& members;
+  int ranks;  // of the process group, among which are those that frames name
   std::chrono::milliseconds timeout;
   uint32_t sequence;  // of this exchange in its lane
   int wake_fd;        // readable when `host` has an ending
@@ -52,8 +53,10 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   int world() const override { return world_; }
 
  protected:
-  // `name` is for errors and traces. A peer from which nothing comes for `timeout` is given up.
-  HostLane(std::shared_ptr<Peers> peers, std::string name, std::chrono::milliseconds timeout);
+  // `name` is for errors and traces. A peer from which nothing comes for `timeout` is given up. `ranks`: the
+  // members, none for all of `peers`.
+  HostLane(std::shared_ptr<Peers> peers, std::string name, std::chrono::milliseconds timeout,
+           std::vector<int> ranks);
   ~HostLane() override;
 
   // Called at the end of a subclass's constructor, and at the beginning of its destructor, which lets the
@@ -77,7 +80,8 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   virtual bool all_hung_up() const = 0;
 
   const std::shared_ptr<Peers> peers_;
-  const int rank_;
+  const Members members_;
+  const int rank_;  // place in the lane, and how many members it has
   const int world_;
   const std::chrono::milliseconds timeout_;
 

@@ -18,13 +18,11 @@ void set_option(int fd, int option, int value) {
 
 }  // namespace
 
-RingLinks::RingLinks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
-                     std::chrono::milliseconds timeout) {
-  const int rank = peers.rank();
-  const int world = peers.world();
-  const int next = (rank + 1) % world;
-  const int prev = (rank + world - 1) % world;
-  Connections made = connect_ranks(peers, store, key, {next}, {prev}, timeout);
+RingLinks::RingLinks(Peers& peers, const Members& members, const c10::intrusive_ptr<c10d::Store>& store,
+                     const std::string& key, std::chrono::milliseconds timeout) {
+  const int next = members.next();
+  const int prev = members.previous();
+  Connections made = connect_ranks(peers, members, store, key, {next}, {prev}, timeout);
   to_next_ = made.called[static_cast<size_t>(next)].release();
   from_prev_ = made.accepted[static_cast<size_t>(prev)].release();
   set_option(to_next_, TCP_NODELAY, 1);
@@ -35,23 +33,23 @@ RingLinks::~RingLinks() {
   if (from_prev_ >= 0) ::close(from_prev_);
 }
 
-MeshLinks::MeshLinks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
-                     std::chrono::milliseconds timeout) {
-  const int rank = peers.rank();
-  const int world = peers.world();
+MeshLinks::MeshLinks(Peers& peers, const Members& members, const c10::intrusive_ptr<c10d::Store>& store,
+                     const std::string& key, std::chrono::milliseconds timeout)
+    : peers_(static_cast<size_t>(peers.world()), -1) {
+  const int rank = members.rank();
   std::vector<int> callees;
   std::vector<int> callers;
-  for (int peer = 0; peer < world; ++peer) {
+  for (const int peer : members.ranks()) {
     if (peer != rank) (peer > rank ? callees : callers).push_back(peer);
   }
-  Connections made = connect_ranks(peers, store, key, callees, callers, timeout);
-  for (int peer = 0; peer < world; ++peer) {
-    const auto at = static_cast<size_t>(peer);
-    peers_.push_back((peer > rank ? made.called[at] : made.accepted[at]).release());
+  Connections made = connect_ranks(peers, members, store, key, callees, callers, timeout);
+  for (const int peer : members.ranks()) {
     if (peer == rank) continue;
-    set_option(peers_.back(), TCP_NODELAY, 1);
+    const auto at = static_cast<size_t>(peer);
+    peers_[at] = (peer > rank ? made.called[at] : made.accepted[at]).release();
+    set_option(peers_[at], TCP_NODELAY, 1);
     // See Note [One after another] at MeshTransfer.
-    set_option(peers_.back(), TCP_NOTSENT_LOWAT, kMeshUnsent);
+    set_option(peers_[at], TCP_NOTSENT_LOWAT, kMeshUnsent);
   }
 }
 

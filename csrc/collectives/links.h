@@ -5,6 +5,7 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <vector>
 
+#include "collectives/members.h"
 #include "collectives/peers.h"
 
 namespace dear {
@@ -20,8 +21,8 @@ namespace dear {
 class RingLinks {
  public:
   // Throws one sentence when a neighbour cannot be reached within `timeout`.
-  RingLinks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
-            std::chrono::milliseconds timeout);
+  RingLinks(Peers& peers, const Members& members, const c10::intrusive_ptr<c10d::Store>& store,
+            const std::string& key, std::chrono::milliseconds timeout);
   ~RingLinks();
   RingLinks(const RingLinks&) = delete;
   RingLinks& operator=(const RingLinks&) = delete;
@@ -38,8 +39,8 @@ class RingLinks {
 class MeshLinks {
  public:
   // Throws one sentence when a rank cannot be reached within `timeout`.
-  MeshLinks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
-            std::chrono::milliseconds timeout);
+  MeshLinks(Peers& peers, const Members& members, const c10::intrusive_ptr<c10d::Store>& store,
+            const std::string& key, std::chrono::milliseconds timeout);
   ~MeshLinks();
   MeshLinks(const MeshLinks&) = delete;
   MeshLinks& operator=(const MeshLinks&) = delete;
@@ -47,7 +48,7 @@ class MeshLinks {
   int to(int peer) const { return peers_[static_cast<size_t>(peer)]; }
 
  private:
-  std::vector<int> peers_;  // by rank; -1 for this one
+  std::vector<int> peers_;  // by rank; -1 for this one, and for who is no member
 };
 
 }  // namespace dear

@@ -3,11 +3,11 @@
 namespace dear {
 
 MeshLane::MeshLane(std::shared_ptr<Peers> peers, const c10::intrusive_ptr<c10d::Store>& store,
-                   const std::string& key, std::chrono::milliseconds timeout)
-    : HostLane(std::move(peers), key, timeout) {
+                   const std::string& key, std::chrono::milliseconds timeout, std::vector<int> ranks)
+    : HostLane(std::move(peers), key, timeout, std::move(ranks)) {
   if (world_ > 1) {
-    links_ = std::make_unique<MeshLinks>(*peers_, store, key, timeout);
-    transfer_ = std::make_unique<MeshTransfer>(*links_, rank_, world_);
+    links_ = std::make_unique<MeshLinks>(*peers_, members_, store, key, timeout);
+    transfer_ = std::make_unique<MeshTransfer>(*links_, members_);
   }
   start();
 }
@@ -40,13 +40,15 @@ void MeshLane::tell(FrameType type, const Failure& failure) {
 
 std::vector<int> MeshLane::find_gone() const {
   std::vector<int> ranks;
-  for (int peer = 0; links_ && peer < world_; ++peer) {
-    if (peer != rank_ && hung_up(links_->to(peer))) ranks.push_back(peer);
+  for (const int peer : members_.ranks()) {
+    if (links_ && peer != members_.rank() && hung_up(links_->to(peer))) ranks.push_back(peer);
   }
   return ranks;
 }
 
-bool MeshLane::open_to(int peer) const { return links_ && peer != rank_ && still_open(links_->to(peer)); }
+bool MeshLane::open_to(int peer) const {
+  return links_ && links_->to(peer) >= 0 && still_open(links_->to(peer));
+}
 
 bool MeshLane::all_hung_up() const { return static_cast<int>(find_gone().size()) == world_ - 1; }
 

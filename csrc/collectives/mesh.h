@@ -8,9 +8,10 @@ namespace dear {
 // All-to-alls of host tensors over TCP connections to every peer.
 class MeshLane : public HostLane {
  public:
-  // `key` must be the same on all ranks and new for every lane on this store.
+  // `key` must be the same on all members and new for every lane on this store. `ranks`: the members, none
+  // for all of `peers`.
   MeshLane(std::shared_ptr<Peers> peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
-           std::chrono::milliseconds timeout);
+           std::chrono::milliseconds timeout, std::vector<int> ranks = {});
   ~MeshLane() override;
 
   std::shared_ptr<Exchange> make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,

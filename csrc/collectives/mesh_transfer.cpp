@@ -20,10 +20,11 @@ milliseconds since(std::chrono::steady_clock::time_point then) {
 
 }  // namespace
 
-MeshTransfer::MeshTransfer(const MeshLinks& links, int rank, int world) : links_(links) {
-  for (int distance = 1; distance < world; ++distance) {
-    const int peer = (rank + distance) % world;
-    peers_.push_back({peer, links.to(peer), {}, {}, {}, {}, false, false, 0, {}});
+MeshTransfer::MeshTransfer(const MeshLinks& links, const Members& members) {
+  for (int distance = 1; distance < members.size(); ++distance) {
+    const int peer = members.after(distance);
+    const int place = (members.place() + distance) % members.size();
+    peers_.push_back({peer, place, links.to(peer), {}, {}, {}, {}, false, false, 0, {}});
   }
   entries_.resize(peers_.size() + 1);
 }
@@ -35,7 +36,7 @@ void MeshTransfer::run(const Exchange& exchange, const TransferContext& context)
   width_ = 1;
   progress_ = Clock::now();
   for (Peer& peer : peers_) {
-    peer = {peer.rank, peer.fd, {}, {}, {}, {}, false, false, 0, progress_};
+    peer = {peer.rank, peer.place, peer.fd, {}, {}, {}, {}, false, false, 0, progress_};
     find_piece(peer.to);
     find_piece(peer.from);
     context.host.progress(peer.rank).begin();
@@ -57,7 +58,7 @@ void MeshTransfer::run(const Exchange& exchange, const TransferContext& context)
 // --- pieces ---
 
 int64_t MeshTransfer::chunk_bytes(size_t part) const {
-  return static_cast<int64_t>(exchange_->parts()[part].full.nbytes()) / context_->world;
+  return static_cast<int64_t>(exchange_->parts()[part].full.nbytes()) / context_->members.size();
 }
 
 size_t MeshTransfer::piece_bytes(const Stream& stream) const {
@@ -74,12 +75,12 @@ void MeshTransfer::find_piece(Stream& stream) const {
 
 const char* MeshTransfer::out_data(const Peer& peer) const {
   const auto* base = static_cast<const char*>(exchange_->parts()[peer.to.part].full.const_data_ptr());
-  return base + peer.rank * chunk_bytes(peer.to.part) + peer.to.offset;
+  return base + peer.place * chunk_bytes(peer.to.part) + peer.to.offset;
 }
 
 char* MeshTransfer::in_data(const Peer& peer) const {
   auto* base = static_cast<char*>(exchange_->parts()[peer.from.part].shard.mutable_data_ptr());
-  return base + peer.rank * chunk_bytes(peer.from.part) + peer.from.offset;
+  return base + peer.place * chunk_bytes(peer.from.part) + peer.from.offset;
 }
 
 void MeshTransfer::copy_own() const {
@@ -87,7 +88,7 @@ void MeshTransfer::copy_own() const {
     const auto bytes = chunk_bytes(part);
     const auto* from = static_cast<const char*>(exchange_->parts()[part].full.const_data_ptr());
     auto* to = static_cast<char*>(exchange_->parts()[part].shard.mutable_data_ptr());
-    const auto at = context_->rank * bytes;
+    const auto at = context_->members.place() * bytes;
     if (bytes > 0) std::memcpy(to + at, from + at, static_cast<size_t>(bytes));
   }
 }
@@ -158,7 +159,7 @@ void MeshTransfer::receive_some(Peer& peer) {
 
 void MeshTransfer::check_header(Peer& peer) {
   const FrameHeader& header = peer.in.header();
-  if (!valid(header, context_->world, context_->check)) blame({peer.rank}, complaint::corrupt());
+  if (!valid(header, context_->ranks, context_->check)) blame({peer.rank}, complaint::corrupt());
   if (header.type == FrameType::kFailure) throw Failure(text_begun(peer), {peer.rank, header.blamed});
   if (header.type == FrameType::kLeft) blame({peer.rank}, complaint::left(peer.rank, text_begun(peer)));
   if (header.type != FrameType::kData || header.sequence != context_->sequence ||
@@ -197,7 +198,7 @@ void MeshTransfer::wait_for_network() {
   const auto patience = std::min<int64_t>(context_->timeout.count() / 8, 1000);
   const int count = ::poll(entries_.data(), entries_.size(), static_cast<int>(patience) + 1);
   if (count < 0 && errno != EINTR)
-    blame({context_->rank}, std::string("could not poll: ") + std::strerror(errno));
+    blame({context_->members.rank()}, std::string("could not poll: ") + std::strerror(errno));
   if (count > 0 && entries_.back().revents != 0) {
     if (const auto why = context_->host.ending()) throw Failure(*why);
   }
@@ -244,7 +245,8 @@ void MeshTransfer::tell(FrameType type, const Failure& failure, const FrameCheck
 }
 
 void MeshTransfer::blame(const std::vector<int>& ranks, const std::string& what) const {
-  throw make_failure(ranks, what, phase_name(exchange_->phase()), exchange_->label(), context_->rank);
+  throw make_failure(ranks, what, phase_name(exchange_->phase()), exchange_->label(),
+                     context_->members.rank());
 }
 
 void MeshTransfer::blame_lost(int rank, const std::string& what) const {

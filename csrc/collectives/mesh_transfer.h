@@ -20,8 +20,8 @@ namespace dear {
 // Threads: the lane's only.
 class MeshTransfer {
  public:
-  // Of rank `rank`; `links` outlives this.
-  MeshTransfer(const MeshLinks& links, int rank, int world);
+  // `links` outlives this.
+  MeshTransfer(const MeshLinks& links, const Members& members);
 
   // Moves one exchange; returns when this rank's part is done. Throws a Failure that names the ranks to
   // blame, the phase and the fusion group; before that it publishes it and tells the peers. After a throw the
@@ -42,6 +42,7 @@ class MeshTransfer {
 
   struct Peer {
     int rank;
+    int place;  // in the lane: which chunk is its own
     int fd;
     Stream to;
     Stream from;
@@ -79,7 +80,6 @@ class MeshTransfer {
   // A peer is gone that gave no reason here.
   [[noreturn]] void blame_lost(int rank, const std::string& what) const;
 
-  const MeshLinks& links_;
   std::vector<Peer> peers_;      // in the order in which they are sent to
   std::vector<pollfd> entries_;  // of peers_, and the wake-up
 

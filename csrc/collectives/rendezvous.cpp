@@ -66,9 +66,11 @@ struct Caller : Talk {
 
 class Rendezvous {
  public:
-  Rendezvous(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& lane,
-             const std::vector<int>& callees, const std::vector<int>& callers, milliseconds timeout)
+  Rendezvous(Peers& peers, const Members& members, const c10::intrusive_ptr<c10d::Store>& store,
+             const std::string& lane, const std::vector<int>& callees, const std::vector<int>& callers,
+             milliseconds timeout)
       : peers_(peers),
+        members_(members),
         store_(store),
         lane_(lane),
         missing_(callers),
@@ -126,7 +128,7 @@ class Rendezvous {
 
   bool all(const std::string& what) {
     std::vector<std::string> names;
-    for (int rank = 0; rank < peers_.world(); ++rank) names.push_back(name(what, rank));
+    for (const int rank : members_.ranks()) names.push_back(name(what, rank));
     return on_store([&] { return store_->check(names); });
   }
 
@@ -315,7 +317,7 @@ class Rendezvous {
     heed();
     std::string absent;
     int count = 0;
-    for (int rank = 0; rank < peers_.world(); ++rank) {
+    for (const int rank : members_.ranks()) {
       if (present("address", rank)) continue;
       absent += (count++ == 0 ? "" : " and rank ") + std::to_string(rank);
     }
@@ -330,7 +332,7 @@ class Rendezvous {
     DEAR_REQUIRE(missing_.empty(), "Rank ", missing_.front(), " did not connect to rank ", peers_.rank(),
                  " within ", timeout_.count(), " ms when communication lane ", lane_,
                  " was set up: check that it is alive and can reach this host.");
-    for (int rank = 0; rank < peers_.world(); ++rank) {
+    for (const int rank : members_.ranks()) {
       DEAR_REQUIRE(present("ready", rank), "Rank ", rank, " joined communication lane ", lane_,
                    " and did not finish setting it up within ", timeout_.count(), " ms, as rank ",
                    peers_.rank(), " saw it: check that it is alive and can reach the other hosts.");
@@ -339,6 +341,7 @@ class Rendezvous {
   }
 
   Peers& peers_;
+  const Members& members_;
   const c10::intrusive_ptr<c10d::Store> store_;
   const std::string lane_;
   std::vector<int> missing_;  // callers
@@ -360,10 +363,10 @@ Socket::~Socket() {
   if (fd_ >= 0) ::close(fd_);
 }
 
-Connections connect_ranks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& lane,
-                          const std::vector<int>& callees, const std::vector<int>& callers,
-                          milliseconds timeout) {
-  return Rendezvous(peers, store, lane, callees, callers, timeout).run();
+Connections connect_ranks(Peers& peers, const Members& members, const c10::intrusive_ptr<c10d::Store>& store,
+                          const std::string& lane, const std::vector<int>& callees,
+                          const std::vector<int>& callers, milliseconds timeout) {
+  return Rendezvous(peers, members, store, lane, callees, callers, timeout).run();
 }
 
 }  // namespace dear

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "collectives/members.h"
 #include "collectives/peers.h"
 
 namespace dear {
@@ -34,14 +35,14 @@ struct Connections {
 };
 
 // Calls the ranks `callees` and is called by the ranks `callers`, all of which must do likewise; returns when
-// every rank of the lane has all its connections. Callers are served side by side: who connects and says
+// every member of the lane has all its connections. Callers are served side by side: who connects and says
 // nothing keeps nobody waiting. See Note [Who may join] at Hello.
 //
 // Throws one sentence that names who did not come, and after which time; or who has ended meanwhile, as far
 // as connections that were made before, here or for another lane, tell. Every rank that still waits throws
 // the same one. May throw what check_interrupt() throws.
-Connections connect_ranks(Peers& peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& lane,
-                          const std::vector<int>& callees, const std::vector<int>& callers,
-                          std::chrono::milliseconds timeout);
+Connections connect_ranks(Peers& peers, const Members& members, const c10::intrusive_ptr<c10d::Store>& store,
+                          const std::string& lane, const std::vector<int>& callees,
+                          const std::vector<int>& callers, std::chrono::milliseconds timeout);
 
 }  // namespace dear

@@ -43,9 +43,9 @@ void copy_chunk(const Part& part) {
 }  // namespace
 
 RingLane::RingLane(std::shared_ptr<Peers> peers, const c10::intrusive_ptr<c10d::Store>& store,
-                   const std::string& key, std::chrono::milliseconds timeout)
-    : HostLane(std::move(peers), key, timeout) {
-  if (world_ > 1) links_ = std::make_unique<RingLinks>(*peers_, store, key, timeout);
+                   const std::string& key, std::chrono::milliseconds timeout, std::vector<int> ranks)
+    : HostLane(std::move(peers), key, timeout, std::move(ranks)) {
+  if (world_ > 1) links_ = std::make_unique<RingLinks>(*peers_, members_, store, key, timeout);
   start();
 }
 
@@ -89,7 +89,7 @@ void RingLane::tell(FrameType type, const Failure& failure) {
 
 std::optional<Failure> RingLane::find_news() {
   if (!links_) return std::nullopt;
-  const std::optional<Word> word = read_word(links_->to_next(), world_, peers_->check());
+  const std::optional<Word> word = read_word(links_->to_next(), peers_->world(), peers_->check());
   if (word && word->type == FrameType::kLeft) next_left_ = true;
   if (!word || word->type != FrameType::kFailure) return std::nullopt;
   return Failure(word->text, {word->blamed});
@@ -97,15 +97,15 @@ std::optional<Failure> RingLane::find_news() {
 
 std::vector<int> RingLane::find_gone() const {
   std::vector<int> ranks;
-  if (links_ && !next_left_ && hung_up(links_->to_next())) ranks.push_back((rank_ + 1) % world_);
-  if (links_ && hung_up(links_->from_prev())) ranks.push_back((rank_ + world_ - 1) % world_);
+  if (links_ && !next_left_ && hung_up(links_->to_next())) ranks.push_back(members_.next());
+  if (links_ && hung_up(links_->from_prev())) ranks.push_back(members_.previous());
   return ranks;
 }
 
 bool RingLane::open_to(int peer) const {
   if (!links_) return false;
-  return (peer == (rank_ + 1) % world_ && still_open(links_->to_next())) ||
-         (peer == (rank_ + world_ - 1) % world_ && still_open(links_->from_prev()));
+  return (peer == members_.next() && still_open(links_->to_next())) ||
+         (peer == members_.previous() && still_open(links_->from_prev()));
 }
 
 bool RingLane::all_hung_up() const {

@@ -9,9 +9,10 @@ namespace dear {
 // Reduce-scatters and all-gathers round a ring of TCP connections.
 class RingLane : public HostLane {
  public:
-  // `key` must be the same on all ranks and new for every lane on this store.
+  // `key` must be the same on all members and new for every lane on this store. `ranks`: the members, none
+  // for all of `peers`.
   RingLane(std::shared_ptr<Peers> peers, const c10::intrusive_ptr<c10d::Store>& store, const std::string& key,
-           std::chrono::milliseconds timeout);
+           std::chrono::milliseconds timeout, std::vector<int> ranks = {});
   ~RingLane() override;
 
   std::shared_ptr<Exchange> make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,

@@ -24,8 +24,8 @@ class RingTransfer {
         links_(links),
         scratch_(scratch),
         context_(context),
-        next_((context.rank + 1) % context.world),
-        prev_((context.rank + context.world - 1) % context.world),
+        next_(context.members.next()),
+        prev_(context.members.previous()),
         blamed_(prev_),
         forwards_(exchange.phase() == Phase::kAllGather),
         averages_(exchange.reduction() == Reduction::kAverage) {
@@ -105,7 +105,7 @@ class RingTransfer {
 
   // The next rank takes nothing any more. It has said why, if it could.
   [[noreturn]] void lose_next(const std::string& what) {
-    const std::optional<Word> word = read_word(links_.to_next(), context_.world, context_.check);
+    const std::optional<Word> word = read_word(links_.to_next(), context_.ranks, context_.check);
     if (word && word->type == FrameType::kFailure) throw Failure(word->text, {word->blamed});
     if (word) blame(next_, complaint::left(next_, word->text));
     blame_lost(next_, what);
@@ -114,7 +114,7 @@ class RingTransfer {
   // The next rank has said something, or hung up, which matters only to who has not sent all.
   void hear_next() {
     next_heard_ = true;
-    const std::optional<Word> word = read_word(links_.to_next(), context_.world, context_.check);
+    const std::optional<Word> word = read_word(links_.to_next(), context_.ranks, context_.check);
     if (word && word->type == FrameType::kFailure) throw Failure(word->text, {word->blamed});
     if (sent_ == plan_.outbound.size()) return;
     if (word) blame(next_, complaint::left(next_, word->text));
@@ -172,7 +172,7 @@ class RingTransfer {
       take_piece();
     } else if (!intact(inbound_data(), header.bytes)) {
       blame(prev_, complaint::damaged());
-    } else if (header.blamed != context_.rank && header.blamed != blamed_) {
+    } else if (header.blamed != context_.members.rank() && header.blamed != blamed_) {
       blamed_ = header.blamed;
       starved_told_ = -1;  // pass it on
     }
@@ -180,7 +180,7 @@ class RingTransfer {
 
   void check_header() {
     const FrameHeader& header = in_.header();
-    if (!valid(header, context_.world, context_.check)) blame(prev_, complaint::corrupt());
+    if (!valid(header, context_.ranks, context_.check)) blame(prev_, complaint::corrupt());
     if (header.type == FrameType::kFailure) throw Failure(text_begun(), {header.blamed});
     if (header.type == FrameType::kLeft) blame(prev_, complaint::left(prev_, text_begun()));
     if (header.sequence != context_.sequence || header.signature != plan_.signature ||
@@ -219,7 +219,7 @@ class RingTransfer {
     const char* came = slot(piece);
     char* sum = last ? piece.out : slot(piece);
     const AddRule rule =
-        averages_ ? average_rule(piece.type, context_.world, !piece.summed, last) : AddRule{};
+        averages_ ? average_rule(piece.type, context_.members.size(), !piece.summed, last) : AddRule{};
     const int64_t size = piece.bytes / piece.count;
     uint32_t check_in = context_.check.seed;
     uint32_t check_out = context_.check.seed;
@@ -252,7 +252,7 @@ class RingTransfer {
                          {context_.wake_fd, POLLIN, 0}};
     const int events = ::poll(entries, 3, patience());
     if (events < 0 && errno != EINTR)
-      blame(context_.rank, std::string("could not poll: ") + std::strerror(errno));
+      blame(context_.members.rank(), std::string("could not poll: ") + std::strerror(errno));
     if (events > 0) take_events(entries);
     check_deadlines();
   }
@@ -296,7 +296,8 @@ class RingTransfer {
   }
 
   [[noreturn]] void blame(int rank, const std::string& what) const {
-    throw make_failure({rank}, what, phase_name(exchange_.phase()), exchange_.label(), context_.rank);
+    throw make_failure({rank}, what, phase_name(exchange_.phase()), exchange_.label(),
+                       context_.members.rank());
   }
 
   // A neighbour is gone that gave no reason here.

@@ -63,51 +63,79 @@ DEAR_HOST_DEVICE inline float uniform(uint32_t index, uint32_t key) {
   return static_cast<float>(static_cast<int32_t>(x >> 8)) * 0x1p-24f;
 }
 
-// Whether a value goes up to the next code: it lies `rest` of the way there, from a code that is odd or even.
-DEAR_HOST_DEVICE inline bool goes_up(float rest, bool odd, Rounding rounding, uint32_t index) {
-  const bool nearer = rest > 0.5f || (rest == 0.5f && odd);
-  return rounding.stochastic ? rest > uniform(index, rounding.key) : nearer;
+// What a value is rounded to: its byte, and what that says. Both are computed without a branch, so that loops
+// over them become vector instructions.
+struct Rounded {
+  uint32_t code;
+  float value;
+};
+
+// Of a value between -127 and 127.
+DEAR_HOST_DEVICE inline Rounded round_to_int8(float value, Rounding rounding, uint32_t index) {
+  if (rounding.stochastic) {
+    const int32_t cut = static_cast<int32_t>(value);  // toward zero
+    const int32_t below = cut - (static_cast<float>(cut) > value ? 1 : 0);
+    const float rest = value - static_cast<float>(below);
+    const int32_t whole = below + (rest > uniform(index, rounding.key) ? 1 : 0);
+    return {static_cast<uint32_t>(whole) & 0xffu, static_cast<float>(whole)};
+  }
+  // Floats are 1 apart from here on, so the sum is rounded to a whole number, which its last bits say.
+  const float from = 0x1.8p23f;
+  const float sum = value + from;
+  return {bits_of(sum) & 0xffu, sum - from};
 }
 
-// The byte of a value between -127 and 127.
-DEAR_HOST_DEVICE inline uint32_t int8_code(float value, Rounding rounding, uint32_t index) {
-  const int32_t whole = static_cast<int32_t>(value);  // toward zero
-  const int32_t below = whole - (static_cast<float>(whole) > value ? 1 : 0);
-  const float rest = value - static_cast<float>(below);
-  const int32_t code = below + (goes_up(rest, (below & 1) != 0, rounding, index) ? 1 : 0);
-  return static_cast<uint32_t>(code) & 0xffu;
+// Of a value between -448 and 448. Codes of values from 2^e on, up to 2^(e + 1), are 2^(e - 3) apart; those
+// of values below 2^-6 are 2^-9 apart. So a code is a number of such steps, behind those of the exponents
+// below.
+DEAR_HOST_DEVICE inline Rounded round_to_float8(float value, Rounding rounding, uint32_t index) {
+  const uint32_t smallest = 121u << 23;  // 2^-6
+  const uint32_t bits = bits_of(value);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t own = magnitude & 0x7f800000u;
+  const uint32_t exponent = own > smallest ? own : smallest;
+  uint32_t steps;
+  float rounded;
+  if (rounding.stochastic) {
+    const float scaled = float_of(magnitude) * float_of((257u << 23) - exponent);
+    const int32_t below = static_cast<int32_t>(scaled);
+    const float rest = scaled - static_cast<float>(below);
+    const int32_t whole = below + (rest > uniform(index, rounding.key) ? 1 : 0);
+    steps = static_cast<uint32_t>(whole);
+    rounded = static_cast<float>(whole) * float_of(exponent - (3u << 23));
+  } else {
+    const uint32_t from = exponent + (20u << 23);  // from 2^(e + 20) on, floats are 2^(e - 3) apart
+    const float sum = float_of(magnitude) + float_of(from);
+    steps = bits_of(sum) - from;
+    rounded = sum - float_of(from);
+  }
+  const uint32_t sign = bits & 0x80000000u;
+  return {(sign >> 24) | ((exponent - smallest) >> 20) + steps, float_of(bits_of(rounded) | sign)};
 }
 
 DEAR_HOST_DEVICE inline float int8_value(uint32_t code) {
   return static_cast<float>(static_cast<int32_t>(static_cast<int8_t>(code)));
 }
 
-// The byte of a value between -448 and 448. From 2^-6 on, three bits of the mantissa stay; below are the
-// multiples of 2^-9.
-DEAR_HOST_DEVICE inline uint32_t float8_code(float value, Rounding rounding, uint32_t index) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const float scaled = float_of(magnitude) * 0x1p9f;
-  const int32_t whole = static_cast<int32_t>(scaled);
-  const bool small = magnitude < (121u << 23);
-  const float small_rest = scaled - static_cast<float>(whole);
-  const float large_rest = static_cast<float>(static_cast<int32_t>(magnitude & 0xfffffu)) * 0x1p-20f;
-  const uint32_t below = small ? static_cast<uint32_t>(whole) : (magnitude >> 20) - (120u << 3);
-  const float rest = small ? small_rest : large_rest;
-  return (bits >> 24 & 0x80u) | (below + (goes_up(rest, (below & 1) != 0, rounding, index) ? 1u : 0u));
-}
-
+// Below 2^-6 the code is read as one of the values above it, by which it is then too large.
 DEAR_HOST_DEVICE inline float float8_value(uint32_t code) {
   const uint32_t magnitude = code & 0x7fu;
-  const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
-  const float large = float_of((magnitude << 20) + (120u << 23));
-  const float value = magnitude < 8 ? small : large;
+  const bool small = magnitude < 8;
+  const uint32_t read = small ? magnitude | 8u : magnitude;
+  const uint32_t excess = small ? 121u << 23 : 0u;
+  const float value = float_of((read << 20) + (120u << 23)) - float_of(excess);
   return float_of(bits_of(value) | (code & 0x80u) << 24);
 }
 
 template <CodeType kType>
+DEAR_HOST_DEVICE inline Rounded round_to(float value, Rounding rounding, uint32_t index) {
+  return kType == CodeType::kInt8 ? round_to_int8(value, rounding, index)
+                                  : round_to_float8(value, rounding, index);
+}
+
+template <CodeType kType>
 DEAR_HOST_DEVICE inline uint32_t code_of(float value, Rounding rounding, uint32_t index) {
-  return kType == CodeType::kInt8 ? int8_code(value, rounding, index) : float8_code(value, rounding, index);
+  return round_to<kType>(value, rounding, index).code;
 }
 
 template <CodeType kType>

@@ -1,0 +1,126 @@
+"""Two levels: which ranks share a node, and lanes that move inside nodes first and between them second.
+
+See Note [Two levels] in ``csrc/collectives/two_level.h``.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from dear import _C
+from dear._agree import everyones
+from dear.collectives import Algorithm, make_lane
+
+#: ``hierarchy=`` of :func:`dear.attach`.
+Hierarchy = int | Literal["node"] | None
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Ranks of a process group by node, every node of as many, in the order of their places inside it."""
+
+    ranks: list[list[int]]
+    rank: int  # this one's
+
+    @property
+    def index(self) -> int:
+        """This rank's node."""
+        return next(index for index, node in enumerate(self.ranks) if self.rank in node)
+
+    @property
+    def place(self) -> int:
+        """This rank's place in its node."""
+        return self.ranks[self.index].index(self.rank)
+
+    @property
+    def inside(self) -> list[int]:
+        """The ranks of this node, by place."""
+        return self.ranks[self.index]
+
+    @property
+    def between(self) -> list[int]:
+        """The ranks of this place, by node."""
+        return [node[self.place] for node in self.ranks]
+
+
+def check_hierarchy(hierarchy: Any) -> None:
+    """Refuses what is no hierarchy.
+
+    Raises:
+        ValueError: one sentence says what it must be.
+    """
+    if hierarchy is None or hierarchy == "node" or (type(hierarchy) is int and hierarchy > 0):
+        return
+    raise ValueError(f'hierarchy must be None, "node" or how many ranks a node has, not {hierarchy!r}.')
+
+
+def find_nodes(group: dist.ProcessGroup, hierarchy: Hierarchy) -> Nodes | None:
+    """The nodes of the group; None where one level does: a single node, or one rank in each. Collective.
+
+    A number says how many consecutive ranks a node has. ``"node"`` takes LOCAL_WORLD_SIZE, if the launcher numbered the
+    ranks node by node, as torchrun does, and LOCAL_RANK says so on every rank; else it compares the hosts' names.
+
+    Raises:
+        ValueError: nodes have different numbers of ranks; on every rank.
+    """
+    check_hierarchy(hierarchy)
+    if hierarchy is None:
+        return None
+    world = group.size()
+    if isinstance(hierarchy, int):
+        if world % hierarchy:
+            raise ValueError(
+                f"hierarchy={hierarchy} does not divide {world} ranks into nodes of as many: give a divisor."
+            )
+        found = _consecutive(world, hierarchy)
+    else:
+        found = _grouped(everyones(group, _what_is_known(os.environ), "which node each rank is on"))
+    if len(found) == 1 or len(found[0]) == 1:
+        return None
+    return Nodes(found, group.rank())
+
+
+def _what_is_known(env: Mapping[str, str]) -> tuple[str, str | None, str | None]:
+    return socket.gethostname(), env.get("LOCAL_RANK"), env.get("LOCAL_WORLD_SIZE")
+
+
+def _consecutive(world: int, size: int) -> list[list[int]]:
+    return [list(range(begin, begin + size)) for begin in range(0, world, size)]
+
+
+def _grouped(known: Sequence[tuple[str, str | None, str | None]]) -> list[list[int]]:
+    """The ranks by node, of what each rank knows about itself."""
+    world, size = len(known), known[0][2]
+    if size is not None and size.isdigit() and int(size) > 0 and world % int(size) == 0:
+        local = [(str(rank % int(size)), size) for rank in range(world)]
+        if [(place, count) for _, place, count in known] == local:
+            return _consecutive(world, int(size))
+    by_host: dict[str, list[int]] = {}
+    for rank, (host, _, _) in enumerate(known):
+        by_host.setdefault(host, []).append(rank)
+    found = list(by_host.values())
+    sizes = sorted({len(node) for node in found})
+    if len(sizes) > 1:
+        raise ValueError(
+            f'hierarchy="node" found nodes of {sizes[0]} to {sizes[-1]} ranks, and two levels need as many on each: '
+            "start as many on every node, or leave hierarchy out."
+        )
+    return found
+
+
+def make_levelled_lane(
+    group: dist.ProcessGroup, name: str, algorithm: Algorithm, timeout: timedelta, nodes: Nodes | None
+) -> _C.Lane:
+    """:func:`dear.collectives.make_lane`, of two levels where there are nodes. Collective."""
+    if nodes is None:
+        return make_lane(group, name, algorithm, timeout)
+    inside = make_lane(group, f"{name} in node", algorithm, timeout, ranks=nodes.inside)
+    between = make_lane(group, f"{name} between", algorithm, timeout, ranks=nodes.between)
+    return _C.TwoLevelLane(inside, between, nodes.ranks)
