@@ -59,3 +59,25 @@ def resumed_early(rank: int, world: int, kind: str, static: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_saved_after_one_step_goes_on(pool2, kind, static):
     pool2.run(resumed_early, kind, static)
+
+
+def resumed_at_density(rank: int, world: int) -> None:
+    """Each density has a threshold of its own, which none of before takes the place of."""
+    options = {"density": [(0, 0.9), (3, 0.7)], "selection": "threshold", "min_compression_ratio": 0.1}
+    compressor = compress.TopK(**options)
+    model = attach(compressor)
+    states, results = [], []
+    for step in range(6):
+        states.append(compressor.state_dict(gather=True))
+        results.append(backward(model, gradients(rank, step)))
+    for begin in (2, 3, 4):
+        again = compress.TopK(**options)
+        again.load_state_dict(states[begin])
+        model = attach(again)
+        for step in range(begin, 6):
+            have = backward(model, gradients(rank, step))
+            assert all(torch.equal(have[name], results[step][name]) for name in SHAPES), (begin, step)
+
+
+def test_the_threshold_of_a_density_is_its_own(pool2):
+    pool2.run(resumed_at_density)
