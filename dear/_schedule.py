@@ -185,10 +185,12 @@ class Schedule:
         refusal = self._update.refusal(Request(optimizers, compresses, overlapping(attached.names) if places else None))
         if refusal is not None:
             raise RuntimeError(refusal)
+        if members:
+            self._update.check_members()
         for user in attached.users:
             user.note_members()
+        self._update.parameters_changed(members)
         if attached.layout is not None:
-            self._update.parameters_changed(members)
             self.regroup()
         self._facts.note()
 
