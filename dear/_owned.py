@@ -76,9 +76,9 @@ class OwnedUpdate(ShardedUpdate):
     def whole(self) -> set[Param]:
         return self._requirements().whole
 
-    def check_members(self) -> None:
+    def parameters_changed(self, members: bool) -> None:
         layout = self.attached.layout
-        if layout is not None:
+        if members and layout is not None:
             whole = self.whole()
             for place in layout.places:
                 if place.param in whole and _owners_of(layout.owners[place.bucket], place.start, place.stop) > 1:
@@ -86,6 +86,7 @@ class OwnedUpdate(ShardedUpdate):
                         f"The parameter {self.attached.names[place.param]} came to a group that keeps its parameters "
                         "whole from one that does not, and is cut among ranks: call engine.detach() and attach again."
                     )
+        super().parameters_changed(members)
 
     def stats(self) -> dict[str, Any]:
         costs = self._assignment.costs

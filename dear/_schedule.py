@@ -185,11 +185,14 @@ class Schedule:
         refusal = self._update.refusal(Request(optimizers, compresses, overlapping(attached.names) if places else None))
         if refusal is not None:
             raise RuntimeError(refusal)
-        if members:
-            self._update.check_members()
         for user in attached.users:
             user.note_members()
-        self._update.parameters_changed(members)
+        try:
+            self._update.parameters_changed(members)
+        except RuntimeError:
+            for user in attached.users:
+                user.forget_members()  # so that the next step boundary refuses them again
+            raise
         if attached.layout is not None:
             self.regroup()
         self._facts.note()
