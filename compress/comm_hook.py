@@ -2,10 +2,11 @@
 
 Note [What a hook sees of the model]
 DDP hands over buckets of parameters, never their names, and rebuilds the buckets once, at the second step. State is
-kept by name. :func:`register` knows the names. Under DDP's own ``register_comm_hook`` each parameter is called by the
-order in which it was first seen and its shape, "parameter 3 [16, 37]", and recognised by identity from then on; the
-order is that of the first backward pass, which is the same on all ranks and whenever the same model is trained, so
-saved state fits. States saved under the two kinds of names do not mix.
+kept by name. :func:`register` knows the names, and has DDP rebuild at the end of the first backward pass. Under DDP's
+own ``register_comm_hook`` each parameter is called by the order in which it was first seen and its shape, "parameter 3
+[16, 37]", and recognised by identity from then on; the order is that of the first backward pass, which is the same on
+all ranks and whenever the same model is trained, so saved state fits. States saved under the two kinds of names do not
+mix.
 """
 
 # Annotations are not postponed here: DDP compares a hook's with the types themselves.

@@ -15,7 +15,7 @@ def parts_of_bucket(compressor: Contract, sizes: dict[str, int], device: torch.d
     """How a bucket of these parameters (name: elements) is cut into groups: as a loaded state cut it, else by
     ``compressor.part_numel``. Exempt parameters are a group of their own, unless they travel with the others.
 
-    DDP begins with one bucket and rebuilds it at the second step; a resumed run begins with the groups it had.
+    DDP begins with one bucket and rebuilds it after the first pass; a resumed run begins with the groups it had.
     """
     saved = compressor.loaded["layout"] if compressor.loaded else []
     parts = [part for part in saved if set(part) <= set(sizes)]

@@ -99,7 +99,13 @@ void bind_scheduler(py::module_& m) {
       [](const std::shared_ptr<c10d::Reducer>& reducer, Scheduler& scheduler) {
         rebuild_buckets(*reducer, scheduler);
       },
-      py::arg("reducer"), py::arg("scheduler"), NoGil());
+      py::arg("reducer"), py::arg("hook"), NoGil());
+  m.def(
+      "rebuild_buckets",
+      [](const std::shared_ptr<c10d::Reducer>& reducer, CompressedHook& hook) {
+        rebuild_buckets(*reducer, hook);
+      },
+      py::arg("reducer"), py::arg("hook"), NoGil());
   m.def(
       "take_buckets",
       [](const std::shared_ptr<c10d::Reducer>& reducer, Scheduler& scheduler) {

@@ -106,7 +106,11 @@ class Update(ABC):
 
     def parameters_changed(self, members: bool) -> None:  # noqa: B027 - not every strategy needs it
         """Parameters have another place in memory, or, ``members``, the optimizer has other ones or other groups;
-        nothing is in flight."""
+        nothing is in flight, and there may be no layout yet.
+
+        Raises:
+            RuntimeError: training cannot go on so; nothing has been changed.
+        """
 
     def before_forward(self, reduces: bool) -> None:  # noqa: B027 - not every strategy needs it
         """A forward pass begins, whose backward pass ``reduces`` gradients or keeps them local."""
