@@ -79,6 +79,7 @@ class Group:
     buffers: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = field(default_factory=dict)
     private: Any = None  # the compressor's own
     codec: Any = None  # what drives it, native
+    inner: Group | None = None  # in two levels: this rank's members of it, among nodes
     dropped: Tensor = field(init=False)
     nonfinite: Tensor | None = None  # not zero somewhere if any rank dropped anything
 

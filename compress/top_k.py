@@ -88,8 +88,8 @@ class TopK(Compressor):
 
     def own_state(self) -> dict[tuple[str, ...], float]:
         kept = {
-            names: float(group.private[self._stage()].threshold)
-            for names, group in self.groups.items()
+            group.names: float(group.private[self._stage()].threshold)
+            for group in self.worked()
             if group.private is not None
         }
         return self._thresholds | kept
