@@ -6,7 +6,7 @@ from typing import Any
 
 FORMS = (
     "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, int8, fp8, exact, safe, fast; RANK is a "
-    "whole number or a fraction of the smaller side"
+    "whole number or a fraction of the smaller side; more options may follow: power:8:start=100:exempt=head+bytes"
 )
 
 # Names that earlier versions wrote into results of the collectives, as they begin in JSON.
@@ -19,9 +19,10 @@ class CompressorName:
 
     kind: str
     option: str | None = None
+    more: tuple[str, ...] = ()  # such as start=100; see _MORE
 
     def __str__(self) -> str:
-        return self.kind if self.option is None else f"{self.kind}:{self.option}"
+        return ":".join([self.kind, *filter(None, [self.option]), *self.more])
 
     @property
     def label(self) -> str:
@@ -33,7 +34,7 @@ class CompressorName:
             "topk": "Top-k",
             "sign": "EF-SignSGD",
         }.get(self.kind)
-        return " ".join(filter(None, [named or self.kind, self.option]))
+        return " ".join(filter(None, [named or self.kind, self.option, *self.more]))
 
     def make(self, **more: Any) -> Any:
         """A new compressor, with `more` of its options. Raises ImportError where this library is not built."""
@@ -41,6 +42,7 @@ class CompressorName:
 
         import compress  # here, since torch's own strategies can be measured where it is not built
 
+        more = dict(map(_read_more, self.more)) | more
         match self.kind:
             case "acp":
                 return compress.ACPSGD(rank=_rank(self.option), **more)
@@ -61,12 +63,25 @@ def split_name(parts: Sequence[str]) -> tuple[CompressorName, list[str]]:
     Raises ValueError where the option is missing or not one.
     """
     kind, *rest = parts
+    more = tuple(word for word in rest if "=" in word)
+    for word in more:
+        _read_more(word)
+    rest = [word for word in rest if "=" not in word]
     accepts = _OPTIONS[kind]
     if rest and accepts(rest[0]):
-        return CompressorName(kind, rest[0]), rest[1:]
+        return CompressorName(kind, rest[0], more), rest[1:]
     if kind in ("acp", "power", "topk"):
         raise ValueError(f"{':'.join(parts)!r} has no option that {kind} takes")
-    return CompressorName(kind), rest
+    return CompressorName(kind, None, more), rest
+
+
+def _read_more(word: str) -> tuple[str, Any]:
+    """An option of the compressor and its value, from a word such as start=100. Raises ValueError."""
+    name, _, value = word.partition("=")
+    if name not in _MORE or not value:
+        raise ValueError(f"{word!r} is no option of a compressor here")
+    option, read = _MORE[name]
+    return option, read(value)
 
 
 def whole(text: str) -> bool:
@@ -91,6 +106,13 @@ def _share(text: str) -> bool:
 
 # Dense gradients by kind: what an element is on the wire.
 _DENSE = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}
+
+# What any compressor takes, by the word before "=": its option, and what reads the value.
+_MORE: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "start": ("start_step", lambda text: text if text == "warmup" else int(text)),
+    "exempt": ("exempt", lambda text: text.split("+")),
+    "feedback": ("error_feedback", {"yes": True, "no": False}.__getitem__),
+}
 
 # By kind: whether a word is an option of it.
 _OPTIONS: dict[str, Callable[[str], bool]] = {

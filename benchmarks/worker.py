@@ -1,5 +1,6 @@
 """One worker of a benchmark, seen from inside: its rank, its device, and how it agrees with all the others."""
 
+import atexit
 import importlib
 import os
 import re
@@ -103,11 +104,13 @@ class Worker:
         return None, min(failures)[1]
 
     def leave(self) -> None:
-        """Ends the worker. After a failure, at once: a broken group may block in its destructor."""
+        """Parts from the others. After a failure, groups are left as they are, and the process ends without the
+        interpreter's clean-up: a broken group may block in its destructor."""
         self.barrier()
         if self.had_failure:
-            end_at_once()
-        dist.destroy_process_group()
+            atexit.register(end_at_once)
+        else:
+            dist.destroy_process_group()
 
 
 def user_seconds() -> tuple[float, float] | None:

@@ -52,7 +52,7 @@ class GeneratedCodec:
         exchange = next(self._exchanges, None)
         return None if exchange is None else exchange.message(group.rank, group.world)
 
-    def bad(self) -> Tensor | None:
+    def nonfinite(self) -> Tensor | None:
         return self._group.nonfinite
 
     def _alive(self) -> Contract:

@@ -70,4 +70,4 @@ def step_alone(compressor: Contract, group: Group) -> Steps:
     for stage in range(group.codec.stages(step)):
         yield Exchange.of(group.codec.advance(step, stage), group.world)
     group.codec.advance(step, group.codec.stages(step))
-    group.nonfinite = group.codec.bad()
+    group.nonfinite = group.codec.nonfinite()

@@ -17,7 +17,7 @@ using compress::StartStep;
 using OptionalTensor = std::optional<at::Tensor>;
 
 // A compressor written in Python: an object with advance(step, stage), stages(step), bind(gradient, result),
-// compresses(step), all_to_all(step, stage) and bad(), called with the GIL.
+// compresses(step), all_to_all(step, stage) and nonfinite(), called with the GIL.
 class PythonCodec : public Codec {
  public:
   PythonCodec(at::Tensor dropped, py::object object) : Codec(dropped.device()), object_(std::move(object)) {
@@ -52,8 +52,8 @@ class PythonCodec : public Codec {
       return Message{message[0].cast<Phase>(), message[1].cast<at::Tensor>(),
                      message[2].is_none() ? at::Tensor() : message[2].cast<at::Tensor>()};
     }
-    const py::object bad = object_.attr("bad")();
-    bad_ = bad.is_none() ? at::Tensor() : bad.cast<at::Tensor>();
+    const py::object nonfinite = object_.attr("nonfinite")();
+    nonfinite_ = nonfinite.is_none() ? at::Tensor() : nonfinite.cast<at::Tensor>();
     return std::nullopt;
   }
 
@@ -91,8 +91,8 @@ void bind_codecs(py::module_& m) {
       .def("compresses", &Codec::compresses, NoGil())
       .def("settle", &Codec::settle, NoGil())
       .def("dropped", &Codec::dropped)
-      .def("bad", [](const Codec& codec) -> OptionalTensor {
-        return codec.bad().defined() ? OptionalTensor(codec.bad()) : std::nullopt;
+      .def("nonfinite", [](const Codec& codec) -> OptionalTensor {
+        return codec.nonfinite().defined() ? OptionalTensor(codec.nonfinite()) : std::nullopt;
       });
   py::class_<PythonCodec, Codec, std::shared_ptr<PythonCodec>>(m, "PythonCodec")
       .def(py::init<at::Tensor, py::object>(), py::arg("dropped"), py::arg("object"));

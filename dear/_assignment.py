@@ -4,10 +4,11 @@ Note [Owners]
 Each fusion group is shared out for itself, so that no group waits for one rank:
  1. Consecutive parameters of a bucket are joined to items, so that an item is worth a message of its own. What may be
     cut anywhere, and is long enough, is no item.
- 2. Items go to the ranks by the rule of the longest processing time: the costliest first, each to the rank that has
+ 2. The items of a team count as one, and go where one of them has gone before, in an earlier fusion group.
+ 3. Items go to the ranks by the rule of the longest processing time: the costliest first, each to the rank that has
     the least to do in this group, then to the one with the fewest bytes in it, then to the one with the least to do in
     all groups before. (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969: at most 4/3 - 1/(3P) of the best.)
- 3. What may be cut fills up the ranks' chunks: water is poured onto the bytes that they have already.
+ 4. What may be cut fills up the ranks' chunks: water is poured onto the bytes that they have already.
 All ranks compute the same, from what they have agreed on.
 """
 
@@ -38,6 +39,7 @@ class Unit:
     itemsize: int  # bytes of an element
     cost: float  # of its update; 0 where it may be cut
     whole: bool  # must not be cut
+    team: int | None = None  # whose units one rank must own, wherever they stand
 
     @property
     def nbytes(self) -> int:
@@ -49,11 +51,11 @@ class _Item:
 
     def __init__(self, unit: Unit) -> None:
         self.bucket, self.start, self.stop = unit.bucket, unit.start, unit.stop
-        self.nbytes, self.cost = unit.nbytes, unit.cost
+        self.nbytes, self.cost, self.team = unit.nbytes, unit.cost, unit.team
 
     def take(self, unit: Unit) -> bool:
         """Adds the unit, if it follows."""
-        if (unit.bucket, unit.start) != (self.bucket, self.stop):
+        if (unit.bucket, unit.start, unit.team) != (self.bucket, self.stop, self.team):
             return False
         self.stop, self.nbytes, self.cost = unit.stop, self.nbytes + unit.nbytes, self.cost + unit.cost
         return True
@@ -66,6 +68,7 @@ class Assignment:
         self._world = world
         self.costs = [0.0] * world  #: of each rank's whole parameters
         self.nbytes = [0] * world  #: of each rank's chunks
+        self.teams: dict[int, int] = {}  #: the rank of each team
         self._ranges: dict[int, list[Ranges]] = {}  # by bucket, by rank
 
     def ranges(self, bucket: int) -> list[Ranges]:
@@ -78,15 +81,23 @@ class Assignment:
         target = sum(unit.nbytes for unit in units) // (ITEMS_PER_RANK * self._world)
         items, loose = _items(units, min(max(target, SMALLEST_ITEM), LARGEST_ITEM))
         costs, nbytes = [0.0] * self._world, [0] * self._world
-        for item in sorted(items, key=lambda item: (-item.cost, -item.nbytes)):  # stable: then by place
-            rank = min(range(self._world), key=lambda rank: (costs[rank], nbytes[rank], self.costs[rank], rank))
-            costs[rank] += item.cost
-            nbytes[rank] += item.nbytes
-            self._own(rank, item.bucket, item.start, item.stop)
+        for _, _, _, together in sorted(map(self._weighed, _together(items)), key=lambda each: each[:3]):  # stable
+            team = together[0].team
+            least = min(range(self._world), key=lambda rank: (costs[rank], nbytes[rank], self.costs[rank], rank))
+            rank = least if team is None else self.teams.setdefault(team, least)
+            for item in together:
+                costs[rank] += item.cost
+                nbytes[rank] += item.nbytes
+                self._own(rank, item.bucket, item.start, item.stop)
         self._pour(loose, nbytes)
         for rank in range(self._world):
             self.costs[rank] += costs[rank]
             self.nbytes[rank] += nbytes[rank]
+
+    def _weighed(self, items: list[_Item]) -> tuple[bool, float, int, list[_Item]]:
+        """In which order items that go together are assigned: those whose rank is known come first."""
+        free = items[0].team not in self.teams
+        return free, -sum(item.cost for item in items), -sum(item.nbytes for item in items), items
 
     def _pour(self, loose: Sequence[Unit], nbytes: list[int]) -> None:
         """Shares out what may be cut, so that the ranks' bytes become as equal as they can."""
@@ -106,6 +117,14 @@ class Assignment:
 
     def _own(self, rank: int, bucket: int, start: int, stop: int) -> None:
         self._ranges.setdefault(bucket, [[] for _ in range(self._world)])[rank].append((start, stop))
+
+
+def _together(items: Sequence[_Item]) -> list[list[_Item]]:
+    """Items that one rank must own together."""
+    teams: dict[int | None, list[_Item]] = {}
+    for item in items:
+        teams.setdefault(item.team, []).append(item)
+    return [[item] for item in teams.pop(None, [])] + list(teams.values())
 
 
 def _items(units: Sequence[Unit], target: int) -> tuple[list[_Item], list[Unit]]:

@@ -19,6 +19,8 @@ from dear._optimizer import UserOptimizer
 from dear._pending import Barrier
 from dear._placeholders import Placeholders
 from dear.compression import Binding
+from dear.preconditioning import Binding as PreconditionerBinding
+from dear.preconditioning import Unpreconditioned
 
 Param = torch.nn.Parameter
 Owner = TypeVar("Owner")
@@ -40,6 +42,7 @@ class Attached:
     gather_lane: _C.Lane
     barrier: Barrier
     compression: Binding
+    preconditioning: PreconditionerBinding = field(default_factory=Unpreconditioned)
 
     layout: Layout | None = None  # the schedule: None before the first backward pass
     order: list[int] = field(default_factory=list)  # the schedule: fusion groups as the forward pass wants them

@@ -199,17 +199,21 @@ def _overlaps(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) 
             j += 1
 
 
+def stride_in_bucket(param: torch.Tensor) -> tuple[int, ...]:
+    """How a parameter lies in its bucket: dense ones keep their strides, as they do in DDP."""
+    dense = torch.ops.aten.is_non_overlapping_and_dense(param.detach())
+    return param.stride() if dense else torch.empty(param.size(), device="meta").stride()
+
+
 def read_places(buckets: list[_C.Bucket], params: Iterable[torch.nn.Parameter]) -> list[Place]:
-    """Where DDP put each parameter. Dense parameters keep their strides in the buffer, as they do in DDP."""
+    """Where DDP put each parameter."""
     # The bucket's handles are the same tensors; the caller's objects are the ones optimizers know.
     known = {id(param): param for param in params}
     places = []
     for index, bucket in enumerate(buckets):
         for param, grad in zip(bucket.params, bucket.grads, strict=True):
             start = int(grad.storage_offset() - bucket.buffer.storage_offset())
-            dense = torch.ops.aten.is_non_overlapping_and_dense(param.detach())
-            stride = param.stride() if dense else torch.empty(param.size(), device="meta").stride()
-            places.append(Place(known[id(param)], index, start, start + param.numel(), stride))
+            places.append(Place(known[id(param)], index, start, start + param.numel(), stride_in_bucket(param)))
     return places
 
 

@@ -20,6 +20,7 @@ from dear._optimizer import ELEMENTWISE
 from dear._sharded import ShardedUpdate
 from dear._update import Request
 from dear._whole import declares_whole, stays_whole, update_cost
+from dear.preconditioning import Team
 
 # Their step is not made of updates of one parameter each.
 _JOINT = {optim.LBFGS}
@@ -56,18 +57,24 @@ class OwnedUpdate(ShardedUpdate):
 
     @classmethod
     def usual_group_bytes(cls, request: Request, params: Sequence[Param], world: int, ratio: float) -> int:
-        requirements = _Requirements(request.optimizers)
+        requirements = _Requirements(request.optimizers, request.teams)
         return balanced_group_bytes([requirements.unit(param, 0, 0) for param in reversed(params)], world)
 
     def owners(self, layout: Layout) -> list[_C.Ownership]:
-        requirements = _Requirements([user.optimizer for user in self.attached.users])
+        requirements, preconditioning = self._requirements(), self.attached.preconditioning
         self._assignment = Assignment(self.attached.world)
         for places in layout.groups:
             self._assignment.add_group([requirements.unit(place.param, place.bucket, place.start) for place in places])
+        teams, ranks = preconditioning.teams, self._assignment.teams
+        preconditioning.assigned({p: ranks[number] for number, team in enumerate(teams) for p in team.params})
         return [_C.Ownership(full.numel(), self._assignment.ranges(bucket)) for bucket, full in enumerate(layout.full)]
 
+    def _requirements(self) -> _Requirements:
+        optimizers = [user.optimizer for user in self.attached.users]
+        return _Requirements(optimizers, self.attached.preconditioning.teams)
+
     def whole(self) -> set[Param]:
-        return _Requirements([user.optimizer for user in self.attached.users]).whole
+        return self._requirements().whole
 
     def parameters_changed(self, members: bool) -> None:
         layout = self.attached.layout
@@ -88,9 +95,9 @@ class OwnedUpdate(ShardedUpdate):
 
 
 class _Requirements:
-    """Which parameters of some optimizers stay whole, and what their updates cost."""
+    """Which parameters of some optimizers stay whole and which together, and what their updates cost."""
 
-    def __init__(self, optimizers: Iterable[optim.Optimizer]) -> None:
+    def __init__(self, optimizers: Iterable[optim.Optimizer], teams: Sequence[Team]) -> None:
         self.whole: set[Param] = set()
         self._costs: dict[Param, Callable[[Param], float]] = {}
         for optimizer in optimizers:
@@ -99,12 +106,18 @@ class _Requirements:
                 self._costs.update(dict.fromkeys(group["params"], cost))
                 if stays_whole(optimizer, group):
                     self.whole.update(group["params"])
+        self._teams = {param: number for number, team in enumerate(teams) for param in team.params}
+        self._shared = {team.params[0]: team.cost for team in teams}  # of a team, by its first parameter
+        self._own = set(self.whole)
+        self.whole.update(self._teams)
 
     def unit(self, param: Param, bucket: int, start: int) -> Unit:
         """A parameter as it is shared out. One that no optimizer has stays whole: it may come to any group."""
         whole = param in self.whole or param not in self._costs
-        cost = self._costs[param](param) if param in self.whole else 0.0
-        return Unit(bucket, start, start + param.numel(), param.element_size(), cost, whole)
+        cost = self._costs[param](param) if param in self._own else 0.0
+        cost += self._shared.get(param, 0.0)
+        stop = start + param.numel()
+        return Unit(bucket, start, stop, param.element_size(), cost, whole, self._teams.get(param))
 
 
 def _owners_of(owners: _C.Ownership, start: int, stop: int) -> int:

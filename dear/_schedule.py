@@ -55,7 +55,8 @@ class Schedule:
         def backward_ended(layout_is_new: bool) -> None:
             me()._backward_ended(layout_is_new)  # type: ignore[union-attr]
 
-        scheduler.set_backward_ended(backward_ended, _ddp.tracks_unused(model))
+        always = _ddp.tracks_unused(model) or attached.preconditioning.preconditioner is not None
+        scheduler.set_backward_ended(backward_ended, always)
         self._former_options = former = _ddp.reducer_options(model)
         # What is compressed together lies together: then a fusion group is one bucket.
         compresses = attached.compression.compressor is not None
@@ -86,6 +87,7 @@ class Schedule:
         if layout_is_new:
             with ordinary(StepContext(attached.device, grad=False)):
                 self._adopt_layout()
+        attached.preconditioning.backward_ended()
         used = _ddp.used_parameters(attached.model, self._reducer_order)
         if used is None:
             return

@@ -21,7 +21,9 @@ from dear._grads import Found, Grads
 from dear._layout import Layout, Segment, cut_segments
 from dear._optimizer import ELEMENTWISE, Groups
 from dear._placeholders import Placeholders, local_grad
+from dear._preconditioned import Preconditioning
 from dear._sharded_gradients import ShardedGradients
+from dear._state_parts import LoadedState, StateParts
 from dear._state_views import ShardedState
 from dear._update import Request, Update
 
@@ -41,7 +43,9 @@ class ShardedUpdate(Update):
         self._others: _state.FullState = {}  # of parameters that DDP does not reduce
         self._shown: list[Any] = [None] * len(attached.users)  # in optimizer.state
         self._exporting = False
+        self._loaded: LoadedState | None = None  # before there was a layout
         self._gradients = ShardedGradients(attached)
+        self._preconditioning = Preconditioning(attached, self._gradients)
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -69,7 +73,8 @@ class ShardedUpdate(Update):
         return set()
 
     def adopt(self, layout: Layout) -> Placeholders:
-        former = self._full_state()
+        former = self._full_state() if self._loaded is None else self._loaded.spread(layout, self.attached.gather_lane)
+        self._loaded = None
         self._flat = FlatParameters(layout)
         self._segments = []
         self._state.clear()
@@ -94,7 +99,7 @@ class ShardedUpdate(Update):
         here = {place.param for place in layout.places}
         for number in numbers:
             optimizer = attached.users[number].optimizer
-            self._forget(number)
+            _forget(self, number)
             self._segments = [segment for segment in self._segments if segment.optimizer != number]
             group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
             segments = cut_segments(
@@ -105,14 +110,8 @@ class ShardedUpdate(Update):
             self._state.update(_state.scatter(full, segments))
             others = {param: full[param] for param in group_of if param in full and param not in here}
             self._others = {p: state for p, state in self._others.items() if p not in group_of} | others
-            shown = ShardedState(weakly(self, functools.partial(type(self)._forget, number=number)))
+            shown = ShardedState(weakly(self, functools.partial(_forget, number=number)))
             optimizer.state = self._shown[number] = shown
-
-    def _forget(self, number: int) -> None:
-        """Drops this rank's part of an optimizer's state."""
-        for segment in self._segments:
-            if segment.optimizer == number:
-                self._state.pop(segment.tensor, None)
 
     def regroup(self) -> None:
         layout = self.attached.known_layout
@@ -155,6 +154,7 @@ class ShardedUpdate(Update):
         assert self._flat is not None
         self._flat.copy_in()
         self._take(found.own)
+        self._preconditioning.run(self._by_group)
         self._update_as_reduced(optimizer)
         attached.barrier.close(pending)
         if self._flat.has_aliases:
@@ -270,6 +270,10 @@ class ShardedUpdate(Update):
     def _full_state(self) -> _state.FullState:
         attached = self.attached
         if attached.layout is None:
+            if self._loaded is not None:
+                loaded, self._loaded = self._loaded.whole(attached.gather_lane), None
+                for user in attached.users:
+                    user.optimizer.state.update({param: loaded[param] for param in user.params if param in loaded})
             return {key: value for user in attached.users for key, value in user.optimizer.state.items()}
         return self._others | _state.gather(self._state, self._segments, attached.layout, attached.gather_lane)
 
@@ -279,9 +283,11 @@ class ShardedUpdate(Update):
             yield
             return
         users = self.attached.users
+        if self.attached.layout is None:
+            self._full_state()  # takes in what was loaded
         kept = [user.optimizer.state for user in users]
         if self.attached.layout is not None:
-            self._put_full_state()
+            self.show_full_state()
         self._exporting = True
         try:
             yield
@@ -290,17 +296,14 @@ class ShardedUpdate(Update):
                 user.optimizer.state = state
             self._exporting = False
 
-    def _put_full_state(self) -> None:
-        """Each optimizer has its full state. Collective."""
+    def show_full_state(self) -> None:
+        if self._exporting:
+            return
         full = self._full_state()
         for user in self.attached.users:
             mine = set(user.params)
             user.optimizer.state = defaultdict(dict, {p: state for p, state in full.items() if p in mine})
-
-    def show_full_state(self) -> None:
-        if not self._exporting:
-            self._put_full_state()
-            self._exporting = True
+        self._exporting = True
 
     def hide_full_state(self) -> None:
         if self._exporting:
@@ -317,10 +320,26 @@ class ShardedUpdate(Update):
 
     def state_was_loaded(self, optimizer: int) -> None:
         layout = self.attached.layout
+        if self._loaded is not None:
+            self._loaded.forget(self.attached.users[optimizer].params)
         if layout is not None and not self._exporting:
             with ordinary(StepContext(self.attached.device)):
                 self._cut(layout, dict(self.attached.users[optimizer].optimizer.state), (optimizer,))
             self.regroup()
+
+    def state_parts(self) -> StateParts | None:
+        if self.attached.layout is None:
+            return None if self._loaded is None else self._loaded.parts
+        return StateParts.of(self._state, self._segments, self._others)
+
+    def load_state_parts(self, loaded: LoadedState) -> None:
+        layout = self.attached.layout
+        if layout is None:
+            self._loaded = loaded
+            return
+        with ordinary(StepContext(self.attached.device)):
+            self._cut(layout, loaded.spread(layout, self.attached.gather_lane), range(len(self.attached.users)))
+        self.regroup()
 
     def state_bytes(self) -> int:
         users = self.attached.users
@@ -335,5 +354,15 @@ class ShardedUpdate(Update):
 
     def release(self) -> None:
         self._gradients.release()
-        if self.attached.layout is not None:
-            self._put_full_state()
+        if self.attached.layout is None:
+            self._full_state()  # takes in what was loaded
+        else:
+            self._exporting = False
+            self.show_full_state()
+
+
+def _forget(update: ShardedUpdate, number: int) -> None:
+    """Drops this rank's part of an optimizer's state."""
+    for segment in update._segments:
+        if segment.optimizer == number:
+            update._state.pop(segment.tensor, None)

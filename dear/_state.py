@@ -15,16 +15,17 @@ from dear._objects import all_gather_object
 FullState = dict[torch.Tensor, dict[str, Any]]  # keyed by parameter
 
 # State that is one number for a parameter, also where the parameter has just one element itself.
-_SCALARS = {"step", "eta", "mu", "mu_product"}
+SCALARS = {"step", "eta", "mu", "mu_product"}
 
 
-def _elementwise(key: str, value: Any, owner: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and key not in _SCALARS and value.shape == owner.shape
+def is_elementwise(key: str, value: Any, owner: torch.Tensor) -> bool:
+    """Whether it is one value for each element of its owner."""
+    return isinstance(value, torch.Tensor) and key not in SCALARS and value.shape == owner.shape
 
 
 def kind(state: dict[str, Any]) -> Hashable:
     """What must be equal for two parameters' states to live in one segment."""
-    scalars = tuple((key, float(value)) for key, value in sorted(state.items()) if key in _SCALARS)
+    scalars = tuple((key, float(value)) for key, value in sorted(state.items()) if key in SCALARS)
     return tuple(sorted(state)), scalars
 
 
@@ -37,7 +38,7 @@ def scatter(full: FullState, segments: list[Segment]) -> dict[torch.Tensor, dict
             continue
         state: dict[str, Any] = {}
         for key, value in example.items():
-            if not _elementwise(key, value, segment.places[0].param):
+            if not is_elementwise(key, value, segment.places[0].param):
                 state[key] = value.clone() if isinstance(value, torch.Tensor) else value
                 continue
             parts = [segment.part(place, full[place.param][key]) for place in segment.places]
@@ -48,7 +49,7 @@ def scatter(full: FullState, segments: list[Segment]) -> dict[torch.Tensor, dict
 
 def _fact(key: str, value: Any, owner: torch.Tensor) -> tuple[str, Any]:
     """What the other ranks are told of a state: the values themselves travel flat if there is one for each element."""
-    if _elementwise(key, value, owner):
+    if is_elementwise(key, value, owner):
         return "flat", value.dtype
     if isinstance(value, torch.Tensor):
         return ("same" if value.device.type == "cpu" else "beside"), value.cpu()
@@ -96,7 +97,7 @@ def gather(
             flat = torch.zeros(buffer.numel(), dtype=dtype, device=buffer.device)
             for segment in segments:
                 part = sharded.get(segment.tensor, {}).get(key)
-                if segment.bucket == bucket and part is not None and _elementwise(key, part, segment.tensor):
+                if segment.bucket == bucket and part is not None and is_elementwise(key, part, segment.tensor):
                     segment.view(flat).copy_(part)
             layout.gather(lane, bucket, flat, f"optimizer state {key}")
             for place in here:

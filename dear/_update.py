@@ -30,6 +30,8 @@ from dear._fusion import default_group_bytes
 from dear._grads import Found, Grads
 from dear._layout import Layout
 from dear._placeholders import Placeholders
+from dear._state_parts import LoadedState, StateParts
+from dear.preconditioning import Team
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Request:
     optimizers: tuple[Optimizer, ...]
     compresses: bool  # gradients are compressed
     shared: tuple[str, str] | None  # the names of two parameters that share memory
+    teams: Sequence[Team] = ()  # that one rank must own together, for a preconditioner
 
     def refusal_of_aliases(self, update: str) -> str | None:
         """Why a strategy that moves parameters apart cannot serve it, where two share memory."""
@@ -154,6 +157,14 @@ class Update(ABC):
 
     def state_was_loaded(self, optimizer: int) -> None:  # noqa: B027 - not every strategy needs it
         """One of the optimizers has loaded, or was given, another full state."""
+
+    def state_parts(self) -> StateParts | None:
+        """This rank's parts of the state; None where every rank has all of it in ``optimizer.state``."""
+        return None
+
+    def load_state_parts(self, loaded: LoadedState) -> None:
+        """Takes this rank's parts of a state. Collective; for strategies whose ranks have parts of it."""
+        raise NotImplementedError
 
     @abstractmethod
     def state_bytes(self) -> int:

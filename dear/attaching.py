@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
-from dear import _C, _ddp
+from dear import _C, _ddp, preconditioning
 from dear._agree import agree
 from dear._attached import Attached, weakly
 from dear._context import StepContext, ordinary
@@ -50,6 +50,7 @@ def attach(
     optimizer: Optimizer | Sequence[Optimizer],
     *,
     compressor: Compressor | None = None,
+    preconditioner: preconditioning.Preconditioner | None = None,
     update: str = "auto",
     bucket_cap_mb: float | Literal["auto"] = "auto",
     overlap_forward: bool = True,
@@ -70,6 +71,8 @@ def attach(
             rank, each its own parameters.
         compressor: shrinks what both halves send, such as ``compress.ACPSGD(rank=4)``; its second phase moves under
             the next forward pass, and the update is replicated. A gradient that is not finite shows at ``step()``.
+        preconditioner: changes each layer's averaged gradient before the optimizer uses it, such as
+            ``precondition.DPKFAC()``. Not with a compressor.
         update: ``"sharded"``: each rank updates its shard of the parameters between the halves, and the updated
             parameters are gathered (optimizer state and work divided by the world size; for elementwise optimizers).
             ``"owned"``: the same, but each parameter is one rank's, which updates it whole: for optimizers of matrices,
@@ -118,8 +121,14 @@ def attach(
         if compressor is not None:
             check_kind(compressor, "dear.attach()")
             known = compressor.check_new(model, "dear.attach()", hierarchy is not None)
-        request = Request(optimizers, compressor is not None, overlapping(_ddp.parameter_names(model)))
-        strategy = choose_strategy(request, update)
+        teams: Sequence[preconditioning.Team] = ()
+        served: Sequence[str] = tuple(STRATEGIES)
+        if preconditioner is not None:
+            preconditioning.check_kind(preconditioner, "dear.attach()")
+            known |= preconditioner.check_new(model, optimizers, "dear.attach()")
+            served, teams = preconditioner.updates, preconditioner.teams(model)
+        request = Request(optimizers, compressor is not None, overlapping(_ddp.parameter_names(model)), teams)
+        strategy = choose_strategy(request, update, served)
         cap = bucket_cap_mb
         params = _ddp.reduced_parameters(model)
         if cap == "auto":
@@ -144,7 +153,9 @@ def attach(
     with ordinary(StepContext(plans[0].device, grad=False)):
         if not plans[0].strategy.gathers_gradients:  # it hands each rank's part of the parameters to all
             _check_equal(model)
-        return _assemble(model, optimizers, group, compressor, plans[0], nodes, overlap_forward, check_replicas)
+        return _assemble(
+            model, optimizers, group, compressor, preconditioner, plans[0], nodes, overlap_forward, check_replicas
+        )
 
 
 def _check_equal(model: DDP) -> None:
@@ -162,18 +173,26 @@ def _check_equal(model: DDP) -> None:
     agree(model.process_group, sums, "give every rank the same ones before dear.attach(), as building DDP does")
 
 
-def choose_strategy(request: Request, update: str) -> type[Update]:
+def choose_strategy(request: Request, update: str, served: Sequence[str] = tuple(STRATEGIES)) -> type[Update]:
     """The strategy that ``update`` names, or the first one that can serve the request.
+
+    served: the names of those that a preconditioner can work under, in the order in which they are tried.
 
     Raises:
         ValueError: an unknown name, or a strategy that cannot serve it.
     """
     if update == "auto":
-        found = next((kind for kind in STRATEGIES.values() if kind.suits(request)), None)
-        update = found.kind if found is not None else ReplicatedUpdate.kind
+        found = next((name for name in served if STRATEGIES[name].suits(request)), None)
+        update = found if found is not None else ReplicatedUpdate.kind
     if update not in STRATEGIES:
         names = ", ".join(f'"{name}"' for name in STRATEGIES)
         raise ValueError(f'update must be "auto" or one of {names}, not {update!r}.')
+    if update not in served:
+        raise ValueError(
+            f'A preconditioner changes gradients where their owners are, and update="{update}" has none, nor has a '
+            "compressor: leave both out, or leave preconditioner out of dear.attach(), call precondition.register(), "
+            "and preconditioner.step() between backward() and optimizer.step()."
+        )
     refusal = STRATEGIES[update].refusal(request)
     if refusal is not None:
         raise ValueError(refusal)
@@ -185,6 +204,7 @@ def _assemble(
     optimizers: Sequence[Optimizer],
     group: dist.ProcessGroup,
     compressor: Compressor | None,
+    preconditioner: preconditioning.Preconditioner | None,
     plan: _Plan,
     nodes: Nodes | None,
     overlap_forward: bool,
@@ -213,6 +233,13 @@ def _assemble(
         attached.compression = compressor.bind_to_schedule(
             Site(model, optimizers[0], plan.device, lanes, plan.algorithm, scheduler, wait, nodes)
         )
+    if preconditioner is not None:
+        attached.preconditioning = preconditioner.bind_to_schedule(
+            preconditioning.Site(
+                model.module, attached.params, optimizers, group, plan.device, plan.strategy.kind, reduce_lane,
+                gather_lane,
+            )
+        )  # fmt: skip
     update = plan.strategy(attached)
     attached.barrier.finish = update.finish
     schedule = Schedule(attached, update, plan.bucket_cap_mb)

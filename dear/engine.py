@@ -21,6 +21,7 @@ from dear._replicas import check_replicas
 from dear._schedule import Schedule
 from dear._update import Update
 from dear.compression import Compressor
+from dear.preconditioning import Preconditioner
 
 
 class Engine:
@@ -67,6 +68,11 @@ class Engine:
     def compressor(self) -> Compressor | None:
         """What ``attach`` was given."""
         return self._attached.compression.compressor
+
+    @property
+    def preconditioner(self) -> Preconditioner | None:
+        """What ``attach`` was given."""
+        return self._attached.preconditioning.preconditioner
 
     @property
     def device(self) -> torch.device:
@@ -173,21 +179,24 @@ class Engine:
         finally:
             self._update.hide_full_state()
 
-    def state_dict(self, optimizer: bool = True) -> dict[str, Any]:
+    def state_dict(self, optimizer: bool = True, gather: bool = True) -> dict[str, Any]:
         """The optimizer's full state, as ``optimizer.state_dict()`` of plain DDP would give it, under ``"optimizer"``;
         a list of them where ``attach`` was given several optimizers.
 
         Under ``"bucket_order"`` stand the names of the parameters in the order of the buckets, by which a run that goes
         on with this state sums as this one does. With a compressor, all ranks' states of it stand under
-        ``"compressor"``. With it, or with
+        ``"compressor"``, and a preconditioner's under ``"preconditioner"``. With one of them, or with
         ``update="sharded"`` or ``"owned"``, every rank must call this; each gets all of it.
 
         optimizer: False leaves the optimizer's state out, where a framework saves it by itself.
+        gather: False gives this rank's state of the compressor alone, which each rank must save then.
         """
         self.synchronize()
         state: dict[str, Any] = {"bucket_order": self._schedule.bucket_order.names()}
         if self.compressor is not None:
-            state["compressor"] = self.compressor.state_dict(gather=True)
+            state["compressor"] = self.compressor.state_dict(gather=gather)
+        if self.preconditioner is not None:
+            state["preconditioner"] = self.preconditioner.state_dict()
         if not optimizer:
             return state
         with self._update.full_state():
@@ -208,6 +217,8 @@ class Engine:
             raise KeyError('An engine\'s state has the key "optimizer": pass what engine.state_dict() returned.')
         if self.compressor is not None and "compressor" in state_dict:
             self.compressor.load_state_dict(state_dict["compressor"])
+        if self.preconditioner is not None and "preconditioner" in state_dict:
+            self.preconditioner.load_state_dict(state_dict["preconditioner"])
         if "optimizer" in state_dict:
             users, states = self._attached.users, state_dict["optimizer"]
             states = [states] if isinstance(states, dict) else list(states)
@@ -232,8 +243,8 @@ class Engine:
         fusion groups; ``alias_waits``, the steps that waited for everything, because something else held the memory of
         a parameter (a kept ``state_dict()``, ``p.detach()``, a view) or, with replicated updates, of the optimizer's
         state; with ``update="owned"`` what the dearest rank's updates cost over the mean (``update_balance``, 1.0 at
-        best); for host tensors, what a compressor computed in the step before (``encode_ms``, ``merge_ms``,
-        ``decode_ms``)."""
+        best); what a preconditioner counts; for host tensors, what a compressor computed in the step before
+        (``encode_ms``, ``merge_ms``, ``decode_ms``)."""
         reduce_ns, gather_ns = self._last_waits
         return {
             "steps": self._steps,
@@ -247,6 +258,7 @@ class Engine:
             "optimizer_state_bytes": self._update.state_bytes(),
             **self._update.stats(),
             **self._attached.compression.stats_of_last_step(),
+            **self._attached.preconditioning.stats(),
         }
 
     def start_trace(self) -> None:
@@ -310,6 +322,7 @@ class Engine:
         self._hooks.remove()
         self._schedule.release()
         self._attached.compression.release()
+        self._attached.preconditioning.release()
         for user in self._attached.users:
             user.release()
         for owner in (self._attached.model, *(user.optimizer for user in self._attached.users)):

@@ -21,7 +21,8 @@ from benchmarks import records, stats
 from benchmarks.command import show_size, size
 from benchmarks.demo import pictures
 from benchmarks.demo import show as demo
-from benchmarks.launch import WorkersFailed
+from benchmarks.launch import WorkersFailed, run_workers
+from benchmarks.network.lab import open_lab
 from benchmarks.training import measure as training
 from benchmarks.training import summary
 from benchmarks.training.data import ByteText, places, shuffled, standard_library
@@ -321,6 +322,21 @@ def test_a_strategy_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatc
 
 
 # Real runs, as small as they get
+
+
+def fails_on_one(worker: Worker, plan: dict[str, Any], report: Any) -> dict[str, Any]:
+    def fail() -> None:
+        if worker.rank == 1:
+            raise ValueError("boom")
+
+    return {"plan": plan, "failure": worker.attempt(fail)[1]}
+
+
+@pytest.mark.slow
+def test_a_failure_is_a_result_and_costs_no_second_run() -> None:
+    with open_lab(2, None, "loopback") as lab:
+        found = run_workers(lab, fails_on_one, Plan(["ddp"]), lambda *_: None, timeout=120)
+    assert found["failure"] == "rank 1: ValueError: boom" and found["plan"]["strategies"] == ["ddp"]
 
 
 @pytest.mark.slow

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from frameworks import ROOT, torchrun
+from restarts import attempt, equal, run
 
 from dear._generation import agree_on_generation
 
-PATIENCE = 250  # seconds for a job
 KILLS = ["1:13:forward", "0:13:backward", "1:14:save", "1:0:start", "0:0:start", "1:7:backward,0:21:forward"]
-
-
-def run(folder: Path, kills: str, how: tuple[str, ...] = ("--standalone",)) -> tuple[str, dict[str, torch.Tensor]]:
-    """The output of a job, and the parameters that it ended with."""
-    checkpoint = folder / "checkpoint.pt"
-    script = ROOT / "tests" / "restarting.py"
-    arguments = (str(checkpoint), str(folder / "killed"), kills)
-    count = len(list(filter(None, kills.split(","))))
-    # No restart may fail: a worker that calls a dead one costs one more, and sometimes comes back then.
-    output = torchrun(script, *arguments, how=(*how, f"--max-restarts={count}"), patience=PATIENCE)
-    assert len(list(folder.glob("killed.*"))) == count, output
-    return output, torch.load(checkpoint, weights_only=False)["model"]
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +29,23 @@ def test_a_job_comes_back(kills, uninterrupted, tmp_path):
     output, final = run(tmp_path, kills)
     last = int(kills.split(",")[-1].split(":")[1])
     assert f"started at step {last // 5 * 5}" in output
-    for name, value in uninterrupted.items():
-        assert torch.equal(final[name], value), name
+    assert equal(final, uninterrupted)
 
 
 @pytest.mark.slow
 def test_a_job_comes_back_with_a_static_rendezvous(uninterrupted, tmp_path, free_port):
     how = ("--master-addr=127.0.0.1", f"--master-port={free_port}")
     _, final = run(tmp_path, "1:13:forward,0:16:backward", how)
-    for name, value in uninterrupted.items():
-        assert torch.equal(final[name], value), name
+    assert equal(final, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_try_is_told(uninterrupted):
+    """What python tests/restarts.py counts."""
+    told = attempt(random.Random(1), uninterrupted)
+    assert told["came_back"] and told["resumed"] and told["bit_equal"], told
+    other = {name: value + 1 for name, value in uninterrupted.items()}
+    assert not equal(other, uninterrupted)
 
 
 @pytest.fixture

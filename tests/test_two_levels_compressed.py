@@ -109,9 +109,9 @@ def test_nothing_is_lost(pool4, kind):
 
 
 def scheduled(rank, world, kind):
-    """The same results under the schedule as under the plain hook; and a resumed run is the run that would have been."""
+    """Under the schedule: a resumed run is the run that would have been."""
 
-    def run(numbers, state=None, attached=True):
+    def run(numbers, state=None):
         compressor = compressing.KINDS[kind]()
         model, optimizer = training.build("Mlp", training.SGD, {})
         if state is not None:

@@ -18,6 +18,7 @@ from ..training.trainer import OPTIMIZERS
 from ..training.workloads import WORKLOADS
 from . import best
 from .measure import Course, measure, run_cell
+from .schedules import SCHEDULES
 from .show import show, show_pair
 
 STRATEGIES = "ddp,acp:8,power:8,topk:0.01,sign"
@@ -31,6 +32,12 @@ def arguments() -> argparse.Namespace:
         "--lr", type=listed(number), help="learning rates, such as 1e-3,2e-3; each method's best counts"
     )
     parser.add_argument("--optimizers", type=listed(optimizer), help="several, such as sgd,adamw, in place of one")
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default="constant", help="of the learning rate; cosine begins with a warm-up"
+    )
+    parser.add_argument(
+        "--mean-over", type=positive, default=1, metavar="STEPS", help="of training losses, store means over so many"
+    )
     parser.add_argument("--compute-ms", type=number, help="what a step computes, to predict times")
     parser.add_argument(
         "--at", type=listed(rate), default=["100mbit", "500mbit", "1gbit"], help="link rates to predict"

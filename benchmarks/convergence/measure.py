@@ -1,5 +1,6 @@
 """Inside a worker: trains one strategy with one seed, and looks at the held-out loss now and then."""
 
+import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..training.strategies import parse_strategy
 from ..training.trainer import Trainer, optimizer_factory
 from ..training.workloads import WORKLOADS
 from ..worker import Worker
+from .schedules import schedulers
 
 SECONDS_PER_STEP = 20  # far more than any step takes: a pair that needs longer is stuck
 AT_ONCE = 32  # held-out examples in one forward pass
@@ -28,6 +30,8 @@ class Course:
     learning_rate: float
     held_out_every: int  # steps between two looks at the held-out loss; the last step always has one
     held_out_examples: int  # of which each rank reads its share
+    schedule: str = "constant"  # of the learning rate: one of schedules.SCHEDULES
+    mean_over: int = 1  # steps: of training losses the mean over so many is stored
     backend: str = "gloo"
     device: str = "cpu"
 
@@ -59,10 +63,13 @@ def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, A
 
     def train() -> dict[str, Any]:
         trainer = build()
+        rates = schedulers(course.schedule, trainer.optimizer, course.steps)
         where = {"rank": worker.rank, "world": worker.world, "batch": course.batch, "seed": course.seed}
         for step in range(1, course.steps + 1):
             inputs, targets = workload.data().batch(step - 1, **where)
             own.append(trainer.step(inputs.to(worker.device), targets.to(worker.device)))
+            for rate in rates:
+                rate.step()
             if step % course.held_out_every == 0 or step == course.steps:
                 look(trainer, step)
             if worker.rank == 0:
@@ -78,13 +85,17 @@ def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, A
         "workers": worker.world,
         "about": workload.about,
         "failure": failure,
-        "losses": [
-            round(sum(step) / len(step), 6) for step in zip(*worker.gather(own), strict=False)
-        ],  # mean over ranks
+        "losses": _means(worker.gather(own), course.mean_over),
         "held_out": [_together(shares) for shares in zip(*worker.gather(looks), strict=False)],  # [step, loss]
         "bytes_per_step": (account or {}).get("bytes_sent", 0),  # of the last step, by rank 0
         "compressor": account or {},  # rank 0's, of the last step
     }
+
+
+def _means(of_ranks: list[list[float]], over: int) -> list[float]:
+    """Training losses: the mean over the ranks, and over so many steps."""
+    steps = [statistics.fmean(step) for step in zip(*of_ranks, strict=False)]
+    return [round(statistics.fmean(steps[first : first + over]), 6) for first in range(0, len(steps), over)]
 
 
 def _together(shares: tuple[tuple[int, int, float], ...]) -> list[float]:

@@ -1,7 +1,7 @@
 """What the training benchmarks train: a model, its data and its loss, by name.
 
-gpt and digits learn something real and need nothing but scikit-learn. The others are the models of the literature, for
-GPUs: random weights and synthetic inputs, so their step times count and their losses do not.
+gpt, gpt-small, digits and glyphs learn something real and need no download. The others are the models of the
+literature, for GPUs: random weights and synthetic inputs, so their step times count and their losses do not.
 """
 
 import importlib
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Examples, Noise, digits, standard_library
+from .glyphs import CHARACTERS, glyphs
 from .gpt import GPT, SEQUENCE, language_loss
 
 SYNTHETIC = "random weights, synthetic inputs"
@@ -78,6 +79,20 @@ def _digits_net() -> nn.Module:
     )  # fmt: skip
 
 
+def _glyphs_net() -> nn.Module:
+    """Two convolutions and two linear layers for images [1, 16, 16], 62 classes: 0.2 M parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64 * 16, 160), nn.ReLU(), nn.Linear(160, len(CHARACTERS)),
+    )  # fmt: skip
+
+
+def _gpt_small() -> nn.Module:
+    """0.14 M parameters, for thousands of steps on few cores."""
+    return GPT(layers=2, width=64, heads=2)
+
+
 def _image_model(name: str, title: str, package: str, make: str, side: int, batch: int) -> Workload:
     """make: the package's function, such as timm:create_model, that is given the name."""
     module, _, function = make.partition(":")
@@ -110,6 +125,8 @@ WORKLOADS = {
     each.name: each
     for each in (
         Workload("gpt", _GPT, None, GPT, lambda: standard_library(SEQUENCE), 4, language_loss),
+        Workload("gpt-small", f"small {_GPT}", None, _gpt_small, lambda: standard_library(SEQUENCE), 2, language_loss),
+        Workload("glyphs", "small ConvNet on rendered characters with noise", "matplotlib", _glyphs_net, glyphs, 16),
         Workload("digits", "small ConvNet on scikit-learn's digits", "scikit-learn", _digits_net, digits, 32),
         _image_model("resnet50", "ResNet-50", "torchvision", "torchvision.models:get_model", 224, 64),
         _image_model("densenet201", "DenseNet-201", "torchvision", "torchvision.models:get_model", 224, 32),

@@ -20,7 +20,7 @@ milliseconds since(std::chrono::steady_clock::time_point then) {
 
 }  // namespace
 
-MeshTransfer::MeshTransfer(const MeshLinks& links, const Members& members) : links_(links) {
+MeshTransfer::MeshTransfer(const MeshLinks& links, const Members& members) {
   for (int distance = 1; distance < members.size(); ++distance) {
     const int peer = members.after(distance);
     const int place = (members.place() + distance) % members.size();

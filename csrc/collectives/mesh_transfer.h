@@ -80,7 +80,6 @@ class MeshTransfer {
   // A peer is gone that gave no reason here.
   [[noreturn]] void blame_lost(int rank, const std::string& what) const;
 
-  const MeshLinks& links_;
   std::vector<Peer> peers_;      // in the order in which they are sent to
   std::vector<pollfd> entries_;  // of peers_, and the wake-up
 

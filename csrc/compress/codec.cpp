@@ -18,7 +18,7 @@ std::optional<Message> DenseCodec::advance(int64_t, size_t stage) {
     case 1:
       return Message{Phase::kAllGather, result_, {}};
     default:
-      bad_ = result_.isfinite().all().logical_not_();
+      nonfinite_ = result_.isfinite().all().logical_not_();
       return std::nullopt;
   }
 }

@@ -47,7 +47,7 @@ class Codec {
   // How many elements of this rank's gradient were not finite: int32 [1], known once stage 0 is done.
   virtual at::Tensor dropped() const { return dropped_; }
   // Has an element that is not zero if a gradient was non-finite on any rank; known when the result is final.
-  virtual at::Tensor bad() const { return bad_; }
+  virtual at::Tensor nonfinite() const { return nonfinite_; }
   // Whether this step goes out compressed.
   virtual bool compresses(int64_t step) const { return true; }
   // Takes up what another codec of the same group has learned, which it follows from this step on.
@@ -67,7 +67,7 @@ class Codec {
   at::Tensor gradient_;
   at::Tensor result_;
   at::Tensor dropped_;
-  at::Tensor bad_;
+  at::Tensor nonfinite_;
 };
 
 // Every element, as it is: the first steps, and groups that are not worth compressing.
@@ -113,7 +113,7 @@ class StagedCodec : public Codec {
   std::optional<Message> advance(int64_t step, size_t stage) override;
   void bind(at::Tensor gradient, at::Tensor result) override;
   at::Tensor dropped() const override { return now_->dropped(); }
-  at::Tensor bad() const override { return now_->bad(); }
+  at::Tensor nonfinite() const override { return now_->nonfinite(); }
   bool compresses(int64_t step) const override { return at(step)->compresses(step); }
   void settle() override { now_->settle(); }
   void forget() override { now_->forget(); }

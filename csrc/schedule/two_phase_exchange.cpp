@@ -256,7 +256,7 @@ bool TwoPhaseExchange::done() {
 }
 
 bool TwoPhaseExchange::has_nonfinite() const {
-  const at::Tensor nonfinite = codec_->bad();
+  const at::Tensor nonfinite = codec_->nonfinite();
   return nonfinite.defined() && nonfinite.ne(0).any().item<bool>();
 }
 
@@ -265,8 +265,8 @@ bool TwoPhaseExchange::any_nonfinite(const std::vector<std::shared_ptr<TwoPhaseE
   for (const auto& exchange : exchanges) {
     if (!exchange->stream_ && exchange->has_nonfinite())
       return true;  // the host's: nothing is to be waited for
-    const at::Tensor bad = exchange->codec_->bad();
-    if (exchange->stream_ && bad.defined()) found.push_back(bad.ne(0).any().view({1}));
+    const at::Tensor nonfinite = exchange->codec_->nonfinite();
+    if (exchange->stream_ && nonfinite.defined()) found.push_back(nonfinite.ne(0).any().view({1}));
   }
   return !found.empty() && at::cat(found).any().item<bool>();
 }

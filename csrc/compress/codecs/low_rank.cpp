@@ -141,7 +141,7 @@ std::optional<Message> AcpCodec::advance(int64_t step, size_t stage) {
       return message.forward();
     default:
       message.receive();
-      bad_ = message.flag;
+      nonfinite_ = message.flag;
       if (rounds()) leave_pending(message.shares(), !odd);
       for (size_t i = 0; i < batches_.size(); ++i) {
         (odd ? batches_[i].p : batches_[i].q).copy_(message.factors[i]);
@@ -156,7 +156,7 @@ PowerCodec::PowerCodec(at::Device device, int64_t rank, int64_t world, std::vect
     : LowRankCodec(device, rank, world, std::move(batches), std::move(segments), dense_numel, wire),
       first_(make_message(all_of(&MatrixBatch::p), true)),
       second_(make_message(all_of(&MatrixBatch::q), false)) {
-  bad_ = first_->flag;
+  nonfinite_ = first_->flag;
 }
 
 std::optional<Message> PowerCodec::advance(int64_t, size_t stage) {

@@ -14,7 +14,7 @@ OwnerCodec::OwnerCodec(at::Device device, int64_t rank, int64_t world, int64_t w
   gathered_rows_ = gathered_.narrow(1, 0, words);
   merged_ = gathered_rows_.select(0, rank);
   merged_flag_ = gathered_.select(0, rank).narrow(0, words, 1);
-  bad_ = gathered_.select(1, words);
+  nonfinite_ = gathered_.select(1, words);
 }
 
 std::optional<Message> OwnerCodec::advance(int64_t step, size_t stage) {

@@ -29,14 +29,14 @@ std::optional<Message> TwoLevelCodec::advance(int64_t step, size_t stage) {
     finish_inner();
     return Message{Phase::kAllGather, result_, {}, owners_};
   }
-  bad_ = result_.isfinite().all().logical_not_();
+  nonfinite_ = result_.isfinite().all().logical_not_();
   return std::nullopt;
 }
 
 // Without a look at the device, on a GPU.
 void TwoLevelCodec::finish_inner() {
-  if (inner_->bad().defined() && mean_.numel() > 0) {
-    own_result_.masked_fill_(inner_->bad().ne(0).any(), std::numeric_limits<double>::quiet_NaN());
+  if (inner_->nonfinite().defined() && mean_.numel() > 0) {
+    own_result_.masked_fill_(inner_->nonfinite().ne(0).any(), std::numeric_limits<double>::quiet_NaN());
   }
   for (const Range& range : owners_->ranges(place_)) {
     result_.narrow(0, range.begin, range.size()).copy_(own_result_.narrow(0, range.at, range.size()));

@@ -15,28 +15,22 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+#include "compress/kernels/cpu/tile.h"
+
 namespace dear::compress::cpu {
 
 namespace {
 constexpr int64_t kGrain = 32768;
-constexpr int64_t kTile = 4;
 }  // namespace
 
 // out = sum over k of one tile of p[k] * q[k], or out += that.
 DEAR_CLONES void expand_tile(const float* p, const float* q, int64_t stride, int64_t n, bool add,
                              float* out) {
-  const float p0 = p[0];
-  const float p1 = p[1];
-  const float p2 = p[2];
-  const float p3 = p[3];
-  const float* q0 = q;
-  const float* q1 = q + stride;
-  const float* q2 = q + 2 * stride;
-  const float* q3 = q + 3 * stride;
+  const Tile tile(p, q, stride);
   if (add) {
-    for (int64_t i = 0; i < n; ++i) out[i] += (p0 * q0[i] + p1 * q1[i]) + (p2 * q2[i] + p3 * q3[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] += tile.product(i);
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = (p0 * q0[i] + p1 * q1[i]) + (p2 * q2[i] + p3 * q3[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = tile.product(i);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/low_rank.h"
+#include "compress/kernels/cpu/tile.h"
 
 namespace dear::compress::cpu {
 
@@ -47,17 +48,8 @@ DEAR_CLONES void add_four_rows(const float* const* rows, const float* down, int6
 
 DEAR_CLONES void subtract_tile(const float* row, const float* down, const float* across, int64_t stride,
                                int64_t n, float* out) {
-  const float d0 = down[0];
-  const float d1 = down[1];
-  const float d2 = down[2];
-  const float d3 = down[3];
-  const float* q0 = across;
-  const float* q1 = across + stride;
-  const float* q2 = across + 2 * stride;
-  const float* q3 = across + 3 * stride;
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = row[i] - ((d0 * q0[i] + d1 * q1[i]) + (d2 * q2[i] + d3 * q3[i]));
-  }
+  const Tile tile(down, across, stride);
+  for (int64_t i = 0; i < n; ++i) out[i] = row[i] - tile.product(i);
 }
 
 DEAR_CLONES uint32_t keep_finite(const float* values, float* kept, int64_t n) {
@@ -78,19 +70,12 @@ __attribute__((always_inline)) inline uint32_t subtract_and_add_from(const float
                                                                      const float* down, const float* across,
                                                                      int64_t stride, const float* grad,
                                                                      float limit, int64_t n, float* kept) {
-  const float d0 = down[0];
-  const float d1 = down[1];
-  const float d2 = down[2];
-  const float d3 = down[3];
-  const float* q0 = across;
-  const float* q1 = across + stride;
-  const float* q2 = across + 2 * stride;
-  const float* q3 = across + 3 * stride;
+  const Tile tile(down, across, stride);
   uint32_t count = 0;
   DEAR_SIMD_SUM(count)
   for (int64_t i = 0; i < n; ++i) {
     const float from = in_place ? kept[i] : base[i];
-    const float rest = from - ((d0 * q0[i] + d1 * q1[i]) + (d2 * q2[i] + d3 * q3[i]));
+    const float rest = from - tile.product(i);
     const bool finite = is_finite(rest);
     const float error = finite ? rest : kept[i];
     const float sum = grad[i] + error;

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace dear::compress::cpu {
+#include "compress/kernels/cpu/tile.h"
 
-constexpr int64_t kTile = 4;
+namespace dear::compress::cpu {
 
 // sums[k] += a . across[k], sums[4 + k] += b . across[k]
 void dot_two_rows(const float* a, const float* b, const float* across, int64_t stride, int64_t n,

@@ -1,0 +1,56 @@
+"""Averaged gradients in shards are preconditioned before the first update that uses them.
+
+One number for all layers may follow from all of them (a clip of the update's size), so no group is updated before all
+are reduced and preconditioned. The work itself is done as gradients come, while others are still on their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from dear._attached import Attached
+from dear._context import StepContext, ordinary
+from dear._layout import Segment
+from dear._sharded_gradients import ShardedGradients
+from dear.preconditioning import Piece
+
+
+class Preconditioning:
+    """The preconditioner's part of a step, once for each backward pass that was reduced."""
+
+    def __init__(self, attached: Attached, gradients: ShardedGradients) -> None:
+        self._attached, self._gradients = attached, gradients
+        self._pass = 0  # the last one that was preconditioned, by the scheduler's count
+
+    def run(self, by_group: Sequence[Sequence[Segment]]) -> None:
+        """Preconditions this rank's gradients, by fusion group. Collective."""
+        attached, binding = self._attached, self._attached.preconditioning
+        passes = attached.scheduler.passes()
+        if binding.preconditioner is None or passes == self._pass:
+            return
+        self._pass = passes
+        with ordinary(StepContext(attached.device, grad=False)):
+            binding.begin()
+            for group in self._as_reduced():
+                binding.precondition(list(_pieces(by_group[group], attached)))
+            changed = binding.end()
+        self._gradients.changed_by_update(changed)
+
+    def _as_reduced(self) -> Iterator[int]:
+        """The fusion groups in the order of the forward pass, but those that are reduced first."""
+        scheduler, left = self._attached.scheduler, list(self._attached.order)
+        while left:
+            group = next((each for each in left if scheduler.reduced(each)), left[0])
+            left.remove(group)
+            scheduler.wait_reduced(group)
+            yield group
+
+
+def _pieces(segments: Sequence[Segment], attached: Attached) -> Iterator[Piece]:
+    for segment in segments:
+        grad = segment.tensor.grad
+        if grad is None or not segment.is_used(attached.unused):
+            continue
+        for place in segment.places:
+            start, stop = max(segment.start, place.start), min(segment.stop, place.stop)
+            yield Piece(place.param, start - place.start, stop - place.start, segment.slot(place, grad))

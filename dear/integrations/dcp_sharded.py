@@ -1,0 +1,252 @@
+"""Checkpoints by :mod:`torch.distributed.checkpoint` (DCP) of which no rank holds all: each writes and reads its part.
+
+``save(path, model, optimizer, engine)`` and ``load(path, model, optimizer, engine)``, on every rank. With sharded and
+owned updates the optimizer's state is never gathered, and neither is a compressor's. The file is an ordinary DCP
+checkpoint under ``"model"`` and ``"optimizer"``, by parameter name, in the parameters' own shapes: plain DDP and FSDP
+read it, and theirs is read here.
+
+Note [A checkpoint that is there is whole]
+All write into a folder beside ``path``; it gets its name when everything has been written and flushed. A job that dies
+meanwhile leaves ``path`` as it was, which is: not there. ``save()`` never writes to one that is.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim import Optimizer
+
+from dear._agree import agree
+from dear._ddp import reduced_parameters
+from dear._layout import stride_in_bucket
+from dear._optimizer import unwrapped
+from dear._state import SCALARS
+from dear._state_parts import LoadedState
+from dear.engine import Engine
+from dear.integrations._pieces import Pieces
+
+__all__ = ["load", "save"]
+
+# What wrappers of modules put into names, and DCP leaves out.
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def save(path: str | os.PathLike[str], model: DDP, optimizer: Optimizer | Sequence[Optimizer], engine: Engine) -> None:
+    """Writes a checkpoint into the new folder ``path``, all of it or nothing. Every rank must call it alike.
+
+    Raises:
+        ValueError: ``path`` is there already.
+    """
+    path = os.fspath(path)
+    partial, group = path.rstrip("/") + ".partial", engine.process_group
+
+    def look() -> dict[str, Any]:
+        if os.path.exists(path):
+            raise ValueError(f"{path} is there already: save each checkpoint into a folder of its own.")
+        return {"path": path}
+
+    agree(group, look, "every rank must save to the same path")
+    if group.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of one that was interrupted
+    engine.synchronize()
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": _optimizer_state(model, _listed(optimizer), engine),
+        "engine": {str(group.rank()): _packed(engine.state_dict(optimizer=False, gather=False))},
+    }
+    dcp.save(state, checkpoint_id=partial, process_group=group)
+    if group.rank() == 0:  # who is told last that all have written
+        os.rename(partial, path)
+    agree(group, dict, "every rank must come to the end of the checkpoint")
+
+
+def load(path: str | os.PathLike[str], model: DDP, optimizer: Optimizer | Sequence[Optimizer], engine: Engine) -> None:
+    """Takes a checkpoint of :func:`save`, at any number of ranks, or one that DCP wrote for plain DDP or FSDP under
+    ``"model"`` and ``"optimizer"``. Every rank must call it alike, before training or between two steps.
+
+    What the checkpoint has no part of stays as it is.
+
+    Raises:
+        ValueError: ``path`` holds no whole checkpoint, or one of another model.
+    """
+    path, group, optimizers = os.fspath(path), engine.process_group, _listed(optimizer)
+    engine.synchronize()
+    read: list[Metadata] = []
+
+    def look() -> dict[str, Any]:
+        if not os.path.exists(os.path.join(path, ".metadata")):
+            raise ValueError(f"{path} holds no whole checkpoint: pass a folder that save() has made.")
+        read.append(dcp.FileSystemReader(path).read_metadata())
+        return {"the number of entries": len(read[0].state_dict_metadata)}
+
+    agree(group, look, "every rank must load the same checkpoint")
+    (metadata,) = read
+    weights = get_model_state_dict(model)
+    wanted: dict[str, Any] = {f"model.{name}": value for name, value in weights.items()}
+    owners = _engines_of(metadata, group.rank(), group.size())
+    wanted |= dict.fromkeys(owners, 0)
+    loaded = None
+    if engine.update == "replicated":
+        wanted |= _whole_state(metadata)
+    else:
+        loaded = _Template(metadata, model, optimizers, group.rank(), group.size())
+        wanted |= loaded.wanted
+    dcp.load(wanted, checkpoint_id=path, process_group=group)
+
+    set_model_state_dict(model, {name: wanted[f"model.{name}"] for name in weights})
+    if loaded is None:
+        state = _nested(wanted, metadata)
+        with engine.full_state():
+            set_optimizer_state_dict(model, optimizers, state)
+    else:
+        loaded.finish(wanted)
+        engine._update.load_state_parts(loaded.state)
+    states = [torch.load(io.BytesIO(wanted[key]), weights_only=True) for key in owners]
+    if states:
+        engine.load_state_dict(_merged(states))
+
+
+def _listed(optimizer: Any) -> list[Optimizer]:
+    return [unwrapped(each) for each in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
+
+
+def _packed(state: Any) -> bytes:
+    data = io.BytesIO()
+    torch.save(state, data)
+    return data.getvalue()
+
+
+# --- the names ---
+
+
+def _names(model: DDP) -> dict[torch.Tensor, str]:
+    """As DCP calls the parameters."""
+    return {param: _WRAPPERS.sub("", name) for name, param in model.module.named_parameters()}
+
+
+# --- saving ---
+
+
+def _optimizer_state(model: DDP, optimizers: list[Optimizer], engine: Engine) -> dict[str, Any]:
+    """As ``get_optimizer_state_dict`` gives it, where each rank has its part of the tensors."""
+    parts = engine._update.state_parts()
+    if parts is None:
+        with engine.full_state():
+            return get_optimizer_state_dict(model, optimizers)
+    names = _names(model)
+    state: dict[str, dict[str, Any]] = {}
+    for param, rest in parts.rest.items():
+        state.setdefault(names[param], {}).update(rest)
+    for param, keys in parts.runs.items():
+        for key, runs in keys.items():
+            state.setdefault(names[param], {})[key] = Pieces.of(param.size(), stride_in_bucket(param), runs)
+    groups = [
+        {key: [names[param] for param in value] if key == "params" else value for key, value in group.items()}
+        for each in optimizers
+        for group in each.param_groups
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+# --- loading ---
+
+
+def _engines_of(metadata: Metadata, rank: int, world: int) -> list[str]:
+    """The entries with what engines had besides the optimizer's state: this rank's at the same number of ranks, or
+    all."""
+    keys = [key for key in metadata.state_dict_metadata if re.fullmatch(r"engine\.\d+", key)]
+    if len(keys) == world:
+        return [f"engine.{rank}"]
+    return sorted(keys, key=lambda key: int(key.partition(".")[2]))
+
+
+def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(states) == 1:
+        return states[0]
+    compressors = [state["compressor"] for state in states if "compressor" in state]
+    return states[0] | ({"compressor": {"ranks": compressors}} if compressors else {})
+
+
+def _empty(entry: Any) -> Any:
+    """What DCP puts the entry into."""
+    return torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else 0
+
+
+def _paths(metadata: Metadata) -> dict[str, tuple[Any, ...]]:
+    """Where the entries of the optimizer's state stand in it."""
+    known = metadata.planner_data or {}
+    return {key: path[1:] for key, path in known.items() if path and path[0] == "optimizer"}
+
+
+def _whole_state(metadata: Metadata) -> dict[str, Any]:
+    return {key: _empty(metadata.state_dict_metadata[key]) for key in _paths(metadata)}
+
+
+def _nested(wanted: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
+    paths = _paths(metadata)
+    return unflatten_state_dict({key: wanted[key] for key in paths}, paths)
+
+
+class _Template:
+    """What this rank reads of an optimizer's state: an equal run of each parameter, and some of what is not one value
+    for each element."""
+
+    def __init__(self, metadata: Metadata, model: DDP, optimizers: list[Optimizer], rank: int, world: int) -> None:
+        self._metadata, self._optimizers, self._names = metadata, optimizers, _names(model)
+        self.wanted: dict[str, Any] = {}
+        by_name = {name: param for param, name in self._names.items()}
+        updated = {param for each in optimizers for group in each.param_groups for param in group["params"]}
+        alone = updated - set(reduced_parameters(model))
+        kinds: dict[torch.Tensor, dict[str, torch.dtype]] = {}
+        self._entries: dict[str, tuple[torch.Tensor, str]] = {}
+        for key, path in _paths(metadata).items():
+            if path[0] != "state" or len(path) != 3 or by_name.get(path[1]) not in updated:
+                continue
+            param, entry = by_name[path[1]], metadata.state_dict_metadata[key]
+            self._entries[key] = param, path[2]
+            kinds.setdefault(param, {})
+            if isinstance(entry, TensorStorageMetadata) and _in_runs(param, path[2], entry):
+                kinds[param][path[2]] = entry.properties.dtype
+        self.state = LoadedState(kinds, alone, rank, world)
+        numbers = {param: number for number, param in enumerate(kinds)}
+        for key, (param, name) in self._entries.items():
+            if name in kinds[param]:
+                runs = self.state.parts.runs[param][name]
+                self.wanted[key] = Pieces.of(param.size(), stride_in_bucket(param), runs)
+            elif param in alone or numbers[param] % world == rank:
+                self.wanted[key] = _empty(metadata.state_dict_metadata[key])
+        self._groups = {key: path for key, path in _paths(metadata).items() if path[0] == "param_groups"}
+        self.wanted |= {key: _empty(metadata.state_dict_metadata[key]) for key in self._groups}
+
+    def finish(self, read: dict[str, Any]) -> None:
+        """Everything has been read: what is not in runs goes to the state, hyper-parameters to the optimizers."""
+        for key, (param, name) in self._entries.items():
+            if key in self.wanted and not isinstance(self.wanted[key], Pieces):
+                self.state.parts.rest.setdefault(param, {})[name] = read[key]
+        groups = unflatten_state_dict({key: read[key] for key in self._groups}, self._groups).get("param_groups", [])
+        of = {name: group for group in groups for name in group["params"]}
+        for each in self._optimizers:
+            for group in each.param_groups:
+                found: dict[str, Any] = next((of[self._names[p]] for p in group["params"] if self._names[p] in of), {})
+                group.update({key: value for key, value in found.items() if key != "params"})
+
+
+def _in_runs(param: torch.Tensor, key: str, entry: TensorStorageMetadata) -> bool:
+    """Whether the entry has one value for each element of the parameter, which has some."""
+    return key not in SCALARS and entry.size == param.size() and param.numel() > 0

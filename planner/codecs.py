@@ -1,0 +1,130 @@
+"""What compressors send, and what they cost: payloads from the shapes of parameters, times per byte of gradient."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .profile import Piece
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds per byte of gradient, on the thread where each runs: encode on the one that computes, merge on a
+    lane's, decode on its own."""
+
+    encode: float = 0.0
+    merge: float = 0.0
+    decode: float = 0.0
+
+
+FREE = Cost()
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """How gradients become messages. name: as the benchmarks spell it. code: what a user writes, "" for none."""
+
+    name: str
+    code: str
+
+    @abstractmethod
+    def rounds(self, pieces: Sequence[Piece]) -> tuple[float, ...]:
+        """Bytes of each round, of which each is an all-to-all and an all-gather. An average over steps."""
+
+    @property
+    def shrinks(self) -> float:
+        """About how many times smaller gradients become, as far as it is known beforehand."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Dense(Codec):
+    """Every element. share: of the gradient's bytes."""
+
+    share: float = 1.0
+
+    def rounds(self, pieces: Sequence[Piece]) -> tuple[float, ...]:
+        return (self.share * sum(piece.bytes for piece in pieces),)
+
+    @property
+    def shrinks(self) -> float:
+        return 1 / self.share
+
+
+@dataclass(frozen=True)
+class TopK(Codec):
+    """A share of the elements, with an index each, in slots of which a part stays empty."""
+
+    density: float = 0.01
+    slack: float = 1.25
+
+    def rounds(self, pieces: Sequence[Piece]) -> tuple[float, ...]:
+        return (2 * self.density * self.slack * sum(piece.bytes for piece in pieces),)
+
+    @property
+    def shrinks(self) -> float:
+        return 16.0
+
+
+@dataclass(frozen=True)
+class LowRank(Codec):
+    """Factors of each matrix: both in turn within a step, or one a step. What would not shrink travels dense."""
+
+    rank: int = 4
+    both: bool = True
+    factor_bytes: int = 2
+
+    def rounds(self, pieces: Sequence[Piece]) -> tuple[float, ...]:
+        left = right = dense = 0.0
+        for piece in pieces:
+            elements = math.prod(piece.shape)
+            rows = piece.shape[0] if len(piece.shape) > 1 else elements
+            columns = elements // rows
+            rank = min(self.rank, rows, columns)
+            if len(piece.shape) < 2 or rank * (rows + columns) >= elements:
+                dense += piece.bytes
+            else:
+                left += rank * rows * self.factor_bytes
+                right += rank * columns * self.factor_bytes
+        return (left + dense, right) if self.both else ((left + right) / 2 + dense,)
+
+    @property
+    def shrinks(self) -> float:
+        return 16.0
+
+
+EXACT = Dense("dense", "")
+HALF = Dense("bf16", "compress.Dense(torch.bfloat16)", 0.5)
+
+
+def codec(name: str) -> Codec:
+    """The compressor that the benchmarks call so: dense, bf16, fp16, int8, fp8, sign, topk:0.01, power:4, acp:4.
+
+    Raises ValueError.
+    """
+    kind, _, option = name.partition(":")
+    try:
+        match kind:
+            case "dense":
+                return EXACT
+            case "bf16" | "fp16":
+                return Dense(name, f"compress.Dense(torch.{'b' * (kind == 'bf16')}float16)", 0.5)
+            case "int8" | "fp8":
+                dtype = {"int8": "int8", "fp8": "float8_e4m3fn"}[kind]
+                return Dense(name, f"compress.Dense(torch.{dtype})", 0.25 + 1 / 128)  # a scale for each 128
+            case "sign":
+                return Dense(name, "compress.SignSGD()", 1 / 32)
+            case "topk":
+                return TopK(name, f"compress.TopK(density={option})", float(option))
+            case "power" | "acp":
+                kind_name = {"power": "PowerSGD", "acp": "ACPSGD"}[kind]
+                return LowRank(name, f"compress.{kind_name}(rank={option})", int(option), both=kind == "power")
+    except ValueError:
+        pass
+    raise ValueError(
+        f"Compressor {name!r} is not known: name dense, bf16, fp16, int8, fp8, sign, topk:DENSITY, power:RANK or "
+        "acp:RANK."
+    )

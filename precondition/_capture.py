@@ -1,0 +1,106 @@
+"""What layers see in a backward pass: their inputs and the gradients of their outputs.
+
+Note [What counts]
+A pass counts when its backward pass adds to the weight's ``.grad``: a forward pass without gradients or in eval mode
+does not, nor does ``torch.autograd.grad`` of something else. Several passes before a step (accumulation, ``no_sync()``,
+a layer that runs twice) each count. Under activation checkpointing a layer's forward pass runs twice and its output has
+one gradient, so it counts once; its input is kept as autograd keeps it, and so is computed again with the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from precondition._layers import Layer
+
+#: Takes a layer, its input and the gradient of its output, once for each pass that counts, on the thread of backward.
+Sink = Callable[[Layer, Tensor, Tensor], None]
+#: Takes a layer and its input in the forward pass, and returns what the sink gets in place of the input.
+Reduce = Callable[[Layer, Tensor], Tensor]
+
+
+class _Keep(torch.autograd.Function):
+    """Keeps a tensor as autograd would: checkpointing and offloading may put it away, and a change of it is noticed."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None
+
+
+class Capture:
+    """Hooks on layers, which hand what they see to a sink.
+
+    reduce: where the sink needs less than the input, this takes it out in the forward pass, and nothing else is kept.
+    """
+
+    def __init__(self, sink: Sink, reduce: Reduce | None = None) -> None:
+        self._sink, self._reduce = sink, reduce
+        self._handles: dict[Layer, Any] = {}
+        self._anchor = torch.empty(0, requires_grad=True)
+        #: Passes that begin while this is False do not count.
+        self.enabled = True
+
+    def watch(self, layers: Iterable[Layer]) -> None:
+        """Watches these layers, and no others. What began before it still counts."""
+        wanted = set(layers)
+        for layer in self._handles.keys() - wanted:
+            self._handles.pop(layer).remove()
+        for layer in wanted - self._handles.keys():
+            hook = torch.compiler.disable(self._after_forward(layer))
+            self._handles[layer] = layer.module.register_forward_hook(hook, with_kwargs=True)
+
+    def release(self) -> None:
+        """Takes the hooks off."""
+        self.watch(())
+
+    def _after_forward(self, layer: Layer) -> Callable[..., None]:
+        def after(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not (self.enabled and module.training and isinstance(output, Tensor) and output.requires_grad):
+                return
+            kept = self._kept(layer, args[0] if args else kwargs["input"])
+            weight, shape = layer.weight, output.shape
+
+            @torch.no_grad()
+            def before_backward(grad: Tensor) -> None:
+                if _is_accumulated(weight):
+                    self._sink(layer, kept(), grad.detach().reshape(shape))
+
+            _in_front_of_changes(output).register_hook(before_backward)
+
+        return after
+
+    def _kept(self, layer: Layer, x: Tensor) -> Callable[[], Tensor]:
+        """What the sink will want of an input, in the backward pass."""
+        if self._reduce is not None:
+            with torch.no_grad():
+                reduced = self._reduce(layer, x.detach())
+            return lambda: reduced
+        node: Any = _Keep.apply(self._anchor, x).grad_fn
+        return lambda: node.saved_tensors[0].detach()
+
+
+def _in_front_of_changes(output: Tensor) -> Tensor:
+    """The tensor whose hook sees the gradient of the output as the module made it. A linear layer may return a view of
+    what it computed; were the view changed in place, as by an activation, its own hook would never run."""
+    base = output._base
+    if base is not None and base.is_contiguous() and output.is_contiguous() and base.numel() == output.numel():
+        return base
+    return output
+
+
+def _is_accumulated(weight: Tensor) -> bool:
+    """Whether the backward pass that runs now adds to ``weight.grad``."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(weight).node))  # type: ignore[attr-defined]
+    except RuntimeError:  # torch.autograd.grad() of this very weight
+        return False

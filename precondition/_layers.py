@@ -1,0 +1,198 @@
+"""Which layers can be preconditioned, and their gradients, inputs and output gradients as matrices.
+
+Note [A layer as matrices]
+A layer maps rows a of its input to rows of its output by one matrix W [out, in]. A convolution does so at every output
+position: a is the patch under the kernel. With a bias, a has a 1 appended and W the bias as its last column. A grouped
+convolution is several such maps side by side, its *blocks*. So everything here has the shape [blocks, rows, columns];
+a linear layer has one block.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_BYTES = 4 << 20  # of a convolution's patches that are laid out at a time
+
+_log = logging.getLogger(__name__)
+
+
+class Layer(ABC):
+    """A module that is preconditioned. See Note [A layer as matrices]."""
+
+    blocks = 1
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        bias = module.bias
+        self.bias: nn.Parameter | None = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
+
+    @property
+    def params(self) -> tuple[nn.Parameter, ...]:
+        """The weight, and the bias where it is trained."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def out_size(self) -> int:
+        """Rows of a block's matrix."""
+        return self.weight.shape[0] // self.blocks
+
+    @property
+    def in_size(self) -> int:
+        """Columns of a block's matrix, the bias's included."""
+        return math.prod(self.weight.shape[1:]) + (self.bias is not None)
+
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Tensors like the weight and the bias, such as their gradients, as one: [blocks, out, in]."""
+        columns = weight.reshape(self.blocks, self.out_size, -1)
+        if self.bias is None:
+            return columns
+        assert bias is not None
+        return torch.cat([columns, bias.reshape(self.blocks, self.out_size, 1)], dim=2)
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`matrix` joined, in the shapes of :attr:`params`."""
+        if self.bias is None:
+            return (matrix.reshape(self.weight.shape),)
+        return matrix[:, :, :-1].reshape(self.weight.shape), matrix[:, :, -1].reshape(self.bias.shape)
+
+    @abstractmethod
+    def samples(self, x: Tensor) -> int:
+        """How many samples the input has: of those the loss is the mean."""
+
+    @abstractmethod
+    def windows(self, x: Tensor) -> Tensor:
+        """The rows of the input as a view, [rows ..., blocks, columns ...] without the bias's 1.
+
+        ``rows`` and ``columns`` may be several dimensions, as many as :attr:`row_dims` and the rest.
+        """
+
+    @property
+    @abstractmethod
+    def row_dims(self) -> int:
+        """How many of the dimensions of :meth:`windows` count rows."""
+
+    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
+        """The rows of the input without the bias's 1, [blocks, rows, columns], a part at a time, so that patches are
+        never laid out all at once."""
+        windows = self.windows(x)
+        bytes_each = windows[:1].numel() * x.element_size()
+        for part in windows.split(max(1, CHUNK_BYTES // max(bytes_each, 1))):
+            columns = math.prod(self.weight.shape[1:])
+            rows = part.reshape(*part.shape[: self.row_dims], self.blocks, columns).flatten(0, self.row_dims - 1)
+            yield rows.transpose(0, 1)
+
+    @abstractmethod
+    def output_rows(self, grad: Tensor) -> Tensor:
+        """The gradient of the output, [blocks, rows, out]."""
+
+
+class LinearLayer(Layer):
+    """``nn.Linear``: every index but the last counts rows."""
+
+    row_dims = 1
+
+    def samples(self, x: Tensor) -> int:
+        return x.shape[0] if x.dim() > 1 else 1
+
+    def windows(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, 1, x.shape[-1])
+
+    def output_rows(self, grad: Tensor) -> Tensor:
+        return grad.reshape(1, -1, grad.shape[-1])
+
+
+class ConvLayer(Layer):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, with any stride, padding, dilation and groups."""
+
+    module: nn.modules.conv._ConvNd
+
+    def __init__(self, name: str, module: nn.modules.conv._ConvNd) -> None:
+        super().__init__(name, module)
+        self.blocks = module.groups
+        self._spatial = len(module.kernel_size)
+
+    @property
+    def row_dims(self) -> int:
+        return 1 + self._spatial
+
+    def _is_batch(self, x: Tensor) -> bool:
+        return x.dim() == self._spatial + 2
+
+    def samples(self, x: Tensor) -> int:
+        return x.shape[0] if self._is_batch(x) else 1
+
+    def windows(self, x: Tensor) -> Tensor:
+        conv = self.module
+        if not self._is_batch(x):
+            x = x[None]
+        if any(conv._reversed_padding_repeated_twice):
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
+        samples, channels, *sizes = x.shape
+        own, along, *steps = x.stride()
+        reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        counts = [(n - r) // s + 1 for n, r, s in zip(sizes, reach, conv.stride, strict=True)]
+        groups = (self.blocks, channels // self.blocks)
+        shape = (samples, *counts, *groups, *conv.kernel_size)
+        strides = (
+            own, *(step * s for step, s in zip(steps, conv.stride, strict=True)), along * groups[1], along,
+            *(step * d for step, d in zip(steps, conv.dilation, strict=True)),
+        )  # fmt: skip
+        return x.as_strided(shape, strides)
+
+    def output_rows(self, grad: Tensor) -> Tensor:
+        if not self._is_batch(grad):
+            grad = grad[None]
+        return grad.reshape(grad.shape[0], self.blocks, self.out_size, -1).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+#: Subclasses are served, too: they may compute what they like, as long as the output is that of the base class.
+SERVED: dict[type[nn.Module], type[Layer]] = {
+    nn.Linear: LinearLayer,
+    nn.Conv1d: ConvLayer,
+    nn.Conv2d: ConvLayer,
+    nn.Conv3d: ConvLayer,
+}
+
+
+def find_layers(root: nn.Module, trained: set[nn.Parameter]) -> list[Layer]:
+    """The layers below ``root`` that can be preconditioned, in the model's order.
+
+    trained: the parameters whose gradients count. A layer whose weight is not among them is none; nor is one that
+    shares a parameter with another module, whose use of it nobody captures.
+    """
+    uses = Counter(param for module in root.modules() for param in module._parameters.values() if param is not None)
+    layers: list[Layer] = []
+    for name, module in root.named_modules():
+        kind = next((layer for served, layer in SERVED.items() if isinstance(module, served)), None)
+        own = [module._parameters.get(each) for each in ("weight", "bias")]
+        held = [param for param in own if isinstance(param, nn.Parameter) and param in trained]
+        if kind is not None and held and held[0] is own[0] and all(uses[param] == 1 for param in held):
+            layers.append(kind(name, module))
+    return layers
+
+
+def left_out(root: nn.Module, layers: list[Layer], trained: set[nn.Parameter]) -> list[str]:
+    """The names of the modules of ``root`` with a matrix that stays the optimizer's."""
+    served = {param for layer in layers for param in layer.params}
+    return [
+        f"{name or type(root).__name__} ({type(module).__name__})"
+        for name, module in root.named_modules()
+        if any(p in trained and p not in served and p.dim() > 1 for p in module._parameters.values() if p is not None)
+    ]
+
+
+def name_left_out(root: nn.Module, layers: list[Layer], trained: set[nn.Parameter]) -> None:
+    """One line of the log for all of them."""
+    names = left_out(root, layers, trained)
+    if names:
+        _log.warning("These modules are not preconditioned, and left to the optimizer: %s.", ", ".join(names))

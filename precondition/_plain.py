@@ -1,0 +1,105 @@
+"""A preconditioner on plain DDP: between ``backward()`` and ``optimizer.step()`` it changes ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim import Optimizer
+
+from dear import _ddp, preconditioning
+from dear._agree import agree
+from dear._optimizer import unwrapped
+from dear.collectives import choose_algorithm, group_timeout, make_lane
+from dear.preconditioning import Binding, Piece, Preconditioner, Site
+
+PLAIN = "plain"  # what Site.update says here
+
+
+class Registered:
+    """What every preconditioner has in common: :meth:`step` on plain DDP."""
+
+    plain: Plain | None = None
+
+    def step(self) -> None:
+        """Preconditions ``.grad``, on plain DDP: call it on every rank between ``backward()`` and ``optimizer.step()``,
+        after gradients were unscaled and clipped. Nothing happens where no parameter has a gradient.
+
+        Raises:
+            RuntimeError: :func:`precondition.register` was not called.
+        """
+        if self.plain is None:
+            raise RuntimeError(
+                "preconditioner.step() needs a model: call precondition.register(model, optimizer, preconditioner) "
+                "first; under dear.attach(..., preconditioner=) optimizer.step() does its work."
+            )
+        self.plain.step()
+
+    def release(self) -> None:
+        """Takes the preconditioner off the model it was registered for; what it has learnt stays in it."""
+        if self.plain is not None:
+            self.plain.binding.release()
+            self.plain = None
+
+
+class Plain:
+    """A registered preconditioner at work."""
+
+    def __init__(self, params: Sequence[torch.nn.Parameter], binding: Binding) -> None:
+        self._params, self.binding = params, binding
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """See :meth:`Registered.step`."""
+        used = [param for param in self._params if param.grad is not None]
+        if not used:
+            return
+        self.binding.backward_ended()
+        self.binding.begin()
+        pieces, other = [], []
+        for param in used:
+            grad = given = param.grad
+            assert grad is not None and given is not None
+            if grad.stride() != param.stride():
+                grad = torch.empty_like(param).copy_(given)
+                other.append((given, grad))
+            pieces.append(Piece(param, 0, param.numel(), grad))
+        self.binding.precondition(pieces)
+        self.binding.end()
+        for given, grad in other:
+            given.copy_(grad)
+
+
+def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditioner: Preconditioner) -> None:
+    """Puts a preconditioner to work on plain DDP; ``preconditioner.step()`` then changes ``.grad``. Collective.
+
+    Args:
+        model: the DDP module.
+        optimizer: what updates its parameters, or several: learning rates are read there.
+        preconditioner: such as ``precondition.DPKFAC()``; it serves one model.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: it cannot serve this model, or ranks disagree; one sentence says why, on
+            every rank, and nothing has been changed.
+    """
+    caller = "precondition.register()"
+    _ddp.check_kind(model, caller)
+    optimizers = [unwrapped(one) for one in (optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,))]
+
+    def look() -> dict[str, Any]:
+        for one in optimizers:
+            if not isinstance(one, Optimizer):
+                raise TypeError(f"{caller} needs a torch.optim.Optimizer, not {type(one).__name__}.")
+        preconditioning.check_kind(preconditioner, caller)
+        return preconditioner.check_new(model, optimizers, caller)
+
+    agree(model.process_group, look, "every rank must call precondition.register() with the same arguments")
+    params, group = _ddp.reduced_parameters(model), model.process_group
+    device = params[0].device
+    algorithm = choose_algorithm(group, device, None)
+    timeout = group_timeout(group, device)
+    lanes = [make_lane(group, f"preconditioner {name}", algorithm, timeout) for name in ("reduce", "gather")]
+    site = Site(model.module, params, optimizers, group, device, PLAIN, *lanes)
+    preconditioner.plain = Plain(params, preconditioner.bind_to_schedule(site))  # type: ignore[attr-defined]

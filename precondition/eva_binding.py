@@ -1,0 +1,120 @@
+"""Eva and its like at work: the binding of one preconditioner to one model. See Note [Small exchanges]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dear.preconditioning import Param, Piece, Preconditioner, Site, Team
+from precondition import eva_exchange, eva_parts
+from precondition._capture import Capture
+from precondition._layers import Layer
+from precondition._plain import PLAIN
+from precondition.eva_exchange import Average
+from precondition.eva_means import Means, Running, Shaped
+from precondition.eva_parts import Rectangle, Vectors
+from precondition.eva_rank_one import RankOneStep
+
+#: Makes the next step, of gradients that have been reduced.
+NewStep = Callable[[], RankOneStep]
+
+
+class RankOneBinding:
+    """See the module; the interface is that of :class:`dear.preconditioning.Binding`.
+
+    means: what captures them from these layers; None where gradients alone tell.
+    """
+
+    teams: Sequence[Team] = ()  # any rank may have any part of a gradient
+
+    def __init__(
+        self,
+        preconditioner: Preconditioner,
+        site: Site,
+        layers: Sequence[Shaped],
+        vectors: Vectors,
+        running: Running,
+        new_step: NewStep,
+        means: Means | None,
+    ) -> None:
+        self.preconditioner = preconditioner
+        self._site, self._layers, self._vectors = site, list(layers), vectors
+        self._running, self._new_step, self._means = running, new_step, means
+        self._place: dict[Param, tuple[int, bool]] = {}  # of a parameter: its layer, and whether it is the bias
+        for index, layer in enumerate(layers):
+            self._place[layer.weight] = index, False
+            if layer.bias is not None:
+                self._place[layer.bias] = index, True
+        self._message: Average | None = None  # of the last backward pass
+        self._step: RankOneStep | None = None
+        self._capture: Capture | None = None
+        if means is not None:
+            self._capture = Capture(means.see, means.reduce)
+            self._capture.watch(layer for layer in layers if isinstance(layer, Layer))
+
+    def assigned(self, owner: dict[Param, int]) -> None:
+        """Nobody owns a team here."""
+
+    def backward_ended(self) -> None:
+        """The mean vectors set out."""
+        if self._means is None:
+            return
+        if self._message is not None:  # of a pass that no step has used: it is in this one's message, or was given up
+            self._message.wait()
+        self._message = eva_exchange.average(self._means.message(), self._site.gather_lane, "the mean vectors")
+
+    def begin(self) -> None:
+        """The mean vectors are waited for."""
+        if self._means is not None and self._message is not None:
+            used, columns, rows = self._means.parts(self._message.wait())
+            settings = self.preconditioner.settings  # type: ignore[attr-defined]
+            self._running.update(used, columns, rows, settings.factor_decay)
+            self._message = None
+            self._means.forget()
+        self._step = self._new_step()
+
+    def precondition(self, pieces: Sequence[Piece]) -> None:
+        """Looks at averaged gradients; they are changed at the end."""
+        assert self._step is not None
+        self._step.take([part for piece in pieces for part in self._rectangles(piece)])
+
+    def end(self) -> set[Param]:
+        """Adds up what the ranks have seen, and changes all gradients."""
+        assert self._step is not None
+        step, self._step = self._step, None
+        step.finish(self._learning_rates(), self._total)
+        return set(self._place)
+
+    def stats(self) -> dict[str, Any]:
+        """How many layers are preconditioned."""
+        return {"preconditioned_layers": len(self._layers)}
+
+    def release(self) -> None:
+        """Takes the hooks off the model."""
+        if self._message is not None:
+            self._message.wait()
+        if self._capture is not None:
+            self._capture.release()
+
+    def _total(self, values: Tensor) -> Tensor:
+        if self._site.update == PLAIN:  # every rank has whole gradients
+            return values
+        return eva_exchange.total(values, self._site.gather_lane, "what is asked of the gradients")
+
+    def _rectangles(self, piece: Piece) -> Iterator[Rectangle]:
+        if piece.param not in self._place or piece.start == piece.stop:
+            return
+        layer, is_bias = self._place[piece.param]
+        run = piece.grad.as_strided((piece.stop - piece.start,), (1,))  # as it lies in memory
+        if is_bias:
+            yield eva_parts.cut_bias(run, piece.start, layer, self._vectors)
+        else:
+            yield from eva_parts.cut_weight(run, piece.start, layer, self._vectors)
+
+    def _learning_rates(self) -> list[float]:
+        """Of each layer, as they stand now."""
+        groups = [group for optimizer in self._site.optimizers for group in optimizer.param_groups]
+        rates = {param: group["lr"] for group in groups for param in group["params"]}
+        return [float(rates.get(layer.weight, 0.0)) for layer in self._layers]

@@ -1,0 +1,107 @@
+"""What Eva and its like share: curvature of rank one, so that every layer's gradient is corrected by one rank.
+
+A preconditioned gradient is ν (G - w aᵀ) / γ: ``a`` is a running mean of the layer's inputs (Shampoo: of its gradient's
+columns), ``w`` is the kind's own, γ the damping, and ν one number for all layers, which bounds the size of the update.
+
+Note [Small exchanges]
+A step has one message of the mean vectors of all layers, averaged over the ranks: it is submitted when the backward
+pass ends, in the lane that is idle then, and travels while the last gradients are reduced. What the correction asks of
+gradients follows as they come; the ranks' shares of it are added up in a second message: for Eva of two numbers a
+layer, ⟨b aᵀ, G⟩ and ‖G‖², since the third, ‖a‖² ‖b‖², is known to all. Only then can a gradient be changed: ν is of all
+layers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from precondition import eva_parts
+from precondition.eva_means import Running
+from precondition.eva_parts import Rectangle, Vectors
+
+#: Adds up the ranks' shares of a flat tensor.
+Total = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all kinds are told."""
+
+    damping: float
+    factor_decay: float
+    kl_clip: float | None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < float("inf"):
+            raise ValueError(f"damping must be a positive number, such as 0.03, not {self.damping!r}.")
+        if not 0 <= self.factor_decay < 1:
+            raise ValueError(
+                f"factor_decay is the weight of the earlier steps in a running mean, from 0 up to but not including 1, "
+                f"not {self.factor_decay!r}."
+            )
+        if self.kl_clip is not None and not 0 < self.kl_clip < float("inf"):
+            raise ValueError(f"kl_clip must be a positive number, such as 0.001, or None, not {self.kl_clip!r}.")
+
+
+class Correction(NamedTuple):
+    """What is taken off the gradients, and what is known of them."""
+
+    rows: Tensor  # w of all layers; G becomes G - w aᵀ
+    inner: Tensor  # ⟨w aᵀ, G⟩ of each block
+    outer: Tensor  # ‖w aᵀ‖² of each block
+    squares: Tensor  # ‖G‖² of each layer
+
+
+class RankOneStep(ABC):
+    """The gradients of one step, which come a few at a time."""
+
+    def __init__(self, vectors: Vectors, running: Running, settings: Settings) -> None:
+        self.vectors, self.running, self.settings = vectors, running, settings
+        self.parts: list[Rectangle] = []
+        self.squares = vectors.zeros(len(vectors.matrices))  # this rank's share of ‖G‖²
+
+    def take(self, parts: Sequence[Rectangle]) -> None:
+        """Some of this rank's averaged gradients have come."""
+        self.parts += parts
+        self.squares += eva_parts.squares(parts, self.vectors)
+        self.look(parts)
+
+    def finish(self, learning_rates: Sequence[float], total: Total) -> None:
+        """All have come: changes them. Collective."""
+        correction = self.correction(total)
+        factor = self._scale(correction, learning_rates) / self.settings.damping
+        eva_parts.subtract(self.parts, correction.rows, self.running.columns, factor)
+
+    @abstractmethod
+    def look(self, parts: Sequence[Rectangle]) -> None:
+        """Computes this rank's share of what the correction asks of these."""
+
+    @abstractmethod
+    def correction(self, total: Total) -> Correction:
+        """The correction of all. Collective."""
+
+    def _scale(self, correction: Correction, learning_rates: Sequence[float]) -> Tensor:
+        """ν: min(1, √(κ / Σ lr² ⟨pre, G⟩)), or without κ √(Σ ‖G‖² / Σ ‖pre‖²).
+
+        Of pre = (G - w aᵀ) / γ both sums follow from what is known: γ ⟨pre, G⟩ = ‖G‖² - ⟨w aᵀ, G⟩ and
+        γ² ‖pre‖² = ‖G‖² - 2 ⟨w aᵀ, G⟩ + ‖w aᵀ‖². Rounding must not make them negative.
+        """
+        settings, vectors = self.settings, self.vectors
+        inner = vectors.sum_blocks(correction.inner)
+        tiny = torch.finfo(vectors.dtype).tiny
+        if settings.kl_clip is None:
+            before = correction.squares.sum()
+            after = before - 2 * inner.sum() + correction.outer.sum()
+            return settings.damping * (before / after.clamp(min=tiny)).sqrt()
+        change = correction.squares - inner
+        if len(set(learning_rates)) == 1:
+            size = change.sum() * learning_rates[0] ** 2
+        else:
+            size = change.dot(torch.tensor([lr**2 for lr in learning_rates], dtype=change.dtype, device=change.device))
+        return (settings.kl_clip * settings.damping / size.clamp(min=tiny)).sqrt().clamp(max=1.0)
