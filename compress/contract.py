@@ -189,11 +189,6 @@ class Contract:
         begin, end = self.owned_range(group)
         return {**common, "owned": end - begin, "error": group.error, "owner_error": group.owner_error}
 
-    def worked(self) -> list[Group]:
-        """The groups that this rank compresses: in two levels its members of them."""
-        groups = self.groups.values()
-        return [group if group.inner is None else group.inner for group in groups]
-
     # --- for whoever drives it ---
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from compress import ops
 from compress.compressor import Compressor
-from compress.group import Group
+from compress.group import Group, compressed_here
 from compress.stepwise import Stepwise
 from dear import _C
 
@@ -89,7 +89,7 @@ class TopK(Compressor):
     def own_state(self) -> dict[tuple[str, ...], float]:
         kept = {
             group.names: float(group.private[self._stage()].threshold)
-            for group in self.worked()
+            for group in compressed_here(self.groups.values())
             if group.private is not None
         }
         return self._thresholds | kept
