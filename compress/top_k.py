@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from compress import ops
 from compress.compressor import Compressor
-from compress.group import Group
+from compress.group import Group, compressed_here
 from compress.stepwise import Stepwise
 from dear import _C
 
@@ -88,8 +88,8 @@ class TopK(Compressor):
 
     def own_state(self) -> dict[tuple[str, ...], list[float]]:
         kept = {
-            names: [float(codec.threshold) for codec in group.private]
-            for names, group in self.groups.items()
+            group.names: [float(codec.threshold) for codec in group.private]
+            for group in compressed_here(self.groups.values())
             if group.private is not None
         }
         return self._thresholds | kept

@@ -144,10 +144,10 @@ void bind_compressed(py::module_& m) {
       .def_readonly("decode_ns", &Pipeline::Counts::decode_ns);
   py::class_<Pipeline, std::shared_ptr<Pipeline>>(m, "Pipeline")
       .def(py::init([](std::vector<std::shared_ptr<Lane>> lanes,
-                       std::vector<std::shared_ptr<Lane>> all_to_alls, at::Device device) {
-             return make_shared_without_gil<Pipeline>(std::move(lanes), std::move(all_to_alls), device);
+                       std::vector<std::shared_ptr<Lane>> all_to_alls, at::Device device, int rank) {
+             return make_shared_without_gil<Pipeline>(std::move(lanes), std::move(all_to_alls), device, rank);
            }),
-           py::arg("lanes"), py::arg("all_to_alls"), py::arg("device"))
+           py::arg("lanes"), py::arg("all_to_alls"), py::arg("device"), py::arg("rank"))
       .def_property("steps", &Pipeline::steps, &Pipeline::set_steps)
       .def("abort", &Pipeline::abort, NoGil())
       .def_property_readonly("counts_of_step", &Pipeline::counts_of_step)

@@ -47,6 +47,7 @@ __all__: list[str] = [
     "StartStep",
     "TopKCodec",
     "TraceEvent",
+    "TwoLevelCodec",
     "TwoLevelLane",
     "TwoPhaseExchange",
     "can_move",
@@ -257,6 +258,11 @@ class DenseCodec(Codec):
         world: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
 
+class TwoLevelCodec(Codec):
+    def __init__(
+        self, device: torch.device, inner: Codec, owners: Ownership, place: typing.SupportsInt | typing.SupportsIndex
+    ) -> None: ...
+
 class StartStep:
     def __init__(self, step: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     @property
@@ -378,7 +384,11 @@ class PipelineCounts:
 
 class Pipeline:
     def __init__(
-        self, lanes: collections.abc.Sequence[Lane], all_to_alls: collections.abc.Sequence[Lane], device: torch.device
+        self,
+        lanes: collections.abc.Sequence[Lane],
+        all_to_alls: collections.abc.Sequence[Lane],
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
     def abort(self, arg0: str) -> None: ...
     @property
