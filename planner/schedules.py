@@ -20,6 +20,11 @@ FIRST_BUCKET = float(1 << 20)  # DDP's own, where the user names no size
 DDP_BUCKET = 25 * float(1 << 20)
 
 
+def default_cap(profile: Profile) -> float:
+    """The size of a fusion group that ``dear.attach`` takes where the user names none, without a compressor."""
+    return float(_fusion.default_group_bytes(profile.bytes))
+
+
 class Schedule(ABC):
     """Adds steps; what is due in the next forward pass stands in ``gates``."""
 

@@ -29,10 +29,11 @@ def bare(requirement: str) -> str:
 
 def test_packages_are_the_folders():
     listed = PROJECT["tool"]["setuptools"]["packages"]
-    folders = {"dear", "compress"}
-    for init in (ROOT / "benchmarks").glob("**/__init__.py"):
-        folders.add(".".join(("dear_benchmarks", *init.parent.relative_to(ROOT / "benchmarks").parts)))
-    for package in ("dear", "compress"):
+    folders = {"dear", "compress", "precondition"}
+    for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items():
+        for init in (ROOT / folder).glob("**/__init__.py"):
+            folders.add(".".join((package, *init.parent.relative_to(ROOT / folder).parts)))
+    for package in ("dear", "compress", "precondition"):
         for init in (ROOT / package).glob("*/**/__init__.py"):
             folders.add(".".join(init.parent.relative_to(ROOT).parts))
     assert sorted(listed) == sorted(folders)
@@ -40,7 +41,7 @@ def test_packages_are_the_folders():
 
 def test_packages_are_typed():
     data = PROJECT["tool"]["setuptools"]["package-data"]
-    for package in ("dear", "compress"):
+    for package in ("dear", "compress", "precondition"):
         assert (ROOT / package / "py.typed").exists()
         assert "py.typed" in data[package]
 

@@ -1,0 +1,185 @@
+"""A cluster: devices and the links between them, from a YAML file, from options, or as ``probe`` measured it.
+
+nodes: 8
+devices_per_node: 4
+device: a100                      # or {name: mine, tflops: 50, memory_gib: 16, bandwidth_gb: 600}
+link: {latency: 30us, bandwidth: 10Gbit}        # of a node; a list, where they differ: the slowest counts
+inner: {latency: 5us, bandwidth: 600Gbit}       # between devices of a node; without it the network is flat
+algorithm: ring                   # or tree
+collectives:                      # measured, in seconds and seconds per byte; in place of link, inner and algorithm
+  all_reduce: {alpha: 1.0e-3, beta: 1.0e-9}
+straggler: 1.1                    # how many times as long the slowest device computes
+jitter: 0.02                      # standard deviation of computing, as a share of it
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dear.cost_model import AlphaBeta
+
+from .devices import GIB, Device, device
+from .machine import Machine
+from .network import ALGORITHMS, PHASES, Network, flat, measured, slowest, two_level
+
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_BITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+KEYS = (
+    "nodes", "devices_per_node", "device", "link", "inner", "algorithm", "collectives", "straggler", "jitter", "label",
+)  # fmt: skip
+
+
+class ClusterError(ValueError):
+    """A description that contradicts itself or cannot be; the message says which entry and what to do."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """nodes: with ``devices_per_node`` workers each. collectives: measured lines by phase, in place of the links."""
+
+    nodes: int
+    devices_per_node: int = 1
+    device: Device = field(default_factory=lambda: device("a100"))
+    link: AlphaBeta | None = None
+    inner: AlphaBeta | None = None
+    algorithm: str = "ring"
+    collectives: Mapping[str, AlphaBeta] = field(default_factory=dict)
+    straggler: float = 1.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.workers < 2:
+            raise ClusterError(f"nodes times devices_per_node is {self.workers}: a cluster has 2 workers or more.")
+        if self.link is None and not self.collectives:
+            raise ClusterError("link is missing: give its latency and bandwidth, or measured collectives.")
+        if self.algorithm not in ALGORITHMS:
+            raise ClusterError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {self.algorithm!r}.")
+        if self.straggler < 1 or not 0 <= self.jitter < 1:
+            raise ClusterError("straggler must be 1 or more, and jitter from 0 to 1.")
+
+    @property
+    def workers(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    def network(self) -> Network:
+        if self.collectives:
+            return measured(self.workers, self.collectives)
+        assert self.link is not None
+        if self.inner is not None and self.devices_per_node > 1:
+            return two_level(self.inner, self.devices_per_node, self.link, self.nodes, self.algorithm)
+        return flat(self.link, self.workers, self.algorithm)
+
+    def machine(self) -> Machine:
+        return Machine(costs=self.device.costs(), straggler=self.straggler, jitter=self.jitter)
+
+
+def seconds(text: str) -> float:
+    """Of 30us. Raises ClusterError."""
+    found = re.fullmatch(r"([\d.]+(?:e-?\d+)?)\s*(ns|us|ms|s)", str(text).strip().lower())
+    if found is None:
+        raise ClusterError(f"{text!r} is not a latency: write it like 30us or 0.5ms.")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def bytes_a_second(text: str) -> float:
+    """Of 10Gbit. Raises ClusterError."""
+    found = re.fullmatch(r"([\d.]+)\s*([kmgt])bit(/s)?", str(text).strip().lower())
+    if found is None or float(found[1]) <= 0:
+        raise ClusterError(f"{text!r} is not a bandwidth: write it like 500Mbit or 10Gbit.")
+    return float(found[1]) * _BITS[found[2]] / 8
+
+
+def link(latency: str, bandwidth: str) -> AlphaBeta:
+    return AlphaBeta(seconds(latency), 1 / bytes_a_second(bandwidth))
+
+
+def read(path: Path) -> Cluster:
+    """Raises ClusterError, of one sentence that names the file."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise ClusterError(f"{path} cannot be read as a cluster ({why}): see python -m dear plan --help.") from error
+    try:
+        return described(found)
+    except ClusterError as error:
+        raise ClusterError(f"{path}: {error}") from None
+
+
+def described(found: Any) -> Cluster:
+    """The cluster that a mapping describes. Raises ClusterError."""
+    if not isinstance(found, dict):
+        raise ClusterError(f"A cluster is a mapping with entries such as nodes and link, not {type(found).__name__}.")
+    unknown = [key for key in found if key not in KEYS]
+    if unknown:
+        raise ClusterError(f"{unknown[0]!r} is no entry of a cluster: known are {', '.join(KEYS)}.")
+    given: dict[str, Any] = {
+        key: _number(found, key, whole=True) for key in ("nodes", "devices_per_node") if key in found
+    }
+    if "nodes" not in given:
+        raise ClusterError("nodes is missing: say how many there are.")
+    given |= {key: _number(found, key) for key in ("straggler", "jitter") if key in found}
+    if "algorithm" in found:
+        given["algorithm"] = found["algorithm"]
+    if "device" in found:
+        given["device"] = _device(found["device"])
+    for key in ("link", "inner"):
+        if key in found:
+            entries = found[key] if isinstance(found[key], list) else [found[key]]
+            if isinstance(found[key], list) and len(entries) not in (1, given["nodes"]):
+                raise ClusterError(f"{key} lists {len(entries)} links for {given['nodes']} nodes: list one for each.")
+            given[key] = slowest([_link(entry, key) for entry in entries])
+    if "collectives" in found:
+        given["collectives"] = _lines(found["collectives"])
+    return Cluster(**given)
+
+
+def _number(found: Mapping[str, Any], key: str, whole: bool = False) -> float:
+    value = found[key]
+    kind: Any = int if whole else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < math.inf or (whole and value < 1):
+        raise ClusterError(f"{key} must be a {'whole ' if whole else ''}number, not {value!r}.")
+    return value  # type: ignore[no-any-return]
+
+
+def _link(entry: Any, key: str) -> AlphaBeta:
+    if not isinstance(entry, dict) or set(entry) != {"latency", "bandwidth"}:
+        raise ClusterError(f"{key} must have a latency and a bandwidth, and has {entry!r}.")
+    return link(entry["latency"], entry["bandwidth"])
+
+
+def _lines(entry: Any) -> dict[str, AlphaBeta]:
+    if not isinstance(entry, dict) or not entry or not set(entry) <= set(PHASES):
+        raise ClusterError(f"collectives must name some of {', '.join(PHASES)}.")
+    lines = {}
+    for phase, line in entry.items():
+        if not isinstance(line, dict) or set(line) != {"alpha", "beta"}:
+            raise ClusterError(f"collectives: {phase} must have alpha and beta, in seconds and seconds per byte.")
+        lines[phase] = AlphaBeta(_number(line, "alpha"), _number(line, "beta"))
+        if lines[phase].beta > 1e-3 or lines[phase].alpha > 60:
+            raise ClusterError(f"collectives: {phase} takes {lines[phase]}, which no network does: check the units.")
+    if "all_reduce" not in lines and not {"reduce_scatter", "all_gather"} <= set(lines):
+        raise ClusterError("collectives must have all_reduce, or both reduce_scatter and all_gather.")
+    return lines
+
+
+def _device(entry: Any) -> Device:
+    if isinstance(entry, str):
+        try:
+            return device(entry)
+        except ValueError as error:
+            raise ClusterError(str(error)) from None
+    wanted = {"name", "tflops", "memory_gib", "bandwidth_gb"}
+    if not isinstance(entry, dict) or set(entry) != wanted:
+        raise ClusterError(f"device must be a name, or have exactly {', '.join(sorted(wanted))}.")
+    rates = [_number(entry, key) for key in ("tflops", "memory_gib", "bandwidth_gb")]
+    if not all(rates):
+        raise ClusterError("device must have rates and a memory above 0.")
+    return Device(str(entry["name"]), rates[0] * 1e12, rates[1] * GIB, rates[2] * 1e9, sustained=1.0)

@@ -1,0 +1,81 @@
+"""python -m dear info: versions, backends, devices, network interface and algorithm of this installation."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import dear._build
+from dear import _address, _version
+
+PACKAGES = ("numpy", "mpi4py", "lightning", "accelerate", "transformers", "rich", "matplotlib", "pyyaml")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(given: argparse.Namespace) -> None:
+    found = collected()
+    if given.json:
+        print(json.dumps(found, indent=1))
+        return
+    width = max(map(len, found))
+    for key, value in found.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        print(f"{key:{width}}  {text if text not in (None, '', []) else 'none'}")
+
+
+def collected() -> dict[str, Any]:
+    """By what a bug report wants to know. Holds no host name, no address and no path."""
+    cuda = torch.cuda.is_available()
+    return {
+        "dear": _version.__version__,
+        "built for torch": dear._build.TORCH,
+        "built for CUDA": dear._build.CUDA or None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "backends": [name for name in ("gloo", "nccl", "mpi", "ucc") if _available(name)],
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,  # type: ignore[no-untyped-call]
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "MPI": "through mpi4py" if importlib.util.find_spec("mpi4py") else None,
+        "interface": interface(),
+        "algorithm": 'host tensors under gloo: "ring", this library\'s connections; others: "native", the backend\'s',
+        "kernels": f"CPU, {torch.backends.cpu.get_cpu_capability()}" + (" and CUDA" if dear._build.CUDA else ""),
+        "checksums": "off" if os.environ.get("DEAR_CHECKSUM") == "0" else "on",
+        "shared key": "set" if os.environ.get("DEAR_SHARED_KEY") else "not set",
+        "packages": [f"{name} {version}" for name in PACKAGES if (version := _version_of(name))],
+    }
+
+
+def interface() -> str:
+    """The name of the interface whose address lanes would listen on, or why there is none."""
+    try:
+        address = _address.listening_address(os.environ)
+    except ValueError as error:
+        return str(error)
+    named = next((name for name, own in _address.interfaces() if own == address), None)
+    loopback = address.startswith("127.") or address == "::1"
+    return (named or "unknown") + (" (loopback: other hosts cannot reach it)" if loopback else "")
+
+
+def _available(backend: str) -> bool:
+    return bool(getattr(dist, f"is_{backend}_available", lambda: False)()) and sys.platform != "win32"
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

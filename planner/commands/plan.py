@@ -1,0 +1,165 @@
+"""python -m dear plan: a ranked table of ways of training, a sweep as a picture, or JSON. Everything is predicted."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import cluster as clusters
+from .. import models, profile
+from ..cluster import Cluster, ClusterError
+from ..devices import device
+from ..ranking import BASELINE, MIB, Choice, rank, ways
+from ..user_model import imported
+
+LABEL = "PREDICTED, not measured"
+BANDWIDTHS = ("100Mbit", "500Mbit", "1Gbit", "2.5Gbit", "10Gbit", "25Gbit", "100Gbit")
+WORKERS = (2, 4, 8, 16, 32, 64, 128, 256)
+SHOWN = ("ddp", BASELINE, "dear", "dear+bf16", "dear+power:4", "dear+acp:4")
+SWEEP_CAPS = (4 * MIB, 25 * MIB)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    known = ", ".join(models.MODELS)
+    parser.add_argument("--model", required=True, help=f"one of {known}; MODULE:CALLABLE; or a profile (.json)")
+    parser.add_argument("--cluster", type=Path, help="a YAML file, of your own or of python -m dear probe")
+    parser.add_argument("--workers", type=int, help="in place of a file: so many nodes of one device")
+    parser.add_argument("--bandwidth", help="of a node's link, such as 10Gbit")
+    parser.add_argument("--latency", default="30us", help="of a link (30us)")
+    parser.add_argument("--device", help="such as a100 (which it is by default)")
+    parser.add_argument("--batch", type=int, default=32, help="examples of one worker and step (32)")
+    parser.add_argument("--step-ms", type=float, help="forward and backward of one worker by itself, if you know it")
+    parser.add_argument("--compressors", default="bf16,power:4,power:8,acp:4,topk:0.01,sign", help="to compare")
+    parser.add_argument("--sweep", choices=("bandwidth", "workers"), help="speed-ups over it, as a picture")
+    parser.add_argument("--picture", type=Path, default=Path("out/sweep.png"), help="where the sweep's goes")
+    parser.add_argument("--json", type=Path, help="write everything there")
+
+
+def run(given: argparse.Namespace) -> None:
+    cluster = _cluster(given)
+    model, activations = _profile(given, cluster)
+    console = Console() if Console().is_terminal else Console(width=160)
+    found = rank(model, cluster, ways([name for name in given.compressors.split(",") if name]), activations)
+    console.print(_table(model, cluster, found))
+    console.print(
+        f"Speed-ups are over DDP with torch's 16-bit hook at its best bucket size. Computing takes "
+        f"{1e3 * model.compute:.4g} ms. Ways in italics lose something of each gradient: see Compression and loss.",
+        highlight=False,
+    )
+    payload = {
+        "label": LABEL,
+        "model": model.name,
+        "workers": cluster.workers,
+        "compute_seconds": model.compute,
+        "choices": [dataclasses.asdict(choice) for choice in found],
+    }
+    if given.sweep:
+        swept = sweep(given.sweep, model, cluster)
+        draw(swept, given.sweep, model, given.picture)
+        payload["sweep"] = {"over": given.sweep, "speedups": swept}
+        console.print(f"{LABEL}: the sweep over {given.sweep} is in {given.picture}.", highlight=False)
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(payload, indent=1) + "\n")
+
+
+def _cluster(given: argparse.Namespace) -> Cluster:
+    if given.cluster is not None:
+        if given.workers is not None or given.bandwidth is not None:
+            raise ClusterError("--cluster says it all: leave --workers and --bandwidth out.")
+        found = clusters.read(given.cluster)
+        return dataclasses.replace(found, device=device(given.device)) if given.device else found
+    if given.workers is None or given.bandwidth is None:
+        raise ClusterError("Nothing says what the cluster is: give --cluster, or --workers and --bandwidth.")
+    return Cluster(
+        given.workers, device=device(given.device or "a100"), link=clusters.link(given.latency, given.bandwidth)
+    )
+
+
+def _profile(given: argparse.Namespace, cluster: Cluster) -> tuple[profile.Profile, float]:
+    """And the bytes of activations, as far as they are known."""
+    if given.batch < 1 or (given.step_ms is not None and not given.step_ms > 0):
+        raise ValueError("--batch and --step-ms must be above 0.")
+    if given.model.endswith(".json"):
+        return profile.read(Path(given.model)), 0.0
+    model = imported(given.model) if ":" in given.model else models.built_in(given.model)
+    if given.step_ms is not None:
+        compute = given.step_ms / 1e3
+    elif model.operations:
+        each = (1 + models.BACKWARD) * model.operations / (cluster.device.operations * cluster.device.sustained)
+        compute = given.batch * each
+    else:
+        raise ValueError(f"How long {given.model} computes is not known: give --step-ms.")
+    update = model.parameters * models.UPDATE_BYTES / cluster.device.bandwidth
+    return model.profile(compute, update), given.batch * model.activations
+
+
+def _table(model: profile.Profile, cluster: Cluster, found: Sequence[Choice]) -> Table:
+    title = (
+        f"{LABEL} · {model.name}, {model.elements / 1e6:.4g} M parameters · {cluster.workers} × {cluster.device.name}"
+    )
+    made = Table(title=title)
+    for name in ("way", "step ms", f"× {BASELINE}", "exposed ms", "GiB", "the line of code"):
+        made.add_column(name, justify="left" if name in ("way", "the line of code") else "right", no_wrap=name == "way")
+    for each in found:
+        memory = f"{each.memory / (1 << 30):.1f}" + ("" if each.fits else ", does not fit")
+        step, exposed = f"{1e3 * each.step.seconds:.1f}", f"{1e3 * each.step.exposed:.1f}"
+        style = "" if each.exact else "italic"
+        made.add_row(
+            each.name, step, f"{each.speedup:.2f}", exposed, memory, each.code.replace("[", r"\["), style=style
+        )
+    return made
+
+
+def sweep(over: str, model: profile.Profile, cluster: Cluster) -> dict[str, list[tuple[float, float]]]:
+    """Speed-ups over tuned 16-bit DDP, by way: pairs of a bandwidth in bit/s or a number of workers, and it.
+
+    Raises ClusterError where the cluster has measured collectives, which hold for it alone.
+    """
+    if cluster.link is None:
+        raise ClusterError("A sweep changes the links, and this cluster has measured collectives: describe its link.")
+    if over == "bandwidth":
+        points = [(8 * clusters.bytes_a_second(text), clusters.link("1us", text).beta) for text in BANDWIDTHS]
+        tried = [
+            (at, dataclasses.replace(cluster, link=dataclasses.replace(cluster.link, beta=beta))) for at, beta in points
+        ]
+    else:
+        tried = [
+            (float(count), dataclasses.replace(cluster, nodes=count))
+            for count in WORKERS
+            if count * cluster.devices_per_node > 1
+        ]
+    chosen = [way for way in ways() if way.name in SHOWN]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in SHOWN}
+    for at, other in tried:
+        for choice in rank(model, other, chosen, caps=SWEEP_CAPS):
+            found[choice.name].append((at, choice.speedup))
+    return found
+
+
+def draw(swept: dict[str, list[tuple[float, float]]], over: str, model: profile.Profile, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, pairs in swept.items():
+        axes.plot(*zip(*pairs, strict=True), marker="o", label=name)
+    axes.set_xscale("log", base=10 if over == "bandwidth" else 2)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("bit/s of a link" if over == "bandwidth" else "nodes")
+    axes.set_ylabel(f"speed-up over {BASELINE}")
+    axes.set_title(f"{LABEL}: {model.name}")
+    axes.grid(alpha=0.25)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,108 @@
+"""Ways of training side by side: the time of a step, memory, and the line of code, the fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cluster import Cluster
+from .codecs import EXACT, Codec, codec
+from .profile import Profile
+from .simulate import Method, Step, step
+
+MIB = float(1 << 20)
+CAPS = tuple(MIB * size for size in (1, 4, 16, 25, 64))
+BASELINE = "ddp+fp16"
+LOSSY = ("power", "acp", "topk", "sign", "int8", "fp8")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training as the table names it. exact: no gradient loses more than rounding to 16 bits."""
+
+    name: str
+    schedule: str
+    codec: Codec = EXACT
+    exact: bool = True
+    tuned: bool = True  # over sizes of fusion groups
+
+    def code(self, cap: float | None) -> str:
+        size = "" if cap is None else f", bucket_cap_mb={cap / MIB:g}"
+        match self.schedule:
+            case "ddp":
+                hook = "; model.register_comm_hook(None, fp16_compress_hook)" if self.codec is not EXACT else ""
+                return f"model = DDP(net{size}){hook}"
+            case "fsdp2":
+                return "fully_shard(block, reshard_after_forward=False)"
+            case "hook":
+                return f"model = DDP(net{size}); compress.register(model, {self.codec.code})"
+        chosen = f', update="{self.schedule}"' if self.codec is EXACT else f", compressor={self.codec.code}"
+        return f"dear.attach(model, optimizer{chosen}{size})"
+
+
+def ways(compressors: Sequence[str] = ("bf16", "power:4", "power:8", "acp:4", "topk:0.01", "sign")) -> list[Way]:
+    found = [
+        Way("ddp", "ddp"),
+        Way(BASELINE, "ddp", codec("fp16")),
+        Way("fsdp2", "fsdp2", tuned=False),
+        Way("dear", "sharded"),
+        Way("dear:owned", "owned"),
+        Way("dear:replicated", "replicated"),
+    ]
+    for name in compressors:
+        exact = name.partition(":")[0] not in LOSSY
+        found += [Way(f"dear+{name}", "replicated", codec(name), exact), Way(name, "hook", codec(name), exact)]
+    return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Predicted. cap: of the fusion groups, None where there is none. speedup: over DDP with 16 bits at its best size.
+    memory: bytes of one worker. fits: in its device."""
+
+    name: str
+    step: Step
+    cap: float | None
+    speedup: float
+    memory: float
+    fits: bool
+    exact: bool
+    code: str
+
+
+def rank(
+    profile: Profile, cluster: Cluster, chosen: Sequence[Way], activations: float = 0.0, caps: Sequence[float] = CAPS
+) -> list[Choice]:
+    """Every way at its best fusion size; those that fit come first, and of them the fastest.
+
+    activations: bytes that one worker's batch keeps from forward to backward.
+    """
+    network, machine = cluster.network(), cluster.machine()
+
+    def best(way: Way) -> tuple[Step, float | None]:
+        sizes = [cap for cap in caps if cap <= max(MIB, profile.bytes)] if way.tuned else [None]
+        tried = [(step(profile, network, machine, Method(way.schedule, way.codec, cap)), cap) for cap in sizes]
+        return min(tried, key=lambda each: each[0].seconds)
+
+    baseline, _ = best(Way(BASELINE, "ddp", codec("fp16")))
+    made = []
+    for way in chosen:
+        found, cap = best(way)
+        memory = memory_bytes(way, profile, cluster.workers) + activations
+        speedup = baseline.seconds / found.seconds
+        fits = memory <= cluster.device.memory
+        made.append(Choice(way.name, found, cap, speedup, memory, fits, way.exact, way.code(cap)))
+    return sorted(made, key=lambda each: (not each.fits, each.step.seconds))
+
+
+def memory_bytes(way: Way, profile: Profile, workers: int, state: float = 2.0) -> float:
+    """Parameters, gradients, optimizer state (``state`` numbers for each parameter, Adam's by default) and error
+    feedback of one worker."""
+    own = 1 / workers
+    parameters = gradients = 1.0
+    error = 1.0 if not way.exact else 0.0
+    if way.schedule == "fsdp2":
+        parameters, gradients, state = 1.0 + own, own, state * own
+    elif way.schedule in ("sharded", "owned"):
+        gradients, state = 1.0 + own, state * own
+    return (parameters + gradients + state + error) * profile.elements * 4

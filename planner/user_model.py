@@ -1,0 +1,36 @@
+"""A model of the user's own, by the name it is imported under."""
+
+from __future__ import annotations
+
+import importlib
+
+from .models import Block, Model
+
+
+def imported(name: str) -> Model:
+    """Of MODULE:CALLABLE, which is called without arguments; on torch's meta device, so that no memory is needed.
+
+    Each module that has parameters is a layer. Computing is shared out by parameters, since operations need inputs.
+
+    Raises ValueError, of one sentence: it does not import, it is no module of torch, or it has no parameters.
+    """
+    import torch
+
+    module, _, attribute = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+        with torch.device("meta"):
+            net = make()
+    except Exception as error:  # whatever a stranger's code raises
+        raise ValueError(f"Model {name} cannot be imported and made ({type(error).__name__}: {error}).") from error
+    if not isinstance(net, torch.nn.Module):
+        raise ValueError(f"Model {name} makes a {type(net).__name__}, which is no torch.nn.Module.")
+    blocks = []
+    for path, part in net.named_modules():
+        shapes = tuple(tuple(each.shape) for each in part.parameters(recurse=False) if each.requires_grad)
+        if shapes:
+            elements = sum(each.numel() for each in part.parameters(recurse=False) if each.requires_grad)
+            blocks.append(Block(path or "model", shapes, float(elements)))
+    if not blocks:
+        raise ValueError(f"Model {name} has no parameters that need a gradient: there is nothing to exchange.")
+    return Model(name, "computing shared out by parameters", tuple(blocks))

@@ -1,0 +1,201 @@
+"""python -m dear: plans of built-in models and clusters, what is refused, the probe, and the trace's form."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import dear
+from planner import cluster, profile, tracing
+from planner.__main__ import main
+from planner.cluster import ClusterError, described
+from planner.commands import info, probe
+from planner.models import built_in
+from planner.ranking import memory_bytes, rank, ways
+
+PLAN = ["plan", "--model", "bert-base", "--compressors", "acp:4"]
+OPTIONS = ["--workers", "64", "--bandwidth", "10Gbit", "--latency", "30us"]
+GOOD: dict[str, Any] = {"nodes": 4, "device": "v100", "link": {"latency": "30us", "bandwidth": "10Gbit"}}
+
+
+def test_a_plan_ranks_ways_and_labels_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    main([*PLAN, *OPTIONS, "--step-ms", "300", "--json", str(out)])
+    assert "PREDICTED, not measured" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["label"].startswith("PREDICTED") and found["workers"] == 64
+    assert found["compute_seconds"] == pytest.approx(0.3, rel=0.05)
+    times = [each["step"]["seconds"] for each in found["choices"]]
+    assert times == sorted(times) and min(times) > 0.3
+    by_name = {each["name"]: each for each in found["choices"]}
+    assert by_name["ddp+fp16"]["speedup"] == pytest.approx(1) and not by_name["acp:4"]["exact"]
+    assert by_name["dear"]["code"].startswith('dear.attach(model, optimizer, update="sharded", bucket_cap_mb=')
+    assert by_name["dear"]["memory"] < by_name["ddp"]["memory"]
+
+
+def test_a_sweep_is_a_picture(tmp_path: Path) -> None:
+    picture, out = tmp_path / "s.png", tmp_path / "s.json"
+    main(
+        [
+            "plan",
+            "--model",
+            "gpt",
+            "--compressors",
+            "",
+            *OPTIONS,
+            "--sweep",
+            "workers",
+            "--picture",
+            str(picture),
+            "--json",
+            str(out),
+        ]
+    )
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    speedups = json.loads(out.read_text())["sweep"]["speedups"]
+    assert [at for at, _ in speedups["dear"]] == [2, 4, 8, 16, 32, 64, 128, 256]
+    assert all(value == pytest.approx(1) for _, value in speedups["ddp+fp16"])
+
+
+def test_what_does_not_fit_comes_last() -> None:
+    model = built_in("llama-7b").profile(10.0)
+    on = described({**GOOD, "nodes": 64})
+    found = rank(model, on, [way for way in ways(()) if way.name in ("ddp", "fsdp2")], caps=[64 * 2.0**20])
+    assert [(each.name, each.fits) for each in found] == [("fsdp2", True), ("ddp", False)]
+    dense = next(way for way in ways(()) if way.name == "ddp")
+    assert memory_bytes(dense, model, 64) == 16 * model.elements  # parameters, gradients, and Adam's two
+
+
+def test_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--model", "benchmarks.training.gpt:GPT", "--step-ms", "500", "--compressors", "", *OPTIONS])
+    assert "10.89 M parameters" in capsys.readouterr().out
+    profile.write(built_in("gpt").profile(0.5, 0.01), tmp_path / "gpt.json")
+    assert profile.read(tmp_path / "gpt.json") == built_in("gpt").profile(0.5, 0.01)
+    main(["plan", "--model", str(tmp_path / "gpt.json"), "--compressors", "", *OPTIONS])
+    assert "10.89 M parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (PLAN, "Nothing says what the cluster is"),
+        (["plan", "--model", "vgg", *OPTIONS], "Model 'vgg' is not built in"),
+        (["plan", "--model", "nowhere:Net", *OPTIONS], "Model nowhere:Net cannot be imported"),
+        (["plan", "--model", "benchmarks.training.gpt:GPT", *OPTIONS, "--step-ms", "-1"], "must be above 0"),
+        (["plan", "--model", "torch.nn:ReLU", *OPTIONS], "no parameters"),
+        ([*PLAN, "--workers", "1", "--bandwidth", "10Gbit"], "2 workers or more"),
+        ([*PLAN, "--workers", "4", "--bandwidth", "fast"], "'fast' is not a bandwidth"),
+        ([*PLAN, *OPTIONS, "--latency", "30"], "'30' is not a latency"),
+        ([*PLAN, *OPTIONS, "--device", "abacus"], "Device 'abacus' is not known"),
+        ([*PLAN[:-1], "zip", *OPTIONS], "Compressor 'zip' is not known"),
+        ([*PLAN, "--cluster", "nowhere.yaml"], "nowhere.yaml cannot be read as a cluster"),
+        ([*PLAN, "--cluster", "x.yaml", *OPTIONS], "leave --workers and --bandwidth out"),
+        (["trace", "nowhere.py"], "There is no script nowhere.py"),
+        (["dance"], "invalid choice: 'dance'"),
+    ],
+)
+def test_mistakes_get_one_sentence(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code in (1, 2) and says in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"nodes": 0}, "nodes must be a whole number, not 0"),
+        ({"nodes": True}, "nodes must be a whole number, not True"),
+        ({"speed": 3}, "'speed' is no entry of a cluster"),
+        ({"link": "10Gbit"}, "link must have a latency and a bandwidth"),
+        ({"link": {"latency": "30us", "bandwidth": "-1Gbit"}}, "'-1Gbit' is not a bandwidth"),
+        ({"link": [GOOD["link"]] * 3}, "lists 3 links for 4 nodes"),
+        ({"algorithm": "star"}, "algorithm must be one of"),
+        ({"straggler": 0.5}, "straggler must be 1 or more"),
+        ({"straggler": float("nan")}, "straggler must be a number"),
+        ({"device": {"name": "mine"}}, "device must be a name, or have exactly"),
+        ({"collectives": {"gossip": {}}}, "collectives must name some of"),
+        ({"collectives": {"all_gather": {"alpha": 0, "beta": 0}}}, "must have all_reduce, or both"),
+        ({"collectives": {"all_reduce": {"alpha": 1, "beta": 8}}}, "which no network does"),
+        ({"collectives": {"all_reduce": {"alpha": -1, "beta": 0}}}, "alpha must be a number, not -1"),
+    ],
+)
+def test_a_cluster_that_lies_is_refused(changes: dict[str, Any], says: str) -> None:
+    assert described(GOOD).workers == 4
+    with pytest.raises(ClusterError, match=says):
+        described(GOOD | changes)
+
+
+def test_the_slowest_link_counts(tmp_path: Path) -> None:
+    slow = {"latency": "1ms", "bandwidth": "1Gbit"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(GOOD | {"link": [GOOD["link"]] * 3 + [slow]}))
+    assert cluster.read(tmp_path / "c.yaml").link == cluster.link("1ms", "1Gbit")
+
+
+def probed(rank: int, world: int) -> dict[str, Any]:
+    torch.manual_seed(rank)
+    probe.SIZES = (1 << 12, 1 << 16)  # type: ignore[assignment]
+    return {phase: (line.alpha, line.beta) for phase, line in probe.fitted(probe.measure(1e9)).items()}
+
+
+def test_a_probe_measures_every_phase_alike_on_every_rank(pool2: Any, tmp_path: Path) -> None:
+    first, second = pool2.run(probed)
+    assert first == second and set(first) == {"all_reduce", "reduce_scatter", "all_gather", "all_to_all"}
+    lines = {phase: cluster.AlphaBeta(*line) for phase, line in first.items()}
+    probe.write(tmp_path / "c.yaml", 2, lines, "a100")
+    assert cluster.read(tmp_path / "c.yaml").network().phases["all_reduce"][0].line == lines["all_reduce"]
+
+
+def test_times_that_follow_no_line_are_refused() -> None:
+    sizes = [1 << power for power in (12, 15, 18, 20)]
+    with pytest.raises(ValueError, match="The times of all_reduce follow no line"):
+        probe.fitted({"all_reduce": (sizes, [5.0, 1e-4, 8.0, 1e-4])})
+
+
+def traced(rank: int, world: int, folder: str) -> str:
+    torch.manual_seed(1)
+    model = DDP(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = dear.attach(model, optimizer)
+    tracer = tracing.Tracer(engine, model, Path(folder) / "trace.json", steps=2, skip=2)
+    for _ in range(6):
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    engine.detach()
+    assert tracer.done
+    return str(tracer.path)
+
+
+def test_a_trace_has_two_steps_of_compute_and_both_lanes(pool2: Any, tmp_path: Path) -> None:
+    for path in pool2.run(traced, str(tmp_path)):
+        events = json.loads(Path(path).read_text())["traceEvents"]
+        shown = [event for event in events if event["ph"] == "X"]
+        assert {"compute", "reduce-scatter", "all-gather"} <= {event["cat"] for event in shown}
+        names = [event["name"] for event in shown]
+        assert names.count("forward 0") == names.count("forward 2") == 2
+        # A part's backward begins with the gradient of its output.
+        assert names.count("backward 0") == names.count("backward 2") == 2
+        assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in shown)
+
+
+def test_info_is_fit_for_a_bug_report(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["info", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"] == torch.__version__ and "gloo" in found["backends"]
+    assert found == info.collected() and not any("/" in str(value) for value in found["packages"])
+
+
+@pytest.mark.slow
+def test_the_command_starts_where_dear_is() -> None:
+    found = subprocess.run([sys.executable, "-m", "dear", "--help"], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0 and all(name in found.stdout for name in ("plan", "info", "probe", "trace"))
