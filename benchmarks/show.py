@@ -18,6 +18,7 @@ from .demo import show as demo
 from .kernels import show as kernels_table
 from .memory import show as memory
 from .records import SourceError, load
+from .second_order import show as second_order
 from .training import seeds
 from .training import show as training
 
@@ -46,6 +47,7 @@ TABLES: dict[str, Show] = {
     "bandwidth": bandwidth.show_file,
     "memory": lambda payload, console: memory.show(payload["cells"], console),
     "demo": demo.show,
+    "second_order": _each_cell(second_order.show),
 }
 
 

@@ -24,7 +24,8 @@ class ACPSGD(LowRank):
     the other factor is the same on all ranks.
 
     Args:
-        rank, rank_of, exempt: see :class:`compress.low_rank.LowRank`. ``"auto"`` is a quarter of the smaller side.
+        rank: ``"auto"`` is a quarter of the smaller side; :class:`compress.low_rank.LowRank` has the rest, ``rank_of``
+            and ``exempt``.
         min_compression_ratio: of n m to (n + m) r / 2.
         Others: see :class:`compress.Compressor`.
 

@@ -17,11 +17,12 @@ from compress.checks import REMEDY, check_bucket, facts
 from compress.contract import Contract
 from compress.group import Group, Member, matrix_shape
 from compress.groups import make_group, parts_of_bucket
-from compress.saved import check_parameters
+from compress.lanes import one_level_lanes, two_level_lanes
+from compress.saved import check_nodes, check_parameters
 from dear import _C
 from dear._agree import agree
 from dear._objects import all_gather_object
-from dear.collectives import choose_algorithm, group_timeout, make_lane, shard_range
+from dear.collectives import choose_algorithm, group_timeout, shard_range
 
 
 class Binding:
@@ -37,19 +38,18 @@ class Binding:
         lanes: Sequence[_C.Lane] = (),
         algorithm: str | None = None,
     ) -> None:
-        """Collective. ``lanes`` are those for the first stages that there are already."""
+        """Collective. ``lanes`` are those for the first stages that there are already; in two levels they are not
+        used."""
         ranks = compressor.ranks()
         timeout = group_timeout(ranks, device)
         chosen = choose_algorithm(ranks, device, algorithm)
-        lanes = list(lanes)
-        for stage in range(len(lanes), max(2, compressor.exchanges)):
-            lanes.append(make_lane(ranks, f"compress {stage}", chosen, timeout))
-        all_to_alls: list[_C.Lane | None] = [None] * len(lanes)
-        for stage in compressor.all_to_alls:
-            all_to_alls[stage] = make_lane(ranks, f"compress all-to-all {stage}", chosen, timeout, all_to_all=True)
+        if compressor.levels is None:
+            made = one_level_lanes(compressor, lanes, chosen, timeout)
+        else:
+            made = two_level_lanes(compressor, chosen, timeout, compressor.levels.nodes)
         self.compressor = compressor
-        self.pipeline = _C.Pipeline(lanes, all_to_alls, device)  # type: ignore[arg-type]  # the stub knows no None
-        self._lane, self._device = lanes[1], device
+        self.pipeline = _C.Pipeline(made.by_stage, made.all_to_alls, device, ranks.rank())  # type: ignore[arg-type]  # None
+        self._lane, self._device = made.everyone, device
         self.pipeline.steps = compressor.initial_step
         self._measure = compressor.measure_first
         compressor.measure_first = False
@@ -109,6 +109,7 @@ class Binding:
         def look() -> dict[str, Any]:
             check_bucket(names, params, source)
             chosen = compressor.choose(dict(zip(names, params, strict=True)))
+            check_nodes(compressor)
             check_parameters(compressor, sizes)
             return facts(compressor) | chosen | {"the parameters of a bucket": sizes, "seed": compressor.seed}
 

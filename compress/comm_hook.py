@@ -2,10 +2,11 @@
 
 Note [What a hook sees of the model]
 DDP hands over buckets of parameters, never their names, and rebuilds the buckets once, at the second step. State is
-kept by name. :func:`register` knows the names. Under DDP's own ``register_comm_hook`` each parameter is called by the
-order in which it was first seen and its shape, "parameter 3 [16, 37]", and recognised by identity from then on; the
-order is that of the first backward pass, which is the same on all ranks and whenever the same model is trained, so
-saved state fits. States saved under the two kinds of names do not mix.
+kept by name. :func:`register` knows the names, and has DDP rebuild at the end of the first backward pass. Under DDP's
+own ``register_comm_hook`` each parameter is called by the order in which it was first seen and its shape, "parameter 3
+[16, 37]", and recognised by identity from then on; the order is that of the first backward pass, which is the same on
+all ranks and whenever the same model is trained, so saved state fits. States saved under the two kinds of names do not
+mix.
 """
 
 # Annotations are not postponed here: DDP compares a hook's with the types themselves.
@@ -20,8 +21,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from compress.checks import REMEDY, check_new, facts
 from compress.compressor import Compressor
 from compress.hook_binding import HookBinding
+from compress.two_levels import TwoLevels
 from dear import _ddp
 from dear._agree import agree
+from dear._nodes import Hierarchy, check_hierarchy, find_nodes
 from dear.compression import check_kind
 
 
@@ -51,13 +54,19 @@ def _value(future: Future[Tensor]) -> Tensor:
     return future.value()
 
 
-def register(model: DDP, compressor: Compressor) -> None:
+def register(model: DDP, compressor: Compressor, *, hierarchy: Hierarchy = None) -> None:
     """Makes ``compressor`` the communication hook of a DDP module, natively: no step takes the interpreter lock.
 
     As ``model.register_comm_hook(compressor, compress.comm_hook)``; and it checks first what can be checked, saves
     state under the names of ``model.module``, and keeps the error feedback of parameters that no rank has used in a
     step, which that call cannot know. Compressors written in Python take the lock for their own work only. Every rank
     must call it.
+
+    Args:
+        model: the DDP module, without a communication hook.
+        compressor: one of two exchanges a step, where there is a hierarchy.
+        hierarchy: ``"node"`` averages inside each node first, and compresses between nodes alone; see
+            :func:`dear.attach`.
 
     Raises:
         TypeError, ValueError, RuntimeError: this cannot work; one sentence says why, on every rank, and nothing has
@@ -66,12 +75,14 @@ def register(model: DDP, compressor: Compressor) -> None:
     _ddp.check_kind(model, "compress.register()")
 
     def look() -> dict[str, Any]:
-        known = check_new(compressor, model, "compress.register()")
+        known = check_new(compressor, model, "compress.register()", hierarchy is not None)
         _ddp.check_hookable(model)
-        return known
+        check_hierarchy(hierarchy)
+        return known | {"hierarchy": hierarchy}
 
     agree(model.process_group, look, REMEDY)
     compressor.process_group = model.process_group
+    compressor.levels = TwoLevels.between(find_nodes(model.process_group, hierarchy), model)
     device = next(iter(model.module.parameters())).device
     compressor.binding = HookBinding(compressor, device, model)
     compressor.binding.register()

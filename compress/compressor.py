@@ -109,9 +109,9 @@ class Compressor(Contract):
 
     # --- for dear.attach ---
 
-    def check_new(self, model: DDP, caller: str) -> dict[str, Any]:
+    def check_new(self, model: DDP, caller: str, two_levels: bool) -> dict[str, Any]:
         """See :class:`dear.compression.Compressor`."""
-        return checks.check_new(self, model, caller)
+        return checks.check_new(self, model, caller, two_levels)
 
     def bind_to_schedule(self, site: Site) -> ScheduleBinding:
         """See :class:`dear.compression.Compressor`."""

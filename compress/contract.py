@@ -60,6 +60,7 @@ class Contract:
         self.feedback = Feedback()
         self.groups: dict[tuple[str, ...], Group] = {}
         self.binding: Any = None  # what feeds this compressor, once it serves a model: a compress.binding.Binding
+        self.levels: Any = None  # a compress.two_levels.TwoLevels, where it works between nodes alone
         self.measure_first = False  # measure() was called before there was a binding
         self.initial_step = 0  # without a binding, which counts them
         self.loaded: dict[str, Any] | None = None  # what load_state_dict() was given and no group has taken yet

@@ -30,6 +30,9 @@ class GeneratedCodec:
     def stages(self, step: int) -> int:
         return self._alive().exchanges
 
+    def all_to_all(self, step: int, stage: int) -> bool:
+        return stage in self._alive().all_to_alls
+
     def compresses(self, step: int) -> bool:
         return True
 

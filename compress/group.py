@@ -79,6 +79,7 @@ class Group:
     buffers: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = field(default_factory=dict)
     private: Any = None  # the compressor's own
     codec: Any = None  # what drives it, native
+    inner: Group | None = None  # in two levels: this rank's members of it, among nodes
     dropped: Tensor = field(init=False)
     nonfinite: Tensor | None = None  # not zero somewhere if any rank dropped anything
 
@@ -106,3 +107,8 @@ def settle_errors(groups: Iterable[Group]) -> None:
     flight."""
     for group in groups:
         group.codec.settle()
+
+
+def compressed_here(groups: Iterable[Group]) -> list[Group]:
+    """What this rank compresses of the groups: in two levels its members of them."""
+    return [group if group.inner is None else group.inner for group in groups]

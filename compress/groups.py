@@ -15,7 +15,7 @@ def parts_of_bucket(compressor: Contract, sizes: dict[str, int], device: torch.d
     """How a bucket of these parameters (name: elements) is cut into groups: as a loaded state cut it, else by
     ``compressor.part_numel``. Exempt parameters are a group of their own, unless they travel with the others.
 
-    DDP begins with one bucket and rebuilds it at the second step; a resumed run begins with the groups it had.
+    DDP begins with one bucket and rebuilds it after the first pass; a resumed run begins with the groups it had.
     """
     saved = compressor.loaded["layout"] if compressor.loaded else []
     parts = [part for part in saved if set(part) <= set(sizes)]
@@ -41,14 +41,22 @@ def make_group(
         compressor.groups.pop(old).codec.settle()  # its error feedback moves to the new group
     ranks = compressor.ranks()
     group = Group(members, dtype, device, ranks.rank(), ranks.size(), label)
-    compressor.feedback.world = ranks.size()
+    if compressor.levels is None:
+        compressor.feedback.world = ranks.size()
+        _give_codec(compressor, group)
+    else:
+        compressor.levels.give_codec(compressor, group, _give_codec)
+    compressor.groups[key] = group
+    return group
+
+
+def _give_codec(compressor: Contract, group: Group) -> None:
+    key = group.names
     group.codec = _C.DenseCodec(group.device, group.rank, group.world)
     if not compressor.exempted.issuperset(key) and compressor.compresses(group):
         compressor.prepare(group)
         codecs = compressor.natives(group) or [(0, GeneratedCodec(compressor, group).native())]
         group.codec = _C.StagedCodec(group.device, compressor.start.native, group.codec, codecs)
-    compressor.groups[key] = group
-    return group
 
 
 def step_alone(compressor: Contract, group: Group) -> Steps:

@@ -29,6 +29,7 @@ class HookBinding(Binding):
 
     calls: _C.HookCalls | None = None  # of the native hook, counted
     _names_checked = False
+    _laid = False  # DDP's buckets, for good
     _begun = 0  # steps, before this model's first
 
     def __init__(self, compressor: Contract, device: torch.device, model: DDP | None = None) -> None:
@@ -66,6 +67,9 @@ class HookBinding(Binding):
         self._names = {id(param): name for name, param in model.module.named_parameters()}
         reduced = _ddp.reduced_parameters(model)
         self._order = _ddp.in_reducer_order(model, reduced)
+        self._learns_graph = model.static_graph and not model._has_rebuilt_buckets
+        if self._learns_graph:  # in the order of backward, which DDP would see in its second pass: Note [One layout]
+            self._order = _ddp.rebuild_reducer(model, _ddp.reducer_options(model), reduced, self._order[::-1])
         self._facts = Facts(_ddp.parameter_names(model), reduced)
         self.native.set_always_ended(_ddp.tracks_unused(model))
         self.calls = _ddp.register_compressed(model, self.native)
@@ -81,6 +85,9 @@ class HookBinding(Binding):
         enter(model, look_again, lambda failed: None)
 
     def _look_again(self) -> None:
+        assert self._model is not None and self.calls is not None
+        if self._learns_graph and torch.is_grad_enabled():
+            _ddp.check_first_pass(self._model, self.calls.total, "compress.register()")
         self._own_calls.before_forward(self.steps > self._begun)
         if self._facts.changed():
             self._facts.check()
@@ -122,6 +129,17 @@ class HookBinding(Binding):
             # DDP drops the results for parameters that no rank has used.
             used = {self._names[id(param)] for param in _ddp.used_parameters(self._model, self._order) or ()}
             keep_unused(bounds, lambda name: name not in used, self.compressor.feedback.errors)
+        self._lay_buckets()
+
+    def _lay_buckets(self) -> None:
+        """The layout of the first pass becomes that of all others, before anything is saved: owners have another error
+        feedback in another layout. See Note [One layout] in :mod:`dear._schedule`."""
+        if self._model is None or self._laid:
+            return
+        self._laid = True
+        if not self._model.find_unused_parameters or self._model.static_graph:
+            self._own_calls.before_rebuild()
+            _ddp.rebuild_buckets(self._model, self.native)
 
     def _spoil(self, bound: Bound) -> None:
         for name in bound.group.names:

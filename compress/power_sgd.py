@@ -20,7 +20,8 @@ class PowerSGD(LowRank):
     other, (n + m) r elements for a matrix; dense members travel in the first.
 
     Args:
-        rank, rank_of, exempt: see :class:`compress.low_rank.LowRank`. ``"auto"`` is an eighth of the smaller side.
+        rank: ``"auto"`` is an eighth of the smaller side; :class:`compress.low_rank.LowRank` has the rest, ``rank_of``
+            and ``exempt``.
         min_compression_ratio: of n m to (n + m) r.
         Others: see :class:`compress.Compressor`.
 

@@ -34,6 +34,7 @@ def save(compressor: Contract, gather: bool) -> State:
         "seed": compressor.seed,
         "rank": ranks.rank(),
         "world_size": ranks.size(),
+        "nodes": nodes_of(compressor),
         "layout": layout,
         "exempt": sorted(compressor.exempted),
         **compressor.feedback.state(),
@@ -65,6 +66,24 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
         compressor.binding.forget_groups(mine["step"])
     compressor.groups.clear()
     compressor.loaded = mine
+
+
+def nodes_of(compressor: Contract) -> list[list[int]] | None:
+    """The ranks by node, where the compressor works between nodes alone."""
+    return None if compressor.levels is None else [list(node) for node in compressor.levels.nodes.ranks]
+
+
+def check_nodes(compressor: Contract) -> None:
+    """Refuses a loaded state whose error feedback is of other nodes' means.
+
+    Raises:
+        ValueError: one sentence says which nodes it was saved with.
+    """
+    if compressor.loaded and compressor.loaded.get("nodes") != nodes_of(compressor):
+        raise ValueError(
+            f"The state loaded was saved with the nodes {compressor.loaded.get('nodes')}, not {nodes_of(compressor)}: "
+            "give hierarchy as it was when the state was saved."
+        )
 
 
 def loaded_names(compressor: Contract) -> set[str]:

@@ -12,6 +12,7 @@ from compress.binding import Binding
 from compress.bound import Bound
 from compress.contract import Contract
 from compress.outcome import keep_unused, treat_nonfinite
+from compress.two_levels import TwoLevels
 from dear import _C
 from dear._agree import agree
 from dear.compression import Site
@@ -29,6 +30,7 @@ class ScheduleBinding(Binding):
     def __init__(self, compressor: Contract, site: Site) -> None:
         """Collective."""
         compressor.process_group = site.model.process_group
+        compressor.levels = TwoLevels.between(site.nodes, site.model)
         super().__init__(compressor, site.device, lanes=site.lanes, algorithm=site.algorithm)
         self._names = {id(param): name for name, param in site.model.module.named_parameters()}
         self._optimizer = weakref.ref(site.optimizer)

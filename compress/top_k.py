@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from compress import ops
 from compress.compressor import Compressor
-from compress.group import Group
+from compress.group import Group, compressed_here
 from compress.stepwise import Stepwise
 from dear import _C
 
@@ -58,7 +58,7 @@ class TopK(Compressor):
         if not 1 <= slack < math.inf:
             raise ValueError(f"slack must be 1 or more, and finite, not {slack!r}.")
         self.density, self.selection, self.slack = density, selection, float(slack)
-        self._thresholds: dict[tuple[str, ...], float] = {}  # loaded, by group
+        self._thresholds: dict[tuple[str, ...], list[float]] = {}  # loaded, by group; one for each density
 
     def options(self) -> dict[str, Any]:
         return {"density": self.stages.said, "selection": self.selection, "slack": self.slack}
@@ -69,8 +69,8 @@ class TopK(Compressor):
 
     def natives(self, group: Group) -> list[tuple[int, _C.Codec]]:
         codecs = [self._codec(group, density) for _, density in self.stages.values]
-        if group.names in self._thresholds:
-            codecs[self._stage()].threshold.fill_(self._thresholds.pop(group.names))
+        for codec, threshold in zip(codecs, self._thresholds.pop(group.names, []), strict=False):
+            codec.threshold.fill_(threshold)
         group.private = codecs
         return [(begin, codec) for (begin, _), codec in zip(self.stages.values, codecs, strict=True)]
 
@@ -86,20 +86,16 @@ class TopK(Compressor):
             **self.codec_arguments(group),
         )
 
-    def own_state(self) -> dict[tuple[str, ...], float]:
+    def own_state(self) -> dict[tuple[str, ...], list[float]]:
         kept = {
-            names: float(group.private[self._stage()].threshold)
-            for names, group in self.groups.items()
+            group.names: [float(codec.threshold) for codec in group.private]
+            for group in compressed_here(self.groups.values())
             if group.private is not None
         }
         return self._thresholds | kept
 
-    def load_own_state(self, state: dict[tuple[str, ...], float]) -> None:
+    def load_own_state(self, state: dict[tuple[str, ...], list[float]]) -> None:
         self._thresholds = dict(state)
-
-    def _stage(self) -> int:
-        """Of the last step."""
-        return self.stages.index(self.step - 1)
 
     def _stretch(self, k: int) -> int:
         """One run of so many is sampled; 0 where the sample would be too small."""

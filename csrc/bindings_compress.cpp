@@ -5,6 +5,7 @@
 #include "compress/codecs/quantized.h"
 #include "compress/codecs/sign.h"
 #include "compress/codecs/topk.h"
+#include "compress/codecs/two_level.h"
 
 namespace dear::bindings {
 namespace {
@@ -16,7 +17,7 @@ using compress::StartStep;
 using OptionalTensor = std::optional<at::Tensor>;
 
 // A compressor written in Python: an object with advance(step, stage), stages(step), bind(gradient, result),
-// compresses(step) and nonfinite(), called with the GIL.
+// compresses(step), all_to_all(step, stage) and nonfinite(), called with the GIL.
 class PythonCodec : public Codec {
  public:
   PythonCodec(at::Tensor dropped, py::object object) : Codec(dropped.device()), object_(std::move(object)) {
@@ -34,6 +35,10 @@ class PythonCodec : public Codec {
   bool compresses(int64_t step) const override {
     const py::gil_scoped_acquire acquire;
     return object_.attr("compresses")(step).cast<bool>();
+  }
+  bool all_to_all(int64_t step, size_t stage) const override {
+    const py::gil_scoped_acquire acquire;
+    return object_.attr("all_to_all")(step, stage).cast<bool>();
   }
   void bind(at::Tensor gradient, at::Tensor result) override {
     const py::gil_scoped_acquire acquire;
@@ -93,6 +98,9 @@ void bind_codecs(py::module_& m) {
       .def(py::init<at::Tensor, py::object>(), py::arg("dropped"), py::arg("object"));
   py::class_<compress::DenseCodec, Codec, std::shared_ptr<compress::DenseCodec>>(m, "DenseCodec")
       .def(py::init<at::Device, int64_t, int64_t>(), py::arg("device"), py::arg("rank"), py::arg("world"));
+  py::class_<compress::TwoLevelCodec, Codec, std::shared_ptr<compress::TwoLevelCodec>>(m, "TwoLevelCodec")
+      .def(py::init<at::Device, std::shared_ptr<Codec>, std::shared_ptr<Ownership>, int64_t>(),
+           py::arg("device"), py::arg("inner"), py::arg("owners"), py::arg("place"));
   py::class_<StartStep, std::shared_ptr<StartStep>>(m, "StartStep")
       .def(py::init<int64_t>(), py::arg("step"))
       .def_property("step", &StartStep::get, &StartStep::set);

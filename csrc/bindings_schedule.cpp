@@ -99,7 +99,13 @@ void bind_scheduler(py::module_& m) {
       [](const std::shared_ptr<c10d::Reducer>& reducer, Scheduler& scheduler) {
         rebuild_buckets(*reducer, scheduler);
       },
-      py::arg("reducer"), py::arg("scheduler"), NoGil());
+      py::arg("reducer"), py::arg("hook"), NoGil());
+  m.def(
+      "rebuild_buckets",
+      [](const std::shared_ptr<c10d::Reducer>& reducer, CompressedHook& hook) {
+        rebuild_buckets(*reducer, hook);
+      },
+      py::arg("reducer"), py::arg("hook"), NoGil());
   m.def(
       "take_buckets",
       [](const std::shared_ptr<c10d::Reducer>& reducer, Scheduler& scheduler) {
@@ -138,10 +144,10 @@ void bind_compressed(py::module_& m) {
       .def_readonly("decode_ns", &Pipeline::Counts::decode_ns);
   py::class_<Pipeline, std::shared_ptr<Pipeline>>(m, "Pipeline")
       .def(py::init([](std::vector<std::shared_ptr<Lane>> lanes,
-                       std::vector<std::shared_ptr<Lane>> all_to_alls, at::Device device) {
-             return make_shared_without_gil<Pipeline>(std::move(lanes), std::move(all_to_alls), device);
+                       std::vector<std::shared_ptr<Lane>> all_to_alls, at::Device device, int rank) {
+             return make_shared_without_gil<Pipeline>(std::move(lanes), std::move(all_to_alls), device, rank);
            }),
-           py::arg("lanes"), py::arg("all_to_alls"), py::arg("device"))
+           py::arg("lanes"), py::arg("all_to_alls"), py::arg("device"), py::arg("rank"))
       .def_property("steps", &Pipeline::steps, &Pipeline::set_steps)
       .def("abort", &Pipeline::abort, NoGil())
       .def_property_readonly("counts_of_step", &Pipeline::counts_of_step)

@@ -47,6 +47,7 @@ __all__: list[str] = [
     "StartStep",
     "TopKCodec",
     "TraceEvent",
+    "TwoLevelCodec",
     "TwoLevelLane",
     "TwoPhaseExchange",
     "can_move",
@@ -257,6 +258,11 @@ class DenseCodec(Codec):
         world: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
 
+class TwoLevelCodec(Codec):
+    def __init__(
+        self, device: torch.device, inner: Codec, owners: Ownership, place: typing.SupportsInt | typing.SupportsIndex
+    ) -> None: ...
+
 class StartStep:
     def __init__(self, step: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     @property
@@ -378,7 +384,11 @@ class PipelineCounts:
 
 class Pipeline:
     def __init__(
-        self, lanes: collections.abc.Sequence[Lane], all_to_alls: collections.abc.Sequence[Lane], device: torch.device
+        self,
+        lanes: collections.abc.Sequence[Lane],
+        all_to_alls: collections.abc.Sequence[Lane],
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
     def abort(self, arg0: str) -> None: ...
     @property
@@ -532,7 +542,10 @@ def orthogonalize_workspace_numel(
     columns: typing.SupportsInt | typing.SupportsIndex,
 ) -> int: ...
 def quantized_words(shard: typing.SupportsInt | typing.SupportsIndex) -> int: ...
-def rebuild_buckets(reducer: torch._C._distributed_c10d.Reducer, scheduler: Scheduler) -> None: ...
+@typing.overload
+def rebuild_buckets(reducer: torch._C._distributed_c10d.Reducer, hook: Scheduler) -> None: ...
+@typing.overload
+def rebuild_buckets(reducer: torch._C._distributed_c10d.Reducer, hook: CompressedHook) -> None: ...
 def register_compressed_hook(
     arg0: torch._C._distributed_c10d.Reducer, arg1: CompressedHook, arg2: HookCalls
 ) -> None: ...

@@ -249,12 +249,25 @@ def rebuild_reducer(
     return parameters
 
 
-def rebuild_buckets(model: DDP, scheduler: _C.Scheduler) -> None:
+def rebuild_buckets(model: DDP, hook: _C.Scheduler | _C.CompressedHook) -> None:
     """Makes DDP lay its buckets anew at the end of its first backward pass, and not before the next forward pass.
     Collective; nothing happens in later passes, and where DDP keeps its buckets."""
     if model.static_graph:  # whose second pass would tell
         model.reducer._push_all_rebuilt_params()
-    _C.rebuild_buckets(model.reducer, scheduler)
+    _C.rebuild_buckets(model.reducer, hook)
+
+
+def check_first_pass(model: DDP, passes: int, caller: str) -> None:
+    """Refuses a first pass that a new reducer could not learn a static graph from; ``passes`` were reduced before.
+
+    Raises:
+        RuntimeError: it runs under ``no_sync()``.
+    """
+    if model.static_graph and passes == 0 and not model.require_backward_grad_sync:
+        raise RuntimeError(
+            f"With static_graph=True the first pass after {caller} must not run under model.no_sync(), where DDP's new "
+            "reducer cannot learn the graph: run one ordinary pass first."
+        )
 
 
 def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:

@@ -104,6 +104,6 @@ def dropped(name: str) -> RuntimeError:
 def superseded(name: str) -> RuntimeError:
     """The error for a gradient in shards that was taken out of ``.grad`` before."""
     return RuntimeError(
-        f'The gradient of {name} that was asked about no longer stands in .grad, and with update="sharded" its values '
-        "are gone then: read .grad again after each backward()."
+        f'The gradient of {name} that was asked about no longer stands in .grad, and with update="sharded" or "owned" '
+        "its values are gone then: read .grad again after each backward()."
     )

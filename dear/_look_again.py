@@ -29,6 +29,7 @@ class Facts:
         with torch._C.DisableTorchFunctionSubclass():
             self._strides = [param.stride() for param in self._params]
             self._types = [(param.dtype, param.device) for param in self._params]
+        self._accumulators = [_accumulator(param) for param in self._params]
 
     def changed(self) -> bool:
         """Whether anything has. Cheap: some 20 ns a parameter."""
@@ -38,9 +39,11 @@ class Facts:
         """Refuses changes that DDP could not follow: its buckets have the type and the strides of the parameters.
 
         Raises:
-            RuntimeError: a reduced parameter has another type or other strides, or is on another device.
+            RuntimeError: a reduced parameter has another type or other strides, is on another device, or had another
+                type meanwhile.
         """
-        for param, stride, kind in zip(self._params, self._strides, self._types, strict=True):
+        known = zip(self._params, self._strides, self._types, self._accumulators, strict=True)
+        for param, stride, kind, accumulator in known:
             if param not in self._reduced:
                 continue
             if (param.dtype, param.device) != kind:
@@ -54,6 +57,13 @@ class Facts:
                     "under DistributedDataParallel, whose buckets follow the old ones: convert the model, as with "
                     "to(memory_format=torch.channels_last), before it is wrapped."
                 )
+            now = _accumulator(param)
+            if accumulator is not None and now is not None and now is not accumulator:
+                raise RuntimeError(
+                    f"The parameter {self._names[param]} was converted to another type or device and back, by which it "
+                    "has lost DistributedDataParallel's hook, so its gradient would not be reduced: convert a copy, or "
+                    "wrap the model again."
+                )
 
     def check_members(self, params: Sequence[Param]) -> None:
         """Refuses an optimizer of parameters that DDP would not train alike on all ranks.
@@ -63,6 +73,15 @@ class Facts:
             RuntimeError: a parameter is trained, and DDP does not reduce its gradient.
         """
         check_members(params, self._names, self._reduced)
+
+
+def _accumulator(param: Param) -> Any:
+    """What adds to the parameter's gradient, with DDP's hook; None where it requires none. torch makes another one
+    where the parameter is given a tensor of another type."""
+    if not param.requires_grad:
+        return None
+    with torch.inference_mode(False), torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        return param.view_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
 def check_members(params: Sequence[Param], names: dict[Param, str], reduced: set[Param]) -> None:

@@ -62,7 +62,8 @@ def check_hierarchy(hierarchy: Any) -> None:
 
 
 def find_nodes(group: dist.ProcessGroup, hierarchy: Hierarchy) -> Nodes | None:
-    """The nodes of the group; None where one level does: a single node, or one rank in each. Collective.
+    """The nodes of the group; None where one level does: a single node, or one rank in each. Collective; ``hierarchy``
+    was checked, and is the same on every rank.
 
     A number says how many consecutive ranks a node has. ``"node"`` takes LOCAL_WORLD_SIZE, if the launcher numbered the
     ranks node by node, as torchrun does, and LOCAL_RANK says so on every rank; else it compares the hosts' names.
@@ -70,7 +71,6 @@ def find_nodes(group: dist.ProcessGroup, hierarchy: Hierarchy) -> Nodes | None:
     Raises:
         ValueError: nodes have different numbers of ranks; on every rank.
     """
-    check_hierarchy(hierarchy)
     if hierarchy is None:
         return None
     world = group.size()

@@ -121,6 +121,10 @@ class UserOptimizer:
         self.params = self.listed()
         self._sizes = [len(group["params"]) for group in self.optimizer.param_groups]
 
+    def forget_members(self) -> None:
+        """Whatever it has, :meth:`has_other_members` says so next time."""
+        self._sizes = [-1]
+
     @property
     def updates_one_by_one(self) -> bool:
         """Whether its step may be made on some parameters at a time."""

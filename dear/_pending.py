@@ -134,6 +134,11 @@ def _pending_class(kind: type) -> type:
     return _classes[kind]
 
 
+def _with_classes(params: Iterable[Param]) -> list[tuple[Param, type, type]]:
+    """With each parameter its class, and that of it while it is pending."""
+    return [(param, type(param), _pending_class(type(param))) for param in params]
+
+
 def can_be_pending(param: Param) -> bool:
     """Whether the parameter's class can be changed for a while, as that of ``nn.Parameter`` can."""
     kind = type(param)
@@ -171,13 +176,15 @@ class Barrier:
     def set_groups(self, members: Iterable[Iterable[Param]]) -> None:
         """The parameters of each fusion group. Nothing may be pending."""
         assert not self.pending
-        self._members = [[(p, type(p), _pending_class(type(p))) for p in group] for group in members]
+        self._members = [_with_classes(group) for group in members]
 
     def close(self, groups: Iterable[int]) -> None:
         """From here on the parameters of these groups are pending."""
         for group in groups:
             self.pending.add(group)
             mark = (self, group)
+            if any(type(param) is not kind for param, kind, _ in self._members[group]):  # given another class since
+                self._members[group] = _with_classes(param for param, _, _ in self._members[group])
             for param, _, pending in self._members[group]:
                 param._dear_pending = mark  # type: ignore[attr-defined]
                 param.__class__ = pending

@@ -187,8 +187,13 @@ class Schedule:
             raise RuntimeError(refusal)
         for user in attached.users:
             user.note_members()
-        if attached.layout is not None:
+        try:
             self._update.parameters_changed(members)
+        except RuntimeError:
+            for user in attached.users:
+                user.forget_members()  # so that the next step boundary refuses them again
+            raise
+        if attached.layout is not None:
             self.regroup()
         self._facts.note()
 
@@ -218,11 +223,7 @@ class Schedule:
             return
         self.look_again()
         reduces = attached.model.require_backward_grad_sync
-        if not reduces and attached.model.static_graph and attached.scheduler.passes() == 0:
-            raise RuntimeError(
-                "With static_graph=True the first pass after dear.attach() must not run under model.no_sync(), where "
-                "DDP's new reducer cannot learn the graph: run one ordinary pass first."
-            )
+        _ddp.check_first_pass(attached.model, attached.scheduler.passes(), "dear.attach()")
         wanted = reduces and attached.layout is not None and self.bucket_order.wanted
         if wanted and self.bucket_order.asks_to_leave(attached.known_layout.buckets):
             attached.synchronize()

@@ -244,21 +244,21 @@ class ShardedUpdate(Update):
         self._take(found.own)
         used = [] if found.nothing else [segment for segment in self._segments if segment.is_used(attached.unused)]
         grads = [segment.tensor.grad for segment in used if segment.tensor.grad is not None]
-        each = list(torch._foreach_norm(grads, norm_type)) if grads else []
-        own = (
-            torch.stack([norm.float() for norm in each]).norm(norm_type)
-            if each
-            else torch.zeros((), device=attached.device)
-        )
+        each = torch._foreach_norm(grads, norm_type) if grads else [torch.zeros((), device=attached.device)]
+        # One type on every rank, whichever gradients are there.
+        known = attached.layout.shard if attached.layout is not None else []
+        wide = torch.float64 if any(shard.dtype == torch.float64 for shard in known) else torch.float32
+        own = torch.stack([norm.to(wide) for norm in each]).norm(norm_type)
         total = torch.linalg.vector_norm(self._gradients.gather(own.view(1), "the gradient norm"), norm_type)
         if error_if_nonfinite and not torch.isfinite(total):
             raise RuntimeError(
                 f"The total norm of order {norm_type} of the gradients is not finite, so they cannot be clipped: look "
                 "for the cause, or pass error_if_nonfinite=False."
             )
-        if grads:
+        if not found.nothing:  # local gradients follow, also where this rank owns none
             coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-            torch._foreach_mul_(grads, coefficient)
+            if grads:
+                torch._foreach_mul_(grads, coefficient)
             self._gradients.scaled(coefficient)
         return total
 
@@ -356,7 +356,9 @@ class ShardedUpdate(Update):
 
 
 def _forget(update: ShardedUpdate, number: int) -> None:
-    """Drops this rank's part of an optimizer's state."""
+    """Drops an optimizer's state: this rank's part of it, and that of parameters that DDP does not reduce."""
+    mine = set(update.attached.users[number].params)
+    update._others = {param: state for param, state in update._others.items() if param not in mine}
     for segment in update._segments:
         if segment.optimizer == number:
             update._state.pop(segment.tensor, None)

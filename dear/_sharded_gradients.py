@@ -142,7 +142,7 @@ class ShardedGradients:
                 if index in self._changed:
                     raise RuntimeError(
                         f"The .grad of {attached.names[param]} was changed other than by a factor, and not zeroed "
-                        'before the next backward pass, which update="sharded" cannot add to: call '
+                        'before the next backward pass, which update="sharded" or "owned" cannot add to: call '
                         'optimizer.zero_grad(), or use dear.attach(..., update="replicated").'
                     )
                 plain = grad.as_subclass(torch.Tensor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -18,7 +18,7 @@ from dear._objects import all_gather_object
 from dear._state import FullState, is_elementwise
 from dear.collectives import shard_range
 
-__all__ = ["LoadedState", "StateParts"]
+__all__ = ["InParts", "LoadedState", "StateParts"]
 
 _LABEL = "the optimizer's state"
 
@@ -61,6 +61,17 @@ class StateParts:
 
     def _add(self, param: torch.Tensor, key: str, run: Run) -> None:
         self.runs.setdefault(param, {}).setdefault(key, []).append(run)
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """An update strategy of which each rank has parts of the optimizers' state."""
+
+    def state_parts(self) -> StateParts | None:
+        """This rank's; None while every rank has all of it in ``optimizer.state``."""
+
+    def load_state_parts(self, loaded: LoadedState) -> None:
+        """Takes this rank's parts of a state. Collective."""
 
 
 class LoadedState:

@@ -30,7 +30,6 @@ from dear._fusion import default_group_bytes
 from dear._grads import Found, Grads
 from dear._layout import Layout
 from dear._placeholders import Placeholders
-from dear._state_parts import LoadedState, StateParts
 from dear.preconditioning import Team
 
 
@@ -107,7 +106,11 @@ class Update(ABC):
 
     def parameters_changed(self, members: bool) -> None:  # noqa: B027 - not every strategy needs it
         """Parameters have another place in memory, or, ``members``, the optimizer has other ones or other groups;
-        nothing is in flight."""
+        nothing is in flight, and there may be no layout yet.
+
+        Raises:
+            RuntimeError: training cannot go on so; nothing has been changed.
+        """
 
     def before_forward(self, reduces: bool) -> None:  # noqa: B027 - not every strategy needs it
         """A forward pass begins, whose backward pass ``reduces`` gradients or keeps them local."""
@@ -160,14 +163,6 @@ class Update(ABC):
 
     def state_was_loaded(self, optimizer: int) -> None:  # noqa: B027 - not every strategy needs it
         """One of the optimizers has loaded, or was given, another full state."""
-
-    def state_parts(self) -> StateParts | None:
-        """This rank's parts of the state; None where every rank has all of it in ``optimizer.state``."""
-        return None
-
-    def load_state_parts(self, loaded: LoadedState) -> None:
-        """Takes this rank's parts of a state. Collective; for strategies whose ranks have parts of it."""
-        raise NotImplementedError
 
     @abstractmethod
     def stats(self) -> dict[str, Any]:

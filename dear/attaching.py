@@ -94,7 +94,8 @@ def attach(
         hierarchy: ``"node"`` moves in two levels, inside each node and then between nodes, among ranks of equal place:
             a node's network port carries each element once, however many ranks the node has. The ranks of a node are
             found from LOCAL_RANK and LOCAL_WORLD_SIZE, or from the hosts' names; a number says how many consecutive
-            ranks a node has. Not with a compressor. None: one level.
+            ranks a node has. A compressor of two exchanges a step then works between nodes alone, on each node's mean,
+            and its error feedback exists once in a node. None: one level.
 
     Returns:
         The :class:`Engine`, also a context manager that detaches at its end.
@@ -115,10 +116,11 @@ def attach(
         if not optimizers:
             raise ValueError("optimizer must be an optimizer or several, and an empty list was given.")
         _ddp.check(model, optimizers, process_group)
+        check_hierarchy(hierarchy)
         known: dict[str, Any] = {"the compressor": None}
         if compressor is not None:
             check_kind(compressor, "dear.attach()")
-            known = compressor.check_new(model, "dear.attach()")
+            known = compressor.check_new(model, "dear.attach()", hierarchy is not None)
         teams: Sequence[preconditioning.Team] = ()
         served: Sequence[str] = tuple(STRATEGIES)
         if preconditioner is not None:
@@ -134,11 +136,6 @@ def attach(
             cap = strategy.usual_group_bytes(request, params, group.size(), ratio) / MIB
         check_cap(cap)
         check_interval(check_replicas)
-        check_hierarchy(hierarchy)
-        if hierarchy is not None and compressor is not None:
-            raise ValueError(
-                "hierarchy moves dense gradients alone, and a compressor was given: leave one of them out."
-            )
         device = params[0].device
         plan = _Plan(strategy, cap, choose_algorithm(group, device, algorithm), device)
         plans.append(plan)
@@ -234,7 +231,7 @@ def _assemble(
         lanes = [reduce_lane, gather_lane]
         wait = weakly(attached, Attached.synchronize)
         attached.compression = compressor.bind_to_schedule(
-            Site(model, optimizers[0], plan.device, lanes, plan.algorithm, scheduler, wait)
+            Site(model, optimizers[0], plan.device, lanes, plan.algorithm, scheduler, wait, nodes)
         )
     if preconditioner is not None:
         attached.preconditioning = preconditioner.bind_to_schedule(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C
+from dear._nodes import Nodes
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Site:
     algorithm: str
     scheduler: _C.Scheduler
     synchronize: Callable[[], None]  # waits until nothing is in flight
+    nodes: Nodes | None  # between which alone it is to work
 
 
 class Binding(Protocol):
@@ -61,8 +63,9 @@ class Compressor(Protocol):
 
     usual_ratio: float  # by how much gradients shrink, roughly
 
-    def check_new(self, model: DDP, caller: str) -> dict[str, Any]:
-        """Refuses what cannot become the compressor of this model; returns what must be equal on every rank."""
+    def check_new(self, model: DDP, caller: str, two_levels: bool) -> dict[str, Any]:
+        """Refuses what cannot become the compressor of this model, with ``two_levels`` between nodes alone;
+        returns what must be equal on every rank."""
 
     def bind_to_schedule(self, site: Site) -> Binding:
         """Puts the compressor to work. Collective."""

@@ -6,21 +6,21 @@ Source: Zhang et al., "Eva: Practical Second-order Optimization with Kronecker-v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from precondition import eva_parts
+from precondition.eva_means import Running
 from precondition.eva_parts import Rectangle
 from precondition.eva_preconditioner import RankOnePreconditioner
-from precondition.eva_rank_one import Correction, RankOneStep, Total
+from precondition.eva_rank_one import Correction, RankOneStep, Settings, Total
 
 
 class EvaStep(RankOneStep):
     """w = b (bᵀ G a) / (‖a‖² ‖b‖² + γ): Sherman and Morrison's formula for (b bᵀ ⊗ a aᵀ + γ I)⁻¹."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, running: Running, settings: Settings) -> None:
+        super().__init__(running, settings)
         self._products = self.vectors.zeros(self.vectors.rows)
 
     def look(self, parts: Sequence[Rectangle]) -> None:
@@ -29,7 +29,7 @@ class EvaStep(RankOneStep):
     def correction(self, total: Total) -> Correction:
         vectors, running = self.vectors, self.running
         share = vectors.sum_rows(running.rows * self._products)
-        inner, squares = total(torch.cat([share, self.squares])).split([len(share), len(self.squares)])
+        inner, squares = total(torch.cat([share, self.squares()])).split([len(share), len(vectors.matrices)])
         norms = vectors.square_norms(running.columns) * vectors.sum_rows(running.rows.square())
         scale = inner / (norms + self.settings.damping)
         return Correction(running.rows * vectors.to_rows(scale), scale * inner, scale.square() * norms, squares)
@@ -48,7 +48,8 @@ class Eva(RankOnePreconditioner):
         factor_decay: the weight of earlier steps in the running means, from 0 to below 1. Larger: smoother and later.
         kl_clip: κ: ν is min(1, √(κ / Σ lr² ⟨preconditioned, G⟩)), so that an update changes the model's output no more
             than so far. None: ν gives the preconditioned gradients of all layers together the norm of the plain ones.
-        scaler: the ``torch.amp.GradScaler`` that scales the loss, where there is one: it scales what ``b`` is made of.
+        grad_scaler: the ``torch.amp.GradScaler`` that scales the loss, if one does: gradients of outputs are scaled,
+            too.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -61,6 +62,7 @@ class Eva(RankOnePreconditioner):
         damping: float = 0.03,
         factor_decay: float = 0.05,
         kl_clip: float | None = 0.001,
-        scaler: torch.amp.GradScaler | None = None,
+        *,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        super().__init__(damping, factor_decay, kl_clip, scaler)
+        super().__init__(damping, factor_decay, kl_clip, grad_scaler)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from dear.preconditioning import Param, Piece, Preconditioner, Site, Team
-from precondition import eva_exchange, eva_parts
+from dear.preconditioning import Param, Piece, Site, Team
+from precondition import eva_parts
 from precondition._capture import Capture
 from precondition._layers import Layer
 from precondition._plain import PLAIN
-from precondition.eva_exchange import Average
+from precondition.eva_exchange import Average, Exchanges
 from precondition.eva_means import Means, Running, Shaped
-from precondition.eva_parts import Rectangle, Vectors
+from precondition.eva_parts import Rectangle
 from precondition.eva_rank_one import RankOneStep
-
-#: Makes the next step, of gradients that have been reduced.
-NewStep = Callable[[], RankOneStep]
 
 
 class RankOneBinding:
@@ -30,23 +27,17 @@ class RankOneBinding:
     teams: Sequence[Team] = ()  # any rank may have any part of a gradient
 
     def __init__(
-        self,
-        preconditioner: Preconditioner,
-        site: Site,
-        layers: Sequence[Shaped],
-        vectors: Vectors,
-        running: Running,
-        new_step: NewStep,
-        means: Means | None,
+        self, preconditioner: Any, site: Site, layers: Sequence[Shaped], running: Running, means: Means | None
     ) -> None:
-        self.preconditioner = preconditioner
-        self._site, self._layers, self._vectors = site, list(layers), vectors
-        self._running, self._new_step, self._means = running, new_step, means
+        self.preconditioner = preconditioner  # a RankOnePreconditioner
+        self._site, self._layers = site, list(layers)
+        self._running, self._means = running, means
         self._place: dict[Param, tuple[int, bool]] = {}  # of a parameter: its layer, and whether it is the bias
         for index, layer in enumerate(layers):
             self._place[layer.weight] = index, False
             if layer.bias is not None:
                 self._place[layer.bias] = index, True
+        self._exchanges = Exchanges(site.gather_lane)
         self._message: Average | None = None  # of the last backward pass
         self._step: RankOneStep | None = None
         self._capture: Capture | None = None
@@ -62,18 +53,17 @@ class RankOneBinding:
         if self._means is None:
             return
         if self._message is not None:  # of a pass that no step has used: it is in this one's message, or was given up
-            self._message.wait()
-        self._message = eva_exchange.average(self._means.message(), self._site.gather_lane, "the mean vectors")
+            self._exchanges.wait(self._message)
+        self._message = self._exchanges.average(self._means.message())
 
     def begin(self) -> None:
         """The mean vectors are waited for."""
         if self._means is not None and self._message is not None:
-            used, columns, rows = self._means.parts(self._message.wait())
-            settings = self.preconditioner.settings  # type: ignore[attr-defined]
-            self._running.update(used, columns, rows, settings.factor_decay)
+            used, columns, rows = self._means.parts(self._exchanges.wait(self._message))
+            self._running.update(used, columns, rows, self.preconditioner.settings.factor_decay)
             self._message = None
             self._means.forget()
-        self._step = self._new_step()
+        self._step = self.preconditioner.new_step(self._running)
 
     def precondition(self, pieces: Sequence[Piece]) -> None:
         """Looks at averaged gradients; they are changed at the end."""
@@ -88,20 +78,23 @@ class RankOneBinding:
         return set(self._place)
 
     def stats(self) -> dict[str, Any]:
-        """How many layers are preconditioned."""
-        return {"preconditioned_layers": len(self._layers)}
+        """How many layers are preconditioned, and what this rank has sent for it."""
+        sent = self._exchanges.bytes_sent
+        return {"preconditioned_layers": len(self._layers), "preconditioner_bytes_sent": sent}
 
     def release(self) -> None:
         """Takes the hooks off the model."""
         if self._message is not None:
-            self._message.wait()
+            self._exchanges.wait(self._message)
+            self._message = None
+        self.preconditioner.released()
         if self._capture is not None:
             self._capture.release()
 
     def _total(self, values: Tensor) -> Tensor:
         if self._site.update == PLAIN:  # every rank has whole gradients
             return values
-        return eva_exchange.total(values, self._site.gather_lane, "what is asked of the gradients")
+        return self._exchanges.total(values)
 
     def _rectangles(self, piece: Piece) -> Iterator[Rectangle]:
         if piece.param not in self._place or piece.start == piece.stop:
@@ -109,9 +102,9 @@ class RankOneBinding:
         layer, is_bias = self._place[piece.param]
         run = piece.grad.as_strided((piece.stop - piece.start,), (1,))  # as it lies in memory
         if is_bias:
-            yield eva_parts.cut_bias(run, piece.start, layer, self._vectors)
+            yield eva_parts.cut_bias(run, piece.start, layer, self._running.vectors)
         else:
-            yield from eva_parts.cut_weight(run, piece.start, layer, self._vectors)
+            yield from eva_parts.cut_weight(run, piece.start, layer, self._running.vectors)
 
     def _learning_rates(self) -> list[float]:
         """Of each layer, as they stand now."""

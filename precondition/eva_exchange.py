@@ -1,4 +1,4 @@
-"""The two small exchanges of Eva and its like."""
+"""The two small exchanges of Eva and its like, in one lane."""
 
 from __future__ import annotations
 
@@ -18,27 +18,41 @@ class Average:
     message: Tensor
     exchanges: list[_C.Exchange]
 
-    def wait(self) -> Tensor:
+
+class Exchanges:
+    """What is exchanged with the other ranks. Every call is collective."""
+
+    def __init__(self, lane: _C.Lane) -> None:
+        self._lane = lane
+        self.bytes_sent = 0  #: by this rank
+
+    def average(self, message: Tensor) -> Average:
+        """Submits a flat tensor to be averaged; it must not be touched before the average has come."""
+        lane, label = self._lane, "the mean vectors"
+        begin, end = shard_range(len(message), lane.world, lane.rank)
+        following = shard_range(len(message), lane.world, (lane.rank + 1) % lane.world)
+        parts = [(message, message[begin:end])]
+        first = lane.submit(_C.Phase.reduce_scatter, _C.Reduction.average, parts, label)
+        if isinstance(lane, _C.NativeLane):
+            first.wait()  # of the current stream: the second half reads what the first one wrote
+        # Round the ring go all chunks but this rank's own, and then all but the next rank's.
+        sent = 2 * len(message) - (end - begin) - (following[1] - following[0])
+        self.bytes_sent += sent * message.element_size()
+        return Average(message, [first, lane.submit(_C.Phase.all_gather, _C.Reduction.sum, parts, label)])
+
+    def wait(self, average: Average) -> Tensor:
         """The average, equal on all ranks to the bit."""
-        for exchange in self.exchanges:
+        for exchange in average.exchanges:
             exchange.wait()
-        return self.message
+        return average.message
 
-
-def average(message: Tensor, lane: _C.Lane, label: str) -> Average:
-    """Submits the flat tensor to be averaged. Collective; it must not be touched before the average has come."""
-    begin, end = shard_range(len(message), lane.world, lane.rank)
-    parts = [(message, message[begin:end])]
-    first = lane.submit(_C.Phase.reduce_scatter, _C.Reduction.average, parts, label)
-    if isinstance(lane, _C.NativeLane):
-        first.wait()  # of the current stream: the second half reads what the first one wrote
-    return Average(message, [first, lane.submit(_C.Phase.all_gather, _C.Reduction.sum, parts, label)])
-
-
-def total(values: Tensor, lane: _C.Lane, label: str) -> Tensor:
-    """The sum over the ranks of a flat tensor that is small enough to be sent whole: one message and one wait.
-    Collective; equal on all ranks to the bit."""
-    rows = values.new_empty(lane.world, len(values))
-    rows[lane.rank] = values
-    lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(rows.view(-1), rows[lane.rank])], label).wait()
-    return torch.sum(rows, 0)
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks of a flat tensor that is small enough to be sent whole: one message and one wait.
+        Equal on all ranks to the bit."""
+        lane = self._lane
+        rows = values.new_empty(lane.world, len(values))
+        rows[lane.rank] = values
+        parts = [(rows.view(-1), rows[lane.rank])]
+        lane.submit(_C.Phase.all_gather, _C.Reduction.sum, parts, "what is asked of the gradients").wait()
+        self.bytes_sent += (lane.world - 1) * values.nbytes
+        return torch.sum(rows, 0)

@@ -24,6 +24,9 @@ class Shaped(Protocol):
     bias: nn.Parameter | None
     blocks: int
 
+    @property
+    def params(self) -> tuple[nn.Parameter, ...]: ...
+
 
 def matrix_of(layer: Shaped) -> Matrix:
     """The shape of its gradient."""
@@ -43,21 +46,16 @@ def lies_by_rows(layer: Shaped) -> bool:
     return weight.numel() > 0 and weight.is_contiguous()
 
 
-def input_sum(layer: Layer, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """The sum of the rows of an input [groups, columns], in the order of the weight's memory, and how many they are.
+def input_mean(layer: Layer, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean row of an input [groups × columns], in the order of the weight's memory.
 
-    A convolution's patches are not laid out: all samples are summed first, and then the windows of that one image.
+    A convolution's patches are not laid out: all samples are averaged first, and then the windows of that one image.
     """
     if x.dim() == layer.row_dims + 1:  # the first dimension is that of samples
-        samples = x.shape[0]
-        x = x.sum(0, keepdim=True, dtype=dtype)
-    else:
-        samples, x = 1, x.to(dtype)
+        x = x.mean(0, keepdim=True, dtype=dtype)
     windows = layer.windows(x)
-    dims = list(range(layer.row_dims))
-    rows = samples * windows.shape[: layer.row_dims].numel()
-    sums = windows.sum(dims)  # [groups, the weight's dimensions but the first]
-    return sums.permute(0, *memory_order(layer.weight)).reshape(layer.blocks, -1), rows
+    mean = windows.mean(list(range(layer.row_dims)), dtype=dtype)  # [groups, the weight's dimensions but the first]
+    return mean.permute(0, *memory_order(layer.weight)).reshape(-1)
 
 
 def output_sum(layer: Layer, grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,7 +69,9 @@ class Means:
 
     The message is flat. It says of each layer whether this rank has used it; then come the mean inputs of all layers
     (Note [Flat vectors] in ``eva_parts.py``), then, ``with_rows``, their mean output gradients. A layer that the rank
-    has not used, or whose means are not finite, says zeros.
+    has not used says zeros. If any of its means is not finite, all say so.
+
+    A mean input is the mean over the passes of the means over rows, as the loss of a step is of theirs.
     """
 
     def __init__(
@@ -79,14 +79,13 @@ class Means:
     ) -> None:
         self._layers, self._vectors, self._with_rows = list(layers), vectors, with_rows
         self._scaler = scaler  # of the loss, and so of the outputs' gradients
-        self._inputs: dict[Layer, Tensor] = {}  # as reduce() gives them
+        self._inputs: dict[Layer, list[Tensor]] = {}  # by pass
         self._outputs: dict[Layer, Tensor] = {}
         self._pass: dict[Layer, int] = {}  # the last backward pass of each
 
     def reduce(self, layer: Layer, x: Tensor) -> Tensor:
-        """What is needed of an input: the sum of its rows, and behind it how many they are."""
-        sums, rows = input_sum(layer, x, self._vectors.dtype)
-        return torch.cat([sums.flatten(), sums.new_full((1,), rows)])
+        """What is needed of an input."""
+        return input_mean(layer, x, self._vectors.dtype)
 
     def see(self, layer: Layer, reduced: Tensor, grad: Tensor) -> None:
         """A layer's :meth:`reduce`-d input and the gradient of its output, of one forward pass."""
@@ -95,7 +94,7 @@ class Means:
             self._inputs.pop(layer, None)  # earlier passes were given up by zero_grad()
             self._outputs.pop(layer, None)
         self._pass[layer] = running
-        self._inputs[layer] = self._inputs[layer] + reduced if layer in self._inputs else reduced
+        self._inputs.setdefault(layer, []).append(reduced)
         if self._with_rows:
             sums = output_sum(layer, grad, self._vectors.dtype)
             self._outputs[layer] = self._outputs[layer] + sums if layer in self._outputs else sums
@@ -117,23 +116,14 @@ class Means:
         flags.copy_(torch.tensor([float(layer in self._inputs) for layer in self._layers]))
         inputs = [self._inputs[self._layers[index]] for index in used]
         targets = [vectors.column_part(columns, index).view(-1) for index in used]
-        torch._foreach_copy_(targets, [each[:-1] for each in inputs])
-        torch._foreach_div_(targets, [each[-1] for each in inputs])
+        means = [each[0] if len(each) == 1 else torch.stack(each).mean(0) for each in inputs]
+        torch._foreach_copy_(targets, means)
         if self._with_rows:
             targets = [vectors.row_part(rows, index).view(-1) for index in used]
             torch._foreach_copy_(targets, [self._outputs[self._layers[index]] for index in used])
             if self._scaler is not None:
                 rows.div_(self._scaler.scale(rows.new_ones(())))
-        magnitude = vectors.sum_columns(columns.abs())
-        if self._with_rows:
-            magnitude = magnitude + vectors.sum_rows(rows.abs())
-        finite = vectors.sum_blocks(magnitude).isfinite()
-        flags.mul_(finite)
-        others = ~vectors.to_blocks(finite)
-        columns.masked_fill_(vectors.to_columns(others), 0.0)
-        if self._with_rows:
-            rows.masked_fill_(vectors.to_rows(others), 0.0)
-        return message
+        return message.masked_fill_(~message.sum().isfinite(), 0.0)
 
     def parts(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The parts of a message: flags [layers], columns, rows (empty without them)."""
@@ -147,8 +137,11 @@ class Running:
     ``known`` says of each layer whether it has any: the first mean is taken as it is.
     """
 
-    def __init__(self, layers: Sequence[Shaped], vectors: Vectors, with_rows: bool) -> None:
-        self._layers, self._vectors = list(layers), vectors
+    def __init__(self, layers: Sequence[Shaped], with_rows: bool, device: torch.device) -> None:
+        wide = any(layer.weight.dtype == torch.float64 for layer in layers)
+        dtype = torch.float64 if wide else torch.float32
+        self._layers = list(layers)
+        self.vectors = vectors = Vectors([matrix_of(layer) for layer in layers], dtype, device)
         self.columns = vectors.zeros(vectors.columns)
         self.rows = vectors.zeros(with_rows * vectors.rows)
         self.known = vectors.zeros(len(self._layers))
@@ -160,12 +153,12 @@ class Running:
         over all ranks, where the others said zeros, and so are divided by it. ``rows`` are not: a rank that did not use
         a layer has added nothing to its gradient, either. What is not finite there counts as 0.
         """
-        vectors = self._vectors
-        weights = vectors.to_blocks((1 - decay * self.known) * (used > 0))
-        counts = vectors.to_columns(vectors.to_blocks(used + (used <= 0)))
-        self.columns.lerp_((columns / counts).nan_to_num(0.0, 0.0, 0.0), vectors.to_columns(weights))
+        vectors = self.vectors
+        share = (1 - decay * self.known) * (used > 0)
+        means = columns / vectors.to_all_columns(used + (used <= 0))
+        self.columns.lerp_(means.nan_to_num_(0.0, 0.0, 0.0), vectors.to_all_columns(share))
         if len(rows):
-            self.rows.lerp_(rows.nan_to_num(0.0, 0.0, 0.0), vectors.to_rows(weights))
+            self.rows.lerp_(rows.nan_to_num(0.0, 0.0, 0.0), vectors.to_all_rows(share))
         self.known.copy_((self.known > 0) | (used > 0))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -176,7 +169,7 @@ class Running:
             if known:
                 state = {"a": self._input_of(index, layer).clone()}
                 if len(self.rows):
-                    state["b"] = self._vectors.row_part(self.rows, index).flatten()
+                    state["b"] = self.vectors.row_part(self.rows, index).flatten().clone()
                 found[layer.name] = state
         return found
 
@@ -199,13 +192,13 @@ class Running:
             index = index_of[name]
             self._input_of(index, self._layers[index]).copy_(means["a"])
             if len(self.rows):
-                part = self._vectors.row_part(self.rows, index)
+                part = self.vectors.row_part(self.rows, index)
                 part.copy_(means["b"].view_as(part))
             self.known[index] = 1.0
 
     def _input_of(self, index: int, layer: Shaped) -> Tensor:
         """A layer's mean input as a view, in the order of the weight's dimensions."""
         order = memory_order(layer.weight)
-        part = self._vectors.column_part(self.columns, index)
+        part = self.vectors.column_part(self.columns, index)
         part = part.view(layer.blocks, *(layer.weight.shape[dim] for dim in order))
         return part.permute(0, *(1 + order.index(dim) for dim in range(1, layer.weight.dim())))

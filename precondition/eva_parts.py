@@ -48,7 +48,14 @@ class Vectors:
             for sizes in ([each.rows for each in blocks], [each.columns for each in blocks])
         )
         self._ones = torch.tensor([float(each.bias) for each in blocks], dtype=dtype, device=device)
-        self._blocks_of = torch.tensor([each.groups for each in matrices], device=device)
+        self._blocks_of, self._layer_rows, self._layer_columns = (
+            torch.tensor(sizes, device=device)
+            for sizes in (
+                [each.groups for each in matrices],
+                [each.groups * each.rows for each in matrices],
+                [each.groups * each.columns for each in matrices],
+            )
+        )
 
     def zeros(self, numel: int) -> Tensor:
         """So many zeros, of the vectors' type."""
@@ -80,9 +87,13 @@ class Vectors:
         """‖a‖² of each block, with the bias's 1, [blocks]."""
         return self.sum_columns(columns.square()) + self._ones
 
-    def to_blocks(self, layers: Tensor) -> Tensor:
-        """One value a layer to each of its blocks."""
-        return layers.repeat_interleave(self._blocks_of, output_size=len(self._ones))
+    def to_all_rows(self, layers: Tensor) -> Tensor:
+        """One value a layer to each of its rows."""
+        return layers.repeat_interleave(self._layer_rows, output_size=self.rows)
+
+    def to_all_columns(self, layers: Tensor) -> Tensor:
+        """One value a layer to each of its columns."""
+        return layers.repeat_interleave(self._layer_columns, output_size=self.columns)
 
     def to_rows(self, blocks: Tensor) -> Tensor:
         """One value a block to each of its rows."""
@@ -187,13 +198,18 @@ def add_column_sums(parts: Iterable[Rectangle], sums: Tensor) -> None:
         each.add_column_sums(sums)
 
 
-def squares(parts: Sequence[Rectangle], vectors: Vectors) -> Tensor:
-    """‖G‖² of each layer [layers]: this rank's share of it."""
+def norms(parts: Sequence[Rectangle], vectors: Vectors) -> list[Tensor]:
+    """‖G‖ of each part."""
+    return list(torch._foreach_norm([each.view for each in parts], 2, vectors.dtype)) if parts else []
+
+
+def squares(parts: Sequence[Rectangle], norms: Sequence[Tensor], vectors: Vectors) -> Tensor:
+    """‖G‖² of each layer [layers], from the norms of its parts: this rank's share of it."""
     sums = vectors.zeros(len(vectors.matrices))
     if not parts:
         return sums
-    norms = torch.stack(torch._foreach_norm([each.view for each in parts], 2, vectors.dtype))
-    return sums.index_add_(0, torch.tensor([each.layer for each in parts], device=sums.device), norms.square())
+    layers = torch.tensor([each.layer for each in parts], device=sums.device)
+    return sums.index_add_(0, layers, torch.stack(list(norms)).square_())
 
 
 def subtract(parts: Sequence[Rectangle], rows: Tensor, columns: Tensor, factor: Tensor) -> None:

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from precondition import eva_parts
+from precondition import _checks, eva_parts
 from precondition.eva_means import Running
-from precondition.eva_parts import Rectangle, Vectors
+from precondition.eva_parts import Rectangle
 
 #: Adds up the ranks' shares of a flat tensor.
 Total = Callable[[Tensor], Tensor]
@@ -38,15 +38,8 @@ class Settings:
     kl_clip: float | None
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < float("inf"):
-            raise ValueError(f"damping must be a positive number, such as 0.03, not {self.damping!r}.")
-        if not 0 <= self.factor_decay < 1:
-            raise ValueError(
-                f"factor_decay is the weight of the earlier steps in a running mean, from 0 up to but not including 1, "
-                f"not {self.factor_decay!r}."
-            )
-        if self.kl_clip is not None and not 0 < self.kl_clip < float("inf"):
-            raise ValueError(f"kl_clip must be a positive number, such as 0.001, or None, not {self.kl_clip!r}.")
+        _checks.check_positive(damping=self.damping, **({} if self.kl_clip is None else {"kl_clip": self.kl_clip}))
+        _checks.check_decay(self.factor_decay)
 
 
 class Correction(NamedTuple):
@@ -61,15 +54,15 @@ class Correction(NamedTuple):
 class RankOneStep(ABC):
     """The gradients of one step, which come a few at a time."""
 
-    def __init__(self, vectors: Vectors, running: Running, settings: Settings) -> None:
-        self.vectors, self.running, self.settings = vectors, running, settings
+    def __init__(self, running: Running, settings: Settings) -> None:
+        self.vectors, self.running, self.settings = running.vectors, running, settings
         self.parts: list[Rectangle] = []
-        self.squares = vectors.zeros(len(vectors.matrices))  # this rank's share of ‖G‖²
+        self._norms: list[Tensor] = []  # of the parts
 
     def take(self, parts: Sequence[Rectangle]) -> None:
         """Some of this rank's averaged gradients have come."""
         self.parts += parts
-        self.squares += eva_parts.squares(parts, self.vectors)
+        self._norms += eva_parts.norms(parts, self.vectors)
         self.look(parts)
 
     def finish(self, learning_rates: Sequence[float], total: Total) -> None:
@@ -77,6 +70,10 @@ class RankOneStep(ABC):
         correction = self.correction(total)
         factor = self._scale(correction, learning_rates) / self.settings.damping
         eva_parts.subtract(self.parts, correction.rows, self.running.columns, factor)
+
+    def squares(self) -> Tensor:
+        """This rank's share of ‖G‖² of each layer."""
+        return eva_parts.squares(self.parts, self._norms, self.vectors)
 
     @abstractmethod
     def look(self, parts: Sequence[Rectangle]) -> None:
@@ -93,15 +90,14 @@ class RankOneStep(ABC):
         γ² ‖pre‖² = ‖G‖² - 2 ⟨w aᵀ, G⟩ + ‖w aᵀ‖². Rounding must not make them negative.
         """
         settings, vectors = self.settings, self.vectors
-        inner = vectors.sum_blocks(correction.inner)
         tiny = torch.finfo(vectors.dtype).tiny
         if settings.kl_clip is None:
             before = correction.squares.sum()
-            after = before - 2 * inner.sum() + correction.outer.sum()
-            return settings.damping * (before / after.clamp(min=tiny)).sqrt()
-        change = correction.squares - inner
+            after = before - 2 * correction.inner.sum() + correction.outer.sum()
+            return settings.damping * (before / after.clamp_(min=tiny)).sqrt_()
         if len(set(learning_rates)) == 1:
-            size = change.sum() * learning_rates[0] ** 2
+            size = (correction.squares.sum() - correction.inner.sum()) * learning_rates[0] ** 2
         else:
+            change = correction.squares - vectors.sum_blocks(correction.inner)
             size = change.dot(torch.tensor([lr**2 for lr in learning_rates], dtype=change.dtype, device=change.device))
-        return (settings.kl_clip * settings.damping / size.clamp(min=tiny)).sqrt().clamp(max=1.0)
+        return (settings.kl_clip * settings.damping / size.clamp_(min=tiny)).sqrt_().clamp_(max=1.0)

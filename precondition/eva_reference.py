@@ -49,8 +49,8 @@ def patches(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def mean_input(layer: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    """``a`` of each group [groups, columns], of all inputs of a step."""
-    return torch.cat([patches(layer, each) for each in inputs], dim=1).mean(1)
+    """``a`` of each group [groups, columns]: the mean over the passes of a step, as their losses count alike."""
+    return torch.stack([patches(layer, each).mean(1) for each in inputs]).mean(0)
 
 
 def mean_output_gradient(layer: nn.Module, gradients: Sequence[Tensor]) -> Tensor:

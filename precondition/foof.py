@@ -7,21 +7,21 @@ Second-Order Optimization", 2022.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from precondition import eva_parts
+from precondition.eva_means import Running
 from precondition.eva_parts import Rectangle
 from precondition.eva_preconditioner import RankOnePreconditioner
-from precondition.eva_rank_one import Correction, RankOneStep, Total
+from precondition.eva_rank_one import Correction, RankOneStep, Settings, Total
 
 
 class FoofStep(RankOneStep):
     """w = G a / (‖a‖² + γ): Sherman and Morrison's formula for (I ⊗ a aᵀ + γ I)⁻¹."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, running: Running, settings: Settings) -> None:
+        super().__init__(running, settings)
         self._products = self.vectors.zeros(self.vectors.rows)
 
     def look(self, parts: Sequence[Rectangle]) -> None:
@@ -29,7 +29,7 @@ class FoofStep(RankOneStep):
 
     def correction(self, total: Total) -> Correction:
         vectors = self.vectors
-        shares = [self._products, self.squares]
+        shares = [self._products, self.squares()]
         products, squares = total(torch.cat(shares)).split([len(each) for each in shares])
         norms = vectors.square_norms(self.running.columns)
         rows = products / (vectors.to_rows(norms) + self.settings.damping)

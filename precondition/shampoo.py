@@ -9,17 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from dear.preconditioning import Param
 from precondition import eva_parts
-from precondition.eva_means import Shaped, lies_by_rows
+from precondition.eva_means import Running, Shaped, lies_by_rows
 from precondition.eva_parts import Rectangle
 from precondition.eva_preconditioner import RankOnePreconditioner
-from precondition.eva_rank_one import Correction, RankOneStep, Total
+from precondition.eva_rank_one import Correction, RankOneStep, Settings, Total
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +26,8 @@ _log = logging.getLogger(__name__)
 class ShampooStep(RankOneStep):
     """With u and v the running means of the gradient's columns and rows: w = u (uᵀ G v) / (‖u‖² ‖v‖² + γ), a = v."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, running: Running, settings: Settings) -> None:
+        super().__init__(running, settings)
         self._row_sums = self.vectors.zeros(self.vectors.rows)
         self._column_sums = self.vectors.zeros(self.vectors.columns)
         self._ones = torch.ones_like(self._column_sums)
@@ -39,7 +38,7 @@ class ShampooStep(RankOneStep):
 
     def correction(self, total: Total) -> Correction:
         vectors, running = self.vectors, self.running
-        shares = [self._row_sums, self._column_sums, self.squares]
+        shares = [self._row_sums, self._column_sums, self.squares()]
         row_sums, column_sums, squares = total(torch.cat(shares)).split([len(each) for each in shares])
         used = squares.isfinite() & (squares > 0)
         running.update(
@@ -65,6 +64,11 @@ class Weight:
     bias: nn.Parameter | None = None
     blocks: int = 1
 
+    @property
+    def params(self) -> tuple[nn.Parameter, ...]:
+        """The weight alone."""
+        return (self.weight,)
+
 
 class Shampoo(RankOnePreconditioner):
     """Shampoo, vectorised: as :class:`precondition.Eva`, but of the gradient alone. Serves every parameter of two
@@ -89,8 +93,8 @@ class Shampoo(RankOnePreconditioner):
         found = [Weight(name, param) for name, param in root.named_parameters() if param in trained and param.dim() > 1]
         return [each for each in found if lies_by_rows(each)]
 
-    def name_left_out(self, root: nn.Module, layers: Sequence[Shaped], trained: set[Param]) -> None:
-        served = {layer.weight for layer in layers}
-        other = [n for n, p in root.named_parameters() if p in trained and p.dim() > 1 and p not in served]
+    def name_left_out(self, root: nn.Module, served: Sequence[Shaped], trained: set[Param]) -> None:
+        weights = {each.weight for each in served}
+        other = [n for n, p in root.named_parameters() if p in trained and p.dim() > 1 and p not in weights]
         if other:
             _log.warning("These parameters are not preconditioned, and left to the optimizer: %s.", ", ".join(other))

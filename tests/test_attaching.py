@@ -8,6 +8,7 @@ from silence import check_told, told
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import compress
 import dear
 
 STEPS = 4
@@ -95,6 +96,22 @@ def first_pass_without_sync(rank, world, update):
         training.loss_of(model, rank, 2).backward()
     training.plain_step(model, opt, rank, 3)
     engine.detach()
+
+
+@told
+def first_registered_pass_without_sync(rank, world):
+    model, opt = training.build("StaticallyUnused", training.SGD, {"static_graph": True})
+    compress.register(model, compress.PowerSGD(rank=2))
+    with model.no_sync(), pytest.raises(RuntimeError, match=r"after compress\.register\(\) must not run under"):
+        model(training.models.data(rank, 1)[0])
+    training.plain_step(model, opt, rank, 1)
+    with model.no_sync():
+        training.loss_of(model, rank, 2).backward()
+    training.plain_step(model, opt, rank, 3)
+
+
+def test_a_first_registered_pass_that_teaches_nothing_is_refused(pool2):
+    check_told(pool2, first_registered_pass_without_sync)
 
 
 @both_modes

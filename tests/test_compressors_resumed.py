@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressing import SHAPES, attach, backward, gradients
+from compressing import KINDS, SHAPES, attach, backward, gradients
 
 import compress
 
@@ -34,3 +34,50 @@ def resumed(rank: int, world: int, kind: str, which: str) -> None:
 @pytest.mark.parametrize("kind", ["ACPSGD", "PowerSGD"])
 def test_the_factors_that_count_are_saved(pool2, kind, which):
     pool2.run(resumed, kind, which)
+
+
+def resumed_early(rank: int, world: int, kind: str, static: bool) -> None:
+    """Owners of elements, and so their error feedback, are the same before and after the first state is saved."""
+    ddp = {"static_graph": True} if static else {}
+    compressor = KINDS[kind](min_compression_ratio=0.1)
+    model = attach(compressor, **ddp)
+    states, results = [], []
+    for step in range(5):
+        results.append(backward(model, gradients(rank, step)))
+        states.append(compressor.state_dict(gather=True))
+    assert states[0]["ranks"][0]["layout"] == states[-1]["ranks"][0]["layout"]
+    for saved in (1, 2):
+        again = KINDS[kind](min_compression_ratio=0.1)
+        again.load_state_dict(states[saved - 1])
+        model = attach(again, **ddp)
+        for step in range(saved, 5):
+            have = backward(model, gradients(rank, step))
+            assert all(torch.equal(have[name], results[step][name]) for name in SHAPES), (saved, step)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_saved_after_one_step_goes_on(pool2, kind, static):
+    pool2.run(resumed_early, kind, static)
+
+
+def resumed_at_density(rank: int, world: int) -> None:
+    """Each density has a threshold of its own, which none of before takes the place of."""
+    options = {"density": [(0, 0.9), (3, 0.7)], "selection": "threshold", "min_compression_ratio": 0.1}
+    compressor = compress.TopK(**options)
+    model = attach(compressor)
+    states, results = [], []
+    for step in range(6):
+        states.append(compressor.state_dict(gather=True))
+        results.append(backward(model, gradients(rank, step)))
+    for begin in (2, 3, 4):
+        again = compress.TopK(**options)
+        again.load_state_dict(states[begin])
+        model = attach(again)
+        for step in range(begin, 6):
+            have = backward(model, gradients(rank, step))
+            assert all(torch.equal(have[name], results[step][name]) for name in SHAPES), (begin, step)
+
+
+def test_the_threshold_of_a_density_is_its_own(pool2):
+    pool2.run(resumed_at_density)

@@ -1,10 +1,12 @@
-"""The numbers of docs/choosing.md are those of the generated pages of results."""
+"""The numbers of docs/choosing.md and docs/compression.md are those of the generated pages of results."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from pathlib import Path
+
+from compress.presets import PRESETS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 CHOOSING = (DOCS / "choosing.md").read_text()
@@ -45,3 +47,19 @@ def test_losses():
         written = float(level) if level else 1 + float(percent) / 100
         digits = 3 if level or "." in percent else 2
         assert any(abs(round(ratio, digits) - written) < 1e-9 for ratio in ratios), f"{call}: {ratios}"
+
+
+def test_presets():
+    """What the page on compression says of presets is what the results say of their strategies."""
+    rows = defaultdict(dict)
+    losses = (DOCS / "results" / "losses.md").read_text()
+    for training, body in re.findall(r"^### (\S+, \S+)\n(.*?)(?=^#)", losses, re.MULTILINE | re.DOTALL):
+        for line in re.findall(r"^\| (.*) \|$", body, re.MULTILINE):
+            name, _, seeds, _, _, to_dense, fewer, *_ = line.split(" | ")
+            if seeds == "3":
+                rows[training][name] = to_dense, fewer
+    page = (DOCS / "compression.md").read_text()
+    found = re.findall(r"^\| \*(\w+)\* \| (\S+, \S+) \| ([+-][\d.]+%) \| ([\d.]+×) \|$", page, re.MULTILINE)
+    assert len(found) > 4
+    for preset, training, to_dense, fewer in found:
+        assert rows[training][f"power:{PRESETS[preset]().rank}"] == (to_dense, fewer), (preset, training)

@@ -69,7 +69,7 @@ def test_parts_add_up(world):
         product = vectors.zeros(vectors.rows)
         for parts in ranks:
             eva_parts.add_products(parts, columns, product)
-        square = sum(eva_parts.squares(parts, vectors) for parts in ranks)
+        square = sum(eva_parts.squares(parts, eva_parts.norms(parts, vectors), vectors) for parts in ranks)
         factor = torch.tensor(0.7, dtype=torch.float64)
         for parts in ranks:
             eva_parts.subtract(parts, rows, columns, factor)
@@ -99,7 +99,9 @@ def test_column_sums_and_blocks():
         torch.testing.assert_close(norms, with_one(vectors, columns, layer).square().sum(1))
         each = vectors.row_part(vectors.to_rows(vectors.square_norms(columns)), layer)
         assert torch.equal(each, norms.unsqueeze(1).expand(-1, matrix.rows))
-    assert vectors.to_blocks(torch.arange(5)).tolist() == [0, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 4]
+    for spread, part in ((vectors.to_all_rows, vectors.row_part), (vectors.to_all_columns, vectors.column_part)):
+        each = spread(torch.arange(5.0))
+        assert all((part(each, layer) == layer).all() for layer in range(5))
     assert vectors.sum_blocks(torch.ones(12)).tolist() == [1, 1, 3, 6, 1]
     assert torch.equal(
         vectors.sum_columns(vectors.to_columns(torch.ones(12))), torch.tensor([7.0, 1, *[4] * 3, *[9] * 6, 1])

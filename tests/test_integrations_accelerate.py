@@ -273,9 +273,19 @@ def several(rank, world, name, folder):
         same(again.train(range(3, 6)).parameters(), want)
 
 
-@pytest.mark.parametrize("name", ["owned", "replicated"])
-def test_several_optimizers(pool2, name, tmp_path):
-    pool2.run(several, name, str(tmp_path))
+def test_several_optimizers(pool2, tmp_path):
+    pool2.run(several, "owned", str(tmp_path))
+
+
+def several_refused(rank, world):
+    with as_torchrun(rank, world):
+        for name in ("replicated", "power"):
+            with pytest.raises(ValueError, match="takes one optimizer, not 2"):
+                Training(name, kind=owning.muon_and_adamw)
+
+
+def test_several_optimizers_are_refused(pool2):
+    pool2.run(several_refused)
 
 
 def without_feedback(rank, world, folder):

@@ -190,7 +190,7 @@ def several(rank, world, name, kind, folder):
         module = {"several": Several, "alternating": Alternating}[kind]
         _, want = fit(module())
         path = f"{folder}/after.ckpt"
-        saver = SaveAt(path, 8)  # Lightning counts the steps of every optimizer
+        saver = SaveAt(path, 12)  # after an epoch: Lightning counts the steps of every optimizer
         _, have = fit(module(), callbacks=[saver, *with_library("callback", name)["callbacks"]])
         same(have, want, what=kind)
         assert saver.saved
@@ -200,10 +200,7 @@ def several(rank, world, name, kind, folder):
         same(have, want, what=f"{kind}, resumed by plain DDP")
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("owned", "several"), ("replicated", "several"), ("sharded", "alternating"), ("replicated", "alternating")],
-)
+@pytest.mark.parametrize(("name", "kind"), [("owned", "several"), ("sharded", "alternating")])
 def test_several_optimizers(pool2, name, kind, tmp_path):
     pool2.run(several, name, kind, str(tmp_path))
 
@@ -301,7 +298,7 @@ def averaged(rank, world, name):
             same(results[1], results[0])
         steps = Steps()
         fit(Net(kind), callbacks=[steps, *with_library("callback", name)["callbacks"]])
-        same(results[1], averages(steps.states, 0.9))
+        same(results[1], averages(steps.states, 0.9), exact=False)  # Lightning adds two products, and this is a lerp
 
 
 @pytest.mark.parametrize("name", ["sharded", "replicated", "owned", *COMPRESSORS, "hook-power"])
@@ -361,7 +358,7 @@ def kept(rank, world, name, folder):
                 assert torch.equal(value, states[1][0]["state"][index][key]), key
 
 
-@pytest.mark.parametrize("name", ["sharded", "replicated", "owned", "power", "topk", "hook-power"])
+@pytest.mark.parametrize("name", ["sharded", "replicated", "owned", "power", "topk"])
 def test_checkpoints_validation_and_a_second_fit(pool2, name, tmp_path):
     pool2.run(kept, name, str(tmp_path))
 
@@ -384,8 +381,12 @@ def test_an_error_in_a_step_ends_every_rank(pool2, name):
 
 
 def misused(rank, world):
-    with as_torchrun(rank, world), pytest.raises(ValueError, match="pass compressor with it, and nothing else"):
-        DearCallback(register=print, update="sharded")
+    with as_torchrun(rank, world):
+        with pytest.raises(ValueError, match="pass compressor with it, and nothing else"):
+            DearCallback(register=print, update="sharded")
+        for name in ("replicated", "power"):
+            with pytest.raises(ValueError, match="takes one optimizer, not 2"):
+                fit(Several(), **with_library("callback", name))
 
 
 def test_what_cannot_work_is_refused(pool2):

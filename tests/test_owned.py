@@ -239,6 +239,8 @@ def moved_to_whole(rank, world):
     move(opt, big, 1, 0)
     with pytest.raises(RuntimeError, match=r"The parameter second\.weight came to a group that keeps"):
         training.plain_step(model, opt, rank, 2)
+    with pytest.raises(RuntimeError, match=r"The parameter second\.weight came to a group that keeps"):  # and stays
+        training.plain_step(model, opt, rank, 2)
 
 
 def test_a_cut_parameter_cannot_become_whole(pool2):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from silence import EVERY, WARM, check, check_told, known, silence, told
+from silence import BOTH, EVERY, WARM, check, check_told, known, silence, told
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -85,6 +85,12 @@ CASES = [
              f"{TAIL}"),
     *silence("a raising evaluation", f"{WARM}\n\nahead(3)\n\nwith torch.no_grad(), raising('last'): model(x(9))\n\n"
              f"opt.zero_grad(){TAIL}"),
+    *silence("one memory before the first pass", "opt.param_groups[0]['params'].reverse(); attach()\n\n"
+             "net.second.weight.data = net.first.weight.data\n\nfor step in range(3): train(step)", BOTH, True,
+             model="Aliased", optimizer=("SGD", {"lr": 0.05, "weight_decay": 0.5})),
+    *silence("another class of parameters", f"{WARM}\n\nclass Own(nn.Parameter): pass\n"
+             "note(params[0]); params[0].__class__ = Own\n\ntrain(3); train(4)\n\n"
+             "note(params[0]); note(type(params[0]).__name__)"),
 ]  # fmt: skip
 
 

@@ -121,3 +121,50 @@ def grads_of(model):
 )
 def test_what_overflows_inside_a_compressor_is_said(pool2, kind, scheduled, policy, value):
     check_told(pool2, overflowing, kind, scheduled, policy, value)
+
+
+@told
+def norms_of_float64(rank, world, update):
+    """A norm of float64 gradients is not rounded to float32."""
+    torch.manual_seed(0)
+    model = DDP(nn.Sequential(nn.Linear(16, 9), nn.Tanh(), nn.Linear(9, 4)).double())
+    opt = torch.optim.SGD(model.parameters(), lr=0.05)
+    x = torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    model(x).square().sum().backward()
+    want = nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    opt.zero_grad()
+    engine = dear.attach(model, opt, update=update, bucket_cap_mb=0.001)
+    model(x).square().sum().backward()
+    have = engine.clip_grad_norm_(1e9)
+    engine.detach()
+    torch.testing.assert_close(have, want, rtol=1e-13, atol=0.0)
+
+
+@pytest.mark.parametrize("update", ["sharded", "owned"])
+def test_a_norm_has_the_precision_of_the_gradients(pool2, update):
+    check_told(pool2, norms_of_float64, update)
+
+
+@told
+def clipped_by_one(rank, world):
+    """A gradient that one rank owns is clipped and kept: the local ones of the other rank follow, too."""
+
+    def train(update):
+        torch.manual_seed(0)
+        model = DDP(nn.Linear(16, 4, bias=False))
+        opt = torch.optim.Adafactor(model.parameters(), lr=0.05)
+        engine = dear.attach(model, opt, update=update) if update else None
+        for step in range(3):
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(10 * step + rank))
+            model(x).square().sum().backward()
+            clip = engine.clip_grad_norm_ if engine else lambda norm: nn.utils.clip_grad_norm_(model.parameters(), norm)
+            clip(0.5)
+            opt.step()
+        return model.module.weight.detach().clone()
+
+    want, have = train(None), train("owned")
+    torch.testing.assert_close(have, want)
+
+
+def test_local_gradients_follow_where_nothing_is_owned(pool2):
+    check_told(pool2, clipped_by_one)

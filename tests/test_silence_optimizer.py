@@ -125,6 +125,9 @@ CASES = [
              f"load_optimizer(state[1]){TAIL}", BOTH, **ADAM),
     *silence("resumed before the first step", "state = None\n\ntrain(0); train(1)\n\nstate = copy.deepcopy("
              f"(net.state_dict(), opt.state_dict()))\n\nattach()\n\nload_optimizer(state[1]){TAIL}", BOTH, **ADAM),
+    *silence("cleared with state of what is frozen", "opt.state[params[2]]['momentum_buffer'] = torch.ones_like("
+             f"params[2])\n\n{WARM}\n\nopt.state.clear(){TAIL}", BOTH, model="Frozen",
+             optimizer=("SGD", {"lr": 0.05, "momentum": 0.9})),
 ]  # fmt: skip
 
 

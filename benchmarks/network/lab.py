@@ -33,8 +33,8 @@ class Lab(Ranks):
     name = "emulated network"  # in tables and JSON
     about = "Network: emulated, one namespace per worker, every port limited to the rate given."
 
-    def __init__(self, workers: int, rate: str | float | None = None) -> None:
-        self._network = Network(workers, parse_rate(rate))
+    def __init__(self, workers: int, rate: str | float | None = None, hosts: int | None = None) -> None:
+        self._network = Network(workers if hosts is None else hosts, parse_rate(rate))
         try:
             super().__init__(workers)
         except BaseException:

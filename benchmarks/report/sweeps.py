@@ -17,10 +17,13 @@ RATES = ("100mbit", "500mbit", "1gbit")
 
 
 def is_sweep(source: Source) -> bool:
-    """Whether methods were trained under several optimizers or learning rates, so that each has a best one."""
+    """Whether it is one of those in which each method has its own best learning rate: of several optimizers or rates,
+    or with a schedule of the learning rate."""
     if source.benchmark != "convergence":
         return False
-    return len({(cell["plan"]["optimizer"], cell["plan"]["learning_rate"]) for cell in source.cells}) > 1
+    plans = [cell["plan"] for cell in source.cells]
+    several = len({(plan["optimizer"], plan["learning_rate"]) for plan in plans}) > 1
+    return several or any(plan.get("schedule", "constant") != "constant" for plan in plans)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ namespace dear::compress {
 struct Message {
   Phase phase;
   at::Tensor full;
-  at::Tensor shard;  // undefined for an all-gather
+  at::Tensor shard;                                   // undefined for an all-gather
+  std::shared_ptr<const Ownership> owners = nullptr;  // as of a Part
 };
 
 // What a compressor makes of one group's gradient.
@@ -33,7 +34,8 @@ class Codec {
   virtual size_t stages(int64_t step) const = 0;
   virtual std::optional<Message> advance(int64_t step, size_t stage) = 0;
 
-  // Whether a message behind the first is an all-to-all; others are for the ring.
+  // Whether that message is an all-to-all; others are for the ring. Of the first one only a codec around this
+  // one asks.
   virtual bool all_to_all(int64_t /*step*/, size_t /*stage*/) const { return false; }
 
   // From where and to where, both flat [n] of the gradient's type: this rank's gradient, which is only read,

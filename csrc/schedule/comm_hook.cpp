@@ -56,6 +56,14 @@ Bucket copy_out(c10d::GradBucket& bucket) {
   return {bucket.getBuffer(), bucket.getParameters(), bucket.getGradients()};
 }
 
+std::vector<Bucket> buckets_of(c10d::Reducer& reducer) {
+  std::vector<Bucket> buckets;
+  for (c10d::GradBucket& bucket : reducer.get_grad_buckets(/*return_zero_tensors=*/false)) {
+    buckets.push_back(copy_out(bucket));
+  }
+  return buckets;
+}
+
 }  // namespace
 
 void register_scheduler(c10d::Reducer& reducer, std::shared_ptr<Scheduler> scheduler,
@@ -76,12 +84,12 @@ void rebuild_buckets(c10d::Reducer& reducer, Scheduler& scheduler) {
   if (reducer.rebuild_buckets()) take_buckets(reducer, scheduler);
 }
 
+void rebuild_buckets(c10d::Reducer& reducer, CompressedHook& hook) {
+  if (reducer.rebuild_buckets()) hook.take_buckets(buckets_of(reducer));
+}
+
 void take_buckets(c10d::Reducer& reducer, Scheduler& scheduler) {
-  std::vector<Bucket> buckets;
-  for (c10d::GradBucket& bucket : reducer.get_grad_buckets(/*return_zero_tensors=*/false)) {
-    buckets.push_back(copy_out(bucket));
-  }
-  scheduler.replace_incoming(std::move(buckets));
+  scheduler.replace_incoming(buckets_of(reducer));
 }
 
 void register_compressed_hook(c10d::Reducer& reducer, std::shared_ptr<CompressedHook> hook,

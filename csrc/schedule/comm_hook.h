@@ -28,6 +28,9 @@ void register_scheduler(c10d::Reducer& reducer, std::shared_ptr<Scheduler> sched
 // where the reducer has rebuilt them already, or never does.
 void rebuild_buckets(c10d::Reducer& reducer, Scheduler& scheduler);
 
+// The same for a compressor's hook, whose groups move to the new buckets: nothing of a pass is kept in them.
+void rebuild_buckets(c10d::Reducer& reducer, CompressedHook& hook);
+
 // Moves the scheduler's incoming gradients into the buckets of another reducer of the same parameters.
 void take_buckets(c10d::Reducer& reducer, Scheduler& scheduler);
 

@@ -32,6 +32,7 @@ Future CompressedHook::on_bucket(size_t index, Bucket bucket) {
 void CompressedHook::begin() {
   pipeline_->begin_step();
   delivered_ = 0;
+  bound_ = false;
   measuring_ = std::exchange(measure_next_, false);
   error_ = nullptr;
   // The first callback comes before the one in which DDP finishes its own work, the second after it.
@@ -42,15 +43,25 @@ void CompressedHook::begin() {
   });
 }
 
+void CompressedHook::bind(size_t index, const Bucket& bucket) {
+  TwoPhaseExchanges exchanges = callbacks_.bind(index, bucket);
+  TORCH_CHECK(!exchanges.empty(), "A bucket was bound to no group.");
+  buckets_.push_back({bucket.buffer, std::move(exchanges)});
+}
+
+void CompressedHook::take_buckets(const std::vector<Bucket>& buckets) {
+  buckets_.clear();
+  for (size_t index = 0; index < buckets.size(); ++index) bind(index, buckets[index]);
+}
+
 void CompressedHook::start(size_t index, const Bucket& bucket, const Future& future) {
   const bool known = index < buckets_.size() &&
                      buckets_[index].buffer.unsafeGetTensorImpl() == bucket.buffer.unsafeGetTensorImpl();
   if (!known) {
     // DDP rebuilds all of its buckets or none, so those behind this one are old too.
     buckets_.resize(index);
-    TwoPhaseExchanges exchanges = callbacks_.bind(index, bucket);
-    TORCH_CHECK(!exchanges.empty(), "A bucket was bound to no group.");
-    buckets_.push_back({bucket.buffer, std::move(exchanges)});
+    bind(index, bucket);
+    bound_ = true;
   }
   if (measuring_) callbacks_.measure(index);
   const TwoPhaseExchanges& exchanges = buckets_[index].exchanges;
@@ -109,7 +120,7 @@ void CompressedHook::end() {
       if (TwoPhaseExchange::any_nonfinite(buckets_[i].exchanges)) nonfinite.push_back(i);
     }
   }
-  if (always_ended_ || measuring_ || !nonfinite.empty()) callbacks_.ended(nonfinite);
+  if (always_ended_ || measuring_ || bound_ || !nonfinite.empty()) callbacks_.ended(nonfinite);
 }
 
 void CompressedHook::roll_back() {

@@ -17,8 +17,9 @@ class CompressedHook {
     std::function<TwoPhaseExchanges(size_t index, const Bucket& bucket)> bind;
     // Before a bucket goes out, in a step that is measured.
     std::function<void(size_t index)> measure;
-    // At the end of a backward pass in which nothing failed, when every .grad is final: if that was asked for
-    // or a gradient was non-finite. `nonfinite`: the buckets with non-finite gradients.
+    // At the end of a backward pass in which nothing failed, when every .grad is final: if that was asked
+    // for, a bucket was new, or a gradient was non-finite. `nonfinite`: the buckets with non-finite
+    // gradients.
     std::function<void(const std::vector<size_t>& nonfinite)> ended;
   };
 
@@ -34,6 +35,8 @@ class CompressedHook {
   void measure_next() { measure_next_ = true; }
   // Groups are to be made anew.
   void forget() { buckets_.clear(); }
+  // DDP has laid its buckets anew, between two passes. Collective.
+  void take_buckets(const std::vector<Bucket>& buckets);
   // Makes the error feedback what it was before the last step.
   void roll_back();
   // Nanoseconds that the last backward pass waited for communication behind its last bucket.
@@ -47,6 +50,7 @@ class CompressedHook {
   };
 
   void begin();
+  void bind(size_t index, const Bucket& bucket);
   void start(size_t index, const Bucket& bucket, const c10::intrusive_ptr<c10::ivalue::Future>& future);
   // Waits until every result stands, which DDP would do without asking check_interrupt().
   void arrive();
@@ -58,6 +62,7 @@ class CompressedHook {
   std::vector<Known> buckets_;
   size_t delivered_ = 0;  // buckets, in this backward pass
   bool always_ended_ = false;
+  bool bound_ = false;  // a bucket, in this backward pass
   bool measure_next_ = false;
   bool measuring_ = false;
   int64_t last_bucket_ns_ = 0;

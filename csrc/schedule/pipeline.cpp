@@ -5,8 +5,8 @@
 namespace dear {
 
 Pipeline::Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::vector<std::shared_ptr<Lane>> all_to_alls,
-                   at::Device device)
-    : lanes_(std::move(lanes)), all_to_alls_(std::move(all_to_alls)), device_(device) {
+                   at::Device device, int rank)
+    : lanes_(std::move(lanes)), all_to_alls_(std::move(all_to_alls)), device_(device), rank_(rank) {
   if (!device_.is_cpu()) return;
   decoding_->thread = std::thread([this] { serve(); });
   ::pthread_setname_np(decoding_->thread.native_handle(), "dear decode");

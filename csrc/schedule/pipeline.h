@@ -25,16 +25,16 @@ namespace dear {
 class Pipeline {
  public:
   // `lanes` and `all_to_alls` by stage; of the latter those may be null, or missing, that no codec wants.
+  // `rank`: of the process group, of whose ranks a lane may have some.
   Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::vector<std::shared_ptr<Lane>> all_to_alls,
-           at::Device device);
+           at::Device device, int rank);
   // Lets what is in flight fail first: the decoding thread may be waiting for it.
   ~Pipeline();
 
   Lane& lane(Phase phase, size_t stage) const;
   size_t stages() const { return lanes_.size(); }
   at::Device device() const { return device_; }
-  int rank() const { return lanes_.front()->rank(); }
-  int world() const { return lanes_.front()->world(); }
+  int rank() const { return rank_; }
 
   // Steps that have begun.
   int64_t steps() const { return steps_; }
@@ -70,6 +70,7 @@ class Pipeline {
   std::vector<std::shared_ptr<Lane>> lanes_;
   std::vector<std::shared_ptr<Lane>> all_to_alls_;
   const at::Device device_;
+  const int rank_;
   int64_t steps_ = 0;
   Counts at_begin_;
   Counts last_step_;

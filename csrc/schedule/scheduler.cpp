@@ -194,18 +194,18 @@ void Scheduler::set_pipeline(std::shared_ptr<Pipeline> pipeline) {
   TORCH_CHECK(gather_gradients_, "Compressed gradients are gathered, not the parameters.");
   pipeline_ = std::move(pipeline);
   const auto options = at::TensorOptions().device(pipeline_->device()).dtype(at::kInt);
-  dropped_ = at::zeros({pipeline_->world()}, options);
+  dropped_ = at::zeros({gather_lane_->world()}, options);
 }
 
 void Scheduler::make_finiteness_check() {
-  const at::Tensor own = dropped_.narrow(0, pipeline_->rank(), 1);
+  const at::Tensor own = dropped_.narrow(0, gather_lane_->rank(), 1);
   const std::string last = std::to_string(groups_.size() - 1);
   const std::string label = "the finiteness check of " + group_label(0) + (last == "0" ? "" : " to " + last);
   tell_dropped_ = gather_lane_->make_exchange(Phase::kAllGather, Reduction::kSum, {{dropped_, own}}, label);
 }
 
 void Scheduler::submit_dropped() {
-  at::Tensor own = dropped_.narrow(0, pipeline_->rank(), 1);
+  at::Tensor own = dropped_.narrow(0, gather_lane_->rank(), 1);
   for (const Group& group : groups_) {
     for (const auto& exchange : group.exchanges) own.add_(exchange->dropped());
   }

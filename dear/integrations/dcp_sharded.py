@@ -37,7 +37,7 @@ from dear._ddp import reduced_parameters
 from dear._layout import stride_in_bucket
 from dear._optimizer import unwrapped
 from dear._state import SCALARS
-from dear._state_parts import LoadedState
+from dear._state_parts import InParts, LoadedState
 from dear.engine import Engine
 from dear.integrations._pieces import Pieces
 
@@ -101,22 +101,21 @@ def load(path: str | os.PathLike[str], model: DDP, optimizer: Optimizer | Sequen
     wanted: dict[str, Any] = {f"model.{name}": value for name, value in weights.items()}
     owners = _engines_of(metadata, group.rank(), group.size())
     wanted |= dict.fromkeys(owners, 0)
-    loaded = None
-    if engine.update == "replicated":
-        wanted |= _whole_state(metadata)
-    else:
+    update, loaded = engine._update, None
+    if isinstance(update, InParts):
         loaded = _Template(metadata, model, optimizers, group.rank(), group.size())
         wanted |= loaded.wanted
+    else:
+        wanted |= _whole_state(metadata)
     dcp.load(wanted, checkpoint_id=path, process_group=group)
 
     set_model_state_dict(model, {name: wanted[f"model.{name}"] for name in weights})
-    if loaded is None:
-        state = _nested(wanted, metadata)
-        with engine.full_state():
-            set_optimizer_state_dict(model, optimizers, state)
-    else:
+    if isinstance(update, InParts) and loaded is not None:
         loaded.finish(wanted)
-        engine._update.load_state_parts(loaded.state)
+        update.load_state_parts(loaded.state)
+    else:
+        with engine.full_state():
+            set_optimizer_state_dict(model, optimizers, _nested(wanted, metadata))
     states = [torch.load(io.BytesIO(wanted[key]), weights_only=True) for key in owners]
     if states:
         engine.load_state_dict(_merged(states))
@@ -145,7 +144,7 @@ def _names(model: DDP) -> dict[torch.Tensor, str]:
 
 def _optimizer_state(model: DDP, optimizers: list[Optimizer], engine: Engine) -> dict[str, Any]:
     """As ``get_optimizer_state_dict`` gives it, where each rank has its part of the tensors."""
-    parts = engine._update.state_parts()
+    parts = engine._update.state_parts() if isinstance(engine._update, InParts) else None
     if parts is None:
         with engine.full_state():
             return get_optimizer_state_dict(model, optimizers)

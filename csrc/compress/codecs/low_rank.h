@@ -78,6 +78,7 @@ class AcpCodec : public LowRankCodec {
            at::Tensor segments, int64_t dense_numel, std::optional<at::ScalarType> wire,
            std::shared_ptr<const StartStep> start);
   size_t stages(int64_t) const override { return 2; }
+  bool all_to_all(int64_t, size_t stage) const override { return stage == 0 && of_p_->all_to_all(); }
   std::optional<Message> advance(int64_t step, size_t stage) override;
 
  private:

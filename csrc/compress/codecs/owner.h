@@ -11,6 +11,7 @@ namespace dear::compress {
 class OwnerCodec : public Codec {
  public:
   size_t stages(int64_t) const override { return 2; }
+  bool all_to_all(int64_t, size_t stage) const override { return stage == 0; }
   std::optional<Message> advance(int64_t step, size_t stage) override;
 
  protected:

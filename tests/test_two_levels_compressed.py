@@ -1,0 +1,190 @@
+"""Compressors between nodes alone: two nodes of two ranks each, against what one level does with the nodes' means."""
+
+import os
+import signal
+
+import compressing
+import pytest
+import torch
+import training
+from compressing import backward, everyones, gradients
+from test_dense_eight_bits import Golden
+from torch.nn.parallel import DistributedDataParallel as DDP
+from workers import WorkerDied, run_workers
+
+import compress
+import dear
+from compress import reference
+
+SIZE, NODES, STEPS = 2, 2, 6
+#: Each place of a node has two of them.
+SHAPES = {"matrix": (150, 200), "vector": (30_000,), "other": (90, 300), "last": (26_000,)}
+KINDS = {
+    "topk": lambda: compress.TopK(density=0.02, slack=50, min_compression_ratio=0.1),
+    "sign": compress.SignSGD,
+    "int8": lambda: compress.Dense(torch.int8, min_compression_ratio=0.2),
+}
+
+
+def attach(compressor, **ddp):
+    """One bucket, which DDP does not rebuild."""
+    ddp = {"bucket_cap_mb": 100, "find_unused_parameters": True} | ddp
+    model = DDP(compressing.Prescribed(SHAPES), **ddp)
+    compress.register(model, compressor, hierarchy=SIZE)
+    return model
+
+
+class OneLevel:
+    """What one place of the nodes sends, by plain torch."""
+
+    def __init__(self, kind, compressor, group):
+        self.kind, self.n = kind, group.numel
+        self.shard = compressor.shard_numel(group)
+        self.errors = [torch.zeros(self.n) for _ in range(NODES)]
+        self.owner_error = torch.zeros(self.n)
+        self.eight = Golden(self.n, self.shard, NODES, torch.int8)
+
+    def step(self, means):
+        if self.kind == "topk":
+            return reference.topk_step(means, self.errors, self.owner_error, max(1, round(0.02 * self.n)), self.shard)
+        if self.kind == "sign":
+            return reference.sign_step(means, self.errors, self.owner_error)
+        return self.eight.step(means)
+
+
+def as_said(rank, world, kind):
+    compressor = KINDS[kind]()
+    model, golden = attach(compressor), None
+    for step in range(STEPS):
+        have = backward(model, gradients(rank, step, SHAPES))
+        (group,) = compressor.groups.values()
+        places, mine = compressor.levels.places, group.inner.names
+        assert sorted(places.values()) == [0, 0, 1, 1] and len(mine) == 2
+        assert set(compressor.feedback.errors) == set(mine), "error feedback exists once in a node"
+        golden = golden or OneLevel(kind, compressor, group.inner)
+        everyone = [gradients(r, step, SHAPES) for r in range(world)]
+        means = []
+        for node in range(NODES):
+            one, two = everyone[SIZE * node], everyone[SIZE * node + 1]
+            means.append(torch.cat([((one[name] + two[name]) / 2).flatten() for name in mine]))
+        want = golden.step(means)
+        result = torch.cat([have[name].flatten() for name in mine])
+        if kind == "sign":
+            torch.testing.assert_close(result, want)
+        else:
+            assert torch.equal(result, want), step
+        for other in everyones(have):
+            assert all(torch.equal(other[name], have[name]) for name in SHAPES), "replicas differ"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_the_golden_model(pool4, kind):
+    pool4.run(as_said, kind)
+
+
+def conserved(rank, world, kind):
+    """What was applied and what is left is the sum of the gradients, also where DDP rebuilds its buckets."""
+    compressor = compressing.KINDS[kind]()
+    model = DDP(compressing.Prescribed(), **compressing.SEVERAL_BUCKETS)
+    compress.register(model, compressor, hierarchy=SIZE)
+    given = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in compressing.SHAPES.items()}
+    for step in range(STEPS):
+        have = backward(model, gradients(rank, step))
+        for name in given:
+            mean = torch.stack([gradients(r, step)[name] for r in range(world)]).double().mean(0)
+            given[name] += mean - have[name].double()
+    left = {name: torch.zeros_like(value).flatten() for name, value in given.items()}
+    for state in everyones(compressor.state_dict()):
+        for name, error in state["errors"].items():
+            left[name] += error.double() / NODES
+        for name, (first, values) in state["owned"].items():
+            left[name][first : first + values.numel()] += values.double()
+    for name, value in given.items():
+        assert (value.flatten() - left[name]).abs().max() < 2e-4, name
+
+
+@pytest.mark.parametrize("kind", ["topk", "sign", "int8", "acp"])
+def test_nothing_is_lost(pool4, kind):
+    pool4.run(conserved, kind)
+
+
+def scheduled(rank, world, kind):
+    """Under the schedule: a resumed run is the run that would have been."""
+
+    def run(numbers, state=None):
+        compressor = compressing.KINDS[kind]()
+        model, optimizer = training.build("Mlp", training.SGD, {})
+        if state is not None:
+            model.load_state_dict(state[0])
+        engine = dear.attach(model, optimizer, compressor=compressor, hierarchy=SIZE, bucket_cap_mb=0.002)
+        if state is not None:
+            engine.load_state_dict(state[1])
+        losses = [training.plain_step(model, optimizer, rank, step) for step in numbers]
+        model.eval()
+        kept = {name: value.clone() for name, value in model.state_dict().items()}, engine.state_dict()
+        engine.detach()
+        return losses, kept
+
+    whole, _ = run(range(6))
+    first, state = run(range(3))
+    second, _ = run(range(3, 6), state)
+    assert first + second == whole
+
+
+@pytest.mark.parametrize("kind", ["topk", "sign"])
+def test_a_resumed_run_is_the_run_that_would_have_been(pool4, kind):
+    pool4.run(scheduled, kind)
+
+
+def not_finite(rank, world):
+    """Each rank raises, also where the gradient that is not finite is of another node and place."""
+    compressor = compress.TopK(density=0.05)
+    model = attach(compressor)
+    for step in range(3):
+        grads = gradients(rank, step, SHAPES)
+        if step == 1 and rank == 3:
+            grads["matrix"][0, 0] = torch.inf
+        if step != 1:
+            backward(model, grads)
+            continue
+        with pytest.raises(RuntimeError, match="is not finite"):
+            backward(model, grads)
+    assert all(error.isfinite().all() for error in compressor.feedback.errors.values())
+
+
+def test_a_gradient_that_is_not_finite_is_seen_by_all(pool4):
+    pool4.run(not_finite)
+
+
+def refused(rank, world):
+    model = DDP(compressing.Prescribed(SHAPES))
+    with pytest.raises(ValueError, match="compressors of two exchanges a step, and PowerSGD makes 4"):
+        compress.register(model, compress.PowerSGD(), hierarchy=SIZE)
+    compressor = compress.TopK(density=0.05)
+    backward(attach(compressor), gradients(rank, 0, SHAPES))
+    other = compress.TopK(density=0.05)
+    other.load_state_dict(compressor.state_dict())
+    model = DDP(compressing.Prescribed(SHAPES))
+    compress.register(model, other)
+    with pytest.raises(ValueError, match="was saved with the nodes"):
+        backward(model, gradients(rank, 1, SHAPES))
+
+
+def test_what_does_not_fit_is_refused(pool4):
+    pool4.run(refused)
+
+
+def dies(rank, world):
+    model = attach(compress.TopK(density=0.05))
+    for step in range(6):
+        if rank == 3 and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        backward(model, gradients(rank, step, SHAPES))
+
+
+@pytest.mark.slow
+def test_a_dead_peer_is_named_on_every_rank():
+    results = run_workers(dies, 4, expect_dead={3})
+    assert isinstance(results[3], WorkerDied)
+    for rank in range(3):
+        assert "Rank 3 " in str(results[rank]), results[rank]
