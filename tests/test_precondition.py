@@ -201,3 +201,19 @@ def test_losses_on_digits(pool2):
     sgd, kfac, dp_kfac = (sum(pool2.run(on_digits, kind)) / 2 for kind in (None, "KFAC", "DPKFAC"))
     assert max(kfac, dp_kfac) < 0.5 * sgd, (sgd, kfac, dp_kfac)
     assert abs(kfac - dp_kfac) < 0.15 * (sgd - max(kfac, dp_kfac)), (sgd, kfac, dp_kfac)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"damping": 0}, "damping must be a positive number"),
+        ({"factor_decay": 1.0}, "factor_decay must be at least 0 and below 1"),
+        ({"update_every": 0}, "update_every must be a number of steps"),
+        ({"inverse_every": 2.5}, "inverse_every must be a number of steps"),
+        ({"kl_clip": -1.0}, "kl_clip must be a positive number"),
+        ({"solver": "qr"}, 'solver must be "cholesky" or "eigen"'),
+    ],
+)
+def test_arguments_that_cannot_be(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        precondition.KFAC(**options)

@@ -383,19 +383,3 @@ def test_layers_of_no_optimizer(pool2):
 
 def test_refusals(pool2):
     pool2.run(refused)
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"damping": 0}, "damping must be a positive number"),
-        ({"factor_decay": 1.0}, "factor_decay must be at least 0 and below 1"),
-        ({"update_every": 0}, "update_every must be a number of steps"),
-        ({"inverse_every": 2.5}, "inverse_every must be a number of steps"),
-        ({"kl_clip": -1.0}, "kl_clip must be a positive number"),
-        ({"solver": "qr"}, 'solver must be "cholesky" or "eigen"'),
-    ],
-)
-def test_arguments_that_cannot_be(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        precondition.KFAC(**options)
