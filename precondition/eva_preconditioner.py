@@ -58,7 +58,7 @@ class RankOnePreconditioner(Registered):
         layers, kind = self.served(model.module, trained), type(self).__name__
         if not layers:
             raise ValueError(f"{caller} found no layer that precondition.{kind} serves: leave preconditioner out.")
-        _checks.check_groups(layers, optimizers)  # type: ignore[arg-type]
+        _checks.check_groups(layers, optimizers)
         self._new_running(layers, torch.device("cpu"))
         if model.process_group.rank() == 0:
             self.name_left_out(model.module, layers, trained)
