@@ -173,8 +173,8 @@ def by_name(rank, world, update, optimizer):
     model, opt, engine = start(rank, update, optimizer)
     other, other_opt = plain(rank, optimizer)
     with engine.full_state():
-        have = get_state_dict(model, opt)
-    want = get_state_dict(other, other_opt)
+        have = copy.deepcopy(get_state_dict(model, opt))  # what is loaded would share memory with it
+    want = copy.deepcopy(get_state_dict(other, other_opt))
     equal(have[0], want[0])
     equal(have[1]["state"], want[1]["state"])
 
