@@ -1,12 +1,14 @@
 """The gradient compressors as command lines, results and tables name them: acp:4, topk:0.01, sign:majority, int8."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 FORMS = (
     "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, int8, fp8, exact, safe, fast; RANK is a "
-    "whole number or a fraction of the smaller side; more options may follow: power:8:start=100:exempt=head+bytes"
+    "whole number, a fraction of the smaller side, or how many times fewer elements are sent, such as 4x; "
+    "more options may follow: power:8:start=100:exempt=head+bytes"
 )
 
 # Names that earlier versions wrote into results of the collectives, as they begin in JSON.
@@ -89,12 +91,14 @@ def whole(text: str) -> bool:
     return text.isdigit() and 1 <= int(text) <= 256
 
 
-def _rank(text: str | None) -> int | float:
-    return int(text or 0) if text is None or text.isdigit() else float(text)
+def _rank(text: str | None) -> int | float | str:
+    if text is None or text.isdigit():
+        return int(text or 0)
+    return text if text.endswith("x") else float(text)
 
 
 def _whole_or_share(text: str) -> bool:
-    return whole(text) or (_share(text) and float(text) < 1)
+    return whole(text) or (_share(text) and float(text) < 1) or re.fullmatch(r"\d+(\.\d+)?x", text) is not None
 
 
 def _share(text: str) -> bool:

@@ -46,7 +46,8 @@ class LowRank(Compressor):
 
     Args:
         rank: columns of P and Q, at most 256 and at most the smaller side. A whole number, a fraction of the smaller
-            side, or ``"auto"``; or a list of (step, rank), such as ``[(0, 32), (1000, 8)]``: a matrix that would stay
+            side, ``"4x"`` (the largest that sends at least 4 times fewer elements than the matrix has, on average), or
+            ``"auto"``; or a list of (step, rank), such as ``[(0, 32), (1000, 8)]``: a matrix that would stay
             dense under any of them does so throughout. Smaller compresses more.
         rank_of: the rank by parameter, which counts in place of ``rank``: a dict from names, modules' names or patterns
             to ranks, or a callable of name and parameter that returns a rank, or None for ``rank``.
@@ -108,7 +109,8 @@ class LowRank(Compressor):
         wanted = [rank for _, rank in self.stages.values]
         if member.name in self._own:
             wanted = [self._own[member.name]] * len(wanted)
-        ranks = tuple(rank_for(rank, member.rows, member.columns, self.auto) for rank in wanted)
+        each = self.cost(member.rows, member.columns, 1)
+        ranks = tuple(rank_for(rank, member.rows, member.columns, self.auto, each) for rank in wanted)
         worth = member.numel >= self.min_compression_ratio * self._sent(member, max(ranks))
         return ranks if member.columns > 1 and member.name not in self.exempted and worth else ()
 

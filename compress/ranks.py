@@ -1,13 +1,14 @@
-"""Ranks of low-rank compressors: a number, a fraction of the smaller side, or "auto"."""
+"""Ranks of low-rank compressors: a number, a fraction of the smaller side, "4x" fewer elements, or "auto"."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Any
 
 #: The largest rank that the kernels take.
 LARGEST = 256
 
-Rank = int | float | Literal["auto"]
+Rank = int | float | str
 
 
 def check_rank(rank: Any, option: str = "rank") -> Rank:
@@ -20,17 +21,21 @@ def check_rank(rank: Any, option: str = "rank") -> Rank:
         return rank
     if type(rank) is float and 0 < rank < 1:
         return rank
-    if rank == "auto":
-        return "auto"
+    if rank == "auto" or (isinstance(rank, str) and re.fullmatch(r"\d+(\.\d+)?x", rank) and float(rank[:-1]) > 1):
+        return str(rank)
     raise ValueError(
-        f"{option} must be a whole number from 1 to {LARGEST}, a fraction of the smaller side between 0 and 1, or "
-        f'"auto", not {rank!r}.'
+        f"{option} must be a whole number from 1 to {LARGEST}, a fraction of the smaller side between 0 and 1, "
+        f'how many times fewer elements are sent, such as "4x", or "auto", not {rank!r}.'
     )
 
 
-def rank_for(rank: Rank, rows: int, columns: int, auto: float) -> int:
-    """What the rank is for a matrix [rows, columns]; ``auto`` is the fraction that "auto" stands for."""
+def rank_for(rank: Rank, rows: int, columns: int, auto: float, each: float) -> int:
+    """What the rank is for a matrix [rows, columns]; ``auto`` is the fraction that "auto" stands for, and ``each`` what
+    a rank of 1 sends, in elements."""
     smaller = min(rows, columns)
-    fraction = auto if rank == "auto" else rank
-    wanted = max(1, round(fraction * smaller)) if isinstance(fraction, float) else fraction
-    return min(wanted, smaller, LARGEST)
+    wanted = auto if rank == "auto" else rank
+    if isinstance(wanted, str):
+        wanted = int(rows * columns / (float(wanted[:-1]) * each))
+    elif isinstance(wanted, float):
+        wanted = round(wanted * smaller)
+    return min(max(1, wanted), smaller, LARGEST)

@@ -66,6 +66,7 @@ class UserOptimizer:
     def __init__(self, optimizer: optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.original_step = optimizer.step
+        self.is_first_update = True  # it has not made its state yet: see Note [The first update] in _update.py
         self.note_members()
         self._owner: weakref.WeakMethod[Any] | None = None
         self._ours: dict[str, Any] = {}  # methods of the optimizer that are ours

@@ -91,7 +91,7 @@ class OwnedUpdate(ShardedUpdate):
     def stats(self) -> dict[str, Any]:
         costs = self._assignment.costs
         total = sum(costs)
-        return {"update_balance": max(costs) * len(costs) / total if total else 1.0}
+        return super().stats() | {"update_balance": max(costs) * len(costs) / total if total else 1.0}
 
 
 class _Requirements:

@@ -22,7 +22,7 @@ from dear._optimizer import Groups
 from dear._pending import unguarded
 from dear._placeholders import PendingGrad, Placeholders, pending_grad
 from dear._state_views import PendingState
-from dear._update import Request, Update
+from dear._update import Request, Update, bytes_of
 from dear.collectives import shard_range
 
 
@@ -111,11 +111,11 @@ class ReplicatedUpdate(Update):
             attached.compression.validate()
         # What the user has put there counts, or can be changed any time.
         counts = found.own or found.plain or found.missing
-        if counts or optimizer in self.first_updates or attached.layout is None:
+        if counts or attached.user.is_first_update or attached.layout is None:
             if attached.layout is not None:
                 self._finish_gradients()
             attached.user.run_all(None)
-            self.first_updates.discard(optimizer)
+            attached.user.is_first_update = False
             return
         self._groups = attached.user.groups()
         self._context = StepContext.here(attached.device)
@@ -233,10 +233,9 @@ class ReplicatedUpdate(Update):
         settle = weakly(self.attached, lambda attached: attached.barrier.settle(attached.order))
         kept.state = self._view = PendingState.of(dict(kept.state), settle)
 
-    def state_bytes(self) -> int:
+    def stats(self) -> dict[str, Any]:
         with self._view.unsettled():
-            states = list(self._view.values())
-        return sum(v.nbytes for values in states for v in values.values() if isinstance(v, torch.Tensor))
+            return {"optimizer_state_bytes": bytes_of(self._view.values())}
 
     def release(self) -> None:
         self.attached.user.optimizer.state = self._view.copy()

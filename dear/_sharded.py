@@ -25,7 +25,7 @@ from dear._preconditioned import Preconditioning
 from dear._sharded_gradients import ShardedGradients
 from dear._state_parts import LoadedState, StateParts
 from dear._state_views import ShardedState
-from dear._update import Request, Update
+from dear._update import Request, Update, bytes_of
 
 
 class ShardedUpdate(Update):
@@ -165,12 +165,12 @@ class ShardedUpdate(Update):
         """Each fusion group is updated once its gradients have been reduced, and gathered in the forward's order."""
         attached, scheduler = self.attached, self.attached.scheduler
         updated: set[int] = set()
-        if optimizer in self.first_updates:
+        if attached.users[optimizer].is_first_update:
             for index in attached.order:
                 scheduler.wait_reduced(index)
             self._run(optimizer, attached.order, "all fusion groups")
             updated.update(attached.order)
-            self.first_updates.remove(optimizer)
+            attached.users[optimizer].is_first_update = False
 
         def update(group: int) -> None:
             scheduler.wait_reduced(group)
@@ -341,16 +341,10 @@ class ShardedUpdate(Update):
             self._cut(layout, loaded.spread(layout, self.attached.gather_lane), range(len(self.attached.users)))
         self.regroup()
 
-    def state_bytes(self) -> int:
+    def stats(self) -> dict[str, Any]:
         users = self.attached.users
         states = [self._state] if self.attached.layout is not None else [user.optimizer.state for user in users]
-        return sum(
-            value.nbytes
-            for state in states
-            for values in state.values()
-            for value in values.values()
-            if isinstance(value, torch.Tensor)
-        )
+        return {"optimizer_state_bytes": bytes_of(values for state in states for values in state.values())}
 
     def release(self) -> None:
         self._gradients.release()

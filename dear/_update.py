@@ -16,7 +16,7 @@ copy of the model more.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -54,6 +54,11 @@ class Request:
         )
 
 
+def bytes_of(states: Iterable[dict[Any, Any]]) -> int:
+    """The memory of the tensors in an optimizer's state, parameter by parameter."""
+    return sum(value.nbytes for values in states for value in values.values() if isinstance(value, torch.Tensor))
+
+
 class Update(ABC):
     """One strategy at work for one engine. Called from the training thread, at a step boundary unless said."""
 
@@ -63,8 +68,6 @@ class Update(ABC):
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
         self.alias_waits = 0  # steps that finished at once, since somebody else holds memory of a parameter
-        # The optimizers that have not made their state yet, by number: see Note [The first update].
-        self.first_updates = set(range(len(attached.users)))
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -167,12 +170,8 @@ class Update(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def state_bytes(self) -> int:
-        """Bytes of this rank's optimizer state."""
-
     def stats(self) -> dict[str, Any]:
-        """What the strategy adds to :meth:`dear.Engine.stats`."""
-        return {}
+        """What the strategy adds to :meth:`dear.Engine.stats`: ``optimizer_state_bytes``, of this rank, at least."""
 
     @abstractmethod
     def release(self) -> None:

@@ -255,7 +255,6 @@ class Engine:
             "fusion_groups": len(self._attached.order),
             "alias_waits": self._update.alias_waits,
             "update": self.update,
-            "optimizer_state_bytes": self._update.state_bytes(),
             **self._update.stats(),
             **self._attached.compression.stats_of_last_step(),
             **self._attached.preconditioning.stats(),

@@ -50,6 +50,11 @@ class Layer(ABC):
         """Columns of a block's matrix, the bias's included."""
         return math.prod(self.weight.shape[1:]) + (self.bias is not None)
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``(in_size, out_size)``."""
+        return self.in_size, self.out_size
+
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Tensors like the weight and the bias, such as their gradients, as one: [blocks, out, in]."""
         columns = weight.reshape(self.blocks, self.out_size, -1)
@@ -176,6 +181,7 @@ def find_layers(root: nn.Module, trained: set[nn.Parameter]) -> list[Layer]:
         kind = next((layer for served, layer in SERVED.items() if isinstance(module, served)), None)
         own = [module._parameters.get(each) for each in ("weight", "bias")]
         held = [param for param in own if isinstance(param, nn.Parameter) and param in trained]
+        held = [param for param in held if param.numel()]
         if kind is not None and held and held[0] is own[0] and all(uses[param] == 1 for param in held):
             layers.append(kind(name, module))
     return layers

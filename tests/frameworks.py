@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, dict[str, Any]] = {
     "sharded": {"update": "sharded", "bucket_cap_mb": 0.002},
     "replicated": {"update": "replicated", "bucket_cap_mb": 0.002},
+    "owned": {"update": "owned", "bucket_cap_mb": 0.002},
 }
 COMPRESSORS = ("bf16", "power", "acp", "topk", "sign")
 
@@ -39,6 +40,28 @@ def options(name: str) -> dict[str, Any]:
 
         return {"register": compress.register, "compressor": kind}
     return {"compressor": kind, "bucket_cap_mb": 0.002}
+
+
+def optimizer_for(name: str | None) -> Any:
+    """A kind of optimizer that suits the setting: with owned updates one that wants its parameters whole."""
+    return torch.optim.Adafactor if name is not None and name.startswith("owned") else torch.optim.AdamW
+
+
+def check_replicas(state: dict[str, torch.Tensor]) -> None:
+    """Equal on every rank, bit for bit. Collective."""
+    for name, value in state.items():
+        every = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(every, value.contiguous())
+        assert all(torch.equal(each, value) for each in every), name
+
+
+def averages(history: list[dict[str, torch.Tensor]], decay: float) -> dict[str, torch.Tensor]:
+    """The exponential moving average of what the parameters were after each step, which begins with the first."""
+    average = {name: value.clone() for name, value in history[0].items()}
+    for state in history[1:]:
+        for name, value in state.items():
+            average[name].lerp_(value, 1 - decay)
+    return average
 
 
 @contextlib.contextmanager

@@ -57,9 +57,9 @@ def raised_by_python(source: str) -> list[str]:
 
 
 def of_library() -> list[str]:
-    """Everything that ``dear``, ``compress`` and the native module can say."""
+    """Everything that ``dear``, ``compress``, ``precondition`` and the native module can say."""
     found = []
-    for folder in ("dear", "compress"):
+    for folder in ("dear", "compress", "precondition"):
         for path in sorted((ROOT / folder).glob("**/*.py")):
             found += of_python(path.read_text())
     for path in sorted((ROOT / "csrc").glob("**/*")):
@@ -76,7 +76,7 @@ def unquoted(page: str) -> list[str]:
     the operators' arguments, which that page leaves out."""
     known = " ".join(page.split())
     found = []
-    for folder in ("dear", "compress"):
+    for folder in ("dear", "compress", "precondition"):
         for path in sorted((ROOT / folder).glob("**/*.py")):
             found += raised_by_python(path.read_text())
     for path in sorted((ROOT / "csrc").glob("**/*.cpp")):

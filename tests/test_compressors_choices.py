@@ -33,6 +33,11 @@ def ranks_follow(rank: int, world: int, kind: str) -> None:
         compressor = LOW_RANK[kind](rank=given, min_compression_ratio=0.5)
         after_a_step(compressor, rank)
         assert ranks_of(compressor) == {name: max(1, round(fraction * size)) for name, size in smaller.items()}
+    fewer = LOW_RANK[kind](rank="4x", min_compression_ratio=0.5)
+    after_a_step(fewer, rank)
+    for p, q in fewer.named_state().values():  # one more column would be too many; the two sides count alike
+        numel, each = p.shape[0] * q.shape[0], fewer.cost(p.shape[0], q.shape[0], 1)
+        assert 4 * q.shape[1] * each <= numel < 4 * (q.shape[1] + 1) * each
     chosen = LOW_RANK[kind](rank=4, rank_of={"first": 7, "*on*": 0.5, "second": 9}, min_compression_ratio=0.5)
     after_a_step(chosen, rank)  # of several patterns that match, the first counts
     assert ranks_of(chosen) == {"first": 7, "second": 25, "wide": 4, "convolution": 16}
@@ -141,6 +146,8 @@ def test_what_fits_no_model_is_refused_on_every_rank(pool2):
         (lambda: compress.PowerSGD(rank=1.0), "rank must be a whole number"),
         (lambda: compress.PowerSGD(rank=True), "rank must be a whole number"),
         (lambda: compress.PowerSGD(rank="most"), "rank must be a whole number"),
+        (lambda: compress.PowerSGD(rank="1x"), "how many times fewer elements are sent"),
+        (lambda: compress.ACPSGD(rank="x"), "rank must be a whole number"),
         (lambda: compress.PowerSGD(rank=[]), "rank must be a value or a list"),
         (lambda: compress.PowerSGD(rank=[(5, 4)]), "rank must name rising steps and begin with step 0"),
         (lambda: compress.PowerSGD(rank=[(0, 4), (0, 5)]), "rank must name rising steps"),

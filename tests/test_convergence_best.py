@@ -1,10 +1,17 @@
 """Losses at each method's own best learning rate, from cells that are written by hand."""
 
+import math
+
 import pytest
+import reported
+import torch
 from rich.console import Console
 
-from benchmarks.convergence import best
+from benchmarks import records
+from benchmarks.convergence import best, schedules
 from benchmarks.convergence.__main__ import courses
+from benchmarks.report import comparison, sweeps
+from benchmarks.report.evidence import Evidence
 from benchmarks.training.strategies import StrategyError, parse_strategies
 
 
@@ -64,7 +71,72 @@ def test_courses_are_all_combinations(monkeypatch):
 def test_fractions_and_presets_are_spelled():
     named = {one.name: one.compressor.make() for one in parse_strategies("power:0.125,acp:8,safe,dear+fast:2")}
     assert named["power:0.125"].rank == 0.125 and named["acp:8"].rank == 8
-    assert named["safe"].rank == "auto" and named["dear+fast:2"].rank == 1 / 32
+    assert named["safe"].rank == "4.5x" and named["dear+fast:2"].rank == 1 / 32
     for wrong in ("power:1.0", "acp:0", "safe:a"):
         with pytest.raises(StrategyError):
             parse_strategies(wrong)
+
+
+def test_a_loss_that_is_not_finite_is_no_result():
+    (only,) = best.best([cell("ddp", 0.1, 1, [[10, 3.0], [20, 2.0]]), cell("ddp", 0.2, 1, [[10, 3.0], [20, math.nan]])])
+    assert (only.learning_rate, only.seeds) == (0.1, (1,))
+
+
+def test_schedules_begin_low_and_end_at_nothing():
+    assert [round(schedules.cosine(done), 6) for done in (0.0, 0.025, 0.05, 0.525, 1.0)] == [0, 0.5, 1, 0.5, 0]
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    (one,) = schedules.schedulers("cosine", sgd, 99)
+    rates = []
+    for _ in range(99):
+        rates.append(sgd.param_groups[0]["lr"])
+        sgd.step()
+        one.step()
+    assert 0 < rates[0] < rates[1] and max(rates) == pytest.approx(2.0) and 0 < rates[-1] < 0.01
+    assert schedules.SCHEDULES["constant"](0.5) == 1
+
+
+def test_options_of_compressors_are_spelled_with_their_names():
+    (one,) = parse_strategies("dear+power:4x:start=warmup:exempt=head+*.bias:2")
+    made = one.compressor.make()
+    assert (one.bucket_cap_mb, made.rank, made.start.given) == (2.0, "4x", "warmup")
+    assert made.exempt.patterns == ("head", "*.bias")
+    assert str(one.compressor) == "power:4x:start=warmup:exempt=head+*.bias"
+    for wrong in ("power:4:begin=1", "power:4:start=", "power:4:start=soon", "power:x", "topk:4x"):
+        with pytest.raises(StrategyError):
+            parse_strategies(wrong)
+
+
+def sweep_of(cells):
+    (found,) = sweeps.sweeps([records.Source("a.json", "convergence", {"cells": cells})])
+    return found
+
+
+def test_files_of_several_learning_rates_are_sweeps():
+    source = records.Source("a.json", "convergence", {"cells": CELLS})
+    assert sweeps.is_sweep(source) and not sweeps.is_sweep(records.Source("a.json", "training", {"cells": CELLS}))
+    assert not sweeps.is_sweep(records.Source("a.json", "convergence", {"cells": CELLS[:2]}))
+    known = Evidence.of([source])
+    assert known.swept() == [source] and known.of_benchmark("convergence") == []
+
+
+def test_methods_are_compared_over_the_seeds_that_both_have():
+    found = sweep_of([*CELLS, cell("power:4", 0.1, 2, [[10, 3.0], [20, 1.9], [30, 1.87]], bytes_per_step=50)])
+    dense, acp, power = found.rows
+    assert (found.fewer(acp), found.fewer(dense), found.fewer(power)) == (5, 0.5, 10)
+    assert found.above(acp) == pytest.approx(1.4 / 1.6) and found.above(power) == pytest.approx(1.87 / 1.7)
+    assert found.reached(acp, 1) == pytest.approx(25) and found.reached(power, 1) is None  # other seeds
+    lines = sweeps.loss_table(found).splitlines()
+    assert lines[3].startswith("| acp:4 | 0.2 | 2 | 1.400 | 1.400–1.400 | -12.5% | 5.0× | 25 |")
+    assert lines[4].endswith("| +10.0% | 10.0× |  |  |")
+
+
+def test_times_are_combined_from_steps_and_bytes():
+    payload = reported.training(rate="500mbit")
+    payload["cells"][0]["workers"] = 4
+    cells = sweeps.with_floor(comparison.cells([records.Source("training-x.json", "training", payload)]))
+    line = sweeps.time_table(cells, sweep_of(CELLS), "acp:4").splitlines()[2]
+    own = 150 + 12.5e6 / 2 / 5 * 8 / 500e6 * 1e3  # ms: the floor's median of two rounds, and bytes at 500 Mbit/s
+    dense, reached = 20 + 10 * (2.1 - 1.608) / 0.5, 20 + 5 * (1.8 - 1.608) / 0.2
+    fields = line.split(" | ")
+    assert fields[2:5] == ["240 (ddp+fp16:4)", f"{own:.0f}", f"{240 / own:.2f}×"]
+    assert float(fields[5].rstrip("× |")) == pytest.approx(240 / own * dense / reached, rel=0.1)

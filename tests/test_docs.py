@@ -17,6 +17,7 @@ from workers import WorkerPool
 
 import compress
 import dear
+import precondition
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -53,7 +54,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_paths_named_in_a_page_exist(page):
     """`csrc/schedule`, `tests/test_parity.py` and their like, in prose."""
-    for path in re.findall(r"`((?:\.ci|benchmarks|compress|csrc|dear|docs|examples|tests)/[\w./*-]*)`", prose(page)):
+    for path in re.findall(
+        r"`((?:\.ci|benchmarks|compress|csrc|dear|docs|examples|precondition|tests)/[\w./*-]*)`", prose(page)
+    ):
         assert list(ROOT.glob(path.rstrip("/"))), f"{page.name} names {path}, which does not exist"
 
 
@@ -64,7 +67,7 @@ def test_words_are_the_glossarys(page):
 
 
 def test_words_of_the_sources_are_the_glossarys():
-    folders = ("dear", "compress", "csrc", "benchmarks", "tests", "examples")
+    folders = ("dear", "compress", "precondition", "csrc", "benchmarks", "tests", "examples")
     sources = [path for folder in folders for path in (ROOT / folder).glob("**/*") if path.suffix in SOURCES]
     assert len(sources) > 200
     found = {
@@ -86,7 +89,7 @@ def test_glossary_has_each_word_once():
     assert sorted(words) == sorted(set(words))
 
 
-@pytest.mark.parametrize("package", [dear, compress], ids=["dear", "compress"])
+@pytest.mark.parametrize("package", [dear, compress, precondition], ids=["dear", "compress", "precondition"])
 def test_api_has_every_public_name(package):
     page = (DOCS / "api" / f"{package.__name__}.md").read_text()
     shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}

@@ -29,11 +29,11 @@ def bare(requirement: str) -> str:
 
 def test_packages_are_the_folders():
     listed = PROJECT["tool"]["setuptools"]["packages"]
-    folders = {"dear", "compress"}
-    for renamed in ("benchmarks", "planner"):
-        for init in (ROOT / renamed).glob("**/__init__.py"):
-            folders.add(".".join((f"dear_{renamed}", *init.parent.relative_to(ROOT / renamed).parts)))
-    for package in ("dear", "compress"):
+    folders = {"dear", "compress", "precondition"}
+    for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items():
+        for init in (ROOT / folder).glob("**/__init__.py"):
+            folders.add(".".join((package, *init.parent.relative_to(ROOT / folder).parts)))
+    for package in ("dear", "compress", "precondition"):
         for init in (ROOT / package).glob("*/**/__init__.py"):
             folders.add(".".join(init.parent.relative_to(ROOT).parts))
     assert sorted(listed) == sorted(folders)
@@ -41,7 +41,7 @@ def test_packages_are_the_folders():
 
 def test_packages_are_typed():
     data = PROJECT["tool"]["setuptools"]["package-data"]
-    for package in ("dear", "compress"):
+    for package in ("dear", "compress", "precondition"):
         assert (ROOT / package / "py.typed").exists()
         assert "py.typed" in data[package]
 

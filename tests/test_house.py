@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("dear", "compress", "planner", "benchmarks")
+PACKAGES = ("dear", "compress", "precondition", "planner", "benchmarks")
 MOST_LINES = 400
 MOST_METHODS = 25
 
@@ -84,8 +84,9 @@ def test_a_circle_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("package", "foreign"),
     [
-        ("dear", ("compress", "planner", "benchmarks")),
-        ("compress", ("planner", "benchmarks")),
+        ("dear", ("compress", "precondition", "planner", "benchmarks")),
+        ("compress", ("precondition", "planner", "benchmarks")),
+        ("precondition", ("compress", "planner", "benchmarks")),
         ("planner", ("benchmarks",)),
         ("benchmarks", ("planner",)),
     ],

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,9 @@ EXAMPLES = {
     "with_transformers": "transformers",
     "with_fsdp2": "torch",
     "with_dcp": "torch",
+    "with_lora_fa": "peft",
+    "with_ray": "ray",
+    "titan_style": "torch",
     "resume": "torch",
 }
 
@@ -40,6 +47,36 @@ def test_example_trains(name):
 def test_transformers_example_trains():
     first, last = run("with_transformers")
     assert last < 0.8 * first
+
+
+@pytest.mark.slow
+def test_lora_fa_example_trains():
+    first, last = run("with_lora_fa")
+    assert last < 0.8 * first
+
+
+@pytest.mark.slow
+def test_ray_example_trains():
+    """Ray starts the workers, in an interpreter like this one."""
+    pytest.importorskip("ray.train.torch")
+    command = [sys.executable, str(ROOT / "examples" / "with_ray.py")]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=280, check=False)
+    found = re.findall(r"^loss ([\d.]+)", done.stdout, re.MULTILINE)
+    assert done.returncode == 0 and found, done.stdout + done.stderr
+    assert float(found[-1]) < 2.0
+
+
+@pytest.mark.slow
+def test_titan_style_example_resumes(tmp_path):
+    """From each rank's part of the checkpoint, with the same losses and norms, to the last digit shown."""
+    folder = tmp_path / "checkpoints"
+    arguments = (str(folder), "aot_eager")
+    want = run("titan_style", *arguments)
+    assert len(want) == 3 and want[-1] < 0.8 * want[0]
+    for step in ("20", "30"):
+        shutil.rmtree(folder / step)
+    assert run("titan_style", *arguments) == want[1:]
 
 
 @pytest.mark.slow

@@ -81,22 +81,45 @@ def test_training_with_three_ranks(pool3):
     pool3.run(equal, "float32")
 
 
-def in_16_bits(rank, world):
+def narrow(rank, world, wire):
     want = train(*build(False)[:2], rank, range(12))
-    narrow = train(*build(True, wire=torch.bfloat16)[:2], rank, range(12))
-    fed = train(*build(True, wire=torch.bfloat16, error_feedback=True)[:2], rank, range(12))
-    assert narrow[0][-1] != want[0][-1]
-    assert narrow[0][-1] == pytest.approx(want[0][-1], rel=0.01)
-    assert fed[0][-1] == pytest.approx(want[0][-1], rel=0.01)
+    sent = train(*build(True, wire=wire)[:2], rank, range(12))
+    fed = train(*build(True, wire=wire, error_feedback=True)[:2], rank, range(12))
+    near = 0.01 if wire.itemsize == 2 else 0.03
+    assert sent[0][-1] != want[0][-1]
+    assert sent[0][-1] == pytest.approx(want[0][-1], rel=near)
+    assert fed[0][-1] == pytest.approx(want[0][-1], rel=near)
 
 
 def test_gradients_in_16_bits(pool2):
-    pool2.run(in_16_bits)
+    pool2.run(narrow, torch.bfloat16)
 
 
-def conserved(rank, world):
+@pytest.mark.parametrize("wire", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])
+def test_gradients_in_8_bits(pool2, wire):
+    pool2.run(narrow, wire)
+
+
+def not_finite(rank, world, wire):
+    """A gradient that is not finite on one rank shows on the owner, as FSDP's own would, and is not kept."""
+    model, optimizer, kept = build(True, wire=wire, error_feedback=True)
+    x, y = models.data(rank, 0)
+    (F.mse_loss(model(x), y) * (torch.inf if rank else 1.0)).backward()
+    assert any(not whole(param.grad).isfinite().all() for param in model.parameters())
+    assert all(error.isfinite().all() for error in kept.state_dict().values())
+    optimizer.zero_grad()
+    losses, _ = train(model, optimizer, rank, range(2))
+    assert all(loss < float("inf") for loss in losses)
+
+
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+def test_a_gradient_that_is_not_finite(pool2, wire):
+    pool2.run(not_finite, wire)
+
+
+def conserved(rank, world, wire_dtype):
     """What owners got is the average of what was to be sent, less what is kept."""
-    model, _, wire = build(True, wire=torch.bfloat16, error_feedback=True)
+    model, _, wire = build(True, wire=wire_dtype, error_feedback=True)
     exact, _, _ = build(False)
     total = {name: 0.0 for name, _ in model.named_parameters()}
     wanted = dict(total)
@@ -114,17 +137,23 @@ def conserved(rank, world):
     assert off + float(kept) / world == pytest.approx(0, abs=1e-6)
 
 
-def test_error_feedback_conserves_the_sum(pool2):
-    pool2.run(conserved)
+WIRES = pytest.mark.parametrize(
+    "wire", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=["bf16", "int8", "float8"]
+)
 
 
-def resumed(rank, world):
-    model, optimizer, wire = build(True, wire=torch.bfloat16, error_feedback=True)
+@WIRES
+def test_error_feedback_conserves_the_sum(pool2, wire):
+    pool2.run(conserved, wire)
+
+
+def resumed(rank, world, wire_dtype):
+    model, optimizer, wire = build(True, wire=wire_dtype, error_feedback=True)
     train(model, optimizer, rank, range(3))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), wire.state_dict()))
     assert len(saved[2]) == 5
     want = train(model, optimizer, rank, range(3, 7))
-    model, optimizer, wire = build(True, wire=torch.bfloat16, error_feedback=True)
+    model, optimizer, wire = build(True, wire=wire_dtype, error_feedback=True)
     for part, state in zip((model, optimizer, wire), saved, strict=True):
         part.load_state_dict(state)
     have = train(model, optimizer, rank, range(3, 7))
@@ -133,16 +162,17 @@ def resumed(rank, world):
         wire.load_state_dict({"other": torch.zeros(1)})
 
 
-def test_a_run_is_resumed(pool2):
-    pool2.run(resumed)
+@WIRES
+def test_a_run_is_resumed(pool2, wire):
+    pool2.run(resumed, wire)
 
 
 def refused(rank, world):
     with pytest.raises(ValueError, match="has no FSDP module"):
         fsdp2.use(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="wire must be"):
-        build(True, wire=torch.int8)
-    with pytest.raises(ValueError, match="error_feedback is for a wire of 16 bits"):
+        build(True, wire=torch.int32)
+    with pytest.raises(ValueError, match="error_feedback is for a wire of 16 or 8 bits"):
         build(True, error_feedback=True)
     model, optimizer, _ = build(True)
     for module in model.modules():

@@ -21,6 +21,11 @@ ADAM = (torch.optim.AdamW, {"lr": 0.01})
 STATELESS = (torch.optim.SGD, {"lr": 0.05})
 
 
+def optimizer_for(update):
+    """With owned updates one that wants its parameters whole."""
+    return (torch.optim.Adafactor, {"lr": 0.01}) if update == "owned" else ADAM
+
+
 def start(rank, update, optimizer=ADAM, compressor=None, steps=3):
     model, opt = training.build("Mlp", optimizer, {})
     engine = dear.attach(model, opt, update=update, compressor=compressor, **SMALL)
@@ -48,24 +53,46 @@ def equal(have, want):
 
 
 def inside(rank, world, update):
-    model, opt, engine = start(rank, update)
-    _, want = plain(rank)
+    model, opt, engine = start(rank, update, optimizer_for(update))
+    _, want = plain(rank, optimizer_for(update))
     with engine.full_state():
         if rank == 0:  # alone
             equal(opt.state_dict(), want.state_dict())
             assert len(copy.copy(opt.state)) == len(want.state)
     for step in range(3, 6):
         training.plain_step(model, opt, rank, step)
-    same(final(model), final(plain(rank, steps=6)[0]))
-    if update == "sharded":
+    same(final(model), final(plain(rank, optimizer_for(update), steps=6)[0]))
+    if update != "replicated":
         with refused(RuntimeError, r"enter engine.full_state\(\) on every rank"):
             opt.state_dict()
     engine.detach()
 
 
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
+@pytest.mark.parametrize("update", ["sharded", "replicated", "owned"])
 def test_one_rank_saves_inside(pool2, update):
     pool2.run(inside, update)
+
+
+def inside_compressed(rank, world, mode):
+    """The state is that of a step with what the compressor sent, and training goes on as if nobody had looked."""
+    model, opt, engine = start(rank, **setting(mode))
+    other, other_opt, other_engine = start(rank, **setting(mode))
+    with engine.full_state():
+        have = copy.deepcopy(opt.state_dict())
+        with pytest.raises(AssertionError):  # a compressor's state is not plain DDP's
+            equal(have["state"], plain(rank)[1].state_dict()["state"])
+    equal(have, other_engine.state_dict()["optimizer"])
+    for step in range(3, 6):
+        training.plain_step(model, opt, rank, step)
+        training.plain_step(other, other_opt, rank, step)
+    same(final(model), final(other))
+    engine.detach()
+    other_engine.detach()
+
+
+@pytest.mark.parametrize("mode", ["power", "topk", "sign"])
+def test_one_rank_saves_inside_with_a_compressor(pool2, mode):
+    pool2.run(inside_compressed, mode)
 
 
 def loaded(rank, world, update):
@@ -141,9 +168,9 @@ def test_before_and_after_training(pool2):
 # torch.distributed.checkpoint
 
 
-def by_name(rank, world, optimizer):
+def by_name(rank, world, update, optimizer):
     """get_state_dict() and set_state_dict() of torch, both ways between the library and plain DDP."""
-    model, opt, engine = start(rank, "sharded", optimizer)
+    model, opt, engine = start(rank, update, optimizer)
     other, other_opt = plain(rank, optimizer)
     with engine.full_state():
         have = get_state_dict(model, opt)
@@ -153,7 +180,7 @@ def by_name(rank, world, optimizer):
 
     fresh, fresh_opt = plain(rank, optimizer, steps=0)
     set_state_dict(fresh, fresh_opt, model_state_dict=have[0], optim_state_dict=have[1])
-    resumed, resumed_opt, resumed_engine = start(rank, "sharded", optimizer, steps=1)
+    resumed, resumed_opt, resumed_engine = start(rank, update, optimizer, steps=1)
     with resumed_engine.full_state():
         set_state_dict(resumed, resumed_opt, model_state_dict=want[0], optim_state_dict=want[1])
     for step in range(3, 6):
@@ -165,17 +192,56 @@ def by_name(rank, world, optimizer):
     resumed_engine.detach()
 
 
-@pytest.mark.parametrize("optimizer", [ADAM, training.SGD, STATELESS], ids=["AdamW", "momentum", "stateless"])
-def test_states_by_name(pool2, optimizer):
-    pool2.run(by_name, optimizer)
+BY_NAME = {
+    "AdamW": ("sharded", ADAM),
+    "momentum": ("sharded", training.SGD),
+    "stateless": ("sharded", STATELESS),
+    "replicated": ("replicated", ADAM),
+    "owned": ("owned", optimizer_for("owned")),
+}
 
 
-MODES = ["sharded", "replicated", "power", "topk", "sign"]
+@pytest.mark.parametrize("case", BY_NAME)
+def test_states_by_name(pool2, case):
+    pool2.run(by_name, *BY_NAME[case])
+
+
+def by_name_compressed(rank, world, mode):
+    """Plain DDP goes on with a compressed run's state, and a compressed run with plain DDP's."""
+    model, opt, engine = start(rank, **setting(mode))
+    with engine.full_state():
+        have = copy.deepcopy(get_state_dict(model, opt))
+    engine.detach()
+    plain_model, plain_opt = plain(rank, steps=0)
+    set_state_dict(plain_model, plain_opt, model_state_dict=have[0], optim_state_dict=have[1])
+    for step in range(3, 6):  # both are plain DDP now
+        training.plain_step(model, opt, rank, step)
+        training.plain_step(plain_model, plain_opt, rank, step)
+    same(final(model), final(plain_model))
+
+    want = copy.deepcopy(get_state_dict(plain_model, plain_opt))
+    resumed, resumed_opt, engine = start(rank, **setting(mode), steps=1)
+    with engine.full_state():
+        set_state_dict(resumed, resumed_opt, model_state_dict=want[0], optim_state_dict=want[1])
+        again = get_state_dict(resumed, resumed_opt)
+        equal(again[0], want[0])
+        equal(again[1]["state"], want[1]["state"])
+    training.plain_step(resumed, resumed_opt, rank, 6)
+    engine.detach()
+
+
+@pytest.mark.parametrize("mode", ["power", "topk", "sign"])
+def test_states_by_name_with_a_compressor(pool2, mode):
+    pool2.run(by_name_compressed, mode)
+
+
+MODES = ["sharded", "replicated", "owned", "power", "topk", "sign"]
 
 
 def setting(mode):
     compressor = KINDS[mode](min_compression_ratio=0.2) if mode in KINDS else None
-    return {"update": "replicated" if compressor else mode, "compressor": compressor}
+    update = "replicated" if compressor else mode
+    return {"update": update, "compressor": compressor, "optimizer": optimizer_for(update)}
 
 
 def written(rank, world, mode, folder):

@@ -25,7 +25,7 @@ def functions(source: str) -> set[str]:
 
 
 def test_every_framework_has_a_table():
-    assert len(SECTIONS) == 6
+    assert len(SECTIONS) == 8
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=NAMES)
@@ -41,5 +41,5 @@ def test_cells_name_tests(section):
             assert named or cell.startswith("not tested"), f"{feature}: {cell!r} names no test and does not say so"
             for name, parameters in named:
                 assert name in known, f"{found[1]} has no {name}"
-                for parameter in filter(None, re.split(r"(?<=sharded)-|(?<=replicated)-", parameters)):
+                for parameter in filter(None, re.split(r"(?<=sharded)-|(?<=replicated)-|(?<=owned)-", parameters)):
                     assert f'"{parameter}"' in words, f"{found[1]} has no parameter {parameter!r}"

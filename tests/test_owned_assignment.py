@@ -1,5 +1,6 @@
 """Who owns what: each element once, whole parameters whole, balanced, and few enough ranges."""
 
+import dataclasses
 import itertools
 
 from hypothesis import given
@@ -128,3 +129,27 @@ def test_the_usual_size_of_a_fusion_group_balances_the_links():
     assert sizes == sorted(sizes) and sizes[0] == total // 16 and total // 16 < sizes[2] <= total // 2
     # Nothing to balance: the same as with sharded updates.
     assert balanced_group_bytes([Unit(0, 0, 10**6, 4, 0.0, False)] * 20, 4) == 80 * 10**6 // 16
+
+
+@examples(200)
+@given(
+    params=st.lists(st.tuples(PARAM, st.integers(0, 5)), min_size=1, max_size=30),
+    world=WORLDS,
+    groups=st.integers(1, 3),
+)
+def test_a_team_has_one_owner(params, world, groups):
+    """Wherever its parameters stand: side by side, apart, in other buckets, in other fusion groups."""
+    units = [
+        dataclasses.replace(unit, whole=True, team=team or None)
+        for unit, (_, team) in zip(units_of([param for param, _ in params]), params, strict=True)
+    ]
+    assignment = Assignment(world)
+    for group in range(groups):
+        parts = [unit for unit in units if unit.bucket % groups == group]
+        assignment.add_group(parts)
+    owners: dict[int, set[int]] = {}
+    for unit in units:
+        for rank, ranges in enumerate(assignment.ranges(unit.bucket)):
+            if unit.team and any(start < unit.stop and unit.start < stop for start, stop in ranges):
+                owners.setdefault(unit.team, set()).add(rank)
+    assert all(owned == {assignment.teams[team]} for team, owned in owners.items())

@@ -177,4 +177,3 @@ def test_a_dead_peer_is_named_on_every_rank():
     assert isinstance(results[3], WorkerDied)
     for rank in range(3):  # rank 0 has no connection to rank 3: those who have one tell it
         assert "Rank 3 " in str(results[rank]), results[rank]
-

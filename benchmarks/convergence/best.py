@@ -1,5 +1,6 @@
 """Each method at its own best learning rate: loss by step, by bytes and by predicted time. From raw JSON alone."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ class Best:
     held_out: tuple[float, ...]  # by seed, after the last step
     curve: tuple[tuple[int, float], ...]  # step, mean held-out loss over the seeds
     bytes_per_step: int  # that one rank sends
+    seeds: tuple[int, ...] = ()  # in the order of held_out
     steps_to_dense: float | None = None  # until the curve is as low as dense ends at its own best; None: never
 
     @property
@@ -43,7 +45,7 @@ def best(cells: Sequence[dict[str, Any]]) -> list[Best]:
     """One for each strategy and optimizer that finished, in the order of the cells."""
     runs: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
     for cell in cells:
-        if not cell["failure"] and cell["held_out"]:
+        if not cell["failure"] and cell["held_out"] and math.isfinite(cell["held_out"][-1][1]):
             plan = cell["plan"]
             rates = runs.setdefault((plan["optimizer"], plan["strategy"]), {})
             rates.setdefault(plan["learning_rate"], []).append(cell)
@@ -63,7 +65,8 @@ def _at_best_rate(optimizer: str, strategy: str, rates: dict[float, list[dict[st
     curve = tuple((int(looks[0][0]), statistics.mean(one for _, one in looks)) for looks in zip(*seeds, strict=False))
     held_out = tuple(looks[-1][1] for looks in seeds)
     at_an_end = len(rates) > 1 and chosen in (min(rates), max(rates))
-    return Best(strategy, optimizer, chosen, at_an_end, held_out, curve, rates[chosen][0].get("bytes_per_step", 0))
+    trained, sent = tuple(cell["plan"]["seed"] for cell in rates[chosen]), rates[chosen][0].get("bytes_per_step", 0)
+    return Best(strategy, optimizer, chosen, at_an_end, held_out, curve, sent, trained)
 
 
 def _with_goal(one: Best, goal: float | None) -> Best:

@@ -1,22 +1,19 @@
 """Inside the demo's workers: tune DDP, let it and DeAR train in rounds, then record one step of each."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from ..progress import Report
 from ..stats import best_ddp
+from ..training.breakdown import ProfilerTrace
 from ..training.gpt import GPT
 from ..training.measure import TRIAL_STEPS, Measurement
 from ..training.plan import Plan
-from ..training.strategies import parse_strategy
 from ..training.timeline import STEPS, record
-from ..training.trainer import optimizer_factory
 from ..worker import Worker
-from .tracing import AllReduceTrace, gpt_parts
 
 CANDIDATES = ["ddp:1", "ddp:2", "ddp:4", "ddp:8", "ddp:25"]
 TUNING_WARMUP, TUNING_STEPS = 1, 2
@@ -61,12 +58,7 @@ def measure(worker: Worker, given: dict[str, Any], report: Report) -> dict[str, 
 
     if worker.rank == 0:
         report(total, total, "recording a step of each")
-    group = worker.group()
-    recordings: dict[str, Callable[[], dict[str, Any] | None]] = {
-        best["name"]: lambda: _record_ddp(training, best["name"], group),
-        compared.dear: lambda: _record_dear(training),
-    }
-    attempts = {name: worker.attempt(recording) for name, recording in recordings.items()}
+    attempts = {name: worker.attempt(partial(_record, training, name)) for name in (best["name"], compared.dear)}
     return {
         "tuning": tuning,
         "training": training.finish(),
@@ -75,27 +67,22 @@ def measure(worker: Worker, given: dict[str, Any], report: Report) -> dict[str, 
     }
 
 
-def _record_dear(training: Measurement) -> dict[str, Any] | None:
-    """A few more steps of DeAR; None where DeAR itself failed."""
-    candidate = next(one for one in training.candidates if one.strategy.has_engine)
+def gpt_parts(net: GPT) -> list[tuple[str, nn.Module]]:
+    """The parts that the pictures show."""
+    blocks = [(f"block {number}", block) for number, block in enumerate(net.blocks, start=1)]
+    return [("embedding", net.bytes), *blocks, ("head", net.norm)]
+
+
+def _record(training: Measurement, name: str) -> dict[str, Any] | None:
+    """A few more steps of a strategy, in lanes by what moves; None where it failed."""
+    candidate = next(one for one in training.candidates if one.strategy.name == name)
     trainer = candidate.running
     if trainer is None:
         return None
-    net = trainer.model.module
+    net = trainer.net
     assert isinstance(net, GPT)
-    return record(trainer, gpt_parts(net), [training.next_batch(candidate)] * STEPS, trainer.engine)
-
-
-def _record_ddp(training: Measurement, name: str, group: dist.ProcessGroup) -> dict[str, Any]:
-    """A few steps of a DDP built for the purpose: the one that is timed carries no hook."""
-    net = training.workload.build_seeded(training.plan.seed)
-    assert isinstance(net, GPT)
-    trainer = parse_strategy(name).build(net, optimizer_factory(training.plan.optimizer), group)
-    assert isinstance(trainer.model, DistributedDataParallel)
-    tracer = AllReduceTrace(trainer.model, group)
-    batch = training.next_batch(training.candidates[0])
-    for _ in range(TRIAL_STEPS):
-        trainer.step(*batch)
-    recorded = record(trainer, gpt_parts(net), [batch] * STEPS, tracer)
-    recorded["lanes"] += [tracer.wait(recorded["compute"], step) for step in range(STEPS)]
+    tracer = ProfilerTrace() if trainer.engine is None else trainer.engine
+    recorded = record(trainer, gpt_parts(net), [training.next_batch(candidate)] * STEPS, tracer)
+    for span in recorded["lanes"]:
+        span["lane"] = span["name"] if span["lane"] == "communication" else span["lane"]
     return recorded

@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 
 from ..drawing import plain, save
 from ..stats import SMOOTHED_OVER, trailing_mean
+from ..training.breakdown import covered
 
 DDP_COLOUR, DEAR_COLOUR = "#7f7f7f", "#1f77b4"
 PHASE_COLOURS = {"forward": "#8fbcdb", "backward": "#f3b37c", "update": "#9bcf9b"}
@@ -116,7 +117,7 @@ def _one_step(axes: Axes, trace: dict[str, Any], label: str) -> None:
             axes.text(*middle, text, ha="center", va="center", fontsize=8, zorder=6, bbox=backed)
 
     for span in shown:
-        computes = overlap(span, waits) < 0.8 * (span["end"] - span["start"])
+        computes = covered(span, waits) < 0.8 * (span["end"] - span["start"])
         name = span["name"].replace("block ", "b") if computes else ""
         draw("compute", span, PHASE_COLOURS[span["phase"]], name)
     for span in trace["lanes"]:
@@ -133,8 +134,3 @@ def _one_step(axes: Axes, trace: dict[str, Any], label: str) -> None:
     axes.set_ylim(-0.55, len(lanes) - 0.2)
     axes.set_title(label, loc="left", fontsize=11, fontweight="bold")
     plain(axes)
-
-
-def overlap(span: dict[str, Any], others: Sequence[dict[str, Any]]) -> int:
-    """Nanoseconds of the span that the others, which do not overlap each other, cover."""
-    return sum(max(0, min(span["end"], each["end"]) - max(span["start"], each["start"])) for each in others)

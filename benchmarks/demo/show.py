@@ -10,6 +10,7 @@ from .. import stats
 from ..network.rates import parse_rate, show_rate
 from ..tables import alarm, failures, table, value, warn_of_others
 from ..training import summary
+from ..training.breakdown import covered
 from . import pictures
 
 COLUMNS = ("ms/step", "exposed\ncommunication", "speed-up", "training\ntime s", "final loss", "held-out\nloss")
@@ -93,4 +94,4 @@ def backward_ms(trace: dict[str, Any]) -> float:
     spans = [span for span in trace["compute"] if span["step"] == step and span["phase"] == "backward"]
     backward = {"start": spans[0]["start"], "end": spans[-1]["end"]}
     waits = [span for span in trace["lanes"] if span["lane"] == "wait"]
-    return (backward["end"] - backward["start"] - pictures.overlap(backward, waits)) / 1e6
+    return (backward["end"] - backward["start"] - covered(backward, waits)) / 1e6

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import jinja2
 
-from .. import losses
+from .. import losses, records
 from ..command import show_size
 from ..demo import show as demo
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
-from . import bars, memory, others, repeats, steps
+from . import bars, losses_figures, memory, others, repeats, steps, sweeps
 from .comparison import Cell
 from .evidence import Evidence, origin
 from .markdown import extent, number
@@ -19,7 +19,7 @@ from .page import draw_map
 
 TEMPLATES = Path(__file__).with_name("pages")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-PICTURES = ("map.png", "compression.png", "phases.png", "timeline.png")
+PICTURES = ("map.png", "compression.png", "phases.png", "timeline.png", "losses.png")
 
 
 class MarkersMissing(ValueError):
@@ -68,6 +68,9 @@ class Facts:
         """How far the ratios of two runs are apart at the median: from, to."""
         return extent((one.off_by[0] for one in repeats.of(self.evidence)), ".1f", "%")
 
+    def sweeps(self) -> list[sweeps.Sweep]:
+        return sweeps.sweeps(self.evidence.swept())
+
     def machines(self, cells: list[Cell]) -> str:
         return "; ".join(dict.fromkeys(cell.source.machine for cell in cells))
 
@@ -107,7 +110,7 @@ class Facts:
             loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True
         )
         known = {"facts": self, "steps": steps, "others": others, "number": number, "show_size": show_size}
-        known |= {"memory": memory}
+        known |= {"memory": memory, "sweeps": sweeps}
         known["tolerance"] = losses.TOLERANCE
         return environment.get_template(page).render(known).rstrip() + "\n"
 
@@ -132,7 +135,7 @@ def with_table(readme: str, table: str) -> str:
 
 
 def pictures(results: Path, folder: Path) -> None:
-    """Draws the pictures of the pages into the folder: map, compression, phases and timeline."""
+    """Draws the pictures of the pages into the folder: map, compression, phases, losses and timeline."""
     facts = Facts(results)
     draw_map(facts.evidence, folder)
     shown = [cell for cell in facts.cells(optimizer="sgd") if cell in facts.evidence.chosen.values()]
@@ -140,6 +143,7 @@ def pictures(results: Path, folder: Path) -> None:
     bars.step_parts(four, origin(four), folder / "compression.png")
     two = [cell for cell in steps.in_order(shown) if cell.setting.workers == 2 and bars.profiled(cell)]
     bars.by_phase(two, origin(two), folder / "phases.png")
+    losses_figures.at_best_rates(facts.sweeps(), records.provenance(facts.evidence.swept()), folder / "losses.png")
     with tempfile.TemporaryDirectory() as scratch:
         for source in facts.of("demo"):
             demo.draw(source.payload, Path(scratch))

@@ -9,7 +9,7 @@ from typing import Any
 from .. import losses, records
 from ..records import Source
 from ..training import seeds
-from . import comparison
+from . import comparison, sweeps
 from .comparison import Cell, Setting
 
 
@@ -39,7 +39,12 @@ class Evidence:
         return cls(list(read), cells, comparison.chosen(cells))
 
     def of_benchmark(self, benchmark: str) -> list[Source]:
-        return records.of(self.sources, benchmark)
+        """Its sources; without those of several learning rates, whose losses are no strategy's alone."""
+        return [source for source in records.of(self.sources, benchmark) if not sweeps.is_sweep(source)]
+
+    def swept(self) -> list[Source]:
+        """The sources of the convergence benchmark that of_benchmark leaves out."""
+        return [source for source in self.sources if sweeps.is_sweep(source)]
 
     @property
     def settings(self) -> list[Setting]:

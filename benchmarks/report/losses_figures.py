@@ -14,6 +14,7 @@ from ..stats import SMOOTHED_OVER, trailing_mean
 from . import comparison
 from .comparison import Cell, kind, short_rate
 from .figures import styles_of
+from .sweeps import Sweep
 
 
 def by_step(source: Source, about: Sequence[str], path: Path) -> None:
@@ -34,6 +35,24 @@ def by_step(source: Source, about: Sequence[str], path: Path) -> None:
     )
     axes.legend(frameon=False)
     drawing.plain(axes)
+    drawing.save(figure, path, about)
+
+
+def at_best_rates(sweeps: Sequence[Sweep], about: Sequence[str], path: Path) -> None:
+    """Held-out loss by step of each method at its own best learning rate, mean over the seeds; a panel per sweep."""
+    columns = max(1, min(2, len(sweeps)))
+    rows = max(1, -(-len(sweeps) // columns))
+    figure, panels = plt.subplots(rows, columns, squeeze=False, figsize=(12, 1 + 3.6 * rows), layout="constrained")
+    shown = [[one for one in sweep.rows if len(one.held_out) > 1] for sweep in sweeps]
+    styles = styles_of(list(dict.fromkeys(one.strategy for found in shown for one in found)))
+    for axes, sweep, found in zip(panels.flat, sweeps, shown, strict=False):
+        for one in found:
+            steps, losses = zip(*one.curve[1:], strict=True)  # the first look is far above all others
+            axes.plot(steps, losses, label=f"{one.strategy}, {one.learning_rate:g}", **styles[one.strategy])
+        axes.set(title=f"{sweep.workload}, {sweep.optimizer}", xlabel="steps", ylabel="held-out loss (nats)")
+        axes.legend(frameon=False)
+        drawing.plain(axes)
+    figure.suptitle("Held-out loss at each method's own best learning rate, mean over the seeds")
     drawing.save(figure, path, about)
 
 

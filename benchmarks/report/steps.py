@@ -132,7 +132,8 @@ def overview(evidence: Evidence, wanted: Callable[[Cell], bool]) -> str:
         cells.append(f"{number(ours.ms)} ({_label(ours.name)})" if ours else "")
         cells.append(_with_range(shown, runs, lambda cell: _against(took(cell, DEAR), took(cell, DDP), cell)))
         cells.append(_with_range(shown, runs, _compressor_gain))
-        rows.append([where(shown), *cells])
+        processor = shown.setting.machine.partition(",")[0].replace("(R)", "").removesuffix(" Processor")
+        rows.append([", ".join(filter(None, [where(shown), processor])), *cells])
     head = ["link", "compute floor", "tuned DDP", "DDP, 16-bit hook", "DeAR", "fastest compressor"]
     return table([*head, "DeAR: speed-up over tuned DDP", "compressor: speed-up over the faster DDP"], rows)
 

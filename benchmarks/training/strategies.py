@@ -56,8 +56,6 @@ class Strategy:
     options: ClassVar[tuple[Option, ...]] = ()
     #: The plain strategy that trains the same: it changes no sum but its rounding. None: no other does.
     same_as: ClassVar[str | None] = None
-    #: Whether it is this library's, so that its trainer has an engine to trace.
-    has_engine: ClassVar[bool] = False
 
     def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
         raise NotImplementedError
@@ -164,7 +162,6 @@ class Dear(DDP):
     """This library on a DDP module; without a size, the library's default fusion size."""
 
     options = (UPDATE, SIZE)
-    has_engine = True
 
     update: str = "auto"
 
@@ -192,8 +189,6 @@ class Compressed(DDP):
 
 class DearCompressed(Compressed):
     """A compressor under the DeAR schedule: its second phase runs under the next forward pass."""
-
-    has_engine = True
 
     def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
         import dear

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -36,7 +36,7 @@ class Session:
             )
         self._options, self._register = options, register
         self._engine: Engine | None = None
-        self._optimizer: Optimizer | None = None
+        self._optimizers: list[Optimizer] = []
         self._full = ExitStack()
         self._later: tuple[Any, str] | None = None  # a state that came before the model
         self._last: dict[str, Any] = {}  # the state at detach()
@@ -52,12 +52,13 @@ class Session:
             raise RuntimeError("There is no engine now: ask for it between the framework's begin and end of training.")
         return self._engine
 
-    def begin(self, model: Any, optimizer: Optimizer) -> Engine | None:
-        """Attaches to the framework's DDP module. Collective."""
+    def begin(self, model: Any, optimizers: Sequence[Optimizer]) -> Engine | None:
+        """Attaches to the framework's DDP module and its optimizers. Collective."""
         if self._register is not None:
             self._register(model, self._options["compressor"])
         else:
-            self._engine, self._optimizer = attach(model, optimizer, **self._options), optimizer
+            self._optimizers = list(optimizers)
+            self._engine = attach(model, self._optimizers, **self._options)
         if self._later is not None:
             state, where = self._later
             self._later = None
@@ -119,7 +120,8 @@ class Session:
         if self._engine is not None:
             engine, self._engine = self._engine, None
             engine.__exit__(type(error), error, None)
-            if engine.update == "sharded" and self._optimizer is not None:
+            if engine.update != "replicated":
                 # The other ranks' parts cannot be had any more; frameworks move what is there, whatever it is.
-                self._optimizer.state = defaultdict(dict)
-                self._optimizer.zero_grad()
+                for optimizer in self._optimizers:
+                    optimizer.state = defaultdict(dict)
+                    optimizer.zero_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,12 @@ __all__ = ["attach", "inner_optimizer"]
 
 
 def attach(
-    accelerator: Any, model: DDP, optimizer: Any, *, register: Callable[[DDP, Any], Any] | None = None, **options: Any
+    accelerator: Any,
+    model: DDP,
+    optimizer: Any | Sequence[Any],
+    *,
+    register: Callable[[DDP, Any], Any] | None = None,
+    **options: Any,
 ) -> Engine | None:
     """Puts the schedule under what ``accelerator.prepare()`` returned; the loop stays as it is.
 
@@ -27,7 +32,7 @@ def attach(
     Args:
         accelerator: an ``accelerate.Accelerator`` with several processes.
         model: the DDP module that ``prepare()`` returned.
-        optimizer: the wrapped optimizer that ``prepare()`` returned.
+        optimizer: the wrapped optimizer that ``prepare()`` returned, or a list of several.
         register: ``compress.register`` puts ``options["compressor"]`` on as a plain hook, without the schedule.
         options: of :func:`dear.attach`.
 
@@ -35,15 +40,19 @@ def attach(
         The engine; None with ``register``.
     """
     session = Session(options, register)
-    inner = inner_optimizer(optimizer)
+    wrapped = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    inner = [inner_optimizer(each) for each in wrapped]
     engine = session.begin(model, inner)
-    remember_step(optimizer)
+    for each in wrapped:
+        remember_step(each)
+    unread: set[torch.optim.Optimizer] = set()
 
     def before_save(models: Any, weights: Any, folder: str) -> None:
         state = session.state()
         if accelerator.is_main_process:
             torch.save(state, os.path.join(folder, FILE))
         session.show_full_state()
+        unread.update(inner)
 
     def before_load(models: Any, folder: str) -> None:
         path = os.path.join(folder, FILE)
@@ -51,8 +60,15 @@ def attach(
 
     accelerator.register_save_state_pre_hook(before_save)
     accelerator.register_load_state_pre_hook(before_load)
-    # save_state() reads the optimizer's state once, on every rank.
-    inner.register_state_dict_post_hook(lambda *_: session.hide_full_state())
+
+    def was_read(of: torch.optim.Optimizer, state: Any) -> None:
+        """save_state() reads each optimizer's state once, on every rank."""
+        unread.discard(of)
+        if not unread:
+            session.hide_full_state()
+
+    for each in inner:
+        each.register_state_dict_post_hook(was_read)
     return engine
 
 

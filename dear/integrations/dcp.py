@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ class TrainingState(Stateful):
 
     ``dcp.save({"training": TrainingState(model, optimizer, engine)}, checkpoint_id=path)``, on every rank, and
     ``dcp.load`` with the same. Model and optimizer are saved by parameter name, so that plain DDP, or FSDP, can load
-    them by ``set_state_dict``.
+    them by ``set_state_dict``. Every rank gathers all of the optimizer's state;
+    :mod:`dear.integrations.dcp_sharded` does not.
     """
 
-    def __init__(self, model: DDP, optimizer: Optimizer, engine: Engine) -> None:
-        self._model, self._optimizer, self._engine = model, optimizer, engine
+    def __init__(self, model: DDP, optimizer: Optimizer | Sequence[Optimizer], engine: Engine) -> None:
+        self._model, self._engine = model, engine
+        self._optimizer = optimizer if isinstance(optimizer, Optimizer) else list(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Collective: every rank must call it, as DCP does."""

@@ -17,6 +17,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 
 from dear import _C
 from dear.collectives import choose_algorithm, group_timeout, make_lane
+from dear.integrations._wires import WIRES, Wire, make_wire
 
 __all__ = ["GradientWire", "use"]
 
@@ -31,8 +32,9 @@ def use(model: torch.nn.Module, wire: torch.dtype | None = None, error_feedback:
 
     Args:
         model: what ``fully_shard()`` was applied to, in whole or in part.
-        wire: ``torch.bfloat16`` or ``torch.float16`` sends gradients in 16 bits; the owner of a shard adds them in
-            float32. Parameters are sent as FSDP has them (``MixedPrecisionPolicy.param_dtype``).
+        wire: ``torch.bfloat16`` or ``torch.float16`` sends gradients in 16 bits, ``torch.int8`` or
+            ``torch.float8_e4m3fn`` in 8, with a scale for each 128 elements; the owner of a shard adds them in float32.
+            Parameters are sent as FSDP has them (``MixedPrecisionPolicy.param_dtype``).
         error_feedback: what rounding took from a gradient is added to the next one.
 
     Returns:
@@ -45,10 +47,10 @@ def use(model: torch.nn.Module, wire: torch.dtype | None = None, error_feedback:
     modules = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     if not modules:
         raise ValueError("The model has no FSDP module: call torch.distributed.fsdp.fully_shard() first.")
-    if wire not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"wire must be torch.bfloat16, torch.float16 or None, not {wire}.")
+    if wire is not None and wire not in WIRES:
+        raise ValueError(f"wire must be one of {', '.join(map(str, WIRES))}, or None, not {wire}.")
     if error_feedback and wire is None:
-        raise ValueError("error_feedback is for a wire of 16 bits: pass wire, or leave error_feedback out.")
+        raise ValueError("error_feedback is for a wire of 16 or 8 bits: pass wire, or leave error_feedback out.")
     lanes = _Lanes()
     gather = _RingAllGather(lanes)
     scatters = {name: _RingReduceScatter(lanes, wire, error_feedback) for name in modules}
@@ -59,25 +61,33 @@ def use(model: torch.nn.Module, wire: torch.dtype | None = None, error_feedback:
 
 
 class GradientWire:
-    """The gradients' way in 16 bits: its error feedback, by FSDP module."""
+    """The gradients' way in 16 or 8 bits: its error feedback, by FSDP module."""
 
     def __init__(self, scatters: dict[str, _RingReduceScatter]) -> None:
         self._scatters = scatters
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's error feedback, by the name of the FSDP module; empty without it, and before the first step."""
-        return {name: scatter.error for name, scatter in self._scatters.items() if scatter.error is not None}
+        return {
+            name: scatter.wire.error
+            for name, scatter in self._scatters.items()
+            if scatter.wire is not None and scatter.wire.error is not None
+        }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Takes what :meth:`state_dict` gave on this rank.
 
         Raises:
             KeyError: the model has no FSDP module of such a name.
+            ValueError: gradients are sent whole.
         """
         for name, error in state.items():
             if name not in self._scatters:
                 raise KeyError(f'The model has no FSDP module "{name}": load the state into the model it was saved of.')
-            self._scatters[name].error = error.clone()
+            wire = self._scatters[name].wire
+            if wire is None:
+                raise ValueError("Gradients are sent whole, without error feedback: pass wire to use().")
+            wire.error = error.clone()
 
 
 class _Done:
@@ -141,8 +151,8 @@ class _RingAllGather(_Buffers, AllGather):
 
 class _RingReduceScatter(_Buffers, ReduceScatter):
     def __init__(self, lanes: _Lanes, wire: torch.dtype | None, error_feedback: bool) -> None:
-        self._lanes, self._wire, self._feedback = lanes, wire, error_feedback
-        self.error: torch.Tensor | None = None  # of this rank's whole gradient
+        self._lanes = lanes
+        self.wire = None if wire is None else make_wire(wire, error_feedback)
 
     def __call__(
         self,
@@ -158,30 +168,24 @@ class _RingReduceScatter(_Buffers, ReduceScatter):
                 f"dear.integrations.fsdp2 sums or averages gradients, and FSDP asks for {op}: leave "
                 "set_gradient_divide_factor() at the world size, or out."
             )
-        if self._wire is None or output_tensor.dtype == self._wire:
+        if self.wire is None or output_tensor.dtype == self.wire.dtype:
             lane = self._lanes.get(group, "reduce-scatter")
             reduction = _C.Reduction.average if averages else _C.Reduction.sum
             pairs = [(input_tensor.view(-1), output_tensor.view(-1))]
             lane.submit(_C.Phase.reduce_scatter, reduction, pairs, "FSDP's gradients").wait()
         else:
-            self._reduce_narrow(output_tensor.view(-1), input_tensor.view(-1), group, averages)
+            self._reduce_narrow(self.wire, output_tensor.view(-1), input_tensor.view(-1), group, averages)
         return _Done() if async_op else None
 
     def _reduce_narrow(
-        self, output: torch.Tensor, full: torch.Tensor, group: dist.ProcessGroup, averages: bool
+        self, wire: Wire, output: torch.Tensor, full: torch.Tensor, group: dist.ProcessGroup, averages: bool
     ) -> None:
-        """Each owner gets everyone's part in 16 bits, and adds in float32."""
-        assert self._wire is not None
+        """Each owner gets everyone's part, and adds."""
         lane = self._lanes.get(group, "all-to-all")
-        if self._feedback:
-            if self.error is not None:
-                full.add_(self.error)
-            sent = full.to(self._wire)
-            error = full - sent.to(full.dtype)
-            self.error = torch.where(error.isfinite(), error, 0)  # a gradient that is not finite is not kept
-        else:
-            sent = full.to(self._wire)
+        sent = wire.encode(full, lane.world)
         received = torch.empty_like(sent)
-        lane.submit(_C.Phase.all_to_all, _C.Reduction.sum, [(sent, received)], "FSDP's gradients").wait()
-        total = received.view(lane.world, -1).float().sum(0)
+        lane.submit(
+            _C.Phase.all_to_all, _C.Reduction.sum, [(sent.view(-1), received.view(-1))], "FSDP's gradients"
+        ).wait()
+        total = wire.add(received, output.numel())
         output.copy_(total / lane.world if averages else total)

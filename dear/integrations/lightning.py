@@ -24,7 +24,8 @@ _DDPStrategy: Any = base_class("lightning.pytorch.strategies", "DDPStrategy", "l
 class DearCallback(_Callback):
     """Puts the schedule, or a compressor alone, under Lightning's DDP module while ``fit()`` runs.
 
-    Checkpoints have the optimizer's full state, and the callback's own: the compressor's, error feedback included, and
+    Several optimizers, which Lightning has under manual optimization, step in the same order on every rank.
+    Checkpoints have the optimizers' full state, and the callback's own: the compressor's, error feedback included, and
     the order of the buckets. Plain DDP can load them, and this can load plain DDP's.
 
     Args:
@@ -45,21 +46,15 @@ class DearCallback(_Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning has wrapped the model."""
-        optimizers = trainer.optimizers
         if not isinstance(trainer.strategy.model, DDP):
             raise TypeError(
                 f"{type(trainer.strategy).__name__} does not wrap the model in DistributedDataParallel: use "
                 'Trainer(strategy="ddp").'
             )
-        if len(optimizers) != 1:
-            raise ValueError(
-                f"configure_optimizers() returned {len(optimizers)} optimizers, and dear.attach() works with one for "
-                "each DDP module: put the parameters into one optimizer's groups, or leave DearCallback out."
-            )
         if trainer.ckpt_path and not self._resuming:
             self._session.load(None, str(trainer.ckpt_path))
         self._resuming = False
-        self._session.begin(trainer.strategy.model, optimizers[0])
+        self._session.begin(trainer.strategy.model, trainer.optimizers)
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning asks for it before it asks for the optimizer's state, on every rank."""

@@ -54,7 +54,7 @@ class DearCallback(_TrainerCallback):
             path = os.path.join(self._folder(args, state), FILE)
             found = torch.load(path, weights_only=True) if os.path.exists(path) else None
             self._session.load(found, self._folder(args, state))
-        self._session.begin(self._trainer.model_wrapped, inner_optimizer(optimizer))
+        self._session.begin(self._trainer.model_wrapped, [inner_optimizer(optimizer)])
         remember_step(optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

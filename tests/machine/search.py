@@ -51,7 +51,8 @@ def clear(text: str) -> bool:
 
 def raised_here(where: str) -> bool:
     """Whether the error came through this library's own code."""
-    return any(f"/{package}/" in line for line in where.splitlines() for package in ("dear", "compress"))
+    packages = ("dear", "compress", "precondition")
+    return any(f"/{package}/" in line for line in where.splitlines() for package in packages)
 
 
 def _code(case: Case, piece: int) -> str:

@@ -1,0 +1,130 @@
+"""Losses of each method at its own best learning rate, and what they mean in time, for the results pages."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..convergence.best import Best, best, bits, steps_to
+from ..losses import DENSE
+from ..network.rates import show_rate
+from ..records import Source
+from . import comparison
+from .comparison import Cell
+from .markdown import table
+
+WITHIN = 1.005  # of dense's final loss: as good as dense, of means over three seeds
+RATES = ("100mbit", "500mbit", "1gbit")
+
+
+def is_sweep(source: Source) -> bool:
+    """Whether methods were trained under several optimizers or learning rates, so that each has a best one."""
+    if source.benchmark != "convergence":
+        return False
+    return len({(cell["plan"]["optimizer"], cell["plan"]["learning_rate"]) for cell in source.cells}) > 1
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was found of one workload and number of steps under one optimizer."""
+
+    workload: str
+    about: str
+    steps: int
+    optimizer: str
+    rows: tuple[Best, ...]
+
+    @property
+    def dense(self) -> Best | None:
+        return next((one for one in self.rows if one.strategy == DENSE), None)
+
+    def fewer(self, one: Best) -> float | None:
+        """How many times fewer bytes than dense gradients in 16 bits."""
+        return self.dense.bytes_per_step / 2 / one.bytes_per_step if self.dense and one.bytes_per_step else None
+
+    def above(self, one: Best) -> float | None:
+        """Its mean loss over dense's, of the seeds that both were trained with."""
+        if self.dense is None:
+            return None
+        own, dense = (dict(zip(each.seeds, each.held_out, strict=True)) for each in (one, self.dense))
+        both = own.keys() & dense.keys()
+        return sum(own[seed] for seed in both) / sum(dense[seed] for seed in both) if both else None
+
+    def reached(self, one: Best, within: float) -> float | None:
+        """At which step its curve is down to so many times dense's final loss; None where it never is, or where it was
+        not trained with the same seeds."""
+        if self.dense is None or one.seeds != self.dense.seeds:
+            return None
+        return steps_to(one.curve, within * self.dense.loss)
+
+
+def sweeps(sources: Iterable[Source]) -> list[Sweep]:
+    """One for each workload, number of steps and optimizer; files of one workload count together."""
+    cells: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for source in sources:
+        for cell in source.cells:
+            plan = cell["plan"]
+            cells.setdefault((plan["workload"], cell.get("about", plan["workload"]), plan["steps"]), []).append(cell)
+    found = []
+    for (workload, about, steps), own in sorted(cells.items(), key=lambda item: item[0]):
+        rows = best(own)
+        for optimizer in sorted({one.optimizer for one in rows}):
+            chosen = [one for one in rows if one.optimizer == optimizer]
+            chosen.sort(key=lambda one: (-len(one.held_out), -one.bytes_per_step, one.strategy))
+            found.append(Sweep(workload, about, steps, optimizer, tuple(chosen)))
+    return found
+
+
+def loss_table(sweep: Sweep) -> str:
+    """Each method against dense, each at its own best learning rate."""
+    rows = []
+    for one in sweep.rows:
+        low, high = min(one.held_out), max(one.held_out)
+        fewer, above = sweep.fewer(one), sweep.above(one)
+        same = sweep.dense is not None and one.seeds == sweep.dense.seeds
+        rows.append([
+            one.strategy, f"{one.learning_rate:g}", str(len(one.held_out)), f"{one.loss:.3f}",
+            f"{low:.3f}–{high:.3f}" if len(one.held_out) > 1 else "",
+            f"{100 * (above - 1):+.1f}%" if above else "",
+            f"{fewer:.1f}×" if fewer else "", *(_step(sweep.reached(one, by)) if same else "" for by in (1, WITHIN)),
+        ])  # fmt: skip
+    head = ["strategy", "learning rate", "seeds", "held-out loss", "range", "to dense", "fewer bytes than 16 bits",
+            "step at dense's loss", "step within 0.5%"]  # fmt: skip
+    return table(head, rows)
+
+
+def _step(found: float | None) -> str:
+    return "never" if found is None else f"{found:.0f}"
+
+
+def time_table(cells: Sequence[Cell], sweep: Sweep, strategy: str) -> str:
+    """Combined from two sources: the steps of the loss curves, and measured step times of a larger model.
+
+    The strategy's step is predicted: the measured floor, and its bytes at the link's rate, none of which are hidden.
+    """
+    one = next((row for row in sweep.rows if row.strategy == strategy), None)
+    head = ["link", "run", "best DDP, 16 bits or not: ms", f"{strategy}, PREDICTED: ms", "by step", "by time"]
+    rows = []
+    for cell in sorted(cells, key=lambda cell: (RATES.index(cell.rate), cell.source.when)):
+        rivals = [row for row in cell.finished if row.name.startswith("ddp") and "powersgd" not in row.name]
+        if cell.floor is None or not rivals or one is None or sweep.dense is None or not sweep.fewer(one):
+            continue
+        rival = min(rivals, key=comparison.median)
+        dense_bytes = max(cell.strategy(row.name)["payload_bytes_per_step"] for row in rivals)
+        own = cell.floor + 8e3 * dense_bytes / 2 / (sweep.fewer(one) or 1) / bits(cell.rate)
+        by_step, ends = comparison.median(rival) / own, sweep.reached(one, WITHIN)
+        dense_ends = sweep.reached(sweep.dense, WITHIN)
+        by_time = f"{by_step * dense_ends / ends:.2f}×" if ends and dense_ends else "never"
+        run = cell.source.name.removeprefix("training-")
+        numbers = [f"{rival.median:.0f} ({rival.name})", f"{own:.0f}", f"{by_step:.2f}×", by_time]
+        rows.append([show_rate(cell.rate), run, *numbers])
+    return table(head, rows)
+
+
+def with_floor(cells: Iterable[Cell]) -> list[Cell]:
+    """Of four workers, at the rates that the table has, the runs with a floor and a DDP in 16 bits."""
+    return [
+        cell
+        for cell in cells
+        if cell.setting.workers == 4 and cell.rate in RATES and cell.floor is not None
+        and any(comparison.kind(row.name) == "ddp+fp16" for row in cell.finished)
+    ]  # fmt: skip
