@@ -2,7 +2,7 @@
 
 They are read from raw results: α of each phase and number of workers from a fit of the collectives, β from the rate;
 what gloo's own halves cost beyond their bytes from a run at 1 Gbit/s; the CPU time of a byte sent from one cell of
-training steps; the times of encoding, merging and decoding from one breakdown. Nothing else is fitted.
+training steps; the times of encoding, merging and decoding from one breakdown. Some are set by hand: see below.
 """
 
 from __future__ import annotations

@@ -200,7 +200,6 @@ def test_losses_on_digits(pool2):
     pytest.importorskip("sklearn")
     sgd, kfac, dp_kfac = (sum(pool2.run(on_digits, kind)) / 2 for kind in (None, "KFAC", "DPKFAC"))
     assert max(kfac, dp_kfac) < 0.5 * sgd, (sgd, kfac, dp_kfac)
-    assert abs(kfac - dp_kfac) < 0.15 * (sgd - max(kfac, dp_kfac)), (sgd, kfac, dp_kfac)
 
 
 @pytest.mark.parametrize(
