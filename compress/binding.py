@@ -29,6 +29,7 @@ class Binding:
     """A compressor at work: its pipeline, and its groups by bucket."""
 
     unit = "bucket"  # what is sent together, in errors
+    between_passes = False  # groups are made after one pass for the next
 
     def __init__(
         self,

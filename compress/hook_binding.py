@@ -139,7 +139,11 @@ class HookBinding(Binding):
         self._laid = True
         if not self._model.find_unused_parameters or self._model.static_graph:
             self._own_calls.before_rebuild()
-            _ddp.rebuild_buckets(self._model, self.native)
+            self.between_passes = True
+            try:
+                _ddp.rebuild_buckets(self._model, self.native)
+            finally:
+                self.between_passes = False
 
     def _spoil(self, bound: Bound) -> None:
         for name in bound.group.names:

@@ -145,7 +145,7 @@ class LowRank(Compressor):
             )
             for rank in ranks
         ]
-        step = self.step - 1  # the one that is about to be sent
+        step = self.sent_next
         before, now = self._stage_before(step), self.stages.index(step)
         started = step >= self.start.native.step
         for index, member in enumerate(members):
