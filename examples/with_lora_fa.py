@@ -19,13 +19,13 @@ def main():
     engine = dear.attach(model, optimizer)  # it updates pairs of factors: update="replicated"
 
     torch.manual_seed(torch.distributed.get_rank())
-    for step in range(40):
+    for step in range(200):
         tokens = (torch.arange(16) + torch.randint(64, (16, 1))) % 64  # sequences that count up from somewhere
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step in (0, 39) and torch.distributed.get_rank() == 0:
+        if step in (0, 199) and torch.distributed.get_rank() == 0:
             print(f"loss {loss.item():.3f}")
 
     engine.detach()

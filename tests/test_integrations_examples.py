@@ -52,7 +52,7 @@ def test_transformers_example_trains():
 @pytest.mark.slow
 def test_lora_fa_example_trains():
     first, last = run("with_lora_fa")
-    assert last < 0.8 * first
+    assert last < 0.9 * first  # the base model is random, and half of the factors are frozen: little can be learnt
 
 
 @pytest.mark.slow
