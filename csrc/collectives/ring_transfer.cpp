@@ -270,9 +270,17 @@ class RingTransfer {
     return std::chrono::duration_cast<milliseconds>(Clock::now() - last_progress_);
   }
 
+  // How long this rank waits before it blames. A neighbour of which nothing has come may still be in the
+  // exchange before, held up by another: who waits there has seen more, and is to speak first.
+  milliseconds limit() const {
+    const bool may_be_behind = received_ == 0 && !plan_.inbound.empty() && blamed_ == prev_;
+    return context_.timeout +
+           (may_be_behind ? std::min(context_.timeout / 8, milliseconds(10'000)) : milliseconds(0));
+  }
+
   // Milliseconds until the next deadline: telling the next rank, or giving up.
   int patience() const {
-    auto left = context_.timeout - since_progress();
+    auto left = limit() - since_progress();
     if (starved_told_ != blamed_) left = std::min(left, context_.timeout / 4 - since_progress());
     return static_cast<int>(std::clamp<int64_t>(left.count() + 1, 1, 60'000));
   }
@@ -282,7 +290,7 @@ class RingTransfer {
     if (quiet < context_.timeout / 4) return;
     const bool waits_for_prev = received_ < plan_.inbound.size() && !send_blocked_;
     const int culprit = waits_for_prev || blamed_ != prev_ ? blamed_ : next_;
-    if (quiet >= context_.timeout) blame(culprit, complaint::silent(context_.timeout));
+    if (quiet >= limit()) blame(culprit, complaint::silent(limit()));
     if (starved_told_ != blamed_ && !out_.under_way() && sent_ < plan_.outbound.size()) tell_starved();
     starved_told_ = blamed_;
   }
