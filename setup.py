@@ -57,6 +57,8 @@ class CMakeBuild(build_ext):
         for command in (configure, ["cmake", "--build", str(build)]):
             if subprocess.run(command).returncode:
                 raise SystemExit(f"error: the native build failed at: {' '.join(command)}")
+        if getattr(self, "editable_mode", False) and target != ROOT / "dear":  # setuptools takes the module alone there
+            shutil.copy(target / "_build.py", ROOT / "dear")
 
 
 setup(ext_modules=[Extension("dear._C", sources=[])], cmdclass={"build_ext": CMakeBuild, "dist_info": DistInfo})

@@ -7,6 +7,13 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 
+def facts(folder: Path = Path(__file__).resolve().parent) -> dict[str, str]:
+    """What the module in ``folder`` was built for: ``TORCH``, its minor version, and ``CUDA``, empty without; nothing
+    where somebody built it by hand."""
+    path = folder / "_build.py"
+    return {key: value for key, value in runpy.run_path(str(path)).items() if key.isupper()} if path.exists() else {}
+
+
 def refusal(folder: Path, torch_version: str, cuda: str | None) -> str | None:
     """Why the module in ``folder`` cannot be loaded beside this torch, and what to do; None where it can.
 
@@ -17,10 +24,9 @@ def refusal(folder: Path, torch_version: str, cuda: str | None) -> str | None:
             f"dear is imported from {folder}, where its native module was not built for this Python: run `make build` "
             "there, or start Python in another folder to import an installed one."
         )
-    facts = folder / "_build.py"
-    if not facts.exists():  # somebody built it by hand
+    built = facts(folder)
+    if not built:
         return None
-    built = runpy.run_path(str(facts))
     minor = ".".join(torch_version.split("+")[0].split(".")[:2])
     if built["TORCH"] != minor:
         return (

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import dear._build
-from dear import _address, _version
+from dear import _address, _built, _version
 
 PACKAGES = ("numpy", "mpi4py", "lightning", "accelerate", "transformers", "rich", "matplotlib", "pyyaml")
 
@@ -37,11 +36,11 @@ def run(given: argparse.Namespace) -> None:
 
 def collected() -> dict[str, Any]:
     """By what a bug report wants to know. Holds no host name, no address and no path."""
-    cuda = torch.cuda.is_available()
+    cuda, built = torch.cuda.is_available(), _built.facts()
     return {
         "dear": _version.__version__,
-        "built for torch": dear._build.TORCH,
-        "built for CUDA": dear._build.CUDA or None,
+        "built for torch": built.get("TORCH"),
+        "built for CUDA": built.get("CUDA") or None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -52,7 +51,7 @@ def collected() -> dict[str, Any]:
         "MPI": "through mpi4py" if importlib.util.find_spec("mpi4py") else None,
         "interface": interface(),
         "algorithm": 'host tensors under gloo: "ring", this library\'s connections; others: "native", the backend\'s',
-        "kernels": f"CPU, {torch.backends.cpu.get_cpu_capability()}" + (" and CUDA" if dear._build.CUDA else ""),
+        "kernels": f"CPU, {torch.backends.cpu.get_cpu_capability()}" + (" and CUDA" if built.get("CUDA") else ""),
         "checksums": "off" if os.environ.get("DEAR_CHECKSUM") == "0" else "on",
         "shared key": "set" if os.environ.get("DEAR_SHARED_KEY") else "not set",
         "packages": [f"{name} {version}" for name in PACKAGES if (version := _version_of(name))],
