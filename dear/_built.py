@@ -7,7 +7,10 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 
-def facts(folder: Path = Path(__file__).resolve().parent) -> dict[str, str]:
+HERE = Path(__file__).resolve().parent
+
+
+def facts(folder: Path = HERE) -> dict[str, str]:
     """What the module in ``folder`` was built for: ``TORCH``, its minor version, and ``CUDA``, empty without; nothing
     where somebody built it by hand."""
     path = folder / "_build.py"
@@ -55,6 +58,6 @@ def check() -> None:
             raise
         raise ImportError("dear needs torch, which is not installed: install torch 2.11 to 2.15, then dear.") from None
 
-    why = refusal(Path(__file__).resolve().parent, torch.__version__, torch.version.cuda)
+    why = refusal(HERE, torch.__version__, torch.version.cuda)
     if why is not None:
         raise ImportError(why)
