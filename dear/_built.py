@@ -6,7 +6,6 @@ import runpy
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-
 HERE = Path(__file__).resolve().parent
 
 
