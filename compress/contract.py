@@ -196,12 +196,6 @@ class Contract:
         """How many steps have begun."""
         return self.initial_step if self.binding is None else int(self.binding.steps)
 
-    @property
-    def sent_next(self) -> int:
-        """The step in which a group that is made now is sent first."""
-        between = self.binding is not None and self.binding.between_passes
-        return self.step if between else self.step - 1
-
     def ranks(self) -> dist.ProcessGroup:
         """The process group that takes part."""
         if self.process_group is None:

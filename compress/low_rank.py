@@ -145,7 +145,7 @@ class LowRank(Compressor):
             )
             for rank in ranks
         ]
-        step = self.sent_next
+        step = self._next_step()
         before, now = self._stage_before(step), self.stages.index(step)
         started = step >= self.start.native.step
         for index, member in enumerate(members):
@@ -163,6 +163,11 @@ class LowRank(Compressor):
             error = self.feedback.allocate(members, group.device).view(count, first.rows, first.columns)
             group.feedback.append(error)
         return Batch(members, error, factors)
+
+    def _next_step(self) -> int:
+        """The step in which a group that is made now is sent first."""
+        between = self.binding is not None and self.binding.between_passes
+        return self.step if between else self.step - 1
 
     def _stage_before(self, step: int) -> int:
         """The stage whose factors a step follows: that of the step before; of the first compressed step its own, which
