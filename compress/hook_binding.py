@@ -138,10 +138,10 @@ class HookBinding(Binding):
             return
         self._laid = True
         if not self._model.find_unused_parameters or self._model.static_graph:
-            self._own_calls.before_rebuild()
             self.between_passes = True
             try:
-                _ddp.rebuild_buckets(self._model, self.native)
+                with self._own_calls.rebuild():
+                    _ddp.rebuild_buckets(self._model, self.native)
             finally:
                 self.between_passes = False
 

@@ -7,7 +7,9 @@ every rank must make, an exchange of ours finds whoever has stalled.
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -55,6 +57,17 @@ class OwnCalls:
         """Called where DDP is about to rebuild its buckets: whoever does not come is named."""
         self._rebuilds = False
         all_gather_object(self._lane, None, "the ranks that come to DDP's bucket rebuild", self._device)
+
+    @contextlib.contextmanager
+    def rebuild(self) -> Iterator[None]:
+        """Inside, DDP rebuilds its buckets: whoever does not come, or ends meanwhile, is named."""
+        self.before_rebuild()
+        try:
+            yield
+        except RuntimeError as error:
+            if _is_of_backend(error):
+                raise _named(self._lane, error) from error
+            raise
 
     def release(self) -> None:
         """Takes the guard off."""

@@ -102,8 +102,8 @@ class Schedule:
     def _adopt_layout(self) -> None:
         attached, update = self._attached, self._update
         attached.synchronize()
-        self._own_calls.before_rebuild()
-        _ddp.rebuild_buckets(attached.model, attached.scheduler)
+        with self._own_calls.rebuild():
+            _ddp.rebuild_buckets(attached.model, attached.scheduler)
         self._agree_on_order()
         buckets = attached.scheduler.incoming()
         full = [self._flat_of(bucket) for bucket in buckets]
