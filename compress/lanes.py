@@ -9,7 +9,7 @@ from datetime import timedelta
 from compress.contract import Contract
 from dear import _C
 from dear._nodes import Nodes, make_levelled_lane
-from dear.collectives import Algorithm, make_lane, timeout_of_stage
+from dear.collectives import Algorithm, make_lane
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,10 @@ def one_level_lanes(compressor: Contract, given: Sequence[_C.Lane], algorithm: A
     """Lanes over all ranks; ``given`` are those for the first stages that there are already. Collective."""
     ranks, stages = compressor.ranks(), list(given)
     for stage in range(len(stages), max(2, compressor.exchanges)):
-        stages.append(make_lane(ranks, f"compress {stage}", algorithm, timeout_of_stage(timeout, stage)))
+        stages.append(make_lane(ranks, f"compress {stage}", algorithm, timeout))
     all_to_alls: list[_C.Lane | None] = [None] * len(stages)
     for stage in compressor.all_to_alls:
-        all_to_alls[stage] = make_lane(
-            ranks, f"compress all-to-all {stage}", algorithm, timeout_of_stage(timeout, stage), all_to_all=True
-        )
+        all_to_alls[stage] = make_lane(ranks, f"compress all-to-all {stage}", algorithm, timeout, all_to_all=True)
     return Lanes(stages, all_to_alls, stages[1])
 
 
@@ -39,21 +37,11 @@ def two_level_lanes(compressor: Contract, algorithm: Algorithm, timeout: timedel
     ranks, inside, between = compressor.ranks(), nodes.inside, nodes.between
     stages = [make_lane(ranks, "compress in node", algorithm, timeout, ranks=inside)]
     for stage in range(compressor.exchanges):
-        stages.append(
-            make_lane(
-                ranks, f"compress between {stage}", algorithm, timeout_of_stage(timeout, stage + 1), ranks=between
-            )
-        )
-    last = timeout_of_stage(timeout, len(stages))
-    stages.append(make_lane(ranks, "compress to node", algorithm, last, ranks=inside))
+        stages.append(make_lane(ranks, f"compress between {stage}", algorithm, timeout, ranks=between))
+    stages.append(make_lane(ranks, "compress to node", algorithm, timeout, ranks=inside))
     all_to_alls: list[_C.Lane | None] = [None] * len(stages)
     for stage in compressor.all_to_alls:
         all_to_alls[stage + 1] = make_lane(
-            ranks,
-            f"compress all-to-all {stage}",
-            algorithm,
-            timeout_of_stage(timeout, stage + 1),
-            all_to_all=True,
-            ranks=between,
+            ranks, f"compress all-to-all {stage}", algorithm, timeout, all_to_all=True, ranks=between
         )
-    return Lanes(stages, all_to_alls, make_levelled_lane(ranks, "compress everyone", algorithm, last, nodes))
+    return Lanes(stages, all_to_alls, make_levelled_lane(ranks, "compress everyone", algorithm, timeout, nodes))

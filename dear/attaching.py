@@ -27,7 +27,7 @@ from dear._replicated import ReplicatedUpdate
 from dear._schedule import Schedule
 from dear._sharded import ShardedUpdate
 from dear._update import Request, Update
-from dear.collectives import Algorithm, choose_algorithm, group_timeout, timeout_of_stage
+from dear.collectives import Algorithm, choose_algorithm, group_timeout
 from dear.compression import Compressor, Site, Uncompressed, check_kind
 from dear.engine import Engine
 
@@ -212,7 +212,7 @@ def _assemble(
 ) -> Engine:
     """Makes the parts. Collective."""
     timeout = group_timeout(group, plan.device)
-    gather_lane = make_levelled_lane(group, "all-gather", plan.algorithm, timeout_of_stage(timeout, 1), nodes)
+    gather_lane = make_levelled_lane(group, "all-gather", plan.algorithm, timeout, nodes)
     reduce_lane = make_levelled_lane(group, "reduce-scatter", plan.algorithm, timeout, nodes)
     scheduler = _C.Scheduler(reduce_lane, gather_lane, plan.strategy.gathers_gradients)
     attached = Attached(

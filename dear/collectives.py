@@ -68,12 +68,6 @@ def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     return group._get_backend(device).options._timeout
 
 
-def timeout_of_stage(timeout: timedelta, stage: int) -> timedelta:
-    """How long a lane for the exchanges of this stage waits for a peer. Each waits somewhat longer than the one before:
-    a rank waits here for one that still waits there, for a third, and knows it; so that one is to speak first."""
-    return timeout + stage * min(timeout / 8, timedelta(seconds=10))
-
-
 def choose_algorithm(group: dist.ProcessGroup, device: torch.device, algorithm: str | None) -> Algorithm:
     """The algorithm for tensors on ``device``: the one asked for, else by backend.
 

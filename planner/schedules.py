@@ -76,47 +76,45 @@ class NoExchange(Schedule):
         return last
 
 
-class DDP(Schedule):
-    """DistributedDataParallel: all-reduces under backward; everything waits for the last. Its fp16 hook casts before
-    and after."""
+class UnderBackward(Schedule):
+    """Everything is exchanged under backward, and the update waits for the last."""
+
+    @abstractmethod
+    def reduce(self, number: int, group: Group, after: Task) -> Task:
+        """A group on its way, once it is encoded; returns what ends with its gradients."""
+
+    def step(self) -> Task:
+        site = self.site
+        site.forward(())
+        ends, last = [], None
+        for number, group, ready in site.backward(self.groups):
+            last = ready
+            self.encode(number, group)
+            ends.append(self.reduce(number, group, site.compute("sent", 0.0)))
+        site.compute("wait", 0.0, ends)
+        site.compute("update", site.profile.update)
+        assert last is not None
+        return last
+
+
+class DDP(UnderBackward):
+    """DistributedDataParallel's all-reduces. Its fp16 hook casts before and after."""
 
     @classmethod
     def cut(cls, profile: Profile, codec: Codec, cap: float | None) -> list[Group]:
         return buckets(profile, DDP_BUCKET, FIRST_BUCKET) if cap is None else buckets(profile, cap)
 
-    def step(self) -> Task:
-        site = self.site
-        site.forward(())
-        ends, last = [], None
-        for number, group, ready in site.backward(self.groups):
-            last = ready
-            self.encode(number, group)
-            after = site.compute("sent", 0.0)
-            bytes_ = sum(self.codec.rounds(group.pieces))
-            reduced = site.exchange("all_reduce", f"all-reduce {number}", "all-reduce", bytes_, [after])
-            ends.append(site.work(f"decode {number}", DECODE, self.cost.decode * group.bytes, [reduced]))
-        site.compute("wait", 0.0, ends)
-        site.compute("update", site.profile.update)
-        assert last is not None
-        return last
+    def reduce(self, number: int, group: Group, after: Task) -> Task:
+        bytes_ = sum(self.codec.rounds(group.pieces))
+        reduced = self.site.exchange("all_reduce", f"all-reduce {number}", "all-reduce", bytes_, [after])
+        return self.site.work(f"decode {number}", DECODE, self.cost.decode * group.bytes, [reduced])
 
 
-class Hook(Schedule):
-    """A compressor as a plain DDP hook: both phases under backward."""
+class Hook(UnderBackward):
+    """A compressor as a plain DDP hook: both phases."""
 
-    def step(self) -> Task:
-        site = self.site
-        site.forward(())
-        ends, last = [], None
-        for number, group, ready in site.backward(self.groups):
-            last = ready
-            self.encode(number, group)
-            task, bytes_ = self.first_phase(number, group, site.compute("sent", 0.0))
-            ends.append(self.second_phase(number, group, task, bytes_))
-        site.compute("wait", 0.0, ends)
-        site.compute("update", site.profile.update)
-        assert last is not None
-        return last
+    def reduce(self, number: int, group: Group, after: Task) -> Task:
+        return self.second_phase(number, group, *self.first_phase(number, group, after))
 
 
 class Sharded(Schedule):

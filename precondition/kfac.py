@@ -182,7 +182,7 @@ class DPKFAC(KroneckerFactored):
     Args:
         damping: γ, added to the curvature: larger is nearer to the gradient.
         factor_decay: weight of the past in the running averages of the factors.
-        update_every: steps from one capture to the next; capturing costs about as much as half a backward pass.
+        update_every: steps from one capture to the next.
         inverse_every: steps from one inversion to the next.
         kl_clip: κ, the largest size of an update in the curvature's norm: all preconditioned gradients are multiplied
             by min(1, √(κ / Σ lr² ⟨P, ∇⟩)). None: never.

@@ -190,7 +190,11 @@ def test_who_is_late_hears_the_cause(world, numel):
     late = failure_of(submit(made[1], numel))
     # Two ranks may find it at the same moment; who saw it first is the clock's choice.
     assert len({re.sub(r"as rank \d saw it", "", said) for said in (late, *others)}) == 1, (late, others)
-    assert re.match(r"Rank 1 sent or took nothing for 4[05]00 ms .* of fusion group 1, as rank \d saw it", late), late
+    # Of two ranks the one has seen nothing of the other, and waits longer; of three it depends on who finds it.
+    patience = "4500" if world == 2 else "4[05]00"
+    assert re.match(rf"Rank 1 sent or took nothing for {patience} ms .* of fusion group 1, as rank \d saw it", late), (
+        late
+    )
 
 
 def test_the_flight_recorder_writes_what_each_lane_was_doing(tmp_path):

@@ -5,14 +5,16 @@ is tried at each and shown at its best, by the time to SGD's lowest loss.
 """
 
 import argparse
+from functools import partial
 
 from .. import cells
 from ..command import Parser, filled, listed, number, positive
+from ..training.measure import run_cell
 from ..training.plan import Plan
 from ..training.strategies import StrategyError
 from . import show
 from .autoencoder import KNOWN
-from .measure import measure, run_cell
+from .measure import measure
 from .methods import FORMS, METHODS, parse_method
 
 ALL = ",".join(f"{method}/{where}" for method in METHODS for where in ("ddp", "dear"))
@@ -61,7 +63,9 @@ def plans(given: argparse.Namespace) -> dict[str, Plan]:
 
 def main() -> None:
     given = arguments()
-    cells.main(cells.Benchmark("second_order", measure, run_cell, show.show), given, plans(given))
+    cells.main(
+        cells.Benchmark("second_order", measure, partial(run_cell, work=measure), show.show), given, plans(given)
+    )
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..launch import run_surviving, run_workers
-from ..network.lab import Lab, Loopback
 from ..progress import Report
-from ..training.measure import SECONDS_PER_STEP, TRIAL_STEPS, Candidate, Measurement
+from ..training.measure import TRIAL_STEPS, Candidate, Measurement
 from ..training.plan import Plan
 from ..worker import Worker
 from .autoencoder import KNOWN
@@ -26,13 +24,6 @@ PARTS = {
     ),
     "preconditioning": ("backward_ended", "begin", "precondition", "end"),
 }  # fmt: skip
-
-
-def run_cell(lab: Lab | Loopback, plan: Plan, report: Report) -> dict[str, Any]:
-    """One cell; a method that takes its worker down is left out of a second try, and its row says why."""
-    steps = len(plan.strategies) * (plan.rounds * (plan.warmup + plan.steps) + 15)
-    limit = 60 + SECONDS_PER_STEP * steps
-    return run_surviving(plan, plan.strategies, lambda plan: run_workers(lab, measure, plan, report, timeout=limit))
 
 
 def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:

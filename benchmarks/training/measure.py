@@ -25,11 +25,18 @@ HELD_OUT_BATCH = 32
 SECONDS_PER_STEP = 20  # far more than any step takes: a cell that needs longer is stuck
 
 
-def run_cell(lab: Lab | Loopback, plan: Plan, report: Report) -> dict[str, Any]:
-    """One cell; a strategy that takes its worker down is left out of a second try, and its row says why."""
+def run_cell(
+    lab: Lab | Loopback, plan: Plan, report: Report, work: Callable[..., dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """One cell; a strategy that takes its worker down is left out of a second try, and its row says why.
+
+    work: a worker's part, :func:`measure` unless another benchmark has its own.
+    """
     steps = len(plan.strategies) * (plan.rounds * (plan.warmup + plan.steps) + 15)
     limit = 60 + SECONDS_PER_STEP * steps
-    return run_surviving(plan, plan.strategies, lambda plan: run_workers(lab, measure, plan, report, timeout=limit))
+    return run_surviving(
+        plan, plan.strategies, lambda plan: run_workers(lab, work or measure, plan, report, timeout=limit)
+    )
 
 
 def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
