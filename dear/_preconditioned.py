@@ -1,7 +1,8 @@
 """Averaged gradients in shards are preconditioned before the first update that uses them.
 
 One number for all layers may follow from all of them (a clip of the update's size), so no group is updated before all
-are reduced and preconditioned. The work itself is done as gradients come, while others are still on their way.
+are reduced and preconditioned. The work itself is done as gradients come, while others are still on their way: in the
+order of their reductions, which is the same in every run, and so are the sums over layers that follow from it.
 """
 
 from __future__ import annotations
@@ -31,19 +32,11 @@ class Preconditioning:
         self._pass = passes
         with ordinary(StepContext(attached.device, grad=False)):
             binding.begin()
-            for group in self._as_reduced():
-                binding.precondition(list(_pieces(by_group[group], attached)))
+            for group, segments in enumerate(by_group):
+                attached.scheduler.wait_reduced(group)
+                binding.precondition(list(_pieces(segments, attached)))
             changed = binding.end()
         self._gradients.changed_by_update(changed)
-
-    def _as_reduced(self) -> Iterator[int]:
-        """The fusion groups in the order of the forward pass, but those that are reduced first."""
-        scheduler, left = self._attached.scheduler, list(self._attached.order)
-        while left:
-            group = next((each for each in left if scheduler.reduced(each)), left[0])
-            left.remove(group)
-            scheduler.wait_reduced(group)
-            yield group
 
 
 def _pieces(segments: Sequence[Segment], attached: Attached) -> Iterator[Piece]:

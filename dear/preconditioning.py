@@ -73,8 +73,8 @@ class Binding(Protocol):
         """A step begins. Its gradients may still be on their way. Collective."""
 
     def precondition(self, pieces: Sequence[Piece]) -> None:
-        """Changes averaged gradients in place, where they can be: once for each fusion group, as they come, with this
-        rank's pieces of it. A team may come in two of them."""
+        """Changes averaged gradients in place, where they can be: once for each fusion group, in the order of their
+        reductions, with this rank's pieces of it. A team may come in two of them."""
 
     def end(self) -> set[Param]:
         """All of this rank's gradients have come. Collective; what could not be changed before is changed here, and

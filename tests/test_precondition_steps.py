@@ -219,6 +219,36 @@ def test_a_resumed_run_goes_on_bit_for_bit(pool2, kind, solver):
         pool2.run(resumed, kind, attach, solver)
 
 
+def orders_of_groups(rank, world):
+    """The parameters that come to the preconditioner in each step, by fusion group."""
+    model = DDP(preconditioning.build().to(place()))
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    engine = dear.attach(model, optimizer, preconditioner=precondition.DPKFAC(), **OWNED)
+    names = {param: name for name, param in model.module.named_parameters()}
+    binding = engine._attached.preconditioning
+    precondition_group, steps = binding.precondition, []
+
+    def spy(pieces):
+        steps[-1].append([names[piece.param] for piece in pieces])
+        precondition_group(pieces)
+
+    binding.precondition = spy
+    for number in range(20):
+        steps.append([])
+        plain_backward(model, *(each.to(place()) for each in preconditioning.batch(rank, number)))
+        optimizer.step()
+        optimizer.zero_grad()
+    engine.detach()
+    return steps
+
+
+def test_groups_come_in_one_order(pool2):
+    """Sums over layers are of one order then, whichever group is reduced first, and a run repeats to the bit."""
+    for steps in pool2.run(orders_of_groups):
+        assert sum(map(bool, steps[0])) > 1
+        assert all(step == steps[0] for step in steps)
+
+
 def bytes_of(rank, world, kind):
     """Bytes of the gradients' exchanges, of the preconditioner's own, and of the model."""
     sent = []
