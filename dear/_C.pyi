@@ -330,8 +330,8 @@ class LevelledCodec(Codec):
         shard: typing.SupportsInt | typing.SupportsIndex,
         owned: typing.SupportsInt | typing.SupportsIndex,
         bits: typing.SupportsInt | typing.SupportsIndex,
-        error: torch.Tensor,
-        owner_error: torch.Tensor,
+        error: torch.Tensor | None,
+        owner_error: torch.Tensor | None,
     ) -> None: ...
 
 class TopKCodec(Codec):

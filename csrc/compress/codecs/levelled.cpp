@@ -6,7 +6,8 @@
 namespace dear::compress {
 
 LevelledCodec::LevelledCodec(at::Device device, int64_t rank, int64_t world, int64_t shard, int64_t owned,
-                             int64_t bits, at::Tensor error, at::Tensor owner_error)
+                             int64_t bits, std::optional<at::Tensor> error,
+                             std::optional<at::Tensor> owner_error)
     : OwnerCodec(device, rank, world, whole_row(levelled_words(shard, bits))),
       words_(levelled_words(shard, bits)),
       shard_(shard),
