@@ -305,7 +305,7 @@ def drawing(rank, world):
     model, opt = training.build("Mlp", (Noisy, {"lr": 0.1}), {})
     engine = dear.attach(model, opt, **SMALL)
     model(models.data(rank, 0)[0].to(place())).square().mean().backward()
-    with pytest.raises(RuntimeError, match='Noisy.step.. draws random numbers.*use update="replicated"'):
+    with pytest.raises(RuntimeError, match=r'Noisy\.step\(\) draws random numbers.*use update="replicated"'):
         opt.step()
     engine.detach()
 
