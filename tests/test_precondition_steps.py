@@ -1,6 +1,5 @@
 """What preconditioners capture and when, saved state, bytes, and what is refused."""
 
-import io
 import weakref
 
 import preconditioning
