@@ -64,7 +64,7 @@ class HookBinding(Binding):
         """Makes this the communication hook of the model."""
         model = self._model
         assert model is not None
-        self._names = {id(param): name for name, param in model.module.named_parameters()}
+        self._names = {id(param): name for param, name in _ddp.parameter_names(model).items()}
         reduced = _ddp.reduced_parameters(model)
         self._order = _ddp.in_reducer_order(model, reduced)
         self._learns_graph = model.static_graph and not model._has_rebuilt_buckets
