@@ -357,7 +357,7 @@ def kept(rank, world, name, folder):
                 assert torch.equal(value, states[1][0]["state"][index][key]), key
 
 
-@pytest.mark.parametrize("name", ["sharded", "replicated", "owned", "power", "topk"])
+@pytest.mark.parametrize("name", ["sharded", "replicated", "owned", "power", "topk", "hook-power"])
 def test_checkpoints_validation_and_a_second_fit(pool2, name, tmp_path):
     pool2.run(kept, name, str(tmp_path))
 
