@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dear import _C, _ddp, preconditioning
 from dear._agree import agree
+from dear._alone import LoneSchedule, is_alone
 from dear._attached import Attached, weakly
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, check_cap
@@ -242,5 +243,5 @@ def _assemble(
         )  # fmt: skip
     update = plan.strategy(attached)
     attached.barrier.finish = update.finish
-    schedule = Schedule(attached, update, plan.bucket_cap_mb)
+    schedule = (LoneSchedule if is_alone(attached) else Schedule)(attached, update, plan.bucket_cap_mb)
     return Engine(attached, schedule, update, overlap_forward=overlap_forward, check_replicas=check_replicas)

@@ -38,12 +38,12 @@ class Engine:
         self._hooks = Hooks(attached.model)
         self._hooks.install(
             [user.optimizer for user in attached.users],
-            before_forward=schedule.before_forward,
-            after_forward=schedule.after_forward,
             before_export=self._before_export,
             before_load=self.synchronize,
             after_load=update.state_was_loaded,
         )
+        if schedule.watches_forward:
+            self._hooks.watch_forward(schedule.before_forward, schedule.after_forward)
         self._steppers = [_Stepper(self, number) for number in range(len(attached.users))]
         for user, stepper in zip(attached.users, self._steppers, strict=True):
             user.take_over(stepper.step)
