@@ -88,8 +88,8 @@ class Engine:
 
     @property
     def plan(self) -> dict[str, Any] | None:
-        """What ``compressor="auto"`` has chosen, as JSON can hold it, to be given next time as ``compress.auto(plan=)``;
-        None without it, and until it has chosen."""
+        """What ``compressor="auto"`` has chosen, as JSON can hold it, for ``compress.auto(plan=...)`` next time; None
+        without it, and until it has chosen."""
         return self._steering.plan if self._steering is not None else None
 
     @property

@@ -7,7 +7,7 @@ decides, and tells. So no rank can differ, and none waits for another that does 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 import math
 import statistics
@@ -34,6 +34,8 @@ PROFILED = 4
 TIMED = 4  # steps of a trial, behind one that is not timed, or two where all parts are new
 MOST = 60  # steps in all
 TRIED = 3  # ways
+AGAIN = 2  # trials of the best size
+NEVER = 1e9  # seconds, of what could not be tried
 LEVEL = 1.01  # what is this close to the fastest is as fast
 PHASES = ("all_reduce", "reduce_scatter", "all_gather")
 
@@ -42,7 +44,7 @@ log = logging.getLogger("dear")
 
 @dataclass(frozen=True)
 class Trial:
-    """Measured. seconds: of a step, the slowest rank's; infinite where it could not be tried."""
+    """Measured. seconds: of a step, the slowest rank's; NEVER where it could not be tried."""
 
     way: Way
     mib: float
@@ -82,11 +84,13 @@ class Auto:
     def check_new(self, model: DDP, caller: str) -> dict[str, Any]:
         if self._steering is not None:
             raise ValueError(f"This auto serves an engine already: make another one for {caller}.")
-        if importlib.util.find_spec("bayes_opt") is None:
+        try:
+            importlib.import_module("bayes_opt")  # here, on every rank: it takes seconds, in which nobody waits
+        except ImportError as error:
             raise ValueError(
                 'compressor="auto" searches with bayesian-optimization, which is not installed: install '
                 "dear-torch[auto]."
-            )
+            ) from error
         return {"the loss that may be lost": self.loss, "the plan": self._given}
 
     def first(self, steering: Steering) -> Setting | None:
@@ -145,21 +149,32 @@ class Auto:
             self._warn(steering, f"Nothing is chosen, and training goes on as it did, since {why}.")
             return
         tried: list[Trial] = []
-        for one in listed:
+        yield from self._try(listed[0].way, begun.bucket_cap_mb, tried)
+        for one in listed[1:]:
             yield from self._try(one.way, one.mib, tried)
-        best = self._best(tried)
-        if steering.tunes_cap and math.isfinite(best.seconds):
-            search = Search(_mib(steering), best.mib, best.seconds) if self._decides else None
-            while steering.steps - start + _untimed(best.way) + TIMED <= MOST:
-                size = steering.tell(search.ask() if search else None, "the size to try")
-                yield from self._try(best.way, size, tried)
-                if search is not None and math.isfinite(tried[-1].seconds):
-                    search.tell(size, tried[-1].seconds)
+        if steering.tunes_cap:
+            yield from self._refine(listed, tried, MOST - (steering.steps - start))
         best = self._best(tried)
         steering.switch(_setting(best.way, best.mib))
         ground = steering.ground
         self.plan = plans.made(best.way, best.mib, best.seconds, ground.group.size(), _elements(ground.model))
         self._say(_line(best, tried, listed, steering.steps - start, why))
+
+    def _refine(self, listed: list[Predicted], tried: list[Trial], left: int) -> Iterator[None]:
+        """Tries other sizes of the best way in the steps that are left; the last two trials are of the best size again,
+        since the fastest of many short trials may have been lucky."""
+        way, mib, seconds = (best := self._best(tried)).way, best.mib, best.seconds
+        hints = [one.mib for one in listed if one.way == way]
+        search = Search(_mib(self._steers), mib, seconds, hints) if self._decides else None
+        trials = left // (_untimed(way) + TIMED)
+        for number in range(trials):
+            if number < trials - AGAIN:
+                mib = self._steers.tell(search.ask() if search else None, "the size to try")
+            else:
+                mib = self._best(tried).mib
+            yield from self._try(way, mib, tried)
+            if search is not None:
+                search.tell(mib, tried[-1].seconds)
 
     def _profiled(self) -> Generator[None, None, list[Profile]]:
         """A few steps; returns every rank's profile."""
@@ -197,7 +212,7 @@ class Auto:
                 profile = slowest(everyone)
                 chosen = ways(steering.updates(compresses=False), compressing, methods)
                 caps = sizes(profile) if steering.tunes_cap else [begun.bucket_cap_mb]
-                now = Way(begun.update, begun.compressor and self._method(begun))
+                now = Way(begun.update, self._method(begun))
                 best = predicted(profile, network, machine, chosen, caps)
                 found = shortlist(best, now, TRIED), reason(profile, network)
             except Exception as error:  # the other ranks wait for what is decided
@@ -214,7 +229,7 @@ class Auto:
             steering.switch(_setting(way, mib))
         except ValueError as error:  # the same on every rank, before anything was changed
             self._warn(steering, f"{way} is not tried ({str(error).rstrip('.')}).")
-            tried.append(Trial(way, mib, math.inf))
+            tried.append(Trial(way, mib, NEVER))
             return
         yield from _steps(_untimed(way))
         times, last = [], clock()
@@ -227,13 +242,17 @@ class Auto:
         seconds = statistics.median(max(step) for step in zip(*everyone, strict=True))
         if not math.isfinite(seconds) or seconds <= 0:
             self._warn(steering, f"{way} took {seconds} s a step by some rank's clock, and is not chosen.")
-            seconds = math.inf
+            seconds = NEVER
         tried.append(Trial(way, mib, seconds))
 
     def _best(self, tried: list[Trial]) -> Trial:
-        """The fastest; of those that are as fast, the one that loses least."""
-        fastest = min(trial.seconds for trial in tried)
-        level = [trial for trial in tried if trial.seconds <= LEVEL * fastest]
+        """The fastest, by the mean of its trials; of those that are as fast, the one that loses least."""
+        times: dict[tuple[Way, float], list[float]] = {}
+        for trial in tried:
+            times.setdefault((trial.way, trial.mib), []).append(trial.seconds)
+        means = [Trial(way, mib, statistics.mean(seconds)) for (way, mib), seconds in times.items()]
+        fastest = min(trial.seconds for trial in means)
+        level = [trial for trial in means if trial.seconds <= LEVEL * fastest]
         return min(level, key=lambda trial: (losses.above(trial.way.method), trial.seconds))
 
     def _watch(self) -> Iterator[None]:
@@ -288,8 +307,8 @@ def _fraction(loss: Any) -> float:
 def _line(best: Trial, tried: list[Trial], listed: list[Predicted], steps: int, why: str) -> str:
     """What was chosen, what it gained, and why."""
     begun = tried[0]
-    plain = min((trial.seconds for trial in tried if trial.way.update == PLAIN), default=math.inf)
-    rival = f", with plain DDP {_ms(plain)}" if math.isfinite(plain) and best.way.update != PLAIN else ""
+    plain = min((trial.seconds for trial in tried if trial.way.update == PLAIN), default=NEVER)
+    rival = f", with plain DDP {_ms(plain)}" if plain < NEVER and best.way.update != PLAIN else ""
     foreseen = next((one for one in listed if one.way == best.way), None)
     said = f", {_ms(foreseen.seconds)} predicted" if foreseen is not None else ""
     return (

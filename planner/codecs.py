@@ -6,11 +6,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import compress
-from compress.compressor import Compressor
 from compress.ranks import Rank, rank_for
 
 from .profile import Piece
@@ -148,7 +148,7 @@ def _rank(option: str) -> Rank:
     return option if option.endswith("x") and float(option[:-1]) > 1 else float(option)
 
 
-def compressor(name: str) -> Compressor:
+def compressor(name: str) -> Any:
     """A new one, of the name that :func:`codec` takes. Raises ValueError."""
     codec(name)
     kind, _, option = name.partition(":")

@@ -15,7 +15,7 @@ MIB = float(1 << 20)
 PLAIN = "ddp"
 #: Fusion sizes that are simulated, as shares of the model, beside fixed ones in MiB.
 SHARES, SIZES = (1 / 64, 1 / 16, 1 / 4, 1.0), (1.0, 4.0, 25.0)
-FINEST = 64  # groups, at the most
+FINEST = 16  # groups of less than a MiB, at the most: below that DDP's own work per bucket shows
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def ways(updates: Sequence[str], compressing: Sequence[str], methods: Sequence[s
 def sizes(profile: Profile) -> list[float]:
     """Fusion sizes in MiB that are worth simulating."""
     model = profile.bytes / MIB
-    found = {share * model for share in SHARES} | {size for size in SIZES if model / FINEST <= size <= model}
-    return sorted(found)
+    found = {share * model for share in SHARES} | set(SIZES)
+    return sorted(size for size in found if min(1.0, model / FINEST) <= size <= model)
 
 
 def predicted(

@@ -1,4 +1,4 @@
-"""Whether steps have come to take another time, and go on so: a link that was cut to half, or another machine's load."""
+"""Whether steps have come to take another time, and go on so: a link cut to half, or another load of the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ LOOKS = 4  # one after another that must differ: a minute
 HALF = 1.5  # times as long, or as short
 
 
-def changed(clock: Callable[[], float], everyones: Callable[[Any, str], list[Any]]) -> Iterator[None]:
+Everyones = Callable[[Any, str], list[Any]]  # by rank
+
+
+def changed(clock: Callable[[], float], everyones: Everyones) -> Iterator[None]:
     """Yields for each step boundary; ends when steps have been so much slower, or faster, for a minute.
 
     The ranks look at the same steps, and each knows the slowest one's: they end alike. Steps count by their median, so
@@ -26,9 +29,7 @@ def changed(clock: Callable[[], float], everyones: Callable[[Any, str], list[Any
         looks = 0 if first / HALF < now < first * HALF else looks + 1
 
 
-def _slowest(
-    steps: int, clock: Callable[[], float], everyones: Callable[[Any, str], list[Any]]
-) -> Generator[None, None, float]:
+def _slowest(steps: int, clock: Callable[[], float], everyones: Everyones) -> Generator[None, None, float]:
     times, last = [], clock()
     for _ in range(steps):
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import training
@@ -109,10 +111,10 @@ def with_schedule(rank, world):
         norms = []
         for step in range(10):
             (training.loss_of(model, rank, step) + training.loss_of(model, rank, step + 20)).backward()
-            clip = engine.clip_grad_norm_ if attached else lambda norm: torch.nn.utils.clip_grad_norm_(
-                model.parameters(), norm
-            )  # fmt: skip
-            norms.append(float(clip(1e6)))
+            if attached:
+                norms.append(float(engine.clip_grad_norm_(1e6)))
+            else:
+                norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)))
             opt.step()
             schedule.step()
             opt.zero_grad(set_to_none=False)
@@ -144,7 +146,7 @@ def into_compression(rank, world):
         sent.append(engine.stats()["bytes_sent"])
         kinds.append(engine.compressor)
     assert kinds == [None] * 2 + [compressor] * 3 + [None] * 3
-    each = [after - before for before, after in zip(sent, sent[1:], strict=False)]
+    each = [after - before for before, after in pairwise(sent)]
     assert 0 < each[3] < each[-1], "bytes go on being counted, and compressed steps send fewer"
     engine.detach()
     return [param.detach().clone() for param in model.parameters()]
