@@ -11,7 +11,7 @@ from ..command import show_size
 from ..demo import show as demo
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
-from . import bars, losses_figures, memory, others, repeats, steps, sweeps
+from . import bars, losses_figures, memory, others, repeats, steps, sweeps, two_levels
 from .comparison import Cell
 from .evidence import Evidence, origin
 from .markdown import extent, number
@@ -110,7 +110,7 @@ class Facts:
             loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True
         )
         known = {"facts": self, "steps": steps, "others": others, "number": number, "show_size": show_size}
-        known |= {"memory": memory, "sweeps": sweeps}
+        known |= {"memory": memory, "sweeps": sweeps, "two_levels": two_levels}
         known["tolerance"] = losses.TOLERANCE
         return environment.get_template(page).render(known).rstrip() + "\n"
 
