@@ -46,7 +46,7 @@ class ShampooStep(RankOneStep):
             used.to(vectors.dtype),
             column_sums / vectors.to_columns(vectors.block_rows),
             row_sums / vectors.to_rows(vectors.block_columns),
-            self.settings.stat_decay,
+            self.settings.factor_decay,
         )
         products = vectors.zeros(vectors.rows)
         eva_parts.add_products(self.parts, running.columns, products)
@@ -80,15 +80,15 @@ class Shampoo(RankOnePreconditioner):
     rows and columns, the second one number for each parameter.
 
     Args:
-        damping, stat_decay, kl_clip: as of :class:`precondition.Eva`. Gradients' means are small numbers, and so is
+        damping, factor_decay, kl_clip: as of :class:`precondition.Eva`. Gradients' means are small numbers, and so is
             the damping that leaves anything of them.
     """
 
     step_kind = ShampooStep
     captures = False
 
-    def __init__(self, damping: float = 1e-6, stat_decay: float = 0.05, kl_clip: float | None = None) -> None:
-        super().__init__(damping, stat_decay, kl_clip)
+    def __init__(self, damping: float = 1e-6, factor_decay: float = 0.05, kl_clip: float | None = None) -> None:
+        super().__init__(damping, factor_decay, kl_clip)
 
     def served(self, root: nn.Module, trained: set[Param]) -> list[Shaped]:
         found = [Weight(name, param) for name, param in named_parameters(root) if param in trained and param.dim() > 1]
