@@ -270,12 +270,9 @@ class RingTransfer {
     return std::chrono::duration_cast<milliseconds>(Clock::now() - last_progress_);
   }
 
-  // How long this rank waits before it blames. A neighbour of which nothing has come may still be in the
-  // exchange before, held up by another: who waits there has seen more, and is to speak first.
+  // How long this rank waits before it blames. See Note [Who speaks first].
   milliseconds limit() const {
-    const bool may_be_behind = received_ == 0 && !plan_.inbound.empty() && blamed_ == prev_;
-    return context_.timeout +
-           (may_be_behind ? std::min(context_.timeout / 8, milliseconds(10'000)) : milliseconds(0));
+    return context_.limit(received_ == 0 && !plan_.inbound.empty() && blamed_ == prev_);
   }
 
   // Milliseconds until the next deadline: telling the next rank, or giving up.
