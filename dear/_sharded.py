@@ -15,6 +15,7 @@ import torch
 
 from dear import _C, _ddp, _grads, _state
 from dear._attached import Attached, Param, weakly
+from dear._changed_gradients import ChangedGradients
 from dear._context import StepContext, ordinary
 from dear._flat_parameters import FlatParameters
 from dear._grads import Found, Grads
@@ -45,6 +46,7 @@ class ShardedUpdate(Update):
         self._exporting = False
         self._loaded: LoadedState | None = None  # before there was a layout
         self._gradients = ShardedGradients(attached)
+        self._changes = ChangedGradients(attached, self._gradients)
         self._preconditioning = Preconditioning(attached, self._gradients)
 
     @classmethod
@@ -187,6 +189,7 @@ class ShardedUpdate(Update):
             if index not in updated:
                 update(index)
             scheduler.submit_gather(index, optimizer)
+        self._changes.conclude(optimizer, self._segments)
 
     def _take(self, own: Grads) -> None:
         """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
@@ -218,14 +221,8 @@ class ShardedUpdate(Update):
             if tensors:
                 work.append({**group, "params": tensors})
         if work:
-            grads = [(segment.group, segment.tensor.grad) for segment in segments if segment.tensor.grad is not None]
-            versions = [grad._version for _, grad in grads]
-            user.run(work, self._state)
-            changed = {group for (group, grad), before in zip(grads, versions, strict=True) if grad._version != before}
-            if changed:  # torch's foreach SGD with nesterov: other ranks' parts have changed, too
-                self._gradients.changed_by_update(
-                    {p for i in changed for p in user.optimizer.param_groups[i]["params"]}
-                )
+            with self._changes.watch(segments):
+                user.run(work, self._state)
         self.attached.scheduler.trace("update", name, start, _C.now_ns())
 
     def finish(self, group: int) -> None:
