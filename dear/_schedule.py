@@ -45,7 +45,7 @@ class Schedule:
         self._forward: ForwardOrder | None = None  # None until there is a pass to watch
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
         self._kept: Placeholders = []  # that stood in .grad when a forward pass began, whose step is still to come
-        self._facts = Facts(attached.names, attached.params)
+        self._facts = Facts(attached.model, attached.names, attached.params)
         self.bucket_order = BucketOrder(attached)
         model, scheduler = attached.model, attached.scheduler
         # The scheduler must not keep the engine alive: it is owned by the reducer, the reducer by the model.
