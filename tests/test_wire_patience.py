@@ -10,7 +10,7 @@ from wire import HEADER, Between, Watched, in_ranks, lane_of, peers
 from dear import _C
 
 NUMEL = 1000  # of a chunk: one frame
-FRAME = HEADER + 4 * NUMEL + 4
+FRAME, EMPTY = HEADER + 4 * NUMEL + 4, HEADER + 4
 
 
 class Stalls:
@@ -25,44 +25,55 @@ class Stalls:
             self.left -= len(data)
 
 
-def submit(lane):
-    full = torch.ones(NUMEL * lane.world)
-    kind = (_C.Phase.all_to_all, full) if isinstance(lane, _C.MeshLane) else (_C.Phase.reduce_scatter, full[:NUMEL])
-    return lane.submit(kind[0], _C.Reduction.sum, [(full, torch.empty_like(kind[1]))], "fusion group 1")
+def reduce_scatter(lane):
+    full = torch.ones(3 * NUMEL)
+    return lane.submit(_C.Phase.reduce_scatter, _C.Reduction.sum, [(full, torch.empty(NUMEL))], "fusion group 1")
+
+
+def uneven_all_gather(lane):
+    """Rank 0 owns nothing."""
+    full = torch.ones(2 * NUMEL)
+    owners = _C.Ownership(2 * NUMEL, [[], [(0, NUMEL)], [(NUMEL, 2 * NUMEL)]])
+    return lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(full, full[:0])], "fusion group 1", [owners])
+
+
+def all_to_all(lane):
+    full = torch.ones(3 * NUMEL)
+    return lane.submit(_C.Phase.all_to_all, _C.Reduction.sum, [(full, torch.empty_like(full))], "fusion group 1")
 
 
 class Held:
-    """Three lanes, of which rank 0's sends nothing to rank 1 any more once that is wanted.
+    """Three lanes. Rank 0's sends rank 1 so many bytes of an exchange, and then nothing more.
 
     Rank 2 gives up somewhat before rank 1 would, as it may where it has heard of rank 0 somewhat earlier.
     """
 
     SECONDS = (60.0, 6.4, 6.0)
 
-    def __init__(self, kind):
-        self._stalls = Stalls()
+    def __init__(self, kind, submit, passes):
+        self._stalls, self._submit, self._passes = Stalls(), submit, passes
 
         def seen(rank, host, port):
             return Between((host, port), self._stalls).port if rank == 1 else port
 
         store = Watched(dist.HashStore(), seen)
-        self.lanes = in_ranks(3, lambda rank: lane_of(kind, store, "lane", self.SECONDS[rank], peers(rank, 3)))
-        in_ranks(3, lambda rank: submit(self.lanes[rank]).wait())
+        self._lanes = in_ranks(3, lambda rank: lane_of(kind, store, "lane", self.SECONDS[rank], peers(rank, 3)))
+        in_ranks(3, lambda rank: submit(self._lanes[rank]).wait())
 
-    def stall(self, passes):
-        """Rank 1 stays in an exchange, of which it gets so many bytes from rank 0; rank 2 begins the next one."""
-        self._stalls.left = passes
-        first = [submit(lane) for lane in self.lanes]
+    def begin(self):
+        """Rank 1 stays in an exchange; rank 2, which has all of it, begins the next one."""
+        self._stalls.left = self._passes
+        first = [self._submit(lane) for lane in self._lanes]
         first[2].wait()
-        return first[1], submit(self.lanes[2])
+        return first[1], self._submit(self._lanes[2])
 
 
 def test_who_is_ahead_does_not_blame_who_is_held_up():
-    """Both kinds side by side, since each takes as long as its timeout."""
-    kinds = (_C.RingLane, _C.MeshLane)
-    held = [Held(kind) for kind in kinds]
-    waits = [each.stall(FRAME if kind is _C.RingLane else 0) for each, kind in zip(held, kinds, strict=True)]
-    for pair in waits:
+    """All kinds side by side, since each takes as long as its timeout."""
+    ring = Held(_C.RingLane, reduce_scatter, FRAME)
+    uneven = Held(_C.RingLane, uneven_all_gather, EMPTY)
+    mesh = Held(_C.MeshLane, all_to_all, 0)
+    for pair in [held.begin() for held in (ring, uneven, mesh)]:
         for exchange in pair:
             with pytest.raises(RuntimeError) as caught:
                 exchange.wait()

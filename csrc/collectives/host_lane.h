@@ -30,9 +30,9 @@ class TransferHost {
 // third one owed the first had come. In the next exchange the first one sees the living peer and the stopped
 // one silent alike, and its timeout may end before that of the peer, which knows better. So whoever may be
 // behind is waited for somewhat longer:
-//  - In a ring: the previous rank, as long as nothing of this exchange has come from it. Who is held up in
-//  the
-//    exchange before has got something there: what it passed on, without which nobody could have ended it.
+//  - In a ring: the previous rank, until something of this exchange has come from it, and whomever it waits
+//    for. Who is held up in the exchange before has got something there: what it passed on, without which
+//    nobody could have ended it. So whoever sees the culprit itself speaks first.
 //  - In a mesh: the peers from which nothing of this exchange has come, where there are several. A single one
 //    waits for nobody, since all others are in this exchange, and have sent it all of the one before.
 

@@ -200,9 +200,9 @@ class RingTransfer {
 
   void take_piece() {
     const Piece& piece = plan_.inbound[received_];
-    if (!forwards_) {
+    if (!forwards_ && piece.bytes > 0) {
       add(piece);
-    } else if (!intact(piece.out, in_.header().bytes)) {
+    } else if (!intact(inbound_data(), in_.header().bytes)) {
       blame(prev_, complaint::damaged());
     } else {
       scratch_.checks[received_] = in_.check();
@@ -210,6 +210,7 @@ class RingTransfer {
     if (!forwards_ && piece.out == nullptr) ++waiting_sums_;
     context_.host.progress(prev_).note_received(piece.bytes);
     ++received_;
+    blamed_ = prev_;  // whomever it waited for has come
   }
 
   // See Note [Checksums in the cache].
@@ -272,7 +273,8 @@ class RingTransfer {
 
   // How long this rank waits before it blames. See Note [Who speaks first].
   milliseconds limit() const {
-    return context_.limit(received_ == 0 && !plan_.inbound.empty() && blamed_ == prev_);
+    const bool sees_it = plan_.inbound.empty() || (received_ > 0 && blamed_ == prev_);
+    return context_.limit(!sees_it);
   }
 
   // Milliseconds until the next deadline: telling the next rank, or giving up.
