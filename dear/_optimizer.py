@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import types
 import weakref
 from collections import OrderedDict
@@ -114,7 +115,7 @@ class UserOptimizer:
     def has_other_members(self) -> bool:
         """Whether parameters were added, removed or regrouped since :meth:`note_members`."""
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
-        return sizes != self._sizes or any(a is not b for a, b in zip(self.listed(), self.params, strict=True))
+        return sizes != self._sizes or any(map(operator.is_not, self.listed(), self.params))
 
     def note_members(self) -> None:
         """Takes its parameters and groups as they are now."""

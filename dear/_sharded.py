@@ -102,6 +102,7 @@ class ShardedUpdate(Update):
         attached = self.attached
         user = attached.users[optimizer]
         if attached.layout is None or (self._states.shows_full and not found.reduced):
+            self._states.take_loaded()
             user.run_all(None)
             return
         self._states.take_back(optimizer)
@@ -199,6 +200,9 @@ class ShardedUpdate(Update):
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
         attached = self.attached
+        if attached.layout is None:  # whatever is there is plain
+            params = [param for user in attached.users for param in user.params]
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         attached.scheduler.synchronize()
         found = attached.look_at_grads()
         self._take(found.own)
@@ -208,8 +212,7 @@ class ShardedUpdate(Update):
         grads = [segment.tensor.grad for segment in used if segment.tensor.grad is not None]
         each = torch._foreach_norm(grads, norm_type) if grads else [torch.zeros((), device=attached.device)]
         # One type on every rank, whichever gradients are there.
-        known = attached.layout.shard if attached.layout is not None else []
-        wide = torch.float64 if any(shard.dtype == torch.float64 for shard in known) else torch.float32
+        wide = torch.float64 if any(shard.dtype == torch.float64 for shard in attached.layout.shard) else torch.float32
         own = torch.stack([norm.to(wide) for norm in each]).norm(norm_type)
         total = torch.linalg.vector_norm(self._gradients.gather(own.view(1), "the gradient norm"), norm_type)
         if error_if_nonfinite and not torch.isfinite(total):

@@ -26,10 +26,10 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be a positive number, not {value!r}.")
 
 
-def check_decay(stat_decay: float) -> None:
+def check_decay(factor_decay: float) -> None:
     """Refuses a decay that is none."""
-    if isinstance(stat_decay, bool) or not isinstance(stat_decay, (int, float)) or not 0 <= stat_decay < 1:
-        raise ValueError(f"stat_decay must be at least 0 and below 1, not {stat_decay!r}.")
+    if isinstance(factor_decay, bool) or not isinstance(factor_decay, (int, float)) or not 0 <= factor_decay < 1:
+        raise ValueError(f"factor_decay must be at least 0 and below 1, not {factor_decay!r}.")
 
 
 def check_interval(**values: int) -> None:

@@ -1,6 +1,6 @@
-"""The covariances of a layer's curvature: sums of a backward pass, and running averages.
+"""The Kronecker factors of a layer's curvature: sums of a backward pass, and running averages.
 
-Note [The covariances]
+Note [The factors]
 Of a layer with input rows a (a 1 appended for the bias) and output gradients g, the curvature is taken to be A ⊗ G with
 A = E[a aᵀ] and G = E[g gᵀ]. The expectation of A is over all rows, that of G over the samples, of which the loss is the
 mean: with N samples in a batch autograd gives g / N, so G = N Σ (g/N) (g/N)ᵀ over all rows. A convolution's positions
@@ -19,8 +19,8 @@ from torch import Tensor
 from precondition._layers import Layer
 
 
-def covariance_dtype(layer: Layer) -> torch.dtype:
-    """Covariances are never held in 16 bits."""
+def factor_dtype(layer: Layer) -> torch.dtype:
+    """Factors are never held in 16 bits."""
     return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
@@ -33,7 +33,7 @@ class Sums:
     rows: int = 0
     samples: int = 0
 
-    def covariances(self, grad_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def factors(self, grad_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """A and G. ``grad_scale``: what the loss was multiplied by."""
         outputs = self.outputs * self.samples
         return self.inputs / max(self.rows, 1), outputs if grad_scale is None else outputs / grad_scale.square()
@@ -44,7 +44,7 @@ class Statistics:
 
     def __init__(self) -> None:
         self._sums: dict[Layer, Sums] = {}
-        self.dropped: Tensor | None = None  # how many covariances were not finite
+        self.dropped: Tensor | None = None  # how many factors were not finite
         self._tasks: dict[Layer, int] = {}  # the backward pass that each layer's last rows are of
 
     def add(self, layer: Layer, x: Tensor, grad: Tensor) -> None:
@@ -53,7 +53,7 @@ class Statistics:
         if layer.weight.grad is None and self._tasks.get(layer) != task:  # zero_grad() without a step
             self._sums.pop(layer, None)
         self._tasks[layer] = task
-        dtype = covariance_dtype(layer)
+        dtype = factor_dtype(layer)
         if layer not in self._sums:
             a, g = (torch.zeros(layer.blocks, n, n, dtype=dtype, device=grad.device) for n in layer.sizes)
             self._sums[layer] = Sums(a, g)
@@ -80,7 +80,7 @@ class Statistics:
         taken = {}
         for layer in layers:
             if layer in self._sums:
-                inputs, outputs = self._sums[layer].covariances(grad_scale)
+                inputs, outputs = self._sums[layer].factors(grad_scale)
                 finite = inputs.sum().isfinite() & outputs.sum().isfinite()
                 missed = (~finite).int()
                 self.dropped = missed if self.dropped is None else self.dropped + missed
@@ -97,10 +97,10 @@ class Running:
     _NAMES = ("inputs", "outputs", "seen", "ready")
 
     def __init__(self, layer: Layer) -> None:
-        like = layer.weight.new_empty((), dtype=covariance_dtype(layer))
+        like = layer.weight.new_empty((), dtype=factor_dtype(layer))
         self.inputs, self.outputs = (like.new_zeros(layer.blocks, n, n) for n in layer.sizes)
         self.seen = like.new_zeros(())  # 1 once there was something to average, else 0
-        self.ready = like.new_zeros(())  # 1 where the solution is of covariances that were seen
+        self.ready = like.new_zeros(())  # 1 where the solution is of factors that were seen
         self.solution: tuple[Tensor, ...] = ()
 
     def update(self, inputs: Tensor, outputs: Tensor, counts: Tensor, decay: float) -> None:
@@ -123,37 +123,37 @@ class Running:
         self.solution = tuple(each.to(self.inputs.device, copy=True) for each in found)
 
 
-# --- Covariances in a message: upper triangles, and a count --------------------------------------------------------
+# --- Factors in a message: upper triangles, and a count -------------------------------------------------------------
 
 
 def widest(layers: Iterable[Layer]) -> torch.dtype:
     """The type of a message about these layers."""
-    return max(map(covariance_dtype, layers), key=lambda dtype: dtype.itemsize)
+    return max(map(factor_dtype, layers), key=lambda dtype: dtype.itemsize)
 
 
 def message_size(layer: Layer) -> int:
-    """Elements of a layer's covariances in a message."""
+    """Elements of a layer's factors in a message."""
     return sum(layer.blocks * n * (n + 1) // 2 for n in layer.sizes) + 1
 
 
 def pack(inputs: Tensor, outputs: Tensor, counts: Tensor, message: Tensor) -> None:
-    """Writes symmetric covariances to a message."""
+    """Writes symmetric factors to a message."""
     upper = []
-    for covariance in (inputs, outputs):
-        rows, columns = torch.triu_indices(*covariance.shape[1:], device=covariance.device)
-        upper.append(covariance[:, rows, columns].reshape(-1))
+    for factor in (inputs, outputs):
+        rows, columns = torch.triu_indices(*factor.shape[1:], device=factor.device)
+        upper.append(factor[:, rows, columns].reshape(-1))
     message.copy_(torch.cat([*upper, counts.view(1)]))
 
 
 def unpack(layer: Layer, message: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean covariances of those ranks that count, from the mean of all ranks' messages, and the mean count."""
-    message = message.to(covariance_dtype(layer))
+    """The mean factors of those ranks that count, from the mean of all ranks' messages, and the mean count."""
+    message = message.to(factor_dtype(layer))
     counts, at, pair = message[-1], 0, []
     for n in layer.sizes:
         rows, columns = torch.triu_indices(n, n, device=message.device)
         upper = message[at : at + layer.blocks * len(rows)].view(layer.blocks, -1)
         at += upper.numel()
-        covariance = message.new_empty(layer.blocks, n, n)
-        covariance[:, rows, columns] = covariance[:, columns, rows] = torch.where(counts > 0, upper / counts, 0.0)
-        pair.append(covariance)
+        factor = message.new_empty(layer.blocks, n, n)
+        factor[:, rows, columns] = factor[:, columns, rows] = torch.where(counts > 0, upper / counts, 0.0)
+        pair.append(factor)
     return pair[0], pair[1], counts

@@ -1,7 +1,7 @@
 """A preconditioner whose layers each have an owner, at work: under the schedule, and on plain DDP.
 
 Note [Owners of layers]
-A layer's owner alone has its covariances, and preconditions its averaged gradient. Under the schedule the gradient is
+A layer's owner alone has its factors, and preconditions its averaged gradient. Under the schedule the gradient is
 reduced to its owner anyway, who updates the parameters, too. On plain DDP every rank has it, and the owner sends the
 others what becomes of it.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from dear.preconditioning import Param, Run, Site, Team
 from precondition._capture import Capture
-from precondition._covariances import Running, Statistics, covariance_dtype, widest
+from precondition._factors import Running, Statistics, factor_dtype, widest
 from precondition._layers import Layer
 from precondition._plain import PLAIN
 from precondition._ranks import Ranks
 from precondition._solvers import Solver
 
 States = dict[str, dict[str, Tensor]]  # by layer, by name
-Covariances = dict[Layer, tuple[Tensor, Tensor, Tensor]]  # A, G, and 0 where they do not count
+Factors = dict[Layer, tuple[Tensor, Tensor, Tensor]]  # A, G, and 0 where they do not count
 
 
 class Method(Protocol):
@@ -32,7 +32,7 @@ class Method(Protocol):
     steps: int
     update_every: int
     inverse_every: int
-    stat_decay: float
+    factor_decay: float
     kl_clip: float | None
     solver: Solver
 
@@ -42,8 +42,8 @@ class Method(Protocol):
     def captured(self, layers: Sequence[Layer], owned: Sequence[Layer]) -> Sequence[Layer]:
         """The layers that this rank captures, which owns some of them."""
 
-    def for_owners(self, taken: Covariances, by_rank: Sequence[Sequence[Layer]], ranks: Ranks) -> Covariances:
-        """The new covariances of this rank's own layers, from those that it took. Collective."""
+    def for_owners(self, taken: Factors, by_rank: Sequence[Sequence[Layer]], ranks: Ranks) -> Factors:
+        """The new factors of this rank's own layers, from those that it took. Collective."""
 
     def grad_scale(self) -> Tensor | None:
         """What the loss was multiplied by."""
@@ -111,7 +111,7 @@ class OwnersBinding:
         if method.steps % method.update_every == 0:
             taken = self._statistics.take(self._layers, method.grad_scale())
             for layer, (inputs, outputs, counts) in method.for_owners(taken, self._by_rank(), self._ranks).items():
-                self._running[layer].update(inputs, outputs, counts, method.stat_decay)
+                self._running[layer].update(inputs, outputs, counts, method.factor_decay)
         solves = method.steps % method.inverse_every == 0
         self._solve([layer for layer, own in self._running.items() if solves or not own.solution])
         method.steps += 1
@@ -164,7 +164,7 @@ class OwnersBinding:
     def _gradient(self, layer: Layer) -> Tensor:
         grads = self._grads[layer]
         bias = None if layer.bias is None else grads[layer.bias]
-        return layer.matrix(grads[layer.weight], bias).to(covariance_dtype(layer))
+        return layer.matrix(grads[layer.weight], bias).to(factor_dtype(layer))
 
     def _solution(self, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
         """The layers' solutions joined; theirs are views of it from now on."""
@@ -256,8 +256,8 @@ class OwnersBinding:
             "preconditioner_bytes_sent": self._ranks.bytes_sent,
             "preconditioner_bytes_held": sum(tensor.nbytes for tensor in held),
             "preconditioned_layers": len(self._layers),
-            "covariances_dropped": 0 if dropped is None else int(dropped),
-            "covariances_damped_further": 0 if further is None else int(further),
+            "factors_dropped": 0 if dropped is None else int(dropped),
+            "factors_damped_further": 0 if further is None else int(further),
         }
 
     def release(self) -> None:

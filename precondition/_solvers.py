@@ -1,4 +1,4 @@
-"""From damped covariances to preconditioned gradients: by Cholesky's inverses, or in the covariances' eigenvectors.
+"""From damped factors to preconditioned gradients: by Cholesky's inverses, or in the factors' eigenvectors.
 
 Everything is batched: a batch holds the blocks of all layers of one shape, gradients as [blocks, out, in].
 """
@@ -38,7 +38,7 @@ def mean_diagonal(matrices: Tensor) -> Tensor:
 
 
 class Solver(ABC):
-    """What is done with covariances A [blocks, in, in] and G [blocks, out, out]."""
+    """What is done with factors A [blocks, in, in] and G [blocks, out, out]."""
 
     name: ClassVar[str]
 
@@ -48,7 +48,7 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Solution]:
-        """What :meth:`apply` needs, for each pair of covariances. Never non-finite, if the covariances are finite."""
+        """What :meth:`apply` needs, for each pair of factors. Never non-finite, if the factors are finite."""
 
     @abstractmethod
     def apply(self, solution: Solution, grads: Tensor) -> Tensor:
@@ -62,17 +62,17 @@ class Cholesky(Solver):
     name = "cholesky"
 
     def solve(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Solution]:
-        covariances, dampings = [], []
+        factors, dampings = [], []
         for a, g in zip(inputs, outputs, strict=True):
             trace_a, trace_g = mean_diagonal(a), mean_diagonal(g)
             pi = torch.where((trace_a > 0) & (trace_g > 0), (trace_a / trace_g).sqrt(), 1.0)
-            covariances += [a, g]
+            factors += [a, g]
             dampings += [pi * self.damping**0.5, self.damping**0.5 / pi]
 
         def invert(matrices: Tensor, indices: list[int]) -> list[Tensor]:
             return [self._inverse(matrices, torch.cat([dampings[index] for index in indices]))]
 
-        inverses = [result[0] for result in by_size(covariances, invert)]
+        inverses = [result[0] for result in by_size(factors, invert)]
         return list(zip(inverses[::2], inverses[1::2], strict=True))
 
     def _inverse(self, matrices: Tensor, damping: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Cholesky(Solver):
         extra = torch.zeros_like(damping)
         eye = torch.eye(size, dtype=matrices.dtype, device=matrices.device)
         for attempt in range(ATTEMPTS):
-            lower, info = torch.linalg.cholesky_ex(matrices + (damping + extra) * eye)
+            factor, info = torch.linalg.cholesky_ex(matrices + (damping + extra) * eye)
             failed = (info != 0)[:, None, None]
             if attempt == 0:
                 further = failed.sum()
@@ -90,7 +90,7 @@ class Cholesky(Solver):
             if not bool(failed.any()):  # the one question to the device, for all matrices of this size
                 break
             extra = torch.where(failed, step * 10**attempt, extra)
-        inverse = torch.cholesky_inverse(lower)
+        inverse = torch.cholesky_inverse(factor)
         sound = ~failed & inverse.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
         return torch.where(sound, inverse, eye / (mean_diagonal(matrices) + damping))
 
@@ -100,19 +100,19 @@ class Cholesky(Solver):
 
 
 class Eigen(Solver):
-    """V_G [(V_Gᵀ ∇ V_A) / (λ_G λ_Aᵀ + γ)] V_Aᵀ with the covariances' eigenvectors and eigenvalues (George et al., 2018,
+    """V_G [(V_Gᵀ ∇ V_A) / (λ_G λ_Aᵀ + γ)] V_Aᵀ with the factors' eigenvectors and eigenvalues (George et al., 2018, and
     Pauloski et al., "Convolutional Neural Network Training with Distributed K-FAC", 2020)."""
 
     name = "eigen"
 
     def solve(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Solution]:
-        covariances = [covariance for pair in zip(inputs, outputs, strict=True) for covariance in pair]
+        factors = [factor for pair in zip(inputs, outputs, strict=True) for factor in pair]
 
         def decompose(matrices: Tensor, indices: list[int]) -> list[Tensor]:
             values, vectors = torch.linalg.eigh(matrices)
             return [vectors, values.clamp_(min=0)]
 
-        found = by_size(covariances, decompose)
+        found = by_size(factors, decompose)
         return [(*a, *g) for a, g in zip(found[::2], found[1::2], strict=True)]
 
     def apply(self, solution: Solution, grads: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class EvaStep(RankOneStep):
 
 
 class Eva(RankOnePreconditioner):
-    """Eva: K-FAC with one vector in place of each covariance. Serves linear layers and convolutions, their biases too.
+    """Eva: K-FAC with one vector in the place of each factor. Serves linear layers and convolutions, their biases too.
 
     A layer's averaged gradient G [outputs, inputs + 1] (the last column is the bias's) becomes
     ν (G - b aᵀ · (bᵀ G a) / (‖a‖² ‖b‖² + γ)) / γ, where ``a`` is a running mean of its inputs and ``b`` one of the
@@ -45,7 +45,7 @@ class Eva(RankOnePreconditioner):
 
     Args:
         damping: γ, above 0. Larger: nearer to the plain gradient.
-        stat_decay: the weight of earlier steps in the running means, from 0 to below 1. Larger: smoother and later.
+        factor_decay: the weight of earlier steps in the running means, from 0 to below 1. Larger: smoother and later.
         kl_clip: κ: ν is min(1, √(κ / Σ lr² ⟨preconditioned, G⟩)), so that an update changes the model's output no more
             than so far. None: ν gives the preconditioned gradients of all layers together the norm of the plain ones.
         grad_scaler: the ``torch.amp.GradScaler`` that scales the loss, if one does: gradients of outputs are scaled,
@@ -60,9 +60,9 @@ class Eva(RankOnePreconditioner):
     def __init__(
         self,
         damping: float = 0.03,
-        stat_decay: float = 0.05,
+        factor_decay: float = 0.05,
         kl_clip: float | None = 0.001,
         *,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        super().__init__(damping, stat_decay, kl_clip, grad_scaler)
+        super().__init__(damping, factor_decay, kl_clip, grad_scaler)

@@ -60,7 +60,7 @@ class RankOneBinding:
         """The mean vectors are waited for."""
         if self._means is not None and self._message is not None:
             used, columns, rows = self._means.parts(self._exchanges.wait(self._message))
-            self._running.update(used, columns, rows, self.preconditioner.settings.stat_decay)
+            self._running.update(used, columns, rows, self.preconditioner.settings.factor_decay)
             self._message = None
             self._means.forget()
         self._step = self.preconditioner.new_step(self._running)

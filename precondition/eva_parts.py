@@ -132,18 +132,18 @@ class Rectangle:
         assert self.columns is not None
         sums[self.columns] += self.view.sum(-2, dtype=sums.dtype).flatten()
 
-    def subtract(self, rows: Tensor, columns: Tensor, scale: float) -> None:
-        """G ← scale · G - rows columnsᵀ."""
+    def subtract(self, rows: Tensor, columns: Tensor, factor: float) -> None:
+        """G ← factor · G - rows columnsᵀ."""
         w = rows[self.rows].to(self.view.dtype)
         if self.columns is None:
-            self.view.mul_(scale).sub_(w.view_as(self.view))
+            self.view.mul_(factor).sub_(w.view_as(self.view))
             return
         a = columns[self.columns].to(self.view.dtype)
         if self.view.dim() == 2:
-            self.view.addr_(w, a, beta=scale, alpha=-1)
+            self.view.addr_(w, a, beta=factor, alpha=-1)
         else:
             groups = self.view.shape[0]
-            self.view.baddbmm_(w.view(groups, -1, 1), a.view(groups, 1, -1), beta=scale, alpha=-1)
+            self.view.baddbmm_(w.view(groups, -1, 1), a.view(groups, 1, -1), beta=factor, alpha=-1)
 
 
 def cut_weight(run: Tensor, start: int, layer: int, vectors: Vectors) -> Iterator[Rectangle]:
@@ -212,15 +212,15 @@ def squares(parts: Sequence[Rectangle], norms: Sequence[Tensor], vectors: Vector
     return sums.index_add_(0, layers, torch.stack(list(norms)).square_())
 
 
-def subtract(parts: Sequence[Rectangle], rows: Tensor, columns: Tensor, scale: Tensor) -> None:
-    """G ← scale · (G - rows columnsᵀ), in place; ``scale`` is one number for all."""
+def subtract(parts: Sequence[Rectangle], rows: Tensor, columns: Tensor, factor: Tensor) -> None:
+    """G ← factor · (G - rows columnsᵀ), in place; ``factor`` is one number for all."""
     if not parts:
         return
-    rows = rows * scale
-    if scale.device.type == "cpu":  # its value is at hand, and one pass over the memory is enough
-        number = float(scale)
+    rows = rows * factor
+    if factor.device.type == "cpu":  # its value is at hand, and one pass over the memory is enough
+        scale = float(factor)
     else:
-        torch._foreach_mul_([each.view for each in parts], scale)
-        number = 1.0
+        torch._foreach_mul_([each.view for each in parts], factor)
+        scale = 1.0
     for each in parts:
-        each.subtract(rows, columns, number)
+        each.subtract(rows, columns, scale)

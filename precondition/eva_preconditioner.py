@@ -31,11 +31,11 @@ class RankOnePreconditioner(Registered):
     def __init__(
         self,
         damping: float,
-        stat_decay: float,
+        factor_decay: float,
         kl_clip: float | None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.settings = Settings(damping, stat_decay, kl_clip)
+        self.settings = Settings(damping, factor_decay, kl_clip)
         self._scaler = grad_scaler
         self._running: Running | None = None  # while it serves a model
         self._loaded: dict[str, Any] = {}  # by layer, while it serves none

@@ -34,12 +34,12 @@ class Settings:
     """What all kinds are told."""
 
     damping: float
-    stat_decay: float
+    factor_decay: float
     kl_clip: float | None
 
     def __post_init__(self) -> None:
         _checks.check_positive(damping=self.damping, **({} if self.kl_clip is None else {"kl_clip": self.kl_clip}))
-        _checks.check_decay(self.stat_decay)
+        _checks.check_decay(self.factor_decay)
 
 
 class Correction(NamedTuple):
@@ -68,8 +68,8 @@ class RankOneStep(ABC):
     def finish(self, learning_rates: Sequence[float], total: Total) -> None:
         """All have come: changes them. Collective."""
         correction = self.correction(total)
-        scale = self._scale(correction, learning_rates) / self.settings.damping
-        eva_parts.subtract(self.parts, correction.rows, self.running.columns, scale)
+        factor = self._scale(correction, learning_rates) / self.settings.damping
+        eva_parts.subtract(self.parts, correction.rows, self.running.columns, factor)
 
     def squares(self) -> Tensor:
         """This rank's share of ‖G‖² of each layer."""

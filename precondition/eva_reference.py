@@ -102,7 +102,7 @@ def foof_closed(gradient: Tensor, a: Tensor, damping: float) -> Tensor:
     return (gradient - torch.outer(gradient @ a, a) / (a.dot(a) + damping)) / damping
 
 
-def kl_scale(pairs: Sequence[tuple[Tensor, Tensor, float]], kl_clip: float | None) -> Tensor:
+def kl_factor(pairs: Sequence[tuple[Tensor, Tensor, float]], kl_clip: float | None) -> Tensor:
     """By what all preconditioned gradients are multiplied: of (preconditioned, gradient, learning rate) of every layer.
 
     min(1, √(κ / Σ lr² ⟨preconditioned, gradient⟩)); without κ √(Σ ‖gradient‖² / Σ ‖preconditioned‖²).
@@ -125,10 +125,10 @@ class Reference:
     """
 
     def __init__(
-        self, kind: str, layers: Sequence[nn.Module], *, damping: float, stat_decay: float, kl_clip: float | None
+        self, kind: str, layers: Sequence[nn.Module], *, damping: float, factor_decay: float, kl_clip: float | None
     ) -> None:
         self.kind, self.layers = kind, list(layers)
-        self.damping, self.stat_decay, self.kl_clip = damping, stat_decay, kl_clip
+        self.damping, self.factor_decay, self.kl_clip = damping, factor_decay, kl_clip
         self._seen: dict[nn.Module, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
         self._means: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []  # of each rank, in this step
         self._running: dict[nn.Module, tuple[Tensor, Tensor]] = {}
@@ -164,7 +164,7 @@ class Reference:
                 each = [means[layer] for means in self._means]
                 new = torch.stack([a for a, _ in each]).mean(0), torch.stack([b for _, b in each]).mean(0)
             old = self._running.get(layer, new)
-            decay = self.stat_decay
+            decay = self.factor_decay
             a, b = self._running[layer] = tuple(
                 decay * before + (1 - decay) * now for before, now in zip(old, new, strict=True)
             )  # type: ignore[assignment]
@@ -175,9 +175,9 @@ class Reference:
                     found = eva(whole[index], a[index], b[index], self.damping)
                 results.append((layer, index, found))
                 pairs.append((found, whole[index], lr(layer) if callable(lr) else lr))
-        scale = kl_scale(pairs, self.kl_clip)
+        factor = kl_factor(pairs, self.kl_clip)
         for layer, index, found in results:
-            self._write(layer, index, scale * found)
+            self._write(layer, index, factor * found)
         self._means.clear()
 
     def _write(self, layer: nn.Module, index: int, found: Tensor) -> None:

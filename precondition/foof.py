@@ -44,11 +44,11 @@ class FOOF(RankOnePreconditioner):
     each output of each layer, G a.
 
     Args:
-        damping, stat_decay, kl_clip: as of :class:`precondition.Eva`.
+        damping, factor_decay, kl_clip: as of :class:`precondition.Eva`.
     """
 
     step_kind = FoofStep
     with_rows = False
 
-    def __init__(self, damping: float = 0.03, stat_decay: float = 0.05, kl_clip: float | None = 0.001) -> None:
-        super().__init__(damping, stat_decay, kl_clip)
+    def __init__(self, damping: float = 0.03, factor_decay: float = 0.05, kl_clip: float | None = 0.001) -> None:
+        super().__init__(damping, factor_decay, kl_clip)

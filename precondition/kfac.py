@@ -14,23 +14,23 @@ from torch.optim import Optimizer
 from dear import _ddp
 from dear.preconditioning import Site, Team
 from precondition import _checks
-from precondition._covariances import message_size, pack, unpack, widest
+from precondition._factors import message_size, pack, unpack, widest
 from precondition._layers import Layer, find_layers, name_left_out
-from precondition._owners import Covariances, OwnersBinding, States
+from precondition._owners import Factors, OwnersBinding, States
 from precondition._plain import Registered
 from precondition._ranks import Ranks
 from precondition._solvers import SOLVERS
 
 
 class KroneckerFactored(Registered):
-    """What :class:`KFAC` and :class:`DPKFAC` have in common: everything but whose samples the covariances are of."""
+    """What :class:`KFAC` and :class:`DPKFAC` have in common: everything but whose samples the factors are of."""
 
     updates = ("owned",)  # see dear.preconditioning
 
     def __init__(
         self,
         damping: float = 0.003,
-        stat_decay: float = 0.95,
+        factor_decay: float = 0.95,
         update_every: int = 1,
         inverse_every: int = 10,
         kl_clip: float | None = 0.001,
@@ -39,11 +39,11 @@ class KroneckerFactored(Registered):
         grad_scaler: Any = None,
     ) -> None:
         _checks.check_positive(damping=damping, **({} if kl_clip is None else {"kl_clip": kl_clip}))
-        _checks.check_decay(stat_decay)
+        _checks.check_decay(factor_decay)
         _checks.check_interval(update_every=update_every, inverse_every=inverse_every)
         if solver not in SOLVERS:
             raise ValueError(f'solver must be "cholesky" or "eigen", not {solver!r}.')
-        self.damping, self.stat_decay, self.kl_clip = damping, stat_decay, kl_clip
+        self.damping, self.factor_decay, self.kl_clip = damping, factor_decay, kl_clip
         self.update_every, self.inverse_every, self.solver = update_every, inverse_every, SOLVERS[solver](damping)
         self.steps = 0
         self._scaler = grad_scaler
@@ -58,8 +58,8 @@ class KroneckerFactored(Registered):
         """The layers that this rank captures, which owns some of them."""
 
     @abstractmethod
-    def for_owners(self, taken: Covariances, by_rank: Sequence[Sequence[Layer]], ranks: Ranks) -> Covariances:
-        """The new covariances of this rank's own layers, from those that it took. Collective."""
+    def for_owners(self, taken: Factors, by_rank: Sequence[Sequence[Layer]], ranks: Ranks) -> Factors:
+        """The new factors of this rank's own layers, from those that it took. Collective."""
 
     # --- for dear.attach and precondition.register ---
 
@@ -90,7 +90,7 @@ class KroneckerFactored(Registered):
 
     def options(self) -> dict[str, Any]:
         """What it was made with."""
-        names = ("damping", "stat_decay", "update_every", "inverse_every", "kl_clip")
+        names = ("damping", "factor_decay", "update_every", "inverse_every", "kl_clip")
         return {name: getattr(self, name) for name in names} | {"solver": self.solver.name}
 
     def teams(self, model: DDP) -> list[Team]:
@@ -126,8 +126,8 @@ class KroneckerFactored(Registered):
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, options, and by layer the running covariances and what was solved of them, of all layers, on every
-        rank. Collective, once the preconditioner serves a model."""
+        """Steps, options, and by layer the running factors and what was solved of them, of all layers on every rank.
+        Collective, once the preconditioner serves a model."""
         states = self._loaded
         if self._binding is not None and self._binding.knows_owners:
             states = self._binding.states()
@@ -169,8 +169,8 @@ class KroneckerFactored(Registered):
 
 
 class DPKFAC(KroneckerFactored):
-    """K-FAC whose covariances never travel: a layer's owner alone captures its inputs and output gradients, from its
-    own mini-batch, inverts, and preconditions the averaged gradient.
+    """K-FAC whose factors never travel: a layer's owner alone captures its inputs and output gradients, from its own
+    mini-batch, inverts, and preconditions the averaged gradient.
 
     Under :func:`dear.attach` a step then sends the bytes of an all-reduce, as without a preconditioner, and one number
     for ``kl_clip``. On plain DDP (:func:`precondition.register`) owners send what they have preconditioned.
@@ -181,13 +181,13 @@ class DPKFAC(KroneckerFactored):
 
     Args:
         damping: γ, added to the curvature: larger is nearer to the gradient.
-        stat_decay: weight of the past in the running averages of the covariances.
+        factor_decay: weight of the past in the running averages of the factors.
         update_every: steps from one capture to the next.
         inverse_every: steps from one inversion to the next.
         kl_clip: κ, the largest size of an update in the curvature's norm: all preconditioned gradients are multiplied
             by min(1, √(κ / Σ lr² ⟨P, ∇⟩)). None: never.
-        solver: ``"cholesky"`` inverts each covariance with its share of the damping; ``"eigen"`` adds γ to the products
-            of their eigenvalues, which is exact, and costs more.
+        solver: ``"cholesky"`` inverts each factor with its share of the damping; ``"eigen"`` adds γ to the products of
+            their eigenvalues, which is exact, and costs more.
         grad_scaler: the ``torch.amp.GradScaler`` that scales the loss, if one does: gradients of outputs are scaled,
             too.
 
@@ -197,13 +197,13 @@ class DPKFAC(KroneckerFactored):
     def captured(self, layers: Sequence[Layer], owned: Sequence[Layer]) -> Sequence[Layer]:
         return owned
 
-    def for_owners(self, taken: Covariances, by_rank: Sequence[Sequence[Layer]], ranks: Ranks) -> Covariances:
+    def for_owners(self, taken: Factors, by_rank: Sequence[Sequence[Layer]], ranks: Ranks) -> Factors:
         return {layer: taken[layer] for layer in by_rank[ranks.rank] if layer in taken}
 
 
 class KFAC(KroneckerFactored):
-    """K-FAC with the covariances averaged over all ranks: every rank captures every layer, and all covariances go to
-    the layers' owners in one message a step. Otherwise as :class:`DPKFAC`, with the same arguments.
+    """K-FAC with the factors averaged over all ranks: every rank captures every layer, and all factors go to the
+    layers' owners in one message a step. Otherwise as :class:`DPKFAC`, with the same arguments.
 
     Source: Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", 2015;
     Pauloski et al., "Convolutional Neural Network Training with Distributed K-FAC", 2020.
@@ -212,8 +212,8 @@ class KFAC(KroneckerFactored):
     def captured(self, layers: Sequence[Layer], owned: Sequence[Layer]) -> Sequence[Layer]:
         return layers
 
-    def for_owners(self, taken: Covariances, by_rank: Sequence[Sequence[Layer]], ranks: Ranks) -> Covariances:
-        """A layer's covariances travel with their count: a rank that did not run it adds nothing."""
+    def for_owners(self, taken: Factors, by_rank: Sequence[Sequence[Layer]], ranks: Ranks) -> Factors:
+        """A layer's factors travel with their count: a rank that did not run it adds nothing."""
         if ranks.world == 1:
             return taken
         layers = [layer for own in by_rank for layer in own]
@@ -222,6 +222,6 @@ class KFAC(KroneckerFactored):
             if layer in taken:
                 pack(*taken[layer], part)
         sizes = [sum(map(message_size, own)) for own in by_rank]
-        mine, own = ranks.mean_at_owners(flat, sizes, "the covariances"), by_rank[ranks.rank]
+        mine, own = ranks.mean_at_owners(flat, sizes, "the factors"), by_rank[ranks.rank]
         parts = mine.split([message_size(layer) for layer in own])
         return {layer: unpack(layer, part) for layer, part in zip(own, parts, strict=True)}

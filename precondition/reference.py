@@ -37,7 +37,7 @@ def output_rows(module: nn.Module, g: Tensor) -> Tensor:
     return g.reshape(-1, g.shape[-1])
 
 
-def covariances(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def factors(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """A = E[a aᵀ] over rows; G = E[Σ g gᵀ] over samples, the sum over positions, g being the gradient of a sample's own
     loss: ``len(x)`` times what autograd gives of their mean."""
     a, rows = input_rows(module, x), output_rows(module, g) * len(x)
@@ -45,7 +45,7 @@ def covariances(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor
 
 
 def running(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
-    """The running average of a covariance; damping never enters it."""
+    """The running average of a factor; damping never enters it."""
     return new if old is None else decay * old + (1 - decay) * new
 
 

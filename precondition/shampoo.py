@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dear._names import named_parameters
 from dear.preconditioning import Param
 from precondition import eva_parts
 from precondition.eva_means import Running, Shaped, lies_by_rows
@@ -45,7 +46,7 @@ class ShampooStep(RankOneStep):
             used.to(vectors.dtype),
             column_sums / vectors.to_columns(vectors.block_rows),
             row_sums / vectors.to_rows(vectors.block_columns),
-            self.settings.stat_decay,
+            self.settings.factor_decay,
         )
         products = vectors.zeros(vectors.rows)
         eva_parts.add_products(self.parts, running.columns, products)
@@ -79,22 +80,22 @@ class Shampoo(RankOnePreconditioner):
     rows and columns, the second one number for each parameter.
 
     Args:
-        damping, stat_decay, kl_clip: as of :class:`precondition.Eva`. Gradients' means are small numbers, and so is
+        damping, factor_decay, kl_clip: as of :class:`precondition.Eva`. Gradients' means are small numbers, and so is
             the damping that leaves anything of them.
     """
 
     step_kind = ShampooStep
     captures = False
 
-    def __init__(self, damping: float = 1e-6, stat_decay: float = 0.05, kl_clip: float | None = None) -> None:
-        super().__init__(damping, stat_decay, kl_clip)
+    def __init__(self, damping: float = 1e-6, factor_decay: float = 0.05, kl_clip: float | None = None) -> None:
+        super().__init__(damping, factor_decay, kl_clip)
 
     def served(self, root: nn.Module, trained: set[Param]) -> list[Shaped]:
-        found = [Weight(name, param) for name, param in root.named_parameters() if param in trained and param.dim() > 1]
+        found = [Weight(name, param) for name, param in named_parameters(root) if param in trained and param.dim() > 1]
         return [each for each in found if lies_by_rows(each)]
 
     def name_left_out(self, root: nn.Module, served: Sequence[Shaped], trained: set[Param]) -> None:
         weights = {each.weight for each in served}
-        other = [n for n, p in root.named_parameters() if p in trained and p.dim() > 1 and p not in weights]
+        other = [n for n, p in named_parameters(root) if p in trained and p.dim() > 1 and p not in weights]
         if other:
             _log.warning("These parameters are not preconditioned, and left to the optimizer: %s.", ", ".join(other))

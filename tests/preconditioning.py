@@ -91,7 +91,7 @@ def write(module: Any, outs: slice, value: Tensor) -> None:
 
 
 class Golden:
-    """A step of K-FAC (``owner`` is None: covariances of all ranks) or of DP-KFAC (the owner's), as in the papers."""
+    """A step of K-FAC (``owner`` is None: factors of all ranks) or of DP-KFAC (the owner's), as the papers have it."""
 
     def __init__(self, world: int, owner: dict[str, int] | None, **options: Any) -> None:
         self.world, self.owner, self.options = world, owner, options
@@ -118,12 +118,12 @@ class Golden:
                 key = (name, index)
                 if self.steps % options["update_every"] == 0:
                     each = [
-                        reference.covariances(part, x[:, ins] if x.dim() > 2 else x, g[:, outs])
+                        reference.factors(part, x[:, ins] if x.dim() > 2 else x, g[:, outs])
                         for x, g in (seen[rank][name] for rank in ranks)
                     ]
-                    new = [torch.stack(covariance).mean(0) for covariance in zip(*each, strict=True)]
+                    new = [torch.stack(factor).mean(0) for factor in zip(*each, strict=True)]
                     old = self.running.get(key, [None, None])
-                    decay = options["stat_decay"]
+                    decay = options["factor_decay"]
                     self.running[key] = [reference.running(o, n, decay) for o, n in zip(old, new, strict=True)]
                 if self.steps % options["inverse_every"] == 0:
                     self.solved[key] = self.running[key]

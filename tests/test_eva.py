@@ -16,8 +16,8 @@ from precondition.foof import FOOF
 from precondition.shampoo import Shampoo
 
 OPTIONS = (
-    {"damping": 0.03, "stat_decay": 0.05, "kl_clip": 0.001},
-    {"damping": 0.3, "stat_decay": 0.9, "kl_clip": None},
+    {"damping": 0.03, "factor_decay": 0.05, "kl_clip": 0.001},
+    {"damping": 0.3, "factor_decay": 0.9, "kl_clip": None},
 )
 KINDS = {"eva": Eva, "foof": FOOF, "shampoo": Shampoo}
 

@@ -70,9 +70,9 @@ def test_parts_add_up(world):
         for parts in ranks:
             eva_parts.add_products(parts, columns, product)
         square = sum(eva_parts.squares(parts, eva_parts.norms(parts, vectors), vectors) for parts in ranks)
-        scale = torch.tensor(0.7, dtype=torch.float64)
+        factor = torch.tensor(0.7, dtype=torch.float64)
         for parts in ranks:
-            eva_parts.subtract(parts, rows, columns, scale)
+            eva_parts.subtract(parts, rows, columns, factor)
         for layer, matrix in enumerate(before):
             a, w = with_one(vectors, columns, layer), vectors.row_part(rows, layer)
             torch.testing.assert_close(vectors.row_part(product, layer), (matrix @ a.unsqueeze(2)).squeeze(2))

@@ -90,7 +90,7 @@ def unused(rank, world):
     torch.manual_seed(0)
     model = DDP(Branches(), find_unused_parameters=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    eva = Eva(stat_decay=0.0)
+    eva = Eva(factor_decay=0.0)
     precondition.register(model, optimizer, eva)
 
     def learn(which, x):
@@ -172,8 +172,8 @@ def test_memory_and_bytes_are_few(pool2, name, layers):
 def refused(rank, world):
     with pytest.raises(ValueError, match="damping must be a positive number"):
         Eva(damping=0)
-    with pytest.raises(ValueError, match="stat_decay must be"):
-        Eva(stat_decay=1)
+    with pytest.raises(ValueError, match="factor_decay must be"):
+        Eva(factor_decay=1)
     with pytest.raises(ValueError, match="kl_clip must be"):
         Eva(kl_clip=-1)
     with pytest.raises(RuntimeError, match="needs a model"):

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import dear
 import precondition
 
-OPTIONS = {"damping": 0.01, "stat_decay": 0.8, "update_every": 2, "inverse_every": 3, "kl_clip": 1e-3}
+OPTIONS = {"damping": 0.01, "factor_decay": 0.8, "update_every": 2, "inverse_every": 3, "kl_clip": 1e-3}
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 STEPS = 8
 
@@ -110,7 +110,7 @@ def test_a_scaled_loss(pool1):
 
 
 def in_16_bits(rank, world, attach):
-    """Under autocast the layers compute in bfloat16, and covariances are float32 all the same."""
+    """Under autocast the layers compute in bfloat16, and factors are float32 all the same."""
     model = DDP(preconditioning.build().float().to(place()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     method = precondition.DPKFAC(inverse_every=2)
@@ -206,7 +206,7 @@ def test_losses_on_digits(pool2):
     ("options", "sentence"),
     [
         ({"damping": 0}, "damping must be a positive number"),
-        ({"stat_decay": 1.0}, "stat_decay must be at least 0 and below 1"),
+        ({"factor_decay": 1.0}, "factor_decay must be at least 0 and below 1"),
         ({"update_every": 0}, "update_every must be a number of steps"),
         ({"inverse_every": 2.5}, "inverse_every must be a number of steps"),
         ({"kl_clip": -1.0}, "kl_clip must be a positive number"),

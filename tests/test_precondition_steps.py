@@ -16,7 +16,7 @@ import compress
 import dear
 import precondition
 from precondition._capture import Capture
-from precondition._covariances import Statistics
+from precondition._factors import Statistics
 from precondition._layers import find_layers
 from precondition._solvers import Cholesky
 
@@ -34,7 +34,7 @@ def sums_of(net, run):
     capture.watch(layers)
     run(net)
     capture.release()
-    return {layer.name: covariances[:2] for layer, covariances in statistics.take(layers, None).items()}
+    return {layer.name: factors[:2] for layer, factors in statistics.take(layers, None).items()}
 
 
 def whole(net, x, y):
@@ -127,12 +127,12 @@ def test_layers_that_are_served():
     assert [layer.name for layer in find_layers(net, trained_params)] == ["own"]
 
 
-def test_singular_and_extreme_covariances_have_finite_inverses():
+def test_singular_and_extreme_factors_have_finite_inverses():
     solver = Cholesky(1e-30)
     low = torch.ones(1, 6, 6)  # of rank one, and no damping that float32 could see
     big = torch.full((1, 6, 6), 1e30)
-    for covariances in ((low, low), (big, low), (torch.zeros(1, 6, 6), torch.zeros(1, 6, 6))):
-        ((a, g),) = solver.solve([covariances[0]], [covariances[1]])
+    for factors in ((low, low), (big, low), (torch.zeros(1, 6, 6), torch.zeros(1, 6, 6))):
+        ((a, g),) = solver.solve([factors[0]], [factors[1]])
         assert a.isfinite().all() and g.isfinite().all()
     assert int(solver.damped_further) > 0
     sound = Cholesky(0.1)
@@ -187,7 +187,7 @@ def test_dp_kfac_sends_the_bytes_of_an_all_reduce_and_one_number(pool2, pool3):
         assert own == 4 * world * (world - 1) * 8  # kl_clip's, a float64
 
 
-def test_kfac_sends_its_covariances_too(pool2):
+def test_kfac_sends_its_factors_too(pool2):
     told = pool2.run(bytes_of, "KFAC")
     upper = sum(
         layer.blocks * n * (n + 1) // 2
@@ -200,7 +200,7 @@ def test_kfac_sends_its_covariances_too(pool2):
 
 
 def memory_of(rank, world):
-    """Only owners hold covariances, and capture."""
+    """Only owners hold factors, and capture."""
     model = DDP(preconditioning.build().to(place()))
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     method = precondition.DPKFAC()
@@ -216,7 +216,7 @@ def memory_of(rank, world):
         return held
 
 
-def test_covariances_are_on_their_owners_alone(pool2):
+def test_factors_are_on_their_owners_alone(pool2):
     held = [name for names in pool2.run(memory_of) for name in names]
     assert sorted(held) == sorted(preconditioning.layers_of(preconditioning.build()))
 
@@ -240,7 +240,7 @@ def non_finite(rank, world, attach):
     stats = engine.stats() if engine else method._binding.stats()
     assert all(value.isfinite().all() for value in model.module.state_dict().values())
     (engine.detach if engine else method.release)()
-    return stats["covariances_dropped"]
+    return stats["factors_dropped"]
 
 
 def test_non_finite_statistics_are_dropped_and_counted(pool2):

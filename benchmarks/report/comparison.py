@@ -44,7 +44,7 @@ _EXACT = (DDP, DEAR)  # they train as plain DDP does: nothing is rounded away
 
 def family(name: str) -> Family:
     """The family of a strategy, none of which is the compute floor."""
-    kind = name.split(":")[0]
+    kind = name.partition("@")[0].split(":")[0]
     if kind.startswith("ddp+"):
         return DDP_POWER if "powersgd" in kind else DDP_HALF
     if kind == "dear":

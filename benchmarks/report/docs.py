@@ -9,7 +9,7 @@ from ..command import show_size
 from ..demo import show as demo
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
-from . import bars, losses_figures, others, repeats, steps, sweeps
+from . import bars, losses_figures, others, repeats, steps, sweeps, two_levels
 from .comparison import Cell
 from .evidence import Evidence, origin
 from .markdown import extent, number, render
@@ -105,7 +105,7 @@ class Facts:
 
     def render(self, page: str) -> str:
         known = {"facts": self, "steps": steps, "others": others, "number": number, "show_size": show_size}
-        known |= {"sweeps": sweeps, "tolerance": losses.TOLERANCE}
+        known |= {"sweeps": sweeps, "two_levels": two_levels, "tolerance": losses.TOLERANCE}
         return render(f"pages/{page}", **known)
 
 
