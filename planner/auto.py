@@ -168,10 +168,10 @@ class Auto:
         search = Search(_mib(self._steers), mib, seconds, hints) if self._decides else None
         trials = left // (_untimed(way) + TIMED)
         for number in range(trials):
-            if number < trials - AGAIN:
-                mib = self._steers.tell(search.ask() if search else None, "the size to try")
-            else:
-                mib = self._best(tried).mib
+            if number >= trials - AGAIN:
+                yield from self._try(way, self._best(tried).mib, tried)
+                continue
+            mib = self._steers.tell(search.ask() if search else None, "the size to try")
             yield from self._try(way, mib, tried)
             if search is not None:
                 search.tell(mib, tried[-1].seconds)
@@ -210,10 +210,10 @@ class Auto:
         if self._decides:
             try:
                 profile = slowest(everyone)
+                now = Way(begun.update, self._method(begun))
                 chosen = ways(steering.updates(compresses=False), compressing, methods)
                 caps = sizes(profile) if steering.tunes_cap else [begun.bucket_cap_mb]
-                now = Way(begun.update, self._method(begun))
-                best = predicted(profile, network, machine, chosen, caps)
+                best = predicted(profile, network, machine, list({now: 0} | dict.fromkeys(chosen)), caps)
                 found = shortlist(best, now, TRIED), reason(profile, network)
             except Exception as error:  # the other ranks wait for what is decided
                 found = [], f"the prediction failed ({type(error).__name__}: {error})"
