@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C, _ddp, preconditioning
+from dear._alone import LoneSchedule, is_alone
 from dear._attached import Attached, weakly
 from dear._bucket_order import BucketOrder
 from dear._fusion import MIB
@@ -47,6 +48,7 @@ class Setting:
 class Timetable(Protocol):
     """What the engine asks of a schedule; see :class:`dear._schedule.Schedule`."""
 
+    watches_forward: ClassVar[bool]
     bucket_order: BucketOrder
     group_bytes: int
 
@@ -116,7 +118,8 @@ class Ground:
             )  # fmt: skip
         update = strategy(attached)
         attached.barrier.finish = update.finish
-        return Parts(attached, Schedule(attached, update, setting.bucket_cap_mb), update)
+        schedule = (LoneSchedule if is_alone(attached) else Schedule)(attached, update, setting.bucket_cap_mb)
+        return Parts(attached, schedule, update)
 
     def _attached(self, scheduler: _C.Scheduler, gather_lane: _C.Lane) -> Attached:
         return Attached(

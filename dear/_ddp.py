@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dear import _C
 from dear._look_again import check_members
+from dear._names import named_modules, named_parameters
 from dear._optimizer import is_initialized
 from dear._pending import can_be_pending
 
@@ -57,7 +58,7 @@ def check_hookable(model: DDP) -> None:
             '"ddp_optimizer" before the model is wrapped.'
         )
     embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-    sparse = [n for n, module in model.module.named_modules() if isinstance(module, embeddings) and module.sparse]
+    sparse = [n for n, module in named_modules(model.module) if isinstance(module, embeddings) and module.sparse]
     if sparse:
         raise ValueError(
             f"The module {sparse[0] or type(model.module).__name__} makes sparse gradients, which cannot be reduced in "
@@ -130,8 +131,8 @@ def _is_parallel(model: DDP) -> bool:
 
 
 def parameter_names(model: DDP) -> dict[torch.nn.Parameter, str]:
-    """All parameters of the module, and their names in it."""
-    return {param: name for name, param in model.module.named_parameters()}
+    """All parameters of the module, and their plain names in it."""
+    return {param: name for name, param in named_parameters(model.module)}
 
 
 def reduced_parameters(model: DDP) -> list[torch.nn.Parameter]:

@@ -89,6 +89,8 @@ class PlainUpdate(Update):
 class PlainSchedule:
     """DDP's own reducer, at another bucket size; see :class:`dear._assembly.Timetable`."""
 
+    watches_forward: ClassVar[bool] = True  # another schedule may take its place
+
     def __init__(self, attached: Attached, bucket_cap_mb: float) -> None:
         """Collective."""
         self._attached = attached

@@ -50,12 +50,12 @@ class Engine:
         self._hooks = Hooks(attached.model)
         self._hooks.install(
             [user.optimizer for user in attached.users],
-            before_forward=self._before_forward,
-            after_forward=lambda failed: self._schedule.after_forward(failed),
             before_export=lambda: _check_export(self._attached, self._update),
             before_load=self.synchronize,
             after_load=lambda number: self._update.state_was_loaded(number),
         )
+        if parts.schedule.watches_forward:
+            self._hooks.watch_forward(self._before_forward, lambda failed: self._schedule.after_forward(failed))
         self._steppers = [_Stepper(self, number) for number in range(len(attached.users))]
         for user, stepper in zip(attached.users, self._steppers, strict=True):
             user.take_over(stepper.step)

@@ -288,3 +288,28 @@ def refused(rank, world):
 
 def test_refusals(pool2):
     pool2.run(refused)
+
+
+class Noisy(optim.SGD):
+    """Stochastic gradient Langevin dynamics, roughly."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.add_(torch.randn_like(param), alpha=0.01)
+
+
+def drawing(rank, world):
+    model, opt = training.build("Mlp", (Noisy, {"lr": 0.1}), {})
+    engine = dear.attach(model, opt, **SMALL)
+    model(models.data(rank, 0)[0].to(place())).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r'Noisy\.step\(\) draws random numbers.*use update="replicated"'):
+        opt.step()
+    engine.detach()
+
+
+def test_an_optimizer_that_draws_random_numbers(pool2):
+    """DDP's replicas draw the same numbers; owners of different parameters cannot."""
+    pool2.run(drawing)
