@@ -150,7 +150,7 @@ class ShardedUpdate(Update):
             if index not in updated:
                 update(index)
             scheduler.submit_gather(index, optimizer)
-        self._changes.conclude(optimizer, self._segments)
+        self._changes.conclude(optimizer, self._states.segments)
 
     def _take(self, own: Grads) -> None:
         """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
