@@ -8,8 +8,7 @@ from typing import Any
 FORMS = (
     "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, fp8, int8, int4, int3, int2, "
     "exact, safe, fast; RANK is a whole number, a fraction of the smaller side, or how many times fewer elements are "
-    "sent, such as 4x; "
-    "more options may follow: power:8:start=100:exempt=head+bytes"
+    "sent, such as 4x; more options may follow: power:8:start=100:exempt=head+bytes"
 )
 
 # Names that earlier versions wrote into results of the collectives, as they begin in JSON.

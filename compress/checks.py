@@ -14,6 +14,7 @@ from compress.contract import Contract
 from compress.saved import check_parameters
 from compress.two_levels import check_two_levels
 from dear import compression
+from dear._names import named_parameters
 
 #: What to do when ranks disagree.
 REMEDY = "configure the compressor alike on every rank"
@@ -30,7 +31,7 @@ def check_new(compressor: Any, model: DDP, caller: str, two_levels: bool) -> dic
     compression.check_kind(compressor, caller)
     if compressor.binding is not None:
         raise RuntimeError("This compressor serves a model already, and keeps its state: make another one.")
-    params = dict(model.module.named_parameters())
+    params = dict(named_parameters(model.module))
     if two_levels:
         check_two_levels(compressor)
     check_matched(compressor.patterns, params)

@@ -83,9 +83,9 @@ FORMATS: dict[torch.dtype, Format] = {
         SixteenBits(torch.float16, 16),
         EightBits(torch.float8_e4m3fn, 8),
         EightBits(torch.int8, 8),
-        FewBits(torch.int4, 4),
-        FewBits(torch.int3, 3),
-        FewBits(torch.int2, 2),
+        FewBits(torch.int4, 4),  # type: ignore[attr-defined] # not in the stubs
+        FewBits(torch.int3, 3),  # type: ignore[attr-defined] # not in the stubs
+        FewBits(torch.int2, 2),  # type: ignore[attr-defined] # not in the stubs
     )
 }
 

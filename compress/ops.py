@@ -114,7 +114,7 @@ def quantize_decode(payload: Tensor, shard: int, out: Tensor, floating: bool = F
     _ops.quantize_decode(payload, shard, out, floating)
 
 
-# --- Dense, in 2, 3 or 4 bits -----------------------------------------------------------------------------------------
+# --- Dense, in 2, 3 or 4 bits ----------------------------------------------------------------------------------------
 
 
 def levels_payload_numel(shard: int, bits: int) -> int:

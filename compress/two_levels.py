@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from compress.contract import Contract
 from compress.group import Group
-from dear import _C
+from dear import _C, _ddp
 from dear._nodes import Nodes
 
 
@@ -36,7 +36,7 @@ class TwoLevels:
             return None
         loads = [0] * len(nodes.inside)
         places = {}
-        for name, param in model.module.named_parameters():
+        for param, name in _ddp.parameter_names(model).items():
             if param.requires_grad:
                 places[name] = loads.index(min(loads))
                 loads[places[name]] += param.numel()
