@@ -2,6 +2,7 @@
 // the wire].
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "compress/kernels/scaled_rows.h"
@@ -67,15 +68,15 @@ struct Levelled {
   float level;
 };
 
+// Rounded by an instruction of its own: a sum with a large number would be fused with the product on some
+// processors, and rounded once there. No element is more than 64 steps, so that it fits.
 template <int kBits>
 DEAR_HOST_DEVICE inline Levelled level_of(float value, float inverse) {
-  const float limit = static_cast<float>(level_limit(kBits));
-  const float scaled = value * inverse;
-  const float above = scaled > -limit ? scaled : -limit;
-  const float within = above < limit ? above : limit;
-  const float from = 0x1.8p23f;  // floats are 1 apart from here on: the sum is rounded to a whole number
-  const float sum = within + from;
-  return {(bits_of(sum) + static_cast<uint32_t>(level_limit(kBits))) & ((1u << kBits) - 1), sum - from};
+  const int32_t limit = level_limit(kBits);
+  int32_t level = static_cast<int32_t>(rintf(value * inverse));
+  level = level > limit ? limit : level;
+  level = level < -limit ? -limit : level;
+  return {static_cast<uint32_t>(level + limit), static_cast<float>(level)};
 }
 
 template <int kBits>

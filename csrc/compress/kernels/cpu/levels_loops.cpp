@@ -17,7 +17,6 @@ DEAR_INLINED void pack_field(const uint32_t* __restrict codes, uint32_t* __restr
   constexpr Field field = field_of(kBits, kNumber);
   constexpr int count = field.word_count();
   uint32_t words[count] = {};
-#pragma GCC unroll 32
   for (int place = 0; place < field.places(); ++place) {
     for (int word = 0; word < count; ++word) {
       const uint32_t part = codes[place * count + word] >> field.shift & field.mask();
@@ -31,7 +30,6 @@ template <int kBits, int kNumber>
 DEAR_INLINED void unpack_field(const uint32_t* __restrict fields, uint32_t* __restrict codes) {
   constexpr Field field = field_of(kBits, kNumber);
   constexpr int count = field.word_count();
-#pragma GCC unroll 32
   for (int place = 0; place < field.places(); ++place) {
     for (int word = 0; word < count; ++word) {
       const uint32_t part = fields[field.words + word] >> (place * field.width) & field.mask();
