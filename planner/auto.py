@@ -7,7 +7,6 @@ decides, and tells. So no rank can differ, and none waits for another that does 
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import statistics
@@ -26,7 +25,6 @@ from .deciding import PLAIN, Predicted, Way, predicted, reason, shortlist, sizes
 from .instruments import Instruments
 from .profile import Profile
 from .profiling import measured_profile, slowest
-from .search import Search
 from .watching import changed
 
 WARM_UP = 2  # steps before anything is measured
@@ -85,7 +83,7 @@ class Auto:
         if self._steering is not None:
             raise ValueError(f"This auto serves an engine already: make another one for {caller}.")
         try:
-            importlib.import_module("bayes_opt")  # here, on every rank: it takes seconds, in which nobody waits
+            _search()  # on every rank: it takes seconds, in which nobody shall wait later
         except ImportError as error:
             raise ValueError(
                 'compressor="auto" searches with bayesian-optimization, which is not installed: install '
@@ -165,13 +163,13 @@ class Auto:
         since the fastest of many short trials may have been lucky."""
         way, mib, seconds = (best := self._best(tried)).way, best.mib, best.seconds
         hints = [one.mib for one in listed if one.way == way]
-        search = Search(_mib(self._steers), mib, seconds, hints) if self._decides else None
+        search = _search()(_mib(self._steers), mib, seconds, hints) if self._decides else None
         trials = left // (_untimed(way) + TIMED)
         for number in range(trials):
-            if number < trials - AGAIN:
-                mib = self._steers.tell(search.ask() if search else None, "the size to try")
-            else:
-                mib = self._best(tried).mib
+            if number >= trials - AGAIN:
+                yield from self._try(way, self._best(tried).mib, tried)
+                continue
+            mib = self._steers.tell(search.ask() if search else None, "the size to try")
             yield from self._try(way, mib, tried)
             if search is not None:
                 search.tell(mib, tried[-1].seconds)
@@ -210,10 +208,10 @@ class Auto:
         if self._decides:
             try:
                 profile = slowest(everyone)
+                now = Way(begun.update, self._method(begun))
                 chosen = ways(steering.updates(compresses=False), compressing, methods)
                 caps = sizes(profile) if steering.tunes_cap else [begun.bucket_cap_mb]
-                now = Way(begun.update, self._method(begun))
-                best = predicted(profile, network, machine, chosen, caps)
+                best = predicted(profile, network, machine, list({now: 0} | dict.fromkeys(chosen)), caps)
                 found = shortlist(best, now, TRIED), reason(profile, network)
             except Exception as error:  # the other ranks wait for what is decided
                 found = [], f"the prediction failed ({type(error).__name__}: {error})"
@@ -268,6 +266,13 @@ class Auto:
     def _warn(self, steering: Steering, sentence: str) -> None:
         if steering.ground.group.rank() == 0:
             log.warning('compressor="auto": %s', sentence)
+
+
+def _search() -> Any:
+    """The class; it needs a library that nothing else does."""
+    from .search import Search
+
+    return Search
 
 
 def _steps(count: int) -> Iterator[None]:

@@ -46,7 +46,9 @@ class Predicted:
 
 def ways(updates: Sequence[str], compressing: Sequence[str], methods: Sequence[str]) -> list[Way]:
     """updates: that can serve without a compressor. compressing: with one. methods: compressors that are allowed."""
-    return [Way(update) for update in updates] + [Way(update, name) for name in methods for update in compressing]
+    # Where parameters may be cut anywhere, whole ones on each rank balance no better.
+    exact = [update for update in updates if update != "owned" or "sharded" not in updates]
+    return [Way(update) for update in exact] + [Way(update, name) for name in methods for update in compressing]
 
 
 def sizes(profile: Profile) -> list[float]:

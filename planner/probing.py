@@ -27,9 +27,10 @@ def measure(
     phases: Sequence[str],
     budget: float,
     repeats: int,
+    typical: Callable[[list[float]], float] = statistics.median,
 ) -> Measured:
-    """The slowest rank's median seconds, by phase, at the sizes (bytes of the whole tensor) for which there is time.
-    Collective.
+    """The slowest rank's ``typical`` seconds over repeats, by phase, at the sizes (bytes of the whole tensor) for which
+    there is time. Collective.
 
     Every rank measures the same: rank 0's clock says when the budget of seconds is spent, and rank 0 tells.
     """
@@ -45,7 +46,7 @@ def measure(
             known, seconds = found.setdefault(phase, ([], []))
             known.append(4 * count)
             times = [_timed(group, calls[phase], device) for _ in range(repeats + 1)][1:]
-            seconds.append(_slowest(group, times, device))
+            seconds.append(typical(_slowest(group, times, device)))
         stop = torch.tensor([float(time.perf_counter() - begun > budget)], device=device)
         dist.broadcast(stop, group=group, group_src=0)
         if stop.item() and len(found[phases[0]][0]) >= 2:
@@ -73,11 +74,11 @@ def _timed(group: dist.ProcessGroup, call: Callable[[], object], device: torch.d
     return time.perf_counter() - start
 
 
-def _slowest(group: dist.ProcessGroup, seconds: list[float], device: torch.device) -> float:
-    """The median over repeats of the slowest rank's time."""
+def _slowest(group: dist.ProcessGroup, seconds: list[float], device: torch.device) -> list[float]:
+    """The slowest rank's time of each repeat."""
     each = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(each, dist.ReduceOp.MAX, group=group)
-    return statistics.median(each.tolist())
+    return [float(one) for one in each.tolist()]
 
 
 def fitted(measured: Measured) -> dict[str, AlphaBeta]:

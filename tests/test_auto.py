@@ -107,6 +107,7 @@ def test_where_a_loss_is_allowed_a_compressor_may_win(pool2):
     assert "compress." in said[0]
 
 
+@pytest.mark.slow
 def test_without_a_loss_nothing_lossy_is_tried(pool2):
     for plan, _, asked in pool2.run(chosen, SLOW, compression_is_faster):
         assert plan["compressor"] is None and not any(compressed for *_, compressed in asked)
@@ -126,14 +127,20 @@ def fixed(rank, world):
     assert {one[:2] for one in asked} == {("replicated", 0.004)} and plan["update"] == "replicated"
 
 
+@pytest.mark.slow
 def test_what_the_user_gave_stays(pool2):
     pool2.run(fixed)
 
 
+PLAN = {
+    "version": 1, "update": "ddp", "compressor": None, "bucket_cap_mb": 1.0, "seconds": 1.0, "workers": 2,
+    "elements": 16 * 37 + 37 + 37 * 37 + 37 + 37 * 8 + 8,
+}  # fmt: skip
+
+
 def test_a_saved_plan_is_followed_at_once(pool2):
-    (plan, *_), _ = pool2.run(chosen, FAST, ddp_is_faster)
-    for found, said, asked in pool2.run(chosen, FAST, ddp_is_faster, 12, 0.0, plan):
-        assert found == plan and not said
+    for found, said, asked in pool2.run(chosen, FAST, ddp_is_faster, 12, 0.0, PLAN):
+        assert found == PLAN and not said
         assert {update for update, *_ in asked} == {"ddp"}
 
 
@@ -148,10 +155,7 @@ def test_a_saved_plan_is_followed_at_once(pool2):
     ],
 )
 def test_a_plan_that_lies_is_left_aside(pool2, lie, why):
-    elements = 16 * 37 + 37 + 37 * 37 + 37 + 37 * 8 + 8
-    plan = {"version": 1, "update": "sharded", "compressor": None, "bucket_cap_mb": 1.0, "workers": 2,
-            "elements": elements, "seconds": 1.0} | lie  # fmt: skip
-    (found, said, _), _ = pool2.run(chosen, FAST, nothing_differs, 3, 0.0, plan)
+    (found, said, _), _ = pool2.run(chosen, FAST, nothing_differs, 3, 0.0, PLAN | lie)
     assert found is None
     assert len(said) == 1 and why in said[0] and "another one is chosen" in said[0]
 
@@ -181,6 +185,7 @@ class Turning:
         return (ddp_is_faster if self.left > 0 else dear_is_faster)(setting)
 
 
+@pytest.mark.slow
 def test_when_steps_change_for_a_minute_it_chooses_again(pool2):
     # Steps take 1 s at best: 20 to know that, then looks at 15 of them each, of which 4 must differ.
     steps = auto.MOST + 20 + 30 + 4 * 15 + auto.MOST + 10
