@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -68,7 +69,7 @@ def switched(rank, world, updates, kind, how, ddp, cap=SMALL):
     model, opt = training.build("Mlp", kind, ddp)
     chooser = Scripted({2 * i: Setting(update, cap * (1 + i % 2)) for i, update in enumerate(updates)})
     engine = dear.attach(model, opt, compressor=chooser)
-    seen = []
+    seen, former = [], weakref.ref(engine._attached)
     for step in range(2 * len(updates) + 3):
         want = STEPS[how](plain, plain_opt, rank, step)
         assert STEPS[how](model, opt, rank, step) == want, step
@@ -79,6 +80,7 @@ def switched(rank, world, updates, kind, how, ddp, cap=SMALL):
             assert torch.equal(torch.as_tensor(have["state"][number][name]), torch.as_tensor(value)), name
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other), "training that switches is not the same training"
+    assert former() is None, "former parts are let go, with their lanes and buffers"
     assert seen[0] == updates[0] and list(dict.fromkeys(seen)) == list(dict.fromkeys(updates))
     assert engine.stats()["steps"] == len(seen) and chooser.boundaries == len(seen) - 1
     engine.detach()
@@ -91,7 +93,7 @@ def switched(rank, world, updates, kind, how, ddp, cap=SMALL):
 
 @pytest.mark.parametrize("how", STEPS)
 def test_every_strategy_into_every_other(pool2, how):
-    updates = ["sharded", "ddp", "replicated", "sharded", "replicated", "ddp", "sharded", "owned", "ddp"]
+    updates = ["sharded", "ddp", "replicated", "sharded", "replicated", "ddp", "sharded", "owned", "ddp", "ddp"]
     pool2.run(switched, updates, ADAMW, how, {"gradient_as_bucket_view": how == "accumulate"})
 
 
