@@ -13,6 +13,7 @@ import torch
 
 from dear import _C, _grads
 from dear._attached import Attached, Param
+from dear._changed_gradients import ChangedGradients
 from dear._flat_parameters import FlatParameters
 from dear._grads import Found, Grads
 from dear._layout import Layout
@@ -36,6 +37,7 @@ class ShardedUpdate(Update):
         self._flat: FlatParameters | None = None
         self._states = SegmentStates(attached, self.whole)
         self._gradients = ShardedGradients(attached)
+        self._changes = ChangedGradients(attached, self._gradients)
         self._preconditioning = Preconditioning(attached, self._gradients)
 
     @classmethod
@@ -148,6 +150,7 @@ class ShardedUpdate(Update):
             if index not in updated:
                 update(index)
             scheduler.submit_gather(index, optimizer)
+        self._changes.conclude(optimizer, self._states.segments)
 
     def _take(self, own: Grads) -> None:
         """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
@@ -179,14 +182,8 @@ class ShardedUpdate(Update):
             if tensors:
                 work.append({**group, "params": tensors})
         if work:
-            grads = [(segment.group, segment.tensor.grad) for segment in segments if segment.tensor.grad is not None]
-            versions = [grad._version for _, grad in grads]
-            user.run(work, self._states.values)
-            changed = {group for (group, grad), before in zip(grads, versions, strict=True) if grad._version != before}
-            if changed:  # torch's foreach SGD with nesterov: other ranks' parts have changed, too
-                self._gradients.changed_by_update(
-                    {p for i in changed for p in user.optimizer.param_groups[i]["params"]}
-                )
+            with self._changes.watch(segments):
+                user.run(work, self._states.values)
         self.attached.scheduler.trace("update", name, start, _C.now_ns())
 
     def finish(self, group: int) -> None:

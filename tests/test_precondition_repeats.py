@@ -81,9 +81,9 @@ def orders_of_groups(rank, world):
     binding = engine._attached.preconditioning
     precondition_group, steps = binding.precondition, []
 
-    def spy(pieces):
-        steps[-1].append([names[piece.param] for piece in pieces])
-        precondition_group(pieces)
+    def spy(runs):
+        steps[-1].append([names[run.param] for run in runs])
+        precondition_group(runs)
 
     binding.precondition = spy
     for number in range(20):

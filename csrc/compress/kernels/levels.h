@@ -8,7 +8,7 @@
 
 namespace dear::compress {
 
-constexpr int level_limit(int bits) { return (1 << (bits - 1)) - 1; }
+DEAR_HOST_DEVICE constexpr int level_limit(int bits) { return (1 << (bits - 1)) - 1; }
 
 // A part of a code: so many bits of it, from `shift` on. Its words begin at `words` of those of its block.
 struct Field {
@@ -16,17 +16,17 @@ struct Field {
   int shift;
   int words;
 
-  constexpr int word_count() const { return static_cast<int>(kScaleBlock) / 32 * width; }
-  constexpr int places() const { return 32 / width; }
-  constexpr uint32_t mask() const { return (1u << width) - 1; }
+  DEAR_HOST_DEVICE constexpr int word_count() const { return static_cast<int>(kScaleBlock) / 32 * width; }
+  DEAR_HOST_DEVICE constexpr int places() const { return 32 / width; }
+  DEAR_HOST_DEVICE constexpr uint32_t mask() const { return (1u << width) - 1; }
 };
 
-constexpr int field_count(int bits) { return bits == 3 ? 2 : 1; }
-constexpr Field field_of(int bits, int number) {
+DEAR_HOST_DEVICE constexpr int field_count(int bits) { return bits == 3 ? 2 : 1; }
+DEAR_HOST_DEVICE constexpr Field field_of(int bits, int number) {
   if (bits != 3) return {bits, 0, 0};
   return number == 0 ? Field{2, 0, 0} : Field{1, 2, static_cast<int>(kScaleBlock) / 32 * 2};
 }
-constexpr int64_t block_words(int bits) { return kScaleBlock / 32 * bits; }
+DEAR_HOST_DEVICE constexpr int64_t block_words(int bits) { return kScaleBlock / 32 * bits; }
 
 // Magnitudes as whole numbers below 2^11, of which the block's largest has 11 bits: sums of them and of their
 // squares are exact, in whatever order.
