@@ -13,7 +13,7 @@ from dear import _ddp, preconditioning
 from dear._agree import agree
 from dear._optimizer import unwrapped
 from dear.collectives import choose_algorithm, group_timeout, make_lane
-from dear.preconditioning import Binding, Run, Preconditioner, Site
+from dear.preconditioning import Binding, Preconditioner, Run, Site
 
 PLAIN = "plain"  # what Site.update says here
 
