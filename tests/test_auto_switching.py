@@ -6,6 +6,7 @@ import weakref
 from itertools import pairwise
 
 import pytest
+import test_owned_lists as owned_lists
 import torch
 import training
 from torch import optim
@@ -16,7 +17,6 @@ import dear
 from dear._assembly import Setting
 
 ADAMW = (optim.AdamW, {"lr": 0.01})
-MUON = (getattr(optim, "Muon", None), {"lr": 0.01})
 SMALL = 0.002  # MiB: several groups in a small model
 
 
@@ -135,6 +135,28 @@ def with_schedule(rank, world):
 
 def test_what_a_training_script_does_besides(pool2):
     pool2.run(with_schedule)
+
+
+def several(rank, world):
+    """SGD for some parameters, AdamW for the rest: nothing is replicated, and plain DDP steps both."""
+    results = []
+    for attached in (False, True):
+        model, both = owned_lists.build(owned_lists.sgd_and_adamw)
+        settings = {2: Setting("owned", SMALL), 4: Setting("ddp", SMALL), 6: Setting("sharded", SMALL)}
+        engine = dear.attach(model, both.optimizers, compressor=Scripted(settings)) if attached else None
+        losses = [training.plain_step(model, both, rank, step) for step in range(9)]
+        if attached:
+            assert engine._steering.updates(compresses=False) == ["sharded", "owned", "ddp"]
+            engine.detach()
+        results.append((losses, owned_lists.values(model)))
+    (want, plain), (have, ours) = results
+    assert have == want
+    for one, other in zip(plain, ours, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_several_optimizers(pool2):
+    pool2.run(several)
 
 
 def into_compression(rank, world):
