@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-from precondition import eva_parts
 from precondition.eva_means import Running
 from precondition.eva_parts import Rectangle
 from precondition.eva_preconditioner import RankOnePreconditioner
@@ -24,13 +23,13 @@ class EvaStep(RankOneStep):
         self._products = self.vectors.zeros(self.vectors.rows)
 
     def look(self, parts: Sequence[Rectangle]) -> None:
-        eva_parts.add_products(parts, self.running.columns, self._products)
+        self.look_along(parts, self.running.columns, self._products)
 
     def correction(self, total: Total) -> Correction:
         vectors, running = self.vectors, self.running
-        share = vectors.sum_rows(running.rows * self._products)
-        inner, squares = total(torch.cat([share, self.squares()])).split([len(share), len(vectors.matrices)])
-        norms = vectors.square_norms(running.columns) * vectors.sum_rows(running.rows.square())
+        share = vectors.dot_rows(running.rows, self._products)
+        inner, squares = total(torch.cat([share, self.squares])).split([len(share), len(vectors.matrices)])
+        norms = vectors.square_norms(running.columns) * vectors.dot_rows(running.rows, running.rows)
         scale = inner / (norms + self.settings.damping)
         return Correction(running.rows * vectors.to_rows(scale), scale * inner, scale.square() * norms, squares)
 

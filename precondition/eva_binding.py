@@ -37,6 +37,9 @@ class RankOneBinding:
             self._place[layer.weight] = index, False
             if layer.bias is not None:
                 self._place[layer.bias] = index, True
+        # The rectangles of the last step's pieces, which hold their memory, and of this one's: most often the same.
+        self._former: dict[tuple[Any, ...], list[Rectangle]] = {}
+        self._parts: dict[tuple[Any, ...], list[Rectangle]] = {}
         self._exchanges = Exchanges(site.gather_lane)
         self._message: Average | None = None  # of the last backward pass
         self._step: RankOneStep | None = None
@@ -68,13 +71,20 @@ class RankOneBinding:
     def precondition(self, pieces: Sequence[Piece]) -> None:
         """Looks at averaged gradients; they are changed at the end."""
         assert self._step is not None
-        self._step.take([part for piece in pieces for part in self._rectangles(piece)])
+        parts: list[Rectangle] = []
+        for piece in pieces:
+            key = piece.param, piece.start, piece.stop, piece.grad.data_ptr(), piece.grad.dtype
+            found = self._former.get(key)
+            self._parts[key] = found = list(self._rectangles(piece)) if found is None else found
+            parts += found
+        self._step.take(parts)
 
     def end(self) -> set[Param]:
         """Adds up what the ranks have seen, and changes all gradients."""
         assert self._step is not None
         step, self._step = self._step, None
         step.finish(self._learning_rates(), self._total)
+        self._former, self._parts = self._parts, {}
         return set(self._place)
 
     def stats(self) -> dict[str, Any]:
