@@ -57,6 +57,22 @@ void bind_precondition(py::module_& m) {
       py::arg("decay"));
   m.def("dot_by_block", &precondition::dot_by_block, NoGil(), py::arg("x"), py::arg("y"), py::arg("first"));
   m.def(
+      "eva_correction",
+      [](at::Tensor columns, at::Tensor rows, at::Tensor inner, at::Tensor squares,
+         std::vector<int64_t> first_column, std::vector<int64_t> first_row, std::vector<int64_t> first_block,
+         std::vector<bool> has_bias, std::vector<double> learning_rates, double damping,
+         std::optional<double> kl_clip) {
+        auto found = precondition::eva_correction(
+            {std::move(columns), std::move(rows), std::move(inner), std::move(squares),
+             std::move(first_column), std::move(first_row), std::move(first_block), std::move(has_bias),
+             std::move(learning_rates), damping, kl_clip});
+        return std::make_pair(std::move(found.rows), found.factor);
+      },
+      NoGil(), py::arg("columns"), py::arg("rows"), py::arg("inner"), py::arg("squares"),
+      py::arg("first_column"), py::arg("first_row"), py::arg("first_block"), py::arg("has_bias"),
+      py::arg("learning_rates"), py::arg("damping"), py::arg("kl_clip"));
+  m.def("finite_message", &precondition::finite_message, NoGil(), py::arg("flags"), py::arg("parts"));
+  m.def(
       "mean_of_windows",
       [](const at::Tensor& image, const std::vector<std::array<int64_t, 5>>& windows) {
         std::vector<Windows> found;

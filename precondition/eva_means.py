@@ -108,7 +108,7 @@ class Means:
         matrices, layers = vectors.matrices, self._layers
         if not self._inputs:
             return vectors.zeros(len(layers) + vectors.columns + self._with_rows * vectors.rows)
-        flags = torch.tensor([float(layer in self._inputs) for layer in layers], dtype=vectors.dtype)
+        flags = [float(layer in self._inputs) for layer in layers]
         means = [self._mean_input(layer, each) for layer, each in zip(layers, matrices, strict=True)]
         sums: list[Tensor] = []
         if self._with_rows:
@@ -116,10 +116,12 @@ class Means:
                 self._outputs[layer] if layer in self._outputs else vectors.zeros(each.groups * each.rows)
                 for layer, each in zip(layers, matrices, strict=True)
             ]
-        message = torch.cat([flags.to(vectors.device), *means, *sums])
-        if self._with_rows and self._scaler is not None:
-            _, _, rows = self.parts(message)
-            rows.div_(self._scaler.scale(rows.new_ones(())))
+        if sums and self._scaler is not None:
+            scale = self._scaler.scale(sums[0].new_ones(()))
+            sums = [each / scale for each in sums]
+        if torch.device(vectors.device).type == "cpu":
+            return _C.finite_message(flags, [*means, *sums])
+        message = torch.cat([torch.tensor(flags, dtype=vectors.dtype, device=vectors.device), *means, *sums])
         return message.masked_fill_(~message.sum().isfinite(), 0.0)
 
     def _mean_input(self, layer: Layer, matrix: Matrix) -> Tensor:

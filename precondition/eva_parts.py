@@ -58,9 +58,10 @@ class Vectors:
                 [each.groups * each.columns for each in matrices],
             )
         )
-        # Where each block begins, and the last one ends: for native code.
-        self._first_row_of_block = list(accumulate((each.rows for each in blocks), initial=0))
-        self._first_column_of_block = list(accumulate((each.columns for each in blocks), initial=0))
+        # Where each block begins, or each layer's first one, and the last one ends: for native code.
+        self.first_block = list(accumulate((each.groups for each in matrices), initial=0))
+        self.first_row_of_block = list(accumulate((each.rows for each in blocks), initial=0))
+        self.first_column_of_block = list(accumulate((each.columns for each in blocks), initial=0))
 
     def zeros(self, numel: int) -> Tensor:
         """So many zeros, of the vectors' type."""
@@ -83,7 +84,7 @@ class Vectors:
     def dot_rows(self, rows: Tensor, others: Tensor) -> Tensor:
         """Products of two vectors of rows, by block, [blocks]."""
         if rows.is_cpu:
-            return _C.dot_by_block(rows, others, self._first_row_of_block)
+            return _C.dot_by_block(rows, others, self.first_row_of_block)
         return self.sum_rows(rows * others)
 
     def sum_columns(self, columns: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class Vectors:
     def square_norms(self, columns: Tensor) -> Tensor:
         """‖a‖² of each block, with the bias's 1, [blocks]."""
         if columns.is_cpu:
-            return _C.dot_by_block(columns, columns, self._first_column_of_block) + self._ones
+            return _C.dot_by_block(columns, columns, self.first_column_of_block) + self._ones
         return self.sum_columns(columns.square()) + self._ones
 
     def to_all_rows(self, layers: Tensor) -> Tensor:
@@ -246,13 +247,18 @@ def squares(parts: Sequence[Rectangle], norms: Sequence[Tensor], vectors: Vector
     return sums.index_add_(0, layers, torch.stack(list(norms)).square_())
 
 
+def subtract_on_host(parts: Sequence[Rectangle], rows: Tensor, columns: Tensor, factor: float) -> None:
+    """G ← factor · G - rows columnsᵀ, in place."""
+    _C.subtract_products(*_lists(parts), rows, columns, factor)
+
+
 def subtract(parts: Sequence[Rectangle], rows: Tensor, columns: Tensor, factor: Tensor) -> None:
     """G ← factor · (G - rows columnsᵀ), in place; ``factor`` is one number for all."""
     if not parts:
         return
     rows = rows * factor
     if factor.device.type == "cpu":  # its value is at hand, and one pass over the memory is enough
-        _C.subtract_products(*_lists(parts), rows, columns, float(factor))
+        subtract_on_host(parts, rows, columns, float(factor))
         return
     torch._foreach_mul_([each.view for each in parts], factor)
     for each in parts:

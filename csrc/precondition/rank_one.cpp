@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "compress/kernels/cpu/isa.h"
@@ -12,7 +13,6 @@
 namespace dear::precondition {
 namespace {
 
-constexpr int kLanes = 16;         // partial sums, which the compiler keeps in vectors
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread
 
 // A rectangle as rows of one block, or of several one below the other, each with columns of its own.
@@ -34,28 +34,15 @@ struct Sums {
 
 template <typename T, typename V>
 inline __attribute__((always_inline)) Sums<V> sums_of_any_row(const T* g, const V* a, int64_t n) {
-  V product[kLanes] = {};
-  V square[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const V value = static_cast<V>(g[i + lane]);
-      product[lane] += value * a[i + lane];
-      square[lane] += value * value;
-    }
-  }
-  for (int lane = 0; i < n; ++i, ++lane) {
+  V product = 0;
+  V square = 0;
+  DEAR_SIMD_SUM(product, square)
+  for (int64_t i = 0; i < n; ++i) {
     const V value = static_cast<V>(g[i]);
-    product[lane] += value * a[i];
-    square[lane] += value * value;
+    product += value * a[i];
+    square += value * value;
   }
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) {
-      product[lane] += product[lane + width];
-      square[lane] += square[lane + width];
-    }
-  }
-  return {product[0], square[0]};
+  return {product, square};
 }
 
 template <typename T, typename V>
@@ -265,6 +252,86 @@ at::Tensor dot_by_block(const at::Tensor& x, const at::Tensor& y, const std::vec
     }
   });
   return sums;
+}
+
+Eva eva_correction(const EvaTerms& terms) {
+  const size_t layers = terms.has_bias.size();
+  const size_t blocks = terms.first_block.empty() ? 0 : static_cast<size_t>(terms.first_block.back());
+  check_flat(terms.columns, terms.columns, terms.first_column, blocks);
+  check_flat(terms.rows, terms.rows, terms.first_row, blocks);
+  check_flat(terms.inner, terms.inner, terms.first_block, layers);
+  TORCH_CHECK_VALUE(terms.squares.numel() == static_cast<int64_t>(layers) &&
+                        terms.learning_rates.size() == layers && terms.squares.is_contiguous(),
+                    "there must be one number for each layer.");
+  Eva result{at::empty_like(terms.rows), 0.0};
+  AT_DISPATCH_FLOATING_TYPES(terms.rows.scalar_type(), "eva_correction", [&] {
+    const auto* a = terms.columns.const_data_ptr<scalar_t>();
+    const auto* b = terms.rows.const_data_ptr<scalar_t>();
+    const auto* inner = terms.inner.const_data_ptr<scalar_t>();
+    const auto* squares = terms.squares.const_data_ptr<scalar_t>();
+    std::vector<double> scale(blocks);
+    double before = 0, removed = 0, outer = 0, change = 0;
+    for (size_t layer = 0; layer < layers; ++layer) {
+      double own = 0;  // ⟨w aᵀ, G⟩
+      for (auto block = static_cast<size_t>(terms.first_block[layer]);
+           block < static_cast<size_t>(terms.first_block[layer + 1]); ++block) {
+        const int64_t column = terms.first_column[block], row = terms.first_row[block];
+        const double of_a =
+            sums_of_row<scalar_t, scalar_t>(a + column, a + column, terms.first_column[block + 1] - column)
+                .square +
+            (terms.has_bias[layer] ? 1.0 : 0.0);
+        const double of_b =
+            sums_of_row<scalar_t, scalar_t>(b + row, b + row, terms.first_row[block + 1] - row).square;
+        scale[block] = inner[block] / (of_a * of_b + terms.damping);
+        own += scale[block] * inner[block];
+        outer += scale[block] * scale[block] * of_a * of_b;
+      }
+      before += squares[layer];
+      removed += own;
+      change += terms.learning_rates[layer] * terms.learning_rates[layer] * (squares[layer] - own);
+    }
+    // A NaN stays one, so that comparisons have this order.
+    constexpr double tiny = std::numeric_limits<scalar_t>::min();
+    if (terms.kl_clip) {
+      const double ratio = std::sqrt(*terms.kl_clip * terms.damping / (change < tiny ? tiny : change));
+      result.factor = (ratio > 1 ? 1.0 : ratio) / terms.damping;
+    } else {
+      const double after = before - 2 * removed + outer;
+      result.factor = std::sqrt(before / (after < tiny ? tiny : after));
+    }
+    auto* w = result.rows.mutable_data_ptr<scalar_t>();
+    for (size_t block = 0; block < blocks; ++block) {
+      const auto times = static_cast<scalar_t>(scale[block] * result.factor);
+      for (int64_t row = terms.first_row[block]; row < terms.first_row[block + 1]; ++row) {
+        w[row] = times * b[row];
+      }
+    }
+  });
+  return result;
+}
+
+at::Tensor finite_message(const std::vector<double>& flags, const std::vector<at::Tensor>& parts) {
+  TORCH_CHECK_VALUE(!parts.empty(), "a message has a part at least.");
+  auto numel = static_cast<int64_t>(flags.size());
+  for (const auto& part : parts) {
+    TORCH_CHECK_VALUE(
+        part.device().is_cpu() && part.is_contiguous() && part.scalar_type() == parts[0].scalar_type(),
+        "the parts must be packed host tensors of one type.");
+    numel += part.numel();
+  }
+  at::Tensor message = at::empty({numel}, parts[0].options());
+  AT_DISPATCH_FLOATING_TYPES(message.scalar_type(), "finite_message", [&] {
+    auto* begin = message.mutable_data_ptr<scalar_t>();
+    auto* next = std::transform(flags.begin(), flags.end(), begin,
+                                [](double flag) { return static_cast<scalar_t>(flag); });
+    for (const auto& part : parts) {
+      next = std::copy_n(part.const_data_ptr<scalar_t>(), part.numel(), next);
+    }
+    if (!std::all_of(begin, next, [](scalar_t each) { return std::isfinite(each); })) {
+      std::fill(begin, next, scalar_t(0));
+    }
+  });
+  return message;
 }
 
 at::Tensor mean_of_windows(const at::Tensor& image, const std::vector<Windows>& windows) {

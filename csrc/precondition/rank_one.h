@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
 #include <vector>
 
 namespace dear::precondition {
@@ -38,6 +39,29 @@ void update_means(const Means& running, const at::Tensor& known, const at::Tenso
 
 // Σ x y over the elements of each block: [blocks]. `first` says where each begins, and the last one ends.
 at::Tensor dot_by_block(const at::Tensor& x, const at::Tensor& y, const std::vector<int64_t>& first);
+
+// Eva's correction of all layers: eva.EvaStep.correction and RankOneStep._scale.
+struct EvaTerms {
+  at::Tensor columns;                  // the running means a of the inputs, flat
+  at::Tensor rows;                     // and b of the output gradients
+  at::Tensor inner;                    // bᵀ G a of each block
+  at::Tensor squares;                  // ‖G‖² of each layer
+  std::vector<int64_t> first_column;   // of each block, and the end of the last one
+  std::vector<int64_t> first_row;      // the same
+  std::vector<int64_t> first_block;    // of each layer, and the end of the last one
+  std::vector<bool> has_bias;          // of each layer
+  std::vector<double> learning_rates;  // of each layer
+  double damping;                      // γ
+  std::optional<double> kl_clip;       // κ
+};
+struct Eva {
+  at::Tensor rows;  // factor · b (bᵀ G a) / (‖a‖² ‖b‖² + γ), of all layers
+  double factor;    // ν / γ
+};
+Eva eva_correction(const EvaTerms& terms);
+
+// The parts one after another, flat; zeros, if any element is not finite.
+at::Tensor finite_message(const std::vector<double>& flags, const std::vector<at::Tensor>& parts);
 
 // How windows of one length lie on a dimension of an image.
 struct Windows {
