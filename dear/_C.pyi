@@ -56,7 +56,9 @@ __all__: list[str] = [
     "checksum_each_way",
     "checksums",
     "dot_by_block",
+    "eva_correction",
     "fingerprint",
+    "finite_message",
     "has_aliases",
     "mean_of_windows",
     "move_storage",
@@ -549,7 +551,24 @@ def checksums(tensors: collections.abc.Sequence[torch.Tensor]) -> list[int]: ...
 def dot_by_block(
     x: torch.Tensor, y: torch.Tensor, first: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
 ) -> torch.Tensor: ...
+def eva_correction(
+    columns: torch.Tensor,
+    rows: torch.Tensor,
+    inner: torch.Tensor,
+    squares: torch.Tensor,
+    first_column: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    first_row: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    first_block: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    has_bias: collections.abc.Sequence[bool],
+    learning_rates: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+    damping: typing.SupportsFloat | typing.SupportsIndex,
+    kl_clip: typing.SupportsFloat | typing.SupportsIndex | None,
+) -> tuple[torch.Tensor, float]: ...
 def fingerprint(tensors: collections.abc.Sequence[torch.Tensor]) -> int: ...
+def finite_message(
+    flags: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+    parts: collections.abc.Sequence[torch.Tensor],
+) -> torch.Tensor: ...
 def has_aliases(tensors: collections.abc.Sequence[torch.Tensor]) -> bool: ...
 def mean_of_windows(
     image: torch.Tensor,

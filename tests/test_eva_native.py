@@ -48,7 +48,7 @@ def test_products_and_corrections_of_every_type(dtype):
         matrix = eva_parts.Matrix(1, rows, columns, False)
         parts = list(eva_parts.cut_weight(g.view(-1), 0, 0, eva_parts.Vectors([matrix], wide)))
         products, squares = torch.zeros(rows, dtype=wide), torch.zeros(1, dtype=wide)
-        before = g.to(wide)
+        before = g.to(wide, copy=True)
         eva_parts.add_products_and_squares(parts, a, products, squares, eva_parts.Vectors([matrix], wide))
         torch.testing.assert_close(products, before @ a)
         torch.testing.assert_close(squares[0], before.square().sum())
