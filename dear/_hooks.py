@@ -21,7 +21,10 @@ from dear._compiled import enter, is_wrapper, leave, settle_all, stand_in_front,
 from dear._pending import Pending, settle
 
 # What is put before methods of a module's own: Python asks an instance before its class.
-GUARDED = ("__deepcopy__", "__reduce_ex__", "join_hook", "compile", "__prepare_scriptable__")
+GUARDED = (
+    "__deepcopy__", "__reduce_ex__", "join_hook", "register_comm_hook", "_register_builtin_comm_hook", "compile",
+    "__prepare_scriptable__",
+)  # fmt: skip
 
 
 def _refusal(sentence: str) -> Any:
@@ -87,6 +90,11 @@ class Hooks:
             "A copy of this DDP module would lose its communication hook without a word: copy model.module or save its "
             "state_dict(), or call engine.detach() first."
         )
+        for name in ("register_comm_hook", "_register_builtin_comm_hook"):
+            self._model.__dict__[name] = _refusal(
+                "This DDP module has a communication hook already, dear.attach()'s, and DDP takes only one: pass a "
+                "compressor to dear.attach(), or call engine.detach() first."
+            )
         self._model.__dict__["join_hook"] = _refusal(
             "model.join() cannot be used with dear.attach(), whose exchanges need every rank: give all ranks the same "
             "number of batches, or call engine.detach() first."

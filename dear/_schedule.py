@@ -48,7 +48,7 @@ class Schedule:
         self._forward: ForwardOrder | None = None  # None until there is a pass to watch
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
         self._kept: Placeholders = []  # that stood in .grad when a forward pass began, whose step is still to come
-        self._facts = Facts(attached.names, attached.params)
+        self._facts = Facts(attached.model, attached.names, attached.params)
         self.bucket_order = BucketOrder(attached)
         self._take_over()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dear.preconditioning import Param, Piece, Site, Team
+from dear.preconditioning import Param, Run, Site, Team
 from precondition import eva_parts
 from precondition._capture import Capture
 from precondition._layers import Layer
@@ -37,7 +37,7 @@ class RankOneBinding:
             self._place[layer.weight] = index, False
             if layer.bias is not None:
                 self._place[layer.bias] = index, True
-        # The rectangles of the last step's pieces, which hold their memory, and of this one's: most often the same.
+        # The rectangles of the last step's runs, which hold their memory, and of this one's: most often the same.
         self._former: dict[tuple[Any, ...], list[Rectangle]] = {}
         self._parts: dict[tuple[Any, ...], list[Rectangle]] = {}
         self._exchanges = Exchanges(site.gather_lane)
@@ -68,14 +68,14 @@ class RankOneBinding:
             self._means.forget()
         self._step = self.preconditioner.new_step(self._running)
 
-    def precondition(self, pieces: Sequence[Piece]) -> None:
+    def precondition(self, runs: Sequence[Run]) -> None:
         """Looks at averaged gradients; they are changed at the end."""
         assert self._step is not None
         parts: list[Rectangle] = []
-        for piece in pieces:
-            key = piece.param, piece.start, piece.stop, piece.grad.data_ptr(), piece.grad.dtype
+        for run in runs:
+            key = run.param, run.start, run.stop, run.grad.data_ptr(), run.grad.dtype
             found = self._former.get(key)
-            self._parts[key] = found = list(self._rectangles(piece)) if found is None else found
+            self._parts[key] = found = list(self._rectangles(run)) if found is None else found
             parts += found
         self._step.take(parts)
 
@@ -84,7 +84,8 @@ class RankOneBinding:
         assert self._step is not None
         step, self._step = self._step, None
         step.finish(self._learning_rates(), self._total)
-        self._former, self._parts = self._parts, {}
+        # On plain DDP gradients come in other memory at each step, and the last step's must not stay.
+        self._former, self._parts = {} if self._site.update == PLAIN else self._parts, {}
         return set(self._place)
 
     def stats(self) -> dict[str, Any]:
@@ -106,15 +107,15 @@ class RankOneBinding:
             return values
         return self._exchanges.total(values)
 
-    def _rectangles(self, piece: Piece) -> Iterator[Rectangle]:
-        if piece.param not in self._place or piece.start == piece.stop:
+    def _rectangles(self, run: Run) -> Iterator[Rectangle]:
+        if run.param not in self._place or run.start == run.stop:
             return
-        layer, is_bias = self._place[piece.param]
-        run = piece.grad.as_strided((piece.stop - piece.start,), (1,))  # as it lies in memory
+        layer, is_bias = self._place[run.param]
+        flat = run.grad.as_strided((run.stop - run.start,), (1,))  # as it lies in memory
         if is_bias:
-            yield eva_parts.cut_bias(run, piece.start, layer, self._running.vectors)
+            yield eva_parts.cut_bias(flat, run.start, layer, self._running.vectors)
         else:
-            yield from eva_parts.cut_weight(run, piece.start, layer, self._running.vectors)
+            yield from eva_parts.cut_weight(flat, run.start, layer, self._running.vectors)
 
     def _learning_rates(self) -> list[float]:
         """Of each layer, as they stand now."""

@@ -5,6 +5,7 @@ import signal
 
 import compressing
 import pytest
+import test_dense_few_bits
 import torch
 import training
 from compressing import backward, everyones, gradients
@@ -23,6 +24,7 @@ KINDS = {
     "topk": lambda: compress.TopK(density=0.02, slack=50, min_compression_ratio=0.1),
     "sign": compress.SignSGD,
     "int8": lambda: compress.Dense(torch.int8, min_compression_ratio=0.2),
+    "int3": lambda: compress.Dense(torch.int3, min_compression_ratio=0.2),
 }
 
 
@@ -43,13 +45,14 @@ class OneLevel:
         self.errors = [torch.zeros(self.n) for _ in range(NODES)]
         self.owner_error = torch.zeros(self.n)
         self.eight = Golden(self.n, self.shard, NODES, torch.int8)
+        self.three = test_dense_few_bits.Golden(self.n, self.shard, NODES, 3)
 
     def step(self, means):
         if self.kind == "topk":
             return reference.topk_step(means, self.errors, self.owner_error, max(1, round(0.02 * self.n)), self.shard)
         if self.kind == "sign":
             return reference.sign_step(means, self.errors, self.owner_error)
-        return self.eight.step(means)
+        return (self.three if self.kind == "int3" else self.eight).step(means)
 
 
 def as_said(rank, world, kind):

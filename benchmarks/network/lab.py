@@ -31,6 +31,7 @@ class Lab(Ranks):
 
     emulated = True
     name = "emulated network"  # in tables and JSON
+    node_size = 1  # workers in a namespace
     about = "Network: emulated, one namespace per worker, every port limited to the rate given."
 
     def __init__(self, workers: int, rate: str | float | None = None, hosts: int | None = None) -> None:
@@ -77,6 +78,7 @@ class Loopback(Ranks):
 
     emulated = False
     name = "loopback"
+    node_size = 1
     about = "Network: loopback of this machine, no rate limit. An emulated network needs root and iproute2."
     rate: float | None = None
 

@@ -8,7 +8,7 @@ from .lab import Lab
 
 
 class NodesLab(Lab):
-    """A :class:`Lab` whose namespaces are nodes: `each` workers share one, ranks numbered node by node.
+    """A :class:`Lab` whose namespaces are nodes: `node_size` workers share one, ranks numbered node by node.
 
     `rate` limits the port of a node; what its workers say to each other goes over the namespace's own loopback.
     """
@@ -16,15 +16,15 @@ class NodesLab(Lab):
     name = "emulated network of nodes"
     about = "Network: emulated, one namespace per node, its port limited to the rate given, no limit inside it."
 
-    def __init__(self, nodes: int, each: int, rate: str | float | None = None) -> None:
-        if each < 1:
-            raise ValueError(f"nodes of {each} workers are out of range: give at least 1")
-        self.each = each
-        super().__init__(nodes * each, rate, hosts=nodes)
+    def __init__(self, nodes: int, node_size: int, rate: str | float | None = None) -> None:
+        if node_size < 1:
+            raise ValueError(f"nodes of {node_size} workers are out of range: give at least 1")
+        self.node_size = node_size
+        super().__init__(nodes * node_size, rate, hosts=nodes)
 
     def node(self, rank: int) -> int:
         """On which node a rank is."""
-        return rank // self.each
+        return rank // self.node_size
 
     def place(self, rank: int) -> AbstractContextManager[None]:
         return super().place(self.node(rank))
@@ -33,5 +33,5 @@ class NodesLab(Lab):
         return super().address(self.node(rank))
 
     def environment(self, rank: int) -> dict[str, str]:
-        own = {"LOCAL_RANK": str(rank % self.each), "LOCAL_WORLD_SIZE": str(self.each)}
+        own = {"LOCAL_RANK": str(rank % self.node_size), "LOCAL_WORLD_SIZE": str(self.node_size)}
         return super().environment(rank) | own | {"NCCL_HOSTID": f"host {self.node(rank)}"}

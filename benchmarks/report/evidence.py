@@ -9,7 +9,7 @@ from typing import Any
 from .. import losses, records
 from ..records import Source
 from ..training import seeds
-from . import comparison, sweeps
+from . import comparison, sweeps, two_levels
 from .comparison import Cell, Setting
 
 
@@ -27,16 +27,20 @@ class Loss:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was read. `chosen` holds one training cell for each setting and rate."""
+    """What was read. `chosen` holds one training cell for each setting and rate; `nodes` those whose workers share
+    ports, which are in neither of the others."""
 
     sources: list[Source]
     cells: list[Cell]
     chosen: dict[tuple[Setting, str], Cell]
+    nodes: list[Cell]
 
     @classmethod
     def of(cls, read: Sequence[Source]) -> "Evidence":
-        cells = comparison.cells(records.of(read, "training"))
-        return cls(list(read), cells, comparison.chosen(cells))
+        found = comparison.cells(records.of(read, "training"))
+        cells = [cell for cell in found if not two_levels.is_of_nodes(cell)]
+        nodes = [cell for cell in found if two_levels.is_of_nodes(cell)]
+        return cls(list(read), cells, comparison.chosen(cells), nodes)
 
     def of_benchmark(self, benchmark: str) -> list[Source]:
         """Its sources; without those of several learning rates, whose losses are no strategy's alone."""

@@ -5,13 +5,14 @@ from typing import Any
 from rich.console import Console
 
 from ..tables import alarm, note, table, value
-from . import summary, tradeoff
+from . import levels, summary, tradeoff
 from .breakdown import PHASES
 
 
 def show(cell: dict[str, Any], console: Console) -> None:
-    """The step times; then, where they were measured, compression and the breakdown."""
+    """The step times; then, where they were measured, two levels, compression and the breakdown."""
     summary.show(cell, console)
+    levels.show(cell, console)
     tradeoff.show(cell, console)
     show_breakdown(cell, console)
 

@@ -5,7 +5,7 @@ A new one is a class and an entry in KINDS.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -20,7 +20,8 @@ from .workloads import repeated_blocks
 ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in one bucket
 FORMS = (
     "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, dear[:sharded|owned|replicated|auto[:MIB]], "
-    f"COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one of: {spelling.FORMS}"
+    f"auto, COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one of: {spelling.FORMS}; @node behind dear "
+    "or a compressor: in two levels, inside nodes and between them, and @RANKS says how many ranks a node has"
 )
 
 
@@ -29,6 +30,7 @@ class StrategyError(ValueError):
 
 
 Option = tuple[str, Callable[[str], Any]]
+Hierarchy = int | Literal["node"] | None  # as dear.attach takes it
 
 
 def _read(kind: Callable[[str], Any], accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -42,6 +44,7 @@ def _read(kind: Callable[[str], Any], accepts: Callable[[Any], bool]) -> Callabl
 
 SIZE: Option = ("bucket_cap_mb", _read(float, lambda mib: 0 < mib < float("inf")))
 RANK: Option = ("rank", _read(int, lambda rank: 1 <= rank <= 256))
+HIERARCHY = _read(lambda text: text if text == "node" else int(text), lambda found: found == "node" or found > 0)
 UPDATE: Option = ("update", _read(str, ("sharded", "owned", "replicated", "auto").__contains__))
 
 
@@ -56,6 +59,8 @@ class Strategy:
     options: ClassVar[tuple[Option, ...]] = ()
     #: The plain strategy that trains the same: it changes no sum but its rounding. None: no other does.
     same_as: ClassVar[str | None] = None
+    #: Whether it can move in two levels: then it has a field `hierarchy`.
+    has_levels: ClassVar[bool] = False
 
     def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
         raise NotImplementedError
@@ -162,28 +167,47 @@ class Dear(DDP):
     """This library on a DDP module; without a size, the library's default fusion size."""
 
     options = (UPDATE, SIZE)
+    has_levels = True
 
     update: str = "auto"
+    hierarchy: Hierarchy = None
 
     def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
         import dear  # here, so that torch's strategies can be measured where the extension is not built
 
         model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
         own = optimizer(model)
-        return Trainer(model, own, dear.attach(model, listed(own), update=self.update, **self.size()))
+        engine = dear.attach(model, listed(own), update=self.update, hierarchy=self.hierarchy, **self.size())
+        return Trainer(model, own, engine)
+
+
+class Auto(DDP):
+    """What this library chooses by itself among exact methods, in the first 60 steps: warm up for at least as many."""
+
+    options: ClassVar[tuple[Option, ...]] = ()
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        import dear
+
+        model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
+        own = optimizer(model)
+        return Trainer(model, own, dear.attach(model, listed(own), compressor="auto"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed(DDP):
     """DDP with a compressor of this library as its communication hook."""
 
+    has_levels = True
+
     compressor: CompressorName
+    hierarchy: Hierarchy = None
 
     def hook(self, model: DistributedDataParallel, group: dist.ProcessGroup) -> Any:
         import compress
 
         compressor = self.compressor.make()
-        compress.register(model, compressor)
+        compress.register(model, compressor, hierarchy=self.hierarchy)
         return compressor
 
 
@@ -195,7 +219,8 @@ class DearCompressed(Compressed):
 
         model, compressor = self.wrap(net, group), self.compressor.make()
         own = optimizer(model)
-        return Trainer(model, own, dear.attach(model, listed(own), compressor=compressor, **self.size()), compressor)
+        engine = dear.attach(model, listed(own), compressor=compressor, hierarchy=self.hierarchy, **self.size())
+        return Trainer(model, own, engine, compressor)
 
 
 # By the first word of a name. Compressors, which have a word each, are in spelling.py.
@@ -206,6 +231,7 @@ KINDS: dict[str, type[Strategy]] = {
     "ddp+powersgd": DDPPowerSGD,
     "fsdp2": FSDP2,
     "dear": Dear,
+    "auto": Auto,
 }
 
 
@@ -222,15 +248,20 @@ def parse_strategies(text: str) -> list[Strategy]:
 
 def parse_strategy(name: str) -> Strategy:
     """The strategy of that name. Raises StrategyError."""
-    kind, *words = name.split(":")
+    one_level, in_levels, hierarchy = name.partition("@")
+    kind, *words = one_level.split(":")
     try:
+        fixed: dict[str, Any] = {}
         if kind in KINDS:
-            build: Callable[..., Strategy] = KINDS[kind]
-            options, fixed = KINDS[kind].options, {}
+            build = KINDS[kind]
         else:
-            compressor, words = spelling.split_name([kind.removeprefix("dear+"), *words])
+            fixed["compressor"], words = spelling.split_name([kind.removeprefix("dear+"), *words])
             build = DearCompressed if kind.startswith("dear+") else Compressed
-            options, fixed = Compressed.options, {"compressor": compressor}
+        options = build.options
+        if in_levels:
+            if not build.has_levels:
+                raise ValueError("it has one level alone")
+            fixed["hierarchy"] = HIERARCHY(hierarchy)
         if len(words) > len(options):
             raise ValueError("too many options")
         return build(

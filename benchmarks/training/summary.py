@@ -38,8 +38,8 @@ class Row:
     speedup: float | None = None  # best plain DDP's time / ours, paired by round
     exposed: float | None = None  # ours - compute floor, paired by round
     cpu: float | None = None  # process CPU time, mean over ranks
-    sent: float | None = None  # bytes that left one worker's interface, measured
-    computed_communication: float | None = None  # payload bytes / rate
+    sent: float | None = None  # bytes that left one worker's interface, or its node's, measured
+    computed_communication: float | None = None  # payload bytes / rate; of nodes, sent / rate
     of_bound: float | None = None  # max(floor, computed communication) / ours, in percent
     loss: float | None = None  # held-out, after all steps
     seconds_to_loss: float | None = None  # of its own training time, until its smoothed loss is at the target
@@ -47,13 +47,17 @@ class Row:
     is_best_ddp: bool = False
 
 
-def summarise(cell: dict[str, Any], target: float | None = None) -> list[Row]:
-    """One row per strategy of a cell, failed ones included. A target loss of None takes the cell's own."""
+def summarise(cell: dict[str, Any], target: float | None = None, base: dict[str, Any] | None = None) -> list[Row]:
+    """One row per strategy of a cell, failed ones included.
+
+    target: a loss; None takes the cell's own. base: what speed-ups are over; None takes the best plain DDP.
+    """
     strategies = cell["strategies"]
-    best = best_ddp(strategies)
+    best = best_ddp(strategies) if base is None else base
     floor = next((one for one in strategies if one["name"] == "none" and finished(one)), None)
     target = target_loss(cell) if target is None else target
-    return [_row(one, best, floor, parse_rate(cell["rate"]), target) for one in strategies]
+    bits, of_nodes = parse_rate(cell["rate"]), "node_size" in cell
+    return [_row(one, best, floor, bits, target, of_nodes) for one in strategies]
 
 
 def target_loss(cell: dict[str, Any]) -> float | None:
@@ -77,6 +81,7 @@ def _row(
     floor: dict[str, Any] | None,
     bits: float | None,
     target: float | None,
+    of_nodes: bool,
 ) -> Row:
     if not finished(strategy):
         return Row(strategy["name"], failure=strategy["failure"] or "no round was finished")
@@ -84,7 +89,8 @@ def _row(
     median = statistics.median(rounds)
     steps = [ms for block in strategy["blocks"] for ms in slowest_rank(block["ms"])]
     sent = [each for block in strategy["blocks"] for each in block["sent_bytes_per_step"] if each]
-    communication = strategy["payload_bytes_per_step"] * 8 / bits * 1e3 if bits else None
+    carried = statistics.median(sent or [0]) if of_nodes else strategy["payload_bytes_per_step"]
+    communication = carried * 8 / bits * 1e3 if bits else None
     exposed = of_bound = None
     if floor is not None and strategy is not floor:
         floor_rounds = round_times(floor)
@@ -111,7 +117,8 @@ def _row(
 def table(cell: dict[str, Any]) -> Table:
     """The table a person reads, for one cell."""
     plan, target = cell["plan"], target_loss(cell)
-    title = f"{show_rate(cell['rate'])} · {cell['workers']} workers · {cell['network']} · {plan['optimizer']} · "
+    network = f"{cell['network']} of {cell['node_size']}" if "node_size" in cell else cell["network"]
+    title = f"{show_rate(cell['rate'])} · {cell['workers']} workers · {network} · {plan['optimizer']} · "
     variant = f" · {cell['variant']}" if "variant" in cell else ""
     title += f"{plan['rounds']} rounds of {plan['steps']} steps{variant}"
     columns = ["ms/step\nmedian", "p10-p90", "× best\nDDP", "exposed\nms", "CPU ms", "sent", "% of\nbound"]
@@ -144,13 +151,16 @@ def show(cell: dict[str, Any], console: Console) -> None:
     tables.failures(console, rows)
     tables.warn_of_others(console, taken_by_others(cell))
     dense = max((row.computed_communication or 0 for row in rows if is_plain_ddp(row.name)), default=0)
-    communication = ", computed communication" if parse_rate(cell["rate"]) else ""
+    carried, port = "computed communication", "interface"
+    if "node_size" in cell:
+        carried, port = "bytes sent", "port, of all workers of a node"
+    communication = f", {carried}" if parse_rate(cell["rate"]) else ""
     communication += f" (dense: {dense:.0f} ms at this rate)" if dense else ""
     note(
         console,
         "* best DDP of this run, by median. × best DDP: its time / ours, median over rounds; above 1 is faster. "
         "exposed: step - compute floor (none). CPU: process time per step and worker. sent: measured on the "
-        f"interface. bound: max(compute floor{communication}). s to loss: training time from the first step on until "
+        f"{port}. bound: max(compute floor{communication}). s to loss: training time from the first step on until "
         f"the mean training loss of {SMOOTHED_OVER} steps is so low; all reach it. held-out loss: all after the same "
         "number of steps.",
     )

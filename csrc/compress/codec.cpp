@@ -1,6 +1,7 @@
 #include "compress/codec.h"
 
 #include "collectives/shard.h"
+#include "compress/ops/finite.h"
 
 namespace dear::compress {
 
@@ -13,12 +14,12 @@ void DenseCodec::bind(at::Tensor gradient, at::Tensor result) {
 std::optional<Message> DenseCodec::advance(int64_t, size_t stage) {
   switch (stage) {
     case 0:
-      dropped_.copy_(gradient_.isfinite().logical_not_().sum());
+      ops::count_nonfinite(gradient_, dropped_);
       return Message{Phase::kReduceScatter, gradient_, shard_};
     case 1:
       return Message{Phase::kAllGather, result_, {}};
     default:
-      nonfinite_ = result_.isfinite().all().logical_not_();
+      ops::count_nonfinite(result_, nonfinite_);
       return std::nullopt;
   }
 }

@@ -73,7 +73,9 @@ class Codec {
 // Every element, as it is: the first steps, and groups that are not worth compressing.
 class DenseCodec : public Codec {
  public:
-  DenseCodec(at::Device device, int64_t rank, int64_t world) : Codec(device), rank_(rank), world_(world) {}
+  DenseCodec(at::Device device, int64_t rank, int64_t world) : Codec(device), rank_(rank), world_(world) {
+    nonfinite_ = at::zeros_like(dropped_);
+  }
   size_t stages(int64_t) const override { return 2; }
   std::optional<Message> advance(int64_t step, size_t stage) override;
   void bind(at::Tensor gradient, at::Tensor result) override;

@@ -199,7 +199,7 @@ class _Template:
         self._metadata, self._optimizers = metadata, optimizers
         self._names: dict[torch.Tensor, str] = dict(parameter_names(model).items())
         self.wanted: dict[str, Any] = {}
-        by_name = {name: param for param, name in self._names.items()}
+        by_name: dict[str, torch.Tensor] = {name: param for param, name in self._names.items()}
         updated = {param for each in optimizers for group in each.param_groups for param in group["params"]}
         alone = updated - set(reduced_parameters(model))
         kinds: dict[torch.Tensor, dict[str, torch.dtype]] = {}

@@ -12,7 +12,7 @@ namespace dear::compress {
 //   last stage:   all-gather of the results inside the node.
 //
 // So error feedback is of the node's mean, and exists once in a node. What `inner` counts as non-finite is
-// known to the ranks of its place; its results are made NaN, by which the whole node knows.
+// known to the ranks of its place; the first of their results is made NaN, by which the whole node knows.
 class TwoLevelCodec : public Codec {
  public:
   // `owners`: of the group's elements, by place; `place`: of this rank. `inner` works on this place's, one
@@ -37,6 +37,8 @@ class TwoLevelCodec : public Codec {
   const int place_;
   at::Tensor mean_;  // of the node, of this place's members
   at::Tensor own_result_;
+  at::Tensor first_;  // int64: where the results of each place begin that has some
+  at::Tensor lost_;   // int32 [1]: what is not finite in this place's results, where `inner` does not say
 };
 
 }  // namespace dear::compress
