@@ -76,7 +76,8 @@ class Capture:
             def before_backward(grad: Tensor) -> None:
                 if _is_accumulated(accumulator):
                     with torch.no_grad():
-                        self._sink(layer, kept(), grad.detach().reshape(shape))
+                        own = grad if grad.shape == shape else grad.reshape(shape)
+                        self._sink(layer, kept(), own.detach() if own.requires_grad else own)
 
             _in_front_of_changes(output).register_hook(before_backward)
 
@@ -94,7 +95,7 @@ class Capture:
         """What the sink will want of an input, in the backward pass."""
         if self._reduce is not None:
             with torch.no_grad():
-                reduced = self._reduce(layer, x.detach())
+                reduced = self._reduce(layer, x)
             return lambda: reduced
         node: Any = _Keep.apply(self._anchor, x).grad_fn
         return lambda: node.saved_tensors[0].detach()
