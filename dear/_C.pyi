@@ -61,8 +61,8 @@ __all__: list[str] = [
     "fingerprint",
     "finite_message",
     "has_aliases",
-    "mean_of_windows",
     "levelled_words",
+    "mean_of_windows",
     "move_storage",
     "now_ns",
     "orthogonalize_workspace_numel",
@@ -585,15 +585,15 @@ def finite_message(
     parts: collections.abc.Sequence[torch.Tensor],
 ) -> torch.Tensor: ...
 def has_aliases(tensors: collections.abc.Sequence[torch.Tensor]) -> bool: ...
+def levelled_words(
+    shard: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex
+) -> int: ...
 def mean_of_windows(
     image: torch.Tensor,
     windows: collections.abc.Sequence[
         typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(5)"]
     ],
 ) -> torch.Tensor: ...
-def levelled_words(
-    shard: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex
-) -> int: ...
 def move_storage(tensor: torch.Tensor, target: torch.Tensor) -> None: ...
 def now_ns() -> int: ...
 def orthogonalize_workspace_numel(
