@@ -260,7 +260,13 @@ class DenseCodec(Codec):
 
 class TwoLevelCodec(Codec):
     def __init__(
-        self, device: torch.device, inner: Codec, owners: Ownership, place: typing.SupportsInt | typing.SupportsIndex
+        self,
+        device: torch.device,
+        inner: Codec,
+        owners: Ownership,
+        place: typing.SupportsInt | typing.SupportsIndex,
+        readers: collections.abc.Sequence[Codec],
+        between: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
 
 class StartStep:
