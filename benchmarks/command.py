@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
@@ -65,6 +65,17 @@ def listed(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
         if len(set(found)) < len(found):
             raise argparse.ArgumentTypeError(f"{text!r} names something twice: name each once")
         return found
+
+    return parse
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """One of these names."""
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is not known: choose from {', '.join(known)}")
+        return text
 
     return parse
 

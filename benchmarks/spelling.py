@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 FORMS = (
-    "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, int8, fp8, exact, safe, fast; RANK is a "
-    "whole number, a fraction of the smaller side, or how many times fewer elements are sent, such as 4x; "
-    "more options may follow: power:8:start=100:exempt=head+bytes"
+    "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, fp8, int8, int4, int3, int2, "
+    "exact, safe, fast; RANK is a whole number, a fraction of the smaller side, or how many times fewer elements are "
+    "sent, such as 4x; more options may follow: power:8:start=100:exempt=head+bytes"
 )
 
 # Names that earlier versions wrote into results of the collectives, as they begin in JSON.
@@ -109,7 +109,10 @@ def _share(text: str) -> bool:
 
 
 # Dense gradients by kind: what an element is on the wire.
-_DENSE = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}
+_DENSE = {
+    "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn",
+    **{name: name for name in ("int8", "int4", "int3", "int2")},
+}  # fmt: skip
 
 # What any compressor takes, by the word before "=": its option, and what reads the value.
 _MORE: dict[str, tuple[str, Callable[[str], Any]]] = {

@@ -1,6 +1,7 @@
 """Gradient compressors for PyTorch's DistributedDataParallel, with and without the DeAR schedule."""
 
 from compress.acp_sgd import ACPSGD
+from compress.automatic import auto
 from compress.comm_hook import comm_hook, register
 from compress.compressor import Compressor
 from compress.dense import Dense
@@ -18,6 +19,7 @@ __all__ = [
     "PowerSGD",
     "SignSGD",
     "TopK",
+    "auto",
     "comm_hook",
     "preset",
     "register",

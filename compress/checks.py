@@ -13,6 +13,7 @@ from compress.choices import check_matched
 from compress.contract import Contract
 from compress.saved import check_parameters
 from dear import compression
+from dear._names import named_parameters
 
 #: What to do when ranks disagree.
 REMEDY = "configure the compressor alike on every rank"
@@ -29,7 +30,7 @@ def check_new(compressor: Any, model: DDP, caller: str) -> dict[str, Any]:
     compression.check_kind(compressor, caller)
     if compressor.binding is not None:
         raise RuntimeError("This compressor serves a model already, and keeps its state: make another one.")
-    params = dict(model.module.named_parameters())
+    params = dict(named_parameters(model.module))
     check_matched(compressor.patterns, params)
     sizes = {name: param.numel() for name, param in params.items() if param.requires_grad}
     compressor.choose({name: params[name] for name in sizes})

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dear._names import plain
+
 Predicate = Callable[[str, Tensor], bool]
 Selection = str | Iterable[str] | Predicate
 
@@ -47,7 +49,7 @@ class Selected:
             raise ValueError(
                 f"{option} must be names of parameters or a callable of name and parameter, not {given!r}."
             )
-        self.patterns = tuple(patterns)
+        self.patterns = tuple(map(plain, patterns))
 
     def __call__(self, name: str, param: Tensor) -> bool:
         if self._predicate is not None:
@@ -68,7 +70,7 @@ class Assigned:
         self._check = check
         self.by_pattern: dict[str, Any] = {}
         if isinstance(given, Mapping):
-            self.by_pattern = {str(pattern): check(value) for pattern, value in given.items()}
+            self.by_pattern = {plain(str(pattern)): check(value) for pattern, value in given.items()}
 
     @property
     def patterns(self) -> tuple[str, ...]:

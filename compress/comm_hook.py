@@ -54,7 +54,23 @@ def _value(future: Future[Tensor]) -> Tensor:
     return future.value()
 
 
-def register(model: DDP, compressor: Compressor, *, hierarchy: Hierarchy = None) -> None:
+class Registration:
+    """A compressor at work as the hook of a DDP module: what :func:`register` returns."""
+
+    def __init__(self, model: DDP, compressor: Compressor, binding: HookBinding) -> None:
+        self._model, self._compressor, self._binding = model, compressor, binding
+
+    def remove(self) -> None:
+        """Gives the module back to plain DDP. The compressor keeps its state, and may serve a module again.
+
+        Between two steps; every rank must call it. Nothing happens where another one has taken its place.
+        """
+        if self._compressor.binding is self._binding:
+            self._binding.release()
+            self._model._comm_hooks = [hook for hook in self._model._comm_hooks if hook[1] is not self._compressor]
+
+
+def register(model: DDP, compressor: Compressor, *, hierarchy: Hierarchy = None) -> Registration:
     """Makes ``compressor`` the communication hook of a DDP module, natively: no step takes the interpreter lock.
 
     As ``model.register_comm_hook(compressor, compress.comm_hook)``; and it checks first what can be checked, saves
@@ -67,6 +83,9 @@ def register(model: DDP, compressor: Compressor, *, hierarchy: Hierarchy = None)
         compressor: serves no other model.
         hierarchy: ``"node"`` averages inside each node first, and compresses between nodes alone; see
             :func:`dear.attach`.
+
+    Returns:
+        What takes the compressor off again: its ``remove()``, on every rank.
 
     Raises:
         TypeError, ValueError, RuntimeError: this cannot work; one sentence says why, on every rank, and nothing has
@@ -84,6 +103,7 @@ def register(model: DDP, compressor: Compressor, *, hierarchy: Hierarchy = None)
     compressor.process_group = model.process_group
     compressor.levels = TwoLevels.between(find_nodes(model.process_group, hierarchy), model)
     device = next(iter(model.module.parameters())).device
-    compressor.binding = HookBinding(compressor, device, model)
-    compressor.binding.register()
+    compressor.binding = binding = HookBinding(compressor, device, model)
+    binding.register()
     model._comm_hooks.append((comm_hook, compressor))  # as register_comm_hook() does: who has the model has it
+    return Registration(model, compressor, binding)

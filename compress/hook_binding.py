@@ -16,7 +16,7 @@ from compress.choices import check_matched
 from compress.contract import Contract
 from compress.outcome import keep_unused, treat_nonfinite
 from dear import _C, _ddp
-from dear._compiled import enter, uncompiled
+from dear._compiled import enter, leave, uncompiled
 from dear._look_again import Facts
 from dear._own_calls import OwnCalls
 
@@ -64,13 +64,13 @@ class HookBinding(Binding):
         """Makes this the communication hook of the model."""
         model = self._model
         assert model is not None
-        self._names = {id(param): name for name, param in model.module.named_parameters()}
+        self._names = {id(param): name for param, name in _ddp.parameter_names(model).items()}
         reduced = _ddp.reduced_parameters(model)
         self._order = _ddp.in_reducer_order(model, reduced)
         self._learns_graph = model.static_graph and not model._has_rebuilt_buckets
         if self._learns_graph:  # in the order of backward, which DDP would see in its second pass: Note [One layout]
             self._order = _ddp.rebuild_reducer(model, _ddp.reducer_options(model), reduced, self._order[::-1])
-        self._facts = Facts(_ddp.parameter_names(model), reduced)
+        self._facts = Facts(model, _ddp.parameter_names(model), reduced)
         self.native.set_always_ended(_ddp.tracks_unused(model))
         self.calls = _ddp.register_compressed(model, self.native)
         self._begun = self.steps
@@ -83,6 +83,15 @@ class HookBinding(Binding):
                 binding._look_again()
 
         enter(model, look_again, lambda failed: None)
+
+    def release(self) -> None:
+        """Gives the model back to plain DDP; the compressor keeps its state. Collective, between two steps."""
+        model = self._model
+        assert model is not None
+        _ddp.rebuild_reducer(model, _ddp.reducer_options(model), _ddp.reduced_parameters(model))
+        leave(model)
+        self._own_calls.release()
+        self.compressor.initial_step, self.compressor.binding = self.steps, None
 
     def _look_again(self) -> None:
         assert self._model is not None and self.calls is not None

@@ -114,6 +114,51 @@ def quantize_decode(payload: Tensor, shard: int, out: Tensor, floating: bool = F
     _ops.quantize_decode(payload, shard, out, floating)
 
 
+# --- Dense, in 2, 3 or 4 bits ----------------------------------------------------------------------------------------
+
+
+def levels_payload_numel(shard: int, bits: int) -> int:
+    """int32 words of an owner's row: the codes of ``shard`` elements, then 16 bits of a step for each block of 128.
+
+    ``shard`` is a multiple of 512.
+    """
+    return _C.levelled_words(shard, bits)
+
+
+def levels_encode(
+    grad: Tensor, error: Tensor | None, shard: int, payload: Tensor, dropped: Tensor | None, bits: int
+) -> None:
+    """``payload`` [owners, levels_payload_numel(shard, bits)] = ``grad + error`` [n], in 2, 3 or 4 ``bits``.
+
+    ``error`` becomes what that lost. Owner s holds elements [s * shard, (s + 1) * shard). Levels are -k to k, k =
+    2^(bits - 1) - 1, times the step of their block; what is beyond is cut off. Rows of the payload may lie apart. What
+    is beyond 2^118 counts as not finite; without ``error`` (None) that is sent as 0.
+    """
+    _ops.levels_encode(grad, error, shard, payload, dropped, bits)
+
+
+def levels_average(
+    payloads: Tensor,
+    error: Tensor | None,
+    shard: int,
+    out: Tensor,
+    numel: int,
+    dropped: Tensor | None,
+    bits: int,
+) -> None:
+    """:func:`levels_encode` of the mean of every rank's row for one shard, [ranks, words], into one row ``out``.
+
+    ``numel`` is how many elements of the shard exist, and the length of the owner's ``error``. Summed in float32, in
+    order of the ranks.
+    """
+    _ops.levels_average(payloads, error, shard, out, numel, dropped, bits)
+
+
+def levels_decode(payload: Tensor, shard: int, out: Tensor, bits: int) -> None:
+    """``out`` [n] of a gradient type: what the owners' rows ``payload`` [owners, words] say."""
+    _ops.levels_decode(payload, shard, out, bits)
+
+
 # --- Sign -------------------------------------------------------------------------------------------------------------
 
 

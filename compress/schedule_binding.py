@@ -13,7 +13,7 @@ from compress.bound import Bound
 from compress.contract import Contract
 from compress.outcome import keep_unused, treat_nonfinite
 from compress.two_levels import TwoLevels
-from dear import _C
+from dear import _C, _ddp
 from dear._agree import agree
 from dear.compression import Site
 
@@ -32,7 +32,7 @@ class ScheduleBinding(Binding):
         compressor.process_group = site.model.process_group
         compressor.levels = TwoLevels.between(site.nodes, site.model)
         super().__init__(compressor, site.device, lanes=site.lanes, algorithm=site.algorithm)
-        self._names = {id(param): name for name, param in site.model.module.named_parameters()}
+        self._names = {id(param): name for param, name in _ddp.parameter_names(site.model).items()}
         self._optimizer = weakref.ref(site.optimizer)
         self._warming_up = not compressor.start.known
         self._scheduler, self._synchronize = site.scheduler, site.synchronize

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from compress.contract import Contract
 from compress.group import Group, Member
 from compress.lanes import most_exchanges
-from dear import _C
+from dear import _C, _ddp
 from dear._nodes import Nodes
 
 
@@ -37,7 +37,7 @@ class TwoLevels:
             return None
         loads = [0] * len(nodes.inside)
         places = {}
-        for name, param in model.module.named_parameters():
+        for param, name in _ddp.parameter_names(model).items():
             if param.requires_grad:
                 places[name] = loads.index(min(loads))
                 loads[places[name]] += param.numel()
@@ -75,4 +75,5 @@ class TwoLevels:
             None if each is None or place == own else reader_of(compressor, each) for place, each in enumerate(inner)
         ]
         owners = _C.Ownership(group.numel, ranges)
-        group.codec = _C.TwoLevelCodec(group.device, codec, owners, own, readers, between=most_exchanges(compressor))
+        most = most_exchanges(compressor)
+        group.codec = _C.TwoLevelCodec(group.device, codec, owners, own, readers, most)  # type: ignore[arg-type]  # None

@@ -1,6 +1,7 @@
 // Codecs of compressors, for Python.
 #include "bindings.h"
 #include "compress/codecs/half.h"
+#include "compress/codecs/levelled.h"
 #include "compress/codecs/low_rank.h"
 #include "compress/codecs/quantized.h"
 #include "compress/codecs/sign.h"
@@ -68,6 +69,7 @@ void bind_sizes(py::module_& m) {
   m.attr("SIGN_RECORD") = compress::kSignRecord;
   m.attr("SCALE_UNIT") = compress::kScaleUnit;
   m.def("quantized_words", &compress::quantized_words, py::arg("shard"));
+  m.def("levelled_words", &compress::levelled_words, py::arg("shard"), py::arg("bits"));
   m.def("sign_payload_numel", &compress::sign_payload_numel, py::arg("numel"));
   m.def("topk_slot_numel", &compress::slot_words, py::arg("capacity"));
   m.def("topk_workspace_numel", &compress::topk_workspace_numel, py::arg("numel"));
@@ -129,6 +131,11 @@ void bind_codecs(py::module_& m) {
                     OptionalTensor>(),
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
            py::arg("floating"), py::arg("seed"), py::arg("error"), py::arg("owner_error"));
+  py::class_<compress::LevelledCodec, Codec, std::shared_ptr<compress::LevelledCodec>>(m, "LevelledCodec")
+      .def(
+          py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, OptionalTensor, OptionalTensor>(),
+          py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
+          py::arg("bits"), py::arg("error"), py::arg("owner_error"));
   py::class_<compress::TopKCodec, Codec, std::shared_ptr<compress::TopKCodec>>(m, "TopKCodec")
       .def(py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     int64_t, OptionalTensor, OptionalTensor>(),

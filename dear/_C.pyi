@@ -25,6 +25,7 @@ __all__: list[str] = [
     "HalfCodec",
     "HookCalls",
     "Lane",
+    "LevelledCodec",
     "MatrixBatch",
     "MeshLane",
     "Message",
@@ -56,6 +57,7 @@ __all__: list[str] = [
     "checksums",
     "fingerprint",
     "has_aliases",
+    "levelled_words",
     "move_storage",
     "now_ns",
     "orthogonalize_workspace_numel",
@@ -325,6 +327,19 @@ class QuantizedCodec(Codec):
         owner_error: torch.Tensor | None,
     ) -> None: ...
 
+class LevelledCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        shard: typing.SupportsInt | typing.SupportsIndex,
+        owned: typing.SupportsInt | typing.SupportsIndex,
+        bits: typing.SupportsInt | typing.SupportsIndex,
+        error: torch.Tensor | None,
+        owner_error: torch.Tensor | None,
+    ) -> None: ...
+
 class TopKCodec(Codec):
     def __init__(
         self,
@@ -540,6 +555,9 @@ def checksum_each_way(data: bytes, seed: typing.SupportsInt | typing.SupportsInd
 def checksums(tensors: collections.abc.Sequence[torch.Tensor]) -> list[int]: ...
 def fingerprint(tensors: collections.abc.Sequence[torch.Tensor]) -> int: ...
 def has_aliases(tensors: collections.abc.Sequence[torch.Tensor]) -> bool: ...
+def levelled_words(
+    shard: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex
+) -> int: ...
 def move_storage(tensor: torch.Tensor, target: torch.Tensor) -> None: ...
 def now_ns() -> int: ...
 def orthogonalize_workspace_numel(

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dear import _C
 from dear._look_again import check_members
+from dear._names import named_modules, named_parameters
 from dear._optimizer import is_initialized
 from dear._pending import can_be_pending
 
@@ -57,7 +58,7 @@ def check_hookable(model: DDP) -> None:
             '"ddp_optimizer" before the model is wrapped.'
         )
     embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-    sparse = [n for n, module in model.module.named_modules() if isinstance(module, embeddings) and module.sparse]
+    sparse = [n for n, module in named_modules(model.module) if isinstance(module, embeddings) and module.sparse]
     if sparse:
         raise ValueError(
             f"The module {sparse[0] or type(model.module).__name__} makes sparse gradients, which cannot be reduced in "
@@ -130,8 +131,8 @@ def _is_parallel(model: DDP) -> bool:
 
 
 def parameter_names(model: DDP) -> dict[torch.nn.Parameter, str]:
-    """All parameters of the module, and their names in it."""
-    return {param: name for name, param in model.module.named_parameters()}
+    """All parameters of the module, and their plain names in it."""
+    return {param: name for name, param in named_parameters(model.module)}
 
 
 def reduced_parameters(model: DDP) -> list[torch.nn.Parameter]:
@@ -300,9 +301,19 @@ def in_reducer_order(model: DDP, params: Sequence[torch.nn.Parameter]) -> list[t
 
 
 def _numbered(model: DDP, params: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    """The reducer's parameters in DDP's order, without those that came into the model after it was wrapped."""
-    known = set(params)
-    return [param for param in model._build_params_for_reducer()[0] if param in known]
+    """The reducer's parameters in DDP's order, whatever came into the model since it was wrapped, was taken out of it,
+    which DDP has all the same, or was added to those that it ignores."""
+    known, ignored = set(params), model.parameters_to_ignore
+    named = model.module.named_parameters(remove_duplicate=False)
+    reduced = {name for name, param in named if param in known}
+    # DDP's names for those of the root begin with a dot.
+    model.parameters_to_ignore = set(ignored) - reduced - {f".{name}" for name in reduced}
+    try:
+        found = [param for param in model._build_params_for_reducer()[0] if param in known]
+    finally:
+        model.parameters_to_ignore = ignored
+    here = set(found)
+    return found + [param for param in params if param not in here]
 
 
 def used_parameters(model: DDP, parameters: list[torch.nn.Parameter]) -> set[torch.nn.Parameter] | None:

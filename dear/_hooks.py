@@ -21,7 +21,10 @@ from dear._compiled import enter, is_wrapper, leave, settle_all, stand_in_front,
 from dear._pending import Pending, settle
 
 # What is put before methods of a module's own: Python asks an instance before its class.
-GUARDED = ("__deepcopy__", "__reduce_ex__", "join_hook", "compile", "__prepare_scriptable__")
+GUARDED = (
+    "__deepcopy__", "__reduce_ex__", "join_hook", "register_comm_hook", "_register_builtin_comm_hook", "compile",
+    "__prepare_scriptable__",
+)  # fmt: skip
 
 
 def _refusal(sentence: str) -> Any:
@@ -61,14 +64,12 @@ class Hooks:
         self,
         optimizers: Sequence[Optimizer],
         *,
-        before_forward: Callable[[], None],
-        after_forward: Callable[[bool], None],
         before_export: Callable[[], None],
         before_load: Callable[[], None],
         after_load: Callable[[int], None],
     ) -> None:
-        """Puts them on. ``after_forward`` is told whether the pass failed; the last three are of the optimizers'
-        ``state_dict()`` and ``load_state_dict()``, the last one is told which optimizer has loaded."""
+        """Puts on what is called at the optimizers' ``state_dict()`` and ``load_state_dict()``; ``after_load`` is told
+        which optimizer has loaded. And refuses or guards what would copy the hooks."""
 
         def before_load_model(module: Any, state: Any, prefix: str, local_metadata: Any, *_: Any) -> None:
             if local_metadata.get("assign_to_params_buffers"):
@@ -78,11 +79,6 @@ class Hooks:
                 )
 
         keep = self._handles.append
-        enter(self._model, before_forward, after_forward)
-        for module in self._model.module.modules():
-            hook = settle_before_compiled if is_wrapper(module) else settle_parameters
-            keep(module.register_forward_pre_hook(hook, prepend=True))
-            stand_in_front(module)
         for module in self._model.modules():
             keep(module.register_load_state_dict_pre_hook(before_load_model))
             self._guard(module)
@@ -94,10 +90,24 @@ class Hooks:
             "A copy of this DDP module would lose its communication hook without a word: copy model.module or save its "
             "state_dict(), or call engine.detach() first."
         )
+        for name in ("register_comm_hook", "_register_builtin_comm_hook"):
+            self._model.__dict__[name] = _refusal(
+                "This DDP module has a communication hook already, dear.attach()'s, and DDP takes only one: pass a "
+                "compressor to dear.attach(), or call engine.detach() first."
+            )
         self._model.__dict__["join_hook"] = _refusal(
             "model.join() cannot be used with dear.attach(), whose exchanges need every rank: give all ranks the same "
             "number of batches, or call engine.detach() first."
         )
+
+    def watch_forward(self, before: Callable[[], None], after: Callable[[bool], None]) -> None:
+        """Puts on what is called around a forward pass; ``after`` is told whether it failed. And has every module wait
+        for its parameters."""
+        enter(self._model, before, after)
+        for module in self._model.module.modules():
+            hook = settle_before_compiled if is_wrapper(module) else settle_parameters
+            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+            stand_in_front(module)
 
     def _guard(self, module: torch.nn.Module) -> None:
         def copy_without_hooks(memo: Any) -> Any:

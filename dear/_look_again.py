@@ -7,17 +7,25 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C
 
 Param = torch.nn.Parameter
 
 
-class Facts:
-    """Type, place, strides and ``requires_grad`` of every parameter of a model."""
+#: What a DDP module's reducer is built with, and this library relies on. Of its other options DDP reads some in every
+#: pass, as broadcast_buffers, and the rest never again.
+_OPTIONS = ("static_graph", "find_unused_parameters", "process_group")
 
-    def __init__(self, names: dict[Param, str], reduced: Iterable[Param]) -> None:
+
+class Facts:
+    """Type, place, strides and ``requires_grad`` of every parameter of a model, and how DDP was built."""
+
+    def __init__(self, model: DDP, names: dict[Param, str], reduced: Iterable[Param]) -> None:
         """``reduced``: those whose gradients DDP reduces."""
+        self._options = model.__dict__
+        self._built = [self._options[name] for name in _OPTIONS]
         self._names = names
         self._params = list(names)
         self._reduced = set(reduced)
@@ -33,15 +41,29 @@ class Facts:
 
     def changed(self) -> bool:
         """Whether anything has. Cheap: some 20 ns a parameter."""
-        return bool(_C.fingerprint(self._params) != self._fingerprint)
+        return self._changed_option() is not None or bool(_C.fingerprint(self._params) != self._fingerprint)
+
+    def _changed_option(self) -> str | None:
+        for name, built in zip(_OPTIONS, self._built, strict=True):
+            if self._options[name] is not built:
+                return name
+        return None
 
     def check(self) -> None:
-        """Refuses changes that DDP could not follow: its buckets have the type and the strides of the parameters.
+        """Refuses changes that DDP could not follow: its buckets have the type and the strides of the parameters, and
+        its reducer is built once.
 
         Raises:
             RuntimeError: a reduced parameter has another type or other strides, is on another device, or had another
-                type meanwhile.
+                type meanwhile; or DDP has got another option.
         """
+        option = self._changed_option()
+        if option is not None:
+            raise RuntimeError(
+                f"The {option} of the DistributedDataParallel module was changed while this library is under it, which "
+                "has built its own reducer with the one before: set it where the model is wrapped, or at least before "
+                "dear.attach() or compress.register()."
+            )
         known = zip(self._params, self._strides, self._types, self._accumulators, strict=True)
         for param, stride, kind, accumulator in known:
             if param not in self._reduced:

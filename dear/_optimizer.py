@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import types
 import weakref
 from collections import OrderedDict
@@ -114,7 +115,7 @@ class UserOptimizer:
     def has_other_members(self) -> bool:
         """Whether parameters were added, removed or regrouped since :meth:`note_members`."""
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
-        return sizes != self._sizes or any(a is not b for a, b in zip(self.listed(), self.params, strict=True))
+        return sizes != self._sizes or any(map(operator.is_not, self.listed(), self.params))
 
     def note_members(self) -> None:
         """Takes its parameters and groups as they are now."""
@@ -143,13 +144,25 @@ class UserOptimizer:
         return [{key: copied(value) for key, value in group.items()} for group in self.optimizer.param_groups]
 
     def run(self, groups: Groups, state: Any) -> None:
-        """One step on these groups with this state, without the user's hooks."""
+        """One step on these groups with this state, without the user's hooks.
+
+        Raises:
+            RuntimeError: the first one has drawn random numbers: ranks that update different parameters would draw
+                other ones than DDP's replicas, which draw the same, and their generators would part.
+        """
         kept = self.optimizer.param_groups, self.optimizer.state
         self.optimizer.param_groups, self.optimizer.state = groups, state
+        device = groups[0]["params"][0].device
+        before = _generators(device) if self.is_first_update else []
         try:
             self.run_all(None)
         finally:
             self.optimizer.param_groups, self.optimizer.state = kept
+        if self.is_first_update and not all(map(torch.equal, before, _generators(device))):
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__}.step() draws random numbers, and each rank would draw others for the "
+                'parameters that it updates: use update="replicated".'
+            )
 
     def run_all(self, closure: Callable[[], Any] | None) -> Any:
         """One step on everything, without the user's hooks."""
@@ -183,3 +196,9 @@ class UserOptimizer:
         for hook in after:
             hook(self.optimizer, arguments, options)
         return result
+
+
+def _generators(device: torch.device) -> list[torch.Tensor]:
+    """The states of the default generators that an update there may draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -61,7 +61,7 @@ class OwnedUpdate(ShardedUpdate):
         return balanced_group_bytes([requirements.unit(param, 0, 0) for param in reversed(params)], world)
 
     def owners(self, layout: Layout) -> list[_C.Ownership]:
-        requirements, preconditioning = self._requirements(), self.attached.preconditioning
+        requirements, preconditioning = _requirements(self.attached), self.attached.preconditioning
         self._assignment = Assignment(self.attached.world)
         for places in layout.groups:
             self._assignment.add_group([requirements.unit(place.param, place.bucket, place.start) for place in places])
@@ -69,17 +69,14 @@ class OwnedUpdate(ShardedUpdate):
         preconditioning.assigned({p: ranks[number] for number, team in enumerate(teams) for p in team.params})
         return [_C.Ownership(full.numel(), self._assignment.ranges(bucket)) for bucket, full in enumerate(layout.full)]
 
-    def _requirements(self) -> _Requirements:
-        optimizers = [user.optimizer for user in self.attached.users]
-        return _Requirements(optimizers, self.attached.preconditioning.teams)
-
-    def whole(self) -> set[Param]:
-        return self._requirements().whole
+    @staticmethod
+    def whole(attached: Attached) -> set[Param]:
+        return _requirements(attached).whole
 
     def parameters_changed(self, members: bool) -> None:
         layout = self.attached.layout
         if members and layout is not None:
-            whole = self.whole()
+            whole = self.whole(self.attached)
             for place in layout.places:
                 if place.param in whole and _owners_of(layout.owners[place.bucket], place.start, place.stop) > 1:
                     raise RuntimeError(
@@ -118,6 +115,10 @@ class _Requirements:
         cost += self._shared.get(param, 0.0)
         stop = start + param.numel()
         return Unit(bucket, start, stop, param.element_size(), cost, whole, self._teams.get(param))
+
+
+def _requirements(attached: Attached) -> _Requirements:
+    return _Requirements([user.optimizer for user in attached.users], attached.preconditioning.teams)
 
 
 def _owners_of(owners: _C.Ownership, start: int, stop: int) -> int:

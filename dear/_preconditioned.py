@@ -13,7 +13,7 @@ from dear._attached import Attached
 from dear._context import StepContext, ordinary
 from dear._layout import Segment
 from dear._sharded_gradients import ShardedGradients
-from dear.preconditioning import Piece
+from dear.preconditioning import Run
 
 
 class Preconditioning:
@@ -34,16 +34,16 @@ class Preconditioning:
             binding.begin()
             for group, segments in enumerate(by_group):
                 attached.scheduler.wait_reduced(group)
-                binding.precondition(list(_pieces(segments, attached)))
+                binding.precondition(list(_runs(segments, attached)))
             changed = binding.end()
         self._gradients.changed_by_update(changed)
 
 
-def _pieces(segments: Sequence[Segment], attached: Attached) -> Iterator[Piece]:
+def _runs(segments: Sequence[Segment], attached: Attached) -> Iterator[Run]:
     for segment in segments:
         grad = segment.tensor.grad
         if grad is None or not segment.is_used(attached.unused):
             continue
         for place in segment.places:
             start, stop = max(segment.start, place.start), min(segment.stop, place.stop)
-            yield Piece(place.param, start - place.start, stop - place.start, segment.slot(place, grad))
+            yield Run(place.param, start - place.start, stop - place.start, segment.slot(place, grad))

@@ -18,6 +18,7 @@ resuming takes another branch of the model. With a static graph DDP would note t
 from __future__ import annotations
 
 import weakref
+from typing import ClassVar
 
 import torch
 
@@ -39,14 +40,21 @@ from dear._update import Request, Update
 class Schedule:
     """A DDP module with the native scheduler as its hook."""
 
+    watches_forward: ClassVar[bool] = True  #: whether it is to be told when a forward pass begins and ends
+
     def __init__(self, attached: Attached, update: Update, bucket_cap_mb: float) -> None:
         self._attached, self._update = attached, update
         self._group_bytes = int(bucket_cap_mb * MIB)
         self._forward: ForwardOrder | None = None  # None until there is a pass to watch
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
         self._kept: Placeholders = []  # that stood in .grad when a forward pass began, whose step is still to come
-        self._facts = Facts(attached.names, attached.params)
+        self._facts = Facts(attached.model, attached.names, attached.params)
         self.bucket_order = BucketOrder(attached)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Puts the hook into a reducer of its own. Collective."""
+        attached = self._attached
         model, scheduler = attached.model, attached.scheduler
         # The scheduler must not keep the engine alive: it is owned by the reducer, the reducer by the model.
         me = weakref.ref(self)

@@ -16,8 +16,8 @@ copy of the model more.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -146,10 +146,9 @@ class Update(ABC):
 
     # --- the optimizer's state ---
 
-    @contextmanager
-    def full_state(self) -> Iterator[None]:
+    def full_state(self) -> AbstractContextManager[None]:
         """``optimizer.state`` is the full state inside, of every optimizer. Collective where it is held in parts."""
-        yield
+        return nullcontext()
 
     def show_full_state(self) -> None:  # noqa: B027 - not every strategy needs it
         """``optimizer.state`` is the full state until the next step, or :meth:`hide_full_state`. Collective where it is

@@ -4,52 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear import _C, _ddp, preconditioning
 from dear._agree import agree
-from dear._attached import Attached, weakly
+from dear._assembly import STRATEGIES, Ground, Setting, choose_strategy, usual_cap
 from dear._context import StepContext, ordinary
-from dear._fusion import MIB, check_cap
+from dear._fusion import check_cap
 from dear._look_again import overlapping
-from dear._nodes import Nodes, check_hierarchy, find_nodes, make_levelled_lane
+from dear._nodes import check_hierarchy, find_nodes
 from dear._optimizer import UserOptimizer, unwrapped
-from dear._owned import OwnedUpdate
-from dear._pending import Barrier
 from dear._replicas import check_interval
 from dear._replicated import ReplicatedUpdate
-from dear._schedule import Schedule
-from dear._sharded import ShardedUpdate
-from dear._update import Request, Update
-from dear.collectives import Algorithm, choose_algorithm, group_timeout
-from dear.compression import Compressor, Site, Uncompressed, check_kind
+from dear._update import Request
+from dear.choosing import Chooser, Steering, auto, is_chooser
+from dear.collectives import choose_algorithm
+from dear.compression import Compressor, check_kind
 from dear.engine import Engine
-
-#: In the order in which ``update="auto"`` tries them.
-STRATEGIES: dict[str, type[Update]] = {kind.kind: kind for kind in (ShardedUpdate, OwnedUpdate, ReplicatedUpdate)}
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What was decided, equal on every rank."""
-
-    strategy: type[Update]
-    bucket_cap_mb: float
-    algorithm: Algorithm
-    device: torch.device
 
 
 def attach(
     model: DDP,
     optimizer: Optimizer | Sequence[Optimizer],
     *,
-    compressor: Compressor | None = None,
+    compressor: Compressor | Chooser | Literal["auto"] | None = None,
     preconditioner: preconditioning.Preconditioner | None = None,
     update: str = "auto",
     bucket_cap_mb: float | Literal["auto"] = "auto",
@@ -71,6 +53,9 @@ def attach(
             rank, each its own parameters.
         compressor: shrinks what both halves send, such as ``compress.ACPSGD(rank=4)``; its second phase moves under
             the next forward pass, and the update is replicated. A gradient that is not finite shows at ``step()``.
+            ``"auto"`` chooses while training goes on, in at most 60 steps, among exact methods: update strategies,
+            sizes of fusion groups, and plain DDP; ``compress.auto(loss=0.03)`` opens compressors, too. What is given as
+            ``update`` or ``bucket_cap_mb`` stays. See "Planning".
         preconditioner: changes each layer's averaged gradient before the optimizer uses it, such as
             ``precondition.DPKFAC()``. Not with a compressor.
         update: ``"sharded"``: each rank updates its shard of the parameters between the halves, and the updated
@@ -109,7 +94,9 @@ def attach(
     """
     _ddp.check_kind(model, "dear.attach()")
     group = process_group if process_group is not None else model.process_group
-    plans: list[_Plan] = []
+    grounds: list[Ground] = []
+    settings: list[Setting] = []
+    choosers: list[tuple[Chooser, Steering]] = []
     optimizers = tuple(map(unwrapped, optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,)))
 
     def look() -> dict[str, Any]:
@@ -118,30 +105,45 @@ def attach(
         _ddp.check(model, optimizers, process_group)
         check_hierarchy(hierarchy)
         known: dict[str, Any] = {"the compressor": None}
-        if compressor is not None:
-            check_kind(compressor, "dear.attach()")
-            known = compressor.check_new(model, "dear.attach()")
+        chooser, given = _chooser_of(compressor)
+        if chooser is not None:
+            if preconditioner is not None or hierarchy is not None:
+                raise ValueError(
+                    'compressor="auto" chooses among methods without a preconditioner and on one level: leave '
+                    "preconditioner and hierarchy out, or leave compressor out."
+                )
+            known = chooser.check_new(model, "dear.attach()")
+        if given is not None:
+            check_kind(given, "dear.attach()")
+            known = given.check_new(model, "dear.attach()")
         teams: Sequence[preconditioning.Team] = ()
         served: Sequence[str] = tuple(STRATEGIES)
         if preconditioner is not None:
             preconditioning.check_kind(preconditioner, "dear.attach()")
             known |= preconditioner.check_new(model, optimizers, "dear.attach()")
             served, teams = preconditioner.updates, preconditioner.teams(model)
-        request = Request(optimizers, compressor is not None, overlapping(_ddp.parameter_names(model)), teams)
+        request = Request(optimizers, given is not None, overlapping(_ddp.parameter_names(model)), teams)
         strategy = choose_strategy(request, update, served)
         cap = bucket_cap_mb
-        params = _ddp.reduced_parameters(model)
         if cap == "auto":
-            ratio = 1.0 if compressor is None else compressor.usual_ratio
-            cap = strategy.usual_group_bytes(request, params, group.size(), ratio) / MIB
+            cap = usual_cap(strategy, request, model, group.size(), 1.0 if given is None else given.usual_ratio)
         check_cap(cap)
         check_interval(check_replicas)
-        device = params[0].device
-        plan = _Plan(strategy, cap, choose_algorithm(group, device, algorithm), device)
-        plans.append(plan)
-        known |= dataclasses.asdict(plan) | {"update": strategy.kind}
-        del known["strategy"], known["device"]
+        device = _ddp.reduced_parameters(model)[0].device
+        users = [UserOptimizer(each) for each in optimizers]
+        algorithm_chosen = choose_algorithm(group, device, algorithm)
+        ground = Ground(model, users, group, device, algorithm_chosen, None, preconditioner)
+        setting = Setting(strategy.kind, cap, given)
+        if chooser is not None:
+            steering = Steering(ground, setting, update=update, tunes_cap=bucket_cap_mb == "auto")
+            choosers.append((chooser, steering))
+            setting = steering.setting = chooser.first(steering) or setting
+        grounds.append(ground)
+        settings.append(setting)
         return known | {
+            "bucket_cap_mb": setting.bucket_cap_mb,
+            "algorithm": algorithm_chosen,
+            "update": setting.update,
             "optimizer": ", ".join(type(each).__name__ for each in optimizers),
             "overlap_forward": overlap_forward,
             "check_replicas": check_replicas,
@@ -149,13 +151,22 @@ def attach(
         }
 
     agree(model.process_group, look, "every rank must call dear.attach() with the same arguments")
-    nodes = find_nodes(group, hierarchy)
-    with ordinary(StepContext(plans[0].device, grad=False)):
-        if not plans[0].strategy.gathers_gradients:  # it hands each rank's part of the parameters to all
+    ground, setting = grounds[0], settings[0]
+    ground = dataclasses.replace(ground, nodes=find_nodes(group, hierarchy))
+    with ordinary(StepContext(ground.device, grad=False)):
+        if setting.update != ReplicatedUpdate.kind:  # each rank's part of the parameters is handed to all
             _check_equal(model)
-        return _assemble(
-            model, optimizers, group, compressor, preconditioner, plans[0], nodes, overlap_forward, check_replicas
-        )
+        engine = Engine(ground.assemble(setting), overlap_forward=overlap_forward, check_replicas=check_replicas)
+        for chooser, steering in choosers:
+            steering.begin(engine, chooser)
+    return engine
+
+
+def _chooser_of(compressor: Any) -> tuple[Chooser | None, Compressor | None]:
+    """What was given, as either."""
+    if isinstance(compressor, str) and compressor == "auto":
+        return auto(), None
+    return (compressor, None) if is_chooser(compressor) else (None, compressor)
 
 
 def _check_equal(model: DDP) -> None:
@@ -171,76 +182,3 @@ def _check_equal(model: DDP) -> None:
         return {f"the values of the parameter {names[param]}": total for param, total in each}
 
     agree(model.process_group, sums, "give every rank the same ones before dear.attach(), as building DDP does")
-
-
-def choose_strategy(request: Request, update: str, served: Sequence[str] = tuple(STRATEGIES)) -> type[Update]:
-    """The strategy that ``update`` names, or the first one that can serve the request.
-
-    served: the names of those that a preconditioner can work under, in the order in which they are tried.
-
-    Raises:
-        ValueError: an unknown name, or a strategy that cannot serve it.
-    """
-    if update == "auto":
-        found = next((name for name in served if STRATEGIES[name].suits(request)), None)
-        update = found if found is not None else ReplicatedUpdate.kind
-    if update not in STRATEGIES:
-        names = ", ".join(f'"{name}"' for name in STRATEGIES)
-        raise ValueError(f'update must be "auto" or one of {names}, not {update!r}.')
-    if update not in served:
-        raise ValueError(
-            f'A preconditioner changes gradients where their owners are, and update="{update}" has none, nor has a '
-            "compressor: leave both out, or leave preconditioner out of dear.attach(), call precondition.register(), "
-            "and preconditioner.step() between backward() and optimizer.step()."
-        )
-    refusal = STRATEGIES[update].refusal(request)
-    if refusal is not None:
-        raise ValueError(refusal)
-    return STRATEGIES[update]
-
-
-def _assemble(
-    model: DDP,
-    optimizers: Sequence[Optimizer],
-    group: dist.ProcessGroup,
-    compressor: Compressor | None,
-    preconditioner: preconditioning.Preconditioner | None,
-    plan: _Plan,
-    nodes: Nodes | None,
-    overlap_forward: bool,
-    check_replicas: int,
-) -> Engine:
-    """Makes the parts. Collective."""
-    timeout = group_timeout(group, plan.device)
-    gather_lane = make_levelled_lane(group, "all-gather", plan.algorithm, timeout, nodes)
-    reduce_lane = make_levelled_lane(group, "reduce-scatter", plan.algorithm, timeout, nodes)
-    scheduler = _C.Scheduler(reduce_lane, gather_lane, plan.strategy.gathers_gradients)
-    attached = Attached(
-        model=model,
-        users=[UserOptimizer(optimizer) for optimizer in optimizers],
-        group=group,
-        device=plan.device,
-        params=_ddp.reduced_parameters(model),
-        names=_ddp.parameter_names(model),
-        scheduler=scheduler,
-        gather_lane=gather_lane,
-        barrier=Barrier(),
-        compression=Uncompressed(),
-    )
-    if compressor is not None:
-        lanes = [reduce_lane, gather_lane]
-        wait = weakly(attached, Attached.synchronize)
-        attached.compression = compressor.bind_to_schedule(
-            Site(model, optimizers[0], plan.device, lanes, plan.algorithm, scheduler, wait, nodes)
-        )
-    if preconditioner is not None:
-        attached.preconditioning = preconditioner.bind_to_schedule(
-            preconditioning.Site(
-                model.module, attached.params, optimizers, group, plan.device, plan.strategy.kind, reduce_lane,
-                gather_lane,
-            )
-        )  # fmt: skip
-    update = plan.strategy(attached)
-    attached.barrier.finish = update.finish
-    schedule = Schedule(attached, update, plan.bucket_cap_mb)
-    return Engine(attached, schedule, update, overlap_forward=overlap_forward, check_replicas=check_replicas)

@@ -4,8 +4,8 @@ A line carries one message of n bytes in ``alpha + beta n`` seconds. From a line
 N of a gradient follow the times of collectives ("alpha-beta model", Hockney 1994; for the ring: Patarasu and Yuan,
 "Bandwidth optimal all-reduce algorithms", 2009; Thakur, Rabenseifner and Gropp, "Optimization of collective
 communication operations in MPICH", 2005). A measured collective is fitted by a line of its own (:func:`fit`), which
-then stands for all P workers together. From such lines follow step times (:func:`step_seconds`), and which way of
-exchanging gradients, at which fusion size, should be fastest (:func:`plan`).
+then stands for all P workers together. From such lines follow step times (:func:`step_seconds`). ``python -m dear
+plan`` simulates steps instead, with more of what a step is made of, and is tested against these formulas.
 
 What the model leaves out: computing that is slowed down by communication, several exchanges at once, stragglers.
 Whatever comes from here is predicted, and must be called so wherever it is shown.
@@ -14,7 +14,7 @@ Whatever comes from here is predicted, and must be called so wherever it is show
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -186,33 +186,3 @@ def step_seconds(workload: Workload, exchange: Exchange) -> float:
         gathered += exchange.second.seconds(bucket)
         forward = max(forward, gathered) + workload.forward * bucket / workload.bytes
     return forward
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One way of exchanging gradients at one fusion size. ``seconds`` of a step is predicted, not measured."""
-
-    method: str
-    fusion_bytes: float
-    seconds: float
-
-
-def plan(workload: Workload, exchanges: Mapping[str, Exchange], fusion_bytes: Sequence[float]) -> list[Prediction]:
-    """Every method at every fusion size, the one that is predicted to be fastest first.
-
-    Args:
-        workload: whose own buckets are regrouped.
-        exchanges: what each method costs, from :func:`fit` of measured times at the number of workers in question.
-        fusion_bytes: the sizes to choose from.
-
-    Raises:
-        ValueError: nothing to choose from.
-    """
-    if not exchanges or not fusion_bytes:
-        raise ValueError("There is nothing to choose from: give one method and one fusion size at least.")
-    made = [
-        Prediction(name, cap, step_seconds(workload.fused(cap), exchange))
-        for name, exchange in exchanges.items()
-        for cap in fusion_bytes
-    ]
-    return sorted(made, key=lambda each: each.seconds)

@@ -7,43 +7,55 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from dear import _ddp, _grads
+from dear._assembly import Parts
 from dear._attached import Attached
 from dear._context import StepContext, ordinary
 from dear._fusion import MIB, check_cap
 from dear._hooks import Hooks
 from dear._replicas import check_replicas
-from dear._schedule import Schedule
 from dear._update import Update
 from dear.compression import Compressor
 from dear.preconditioning import Preconditioner
 
 
+class Steered(Protocol):
+    """What changes an engine's setting by itself: see :class:`dear.choosing.Steering`."""
+
+    @property
+    def plan(self) -> dict[str, Any] | None: ...
+
+    def before_forward(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
 class Engine:
     """The schedule at work. Made by :func:`dear.attach`. Not thread-safe: use it from the training thread."""
 
-    def __init__(
-        self, attached: Attached, schedule: Schedule, update: Update, *, overlap_forward: bool, check_replicas: int
-    ) -> None:
-        self._attached, self._schedule, self._update = attached, schedule, update
+    def __init__(self, parts: Parts, *, overlap_forward: bool, check_replicas: int) -> None:
+        self._attached, self._schedule, self._update = parts.attached, parts.schedule, parts.update
+        attached = self._attached
+        self._steering: Steered | None = None
         self._overlap, self._check_replicas = overlap_forward, check_replicas
         self._steps = 0
         self._last_waits = (0, 0)
+        self._sent_before = 0  # bytes, by parts that others have taken the place of
         self._detached = False
         self._hooks = Hooks(attached.model)
         self._hooks.install(
             [user.optimizer for user in attached.users],
-            before_forward=schedule.before_forward,
-            after_forward=schedule.after_forward,
-            before_export=self._before_export,
+            before_export=lambda: _check_export(self._attached, self._update),
             before_load=self.synchronize,
-            after_load=update.state_was_loaded,
+            after_load=lambda number: self._update.state_was_loaded(number),
         )
+        if parts.schedule.watches_forward:
+            self._hooks.watch_forward(self._before_forward, lambda failed: self._schedule.after_forward(failed))
         self._steppers = [_Stepper(self, number) for number in range(len(attached.users))]
         for user, stepper in zip(attached.users, self._steppers, strict=True):
             user.take_over(stepper.step)
@@ -75,6 +87,12 @@ class Engine:
         return self._attached.preconditioning.preconditioner
 
     @property
+    def plan(self) -> dict[str, Any] | None:
+        """What ``compressor="auto"`` has chosen, as JSON can hold it, for ``compress.auto(plan=...)`` next time; None
+        without it, and until it has chosen."""
+        return self._steering.plan if self._steering is not None else None
+
+    @property
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return self._attached.device
@@ -97,6 +115,11 @@ class Engine:
         self._schedule.group_bytes = int(value * MIB)
 
     # --- the step ---
+
+    def _before_forward(self) -> None:
+        if self._steering is not None:
+            self._steering.before_forward()
+        self._schedule.before_forward()
 
     def _step(self, number: int, closure: Callable[[], Any] | None) -> Any:
         """What ``optimizer.step`` of one of the optimizers does."""
@@ -231,10 +254,6 @@ class Engine:
                 user.optimizer.load_state_dict(state)
         self._schedule.bucket_order.load(list(state_dict.get("bucket_order", [])))
 
-    def _before_export(self) -> None:
-        self.synchronize()
-        self._update.check_export()
-
     # --- looking on ---
 
     def stats(self) -> dict[str, Any]:
@@ -248,7 +267,7 @@ class Engine:
         reduce_ns, gather_ns = self._last_waits
         return {
             "steps": self._steps,
-            "bytes_sent": self._attached.scheduler.bytes_sent(),
+            "bytes_sent": self._sent_before + self._attached.scheduler.bytes_sent(),
             "exposed_ms": (reduce_ns + gather_ns) / 1e6,
             "wait_reduce_scatter_ms": reduce_ns / 1e6,
             "wait_all_gather_ms": gather_ns / 1e6,
@@ -289,19 +308,30 @@ class Engine:
         if attached.scheduler.has_gradients():
             self._schedule.unclaimed()
         with ordinary(StepContext(attached.device)):
-            self._show_averages()
+            _show_averages(attached, self._update)
             self._update.release()
             self._release()
             self._schedule.restore_reducer()
 
-    def _show_averages(self) -> None:
-        """``.grad`` is what plain DDP would have left there. Collective."""
-        attached = self._attached
-        found = attached.look_at_all_grads()
-        averages = self._update.averaged_gradients() if found.reduced else {}
-        for param, _ in attached.placeholders:
-            if param not in found.own and param.grad is not None:
-                param.grad = averages.get(param)
+    def _replace(self, make: Callable[[], Parts]) -> None:
+        """Goes on with other parts, which ``make`` makes, from a step boundary on; the user's handle stays. Collective.
+
+        What stood in ``.grad`` is plain then, and the next layout has the order of this one's buckets.
+        """
+        attached, order = self._attached, self._schedule.bucket_order.names()
+        self.synchronize()
+        with ordinary(StepContext(attached.device)):
+            _show_averages(attached, self._update)
+            self._update.release()
+            self._schedule.release()
+            attached.compression.release()
+            self._schedule.restore_reducer()
+        with ordinary(StepContext(attached.device, grad=False)):
+            parts = make()
+        self._sent_before += attached.scheduler.bytes_sent()
+        self._attached, self._schedule, self._update = parts.attached, parts.schedule, parts.update
+        self._schedule.bucket_order.load(order)
+        self._last_waits = (0, 0)
 
     def __enter__(self) -> Engine:
         return self
@@ -319,6 +349,8 @@ class Engine:
         self._detached = True
         atexit.unregister(self._at_exit)
         self._hooks.remove()
+        if self._steering is not None:
+            self._steering.release()
         self._schedule.release()
         self._attached.compression.release()
         self._attached.preconditioning.release()
@@ -339,6 +371,20 @@ class _Stepper:
         engine = self._engine()
         assert engine is not None
         return engine._step(self._number, closure)
+
+
+def _check_export(attached: Attached, update: Update) -> None:
+    attached.synchronize()
+    update.check_export()
+
+
+def _show_averages(attached: Attached, update: Update) -> None:
+    """``.grad`` is what plain DDP would have left there. Collective."""
+    found = attached.look_at_all_grads()
+    averages = update.averaged_gradients() if found.reduced else {}
+    for param, _ in attached.placeholders:
+        if param not in found.own and param.grad is not None:
+            param.grad = averages.get(param)
 
 
 def _finish_at_exit(engine: weakref.ref[Engine]) -> None:

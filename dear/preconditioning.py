@@ -27,7 +27,7 @@ class Team:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Run:
     """Elements ``[start, stop)`` of a parameter, in the order of its memory, and where their averaged gradient is: of a
     whole parameter in its shape, otherwise flat."""
 
@@ -72,9 +72,9 @@ class Binding(Protocol):
     def begin(self) -> None:
         """A step begins. Its gradients may still be on their way. Collective."""
 
-    def precondition(self, pieces: Sequence[Piece]) -> None:
+    def precondition(self, runs: Sequence[Run]) -> None:
         """Changes averaged gradients in place, where they can be: once for each fusion group, in the order of their
-        reductions, with this rank's pieces of it. A team may come in two of them."""
+        reductions, with this rank's runs of it. A team may come in two of them."""
 
     def end(self) -> set[Param]:
         """All of this rank's gradients have come. Collective; what could not be changed before is changed here, and
@@ -121,7 +121,7 @@ class Unpreconditioned:
 
     def begin(self) -> None: ...
 
-    def precondition(self, pieces: Sequence[Piece]) -> None: ...
+    def precondition(self, runs: Sequence[Run]) -> None: ...
 
     def end(self) -> set[Param]:
         return set()

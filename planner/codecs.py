@@ -6,6 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import compress
+from compress.ranks import Rank, rank_for
 
 from .profile import Piece
 
@@ -73,7 +79,7 @@ class TopK(Codec):
 class LowRank(Codec):
     """Factors of each matrix: both in turn within a step, or one a step. What would not shrink travels dense."""
 
-    rank: int = 4
+    rank: Rank = 4
     both: bool = True
     factor_bytes: int = 2
 
@@ -83,13 +89,17 @@ class LowRank(Codec):
             elements = math.prod(piece.shape)
             rows = piece.shape[0] if len(piece.shape) > 1 else elements
             columns = elements // rows
-            rank = min(self.rank, rows, columns)
+            rank = rank_for(self.rank, rows, columns, 1 / 8 if self.both else 1 / 4, self._each(rows + columns))
             if len(piece.shape) < 2 or rank * (rows + columns) >= elements:
                 dense += piece.bytes
             else:
                 left += rank * rows * self.factor_bytes
                 right += rank * columns * self.factor_bytes
         return (left + dense, right) if self.both else ((left + right) / 2 + dense,)
+
+    def _each(self, sides: int) -> float:
+        """Elements that a rank of 1 sends in a step."""
+        return sides if self.both else sides / 2
 
     @property
     def shrinks(self) -> float:
@@ -121,10 +131,37 @@ def codec(name: str) -> Codec:
                 return TopK(name, f"compress.TopK(density={option})", float(option))
             case "power" | "acp":
                 kind_name = {"power": "PowerSGD", "acp": "ACPSGD"}[kind]
-                return LowRank(name, f"compress.{kind_name}(rank={option})", int(option), both=kind == "power")
+                rank = _rank(option)
+                return LowRank(name, f"compress.{kind_name}(rank={rank!r})", rank, both=kind == "power")
     except ValueError:
         pass
     raise ValueError(
         f"Compressor {name!r} is not known: name dense, bf16, fp16, int8, fp8, sign, topk:DENSITY, power:RANK or "
         "acp:RANK."
     )
+
+
+def _rank(option: str) -> Rank:
+    """8, 0.125 and 4.5x. Raises ValueError."""
+    if option.isdigit():
+        return int(option)
+    return option if option.endswith("x") and float(option[:-1]) > 1 else float(option)
+
+
+def compressor(name: str) -> Any:
+    """A new one, of the name that :func:`codec` takes. Raises ValueError."""
+    codec(name)
+    kind, _, option = name.partition(":")
+    match kind:
+        case "power":
+            return compress.PowerSGD(rank=_rank(option))
+        case "acp":
+            return compress.ACPSGD(rank=_rank(option))
+        case "topk":
+            return compress.TopK(density=float(option))
+        case "sign":
+            return compress.SignSGD()
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+    if kind not in dtypes:
+        raise ValueError(f"{name!r} names no compressor: gradients go as they are.")
+    return compress.Dense(dtypes[kind])

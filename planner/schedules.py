@@ -14,7 +14,7 @@ from dear import _fusion
 from .codecs import EXACT, Codec
 from .events import Task
 from .profile import Group, Piece, Profile, buckets, fusion_groups
-from .site import COMPUTE, DECODE, Gate, Site
+from .worker import COMPUTE, DECODE, Gate, Worker
 
 FIRST_BUCKET = float(1 << 20)  # DDP's own, where the user names no size
 DDP_BUCKET = 25 * float(1 << 20)
@@ -28,9 +28,9 @@ def default_cap(profile: Profile) -> float:
 class Schedule(ABC):
     """Adds steps; what is due in the next forward pass stands in ``gates``."""
 
-    def __init__(self, site: Site, codec: Codec, cap: float | None) -> None:
-        self.site, self.codec, self.cost = site, codec, site.machine.cost(codec)
-        self.groups = self.cut(site.profile, codec, cap)
+    def __init__(self, worker: Worker, codec: Codec, cap: float | None) -> None:
+        self.worker, self.codec, self.cost = worker, codec, worker.machine.cost(codec)
+        self.groups = self.cut(worker.profile, codec, cap)
         self.gates: list[Gate] = []
 
     @classmethod
@@ -46,33 +46,33 @@ class Schedule(ABC):
         """Adds a step; returns the last task of its backward pass."""
 
     def encode(self, number: int, group: Group) -> None:
-        self.site.work(f"encode {number}", COMPUTE, self.cost.encode * group.bytes)
+        self.worker.work(f"encode {number}", COMPUTE, self.cost.encode * group.bytes)
 
     def first_phase(self, number: int, group: Group, ready: Task) -> tuple[Task, float]:
         """Everything before the last all-gather, and the bytes of that."""
-        site, rounds = self.site, self.codec.rounds(group.pieces)
+        worker, rounds = self.worker, self.codec.rounds(group.pieces)
         merge = self.cost.merge * group.bytes / len(rounds)
         task = ready
         for index, bytes_ in enumerate(rounds):
-            task = site.exchange("all_to_all", f"all-to-all {number}", f"first {index}", bytes_, [task])
+            task = worker.exchange("all_to_all", f"all-to-all {number}", f"first {index}", bytes_, [task])
             if index < len(rounds) - 1:
-                task = site.exchange("all_gather", f"all-gather {number}", f"second {index}", bytes_, [task], merge)
+                task = worker.exchange("all_gather", f"all-gather {number}", f"second {index}", bytes_, [task], merge)
         return task, rounds[-1]
 
     def second_phase(self, number: int, group: Group, after: Task, bytes_: float) -> Task:
         """The last all-gather of a compressed group, and decoding."""
         merge = self.cost.merge * group.bytes / len(self.codec.rounds(group.pieces))
-        gathered = self.site.exchange("all_gather", f"all-gather {number}", "all-gather", bytes_, [after], merge)
-        return self.site.work(f"decode {number}", DECODE, self.cost.decode * group.bytes, [gathered])
+        gathered = self.worker.exchange("all_gather", f"all-gather {number}", "all-gather", bytes_, [after], merge)
+        return self.worker.work(f"decode {number}", DECODE, self.cost.decode * group.bytes, [gathered])
 
 
 class NoExchange(Schedule):
     """The compute floor."""
 
     def step(self) -> Task:
-        self.site.forward(())
-        last = [task for _, _, task in self.site.backward(self.groups)][-1]
-        self.site.compute("update", self.site.profile.update)
+        self.worker.forward(())
+        last = [task for _, _, task in self.worker.backward(self.groups)][-1]
+        self.worker.compute("update", self.worker.profile.update)
         return last
 
 
@@ -84,15 +84,15 @@ class UnderBackward(Schedule):
         """A group on its way, once it is encoded; returns what ends with its gradients."""
 
     def step(self) -> Task:
-        site = self.site
-        site.forward(())
+        worker = self.worker
+        worker.forward(())
         ends, last = [], None
-        for number, group, ready in site.backward(self.groups):
+        for number, group, ready in worker.backward(self.groups):
             last = ready
             self.encode(number, group)
-            ends.append(self.reduce(number, group, site.compute("sent", 0.0)))
-        site.compute("wait", 0.0, ends)
-        site.compute("update", site.profile.update)
+            ends.append(self.reduce(number, group, worker.compute("sent", 0.0)))
+        worker.compute("wait", 0.0, ends)
+        worker.compute("update", worker.profile.update)
         assert last is not None
         return last
 
@@ -106,8 +106,8 @@ class DDP(UnderBackward):
 
     def reduce(self, number: int, group: Group, after: Task) -> Task:
         bytes_ = sum(self.codec.rounds(group.pieces))
-        reduced = self.site.exchange("all_reduce", f"all-reduce {number}", "all-reduce", bytes_, [after])
-        return self.site.work(f"decode {number}", DECODE, self.cost.decode * group.bytes, [reduced])
+        reduced = self.worker.exchange("all_reduce", f"all-reduce {number}", "all-reduce", bytes_, [after])
+        return self.worker.work(f"decode {number}", DECODE, self.cost.decode * group.bytes, [reduced])
 
 
 class Hook(UnderBackward):
@@ -123,23 +123,23 @@ class Sharded(Schedule):
     imbalance: ClassVar[float] = 1.0  # of the busiest rank's update, to an even share
 
     def step(self) -> Task:
-        site = self.site
-        site.forward(self.gates)
+        worker = self.worker
+        worker.forward(self.gates)
         reduced, last = [], None
-        for number, group, ready in site.backward(self.groups):
+        for number, group, ready in worker.backward(self.groups):
             last = ready
             reduced.append(
-                site.exchange("reduce_scatter", f"reduce-scatter {number}", "reduce-scatter", group.bytes, [ready])
+                worker.exchange("reduce_scatter", f"reduce-scatter {number}", "reduce-scatter", group.bytes, [ready])
             )
-        share = site.profile.update / site.profile.bytes * self.imbalance / site.network.workers
+        share = worker.profile.update / worker.profile.bytes * self.imbalance / worker.network.workers
         updates = [
-            site.compute("update", share * group.bytes, [task])
+            worker.compute("update", share * group.bytes, [task])
             for group, task in zip(self.groups, reduced, strict=True)
         ]
         self.gates = []
-        for number in site.gather_order(self.groups):
+        for number in worker.gather_order(self.groups):
             group = self.groups[number]
-            task = site.exchange("all_gather", f"all-gather {number}", "all-gather", group.bytes, [updates[number]])
+            task = worker.exchange("all_gather", f"all-gather {number}", "all-gather", group.bytes, [updates[number]])
             self.gates.append(Gate(group.layers, (task,)))
         assert last is not None
         return last
@@ -155,16 +155,16 @@ class Replicated(Schedule):
     """DeAR; averaged gradients are gathered, and every rank updates everything, a group at its first reader."""
 
     def step(self) -> Task:
-        site = self.site
-        site.forward(self.gates)
+        worker = self.worker
+        worker.forward(self.gates)
         first: list[tuple[Task, float]] = []
         last = None
-        for number, group, ready in site.backward(self.groups):
+        for number, group, ready in worker.backward(self.groups):
             last = ready
             first.append(self.reduce(number, group, ready))
         self.gates = []
-        share = site.profile.update / site.profile.bytes
-        for number in site.gather_order(self.groups):
+        share = worker.profile.update / worker.profile.bytes
+        for number in worker.gather_order(self.groups):
             group = self.groups[number]
             task = self.gather(number, group, *first[number])
             self.gates.append(Gate(group.layers, (task,), share * group.bytes))
@@ -174,14 +174,14 @@ class Replicated(Schedule):
     def reduce(self, number: int, group: Group, ready: Task) -> tuple[Task, float]:
         if self.codec is not EXACT:
             self.encode(number, group)
-            return self.first_phase(number, group, self.site.compute("sent", 0.0))
+            return self.first_phase(number, group, self.worker.compute("sent", 0.0))
         name = f"reduce-scatter {number}"
-        return self.site.exchange("reduce_scatter", name, "reduce-scatter", group.bytes, [ready]), group.bytes
+        return self.worker.exchange("reduce_scatter", name, "reduce-scatter", group.bytes, [ready]), group.bytes
 
     def gather(self, number: int, group: Group, after: Task, bytes_: float) -> Task:
         if self.codec is not EXACT:
             return self.second_phase(number, group, after, bytes_)
-        return self.site.exchange("all_gather", f"all-gather {number}", "all-gather", bytes_, [after])
+        return self.worker.exchange("all_gather", f"all-gather {number}", "all-gather", bytes_, [after])
 
 
 class FSDP2(Schedule):
@@ -196,30 +196,30 @@ class FSDP2(Schedule):
                 by_layer[piece.layer].append(piece)
         return [Group(tuple(pieces)) for pieces in by_layer.values()]
 
-    def __init__(self, site: Site, codec: Codec, cap: float | None) -> None:
-        super().__init__(site, codec, cap)
+    def __init__(self, worker: Worker, codec: Codec, cap: float | None) -> None:
+        super().__init__(worker, codec, cap)
         self._updated: list[Task] = []
 
     def step(self) -> Task:
-        site = self.site
-        lane = COMPUTE if site.machine.synchronous else "all-gather"
+        worker = self.worker
+        lane = COMPUTE if worker.machine.synchronous else "all-gather"
         parts = {min(group.layers): group for group in self.groups}
         previous = [self._updated, self._updated]  # what ends before the gather of a layer, and of the next one, begins
-        for number, layer in enumerate(site.profile.layers):
+        for number, layer in enumerate(worker.profile.layers):
             group = parts.get(number)
             if group is not None:
-                gathered = site.exchange("all_gather", f"all-gather {number}", lane, group.bytes, previous[0])
-                task = site.compute(f"forward {number}", layer.forward, [gathered])
+                gathered = worker.exchange("all_gather", f"all-gather {number}", lane, group.bytes, previous[0])
+                task = worker.compute(f"forward {number}", layer.forward, [gathered])
                 previous = [previous[1], [task]]
             else:
-                site.compute(f"forward {number}", layer.forward)
-        lane = COMPUTE if site.machine.synchronous else "reduce-scatter"
+                worker.compute(f"forward {number}", layer.forward)
+        lane = COMPUTE if worker.machine.synchronous else "reduce-scatter"
         ends, last = [], None
-        for number, group, ready in site.backward(self.groups):
+        for number, group, ready in worker.backward(self.groups):
             last = ready
-            ends.append(site.exchange("reduce_scatter", f"reduce-scatter {number}", lane, group.bytes, [ready]))
-        site.compute("wait", 0.0, ends)
-        self._updated = [site.compute("update", site.profile.update / site.network.workers)]
+            ends.append(worker.exchange("reduce_scatter", f"reduce-scatter {number}", lane, group.bytes, [ready]))
+        worker.compute("wait", 0.0, ends)
+        self._updated = [worker.compute("update", worker.profile.update / worker.network.workers)]
         assert last is not None
         return last
 

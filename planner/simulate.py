@@ -9,7 +9,7 @@ from .machine import Machine
 from .network import Network
 from .profile import Profile
 from .schedules import SCHEDULES
-from .site import Site
+from .worker import Worker
 
 STEPS = 3  # simulated: the first fills the pipeline, and the ends of the last two are compared
 SENDS_PARAMETERS = ("none", "fsdp2", "sharded", "owned")
@@ -43,14 +43,14 @@ class Step:
 
 def step(profile: Profile, network: Network, machine: Machine, method: Method) -> Step:
     """Simulates a few steps; the time is that from one backward pass's end to the next one's."""
-    site = Site(profile, network, machine)
-    schedule = SCHEDULES[method.schedule](site, method.codec, method.cap)
+    worker = Worker(profile, network, machine)
+    schedule = SCHEDULES[method.schedule](worker, method.codec, method.cap)
     marks = [schedule.step() for _ in range(STEPS)]
-    site.simulation.run()
+    worker.simulation.run()
     seconds = marks[-1].end - marks[-2].end
     computing = profile.compute * machine.slowest(network.workers)
     sent = sum(_sent(network, method, schedule.codec.rounds(group.pieces)) for group in schedule.groups)
-    return Step(seconds, seconds - computing, sent, site.simulation.events)
+    return Step(seconds, seconds - computing, sent, worker.simulation.events)
 
 
 def _sent(network: Network, method: Method, rounds: tuple[float, ...]) -> float:

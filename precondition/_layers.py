@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dear._names import named_modules
+
 CHUNK_BYTES = 4 << 20  # of a convolution's patches that are laid out at a time
 
 _log = logging.getLogger(__name__)
@@ -177,7 +179,7 @@ def find_layers(root: nn.Module, trained: set[nn.Parameter]) -> list[Layer]:
     """
     uses = Counter(param for module in root.modules() for param in module._parameters.values() if param is not None)
     layers: list[Layer] = []
-    for name, module in root.named_modules():
+    for name, module in named_modules(root):
         kind = next((layer for served, layer in SERVED.items() if isinstance(module, served)), None)
         own = [module._parameters.get(each) for each in ("weight", "bias")]
         held = [param for param in own if isinstance(param, nn.Parameter) and param in trained]
@@ -192,7 +194,7 @@ def left_out(root: nn.Module, layers: list[Layer], trained: set[nn.Parameter]) -
     served = {param for layer in layers for param in layer.params}
     return [
         f"{name or type(root).__name__} ({type(module).__name__})"
-        for name, module in root.named_modules()
+        for name, module in named_modules(root)
         if any(p in trained and p not in served and p.dim() > 1 for p in module._parameters.values() if p is not None)
     ]
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dear.preconditioning import Param, Piece, Site, Team
+from dear.preconditioning import Param, Run, Site, Team
 from precondition._capture import Capture
 from precondition._factors import Running, Statistics, factor_dtype, widest
 from precondition._layers import Layer
@@ -131,13 +131,13 @@ class OwnersBinding:
             own.solution = solution
             own.ready.copy_(own.seen)
 
-    def precondition(self, pieces: Sequence[Piece]) -> None:
+    def precondition(self, runs: Sequence[Run]) -> None:
         complete: list[Layer] = []
-        for piece in pieces:
-            layer = self._of_param.get(piece.param)
+        for run in runs:
+            layer = self._of_param.get(run.param)
             if layer is not None:
                 grads = self._grads.setdefault(layer, {})
-                grads[piece.param] = piece.grad
+                grads[run.param] = run.grad
                 if len(grads) == len(layer.params) and layer in self._running:
                     complete.append(layer)
         batches: dict[tuple[Any, ...], list[Layer]] = {}

@@ -13,7 +13,7 @@ from dear import _ddp, preconditioning
 from dear._agree import agree
 from dear._optimizer import unwrapped
 from dear.collectives import choose_algorithm, group_timeout, make_lane
-from dear.preconditioning import Binding, Piece, Preconditioner, Site
+from dear.preconditioning import Binding, Preconditioner, Run, Site
 
 PLAIN = "plain"  # what Site.update says here
 
@@ -58,15 +58,15 @@ class Plain:
             return
         self.binding.backward_ended()
         self.binding.begin()
-        pieces, other = [], []
+        runs, other = [], []
         for param in used:
             grad = given = param.grad
             assert grad is not None and given is not None
             if grad.stride() != param.stride():
                 grad = torch.empty_like(param).copy_(given)
                 other.append((given, grad))
-            pieces.append(Piece(param, 0, param.numel(), grad))
-        self.binding.precondition(pieces)
+            runs.append(Run(param, 0, param.numel(), grad))
+        self.binding.precondition(runs)
         self.binding.end()
         for given, grad in other:
             given.copy_(grad)

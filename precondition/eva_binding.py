@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dear.preconditioning import Param, Piece, Site, Team
+from dear.preconditioning import Param, Run, Site, Team
 from precondition import eva_parts
 from precondition._capture import Capture
 from precondition._layers import Layer
@@ -65,10 +65,10 @@ class RankOneBinding:
             self._means.forget()
         self._step = self.preconditioner.new_step(self._running)
 
-    def precondition(self, pieces: Sequence[Piece]) -> None:
+    def precondition(self, runs: Sequence[Run]) -> None:
         """Looks at averaged gradients; they are changed at the end."""
         assert self._step is not None
-        self._step.take([part for piece in pieces for part in self._rectangles(piece)])
+        self._step.take([part for run in runs for part in self._rectangles(run)])
 
     def end(self) -> set[Param]:
         """Adds up what the ranks have seen, and changes all gradients."""
@@ -96,15 +96,15 @@ class RankOneBinding:
             return values
         return self._exchanges.total(values)
 
-    def _rectangles(self, piece: Piece) -> Iterator[Rectangle]:
-        if piece.param not in self._place or piece.start == piece.stop:
+    def _rectangles(self, run: Run) -> Iterator[Rectangle]:
+        if run.param not in self._place or run.start == run.stop:
             return
-        layer, is_bias = self._place[piece.param]
-        run = piece.grad.as_strided((piece.stop - piece.start,), (1,))  # as it lies in memory
+        layer, is_bias = self._place[run.param]
+        flat = run.grad.as_strided((run.stop - run.start,), (1,))  # as it lies in memory
         if is_bias:
-            yield eva_parts.cut_bias(run, piece.start, layer, self._running.vectors)
+            yield eva_parts.cut_bias(flat, run.start, layer, self._running.vectors)
         else:
-            yield from eva_parts.cut_weight(run, piece.start, layer, self._running.vectors)
+            yield from eva_parts.cut_weight(flat, run.start, layer, self._running.vectors)
 
     def _learning_rates(self) -> list[float]:
         """Of each layer, as they stand now."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dear._names import named_parameters
 from dear.preconditioning import Param
 from precondition import eva_parts
 from precondition.eva_means import Running, Shaped, lies_by_rows
@@ -90,11 +91,11 @@ class Shampoo(RankOnePreconditioner):
         super().__init__(damping, factor_decay, kl_clip)
 
     def served(self, root: nn.Module, trained: set[Param]) -> list[Shaped]:
-        found = [Weight(name, param) for name, param in root.named_parameters() if param in trained and param.dim() > 1]
+        found = [Weight(name, param) for name, param in named_parameters(root) if param in trained and param.dim() > 1]
         return [each for each in found if lies_by_rows(each)]
 
     def name_left_out(self, root: nn.Module, served: Sequence[Shaped], trained: set[Param]) -> None:
         weights = {each.weight for each in served}
-        other = [n for n, p in root.named_parameters() if p in trained and p.dim() > 1 and p not in weights]
+        other = [n for n, p in named_parameters(root) if p in trained and p.dim() > 1 and p not in weights]
         if other:
             _log.warning("These parameters are not preconditioned, and left to the optimizer: %s.", ", ".join(other))

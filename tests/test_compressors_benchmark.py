@@ -19,9 +19,8 @@ from benchmarks.kernels import cases as case_module
 from benchmarks.kernels import measure
 from benchmarks.kernels import show as kernels_table
 from benchmarks.kernels.cases import FAMILIES, Case
-from benchmarks.records import load
-from benchmarks.report import page
-from benchmarks.report.evidence import Evidence
+from benchmarks.records import load, provenance
+from benchmarks.report import files as report
 from compress import ops
 
 
@@ -219,12 +218,13 @@ def test_all_that_a_kernel_is_given_is_on_the_default_device(monkeypatch: pytest
 
 def test_tables_of_cpu_and_gpu_stand_together_and_name_their_device(tmp_path: Path) -> None:
     files = reported.write(tmp_path, cpu=reported.compressors(), gpu=on_gpu())
-    cpu, gpu = page.tables_of("kernels")(Evidence.of(load(files)), tmp_path)
-    assert "Kernels on the CPU · 1048576 elements · copy 8.0 GB/s · 2 threads" in cpu.printed
-    assert "Kernels on GPU 9000 · 1048576 elements · copy 8.0 GB/s · 13 input sets" in gpu.printed
-    assert "GPU 9000" not in cpu.origin[0] and "4 GiB, GPU 9000; torch 2.x, cuda 13.x" in gpu.origin[0]
-    assert " ms " in cpu.printed and " 2.00 " in cpu.printed
-    assert " µs " in gpu.printed and " 2000.00 " in gpu.printed
+    cpu, gpu = map(report.printed, load(files))
+    assert "Kernels on the CPU · 1048576 elements · copy 8.0 GB/s · 2 threads" in cpu
+    assert "Kernels on GPU 9000 · 1048576 elements · copy 8.0 GB/s · 13 input sets" in gpu
+    of_cpu, of_gpu = provenance(load(files))
+    assert "GPU 9000" not in of_cpu and "4 GiB, GPU 9000; torch 2.x, cuda 13.x" in of_gpu
+    assert " ms " in cpu and " 2.00 " in cpu
+    assert " µs " in gpu and " 2000.00 " in gpu
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -173,7 +173,8 @@ def test_options_out_of_range():
         (lambda: compress.SignSGD(vote="majority", error_feedback=True), "takes no error feedback"),
         (
             lambda: compress.Dense(torch.float32),
-            "dtype must be torch.bfloat16, torch.float16, torch.float8_e4m3fn or torch.int8",
+            "dtype must be torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.int4, torch.int3 or "
+            "torch.int2, not torch.float32",
         ),
         (lambda: compress.ACPSGD(start_step=-1), "start_step must be"),
         (lambda: compress.ACPSGD(min_compression_ratio=0), "min_compression_ratio must be"),

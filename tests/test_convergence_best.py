@@ -10,6 +10,7 @@ from rich.console import Console
 from benchmarks import records
 from benchmarks.convergence import best, schedules
 from benchmarks.convergence.__main__ import courses
+from benchmarks.network.rates import bits
 from benchmarks.report import comparison, sweeps
 from benchmarks.report.evidence import Evidence
 from benchmarks.training.strategies import StrategyError, parse_strategies
@@ -52,7 +53,7 @@ def test_the_table_names_predictions():
 
 
 def test_rates_and_curves():
-    assert best.bits("100mbit") == 1e8 and best.bits("1gbit") == 1e9 and best.bits("unlimited") == float("inf")
+    assert bits("100mbit") == 1e8 and bits("1gbit") == 1e9 and bits("unlimited") == float("inf")
     assert best.steps_to([(10, 1.0)], 2.0) == 10 and best.steps_to([(10, 3.0), (20, 2.5)], 2.0) is None
 
 

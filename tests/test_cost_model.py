@@ -8,7 +8,7 @@ import random
 import pytest
 
 from dear import cost_model
-from dear.cost_model import AlphaBeta, Exchange, Workload, fit, plan, step_seconds
+from dear.cost_model import AlphaBeta, Exchange, Workload, fit, step_seconds
 
 # t = alpha + beta bytes of an all-reduce, by workers.
 TEN_GBE = {8: (5.23e-4, 8.57e-10), 16: (9.08e-4, 7.40e-10), 32: (4.04e-3, 8.64e-10), 64: (7.04e-3, 9.64e-10)}
@@ -122,16 +122,3 @@ def test_predictions_for_32_gpus_are_in_the_published_order(model: str) -> None:
     assert samples(slow, 25e6, decoupled=True) > fused
     # What was measured lies between the predictions for single tensors, one after another, and for no network at all.
     assert single < max(published["10GbE"]) < 32 * rate
-
-
-def test_the_plan_names_the_fastest_first() -> None:
-    workload = Workload(0.1, 0.2, (1e8,))
-    line = AlphaBeta(4e-3, 3e-9)
-    half = AlphaBeta(2e-3, 1.5e-9)
-    found = plan(workload, {"ddp": Exchange(line), "dear": Exchange(half, half)}, [1e6, 25e6, 1e8])
-    assert len(found) == 6 and [each.seconds for each in found] == sorted(each.seconds for each in found)
-    assert (found[0].method, found[0].fusion_bytes) == ("dear", 25e6)
-    fastest_ddp = next(each for each in found if each.method == "ddp")
-    assert fastest_ddp.fusion_bytes == 25e6  # small ones pay for starting up, one large one overlaps with nothing
-    with pytest.raises(ValueError, match="nothing to choose from"):
-        plan(workload, {}, [1e6])

@@ -52,6 +52,9 @@ def arguments(name: str, device: str) -> tuple[object, ...]:
             *(counter(1161, device), N, ties, False, None),
         ),
         "quantize_decode": (counter(1161, device).view(1, -1), 4608, grad, True),
+        "levels_encode": (grad, error, 4608, counter(450, device).view(1, -1), ties, 3),
+        "levels_average": (counter(3 * 450, device).view(3, -1), error, 4608, counter(450, device), N, ties, 3),
+        "levels_decode": (counter(450, device).view(1, -1), 4608, grad, 3),
         "low_rank_decode": (
             *(torch.randn(2, 10, 3, device=device), torch.randn(2, 12, 3, device=device)),
             *(torch.randn(300, device=device), torch.tensor([0, 150], device=device)),
@@ -69,6 +72,7 @@ NAMES = [
     *("error_correct", "dense_round", "dense_average", "sign_encode", "sign_vote", "sign_average", "sign_decode"),
     *("topk_threshold", "topk_refresh", "topk_select", "topk_accumulate", "topk_decode"),
     *("low_rank_subtract", "quantize_encode", "quantize_average", "quantize_decode"),
+    *("levels_encode", "levels_average", "levels_decode"),
     *("low_rank_project", "low_rank_decode", "gather_segments", "scatter_segments", "orthogonalize"),
 ]
 

@@ -170,6 +170,8 @@ def owner(kind: str, rank: int, error: Tensor | None, owner_error: Tensor | None
         return _C.SignCodec(words=ops.sign_payload_numel(shard), scaled=True, **options)
     if kind in ("int8", "fp8"):
         return _C.QuantizedCodec(shard=shard, floating=kind == "fp8", seed=1, **options)
+    if kind == "int3":
+        return _C.LevelledCodec(shard=shard, bits=3, **options)
     if kind == "topk":
         return _C.TopKCodec(numel=N, shard=shard, k=50, owner_k=50, capacity=60, stretch=0, **options)
     return _C.HalfCodec(shard=shard, dtype=torch.bfloat16 if kind == "bf16" else torch.float16, **options)
@@ -177,8 +179,9 @@ def owner(kind: str, rank: int, error: Tensor | None, owner_error: Tensor | None
 
 @pytest.mark.parametrize("feedback", [False, True], ids=["plain", "feedback"])
 @pytest.mark.parametrize("value", [1e28, 1e38, 3e38])
-@pytest.mark.parametrize("kind", ["acp", "power", "bf16", "fp16", "int8", "fp8", "sign", "topk"])
+@pytest.mark.parametrize("kind", ["acp", "power", "bf16", "fp16", "int8", "fp8", "int3", "sign", "topk"])
 def test_no_codec_makes_finite_gradients_infinite(kind: str, value: float, feedback: bool) -> None:
+    feedback = feedback or kind == "int3"
     errors = [torch.zeros(N) if feedback else None for _ in range(WORLD)]
     owner_errors = [torch.zeros(N) if feedback else None for _ in range(WORLD)]
     if kind in ("acp", "power"):
@@ -192,7 +195,7 @@ def test_no_codec_makes_finite_gradients_infinite(kind: str, value: float, feedb
         results, dropped = run(codecs, grads, step)
         bad = [bool(codec.nonfinite().ne(0).any()) for codec in codecs]
         assert bad[0] == bad[1]
-        assert bad[0] == any(dropped) or kind in ("sign", "topk", "int8", "fp8")  # whose owners may drop too
+        assert bad[0] == any(dropped) or kind in ("sign", "topk", "int8", "fp8", "int3")  # whose owners may drop too
         if kind in ("acp", "power") or (kind == "fp16" and not feedback):
             assert dropped == ([0, 0] if grads is ordinary else [0, N])
         for error in (*errors, *owner_errors):

@@ -15,7 +15,7 @@ from benchmarks.memory.__main__ import arguments, loads
 from benchmarks.memory.measure import Load, run_cell
 from benchmarks.network.lab import open_lab
 from benchmarks.records import Source
-from benchmarks.report.memory import memory_table
+from benchmarks.report.others import memory_table
 
 # No copy of a model with these settings is small against what a process takes anyway.
 SETTINGS = {"optimizer": "adamw", "steps": 3, "batch": 1, "length": 16, "layers": 4, "width": 640}

@@ -12,6 +12,7 @@ from workers import run_workers
 
 import compress
 import dear
+from dear import _ddp
 
 FATAL = 3  # the step in which it happens
 TRACKING = {"Unused": {"find_unused_parameters": True}, "StaticallyUnused": {"static_graph": True}}
@@ -48,3 +49,26 @@ def test_a_peer_that_dies_is_named_where_unused_parameters_are_tracked(how, net,
     said, _ = run_workers(dies_in_backward, 2, how, net, fatal, expect_dead={1})
     assert not isinstance(said, Exception), said
     assert re.match(r"Rank 1 (closed|lost) its connection", said) and said.endswith("."), said
+
+
+def dies_in_rebuild(rank, world):
+    """Rank 1 is killed when it has come to DDP's rebuild of its buckets; returns what the other one is told."""
+    model, opt = training.build("Mlp", training.SGD, {})
+    dear.attach(model, opt, update="sharded", **SMALL)
+    plain = _ddp.rebuild_buckets
+
+    def rebuild(*arguments):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*arguments)
+
+    _ddp.rebuild_buckets = rebuild
+    with pytest.raises(RuntimeError) as caught:
+        training.loss_of(model, rank, 0).backward()
+    return str(caught.value)
+
+
+def test_a_peer_that_dies_in_the_rebuild_of_buckets_is_named():
+    said, _ = run_workers(dies_in_rebuild, 2, expect_dead={1})
+    assert not isinstance(said, Exception), said
+    assert re.match(r"Rank 1 (closed|lost) its connection .* DDP's buckets", said) and said.endswith("."), said

@@ -150,8 +150,8 @@ def share_of_state(rank, world):
             training.plain_step(model, opt, rank, step)
         stats = engine.stats()
         assert 1.0 <= stats["update_balance"] <= world and stats["update"] == "owned"
-        owned = [segment.places[0].param for segment in engine._update._segments]
-        assert all(segment.whole for segment in engine._update._segments)
+        owned = [segment.places[0].param for segment in engine._update._states.segments]
+        assert all(segment.whole for segment in engine._update._states.segments)
         return stats["optimizer_state_bytes"], want, [engine._attached.names[param] for param in owned]
 
 
@@ -288,3 +288,28 @@ def refused(rank, world):
 
 def test_refusals(pool2):
     pool2.run(refused)
+
+
+class Noisy(optim.SGD):
+    """Stochastic gradient Langevin dynamics, roughly."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.add_(torch.randn_like(param), alpha=0.01)
+
+
+def drawing(rank, world):
+    model, opt = training.build("Mlp", (Noisy, {"lr": 0.1}), {})
+    engine = dear.attach(model, opt, **SMALL)
+    model(models.data(rank, 0)[0].to(place())).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r'Noisy\.step\(\) draws random numbers.*use update="replicated"'):
+        opt.step()
+    engine.detach()
+
+
+def test_an_optimizer_that_draws_random_numbers(pool2):
+    """DDP's replicas draw the same numbers; owners of different parameters cannot."""
+    pool2.run(drawing)

@@ -1,7 +1,13 @@
 """Gradients on their way: read, written, kept or accumulated as in plain DDP, or one clear sentence."""
 
 import pytest
-from silence import BOTH, EVERY, WARM, check, silence
+import torch
+import torch.distributed as dist
+from silence import BOTH, EVERY, WARM, check, check_told, silence, told
+from torch import optim
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import dear
 
 BACK = "attach()\n\nfor step in range(3): train(step)\n\nforward(3).backward()"
 TAIL = "\n\nfor step in range(4, 7): train(step)"
@@ -121,3 +127,34 @@ CASES = [
 @pytest.mark.parametrize(("case", "may_refuse"), CASES)
 def test_gradients_are_those_of_plain_ddp(pool2, case, may_refuse):
     check(pool2, case, may_refuse)
+
+
+@told
+def changed_by_updates_that_one_rank_does_not_see(rank, world, how):
+    """Of the second group, one parameter, one rank owns nothing; its foreach update changes .grad in place."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 37), torch.nn.Linear(37, 8))
+    *most, last = net.parameters()
+    kind = optim.SGD if how == "sharded" else type("SGD", (optim.SGD,), {"dear_whole": True})
+    groups = [{"params": most, "nesterov": False}, {"params": [last]}]
+    opt = kind(groups, lr=0.05, momentum=0.9, nesterov=True, foreach=True)
+    model = DDP(net)
+    engine = dear.attach(model, opt, update=how, bucket_cap_mb=0.002)
+    norm = lambda: torch.linalg.vector_norm(last.grad).item()  # noqa: E731
+    for switched in (True, False, True):
+        opt.param_groups[1]["nesterov"] = switched
+        for _ in range(2):
+            opt.zero_grad()
+            model(torch.ones(4, 16)).square().mean().backward()
+            before = norm()
+            opt.step()
+            assert (norm() != before) is switched, (switched, norm(), before)  # every rank asks, or none
+    with pytest.raises(RuntimeError, match="was changed other than by a factor"):
+        model(torch.ones(4, 16)).square().mean().backward()
+    dist.barrier()
+    engine.__exit__(KeyError, None, None)
+
+
+@pytest.mark.parametrize("how", ["sharded", "owned"])
+def test_an_update_that_changes_gradients_is_known_to_who_owns_none_of_them(pool2, how):
+    check_told(pool2, changed_by_updates_that_one_rank_does_not_see, how)

@@ -13,7 +13,32 @@ TAIL = "\n\nfor step in range(3, 6): train(step)"
 FIRST = "for p in net.first.parameters(): p.requires_grad_"
 UNUSED = {"ddp": {"find_unused_parameters": True}}
 GROUPS = {"groups": 2}
+#: What a script may set on the DDP module itself; "early" before the first pass. Some of it DDP reads in every pass.
+OPTIONS = {
+    "static graph, early": ("model._set_static_graph()", {}),
+    "unused parameters, early": ("model.find_unused_parameters = True", {}),
+    "another group": ("model._update_process_group(dist.new_group([0, 1]))", {}),
+    "parameters ignored": ("model.parameters_to_ignore = {'last.weight'}", {}),
+    "a copy of the module": ("model.module = copy.deepcopy(net)", {}),
+    "the module wrapped": ("class Outer(nn.Module):\n    def __init__(self): super().__init__(); self.inner = net\n"
+                           "    def forward(self, x): return self.inner(x)\nmodel.module = Outer()", {}),
+    "other parameters": ("torch.__future__.set_overwrite_module_params_on_conversion(True)\ntry: net.double().float()"
+                         "\nfinally: torch.__future__.set_overwrite_module_params_on_conversion(False)", {}),
+    "a hook": ("from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook\n"
+               "model.register_comm_hook(None, allreduce_hook)", {}),
+    "buffers": ("model.broadcast_buffers = False", {"model": "Convolution"}),
+    "no reductions": ("model.require_backward_grad_sync = False\n\nforward(7).backward()\n\n"
+                      "model.require_backward_grad_sync = True\n\nforward(8).backward(); opt.step(); opt.zero_grad()",
+                      {}),
+}  # fmt: skip
+REFUSED = ("static graph, early", "unused parameters, early", "another group", "a hook")
 CASES = [
+    *[
+        test
+        for name, (code, options) in OPTIONS.items()
+        for test in silence(f"DDP is given {name}", f"{'attach()' if 'early' in name else WARM}\n\n{code}{TAIL}", BOTH,
+                            name in REFUSED, **options)
+    ],
     *silence("frozen at attach", f"{FIRST}(False)\n\nattach()\n\n{FIRST}(True){TAIL}", EVERY, True),
     *silence("frozen at attach, thawed later", f"{FIRST}(False)\n\n{WARM}\n\n{FIRST}(True){TAIL}", EVERY, True,
              **UNUSED),

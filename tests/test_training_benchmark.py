@@ -18,7 +18,7 @@ from benchmarks.bandwidth import measure as bandwidth
 from benchmarks.bandwidth import show as bandwidth_table
 from benchmarks.convergence import show as convergence
 from benchmarks.launch import WorkersFailed
-from benchmarks.network.rates import parse_rate
+from benchmarks.network.rates import bits, parse_rate
 from benchmarks.training import breakdown, tradeoff
 from benchmarks.training.data import digits
 from benchmarks.training.strategies import Compressed, DDPPowerSGD, DearCompressed, StrategyError, parse_strategies
@@ -193,7 +193,7 @@ def test_the_ladder_stops_where_a_strategy_stops_holding_and_bisects_once() -> N
 
     def measure(rate: str, names: Any) -> dict[str, float | None]:
         asked.append((rate, list(names)))
-        return {n: None if n == "bad" else 1.1 if bandwidth.bits(rate) >= needs[n] else 1.3 for n in names}
+        return {n: None if n == "bad" else 1.1 if bits(rate) >= needs[n] else 1.3 for n in names}
 
     ddp, acp, sign, bad = bandwidth.search(list(needs), ["2gbit", "1gbit", "250mbit", "64mbit"], 1.15, measure)
     assert (ddp.holds, ddp.fails) == ("1gbit", "500000kbit")  # 250 Mbit/s, then the middle
@@ -220,7 +220,7 @@ def test_progress_never_counts_more_cells_than_it_promised() -> None:
 
     def measure(rate: str, names: Any) -> dict[str, float | None]:
         measured.append(rate)
-        return {name: 1.1 if bandwidth.bits(rate) >= bandwidth.bits(name) else 1.3 for name in names}
+        return {name: 1.1 if bits(rate) >= bits(name) else 1.3 for name in names}
 
     bandwidth.search(rates[:3], rates, 1.15, measure)
     title = str(next(bandwidth.parts(argparse.Namespace(workers=[4], rates=rates, strategies=rates[:3]))))

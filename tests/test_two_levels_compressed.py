@@ -5,6 +5,7 @@ import signal
 
 import compressing
 import pytest
+import test_dense_few_bits
 import torch
 import training
 from compressing import backward, everyones, gradients
@@ -27,6 +28,7 @@ KINDS = {
     "int8": lambda: compress.Dense(torch.int8, min_compression_ratio=0.2),
     "bf16": lambda: compress.Dense(torch.bfloat16, error_feedback=True),
     "power": lambda: compress.PowerSGD(rank=3, factor_dtype=torch.float32),
+    "int3": lambda: compress.Dense(torch.int3, min_compression_ratio=0.2),
 }
 
 
@@ -49,6 +51,7 @@ class OneLevel:
         self.errors = [torch.zeros(self.n) for _ in range(NODES)]
         self.owner_error = torch.zeros(self.n)
         self.eight = Golden(self.n, self.shard, NODES, torch.int8)
+        self.three = test_dense_few_bits.Golden(self.n, self.shard, NODES, 3)
 
     def step(self, means):
         if self.kind == "topk":
@@ -64,7 +67,7 @@ class OneLevel:
             return sent.float()
         if self.kind == "power":
             return self.power_step(means)
-        return self.eight.step(means)
+        return (self.three if self.kind == "int3" else self.eight).step(means)
 
     def power_step(self, means):
         result = torch.stack(means).mean(0)

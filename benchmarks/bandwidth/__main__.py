@@ -11,9 +11,9 @@ from functools import partial
 from .. import cells, records
 from ..command import Parser, fail, number, terminal
 from ..network.lab import open_lab
-from ..network.rates import UNLIMITED
+from ..network.rates import UNLIMITED, bits
 from ..training.plan import plan_options
-from .measure import FLOOR, bits, parts, run
+from .measure import FLOOR, parts, run
 from .show import show
 
 LADDER = ["10gbit", "5gbit", "2500mbit", "1gbit", "500mbit", "250mbit", "125mbit", "62mbit"]

@@ -14,7 +14,7 @@ from rich.console import Console
 from .. import cells
 from ..launch import WorkersFailed
 from ..network.lab import Lab, Loopback
-from ..network.rates import parse_rate, show_rate
+from ..network.rates import bits, show_rate
 from ..progress import Part
 from ..stats import paired_ratio, round_times
 from ..training.measure import run_cell
@@ -33,11 +33,6 @@ class Needed:
     holds: str | None  # the lowest that was measured to hold
     fails: str | None  # the highest below it that was not
     measured: list[tuple[str, float | None]]  # rate, step / floor, in the order of the measurements
-
-
-def bits(rate: str) -> float:
-    """Bits per second of a limited rate."""
-    return parse_rate(rate) or math.inf
 
 
 def search(strategies: Sequence[str], ladder: Sequence[str], limit: float, measure: Measure) -> list[Needed]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..network.rates import show_rate
+from ..network.rates import bits, show_rate
 from ..tables import table
-from .measure import Needed, bits
+from .measure import Needed
 
 
 def show(workers: int, limit: float, needed: Sequence[Needed], console: Console) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from dear.launch import detect
 
 from .. import cells
-from ..command import Parser, filled, positive, size
+from ..command import Parser, filled, listed, one_of, positive, size
 from ..launch import WorkersFailed, run_surviving, run_workers
 from ..network.lab import Lab, Loopback
 from ..progress import Report
@@ -67,7 +67,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-w", type=positive, default=1, dest="warmup", help="untimed runs before them")
     parser.add_argument("--rounds", type=positive, default=4, help="times that every method runs at a size")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float")
-    parser.add_argument("--methods", default=",".join(METHODS), help=f"of: {', '.join(METHODS)}")
+    parser.add_argument(
+        "--methods", type=listed(one_of(METHODS)), default=list(METHODS), help=f"of: {', '.join(METHODS)}"
+    )
     parser.add_argument(
         "--mpi",
         default="openmpi,mpich",
@@ -76,10 +78,6 @@ def arguments() -> argparse.Namespace:
     )
     cells.options(parser)
     given = parser.parse_args()
-    given.methods = [name.strip() for name in given.methods.split(",") if name.strip()]
-    unknown = [name for name in given.methods if name not in METHODS]
-    if unknown or not given.methods:
-        parser.error(f"method {', '.join(unknown) or 'list'!r} is not known: choose from {', '.join(METHODS)}")
     if given.factor < 2 or given.begin > given.end:
         parser.error("-b must not exceed -e and -f must be 2 or more")
     given.sizes = [given.begin]

@@ -11,7 +11,7 @@ predicted seconds until it is as low as dense.
 import argparse
 
 from .. import cells
-from ..command import Parser, filled, listed, number, positive, rate, terminal
+from ..command import Parser, filled, listed, number, one_of, positive, rate, terminal
 from ..network.rates import UNLIMITED
 from ..training.plan import training_options
 from ..training.trainer import OPTIMIZERS
@@ -31,7 +31,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--lr", type=listed(number), help="learning rates, such as 1e-3,2e-3; each method's best counts"
     )
-    parser.add_argument("--optimizers", type=listed(optimizer), help="several, such as sgd,adamw, in place of one")
+    parser.add_argument(
+        "--optimizers", type=listed(one_of(OPTIMIZERS)), help="several, such as sgd,adamw, in place of one"
+    )
     parser.add_argument(
         "--schedule", choices=SCHEDULES, default="constant", help="of the learning rate; cosine begins with a warm-up"
     )
@@ -46,13 +48,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out-examples", type=positive, default=128, metavar="COUNT")
     parser.set_defaults(network="loopback", rates=[UNLIMITED])
     return parser.parse_args()
-
-
-def optimizer(text: str) -> str:
-    """One of those that the benchmarks train with."""
-    if text not in OPTIMIZERS:
-        raise ValueError(text)
-    return text
 
 
 def courses(given: argparse.Namespace) -> dict[str, Course]:

@@ -9,10 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from ..losses import DENSE
-from ..network.rates import show_rate
+from ..network.rates import bits, show_rate
 from ..tables import note, table, value
-
-BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
 @dataclass(frozen=True)
@@ -84,12 +82,6 @@ def steps_to(curve: Sequence[tuple[int, float]], goal: float) -> float | None:
             return before[0] + (step - before[0]) * (before[1] - goal) / (before[1] - loss)
         before = (step, loss)
     return None
-
-
-def bits(rate: str) -> float:
-    """Bits per second of a rate such as 100mbit; infinite for "unlimited"."""
-    unit = rate[-4:]
-    return float(rate[:-4]) * BITS[unit] if unit in BITS else float("inf")
 
 
 def show(cells: Sequence[dict[str, Any]], compute: float | None, rates: Sequence[str], console: Console) -> None:

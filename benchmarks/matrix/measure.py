@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from .. import progress
-from ..processes import Processes, python_path
+from ..processes import Processes, TimedOut, python_path
 
 # After an interrupt a benchmark ends its workers and takes the network down; that takes a second or two.
 SECONDS_TO_END = 30
@@ -42,53 +41,44 @@ def run(
     KeyboardInterrupt raised.
     """
     environment = {**python_path(), **progress.as_json, "PYTHONUNBUFFERED": "1", **(env or {})}
-    last, over = "", threading.Event()
+    last, cut = "", False
     # SIGINT among them: a shell's background job inherits it as ignored, and would hand that on to the benchmark.
     with (
         log.open("w") as file,
         _interrupted_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
         Processes() as processes,
     ):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = processes.start(command, environment, **pipes).process
-        assert process.stdout is not None
-        clocks = _ended_after(limit, process, over)
-        try:
-            for line in process.stdout:
-                file.write(line)
-                if step := progress.read(line):
-                    report(step)
-                    continue
+
+        def follow(_: int, line: str) -> None:
+            nonlocal last
+            file.write(f"{line}\n")
+            if step := progress.read(line):
+                report(step)
+            else:
                 show(line.rstrip())
                 last = line.strip() or last
-            status = process.wait()
+
+        def wait(seconds: float | None) -> None:
+            processes.wait([child], seconds, check=False, on_line=follow)
+
+        def interrupt() -> None:
+            if child.process.returncode is None:
+                child.process.send_signal(signal.SIGINT)
+                with suppress(TimedOut):
+                    wait(SECONDS_TO_END)
+
+        child = processes.start(command, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            wait(limit)
+        except TimedOut:
+            cut = True
+            interrupt()
+            child.end()
         except BaseException:
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(SECONDS_TO_END)
+            interrupt()
             raise
-        finally:
-            for clock in clocks:
-                clock.cancel()
-    return Ended(status, last if status else "", log, over.is_set() and status != 0)
-
-
-def _ended_after(
-    limit: float | None, process: "subprocess.Popen[str]", over: threading.Event
-) -> Sequence[threading.Timer]:
-    """Starts clocks that interrupt the process after so many seconds, and kill it where that does not help."""
-    if limit is None:
-        return []
-
-    def interrupt() -> None:
-        over.set()
-        process.send_signal(signal.SIGINT)
-
-    clocks = [threading.Timer(limit, interrupt), threading.Timer(limit + SECONDS_TO_END, process.kill)]
-    for clock in clocks:
-        clock.daemon = True
-        clock.start()
-    return clocks
+    status = child.returncode
+    return Ended(status, last if status else "", log, cut and status != 0)
 
 
 @contextmanager

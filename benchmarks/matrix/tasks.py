@@ -81,9 +81,3 @@ demo               demo         3
         losses="--strategies ddp,bf16,acp:4,acp:8,power:4,power:8,topk:0.01,sign",
     ),
 }
-
-
-def example(benchmark: str, folder: Path = Path("out")) -> str:
-    """A command that makes a benchmark's results, for people to copy."""
-    task = next(task for task in SIZES["full"] if task.module == benchmark)
-    return shlex.join(["python", *task.command(folder)])

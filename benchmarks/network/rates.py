@@ -1,5 +1,6 @@
 """How a link's rate is written: 500mbit, 2.5gbit, unlimited."""
 
+import math
 import re
 
 UNLIMITED = "unlimited"
@@ -20,6 +21,11 @@ def parse_rate(rate: str | float | None) -> float | None:
     if not 1e5 <= rate <= 1e12:
         raise ValueError(f"a rate of {rate:g} bit/s is out of range: give one from 100kbit to 1000gbit, or {UNLIMITED}")
     return float(rate)
+
+
+def bits(rate: str) -> float:
+    """Bits per second of a rate; infinite without a limit."""
+    return parse_rate(rate) or math.inf
 
 
 def show_rate(rate: str | float | None) -> str:

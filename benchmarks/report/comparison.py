@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..network.rates import parse_rate, show_rate
+from ..network.rates import bits, show_rate
 from ..records import Source
 from ..stats import paired_ratio, round_times
 from ..training import summary
@@ -176,7 +176,7 @@ def chosen(all_cells: Sequence[Cell]) -> dict[tuple[Setting, str], Cell]:
 
 def by_rate(rates: Iterable[str]) -> list[str]:
     """Slowest first, no limit last."""
-    return sorted(set(rates), key=lambda rate: parse_rate(rate) or float("inf"))
+    return sorted(set(rates), key=bits)
 
 
 def short_rate(rate: str) -> str:

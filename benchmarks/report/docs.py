@@ -4,19 +4,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import jinja2
-
 from .. import losses, records
 from ..command import show_size
 from ..demo import show as demo
 from ..kernels.show import PLAIN
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
-from . import bars, losses_figures, memory, others, repeats, steps, sweeps, two_levels
+from . import bars, losses_figures, others, repeats, steps, sweeps, two_levels
 from .comparison import Cell
 from .evidence import Evidence, origin
-from .markdown import extent, number
-from .page import draw_map
+from .markdown import extent, number, render
+from .winners import draw_map
 
 TEMPLATES = Path(__file__).with_name("pages")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -108,13 +106,9 @@ class Facts:
         return [*self.evidence.sources, *(one for apart in self.apart.values() for one in apart.sources)]
 
     def render(self, page: str) -> str:
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True
-        )
         known = {"facts": self, "steps": steps, "others": others, "number": number, "show_size": show_size}
-        known |= {"memory": memory, "sweeps": sweeps, "two_levels": two_levels}
-        known["tolerance"] = losses.TOLERANCE
-        return environment.get_template(page).render(known).rstrip() + "\n"
+        known |= {"sweeps": sweeps, "two_levels": two_levels, "tolerance": losses.TOLERANCE}
+        return render(f"pages/{page}", **known)
 
 
 def pages(results: Path) -> dict[str, str]:
@@ -139,7 +133,7 @@ def with_table(readme: str, table: str) -> str:
 def pictures(results: Path, folder: Path) -> None:
     """Draws the pictures of the pages into the folder: map, compression, phases, losses and timeline."""
     facts = Facts(results)
-    draw_map(facts.evidence, folder)
+    draw_map(facts.evidence, folder / "map.png")
     shown = [cell for cell in facts.cells(optimizer="sgd") if cell in facts.evidence.chosen.values()]
     four = [cell for cell in steps.in_order(shown) if cell.setting.workers == 4 and cell.rate in ("100mbit", "1gbit")]
     bars.step_parts(four, origin(four), folder / "compression.png")

@@ -1,41 +1,20 @@
-"""Pictures of losses: held-out loss by step, training loss over time."""
+"""The picture of losses: held-out loss by step, a line for each method."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.lines import Line2D
+from matplotlib.colors import to_rgb
 
 from .. import drawing
-from ..records import Source
-from ..stats import SMOOTHED_OVER, trailing_mean
 from . import comparison
-from .comparison import Cell, kind, short_rate
-from .figures import styles_of
+from .comparison import family, kind
 from .sweeps import Sweep
 
-
-def by_step(source: Source, about: Sequence[str], path: Path) -> None:
-    """Mean over the seeds that finished, a line per strategy."""
-    looks = [
-        (cell["plan"]["strategy"], *look) for cell in source.cells if not cell["failure"] for look in cell["held_out"]
-    ]
-    means = pd.DataFrame(looks, columns=["strategy", "step", "loss"]).groupby(["strategy", "step"]).loss.mean()
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    for name, style in styles_of(list(means.index.unique("strategy"))).items():
-        axes.plot(means[name], label=name, **style)
-    plan = source.cells[0]["plan"]
-    workload = plan.get("workload", "gpt")
-    axes.set(
-        xlabel="steps",
-        ylabel="held-out loss (nats), mean over the seeds",
-        title=f"Held-out loss by step: {workload}, {source.cells[0]['workers']} workers, {plan['optimizer']}",
-    )
-    axes.legend(frameon=False)
-    drawing.plain(axes)
-    drawing.save(figure, path, about)
+MARKERS = "osD^vPX<>*hd"
+DASHES = ("-", "--", "-.", ":")
+SHADES = (0.0, -0.45, 0.45)  # towards black, towards white
 
 
 def at_best_rates(sweeps: Sequence[Sweep], about: Sequence[str], path: Path) -> None:
@@ -56,30 +35,30 @@ def at_best_rates(sweeps: Sequence[Sweep], about: Sequence[str], path: Path) -> 
     drawing.save(figure, path, about)
 
 
-def are_in(cell: Cell) -> bool:
-    return any(cell.strategy(row.name).get("losses") for row in cell.finished if row.name != comparison.FLOOR)
+def styles_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A look for each kind: its family's colour, and within the family other shades, dashes and markers."""
+    styles: dict[str, dict[str, Any]] = {}
+    of_family: dict[str, int] = {}
+    for name in dict.fromkeys(kind(name) for name in sorted(names, key=_order)):
+        one = family(name)
+        number = of_family.setdefault(one.label, 0)
+        of_family[one.label] += 1
+        styles[name] = {
+            "color": _shade(one.colour, SHADES[number % len(SHADES)]),
+            "linestyle": DASHES[number % len(DASHES)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "markersize": 5,
+            "linewidth": 1.8,
+        }
+    return styles
 
 
-def over_time(cells: Sequence[Cell], about: Sequence[str], path: Path) -> None:
-    """Training loss over each strategy's own training time, smoothed; a panel per rate, a line for each kind."""
-    columns = min(2, len(cells))
-    rows = -(-len(cells) // columns)
-    size = (6.2 * columns, 1.7 + 3.4 * rows)
-    figure, panels = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
-    styles = styles_of([row.name for cell in cells for row in cell.best_of_each_kind()])
-    for axes, cell in zip(panels.flat, cells, strict=False):
-        for row in cell.best_of_each_kind():
-            strategy = cell.strategy(row.name)
-            seconds, losses = np.cumsum(strategy["clock_ms"]) / 1e3, trailing_mean(strategy["losses"])
-            axes.plot(seconds, losses, markevery=[-1], **styles[kind(row.name)])
-        axes.set_title(short_rate(cell.rate), loc="left", fontsize=10, fontweight="bold")
-        axes.set_xlim(left=0)
-        drawing.plain(axes)
-    for axes in panels.flat[len(cells) :]:
-        axes.set_visible(False)
-    figure.supylabel("training loss (nats)", fontsize=10)
-    handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    title = f"Loss over training time, each on its own clock in seconds: {cells[0].setting.label}"
-    figure.suptitle(f"{title}\nmean of {SMOOTHED_OVER} steps; a marker where a strategy finished")
-    drawing.save(figure, path, about)
+def _shade(colour: str, share: float) -> tuple[float, float, float]:
+    """The colour mixed with so much white, or black where it is negative."""
+    towards = float(share > 0)
+    red, green, blue = ((1 - abs(share)) * part + abs(share) * towards for part in to_rgb(colour))
+    return red, green, blue
+
+
+def _order(name: str) -> tuple[int, str]:
+    return comparison.FAMILIES.index(family(name)), name

@@ -1,6 +1,10 @@
-"""Tables and numbers as Markdown."""
+"""Tables, numbers and pages as Markdown."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -23,3 +27,10 @@ def extent(values: Iterable[float | None], form: str = "number", unit: str = "")
         return ""
     ends = (number(one) if form == "number" else f"{one:{form}}" for one in (min(known), max(known)))
     return "–".join(dict.fromkeys(ends)) + unit
+
+
+def render(template: str, **known: Any) -> str:
+    """A page from a template of this folder. Raises jinja2.UndefinedError for a name that is not known."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.get_template(template).render(known).rstrip() + "\n"

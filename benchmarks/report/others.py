@@ -1,4 +1,4 @@
-"""Tables of losses, collectives, kernels, bandwidth, repeats and sources, for the results pages."""
+"""Tables of losses, collectives, kernels, bandwidth, memory, repeats and sources, for the results pages."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,8 +7,10 @@ from .. import losses
 from ..collectives import show as collectives
 from ..command import show_size
 from ..kernels.show import PLAIN
-from ..network.rates import parse_rate, show_rate
+from ..memory import show as memory
+from ..network.rates import bits, show_rate
 from ..records import Source
+from ..tables import value
 from ..training import seeds
 from . import repeats
 from .evidence import Evidence
@@ -72,7 +74,7 @@ def _rows(cell: dict[str, Any], bytes_: int = 0) -> list[tuple[int, dict[str, co
 def _plain(sources: Iterable[Source]) -> list[tuple[Source, dict[str, Any]]]:
     """The cells that no MPI started, by workers, rate and date."""
     found = [(source, cell) for source in sources for cell in source.cells if not cell.get("variant")]
-    return sorted(found, key=lambda one: (one[1]["workers"], parse_rate(one[1]["rate"]) or 1e12, one[0].when))
+    return sorted(found, key=lambda one: (one[1]["workers"], bits(one[1]["rate"]), one[0].when))
 
 
 def _where(cell: dict[str, Any]) -> str:
@@ -153,6 +155,17 @@ def kernel_table(sources: Sequence[Source]) -> str:
 def copy_bandwidth(source: Source) -> str:
     """GB/s of a copy, over the families."""
     return extent((cell["copy_bytes_per_s"] / 1e9 for cell in source.cells or [source.payload]), ".0f", " GB/s")
+
+
+def memory_table(sources: Iterable[Source]) -> str:
+    """One row for each strategy that was measured: bytes per byte of parameters."""
+    rows = [
+        [f"`{memory.name_of(cell)}`", *(value(memory.per_byte(cell, column), ".2f") for column in memory.COLUMNS)]
+        for source in sources
+        for cell in source.cells
+        if not cell["failure"]
+    ]
+    return table(["strategy", *memory.COLUMNS.values()], rows)
 
 
 def repeat_table(evidence: Evidence) -> str:

@@ -6,17 +6,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.table import Table
 
-from .. import tables
 from ..collectives import show as collectives
 from ..command import show_size
 from ..network.rates import show_rate
 from ..records import Source
 from .comparison import Cell
 from .evidence import Evidence
-
-WITHIN = 5  # percent: what two runs of one table may differ by, at the median
 
 
 @dataclass(frozen=True)
@@ -106,30 +102,3 @@ def twice_measured(runs: Iterable[Run]) -> list[TwiceMeasured]:
                 found.append(TwiceMeasured(run.what, run.unit, earlier.source, run.source, rows))
         before[run.key] = run
     return found
-
-
-def table(one: TwiceMeasured) -> Table:
-    """Both runs side by side."""
-    middle, worst = one.off_by
-    agree = "within" if middle <= WITHIN else "NOT within"
-    title = (
-        f"{one.what}: the two runs' ratios differ by {middle:.1f}% at the median, {worst:.1f}% at worst "
-        f"({agree} {WITHIN}% at the median)"
-    )
-    columns = [f"{one.unit}\nfirst", f"{one.unit}\nagain", "again /\nfirst", "×\nfirst", "×\nagain", "× again /\nfirst"]
-    shown = tables.table(title, "row", columns)
-    for name, row in one.rows.iterrows():
-        shown.add_row(
-            str(name),
-            *(tables.value(row[at], ".1f") for at in ("took", "took_again")),
-            _marked(row.took_by),
-            *(tables.value(row[at], ".3f") if row.ratio_by == row.ratio_by else "" for at in ("ratio", "ratio_again")),
-            _marked(row.ratio_by),
-        )
-    return shown
-
-
-def _marked(ratio: float) -> str:
-    if np.isnan(ratio):
-        return ""
-    return f"{ratio:.3f}" if abs(ratio - 1) <= WITHIN / 100 else f"[yellow]{ratio:.3f}[/yellow]"

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..convergence.best import Best, best, bits, steps_to
+from ..convergence.best import Best, best, steps_to
 from ..losses import DENSE
-from ..network.rates import show_rate
+from ..network.rates import bits, show_rate
 from ..records import Source
 from . import comparison
 from .comparison import Cell

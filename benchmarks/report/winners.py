@@ -13,6 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 from .. import drawing
 from . import comparison
 from .comparison import FAMILIES, Cell, Compared, Setting, TakesPart, family, short_rate
+from .evidence import Evidence, origin
 
 # Columns that the map always has, so that what was not measured is seen not to be.
 RATES = ("100mbit", "500mbit", "1gbit", "2.5gbit", "10gbit", "unlimited")
@@ -68,6 +69,21 @@ def draw(cells: dict[tuple[Setting, str], Cell], maps: Sequence[Map], about: Seq
         entries.append(Patch(facecolor="none", label=f"{UNPROVEN} its loss was not measured"))
     figure.legend(handles=entries, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     drawing.save(figure, path, about)
+
+
+def draw_map(evidence: Evidence, path: Path) -> None:
+    """Who wins where: among what trains exactly as DDP does, then among all whose loss is not known to suffer."""
+    title = "The same training as DDP: float32, nothing rounded away"
+    maps = [Map(title, lambda _, name: comparison.is_exact(name), lambda *_: False)]
+    if evidence.inexact():
+        maps.append(
+            Map(
+                "Any method, 16-bit and compressed ones too",
+                lambda cell, name: not evidence.is_barred(name, cell.setting),
+                lambda cell, name: evidence.loss(name, cell.setting) is None,
+            )
+        )
+    draw(evidence.chosen, maps, origin(list(evidence.chosen.values())), path)
 
 
 def _one(axes: Axes, column: int, row: int, compared: Compared | None, doubts: Set[str] = frozenset()) -> None:

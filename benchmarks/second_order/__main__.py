@@ -8,7 +8,7 @@ import argparse
 from functools import partial
 
 from .. import cells
-from ..command import Parser, filled, listed, number, positive
+from ..command import Parser, filled, listed, number, one_of, positive
 from ..training.measure import run_cell
 from ..training.plan import Plan
 from ..training.strategies import StrategyError
@@ -31,7 +31,7 @@ def names(text: str) -> list[str]:
 def arguments() -> argparse.Namespace:
     parser = Parser(__package__, __doc__)
     parser.add_argument("--methods", type=names, default=ALL, help=f"comma-separated, of the form {FORMS}")
-    parser.add_argument("--workloads", type=listed(str), default=list(KNOWN), help=f"of {', '.join(KNOWN)}")
+    parser.add_argument("--workloads", type=listed(one_of(KNOWN)), default=list(KNOWN), help=f"of {', '.join(KNOWN)}")
     parser.add_argument(
         "--lr", type=listed(number), help="learning rates, such as 0.02,0.05; each method's best counts"
     )
@@ -41,11 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=6, help="of each method, in each round")
     parser.add_argument("--batch", type=positive, help="examples per worker and step (default: the workload's)")
     cells.options(parser)
-    given = parser.parse_args()
-    unknown = [name for name in given.workloads if name not in KNOWN]
-    if unknown:
-        parser.error(f"workload {unknown[0]!r} is not one of {', '.join(KNOWN)}")
-    return given
+    return parser.parse_args()
 
 
 def plans(given: argparse.Namespace) -> dict[str, Plan]:

@@ -20,7 +20,7 @@ from .workloads import repeated_blocks
 ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in one bucket
 FORMS = (
     "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, dear[:sharded|owned|replicated|auto[:MIB]], "
-    f"COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one of: {spelling.FORMS}; @node behind dear "
+    f"auto, COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one of: {spelling.FORMS}; @node behind dear "
     "or a compressor: in two levels, inside nodes and between them, and @RANKS says how many ranks a node has"
 )
 
@@ -181,6 +181,19 @@ class Dear(DDP):
         return Trainer(model, own, engine)
 
 
+class Auto(DDP):
+    """What this library chooses by itself among exact methods, in the first 60 steps: warm up for at least as many."""
+
+    options: ClassVar[tuple[Option, ...]] = ()
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        import dear
+
+        model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
+        own = optimizer(model)
+        return Trainer(model, own, dear.attach(model, listed(own), compressor="auto"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compressed(DDP):
     """DDP with a compressor of this library as its communication hook."""
@@ -218,6 +231,7 @@ KINDS: dict[str, type[Strategy]] = {
     "ddp+powersgd": DDPPowerSGD,
     "fsdp2": FSDP2,
     "dear": Dear,
+    "auto": Auto,
 }
 
 

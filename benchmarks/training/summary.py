@@ -47,10 +47,13 @@ class Row:
     is_best_ddp: bool = False
 
 
-def summarise(cell: dict[str, Any], target: float | None = None) -> list[Row]:
-    """One row per strategy of a cell, failed ones included. A target loss of None takes the cell's own."""
+def summarise(cell: dict[str, Any], target: float | None = None, base: dict[str, Any] | None = None) -> list[Row]:
+    """One row per strategy of a cell, failed ones included.
+
+    target: a loss; None takes the cell's own. base: what speed-ups are over; None takes the best plain DDP.
+    """
     strategies = cell["strategies"]
-    best = best_ddp(strategies)
+    best = best_ddp(strategies) if base is None else base
     floor = next((one for one in strategies if one["name"] == "none" and finished(one)), None)
     target = target_loss(cell) if target is None else target
     bits, of_nodes = parse_rate(cell["rate"]), "node_size" in cell

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <deque>
@@ -24,6 +25,17 @@ class TransferHost {
   virtual PeerProgress& progress(int peer) = 0;
 };
 
+// Note [Who speaks first]
+// A rank may end an exchange while a peer is still in it, held up by a third one that has stopped: what the
+// third one owed the first had come. In the next exchange the first one sees the living peer and the stopped
+// one silent alike, and its timeout may end before that of the peer, which knows better. So whoever may be
+// behind is waited for somewhat longer:
+//  - In a ring: the previous rank, until something of this exchange has come from it, and whomever it waits
+//    for. Who is held up in the exchange before has got something there: what it passed on, without which
+//    nobody could have ended it. So whoever sees the culprit itself speaks first.
+//  - In a mesh: the peers from which nothing of this exchange has come, where there are several. A single one
+//    waits for nobody, since all others are in this exchange, and have sent it all of the one before.
+
 // What a transfer needs to know of the lane it runs in.
 struct TransferContext {
   const Members& members;
@@ -33,6 +45,12 @@ struct TransferContext {
   int wake_fd;        // readable when `host` has an ending
   FrameCheck check;
   TransferHost& host;
+
+  // How long to wait for a peer before it is blamed. See Note [Who speaks first].
+  std::chrono::milliseconds limit(bool may_be_behind) const {
+    const auto longer = std::min(timeout / 8, std::chrono::milliseconds(10'000));
+    return timeout + (may_be_behind ? longer : std::chrono::milliseconds(0));
+  }
 };
 
 // A lane that moves host tensors over connections of its own, on a thread of its own. What it moves and how

@@ -24,7 +24,7 @@ MeshTransfer::MeshTransfer(const MeshLinks& links, const Members& members) {
   for (int distance = 1; distance < members.size(); ++distance) {
     const int peer = members.after(distance);
     const int place = (members.place() + distance) % members.size();
-    peers_.push_back({peer, place, links.to(peer), {}, {}, {}, {}, false, false, 0, {}});
+    peers_.push_back({peer, place, links.to(peer), {}, {}, {}, {}, false, false, false, 0, {}});
   }
   entries_.resize(peers_.size() + 1);
 }
@@ -36,7 +36,7 @@ void MeshTransfer::run(const Exchange& exchange, const TransferContext& context)
   width_ = 1;
   progress_ = Clock::now();
   for (Peer& peer : peers_) {
-    peer = {peer.rank, peer.place, peer.fd, {}, {}, {}, {}, false, false, 0, progress_};
+    peer = {peer.rank, peer.place, peer.fd, {}, {}, {}, {}, false, false, false, 0, progress_};
     find_piece(peer.to);
     find_piece(peer.from);
     context.host.progress(peer.rank).begin();
@@ -131,7 +131,7 @@ bool MeshTransfer::send_some(Peer& peer) {
 // a peer that is in another collective may never send as much.
 void MeshTransfer::want(Peer& peer) {
   const size_t moved = peer.in.moved();
-  const bool first = peer.from.part == 0 && peer.from.offset == 0 && moved < sizeof(FrameHeader);
+  const bool first = !peer.came && moved < sizeof(FrameHeader);
   const size_t whole = first ? sizeof(FrameHeader) : frame_bytes(piece_bytes(peer.from));
   const size_t bytes = peer.lost ? 1 : whole - moved;
   if (bytes == peer.low_water) return;
@@ -165,6 +165,7 @@ void MeshTransfer::check_header(Peer& peer) {
   if (header.type != FrameType::kData || header.sequence != context_->sequence ||
       header.signature != signature_ || header.bytes != piece_bytes(peer.from))
     blame({peer.rank}, complaint::elsewhere());
+  peer.came = true;
 }
 
 std::string MeshTransfer::text_begun(const Peer& peer) const {
@@ -216,12 +217,19 @@ void MeshTransfer::check_deadlines() {
   // A peer that takes nothing shall not be in the way of the others, who would not know why we are silent.
   if (quiet >= std::min(context_->timeout / 8, milliseconds(1000))) width_ = peers_.size();
   if (quiet < context_->timeout / 4) return;
+  // See Note [Who speaks first].
+  const auto absent = [this](const Peer& peer) { return !complete(peer.from) && !peer.came; };
+  const bool several = std::count_if(peers_.begin(), peers_.end(), absent) > 1;
   std::vector<int> silent;
+  milliseconds limit{0};
   for (const Peer& peer : peers_) {
+    const auto own = context_->limit(several && absent(peer));
     const bool waits = !complete(peer.from) || !complete(peer.to);
-    if (waits && since(peer.heard) >= context_->timeout) silent.push_back(peer.rank);
+    if (!waits || since(peer.heard) < own) continue;
+    silent.push_back(peer.rank);
+    limit = std::max(limit, own);
   }
-  if (!silent.empty()) blame(silent, complaint::silent(context_->timeout));
+  if (!silent.empty()) blame(silent, complaint::silent(limit));
 }
 
 // --- failing ---

@@ -50,6 +50,7 @@ class MeshTransfer {
     InFrame in;
     bool send_blocked = false;
     bool lost = false;  // it takes nothing any more: what it sent before says why
+    bool came = false;  // something of this exchange has
     size_t low_water = 0;
     Clock::time_point heard;  // when anything last moved, either way
   };

@@ -10,6 +10,8 @@ constexpr int64_t kSmallestPiece = 16 << 10;
 constexpr int64_t kPiecesPerChunk = 4;  // enough that a rank forwards while it still receives
 constexpr size_t kBlockPieces = 4;      // 1 MiB at most: two blocks in flight stay in the cache
 
+char nothing[1];  // what an empty piece stands at
+
 int wrap(int rank, int world) { return ((rank % world) + world) % world; }
 
 // The pieces of chunk `chunk` of every part.
@@ -53,6 +55,15 @@ RingPlan make_ring_plan(const Exchange& exchange, int rank, int world) {
     chunks.push_back(cut_chunk(exchange, chunk, rank, world));
     longest = std::max(longest, chunks.back().size());
     for (const Piece& piece : chunks.back()) plan.largest_piece = std::max(plan.largest_piece, piece.bytes);
+  }
+
+  // See Note [Empty pieces].
+  const bool moves =
+      std::any_of(chunks.begin(), chunks.end(), [](const auto& pieces) { return !pieces.empty(); });
+  for (int chunk = 0; chunk < world && world > 2 && moves; ++chunk) {
+    if (!chunks[chunk].empty()) continue;
+    const bool ends = exchange.phase() == Phase::kAllGather || chunk == rank;
+    chunks[chunk].push_back({nothing, ends ? nothing : nullptr, 0, 0, at::kByte});
   }
 
   // Note [Enough slots]

@@ -28,6 +28,11 @@ struct Piece {
 // Note [Blocks]
 // A chunk goes round in blocks of a few pieces, two blocks at a time: what a rank receives it sends on
 // shortly after, out of the cache, and while it waits for one block it works on the other.
+//
+// Note [Empty pieces]
+// Of a chunk without elements a piece without elements goes round, where there are more than two ranks. So
+// nobody ends an exchange before the rank before it has got something of it, by which who is held up knows
+// more than who is ahead. See Note [Who speaks first].
 struct RingPlan {
   std::vector<Piece> outbound;
   std::vector<Piece> inbound;

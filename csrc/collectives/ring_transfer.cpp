@@ -200,9 +200,9 @@ class RingTransfer {
 
   void take_piece() {
     const Piece& piece = plan_.inbound[received_];
-    if (!forwards_) {
+    if (!forwards_ && piece.bytes > 0) {
       add(piece);
-    } else if (!intact(piece.out, in_.header().bytes)) {
+    } else if (!intact(inbound_data(), in_.header().bytes)) {
       blame(prev_, complaint::damaged());
     } else {
       scratch_.checks[received_] = in_.check();
@@ -210,6 +210,7 @@ class RingTransfer {
     if (!forwards_ && piece.out == nullptr) ++waiting_sums_;
     context_.host.progress(prev_).note_received(piece.bytes);
     ++received_;
+    blamed_ = prev_;  // whomever it waited for has come
   }
 
   // See Note [Checksums in the cache].
@@ -270,12 +271,10 @@ class RingTransfer {
     return std::chrono::duration_cast<milliseconds>(Clock::now() - last_progress_);
   }
 
-  // How long this rank waits before it blames. A neighbour of which nothing has come may still be in the
-  // exchange before, held up by another: who waits there has seen more, and is to speak first.
+  // How long this rank waits before it blames. See Note [Who speaks first].
   milliseconds limit() const {
-    const bool may_be_behind = received_ == 0 && !plan_.inbound.empty() && blamed_ == prev_;
-    return context_.timeout +
-           (may_be_behind ? std::min(context_.timeout / 8, milliseconds(10'000)) : milliseconds(0));
+    const bool sees_it = plan_.inbound.empty() || (received_ > 0 && blamed_ == prev_);
+    return context_.limit(!sees_it);
   }
 
   // Milliseconds until the next deadline: telling the next rank, or giving up.

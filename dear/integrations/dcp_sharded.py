@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear._agree import agree
-from dear._ddp import reduced_parameters
+from dear._ddp import parameter_names, reduced_parameters
 from dear._layout import stride_in_bucket
 from dear._optimizer import unwrapped
 from dear._state import SCALARS
@@ -42,9 +42,6 @@ from dear.engine import Engine
 from dear.integrations._pieces import Pieces
 
 __all__ = ["load", "save"]
-
-# What wrappers of modules put into names, and DCP leaves out.
-_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 def save(path: str | os.PathLike[str], model: DDP, optimizer: Optimizer | Sequence[Optimizer], engine: Engine) -> None:
@@ -131,14 +128,6 @@ def _packed(state: Any) -> bytes:
     return data.getvalue()
 
 
-# --- the names ---
-
-
-def _names(model: DDP) -> dict[torch.Tensor, str]:
-    """As DCP calls the parameters."""
-    return {param: _WRAPPERS.sub("", name) for name, param in model.module.named_parameters()}
-
-
 # --- saving ---
 
 
@@ -148,7 +137,7 @@ def _optimizer_state(model: DDP, optimizers: list[Optimizer], engine: Engine) ->
     if parts is None:
         with engine.full_state():
             return get_optimizer_state_dict(model, optimizers)
-    names = _names(model)
+    names: dict[Any, str] = dict(parameter_names(model))
     state: dict[str, dict[str, Any]] = {}
     for param, rest in parts.rest.items():
         state.setdefault(names[param], {}).update(rest)
@@ -207,9 +196,9 @@ class _Template:
     for each element."""
 
     def __init__(self, metadata: Metadata, model: DDP, optimizers: list[Optimizer], rank: int, world: int) -> None:
-        self._metadata, self._optimizers, self._names = metadata, optimizers, _names(model)
+        self._metadata, self._optimizers, self._names = metadata, optimizers, parameter_names(model)
         self.wanted: dict[str, Any] = {}
-        by_name = {name: param for param, name in self._names.items()}
+        by_name: dict[str, torch.Tensor] = {name: param for param, name in self._names.items()}
         updated = {param for each in optimizers for group in each.param_groups for param in group["params"]}
         alone = updated - set(reduced_parameters(model))
         kinds: dict[torch.Tensor, dict[str, torch.dtype]] = {}

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from dear import _C
+from dear._names import named_modules
 from dear.collectives import choose_algorithm, group_timeout, make_lane
 from dear.integrations._wires import WIRES, Wire, make_wire
 
@@ -44,7 +45,7 @@ def use(model: torch.nn.Module, wire: torch.dtype | None = None, error_feedback:
         ValueError: ``model`` has no FSDP module, or ``wire`` is another type.
         RuntimeError: no group of host tensors under gloo.
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    modules = {name: module for name, module in named_modules(model) if isinstance(module, FSDPModule)}
     if not modules:
         raise ValueError("The model has no FSDP module: call torch.distributed.fsdp.fully_shard() first.")
     if wire is not None and wire not in WIRES:

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 from chaos import results
-from chaos.plan import draw
+from chaos.plan import MODES, draw
 from chaos.run import Chaos
 
 
@@ -24,6 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1, help="of the first run; they count on from it")
+    parser.add_argument("--mode", choices=MODES, help="the only mode (default: drawn)")
     parser.add_argument("--out", type=Path, help="a file for the figures and every run, as JSON; goes on from there")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; call again to go on")
     options = parser.parse_args()
@@ -35,13 +36,13 @@ def main() -> int:
             continue
         if time.monotonic() - start > 60 * options.minutes:
             break
-        report = chaos.run(draw(seed))
+        report = chaos.run(draw(seed, options.mode))
         reports.append(report)
         good = report.undisturbed or (report.named and not report.hung and not report.crashed and report.resumed)
         if not good:
             print(f"{report.plan}: {report.texts or 'resumed with other bits'}", flush=True)
         if options.out:
-            results.write(options.out, reports, {"runs": options.runs, "seed": options.seed})
+            results.write(options.out, reports, {"runs": options.runs, "seed": options.seed, "mode": options.mode})
     figures = results.figures(reports)
     print(json.dumps(figures, indent=1))
     total = Counter(figures["all"])

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from owning import WholeAdamW
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compress
 import dear
-from chaos.plan import CHECKPOINT_EVERY, STEPS, Plan
+from chaos.plan import CHECKPOINT_EVERY, STEPS, TWO_LEVELS, Plan
 
 TIMEOUT = 4.0  # seconds of the process group, in a job that is disturbed
 PATIENCE = 60.0  # and in one that is not, which must end whatever else the machine does
@@ -30,6 +31,7 @@ COMPRESSORS: dict[str, Callable[[], compress.Compressor]] = {
     "topk": lambda: compress.TopK(density=0.05),
     "sign": lambda: compress.SignSGD(),
     "bf16": lambda: compress.Dense(),
+    "int8": lambda: compress.Dense(torch.int8),
 }
 Tell = Callable[..., None]
 
@@ -41,17 +43,19 @@ class Job:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(16, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 8))
         self.model = DDP(net)
-        self.opt = torch.optim.AdamW(self.model.parameters(), lr=0.001)
+        kind, _, hook = ("sharded", "", "") if plan.mode == TWO_LEVELS else plan.mode.partition(" ")
+        make = WholeAdamW if kind == "owned" else torch.optim.AdamW
+        self.opt = make(self.model.parameters(), lr=0.001)
         at("setup")  # before it, DDP's own exchanges fail with an error of its own
-        kind, _, hook = plan.mode.partition(" ")
         self.compressor = COMPRESSORS[kind]() if kind in COMPRESSORS else None
         self.engine: Any = None
         if hook:
             compress.register(self.model, self.compressor)
         else:
             update = "replicated" if self.compressor is not None else kind
+            nodes = 2 if plan.mode == TWO_LEVELS and plan.world == 4 else None
             self.engine = dear.attach(
-                self.model, self.opt, update=update, compressor=self.compressor, bucket_cap_mb=0.2
+                self.model, self.opt, update=update, compressor=self.compressor, hierarchy=nodes, bucket_cap_mb=0.2
             )
 
     def state(self) -> dict[str, Any]:

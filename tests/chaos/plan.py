@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import random
 
-COMPRESSORS = ("acp", "power", "topk", "sign", "bf16")
-MODES = ("sharded", "replicated", *COMPRESSORS, *(f"{kind} hook" for kind in COMPRESSORS))
+UPDATES = ("sharded", "owned", "replicated")
+COMPRESSORS = ("acp", "power", "topk", "sign", "bf16", "int8")
+TWO_LEVELS = "two levels"  # sharded, in nodes of two ranks each where the world is four
+MODES = (*UPDATES, TWO_LEVELS, *COMPRESSORS, *(f"{kind} hook" for kind in COMPRESSORS))
 EVENTS = ("kill", "kill", "kill", "stop", "cut", "pause")
 #: Where in a step a rank ends itself; "any" leaves it to a time after the step began.
 PLACES = ("any", "any", "any", "forward", "backward", "before step", "after step", "checkpoint", "setup")
@@ -28,8 +30,8 @@ class Plan:
     delay: float  # seconds after the victim's step began, where the place is "any"
 
 
-def draw(seed: int) -> Plan:
-    """The plan of a seed."""
+def draw(seed: int, mode: str | None = None) -> Plan:
+    """The plan of a seed; ``mode`` is drawn where none is given."""
     rng = random.Random(seed)
     world = rng.choice((2, 2, 3, 4))
     event = rng.choice(EVENTS)
@@ -41,4 +43,5 @@ def draw(seed: int) -> Plan:
         step = rng.randrange(CHECKPOINT_EVERY - 1, STEPS, CHECKPOINT_EVERY)
     if place == "setup":
         step = 0
-    return Plan(seed, world, rng.choice(MODES), event, rng.randrange(world), step, place, rng.uniform(0, 0.02))
+    drawn = rng.choice(MODES)
+    return Plan(seed, world, mode or drawn, event, rng.randrange(world), step, place, rng.uniform(0, 0.02))

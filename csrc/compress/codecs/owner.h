@@ -1,6 +1,7 @@
 #pragma once
 
 #include "compress/codec.h"
+#include "compress/layout.h"
 
 namespace dear::compress {
 
@@ -18,6 +19,9 @@ class OwnerCodec : public Codec {
 
  protected:
   OwnerCodec(at::Device device, int64_t rank, int64_t world, int64_t words);
+
+  // A row's words, of which the first `words` are used, with which rows are whole vectors of 16 bytes.
+  static int64_t whole_row(int64_t words) { return ceil_div(words + 1, 4) * 4 - 1; }
 
   // Writes the rows that go to the owners, [ranks, words] int32, and what it drops.
   virtual void encode(int64_t step, const at::Tensor& rows) = 0;

@@ -7,10 +7,6 @@ namespace dear::compress {
 
 namespace {
 
-// A row ends with a word of its own (OwnerCodec); this many words before it make rows whole vectors of 16
-// bytes.
-int64_t row_words(int64_t shard) { return ceil_div(quantized_words(shard) + 1, 4) * 4 - 1; }
-
 // A hash of 64 bits (splitmix64).
 uint64_t mix(uint64_t x) {
   x += 0x9e3779b97f4a7c15u;
@@ -24,7 +20,7 @@ uint64_t mix(uint64_t x) {
 QuantizedCodec::QuantizedCodec(at::Device device, int64_t rank, int64_t world, int64_t shard, int64_t owned,
                                bool floating, int64_t seed, std::optional<at::Tensor> error,
                                std::optional<at::Tensor> owner_error)
-    : OwnerCodec(device, rank, world, row_words(shard)),
+    : OwnerCodec(device, rank, world, whole_row(quantized_words(shard))),
       rank_(rank),
       words_(quantized_words(shard)),
       shard_(shard),

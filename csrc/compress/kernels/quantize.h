@@ -3,9 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#include "compress/layout.h"
+#include "compress/kernels/scaled_rows.h"
 
 namespace dear::compress {
 
@@ -13,31 +12,12 @@ namespace dear::compress {
 // to 448.
 enum class CodeType : int { kInt8, kFloat8 };
 
-// Rows of a payload, one for each owner: `stride` words apart, each of a shard of so many elements.
-struct Rows {
-  int64_t count;
-  int64_t stride;
-  int64_t shard;
-};
-
 // To the nearest code, ties to even; or, given a key, up or down at random such that the mean is right. What
 // is drawn depends on the key and the element's index alone.
 struct Rounding {
   bool stochastic;
   uint32_t key;
 };
-
-DEAR_HOST_DEVICE inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-DEAR_HOST_DEVICE inline float float_of(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // The byte of the smallest scale, of those that are normal floats, by which a largest magnitude of these bits
 // is within the codes' range. 127 is 1.984375 * 2^6, and 448 is 1.75 * 2^8.

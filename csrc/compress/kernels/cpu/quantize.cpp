@@ -1,50 +1,21 @@
 #include "compress/kernels/cpu/quantize.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
-#include <atomic>
 
 #include "compress/kernels/cpu/cast.h"
 #include "compress/kernels/cpu/quantize_loops.h"
+#include "compress/kernels/cpu/scaled_rows.h"
 
 namespace dear::compress::cpu {
 
 namespace {
 
-constexpr int64_t kGrainBlocks = 8;
-
-// A block of elements of one owner's row.
-struct Place {
-  int64_t row;
-  int64_t offset;  // in the shard
-  int64_t length;
-
-  int64_t element(const Rows& rows) const { return row * rows.shard + offset; }
-  const uint8_t* codes(const int32_t* payload, const Rows& rows) const {
-    return reinterpret_cast<const uint8_t*>(payload + row * rows.stride) + offset;
-  }
-  const uint8_t* scales(const int32_t* payload, const Rows& rows) const {
-    return reinterpret_cast<const uint8_t*>(payload + row * rows.stride) + rows.shard + offset / kScaleBlock;
-  }
-};
-
-// Calls visit(place) for the blocks of all rows, of which n elements exist; adds up what it returns.
-template <typename Visit>
-int64_t sum_over_rows(const Rows& rows, int64_t n, const Visit& visit) {
-  const int64_t blocks = block_count(rows.shard);
-  std::atomic<int64_t> total{0};
-  at::parallel_for(0, rows.count * blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
-    int64_t count = 0;
-    for (int64_t block = first; block < last; ++block) {
-      Place place{block / blocks, block % blocks * kBlock, 0};
-      const int64_t in_shard = rows.shard - place.offset;
-      place.length = std::min(std::min(kBlock, in_shard), n - place.element(rows));
-      if (place.length > 0) count += visit(place);
-    }
-    total.fetch_add(count, std::memory_order_relaxed);
-  });
-  return total.load();
+const uint8_t* codes_of(const int32_t* payload, const Rows& rows, const Place& place) {
+  return reinterpret_cast<const uint8_t*>(payload + place.row * rows.stride) + place.offset;
+}
+const uint8_t* scales_of(const int32_t* payload, const Rows& rows, const Place& place) {
+  return reinterpret_cast<const uint8_t*>(payload + place.row * rows.stride) + rows.shard +
+         place.offset / kScaleBlock;
 }
 
 // values [n] plus the error, where there is one, is rounded; the error becomes what that lost.
@@ -67,8 +38,8 @@ int64_t quantize_encode(const void* grad, GradType type, float* error, int64_t n
     const int64_t begin = place.element(rows);
     const float* values = load_block(element(grad, type, begin), type, place.length, scratch);
     return quantize_run(values, error == nullptr ? nullptr : error + begin, place.length, code, rounding,
-                        static_cast<uint32_t>(begin), const_cast<uint8_t*>(place.codes(payload, rows)),
-                        const_cast<uint8_t*>(place.scales(payload, rows)));
+                        static_cast<uint32_t>(begin), const_cast<uint8_t*>(codes_of(payload, rows, place)),
+                        const_cast<uint8_t*>(scales_of(payload, rows, place)));
   });
 }
 
@@ -81,13 +52,14 @@ int64_t quantize_average(const int32_t* payloads, const Rows& ranks, float* erro
     alignas(64) float mean[kBlock];
     for (int64_t rank = 0; rank < ranks.count; ++rank) {
       const Place from{rank, place.offset, place.length};
-      add_loop(code, rank == 0)(from.codes(payloads, ranks), from.scales(payloads, ranks), factor,
+      add_loop(code, rank == 0)(codes_of(payloads, ranks, from), scales_of(payloads, ranks, from), factor,
                                 place.length, mean);
     }
     if (divisor != 1) divide_run(divisor, place.length, mean);
     return quantize_run(mean, error == nullptr ? nullptr : error + place.offset, place.length, code, rounding,
-                        static_cast<uint32_t>(place.offset), const_cast<uint8_t*>(place.codes(out, merged)),
-                        const_cast<uint8_t*>(place.scales(out, merged)));
+                        static_cast<uint32_t>(place.offset),
+                        const_cast<uint8_t*>(codes_of(out, merged, place)),
+                        const_cast<uint8_t*>(scales_of(out, merged, place)));
   });
 }
 
@@ -97,7 +69,8 @@ void quantize_decode(const int32_t* payload, const Rows& rows, int64_t n, CodeTy
     alignas(64) float scratch[kBlock];
     void* target = element(out, type, place.element(rows));
     float* values = type == GradType::kFloat32 ? static_cast<float*>(target) : scratch;
-    add_loop(code, true)(place.codes(payload, rows), place.scales(payload, rows), 1.0f, place.length, values);
+    add_loop(code, true)(codes_of(payload, rows, place), scales_of(payload, rows, place), 1.0f, place.length,
+                         values);
     if (type != GradType::kFloat32) store_within_range(scratch, type, place.length, target);
     return int64_t{0};
   });

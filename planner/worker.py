@@ -24,7 +24,7 @@ class Gate:
     update: float = 0.0
 
 
-class Site:
+class Worker:
     """Adds a worker's tasks. All workers do the same at the same time, so one stands for all."""
 
     def __init__(self, profile: Profile, network: Network, machine: Machine) -> None:
@@ -78,10 +78,10 @@ class Site:
         What is added to the compute thread between two groups, such as encoding, stands in its place.
         """
         order = self.profile.backward_order
-        place = {layer: position for position, layer in enumerate(order)}
+        position = {layer: index for index, layer in enumerate(order)}
         done = 0
         for number, group in enumerate(groups):
-            until = max(place[layer] for layer in group.layers) + 1
+            until = max(position[layer] for layer in group.layers) + 1
             seconds = sum(self.profile.layers[layer].backward for layer in order[done:until])
             done = max(done, until)
             if number == len(groups) - 1:  # layers without parameters

@@ -1,0 +1,1 @@
+"""What attaching costs where there is nothing to gain: on a single rank."""

@@ -1,0 +1,57 @@
+"""The table of what compressors cost in loss, from stored trainings: python -m benchmarks.convergence.table"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from ..losses import DENSE
+from .best import best
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+TABLE = Path(__file__).resolve().parent.parent.parent / "compress" / "losses.json"
+SEEDS = 3  # of a method and of dense, at least
+PLAIN = ("power", "acp", "topk", "sign", "bf16", "fp16", "int8", "fp8")  # methods that have a name of their own
+
+
+def trainings(results: Path) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Cells by what they train, over all files of the convergence benchmark."""
+    found: defaultdict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(results.glob("convergence*.json")):
+        for cell in json.loads(path.read_text())["cells"]:
+            plan = cell["plan"]
+            same = (plan.get("workload") or "gpt", plan["steps"], plan.get("schedule"), cell["workers"])
+            found[same].append(cell)
+    return found
+
+
+def table(results: Path = RESULTS) -> dict[str, Any]:
+    """By method: how far above dense it ended at worst, and in how many trainings it was compared."""
+    ratios: defaultdict[str, list[float]] = defaultdict(list)
+    for cells in trainings(results).values():
+        found = [one for one in best(_once(cells)) if len(one.held_out) >= SEEDS]
+        dense = {one.optimizer: one.loss for one in found if one.strategy == DENSE}
+        for one in found:
+            kind, *options = one.strategy.split(":")
+            if one.optimizer in dense and kind in PLAIN and len(options) < 2:
+                ratios[one.strategy].append(one.loss / dense[one.optimizer] - 1)
+    methods = {name: {"above": round(max(each), 4), "trainings": len(each)} for name, each in sorted(ratios.items())}
+    return {"made by": "python -m benchmarks.convergence.table", "methods": methods}
+
+
+def _once(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Files of one training repeat its dense runs."""
+    keys = ("strategy", "optimizer", "learning_rate", "seed")
+    return list({tuple(cell["plan"][key] for key in keys): cell for cell in cells}.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.table", description=__doc__)
+    parser.add_argument("--out", type=Path, default=TABLE, help="where it goes")
+    given = parser.parse_args()
+    given.out.write_text(json.dumps(table(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+#pragma once
+
+#include "compress/codecs/owner.h"
+
+namespace dear::compress {
+
+// compress.Dense in 2, 3 or 4 bits: Note [Few bits on the wire].
+class LevelledCodec : public OwnerCodec {
+ public:
+  // `shard`: elements of one owner; `owned`: how many of this rank's there are. Both errors are needed, but
+  // by a codec that only reads: what so few levels cut off must be sent later.
+  LevelledCodec(at::Device device, int64_t rank, int64_t world, int64_t shard, int64_t owned, int64_t bits,
+                std::optional<at::Tensor> error, std::optional<at::Tensor> owner_error);
+
+ protected:
+  void encode(int64_t step, const at::Tensor& rows) override;
+  void merge(int64_t step, const at::Tensor& rows, const at::Tensor& merged) override;
+  void decode(int64_t step, const at::Tensor& rows) override;
+
+ private:
+  const int64_t words_;  // of one owner's shard
+  const int64_t shard_;
+  const int64_t owned_;
+  const int64_t bits_;
+  at::Tensor error_;
+  at::Tensor owner_error_;
+};
+
+}  // namespace dear::compress

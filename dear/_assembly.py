@@ -1,0 +1,170 @@
+"""The parts of an engine, made of a setting: by ``attach``, and again where the setting changes at a step boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from dear import _C, _ddp, preconditioning
+from dear._alone import LoneSchedule, is_alone
+from dear._attached import Attached, weakly
+from dear._bucket_order import BucketOrder
+from dear._fusion import MIB
+from dear._nodes import Nodes, make_levelled_lane
+from dear._optimizer import UserOptimizer
+from dear._owned import OwnedUpdate
+from dear._pending import Barrier
+from dear._plain import NoScheduler, PlainSchedule, PlainUpdate
+from dear._replicated import ReplicatedUpdate
+from dear._schedule import Schedule
+from dear._sharded import ShardedUpdate
+from dear._update import Request, Update
+from dear.collectives import Algorithm, group_timeout
+from dear.compression import Compressor, Site, Uncompressed
+
+#: In the order in which ``update="auto"`` tries them.
+STRATEGIES: dict[str, type[Update]] = {kind.kind: kind for kind in (ShardedUpdate, OwnedUpdate, ReplicatedUpdate)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an engine trains: what may change at a step boundary. Equal on every rank.
+
+    update: one of STRATEGIES, or ``"ddp"``: DistributedDataParallel itself reduces, and nothing is decoupled.
+    bucket_cap_mb: of a fusion group, or of DDP's buckets.
+    """
+
+    update: str
+    bucket_cap_mb: float
+    compressor: Compressor | None = None
+
+
+class Timetable(Protocol):
+    """What the engine asks of a schedule; see :class:`dear._schedule.Schedule`."""
+
+    watches_forward: ClassVar[bool]
+    bucket_order: BucketOrder
+    group_bytes: int
+
+    def look_again(self) -> None: ...
+
+    def unclaimed(self) -> None: ...
+
+    def before_forward(self) -> None: ...
+
+    def after_forward(self, failed: bool) -> None: ...
+
+    def release(self) -> None: ...
+
+    def restore_reducer(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of."""
+
+    attached: Attached
+    schedule: Timetable
+    update: Update
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What an engine stands on, whatever its setting."""
+
+    model: DDP
+    users: Sequence[UserOptimizer]
+    group: dist.ProcessGroup
+    device: torch.device
+    algorithm: Algorithm
+    nodes: Nodes | None = None
+    preconditioner: preconditioning.Preconditioner | None = None
+
+    def assemble(self, setting: Setting) -> Parts:
+        """Makes the parts; the model's communication hook is free. Collective."""
+        return self._plain(setting) if setting.update == PlainUpdate.kind else self._scheduled(setting)
+
+    def _plain(self, setting: Setting) -> Parts:
+        lane = make_levelled_lane(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
+        attached = self._attached(NoScheduler(), lane)  # type: ignore[arg-type] # it has what is asked of one
+        update = PlainUpdate(attached)
+        return Parts(attached, PlainSchedule(attached, setting.bucket_cap_mb), update)
+
+    def _scheduled(self, setting: Setting) -> Parts:
+        strategy = STRATEGIES[setting.update]
+        gather_lane = make_levelled_lane(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
+        reduce_lane = make_levelled_lane(self.group, "reduce-scatter", self.algorithm, self._timeout(), self.nodes)
+        scheduler = _C.Scheduler(reduce_lane, gather_lane, strategy.gathers_gradients)
+        attached = self._attached(scheduler, gather_lane)
+        optimizers = [user.optimizer for user in self.users]
+        if setting.compressor is not None:
+            lanes = [reduce_lane, gather_lane]
+            wait = weakly(attached, Attached.synchronize)
+            attached.compression = setting.compressor.bind_to_schedule(
+                Site(self.model, optimizers[0], self.device, lanes, self.algorithm, scheduler, wait, self.nodes)
+            )
+        if self.preconditioner is not None:
+            attached.preconditioning = self.preconditioner.bind_to_schedule(
+                preconditioning.Site(
+                    self.model.module, attached.params, optimizers, self.group, self.device, strategy.kind, reduce_lane,
+                    gather_lane,
+                )
+            )  # fmt: skip
+        update = strategy(attached)
+        attached.barrier.finish = update.finish
+        schedule = (LoneSchedule if is_alone(attached) else Schedule)(attached, update, setting.bucket_cap_mb)
+        return Parts(attached, schedule, update)
+
+    def _attached(self, scheduler: _C.Scheduler, gather_lane: _C.Lane) -> Attached:
+        return Attached(
+            model=self.model,
+            users=list(self.users),
+            group=self.group,
+            device=self.device,
+            params=_ddp.reduced_parameters(self.model),
+            names=_ddp.parameter_names(self.model),
+            scheduler=scheduler,
+            gather_lane=gather_lane,
+            barrier=Barrier(),
+            compression=Uncompressed(),
+        )
+
+    def _timeout(self) -> timedelta:
+        return group_timeout(self.group, self.device)
+
+
+def choose_strategy(request: Request, update: str, served: Sequence[str] = tuple(STRATEGIES)) -> type[Update]:
+    """The strategy that ``update`` names, or the first one that can serve the request.
+
+    served: the names of those that a preconditioner can work under, in the order in which they are tried.
+
+    Raises:
+        ValueError: an unknown name, or a strategy that cannot serve it.
+    """
+    if update == "auto":
+        found = next((name for name in served if STRATEGIES[name].suits(request)), None)
+        update = found if found is not None else ReplicatedUpdate.kind
+    if update not in STRATEGIES:
+        names = ", ".join(f'"{name}"' for name in STRATEGIES)
+        raise ValueError(f'update must be "auto" or one of {names}, not {update!r}.')
+    if update not in served:
+        raise ValueError(
+            f'A preconditioner changes gradients where their owners are, and update="{update}" has none, nor has a '
+            "compressor: leave both out, or leave preconditioner out of dear.attach(), call precondition.register(), "
+            "and preconditioner.step() between backward() and optimizer.step()."
+        )
+    refusal = STRATEGIES[update].refusal(request)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return STRATEGIES[update]
+
+
+def usual_cap(strategy: type[Update], request: Request, model: DDP, world: int, ratio: float) -> float:
+    """MiB of a fusion group where the user names none; ``ratio``: by how much a compressor shrinks gradients."""
+    return strategy.usual_group_bytes(request, _ddp.reduced_parameters(model), world, ratio) / MIB

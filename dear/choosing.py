@@ -1,0 +1,182 @@
+"""Who chooses the setting while training goes on: what ``compressor="auto"`` needs, and nothing of how it decides.
+
+A chooser is found by an entry point, so that this package knows no planner: ``dear.attach`` hands it a
+:class:`Steering`, by which it may look on and change the setting at step boundaries.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from importlib import metadata
+from typing import Any, Protocol
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim import Optimizer
+
+from dear import _ddp
+from dear._assembly import STRATEGIES, Ground, Setting, choose_strategy, usual_cap
+from dear._context import StepContext, ordinary
+from dear._look_again import overlapping
+from dear._objects import all_gather_object, broadcast_object
+from dear._plain import PlainUpdate
+from dear._update import Request
+from dear.engine import Engine
+
+GROUP, NAME = "dear.chooser", "auto"
+#: Where no entry point is installed, as in a checkout: the planner's own module, under either name of its package.
+FALLBACK = ("dear_planner.auto", "planner.auto")
+
+
+class Chooser(Protocol):
+    """What :func:`dear.attach` takes as ``compressor`` in the place of a compressor. One serves one engine."""
+
+    def check_new(self, model: DDP, caller: str) -> dict[str, Any]:
+        """Refuses what it cannot serve; returns what must be equal on every rank."""
+
+    def first(self, steering: Steering) -> Setting | None:
+        """The setting to begin with; None for ``attach``'s own."""
+
+    def begin(self, steering: Steering) -> None:
+        """The engine stands, in the first setting."""
+
+    def step_began(self) -> None:
+        """A step boundary: called once between two steps, as the first forward pass of a step begins. Collective."""
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """What was chosen, as JSON can hold it; None as long as nothing is."""
+
+    def release(self) -> None:
+        """The engine is detached: takes everything off the model."""
+
+
+def auto(**options: Any) -> Chooser:
+    """A new chooser of the installed planner.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = next(iter(metadata.entry_points(group=GROUP, name=NAME)), None)
+    if found is not None:
+        return found.load()(**options)  # type: ignore[no-any-return]
+    for name in FALLBACK:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None and importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name).Auto(**options)  # type: ignore[no-any-return]
+    raise ValueError('compressor="auto" needs the planner beside dear: install dear-torch[auto], or run in a checkout.')
+
+
+def is_chooser(thing: Any) -> bool:
+    return hasattr(thing, "step_began") and not isinstance(thing, type)
+
+
+class Steering:
+    """An engine as its chooser sees it. Every method that is collective must be called by all ranks alike."""
+
+    def __init__(self, ground: Ground, setting: Setting, *, update: str, tunes_cap: bool) -> None:
+        """``update``, ``tunes_cap``: what the user leaves open, or "auto" of the update."""
+        self.ground, self.setting, self.tunes_cap = ground, setting, tunes_cap
+        self._update = update
+        self._engine: Engine | None = None
+        self._chooser: Chooser | None = None
+        self._seen = 0  # steps, at the last boundary
+
+    @property
+    def engine(self) -> Engine:
+        """After ``begin``."""
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        return tuple(user.optimizer for user in self.ground.users)
+
+    def begin(self, engine: Engine, chooser: Chooser) -> None:
+        """Puts the chooser to work."""
+        self._engine, self._chooser = engine, chooser
+        engine._steering = self
+        chooser.begin(self)
+
+    @property
+    def steps(self) -> int:
+        """Of the engine, so far."""
+        return self.engine._steps
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """See :class:`Chooser`."""
+        return self._chooser.plan if self._chooser is not None else None
+
+    def release(self) -> None:
+        """The engine is detached."""
+        if self._chooser is not None:
+            self._chooser.release()
+
+    def before_forward(self) -> None:
+        """Only the first forward pass after a step is a boundary: gradients may be local after any other."""
+        if self.steps == self._seen or not torch.is_grad_enabled():
+            return
+        model = self.ground.model
+        if self.engine._attached.scheduler.has_gradients():
+            return
+        if model.static_graph and not model.require_backward_grad_sync:  # which a new reducer could not learn
+            return
+        self._seen = self.steps
+        assert self._chooser is not None
+        with ordinary(StepContext.here(self.ground.device)):
+            self._chooser.step_began()
+
+    # --- what may be chosen ---
+
+    def updates(self, compresses: bool) -> list[str]:
+        """The update strategies that can serve the optimizer, ``"ddp"`` among them unless the user named one."""
+        request = self._request(compresses)
+        if self._update != "auto":
+            named = STRATEGIES[self._update]
+            return [] if named.refusal(request) else [self._update]
+        found = [name for name, kind in STRATEGIES.items() if kind.refusal(request) is None]
+        return found if compresses else [*found, PlainUpdate.kind]
+
+    def usual(self, compressor: Any = None) -> Setting:
+        """What :func:`dear.attach` takes by itself, with a compressor or without."""
+        request = self._request(compressor is not None)
+        strategy = choose_strategy(request, self._update)
+        ratio = 1.0 if compressor is None else compressor.usual_ratio
+        cap = self.setting.bucket_cap_mb
+        if self.tunes_cap:
+            cap = usual_cap(strategy, request, self.ground.model, self.ground.group.size(), ratio)
+        return Setting(strategy.kind, cap, compressor)
+
+    def _request(self, compresses: bool) -> Request:
+        model = self.ground.model
+        return Request(self.optimizers, compresses, overlapping(_ddp.parameter_names(model)))
+
+    # --- what it may do, at a step boundary ---
+
+    def switch(self, setting: Setting) -> None:
+        """Trains with another setting from the next step on. Optimizer state and parameters stay, bit for bit; a
+        compressor's error feedback ends with it. Collective.
+
+        Raises:
+            ValueError: a compressor cannot serve this model; nothing has been changed.
+        """
+        now, engine = self.setting, self.engine
+        if setting == now:
+            return
+        if setting.compressor is not None and setting.compressor is not now.compressor:
+            setting.compressor.check_new(self.ground.model, "dear.attach()")
+        regroups = now.compressor is None and now.update != PlainUpdate.kind
+        if regroups and (setting.update, setting.compressor) == (now.update, None):
+            engine.bucket_cap_mb = setting.bucket_cap_mb
+        else:
+            engine._replace(lambda: self.ground.assemble(setting))
+        self.setting = setting
+
+    def tell(self, value: Any, label: str) -> Any:
+        """What rank 0 passes. Collective."""
+        return broadcast_object(self.engine._attached.gather_lane, value, label, self.ground.device)
+
+    def everyones(self, value: Any, label: str) -> list[Any]:
+        """What every rank passes, by rank. Collective."""
+        return all_gather_object(self.engine._attached.gather_lane, value, label, self.ground.device)

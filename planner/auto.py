@@ -1,0 +1,326 @@
+"""``compressor="auto"``: profiles the first steps, probes the network, tries what a simulation says is worth it, and
+leaves the fastest in place; then watches, and chooses again where the step has changed for good.
+
+Every rank runs the same course, a step boundary after the other; what a rank has measured goes to all of them, rank 0
+decides, and tells. So no rank can differ, and none waits for another that does something else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from compress import losses
+from dear._assembly import Setting
+from dear.choosing import Steering
+
+from . import codecs, plans
+from .deciding import PLAIN, Predicted, Way, predicted, reason, shortlist, sizes, ways
+from .instruments import Instruments
+from .profile import Profile
+from .profiling import measured_profile, slowest
+from .watching import changed
+
+WARM_UP = 2  # steps before anything is measured
+PROFILED = 4
+TIMED = 4  # steps of a trial, behind one that is not timed, or two where all parts are new
+MOST = 60  # steps in all
+TRIED = 3  # ways
+AGAIN = 2  # trials of the best size
+NEVER = 1e9  # seconds, of what could not be tried
+LEVEL = 1.01  # what is this close to the fastest is as fast
+PHASES = ("all_reduce", "reduce_scatter", "all_gather")
+
+log = logging.getLogger("dear")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Measured. seconds: of a step, the slowest rank's; NEVER where it could not be tried."""
+
+    way: Way
+    mib: float
+    seconds: float
+
+
+class Auto:
+    """What ``compressor="auto"`` and :func:`compress.auto` make. One serves one engine.
+
+    Args:
+        loss: how far above that of exact training the loss may end, as a fraction or as ``"1%"``. What a compressor
+            costs is what stored runs of others' models say (:mod:`compress.losses`), not a promise for this one.
+        plan: what ``engine.plan`` gave in an earlier run of the same model on as many ranks: training begins with it,
+            and nothing is tried as long as a step takes what it takes in the beginning.
+        instruments: what to measure with.
+
+    Raises:
+        ValueError: a loss that is none.
+    """
+
+    def __init__(
+        self,
+        loss: float | str = 0.0,
+        plan: Mapping[str, Any] | None = None,
+        *,
+        instruments: Instruments | None = None,
+    ) -> None:
+        self.loss = _fraction(loss)
+        self.plan: dict[str, Any] | None = None
+        self._given = plan
+        self._instruments = instruments or Instruments()
+        self._steering: Steering | None = None
+        self._course: Iterator[None] = iter(())
+
+    # --- what dear.attach calls ---
+
+    def check_new(self, model: DDP, caller: str) -> dict[str, Any]:
+        if self._steering is not None:
+            raise ValueError(f"This auto serves an engine already: make another one for {caller}.")
+        try:
+            _search()  # on every rank: it takes seconds, in which nobody shall wait later
+        except ImportError as error:
+            raise ValueError(
+                'compressor="auto" searches with bayesian-optimization, which is not installed: install '
+                "dear-torch[auto]."
+            ) from error
+        return {"the loss that may be lost": self.loss, "the plan": self._given}
+
+    def first(self, steering: Steering) -> Setting | None:
+        if self._given is None:
+            return None
+        ground = steering.ground
+        updates = {compresses: steering.updates(compresses) for compresses in (False, True)}
+        why = plans.refusal(self._given, ground.group.size(), _elements(ground.model), updates)
+        if why is not None:
+            self._warn(steering, f"The plan is left aside, since {why}; another one is chosen.")
+            self._given = None
+            return None
+        self.plan = dict(self._given)
+        return _setting(plans.way(self._given), float(self._given["bucket_cap_mb"]))
+
+    def begin(self, steering: Steering) -> None:
+        self._steering = steering
+        self._course = self._run()
+        next(self._course)
+
+    def step_began(self) -> None:
+        next(self._course)
+
+    def release(self) -> None:
+        self._course.close()  # type: ignore[attr-defined] # a generator
+
+    # --- the course: each yield waits for the next step boundary ---
+
+    @property
+    def _steers(self) -> Steering:
+        assert self._steering is not None
+        return self._steering
+
+    @property
+    def _decides(self) -> bool:
+        return self._steers.ground.group.rank() == 0
+
+    def _run(self) -> Iterator[None]:
+        yield  # begin() comes this far
+        while self._steers.ground.group.size() < 2:
+            yield
+        if self.plan is None:
+            yield from self._choose()
+        while True:
+            yield from self._watch()
+            self._say("The steps have taken another time for a minute: choosing again.")
+            yield from self._choose()
+
+    def _choose(self) -> Iterator[None]:
+        steering, begun = self._steers, self._steers.setting
+        start = steering.steps
+        yield from _steps(WARM_UP)
+        everyone = yield from self._profiled()
+        listed, why = self._shortlist(everyone, begun)
+        if not listed:
+            self._warn(steering, f"Nothing is chosen, and training goes on as it did, since {why}.")
+            return
+        tried: list[Trial] = []
+        yield from self._try(listed[0].way, begun.bucket_cap_mb, tried)
+        for one in listed[1:]:
+            yield from self._try(one.way, one.mib, tried)
+        if steering.tunes_cap:
+            yield from self._refine(listed, tried, MOST - (steering.steps - start))
+        best = self._best(tried)
+        steering.switch(_setting(best.way, best.mib))
+        ground = steering.ground
+        self.plan = plans.made(best.way, best.mib, best.seconds, ground.group.size(), _elements(ground.model))
+        self._say(_line(best, tried, listed, steering.steps - start, why))
+
+    def _refine(self, listed: list[Predicted], tried: list[Trial], left: int) -> Iterator[None]:
+        """Tries other sizes of the best way in the steps that are left; the last two trials are of the best size again,
+        since the fastest of many short trials may have been lucky."""
+        way, mib, seconds = (best := self._best(tried)).way, best.mib, best.seconds
+        hints = [one.mib for one in listed if one.way == way]
+        search = _search()(_mib(self._steers), mib, seconds, hints) if self._decides else None
+        trials = left // (_untimed(way) + TIMED)
+        for number in range(trials):
+            if number >= trials - AGAIN:
+                yield from self._try(way, self._best(tried).mib, tried)
+                continue
+            mib = self._steers.tell(search.ask() if search else None, "the size to try")
+            yield from self._try(way, mib, tried)
+            if search is not None:
+                search.tell(mib, tried[-1].seconds)
+
+    def _profiled(self) -> Generator[None, None, list[Profile]]:
+        """A few steps; returns every rank's profile."""
+        steering, instruments = self._steers, self._instruments
+        ground, engine = steering.ground, steering.engine
+        watch = instruments.stopwatch(ground.model, ground.device)
+        engine.start_trace()
+        begun = instruments.clock()
+        try:
+            for _ in range(PROFILED):
+                watch.step_began()
+                yield
+        finally:
+            watch.remove()
+        mine = measured_profile(
+            watch, (instruments.clock() - begun) / PROFILED, engine.stop_trace(), PROFILED, engine.update,
+            ground.group.size(),
+        )  # fmt: skip
+        return steering.everyones(mine, "the profiles of the model")
+
+    def _shortlist(self, everyone: list[Profile], begun: Setting) -> tuple[list[Predicted], str]:
+        """What to try, and what decides; nothing, and why. Collective."""
+        steering, ground = self._steers, self._steers.ground
+        methods = losses.within(self.loss)
+        compressing = steering.updates(compresses=True) if methods else []
+        phases = [*PHASES, "all_to_all"] if compressing else PHASES
+        try:
+            network = self._instruments.network(ground.group, ground.device, phases)
+        except ValueError as error:  # the same on every rank
+            return [], str(error).rstrip(".")
+        machine = self._instruments.machine(ground.group, ground.device)
+        found: tuple[list[Predicted], str] = [], ""
+        if self._decides:
+            try:
+                profile = slowest(everyone)
+                now = Way(begun.update, self._method(begun))
+                chosen = ways(steering.updates(compresses=False), compressing, methods)
+                caps = sizes(profile) if steering.tunes_cap else [begun.bucket_cap_mb]
+                best = predicted(profile, network, machine, list({now: 0} | dict.fromkeys(chosen)), caps)
+                found = shortlist(best, now, TRIED), reason(profile, network)
+            except Exception as error:  # the other ranks wait for what is decided
+                found = [], f"the prediction failed ({type(error).__name__}: {error})"
+        return steering.tell(found, "what is worth trying")  # type: ignore[no-any-return]
+
+    def _method(self, begun: Setting) -> str | None:
+        return None if begun.compressor is None or self.plan is None else self.plan["compressor"]
+
+    def _try(self, way: Way, mib: float, tried: list[Trial]) -> Iterator[None]:
+        """A trial, appended on every rank alike."""
+        steering, clock = self._steers, self._instruments.clock
+        try:
+            steering.switch(_setting(way, mib))
+        except ValueError as error:  # the same on every rank, before anything was changed
+            self._warn(steering, f"{way} is not tried ({str(error).rstrip('.')}).")
+            tried.append(Trial(way, mib, NEVER))
+            return
+        yield from _steps(_untimed(way))
+        times, last = [], clock()
+        for _ in range(TIMED):
+            yield
+            now = clock()
+            times.append(now - last)
+            last = now
+        everyone = steering.everyones(times, "the times of a trial")
+        seconds = statistics.median(max(step) for step in zip(*everyone, strict=True))
+        if not math.isfinite(seconds) or seconds <= 0:
+            self._warn(steering, f"{way} took {seconds} s a step by some rank's clock, and is not chosen.")
+            seconds = NEVER
+        tried.append(Trial(way, mib, seconds))
+
+    def _best(self, tried: list[Trial]) -> Trial:
+        """The fastest, by the mean of its trials; of those that are as fast, the one that loses least."""
+        times: dict[tuple[Way, float], list[float]] = {}
+        for trial in tried:
+            times.setdefault((trial.way, trial.mib), []).append(trial.seconds)
+        means = [Trial(way, mib, statistics.mean(seconds)) for (way, mib), seconds in times.items()]
+        fastest = min(trial.seconds for trial in means)
+        level = [trial for trial in means if trial.seconds <= LEVEL * fastest]
+        return min(level, key=lambda trial: (losses.above(trial.way.method), trial.seconds))
+
+    def _watch(self) -> Iterator[None]:
+        """Ends when steps have taken another time for a minute, on the slowest rank."""
+        yield from changed(self._instruments.clock, self._steers.everyones)
+
+    # --- telling ---
+
+    def _say(self, sentence: str) -> None:
+        if self._decides:
+            log.info(sentence)
+
+    def _warn(self, steering: Steering, sentence: str) -> None:
+        if steering.ground.group.rank() == 0:
+            log.warning('compressor="auto": %s', sentence)
+
+
+def _search() -> Any:
+    """The class; it needs a library that nothing else does."""
+    from .search import Search
+
+    return Search
+
+
+def _steps(count: int) -> Iterator[None]:
+    for _ in range(count):
+        yield
+
+
+def _untimed(way: Way) -> int:
+    """Steps until a trial shows what it takes: parts that are new lay their buckets in the first, and use them in the
+    second."""
+    return 1 if way.method is None and way.update != PLAIN else 2
+
+
+def _setting(way: Way, mib: float) -> Setting:
+    return Setting(way.update, mib, None if way.method is None else codecs.compressor(way.method))
+
+
+def _elements(model: DDP) -> int:
+    return sum(param.numel() for param in model.module.parameters() if param.requires_grad)
+
+
+def _mib(steering: Steering) -> float:
+    model = steering.ground.model.module
+    return sum(param.nbytes for param in model.parameters() if param.requires_grad) / (1 << 20)
+
+
+def _fraction(loss: Any) -> float:
+    try:
+        found = float(loss[:-1]) / 100 if isinstance(loss, str) and loss.endswith("%") else float(loss)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 <= found < 1:
+        raise ValueError(f'loss must be a fraction from 0, such as 0.03, or "3%", not {loss!r}.')
+    return found
+
+
+def _line(best: Trial, tried: list[Trial], listed: list[Predicted], steps: int, why: str) -> str:
+    """What was chosen, what it gained, and why."""
+    begun = tried[0]
+    plain = min((trial.seconds for trial in tried if trial.way.update == PLAIN), default=NEVER)
+    rival = f", with plain DDP {_ms(plain)}" if plain < NEVER and best.way.update != PLAIN else ""
+    foreseen = next((one for one in listed if one.way == best.way), None)
+    said = f", {_ms(foreseen.seconds)} predicted" if foreseen is not None else ""
+    return (
+        f"auto chose {best.way}, {best.mib:.3g} MiB at a time, after {steps} steps: {_ms(best.seconds)} a step measured"
+        f"{said}; as it began {_ms(begun.seconds)}{rival}; {why}."
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"

@@ -1,0 +1,69 @@
+"""What ``auto`` measures with, as a test prescribes it: no decision hangs on this machine's time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from dear._assembly import Setting
+from dear.cost_model import AlphaBeta
+from planner.codecs import Cost
+from planner.instruments import Instruments
+from planner.machine import Machine
+from planner.network import Network, flat
+
+FAST, SLOW = AlphaBeta(1e-6, 1e-12), AlphaBeta(1e-4, 1e-5)  # for models of kilobytes
+
+
+class Watch:
+    """A stopwatch of a model whose layers take what a test says."""
+
+    def __init__(self, layers, seconds):
+        self.layers, self._seconds = layers, seconds
+
+    def step_began(self): ...
+
+    def remove(self): ...
+
+    def times(self):
+        count = len(self.layers)
+        return list(range(count)), [self._seconds] * count, [2 * self._seconds] * count
+
+
+@dataclass
+class Prescribed(Instruments):
+    """line: between two ranks. takes: the seconds of a step by its setting. wrong: a sentence that the probe raises."""
+
+    line: AlphaBeta
+    takes: object
+    seconds: float = 0.01
+    wrong: str = ""
+    skipped: int = 0  # layers that this rank does not see
+    now: float = 0.0
+    asked: list[Setting] = field(default_factory=list)  # settings in which steps were made
+
+    def clock(self):
+        return self.now
+
+    def stopwatch(self, model, device):
+        from planner.stopwatch import own_layers
+
+        return Watch(own_layers(model)[self.skipped :], self.seconds)
+
+    def network(self, group, device, phases) -> Network:
+        if self.wrong:
+            raise ValueError(self.wrong)
+        return flat(self.line, group.size())
+
+    def machine(self, group, device) -> Machine:
+        return Machine(costs={"power": Cost(), "bf16": Cost()})
+
+    def step_ends(self, engine):
+        setting = engine._steering.setting
+        self.asked.append(setting)
+        self.now += self.takes(setting)
+
+
+def by_size(best: float, least: float = 1.0):
+    """Steps that take longest far from the best size: a tenth more for each doubling."""
+    return lambda mib: least * (1 + 0.1 * abs(math.log2(mib / best)))

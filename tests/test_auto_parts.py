@@ -1,0 +1,187 @@
+"""The parts of ``auto``: what a stopwatch sees, what is listed, how sizes are searched, when steps have changed."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import training
+from auto_instruments import FAST, SLOW
+
+import dear
+from compress import losses
+from dear import choosing
+from planner import deciding, profile, profiling, watching
+from planner.codecs import codec, compressor
+from planner.deciding import MIB, Way
+from planner.instruments import Instruments
+from planner.machine import Machine
+from planner.network import flat
+from planner.profile import Piece
+from planner.search import Search
+from planner.stopwatch import Stopwatch
+
+
+class Ticks:
+    """A clock that says how often it was asked."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+def timed(rank, world):
+    model, opt = training.build("Tied", training.SGD, {})
+    engine = dear.attach(model, opt)
+    training.plain_step(model, opt, rank, 0)
+    watch = Stopwatch(model, torch.device("cpu"), Ticks())
+    engine.start_trace()
+    for step in range(3):
+        watch.step_began()
+        training.plain_step(model, opt, rank, step)
+    with torch.no_grad():
+        training.loss_of(model, rank, 9)
+    watch.remove()
+    order, forward, backward = watch.times()
+    names = [watch.layers[number][0] for number in order]
+    found = profiling.measured_profile(watch, 1.0, engine.stop_trace(), 3, engine.update, world)
+    engine.detach()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
+    return names, forward, backward, found
+
+
+def test_a_stopwatch_sees_each_layer_once_and_no_wait(pool2):
+    for names, forward, backward, found in pool2.run(timed):
+        assert names == ["embed", "middle"], "the head's weight is the first layer's"
+        # A stamp at each layer's hooks: one before and one behind what may wait, which is left out.
+        assert forward == [1.0, 3.0], "its own, what is between, and the head, which has nothing of its own"
+        assert backward == [1.0, 2.0], "a stamp for each gradient"
+        assert [layer.shapes for layer in found.layers] == [((16, 16),), ((16, 16), (16,))]
+        assert found.update > 0
+
+
+def compiled(rank, world):
+    model, _ = training.build("Mlp", training.SGD, {})
+    model.module.second.compile(backend="eager")
+    watch = Stopwatch(model, torch.device("cpu"), Ticks())
+    assert not model.module.second._forward_pre_hooks
+    trace = [{"lane": "wait", "start": 0, "end": int(2e9)}, {"lane": "update", "start": 0, "end": int(1e9)}]
+    found = profiling.measured_profile(watch, 4.0, trace, 1, "replicated", world)
+    watch.remove()
+    return found
+
+
+def test_where_code_is_compiled_computing_is_shared_out(pool2):
+    found, _ = pool2.run(compiled)
+    assert (found.forward, found.backward, found.update) == pytest.approx((1 / 3, 2 / 3, 1.0))
+    assert found.layers[1].forward > found.layers[2].forward > 0
+
+
+def test_ranks_must_have_measured_the_same():
+    one = profile.even("one", 3, 300, 1.0, 2.0)
+    assert profiling.slowest([one, one.scaled(2.0), one]).compute == 6.0
+    with pytest.raises(ValueError, match="rank 1 has measured other layers than rank 0"):
+        profiling.slowest([one, profile.even("two", 2, 300, 1.0, 2.0)])
+
+
+def test_what_is_listed():
+    layers = (profile.Layer("matrix", ((1024, 128),), 0.01, 0.02),) * 8
+    model = profile.Profile("model", layers, 0.01)
+    updates = ["sharded", "owned", "replicated", "ddp"]
+    ways = deciding.ways(updates, ["replicated"], ["power:4"])
+    assert Way("owned") not in ways and Way("owned") in deciding.ways(updates[1:], [], [])
+    slow = deciding.predicted(model, flat(SLOW, 2), Machine(), ways, deciding.sizes(model))
+    assert slow[0].way == Way("replicated", "power:4"), "where nothing moves, what sends least is the fastest"
+    quick = deciding.predicted(model, flat(FAST, 2), Machine(hook=0.1), ways, deciding.sizes(model))
+    assert quick[0].mib == pytest.approx(model.bytes / MIB), "where each message costs, one group is best"
+    listed = deciding.shortlist(slow, Way("sharded"), 3)
+    assert [one.way for one in listed] == [Way("sharded"), Way("ddp"), Way("replicated", "power:4")]
+
+
+@pytest.mark.parametrize("best", [0.7, 6.0, 33.0])
+def test_the_search_finds_a_size(best):
+    def takes(size: float) -> float:
+        return 1.0 + 0.05 * abs(math.log2(size / best))
+
+    search = Search(41.6, 2.6, takes(2.6), [10.4])
+    seen = [2.6]
+    for _ in range(6):
+        seen.append(search.ask())
+        search.tell(seen[-1], takes(seen[-1]))
+    assert min(map(takes, seen)) < 1.04, seen
+    ordered = sorted(seen)
+    assert all(b / a >= 1.09 for a, b in pairwise(ordered)), "no size is tried twice"
+    assert all(search.low <= size <= search.high for size in seen)
+
+
+def boundaries_until_changed(times):
+    """How many step boundaries it takes, with these seconds by step, until a change is seen."""
+    now = 0.0
+    course = watching.changed(lambda: now, lambda mine, label: [mine, mine / 2])
+    for taken, seconds in enumerate(times):
+        if next(course, "ended") == "ended":
+            return taken
+        now += seconds
+    return None
+
+
+def test_a_change_counts_after_a_minute():
+    assert boundaries_until_changed([1.0] * 500) is None
+    assert boundaries_until_changed([1.0] * 30 + [1.4] * 500) is None, "less than by half"
+    for changed in (2.0, 0.5):
+        taken = boundaries_until_changed([1.0] * 30 + [changed] * 500)
+        assert 30 + 4 * 15 <= taken <= 30 + 5 * 15
+    pauses = [1.0] * 14 + [100.0]
+    assert boundaries_until_changed(pauses * 40) is None, "an evaluation now and then"
+
+
+def test_losses_are_those_of_the_stored_runs():
+    from benchmarks.convergence import table
+
+    assert json.loads(losses.TABLE.read_text()) == table.table()
+    assert losses.within(0.0) == [] and losses.above(None) == 0.0
+    assert losses.within(0.001) == ["bf16"]
+    assert "power:4.5x" in losses.within(0.03) and "power:4.5x" not in losses.within(0.01)
+
+
+@pytest.mark.parametrize("name", losses.table())
+def test_every_method_of_the_table_can_be_made_and_simulated(name):
+    piece = Piece(0, (256, 512), 4 * 256 * 512)
+    assert 0 < sum(codec(name).rounds([piece])) < piece.bytes
+    assert hasattr(compressor(name), "bind_to_schedule")
+
+
+def test_a_low_rank_that_follows_the_matrix_sends_what_it_says():
+    sent = sum(codec("power:4.5x").rounds([Piece(0, (512, 2048), 4 * 512 * 2048)]))
+    assert sent == pytest.approx(2 * 512 * 2048 / 4.5, rel=0.03)
+
+
+def measures(rank, world):
+    instruments = Instruments()
+    group, device = torch.distributed.group.WORLD, torch.device("cpu")
+    machine = instruments.machine(group, device)
+    network = instruments.network(group, device, ["all_reduce", "reduce_scatter", "all_gather"])
+    return machine, network
+
+
+@pytest.mark.slow
+def test_this_machine_can_be_measured(pool2):
+    (machine, network), (_, other) = pool2.run(measures)
+    assert network.phases == other.phases, "the same lines on every rank"
+    assert 0 < network.seconds("all_reduce", 1 << 20) < 60
+    assert machine.cores and machine.exchange_cpu > 0 and machine.cost(codec("power:4")).encode > 0
+
+
+def test_the_planner_is_found_in_a_checkout_or_missed_in_one_sentence(monkeypatch):
+    assert choosing.is_chooser(choosing.auto(loss="2%"))
+    monkeypatch.setattr(choosing, "FALLBACK", ("no_such_planner.auto",))
+    monkeypatch.setattr(choosing, "GROUP", "no.such.group")
+    with pytest.raises(ValueError, match=r"needs the planner beside dear: install dear-torch\[auto\]"):
+        choosing.auto()
