@@ -139,7 +139,7 @@ def attach(
             choosers.append((chooser, steering))
             setting = steering.setting = chooser.first(steering) or setting
             if setting.compressor is not None:
-                setting.compressor.check_new(model, "dear.attach()", False)
+                setting.compressor.check_new(model, "dear.attach()")
         grounds.append(ground)
         settings.append(setting)
         return known | {
