@@ -138,6 +138,8 @@ def attach(
             steering = Steering(ground, setting, update=update, tunes_cap=bucket_cap_mb == "auto")
             choosers.append((chooser, steering))
             setting = steering.setting = chooser.first(steering) or setting
+            if setting.compressor is not None:
+                setting.compressor.check_new(model, "dear.attach()")
         grounds.append(ground)
         settings.append(setting)
         return known | {
