@@ -208,15 +208,12 @@ def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mappin
     console, store, begun = terminal(), _open(benchmark, given), time.monotonic()
     cells: list[dict[str, Any]] = []
     for workers in given.workers:
-        with _lab(workers, given) as lab:
+        with open_network(workers, given) as lab:
             console.print(lab.about)
             rates = lab.possible(given.rates)
             total = len(given.workers) * len(rates) * len(plans)
-            todo = [
-                (place(workers, rate, lab.name, name) | {"node_size": lab.node_size if lab.node_size > 1 else ""}, plan)
-                for rate in rates
-                for name, plan in plans.items()
-            ]
+            place_of = partial(place, workers, node_size=lab.node_size)
+            todo = [(place_of(rate, lab.name, name), plan) for rate in rates for name, plan in plans.items()]
             for where, plan in todo:
                 store.find(where, plan)  # what cannot be resumed is said before hours are spent on the others
             for where, plan in todo:
@@ -231,8 +228,8 @@ def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mappin
     return cells
 
 
-def _lab(workers: int, given: argparse.Namespace) -> Lab | Loopback:
-    """The network asked for. Raises NetworkUnavailable."""
+def open_network(workers: int, given: argparse.Namespace) -> Lab | Loopback:
+    """The network that the options ask for. Raises NetworkUnavailable."""
     if given.node_size == 1:
         return open_lab(workers, None, given.network)
     if workers % given.node_size:
@@ -242,9 +239,10 @@ def _lab(workers: int, given: argparse.Namespace) -> Lab | Loopback:
     return NodesLab(workers // given.node_size, given.node_size)
 
 
-def place(workers: int, rate: str, network: str, variant: str) -> dict[str, Any]:
+def place(workers: int, rate: str, network: str, variant: str, node_size: int = 1) -> dict[str, Any]:
     """What tells a cell from the others, where cells differ in network, rate and plan."""
-    return {"workers": workers, "rate": rate, "network": network, "variant": variant}
+    nodes = {"node_size": node_size if node_size > 1 else ""}
+    return {"workers": workers, "rate": rate, "network": network, "variant": variant} | nodes
 
 
 def run_at(lab: Lab | Loopback, rate: str, run_cell: RunCell, plan: Any, report: Report) -> dict[str, Any]:

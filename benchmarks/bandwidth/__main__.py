@@ -10,7 +10,6 @@ from functools import partial
 
 from .. import cells, records
 from ..command import Parser, fail, number, terminal
-from ..network.lab import open_lab
 from ..network.rates import UNLIMITED, bits
 from ..training.plan import plan_options
 from .measure import FLOOR, parts, run
@@ -42,7 +41,7 @@ def main() -> None:
         store = cells.Store.open(header, given.json, given.resume)
         store.payload["needed"] = []
         for workers in given.workers:
-            with open_lab(workers, None, given.network) as lab:
+            with cells.open_network(workers, given) as lab:
                 if not lab.emulated:
                     fail("A ladder of rates needs the emulated network, which needs root and iproute2.")
                 needed = run(given, lab, store, counted, console)

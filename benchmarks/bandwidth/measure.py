@@ -103,7 +103,7 @@ def run(
 
     def measure(rate: str, names: Sequence[str]) -> dict[str, float | None]:
         plan = plan_of(given, strategies=[FLOOR, *names])
-        where = cells.place(lab.workers, rate, lab.name, ",".join(names))
+        where = cells.place(lab.workers, rate, lab.name, ",".join(names), lab.node_size)
         at_rate = partial(cells.run_at, lab, rate, run_cell, plan)
         cell = store.obtain(where, plan, next(counted), f"{lab.workers} workers, {rate}", at_rate, console)
         ratios = over_floor(cell)

@@ -13,8 +13,8 @@ LevelledCodec::LevelledCodec(at::Device device, int64_t rank, int64_t world, int
       shard_(shard),
       owned_(owned),
       bits_(bits),
-      error_(error.value_or(at::Tensor())),
-      owner_error_(owner_error.value_or(at::Tensor())) {}
+      error_(std::move(error)),
+      owner_error_(std::move(owner_error)) {}
 
 void LevelledCodec::encode(int64_t, const at::Tensor& rows) {
   ops::levels_encode(gradient_, error_, shard_, rows.narrow(1, 0, words_), dropped_, bits_);
