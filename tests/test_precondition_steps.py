@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from place import place
-from precondition._factors import Statistics
 from test_precondition import OPTIONS, OWNED, SGD, plain_backward, same, trained
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -17,6 +16,7 @@ import compress
 import dear
 import precondition
 from precondition._capture import Capture
+from precondition._factors import Statistics
 from precondition._layers import find_layers
 from precondition._solvers import Cholesky
 
