@@ -155,7 +155,7 @@ class Steering:
         if setting == now:
             return
         if setting.compressor is not None and setting.compressor is not now.compressor:
-            setting.compressor.check_new(self.ground.model, "dear.attach()", False)
+            setting.compressor.check_new(self.ground.model, "dear.attach()")
         if now.compressor is None and (setting.update, setting.compressor) == (now.update, None):
             engine.bucket_cap_mb = setting.bucket_cap_mb
         else:
