@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear import _ddp
-from dear._assembly import STRATEGIES, Ground, Setting, choose_strategy, usual_cap
+from dear._assembly import STRATEGIES, Ground, Setting
 from dear._context import StepContext, ordinary
 from dear._look_again import overlapping
 from dear._objects import all_gather_object, broadcast_object
@@ -138,16 +138,6 @@ class Steering:
         found = [name for name, kind in STRATEGIES.items() if kind.refusal(request) is None]
         return found if compresses else [*found, PlainUpdate.kind]
 
-    def usual(self, compressor: Any = None) -> Setting:
-        """What :func:`dear.attach` takes by itself, with a compressor or without."""
-        request = self._request(compressor is not None)
-        strategy = choose_strategy(request, self._update)
-        ratio = 1.0 if compressor is None else compressor.usual_ratio
-        cap = self.setting.bucket_cap_mb
-        if self.tunes_cap:
-            cap = usual_cap(strategy, request, self.ground.model, self.ground.group.size(), ratio)
-        return Setting(strategy.kind, cap, compressor)
-
     def _request(self, compresses: bool) -> Request:
         model = self.ground.model
         return Request(self.optimizers, compresses, overlapping(_ddp.parameter_names(model)))
@@ -155,7 +145,7 @@ class Steering:
     # --- what it may do, at a step boundary ---
 
     def switch(self, setting: Setting) -> None:
-        """Trains with another setting from the next step on. Optimizer state and parameters stay, bit for bit; a
+        """Trains with another setting from now on. Optimizer state and parameters stay, bit for bit; a
         compressor's error feedback ends with it. Collective.
 
         Raises:

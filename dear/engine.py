@@ -69,7 +69,7 @@ class Engine:
 
     @property
     def update(self) -> str:
-        """``"sharded"``, ``"owned"`` or ``"replicated"``."""
+        """``"sharded"``, ``"owned"`` or ``"replicated"``; ``"ddp"`` where ``compressor="auto"`` has turned it off."""
         return self._update.kind
 
     @property

@@ -103,7 +103,8 @@ class Auto:
             self._given = None
             return None
         self.plan = dict(self._given)
-        return _setting(plans.way(self._given), float(self._given["bucket_cap_mb"]))
+        mib = self._given["bucket_cap_mb"] if steering.tunes_cap else steering.setting.bucket_cap_mb
+        return _setting(plans.way(self._given), float(mib))
 
     def begin(self, steering: Steering) -> None:
         self._steering = steering

@@ -198,6 +198,11 @@ def test_when_steps_change_for_a_minute_it_chooses_again(pool2):
         assert not said or ["choosing again" in sentence for sentence in said] == [False, True, False]
 
 
+def test_a_single_rank_has_nothing_to_choose(pool1):
+    ((plan, said, asked),) = pool1.run(chosen, FAST, nothing_differs, 8)
+    assert plan is None and not said and len(set(asked)) == 1
+
+
 def refused(rank, world):
     with pytest.raises(ValueError, match=r'loss must be a fraction from 0, such as 0.03, or "3%", not \'much\''):
         compress.auto(loss="much")
