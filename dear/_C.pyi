@@ -269,7 +269,13 @@ class DenseCodec(Codec):
 
 class TwoLevelCodec(Codec):
     def __init__(
-        self, device: torch.device, inner: Codec, owners: Ownership, place: typing.SupportsInt | typing.SupportsIndex
+        self,
+        device: torch.device,
+        inner: Codec,
+        owners: Ownership,
+        place: typing.SupportsInt | typing.SupportsIndex,
+        readers: collections.abc.Sequence[Codec],
+        between: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
 
 class StartStep:
@@ -337,8 +343,8 @@ class LevelledCodec(Codec):
         shard: typing.SupportsInt | typing.SupportsIndex,
         owned: typing.SupportsInt | typing.SupportsIndex,
         bits: typing.SupportsInt | typing.SupportsIndex,
-        error: torch.Tensor,
-        owner_error: torch.Tensor,
+        error: torch.Tensor | None,
+        owner_error: torch.Tensor | None,
     ) -> None: ...
 
 class TopKCodec(Codec):

@@ -169,8 +169,8 @@ class KroneckerFactored(Registered):
 
 
 class DPKFAC(KroneckerFactored):
-    """K-FAC whose factors never travel: a layer's owner alone captures its inputs and output gradients, from its own
-    mini-batch, inverts, and preconditions the averaged gradient.
+    """K-FAC whose Kronecker factors never travel: a layer's owner alone captures its inputs and output gradients, from
+    its own mini-batch, inverts, and preconditions the averaged gradient.
 
     Under :func:`dear.attach` a step then sends the bytes of an all-reduce, as without a preconditioner, and one number
     for ``kl_clip``. On plain DDP (:func:`precondition.register`) owners send what they have preconditioned.
@@ -202,8 +202,8 @@ class DPKFAC(KroneckerFactored):
 
 
 class KFAC(KroneckerFactored):
-    """K-FAC with the factors averaged over all ranks: every rank captures every layer, and all factors go to the
-    layers' owners in one message a step. Otherwise as :class:`DPKFAC`, with the same arguments.
+    """K-FAC with the Kronecker factors averaged over all ranks: every rank captures every layer, and all factors go to
+    the layers' owners in one message a step. Otherwise as :class:`DPKFAC`, with the same arguments.
 
     Source: Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", 2015;
     Pauloski et al., "Convolutional Neural Network Training with Distributed K-FAC", 2020.

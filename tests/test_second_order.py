@@ -30,7 +30,7 @@ def measured(name, ms, losses, parts=None, failure=None):
 
 
 def test_tables():
-    parts = {"covariances": 1.0, "inversion": 0.0, "communication": 0.5, "preconditioning": 2.0}
+    parts = {"factors": 1.0, "inversion": 0.0, "communication": 0.5, "preconditioning": 2.0}
     cell = {
         "plan": {"workload": "digits", "batch": 32}, "workers": 2, "rate": "100mbit",
         "strategies": [

@@ -16,7 +16,7 @@ from .methods import parse_method
 TIMED_STEPS = 10
 # What a binding has, and which part of a step each method of it is. Inner ones are taken off the outer ones.
 PARTS = {
-    "covariances": ("_capture._sink", "_capture._reduce"),
+    "factors": ("_capture._sink", "_capture._reduce"),
     "inversion": ("_method.solver.solve",),
     "communication": (
         "_exchanges.total", "_exchanges.average", "_exchanges.wait",
