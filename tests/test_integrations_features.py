@@ -124,7 +124,8 @@ TRAINER = {
     "torch_compile": {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4},
     "label smoothing": {"label_smoothing_factor": 0.1},
     "auto_find_batch_size": {"auto_find_batch_size": True},
-    "a second train()": {},
+    # The fused AdamW rounds otherwise on shards, and the gradients of attention's key biases are nothing but rounding.
+    "a second train()": {"max_steps": 4, "optim": "adamw_torch"},
 }
 
 

@@ -14,9 +14,14 @@ from torch.optim import Optimizer
 from dear.attaching import attach
 from dear.engine import Engine
 
-__all__ = ["FILE", "Session"]
+__all__ = ["FILE", "Session", "uncompiled_model"]
 
 FILE = "dear.pt"  #: beside a framework's own files in a checkpoint
+
+
+def uncompiled_model(model: Any) -> Any:
+    """What ``torch.compile(model)`` is around, as frameworks compile the DDP module; anything else as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 class Session:

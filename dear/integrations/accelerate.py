@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dear.integrations._session import FILE, Session
+from dear.integrations._session import FILE, Session, uncompiled_model
 
 __all__ = ["attach", "inner_optimizer"]
 
@@ -41,7 +41,7 @@ def attach(
     session = Session(options, register)
     wrapped = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     inner = [inner_optimizer(each) for each in wrapped]
-    engine = session.begin(model, inner)
+    engine = session.begin(uncompiled_model(model), inner)
     for each in wrapped:
         remember_step(each)
     unread: set[torch.optim.Optimizer] = set()

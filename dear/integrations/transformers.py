@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear.engine import Engine
 from dear.integrations._optional import base_class
-from dear.integrations._session import FILE, Session
+from dear.integrations._session import FILE, Session, uncompiled_model
 from dear.integrations.accelerate import inner_optimizer, remember_step
 
 __all__ = ["DearCallback", "attach"]
@@ -44,17 +44,17 @@ class DearCallback(_TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The model is wrapped, and a checkpoint has been loaded."""
-        optimizer = self._trainer.optimizer
-        if not isinstance(self._trainer.model_wrapped, DDP):
+        optimizer, model = self._trainer.optimizer, uncompiled_model(self._trainer.model_wrapped)
+        if not isinstance(model, DDP):
             raise TypeError(
-                f"The Trainer has wrapped the model in {type(self._trainer.model_wrapped).__name__}, not in "
+                f"The Trainer has wrapped the model in {type(model).__name__}, not in "
                 "DistributedDataParallel: start the script with torchrun, without FSDP or DeepSpeed."
             )
         if state.global_step:
             path = os.path.join(self._folder(args, state), FILE)
             found = torch.load(path, weights_only=True) if os.path.exists(path) else None
             self._session.load(found, self._folder(args, state))
-        self._session.begin(self._trainer.model_wrapped, [inner_optimizer(optimizer)])
+        self._session.begin(model, [inner_optimizer(optimizer)])
         remember_step(optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
