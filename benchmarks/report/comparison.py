@@ -52,7 +52,11 @@ def family(name: str) -> Family:
     method = kind.removeprefix("dear+")
     if method in ("bf16", "fp16"):
         return HALF
-    return COMPRESSED if method in ("acp", "power", "topk", "sign", "int8", "fp8") or method != kind else DDP
+    return (
+        COMPRESSED
+        if method in ("acp", "power", "topk", "sign", "int8", "fp8", "int4", "int3", "int2") or method != kind
+        else DDP
+    )
 
 
 def is_exact(name: str) -> bool:
