@@ -150,6 +150,6 @@ def test_a_team_has_one_owner(params, world, groups):
     owners: dict[int, set[int]] = {}
     for unit in units:
         for rank, ranges in enumerate(assignment.ranges(unit.bucket)):
-            if unit.team and any(start < unit.stop and unit.start < stop for start, stop in ranges):
+            if unit.team and any(max(start, unit.start) < min(stop, unit.stop) for start, stop in ranges):
                 owners.setdefault(unit.team, set()).add(rank)
     assert all(owned == {assignment.teams[team]} for team, owned in owners.items())
