@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml
 
 # Of the slow tests alone: frameworks are large.
 $(VENV)/.frameworks: $(VENV)/.installed
-	$(BIN)/pip install -q accelerate lightning peft "ray[train]" transformers
+	$(BIN)/pip install -q accelerate lightning peft "ray[train]" torchft transformers
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)
@@ -39,12 +39,18 @@ $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)
 # from the end of the other's.
 SPREAD := -n $(JOBS) --dist worksteal
 
+HAS_XDIST := $(BIN)/python -c "import xdist" 2>/dev/null || \
+  { echo "pytest-xdist is missing in $(VENV), and the tests run in several processes with it: make -B build."; exit 1; }
+
 test: build lint cuda-check  ## builds, lints, compiles the CUDA sources where nvcc is, and runs every test but the slow ones
+	@$(HAS_XDIST)
 	$(BIN)/python -m pytest tests $(SPREAD)
 
 # Tests that start processes of their own, wait for timeouts, or draw many cases are marked slow.
 test-rest: build $(VENV)/.frameworks  ## the slow tests
-	$(BIN)/python -m pytest tests -m slow $(SPREAD)
+	@$(HAS_XDIST)
+	$(BIN)/python -m pytest tests -m "slow and not alone" $(SPREAD)
+	$(BIN)/python -m pytest tests -m "slow and alone"
 
 test-all: test test-rest  ## every test
 

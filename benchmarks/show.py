@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .alone import show as alone
 from .bandwidth import show as bandwidth
 from .collectives import show as collectives_table
 from .command import Parser, fail, terminal
@@ -44,6 +45,7 @@ TABLES: dict[str, Show] = {
     "collectives": _each_cell(collectives_table.show),
     "kernels": kernels_table.show,
     "convergence": lambda payload, console: losses.show(payload["cells"], console),
+    "alone": _each_cell(alone.show),
     "bandwidth": bandwidth.show_file,
     "memory": lambda payload, console: memory.show(payload["cells"], console),
     "demo": demo.show,

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from compress.choices import check_matched
 from compress.contract import Contract
 from compress.saved import check_parameters
-from compress.two_levels import check_two_levels
 from dear import compression
 from dear._names import named_parameters
 
@@ -20,7 +19,7 @@ from dear._names import named_parameters
 REMEDY = "configure the compressor alike on every rank"
 
 
-def check_new(compressor: Any, model: DDP, caller: str, two_levels: bool) -> dict[str, Any]:
+def check_new(compressor: Any, model: DDP, caller: str) -> dict[str, Any]:
     """Refuses what cannot become the compressor of this model; returns :func:`facts`.
 
     Raises:
@@ -32,8 +31,6 @@ def check_new(compressor: Any, model: DDP, caller: str, two_levels: bool) -> dic
     if compressor.binding is not None:
         raise RuntimeError("This compressor serves a model already, and keeps its state: make another one.")
     params = dict(named_parameters(model.module))
-    if two_levels:
-        check_two_levels(compressor)
     check_matched(compressor.patterns, params)
     sizes = {name: param.numel() for name, param in params.items() if param.requires_grad}
     compressor.choose({name: params[name] for name in sizes})

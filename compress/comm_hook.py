@@ -80,7 +80,7 @@ def register(model: DDP, compressor: Compressor, *, hierarchy: Hierarchy = None)
 
     Args:
         model: the DDP module, without a communication hook.
-        compressor: one of two exchanges a step, where there is a hierarchy.
+        compressor: serves no other model.
         hierarchy: ``"node"`` averages inside each node first, and compresses between nodes alone; see
             :func:`dear.attach`.
 
@@ -94,7 +94,7 @@ def register(model: DDP, compressor: Compressor, *, hierarchy: Hierarchy = None)
     _ddp.check_kind(model, "compress.register()")
 
     def look() -> dict[str, Any]:
-        known = check_new(compressor, model, "compress.register()", hierarchy is not None)
+        known = check_new(compressor, model, "compress.register()")
         _ddp.check_hookable(model)
         check_hierarchy(hierarchy)
         return known | {"hierarchy": hierarchy}

@@ -109,9 +109,9 @@ class Compressor(Contract):
 
     # --- for dear.attach ---
 
-    def check_new(self, model: DDP, caller: str, two_levels: bool) -> dict[str, Any]:
+    def check_new(self, model: DDP, caller: str) -> dict[str, Any]:
         """See :class:`dear.compression.Compressor`."""
-        return checks.check_new(self, model, caller, two_levels)
+        return checks.check_new(self, model, caller)
 
     def bind_to_schedule(self, site: Site) -> ScheduleBinding:
         """See :class:`dear.compression.Compressor`."""

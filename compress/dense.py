@@ -23,7 +23,7 @@ class Dense(Compressor):
 
     In 4, 3 or 2 bits an element is one of 15, 7 or 3 levels, evenly spaced around 0, and blocks of 128 share a step of
     16 bits: 3.9, 5.1 or 7.5 times fewer bytes than 16 bits. The step is chosen for a small error; what lies beyond the
-    outermost levels is sent in parts. Error feedback is needed here.
+    outermost levels is sent in parts, with error feedback, which is the default here too; without, it is lost.
 
     Without error feedback, values beyond float16's range (65504) count as not finite; with it, they are sent in parts.
     In 8 bits, so do values beyond 2^126, and in fewer, beyond 2^118.
@@ -46,8 +46,6 @@ class Dense(Compressor):
         self.dtype, self.format = dtype, format_of(dtype)
         if error_feedback is None:
             error_feedback = self.format.error_feedback
-        if self.format.needs_error_feedback and not error_feedback:
-            raise ValueError(f"error_feedback must be on with {dtype}, which cuts off what is large: leave it out.")
         super().__init__(error_feedback=error_feedback, **options)
 
     @property

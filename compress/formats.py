@@ -19,9 +19,8 @@ class Format(ABC):
     dtype: torch.dtype
     bits: int  # of an element, without its share of a scale
 
-    #: Whether :class:`compress.Dense` keeps what rounding lost where it is not told, and whether it may do without.
+    #: Whether :class:`compress.Dense` keeps what rounding lost, where it is not told.
     error_feedback = True
-    needs_error_feedback = False
 
     @abstractmethod
     def shard_numel(self, share: int) -> int:
@@ -66,8 +65,6 @@ class EightBits(Format):
 
 class FewBits(Format):
     """A level, and a step for each block."""
-
-    needs_error_feedback = True
 
     def shard_numel(self, share: int) -> int:
         return ops.quantize_shard_numel(share)

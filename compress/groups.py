@@ -45,18 +45,31 @@ def make_group(
         compressor.feedback.world = ranks.size()
         _give_codec(compressor, group)
     else:
-        compressor.levels.give_codec(compressor, group, _give_codec)
+        compressor.levels.give_codec(compressor, group, _give_codec, _reader_of)
     compressor.groups[key] = group
     return group
 
 
 def _give_codec(compressor: Contract, group: Group) -> None:
-    key = group.names
     group.codec = _C.DenseCodec(group.device, group.rank, group.world)
-    if not compressor.exempted.issuperset(key) and compressor.compresses(group):
+    if _is_compressed(compressor, group):
         compressor.prepare(group)
         codecs = compressor.natives(group) or [(0, GeneratedCodec(compressor, group).native())]
         group.codec = _C.StagedCodec(group.device, compressor.start.native, group.codec, codecs)
+
+
+def _is_compressed(compressor: Contract, group: Group) -> bool:
+    return not compressor.exempted.issuperset(group.names) and compressor.compresses(group)
+
+
+def _reader_of(compressor: Contract, group: Group) -> _C.Codec | None:
+    """A codec that reads what other ranks make of the group, and keeps nothing; None where there is none: what owners
+    of shards send says all there is to know, factors do not."""
+    if compressor.exchange != "owners" or not _is_compressed(compressor, group):
+        return None
+    codecs = compressor.natives(group)
+    dense = _C.DenseCodec(group.device, group.rank, group.world)
+    return _C.StagedCodec(group.device, compressor.start.native, dense, codecs) if codecs else None
 
 
 def step_alone(compressor: Contract, group: Group) -> Steps:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from compress.contract import Contract
-from compress.group import Group
+from compress.group import Group, Member
+from compress.lanes import most_exchanges
 from dear import _C, _ddp
 from dear._nodes import Nodes
 
@@ -42,36 +43,37 @@ class TwoLevels:
                 loads[places[name]] += param.numel()
         return cls(nodes, places)
 
-    def give_codec(self, compressor: Contract, group: Group, give: Callable[[Contract, Group], None]) -> None:
-        """Gives the group a codec of two levels around that of this place's members, which ``give`` gives."""
-        mine, start = [], 0
-        for member in group.members:
-            if self.places[member.name] == self.nodes.place:
-                mine.append(dataclasses.replace(member, start=start))
-                start += member.numel
-        count = len(self.nodes.ranks)
-        codec = _C.DenseCodec(group.device, self.nodes.index, count)  # of nothing
-        compressor.feedback.world = count
-        if mine:
-            group.inner = Group(mine, group.dtype, group.device, self.nodes.index, count, group.label)
-            give(compressor, group.inner)
-            codec, group.feedback = group.inner.codec, group.inner.feedback
+    def give_codec(
+        self,
+        compressor: Contract,
+        group: Group,
+        give: Callable[[Contract, Group], None],
+        reader_of: Callable[[Contract, Group], _C.Codec | None],
+    ) -> None:
+        """Gives the group a codec of two levels around that of this place's members, which ``give`` gives;
+        ``reader_of`` makes one that reads what another place sends, if that can be."""
+        by_place: list[list[Member]] = [[] for _ in self.nodes.inside]
         ranges: list[list[tuple[int, int]]] = [[] for _ in self.nodes.inside]
         for member in group.members:
+            place = self.places[member.name]
+            start = by_place[place][-1].stop if by_place[place] else 0
+            by_place[place].append(dataclasses.replace(member, start=start))
             if member.numel:
-                ranges[self.places[member.name]].append((member.start, member.stop))
+                ranges[place].append((member.start, member.stop))
+        own, count = self.nodes.place, len(self.nodes.ranks)
+        inner = [
+            Group(members, group.dtype, group.device, self.nodes.index, count, group.label) if members else None
+            for members in by_place
+        ]
+        codec = _C.DenseCodec(group.device, self.nodes.index, count)  # of nothing
+        compressor.feedback.world = count
+        group.inner = inner[own]
+        if group.inner is not None:
+            give(compressor, group.inner)
+            codec, group.feedback = group.inner.codec, group.inner.feedback
+        readers = [
+            None if each is None or place == own else reader_of(compressor, each) for place, each in enumerate(inner)
+        ]
         owners = _C.Ownership(group.numel, ranges)
-        group.codec = _C.TwoLevelCodec(group.device, codec, owners, self.nodes.place)
-
-
-def check_two_levels(compressor: Contract) -> None:
-    """Refuses a compressor that two levels cannot carry.
-
-    Raises:
-        ValueError: one sentence says why.
-    """
-    if compressor.exchanges != 2:
-        raise ValueError(
-            f"hierarchy carries compressors of two exchanges a step, and {type(compressor).__name__} makes "
-            f"{compressor.exchanges}: leave hierarchy out, or take another compressor."
-        )
+        most = most_exchanges(compressor)
+        group.codec = _C.TwoLevelCodec(group.device, codec, owners, own, readers, most)  # type: ignore[arg-type]  # None

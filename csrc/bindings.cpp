@@ -179,8 +179,9 @@ void bind_collectives(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "The native part: collectives, schedule and compressors.";
+  m.doc() = "The native part: collectives, schedule, compressors and what preconditioners compute.";
   bind_collectives(m);
   dear::bindings::bind_compress(m);
+  dear::bindings::bind_precondition(m);
   dear::bindings::bind_schedule(m);
 }

@@ -101,8 +101,10 @@ void bind_codecs(py::module_& m) {
   py::class_<compress::DenseCodec, Codec, std::shared_ptr<compress::DenseCodec>>(m, "DenseCodec")
       .def(py::init<at::Device, int64_t, int64_t>(), py::arg("device"), py::arg("rank"), py::arg("world"));
   py::class_<compress::TwoLevelCodec, Codec, std::shared_ptr<compress::TwoLevelCodec>>(m, "TwoLevelCodec")
-      .def(py::init<at::Device, std::shared_ptr<Codec>, std::shared_ptr<Ownership>, int64_t>(),
-           py::arg("device"), py::arg("inner"), py::arg("owners"), py::arg("place"));
+      .def(py::init<at::Device, std::shared_ptr<Codec>, std::shared_ptr<Ownership>, int64_t,
+                    std::vector<std::shared_ptr<Codec>>, int64_t>(),
+           py::arg("device"), py::arg("inner"), py::arg("owners"), py::arg("place"), py::arg("readers"),
+           py::arg("between"));
   py::class_<StartStep, std::shared_ptr<StartStep>>(m, "StartStep")
       .def(py::init<int64_t>(), py::arg("step"))
       .def_property("step", &StartStep::get, &StartStep::set);
@@ -130,9 +132,10 @@ void bind_codecs(py::module_& m) {
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
            py::arg("floating"), py::arg("seed"), py::arg("error"), py::arg("owner_error"));
   py::class_<compress::LevelledCodec, Codec, std::shared_ptr<compress::LevelledCodec>>(m, "LevelledCodec")
-      .def(py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, at::Tensor, at::Tensor>(),
-           py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
-           py::arg("bits"), py::arg("error"), py::arg("owner_error"));
+      .def(
+          py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, OptionalTensor, OptionalTensor>(),
+          py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
+          py::arg("bits"), py::arg("error"), py::arg("owner_error"));
   py::class_<compress::TopKCodec, Codec, std::shared_ptr<compress::TopKCodec>>(m, "TopKCodec")
       .def(py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     int64_t, OptionalTensor, OptionalTensor>(),

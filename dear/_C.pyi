@@ -1,7 +1,7 @@
 # Generated from the compiled module by "make stubs".
 # ruff: noqa
 """
-The native part: collectives, schedule and compressors.
+The native part: collectives, schedule, compressors and what preconditioners compute.
 """
 
 from __future__ import annotations
@@ -51,13 +51,18 @@ __all__: list[str] = [
     "TwoLevelCodec",
     "TwoLevelLane",
     "TwoPhaseExchange",
+    "add_products",
     "can_move",
     "checksum",
     "checksum_each_way",
     "checksums",
+    "dot_by_block",
+    "eva_correction",
     "fingerprint",
+    "finite_message",
     "has_aliases",
     "levelled_words",
+    "mean_of_windows",
     "move_storage",
     "now_ns",
     "orthogonalize_workspace_numel",
@@ -68,9 +73,11 @@ __all__: list[str] = [
     "set_python_dispatch",
     "shard_range",
     "sign_payload_numel",
+    "subtract_products",
     "take_buckets",
     "topk_slot_numel",
     "topk_workspace_numel",
+    "update_means",
 ]
 
 class Phase:
@@ -262,7 +269,13 @@ class DenseCodec(Codec):
 
 class TwoLevelCodec(Codec):
     def __init__(
-        self, device: torch.device, inner: Codec, owners: Ownership, place: typing.SupportsInt | typing.SupportsIndex
+        self,
+        device: torch.device,
+        inner: Codec,
+        owners: Ownership,
+        place: typing.SupportsInt | typing.SupportsIndex,
+        readers: collections.abc.Sequence[Codec],
+        between: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
 
 class StartStep:
@@ -330,8 +343,8 @@ class LevelledCodec(Codec):
         shard: typing.SupportsInt | typing.SupportsIndex,
         owned: typing.SupportsInt | typing.SupportsIndex,
         bits: typing.SupportsInt | typing.SupportsIndex,
-        error: torch.Tensor,
-        owner_error: torch.Tensor,
+        error: torch.Tensor | None,
+        owner_error: torch.Tensor | None,
     ) -> None: ...
 
 class TopKCodec(Codec):
@@ -543,15 +556,50 @@ class Scheduler:
     ) -> None: ...
     def wait_reduced(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
 
+def add_products(
+    views: collections.abc.Sequence[torch.Tensor],
+    layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    columns: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    a: torch.Tensor,
+    products: torch.Tensor,
+    squares: torch.Tensor,
+) -> None: ...
 def can_move(tensor: torch.Tensor) -> bool: ...
 def checksum(data: bytes, seed: typing.SupportsInt | typing.SupportsIndex = 0) -> int: ...
 def checksum_each_way(data: bytes, seed: typing.SupportsInt | typing.SupportsIndex = 0) -> list[tuple[str, int]]: ...
 def checksums(tensors: collections.abc.Sequence[torch.Tensor]) -> list[int]: ...
+def dot_by_block(
+    x: torch.Tensor, y: torch.Tensor, first: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
+) -> torch.Tensor: ...
+def eva_correction(
+    columns: torch.Tensor,
+    rows: torch.Tensor,
+    inner: torch.Tensor,
+    squares: torch.Tensor,
+    first_column: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    first_row: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    first_block: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    has_bias: collections.abc.Sequence[bool],
+    learning_rates: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+    damping: typing.SupportsFloat | typing.SupportsIndex,
+    kl_clip: typing.SupportsFloat | typing.SupportsIndex | None,
+) -> tuple[torch.Tensor, float]: ...
 def fingerprint(tensors: collections.abc.Sequence[torch.Tensor]) -> int: ...
+def finite_message(
+    flags: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
+    parts: collections.abc.Sequence[torch.Tensor],
+) -> torch.Tensor: ...
 def has_aliases(tensors: collections.abc.Sequence[torch.Tensor]) -> bool: ...
 def levelled_words(
     shard: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex
 ) -> int: ...
+def mean_of_windows(
+    image: torch.Tensor,
+    windows: collections.abc.Sequence[
+        typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(5)"]
+    ],
+) -> torch.Tensor: ...
 def move_storage(tensor: torch.Tensor, target: torch.Tensor) -> None: ...
 def now_ns() -> int: ...
 def orthogonalize_workspace_numel(
@@ -575,9 +623,29 @@ def shard_range(
     arg2: typing.SupportsInt | typing.SupportsIndex,
 ) -> tuple[int, int]: ...
 def sign_payload_numel(numel: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+def subtract_products(
+    views: collections.abc.Sequence[torch.Tensor],
+    layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    columns: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    w: torch.Tensor,
+    a: torch.Tensor,
+    factor: typing.SupportsFloat | typing.SupportsIndex,
+) -> None: ...
 def take_buckets(reducer: torch._C._distributed_c10d.Reducer, scheduler: Scheduler) -> None: ...
 def topk_slot_numel(capacity: typing.SupportsInt | typing.SupportsIndex) -> int: ...
 def topk_workspace_numel(numel: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+def update_means(
+    columns: torch.Tensor,
+    rows: torch.Tensor,
+    known: torch.Tensor,
+    used: torch.Tensor,
+    step_columns: torch.Tensor,
+    step_rows: torch.Tensor,
+    first_column: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    first_row: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    decay: typing.SupportsFloat | typing.SupportsIndex,
+) -> None: ...
 
 BLOCK: int = 4096
 SCALE_UNIT: int = 512

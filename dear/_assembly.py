@@ -99,7 +99,9 @@ class Ground:
     def _scheduled(self, setting: Setting) -> Parts:
         strategy = STRATEGIES[setting.update]
         gather_lane = make_levelled_lane(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
-        reduce_lane = make_levelled_lane(self.group, "reduce-scatter", self.algorithm, self._timeout(), self.nodes)
+        reduce_lane = make_levelled_lane(
+            self.group, "reduce-scatter", self.algorithm, self._timeout(), self.nodes, reduces=True
+        )
         scheduler = _C.Scheduler(reduce_lane, gather_lane, strategy.gathers_gradients)
         attached = self._attached(scheduler, gather_lane)
         optimizers = [user.optimizer for user in self.users]

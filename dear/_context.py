@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,10 +67,11 @@ class StepContext:
 @contextlib.contextmanager
 def ordinary(context: StepContext) -> Iterator[None]:
     """Runs what is inside in an ordinary context, with what ``context`` leaves open as it was there."""
-    if is_ordinary(context.device) and StepContext.here(context.device) == context:
-        yield
-        return
     before = StepContext.here(context.device)
+    if is_ordinary(context.device) and replace(before, grad=context.grad) == context:
+        with torch.set_grad_enabled(context.grad):
+            yield
+        return
     tracing = torch._C._get_tracing_state()
     modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
     for mode in context.devices:

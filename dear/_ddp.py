@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
@@ -28,11 +29,18 @@ def check_kind(model: Any, caller: str) -> None:
 
     Raises:
         TypeError: one sentence that says what it is instead.
+        ValueError: its ranks are not those of a group that can be known.
     """
     if not isinstance(model, DDP):
         raise TypeError(
             f"{caller} needs a DistributedDataParallel module, not {type(model).__name__}: wrap the model in "
             "torch.nn.parallel.DistributedDataParallel first."
+        )
+    if model.process_group not in c10d._world.pg_map:
+        raise ValueError(
+            f"The process group of this DDP module is a {type(model.process_group).__name__} that torch.distributed "
+            "did not make, as those of torchft, whose members may change between two steps: build DDP on a group of "
+            "init_process_group() or new_group()."
         )
 
 

@@ -115,12 +115,30 @@ def _grouped(known: Sequence[tuple[str, str | None, str | None]]) -> list[list[i
     return found
 
 
+def timeout_after(stages: int, timeout: timedelta) -> timedelta:
+    """How long a lane waits for a peer that can come to an exchange only after so many ``stages`` on lanes of other
+    ranks. Who waits there for a rank that has stopped is to speak first; so is here, whatever the lane, who has got
+    something of an exchange before those who have not, and wait an eighth longer: Note [Who speaks first] in
+    ``csrc/collectives/host_lane.h``."""
+    return timeout + stages * min(timeout / 32, timedelta(seconds=2.5))
+
+
 def make_levelled_lane(
-    group: dist.ProcessGroup, name: str, algorithm: Algorithm, timeout: timedelta, nodes: Nodes | None
+    group: dist.ProcessGroup,
+    name: str,
+    algorithm: Algorithm,
+    timeout: timedelta,
+    nodes: Nodes | None,
+    reduces: bool = False,
 ) -> _C.Lane:
-    """:func:`dear.collectives.make_lane`, of two levels where there are nodes. Collective."""
+    """:func:`dear.collectives.make_lane`, of two levels where there are nodes. Collective.
+
+    reduces: it is meant for reduce-scatters, whose second level is the one between nodes, and not for all-gathers.
+    """
     if nodes is None:
         return make_lane(group, name, algorithm, timeout)
-    inside = make_lane(group, f"{name} in node", algorithm, timeout, ranks=nodes.inside)
-    between = make_lane(group, f"{name} between", algorithm, timeout, ranks=nodes.between)
+    later = timeout_after(2, timeout)
+    of_inside, of_between = (timeout, later) if reduces else (later, timeout)
+    inside = make_lane(group, f"{name} in node", algorithm, of_inside, ranks=nodes.inside)
+    between = make_lane(group, f"{name} between", algorithm, of_between, ranks=nodes.between)
     return _C.TwoLevelLane(inside, between, nodes.ranks)

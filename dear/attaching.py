@@ -79,8 +79,8 @@ def attach(
         hierarchy: ``"node"`` moves in two levels, inside each node and then between nodes, among ranks of equal place:
             a node's network port carries each element once, however many ranks the node has. The ranks of a node are
             found from LOCAL_RANK and LOCAL_WORLD_SIZE, or from the hosts' names; a number says how many consecutive
-            ranks a node has. A compressor of two exchanges a step then works between nodes alone, on each node's mean,
-            and its error feedback exists once in a node. None: one level.
+            ranks a node has. A compressor then works between nodes alone, on each node's mean, and its error feedback
+            exists once in a node. None: one level.
 
     Returns:
         The :class:`Engine`, also a context manager that detaches at its end.
@@ -115,7 +115,7 @@ def attach(
             known = chooser.check_new(model, "dear.attach()")
         if given is not None:
             check_kind(given, "dear.attach()")
-            known = given.check_new(model, "dear.attach()", hierarchy is not None)
+            known = given.check_new(model, "dear.attach()")
         teams: Sequence[preconditioning.Team] = ()
         served: Sequence[str] = tuple(STRATEGIES)
         if preconditioner is not None:
@@ -138,6 +138,8 @@ def attach(
             steering = Steering(ground, setting, update=update, tunes_cap=bucket_cap_mb == "auto")
             choosers.append((chooser, steering))
             setting = steering.setting = chooser.first(steering) or setting
+            if setting.compressor is not None:
+                setting.compressor.check_new(model, "dear.attach()")
         grounds.append(ground)
         settings.append(setting)
         return known | {

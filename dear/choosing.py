@@ -165,9 +165,8 @@ class Steering:
         if setting == now:
             return
         if setting.compressor is not None and setting.compressor is not now.compressor:
-            setting.compressor.check_new(self.ground.model, "dear.attach()", False)
-        regroups = now.compressor is None and now.update != PlainUpdate.kind
-        if regroups and (setting.update, setting.compressor) == (now.update, None):
+            setting.compressor.check_new(self.ground.model, "dear.attach()")
+        if now.compressor is None and (setting.update, setting.compressor) == (now.update, None):
             engine.bucket_cap_mb = setting.bucket_cap_mb
         else:
             engine._replace(lambda: self.ground.assemble(setting))

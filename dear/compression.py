@@ -63,9 +63,8 @@ class Compressor(Protocol):
 
     usual_ratio: float  # by how much gradients shrink, roughly
 
-    def check_new(self, model: DDP, caller: str, two_levels: bool) -> dict[str, Any]:
-        """Refuses what cannot become the compressor of this model, with ``two_levels`` between nodes alone;
-        returns what must be equal on every rank."""
+    def check_new(self, model: DDP, caller: str) -> dict[str, Any]:
+        """Refuses what cannot become the compressor of this model; returns what must be equal on every rank."""
 
     def bind_to_schedule(self, site: Site) -> Binding:
         """Puts the compressor to work. Collective."""

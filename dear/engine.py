@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -332,6 +333,8 @@ class Engine:
         self._attached, self._schedule, self._update = parts.attached, parts.schedule, parts.update
         self._schedule.bucket_order.load(order)
         self._last_waits = (0, 0)
+        del attached
+        gc.collect()  # the former parts refer to each other, and have lanes, and buffers as large as the model
 
     def __enter__(self) -> Engine:
         return self

@@ -76,6 +76,7 @@ class Auto:
         self._instruments = instruments or Instruments()
         self._steering: Steering | None = None
         self._course: Iterator[None] = iter(())
+        self._now: tuple[Way, float] = Way(""), 0.0  # what is trained with, and its size in MiB
 
     # --- what dear.attach calls ---
 
@@ -106,11 +107,13 @@ class Auto:
 
     def begin(self, steering: Steering) -> None:
         self._steering = steering
+        method = None if self.plan is None else self.plan["compressor"]
+        self._now = Way(steering.setting.update, method), steering.setting.bucket_cap_mb
         self._course = self._run()
         next(self._course)
 
     def step_began(self) -> None:
-        next(self._course)
+        next(self._course, None)  # one that has failed does not go on
 
     def release(self) -> None:
         self._course.close()  # type: ignore[attr-defined] # a generator
@@ -138,7 +141,7 @@ class Auto:
             yield from self._choose()
 
     def _choose(self) -> Iterator[None]:
-        steering, begun = self._steers, self._steers.setting
+        steering, begun = self._steers, self._now
         start = steering.steps
         yield from _steps(WARM_UP)
         everyone = yield from self._profiled()
@@ -147,13 +150,13 @@ class Auto:
             self._warn(steering, f"Nothing is chosen, and training goes on as it did, since {why}.")
             return
         tried: list[Trial] = []
-        yield from self._try(listed[0].way, begun.bucket_cap_mb, tried)
+        yield from self._try(*begun, tried)
         for one in listed[1:]:
             yield from self._try(one.way, one.mib, tried)
         if steering.tunes_cap:
             yield from self._refine(listed, tried, MOST - (steering.steps - start))
         best = self._best(tried)
-        steering.switch(_setting(best.way, best.mib))
+        self._go(best.way, best.mib)
         ground = steering.ground
         self.plan = plans.made(best.way, best.mib, best.seconds, ground.group.size(), _elements(ground.model))
         self._say(_line(best, tried, listed, steering.steps - start, why))
@@ -193,7 +196,7 @@ class Auto:
         )  # fmt: skip
         return steering.everyones(mine, "the profiles of the model")
 
-    def _shortlist(self, everyone: list[Profile], begun: Setting) -> tuple[list[Predicted], str]:
+    def _shortlist(self, everyone: list[Profile], begun: tuple[Way, float]) -> tuple[list[Predicted], str]:
         """What to try, and what decides; nothing, and why. Collective."""
         steering, ground = self._steers, self._steers.ground
         methods = losses.within(self.loss)
@@ -208,24 +211,37 @@ class Auto:
         if self._decides:
             try:
                 profile = slowest(everyone)
-                now = Way(begun.update, self._method(begun))
+                now, mib = begun
                 chosen = ways(steering.updates(compresses=False), compressing, methods)
-                caps = sizes(profile) if steering.tunes_cap else [begun.bucket_cap_mb]
-                best = predicted(profile, network, machine, list({now: 0} | dict.fromkeys(chosen)), caps)
+                caps = sizes(profile) if steering.tunes_cap else [mib]
+                best = predicted(profile, network, machine, list(dict.fromkeys([now, *chosen])), caps)
                 found = shortlist(best, now, TRIED), reason(profile, network)
             except Exception as error:  # the other ranks wait for what is decided
                 found = [], f"the prediction failed ({type(error).__name__}: {error})"
         return steering.tell(found, "what is worth trying")  # type: ignore[no-any-return]
 
-    def _method(self, begun: Setting) -> str | None:
-        return None if begun.compressor is None or self.plan is None else self.plan["compressor"]
+    def _go(self, way: Way, mib: float) -> None:
+        """Trains so from now on. Collective.
+
+        Raises:
+            ValueError: the compressor cannot serve this model; the same on every rank, and nothing has been changed.
+        """
+        steering, (before, size) = self._steers, self._now
+        if (way, mib) == (before, size):
+            return
+        setting = _setting(way, mib)
+        if setting.compressor is not None and way.method == before.method:  # what it has not sent yet is not lost
+            steering.engine.synchronize()
+            setting.compressor.load_state_dict(steering.engine.state_dict(optimizer=False, gather=False)["compressor"])
+        steering.switch(setting)
+        self._now = way, mib
 
     def _try(self, way: Way, mib: float, tried: list[Trial]) -> Iterator[None]:
         """A trial, appended on every rank alike."""
         steering, clock = self._steers, self._instruments.clock
         try:
-            steering.switch(_setting(way, mib))
-        except ValueError as error:  # the same on every rank, before anything was changed
+            self._go(way, mib)
+        except ValueError as error:
             self._warn(steering, f"{way} is not tried ({str(error).rstrip('.')}).")
             tried.append(Trial(way, mib, NEVER))
             return

@@ -46,6 +46,7 @@ class Capture:
     def __init__(self, sink: Sink, reduce: Reduce | None = None) -> None:
         self._sink, self._reduce = sink, reduce
         self._handles: dict[Layer, Any] = {}
+        self._accumulators: dict[Layer, tuple[Any, Any]] = {}  # with the type and the device of the weight
         self._anchor = torch.empty(0, requires_grad=True)
         #: Passes that begin while this is False do not count.
         self.enabled = True
@@ -56,7 +57,7 @@ class Capture:
         for layer in self._handles.keys() - wanted:
             self._handles.pop(layer).remove()
         for layer in wanted - self._handles.keys():
-            hook = torch.compiler.disable(self._after_forward(layer))
+            hook = _outside_of_graphs(self._after_forward(layer))
             self._handles[layer] = layer.module.register_forward_hook(hook, with_kwargs=True)
 
     def release(self) -> None:
@@ -67,23 +68,34 @@ class Capture:
         def after(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not (self.enabled and module.training and isinstance(output, Tensor) and output.requires_grad):
                 return
+            if not layer.weight.requires_grad:  # frozen since
+                return
             kept = self._kept(layer, args[0] if args else kwargs["input"])
-            weight, shape = layer.weight, output.shape
+            accumulator, shape = self._accumulator(layer), output.shape
 
-            @torch.no_grad()
             def before_backward(grad: Tensor) -> None:
-                if _is_accumulated(weight):
-                    self._sink(layer, kept(), grad.detach().reshape(shape))
+                if _is_accumulated(accumulator):
+                    with torch.no_grad():
+                        own = grad if grad.shape == shape else grad.reshape(shape)
+                        self._sink(layer, kept(), own.detach() if own.requires_grad else own)
 
             _in_front_of_changes(output).register_hook(before_backward)
 
         return after
 
+    def _accumulator(self, layer: Layer) -> Any:
+        """It stays the same one as long as the weight keeps its type and device."""
+        kind = layer.weight.dtype, layer.weight.device
+        known = self._accumulators.get(layer)
+        if known is None or known[0] != kind:
+            known = self._accumulators[layer] = kind, _accumulator(layer.weight)
+        return known[1]
+
     def _kept(self, layer: Layer, x: Tensor) -> Callable[[], Tensor]:
         """What the sink will want of an input, in the backward pass."""
         if self._reduce is not None:
             with torch.no_grad():
-                reduced = self._reduce(layer, x.detach())
+                reduced = self._reduce(layer, x)
             return lambda: reduced
         node: Any = _Keep.apply(self._anchor, x).grad_fn
         return lambda: node.saved_tensors[0].detach()
@@ -98,9 +110,25 @@ def _in_front_of_changes(output: Tensor) -> Tensor:
     return output
 
 
-def _is_accumulated(weight: Tensor) -> bool:
-    """Whether the backward pass that runs now adds to ``weight.grad``."""
+def _outside_of_graphs(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook, which is never compiled. What keeps torch.compile off a function costs as much as such a hook itself,
+    so it is asked for only where something is compiled."""
+    apart = torch.compiler.disable(hook)
+
+    def call(*args: Any) -> None:
+        (apart if torch.compiler.is_compiling() else hook)(*args)
+
+    return call
+
+
+def _accumulator(weight: Tensor) -> Any:
+    """What adds to ``weight.grad`` in a backward pass."""
+    return get_gradient_edge(weight).node
+
+
+def _is_accumulated(accumulator: Any) -> bool:
+    """Whether the backward pass that runs now reaches it."""
     try:
-        return bool(torch._C._will_engine_execute_node(get_gradient_edge(weight).node))  # type: ignore[attr-defined]
+        return bool(torch._C._will_engine_execute_node(accumulator))  # type: ignore[attr-defined]
     except RuntimeError:  # torch.autograd.grad() of this very weight
         return False

@@ -13,12 +13,13 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dear import _C
 from dear._names import named_modules
 
 CHUNK_BYTES = 4 << 20  # of a convolution's patches that are laid out at a time
@@ -87,6 +88,10 @@ class Layer(ABC):
     def row_dims(self) -> int:
         """How many of the dimensions of :meth:`windows` count rows."""
 
+    @abstractmethod
+    def mean_row(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The mean of the rows of an input, without the bias's 1: flat, in the order of the weight's dimensions."""
+
     def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         """The rows of the input without the bias's 1, [blocks, rows, columns], a part at a time, so that patches are
         never laid out all at once."""
@@ -113,6 +118,9 @@ class LinearLayer(Layer):
     def windows(self, x: Tensor) -> Tensor:
         return x.reshape(-1, 1, x.shape[-1])
 
+    def mean_row(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).mean(0, dtype=dtype)
+
     def output_rows(self, grad: Tensor) -> Tensor:
         return grad.reshape(1, -1, grad.shape[-1])
 
@@ -137,17 +145,37 @@ class ConvLayer(Layer):
     def samples(self, x: Tensor) -> int:
         return x.shape[0] if self._is_batch(x) else 1
 
+    def _padded(self, x: Tensor) -> Tensor:
+        padding, mode = self.module._reversed_padding_repeated_twice, self.module.padding_mode
+        return F.pad(x, padding, "constant" if mode == "zeros" else mode) if any(padding) else x
+
+    def _counts(self, sizes: Sequence[int]) -> list[int]:
+        """How many windows lie along each dimension of a padded image of these sizes."""
+        conv = self.module
+        reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return [(n - r) // s + 1 for n, r, s in zip(sizes, reach, conv.stride, strict=True)]
+
+    def mean_row(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Patches are not laid out: all samples are averaged first, and then the windows of that one image."""
+        image = x.mean(0, keepdim=True, dtype=dtype) if self._is_batch(x) else x[None].to(dtype)
+        if not x.is_cpu:
+            return self.windows(image).mean(list(range(self.row_dims))).flatten()
+        conv, zeros = self.module, self.module.padding_mode == "zeros"
+        image = (image if zeros else self._padded(image))[0].contiguous()
+        sizes = image.shape[1:]
+        padding = conv._reversed_padding_repeated_twice if zeros else [0] * (2 * len(sizes))
+        before, after = padding[-2::-2], padding[::-2]
+        counts = self._counts([n + b + a for n, b, a in zip(sizes, before, after, strict=True)])
+        return _C.mean_of_windows(
+            image, list(zip(before, conv.kernel_size, conv.dilation, conv.stride, counts, strict=True))
+        )
+
     def windows(self, x: Tensor) -> Tensor:
         conv = self.module
-        if not self._is_batch(x):
-            x = x[None]
-        if any(conv._reversed_padding_repeated_twice):
-            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
+        x = self._padded(x if self._is_batch(x) else x[None])
         samples, channels, *sizes = x.shape
         own, along, *steps = x.stride()
-        reach = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        counts = [(n - r) // s + 1 for n, r, s in zip(sizes, reach, conv.stride, strict=True)]
+        counts = self._counts(sizes)
         groups = (self.blocks, channels // self.blocks)
         shape = (samples, *counts, *groups, *conv.kernel_size)
         strides = (

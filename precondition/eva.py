@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from dear import _C
 from precondition import eva_parts
 from precondition.eva_means import Running
 from precondition.eva_parts import Rectangle
@@ -24,13 +26,32 @@ class EvaStep(RankOneStep):
         self._products = self.vectors.zeros(self.vectors.rows)
 
     def look(self, parts: Sequence[Rectangle]) -> None:
-        eva_parts.add_products(parts, self.running.columns, self._products)
+        self.look_along(parts, self.running.columns, self._products)
+
+    def finish(self, learning_rates: Sequence[float], total: Total) -> None:
+        """As that of the base class; on the host :meth:`correction` and what follows from it are one native call."""
+        vectors, running, settings = self.vectors, self.running, self.settings
+        if not running.rows.is_cpu:
+            super().finish(learning_rates, total)
+            return
+        inner, squares = self._totals(total)
+        rows, factor = _C.eva_correction(
+            running.columns, running.rows, inner, squares, vectors.first_column_of_block, vectors.first_row_of_block,
+            vectors.first_block, [each.bias for each in vectors.matrices], list(learning_rates), settings.damping,
+            settings.kl_clip,
+        )  # fmt: skip
+        eva_parts.subtract_on_host(self.parts, rows, running.columns, factor)
+
+    def _totals(self, total: Total) -> tuple[Tensor, Tensor]:
+        """bᵀ G a of each block, and ‖G‖² of each layer."""
+        share = self.vectors.dot_rows(self.running.rows, self._products)
+        inner, squares = total(torch.cat([share, self.squares])).split([len(share), len(self.squares)])
+        return inner, squares
 
     def correction(self, total: Total) -> Correction:
         vectors, running = self.vectors, self.running
-        share = vectors.sum_rows(running.rows * self._products)
-        inner, squares = total(torch.cat([share, self.squares()])).split([len(share), len(vectors.matrices)])
-        norms = vectors.square_norms(running.columns) * vectors.sum_rows(running.rows.square())
+        inner, squares = self._totals(total)
+        norms = vectors.square_norms(running.columns) * vectors.dot_rows(running.rows, running.rows)
         scale = inner / (norms + self.settings.damping)
         return Correction(running.rows * vectors.to_rows(scale), scale * inner, scale.square() * norms, squares)
 

@@ -37,6 +37,9 @@ class RankOneBinding:
             self._place[layer.weight] = index, False
             if layer.bias is not None:
                 self._place[layer.bias] = index, True
+        # The rectangles of the last step's runs, which hold their memory, and of this one's: most often the same.
+        self._former: dict[tuple[Any, ...], list[Rectangle]] = {}
+        self._parts: dict[tuple[Any, ...], list[Rectangle]] = {}
         self._exchanges = Exchanges(site.gather_lane)
         self._message: Average | None = None  # of the last backward pass
         self._step: RankOneStep | None = None
@@ -68,13 +71,21 @@ class RankOneBinding:
     def precondition(self, runs: Sequence[Run]) -> None:
         """Looks at averaged gradients; they are changed at the end."""
         assert self._step is not None
-        self._step.take([part for run in runs for part in self._rectangles(run)])
+        parts: list[Rectangle] = []
+        for run in runs:
+            key = run.param, run.start, run.stop, run.grad.data_ptr(), run.grad.dtype
+            found = self._former.get(key)
+            self._parts[key] = found = list(self._rectangles(run)) if found is None else found
+            parts += found
+        self._step.take(parts)
 
     def end(self) -> set[Param]:
         """Adds up what the ranks have seen, and changes all gradients."""
         assert self._step is not None
         step, self._step = self._step, None
         step.finish(self._learning_rates(), self._total)
+        # On plain DDP gradients come in other memory at each step, and the last step's must not stay.
+        self._former, self._parts = {} if self._site.update == PLAIN else self._parts, {}
         return set(self._place)
 
     def stats(self) -> dict[str, Any]:

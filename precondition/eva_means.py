@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dear import _C
 from precondition._layers import Layer
 from precondition.eva_parts import Matrix, Vectors
 
@@ -47,15 +48,11 @@ def lies_by_rows(layer: Shaped) -> bool:
 
 
 def input_mean(layer: Layer, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mean row of an input [groups × columns], in the order of the weight's memory.
-
-    A convolution's patches are not laid out: all samples are averaged first, and then the windows of that one image.
-    """
-    if x.dim() == layer.row_dims + 1:  # the first dimension is that of samples
-        x = x.mean(0, keepdim=True, dtype=dtype)
-    windows = layer.windows(x)
-    mean = windows.mean(list(range(layer.row_dims)), dtype=dtype)  # [groups, the weight's dimensions but the first]
-    return mean.permute(0, *memory_order(layer.weight)).reshape(-1)
+    """The mean row of an input [groups × columns], in the order of the weight's memory."""
+    mean, order = layer.mean_row(x, dtype), memory_order(layer.weight)
+    if order == list(range(1, layer.weight.dim())):
+        return mean
+    return mean.view(layer.blocks, *layer.weight.shape[1:]).permute(0, *order).reshape(-1)
 
 
 def output_sum(layer: Layer, grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,22 +105,31 @@ class Means:
     def message(self) -> Tensor:
         """This rank's message."""
         vectors = self._vectors
-        message = vectors.zeros(len(self._layers) + vectors.columns + self._with_rows * vectors.rows)
-        flags, columns, rows = self.parts(message)
-        used = [index for index, layer in enumerate(self._layers) if layer in self._inputs]
-        if not used:
-            return message
-        flags.copy_(torch.tensor([float(layer in self._inputs) for layer in self._layers]))
-        inputs = [self._inputs[self._layers[index]] for index in used]
-        targets = [vectors.column_part(columns, index).view(-1) for index in used]
-        means = [each[0] if len(each) == 1 else torch.stack(each).mean(0) for each in inputs]
-        torch._foreach_copy_(targets, means)
+        matrices, layers = vectors.matrices, self._layers
+        if not self._inputs:
+            return vectors.zeros(len(layers) + vectors.columns + self._with_rows * vectors.rows)
+        flags = [float(layer in self._inputs) for layer in layers]
+        means = [self._mean_input(layer, each) for layer, each in zip(layers, matrices, strict=True)]
+        sums: list[Tensor] = []
         if self._with_rows:
-            targets = [vectors.row_part(rows, index).view(-1) for index in used]
-            torch._foreach_copy_(targets, [self._outputs[self._layers[index]] for index in used])
-            if self._scaler is not None:
-                rows.div_(self._scaler.scale(rows.new_ones(())))
+            sums = [
+                self._outputs[layer] if layer in self._outputs else vectors.zeros(each.groups * each.rows)
+                for layer, each in zip(layers, matrices, strict=True)
+            ]
+        if sums and self._scaler is not None:
+            scale = self._scaler.scale(sums[0].new_ones(()))
+            sums = [each / scale for each in sums]
+        if torch.device(vectors.device).type == "cpu":
+            return _C.finite_message(flags, [*means, *sums])
+        message = torch.cat([torch.tensor(flags, dtype=vectors.dtype, device=vectors.device), *means, *sums])
         return message.masked_fill_(~message.sum().isfinite(), 0.0)
+
+    def _mean_input(self, layer: Layer, matrix: Matrix) -> Tensor:
+        """Over the passes."""
+        seen = self._inputs.get(layer)
+        if seen is None:
+            return self._vectors.zeros(matrix.groups * matrix.columns)
+        return seen[0] if len(seen) == 1 else torch.stack(seen).mean(0)
 
     def parts(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The parts of a message: flags [layers], columns, rows (empty without them)."""
@@ -154,6 +160,10 @@ class Running:
         a layer has added nothing to its gradient, either. What is not finite there counts as 0.
         """
         vectors = self.vectors
+        if self.known.is_cpu:
+            places = vectors.first_column, vectors.first_row
+            _C.update_means(self.columns, self.rows, self.known, used, columns, rows, *places, decay)
+            return
         share = (1 - decay * self.known) * (used > 0)
         means = columns / vectors.to_all_columns(used + (used <= 0))
         self.columns.lerp_(means.nan_to_num_(0.0, 0.0, 0.0), vectors.to_all_columns(share))

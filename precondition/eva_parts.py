@@ -22,6 +22,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from dear import _C
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -48,14 +50,18 @@ class Vectors:
             for sizes in ([each.rows for each in blocks], [each.columns for each in blocks])
         )
         self._ones = torch.tensor([float(each.bias) for each in blocks], dtype=dtype, device=device)
-        self._blocks_of, self._layer_rows, self._layer_columns = (
+        self._blocks_of = torch.tensor([each.groups for each in matrices], device=device)
+        self._layer_rows, self._layer_columns = (
             torch.tensor(sizes, device=device)
             for sizes in (
-                [each.groups for each in matrices],
                 [each.groups * each.rows for each in matrices],
                 [each.groups * each.columns for each in matrices],
             )
         )
+        # Where each block begins, or each layer's first one, and the last one ends: for native code.
+        self.first_block = list(accumulate((each.groups for each in matrices), initial=0))
+        self.first_row_of_block = list(accumulate((each.rows for each in blocks), initial=0))
+        self.first_column_of_block = list(accumulate((each.columns for each in blocks), initial=0))
 
     def zeros(self, numel: int) -> Tensor:
         """So many zeros, of the vectors' type."""
@@ -75,6 +81,12 @@ class Vectors:
         """Sums over each block's rows, [blocks]."""
         return torch.segment_reduce(rows, "sum", lengths=self.block_rows)
 
+    def dot_rows(self, rows: Tensor, others: Tensor) -> Tensor:
+        """Products of two vectors of rows, by block, [blocks]."""
+        if rows.is_cpu:
+            return _C.dot_by_block(rows, others, self.first_row_of_block)
+        return self.sum_rows(rows * others)
+
     def sum_columns(self, columns: Tensor) -> Tensor:
         """Sums over each block's columns, without the bias's, [blocks]."""
         return torch.segment_reduce(columns, "sum", lengths=self.block_columns)
@@ -85,6 +97,8 @@ class Vectors:
 
     def square_norms(self, columns: Tensor) -> Tensor:
         """‖a‖² of each block, with the bias's 1, [blocks]."""
+        if columns.is_cpu:
+            return _C.dot_by_block(columns, columns, self.first_column_of_block) + self._ones
         return self.sum_columns(columns.square()) + self._ones
 
     def to_all_rows(self, layers: Tensor) -> Tensor:
@@ -132,18 +146,18 @@ class Rectangle:
         assert self.columns is not None
         sums[self.columns] += self.view.sum(-2, dtype=sums.dtype).flatten()
 
-    def subtract(self, rows: Tensor, columns: Tensor, factor: float) -> None:
-        """G ← factor · G - rows columnsᵀ."""
+    def subtract(self, rows: Tensor, columns: Tensor) -> None:
+        """G ← G - rows columnsᵀ."""
         w = rows[self.rows].to(self.view.dtype)
         if self.columns is None:
-            self.view.mul_(factor).sub_(w.view_as(self.view))
+            self.view.sub_(w.view_as(self.view))
             return
         a = columns[self.columns].to(self.view.dtype)
         if self.view.dim() == 2:
-            self.view.addr_(w, a, beta=factor, alpha=-1)
+            self.view.addr_(w, a, alpha=-1)
         else:
             groups = self.view.shape[0]
-            self.view.baddbmm_(w.view(groups, -1, 1), a.view(groups, 1, -1), beta=factor, alpha=-1)
+            self.view.baddbmm_(w.view(groups, -1, 1), a.view(groups, 1, -1), alpha=-1)
 
 
 def cut_weight(run: Tensor, start: int, layer: int, vectors: Vectors) -> Iterator[Rectangle]:
@@ -192,6 +206,27 @@ def add_products(parts: Iterable[Rectangle], columns: Tensor, sums: Tensor) -> N
         each.add_products(columns, sums)
 
 
+def add_products_and_squares(
+    parts: Sequence[Rectangle], columns: Tensor, sums: Tensor, squares_: Tensor, vectors: Vectors
+) -> None:
+    """As :func:`add_products`; and adds ‖G‖² to ``squares_`` [layers]. On the host in one pass over the memory."""
+    if sums.device.type == "cpu":
+        _C.add_products(*_lists(parts), columns, sums, squares_)
+    else:
+        squares_ += squares(parts, norms(parts, vectors), vectors)
+        add_products(parts, columns, sums)
+
+
+def _lists(parts: Sequence[Rectangle]) -> tuple[list[Tensor], list[int], list[int], list[int]]:
+    """The parts as native code takes them."""
+    return (
+        [each.view for each in parts],
+        [each.layer for each in parts],
+        [each.rows.start for each in parts],
+        [-1 if each.columns is None else each.columns.start for each in parts],
+    )
+
+
 def add_column_sums(parts: Iterable[Rectangle], sums: Tensor) -> None:
     """Adds the sums of the columns but the biases' to ``sums`` [columns]: this rank's share of it."""
     for each in parts:
@@ -212,15 +247,19 @@ def squares(parts: Sequence[Rectangle], norms: Sequence[Tensor], vectors: Vector
     return sums.index_add_(0, layers, torch.stack(list(norms)).square_())
 
 
+def subtract_on_host(parts: Sequence[Rectangle], rows: Tensor, columns: Tensor, factor: float) -> None:
+    """G ← factor · G - rows columnsᵀ, in place."""
+    _C.subtract_products(*_lists(parts), rows, columns, factor)
+
+
 def subtract(parts: Sequence[Rectangle], rows: Tensor, columns: Tensor, factor: Tensor) -> None:
     """G ← factor · (G - rows columnsᵀ), in place; ``factor`` is one number for all."""
     if not parts:
         return
     rows = rows * factor
     if factor.device.type == "cpu":  # its value is at hand, and one pass over the memory is enough
-        scale = float(factor)
-    else:
-        torch._foreach_mul_([each.view for each in parts], factor)
-        scale = 1.0
+        subtract_on_host(parts, rows, columns, float(factor))
+        return
+    torch._foreach_mul_([each.view for each in parts], factor)
     for each in parts:
-        each.subtract(rows, columns, scale)
+        each.subtract(rows, columns)

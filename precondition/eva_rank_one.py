@@ -57,13 +57,16 @@ class RankOneStep(ABC):
     def __init__(self, running: Running, settings: Settings) -> None:
         self.vectors, self.running, self.settings = running.vectors, running, settings
         self.parts: list[Rectangle] = []
-        self._norms: list[Tensor] = []  # of the parts
+        self.squares = running.vectors.zeros(len(running.vectors.matrices))  # ‖G‖² of each layer: this rank's share
 
     def take(self, parts: Sequence[Rectangle]) -> None:
         """Some of this rank's averaged gradients have come."""
         self.parts += parts
-        self._norms += eva_parts.norms(parts, self.vectors)
         self.look(parts)
+
+    def look_along(self, parts: Sequence[Rectangle], columns: Tensor, products: Tensor) -> None:
+        """Adds G a of these to ``products``, and ‖G‖² to :attr:`squares`."""
+        eva_parts.add_products_and_squares(parts, columns, products, self.squares, self.vectors)
 
     def finish(self, learning_rates: Sequence[float], total: Total) -> None:
         """All have come: changes them. Collective."""
@@ -71,13 +74,9 @@ class RankOneStep(ABC):
         factor = self._scale(correction, learning_rates) / self.settings.damping
         eva_parts.subtract(self.parts, correction.rows, self.running.columns, factor)
 
-    def squares(self) -> Tensor:
-        """This rank's share of ‖G‖² of each layer."""
-        return eva_parts.squares(self.parts, self._norms, self.vectors)
-
     @abstractmethod
     def look(self, parts: Sequence[Rectangle]) -> None:
-        """Computes this rank's share of what the correction asks of these."""
+        """Computes this rank's share of what the correction asks of these, :attr:`squares` among it."""
 
     @abstractmethod
     def correction(self, total: Total) -> Correction:

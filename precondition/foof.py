@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 
-from precondition import eva_parts
 from precondition.eva_means import Running
 from precondition.eva_parts import Rectangle
 from precondition.eva_preconditioner import RankOnePreconditioner
@@ -25,15 +24,15 @@ class FoofStep(RankOneStep):
         self._products = self.vectors.zeros(self.vectors.rows)
 
     def look(self, parts: Sequence[Rectangle]) -> None:
-        eva_parts.add_products(parts, self.running.columns, self._products)
+        self.look_along(parts, self.running.columns, self._products)
 
     def correction(self, total: Total) -> Correction:
         vectors = self.vectors
-        shares = [self._products, self.squares()]
+        shares = [self._products, self.squares]
         products, squares = total(torch.cat(shares)).split([len(each) for each in shares])
         norms = vectors.square_norms(self.running.columns)
         rows = products / (vectors.to_rows(norms) + self.settings.damping)
-        inner, outer = vectors.sum_rows(rows * products), vectors.sum_rows(rows.square()) * norms
+        inner, outer = vectors.dot_rows(rows, products), vectors.dot_rows(rows, rows) * norms
         return Correction(rows, inner, outer, squares)
 
 

@@ -34,12 +34,12 @@ class ShampooStep(RankOneStep):
         self._ones = torch.ones_like(self._column_sums)
 
     def look(self, parts: Sequence[Rectangle]) -> None:
-        eva_parts.add_products(parts, self._ones, self._row_sums)
+        self.look_along(parts, self._ones, self._row_sums)
         eva_parts.add_column_sums(parts, self._column_sums)
 
     def correction(self, total: Total) -> Correction:
         vectors, running = self.vectors, self.running
-        shares = [self._row_sums, self._column_sums, self.squares()]
+        shares = [self._row_sums, self._column_sums, self.squares]
         row_sums, column_sums, squares = total(torch.cat(shares)).split([len(each) for each in shares])
         used = squares.isfinite() & (squares > 0)
         running.update(
@@ -50,8 +50,8 @@ class ShampooStep(RankOneStep):
         )
         products = vectors.zeros(vectors.rows)
         eva_parts.add_products(self.parts, running.columns, products)
-        inner = total(vectors.sum_rows(running.rows * products))
-        norms = vectors.square_norms(running.columns) * vectors.sum_rows(running.rows.square())
+        inner = total(vectors.dot_rows(running.rows, products))
+        norms = vectors.square_norms(running.columns) * vectors.dot_rows(running.rows, running.rows)
         scale = inner / (norms + self.settings.damping)
         return Correction(running.rows * vectors.to_rows(scale), scale * inner, scale.square() * norms, squares)
 

@@ -57,8 +57,8 @@ def raised_by_python(source: str) -> list[str]:
 
 
 def of_library() -> list[str]:
-    """Everything that ``dear``, ``compress``, ``precondition`` and the native module can say."""
-    found = []
+    """Everything that ``dear``, ``compress``, ``precondition``, the native module and ``auto`` can say."""
+    found = of_python((ROOT / "planner" / "auto.py").read_text())
     for folder in ("dear", "compress", "precondition"):
         for path in sorted((ROOT / folder).glob("**/*.py")):
             found += of_python(path.read_text())

@@ -72,7 +72,10 @@ def chosen(rank, world, line, takes, steps=auto.MOST + 4, loss=0.0, plan=None, m
             have = training.plain_step(model, opt, rank, step)
             assert not exact or have == want, f"step {step} is not the same training"
             instruments.step_ends(engine)
-    found = engine.plan
+    found, compressor = engine.plan, engine.compressor
+    if compressor is not None:
+        compressed = [one for one in instruments.asked if one.compressor is not None]
+        assert compressor.step == len(compressed), "one of another size goes on with the error feedback"
     assert found is None or engine.update == found["update"]
     engine.detach()
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):

@@ -145,7 +145,7 @@ def test_a_change_counts_after_a_minute():
 def test_losses_are_those_of_the_stored_runs():
     from benchmarks.convergence import table
 
-    assert json.loads(losses.TABLE.read_text()) == table.table()
+    assert json.loads(losses.TABLE.read_text()) == table.table(), "run python -m benchmarks.convergence.table"
     assert losses.within(0.0) == [] and losses.above(None) == 0.0
     assert losses.within(0.001) == ["bf16"]
     assert "power:4.5x" in losses.within(0.03) and "power:4.5x" not in losses.within(0.01)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 
 import pytest
+import test_owned_lists as owned_lists
 import torch
 import training
 from torch import optim
@@ -15,7 +17,6 @@ import dear
 from dear._assembly import Setting
 
 ADAMW = (optim.AdamW, {"lr": 0.01})
-MUON = (getattr(optim, "Muon", None), {"lr": 0.01})
 SMALL = 0.002  # MiB: several groups in a small model
 
 
@@ -68,7 +69,7 @@ def switched(rank, world, updates, kind, how, ddp, cap=SMALL):
     model, opt = training.build("Mlp", kind, ddp)
     chooser = Scripted({2 * i: Setting(update, cap * (1 + i % 2)) for i, update in enumerate(updates)})
     engine = dear.attach(model, opt, compressor=chooser)
-    seen = []
+    seen, former = [], weakref.ref(engine._attached)
     for step in range(2 * len(updates) + 3):
         want = STEPS[how](plain, plain_opt, rank, step)
         assert STEPS[how](model, opt, rank, step) == want, step
@@ -79,6 +80,7 @@ def switched(rank, world, updates, kind, how, ddp, cap=SMALL):
             assert torch.equal(torch.as_tensor(have["state"][number][name]), torch.as_tensor(value)), name
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other), "training that switches is not the same training"
+    assert former() is None, "former parts are let go, with their lanes and buffers"
     assert seen[0] == updates[0] and list(dict.fromkeys(seen)) == list(dict.fromkeys(updates))
     assert engine.stats()["steps"] == len(seen) and chooser.boundaries == len(seen) - 1
     engine.detach()
@@ -91,7 +93,7 @@ def switched(rank, world, updates, kind, how, ddp, cap=SMALL):
 
 @pytest.mark.parametrize("how", STEPS)
 def test_every_strategy_into_every_other(pool2, how):
-    updates = ["sharded", "ddp", "replicated", "sharded", "replicated", "ddp", "sharded", "owned", "ddp"]
+    updates = ["sharded", "ddp", "replicated", "sharded", "replicated", "ddp", "sharded", "owned", "ddp", "ddp"]
     pool2.run(switched, updates, ADAMW, how, {"gradient_as_bucket_view": how == "accumulate"})
 
 
@@ -133,6 +135,28 @@ def with_schedule(rank, world):
 
 def test_what_a_training_script_does_besides(pool2):
     pool2.run(with_schedule)
+
+
+def several(rank, world):
+    """SGD for some parameters, AdamW for the rest: nothing is replicated, and plain DDP steps both."""
+    results = []
+    for attached in (False, True):
+        model, both = owned_lists.build(owned_lists.sgd_and_adamw)
+        settings = {2: Setting("owned", SMALL), 4: Setting("ddp", SMALL), 6: Setting("sharded", SMALL)}
+        engine = dear.attach(model, both.optimizers, compressor=Scripted(settings)) if attached else None
+        losses = [training.plain_step(model, both, rank, step) for step in range(9)]
+        if attached:
+            assert engine._steering.updates(compresses=False) == ["sharded", "owned", "ddp"]
+            engine.detach()
+        results.append((losses, owned_lists.values(model)))
+    (want, plain), (have, ours) = results
+    assert have == want
+    for one, other in zip(plain, ours, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_several_optimizers(pool2):
+    pool2.run(several)
 
 
 def into_compression(rank, world):

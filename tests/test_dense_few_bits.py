@@ -1,6 +1,5 @@
 """Dense gradients in 3 bits through DDP, against the golden model; how much is sent, and what is refused."""
 
-import pytest
 import torch
 from compressing import Prescribed, attach, backward, everyones, gradients
 from test_dense_eight_bits import LARGE
@@ -77,8 +76,7 @@ def test_bytes_sent(pool2):
     pool2.run(bytes_sent)
 
 
-@pytest.mark.parametrize("dtype", [torch.int4, torch.int3, torch.int2])
-def test_few_bits_need_error_feedback(dtype):
-    assert compress.Dense(dtype).error_feedback
-    with pytest.raises(ValueError, match=f"error_feedback must be on with {dtype}, which cuts off"):
-        compress.Dense(dtype, error_feedback=False)
+def test_error_feedback_is_the_default():
+    for dtype, ratio in ((torch.int4, 8), (torch.int3, 32 / 3), (torch.int2, 16)):
+        assert compress.Dense(dtype).error_feedback and compress.Dense(dtype).usual_ratio == ratio
+        assert not compress.Dense(dtype, error_feedback=False).error_feedback

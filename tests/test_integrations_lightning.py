@@ -96,7 +96,7 @@ def loader(batches=6):
     return torch.utils.data.DataLoader(data, batch_size=8, shuffle=False)
 
 
-def fit(net, strategy="ddp", callbacks=(), folder=None, resume=None, seed=0, **trainer):
+def fit(net, strategy="ddp", callbacks=(), folder=None, resume=None, seed=0, before=lambda trainer: None, **trainer):
     if seed is not None:
         torch.manual_seed(seed)
         for part in net.net.modules():
@@ -108,6 +108,7 @@ def fit(net, strategy="ddp", callbacks=(), folder=None, resume=None, seed=0, **t
         "default_root_dir": folder, **trainer,
     }  # fmt: skip
     trainer = pl.Trainer(strategy=strategy, callbacks=list(callbacks), **trainer)
+    before(trainer)
     trainer.fit(net, loader(), ckpt_path=resume, weights_only=False)
     return trainer, {name: value.clone() for name, value in net.state_dict().items()}
 

@@ -137,6 +137,7 @@ def until(condition: Callable[[], bool], within: float = 60.0) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @needs_lab
 def test_rate_is_enforced_and_can_be_changed() -> None:
     with Lab(2, "200mbit") as lab:
@@ -150,6 +151,7 @@ def test_rate_is_enforced_and_can_be_changed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @needs_lab
 def test_link_carries_the_rate_both_ways_at_once() -> None:
     with Lab(2, "400mbit") as lab:
@@ -158,6 +160,7 @@ def test_link_carries_the_rate_both_ways_at_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @needs_lab
 def test_two_labs_at_once_do_not_touch_each_other() -> None:
     with Lab(2, "100mbit") as slow, Lab(2, "1gbit") as fast:

@@ -18,20 +18,24 @@ import dear
 from compress import reference
 
 SIZE, NODES, STEPS = 2, 2, 6
-#: Each place of a node has two of them.
+#: Each place of a node has two of them, which do not lie side by side.
 SHAPES = {"matrix": (150, 200), "vector": (30_000,), "other": (90, 300), "last": (26_000,)}
+#: Each place has one run of the group.
+RUNS = {"matrix": (150, 200), "vector": (30_000,)}
 KINDS = {
     "topk": lambda: compress.TopK(density=0.02, slack=50, min_compression_ratio=0.1),
     "sign": compress.SignSGD,
     "int8": lambda: compress.Dense(torch.int8, min_compression_ratio=0.2),
+    "bf16": lambda: compress.Dense(torch.bfloat16, error_feedback=True),
+    "power": lambda: compress.PowerSGD(rank=3, factor_dtype=torch.float32),
     "int3": lambda: compress.Dense(torch.int3, min_compression_ratio=0.2),
 }
 
 
-def attach(compressor, **ddp):
+def attach(compressor, shapes=SHAPES, **ddp):
     """One bucket, which DDP does not rebuild."""
     ddp = {"bucket_cap_mb": 100, "find_unused_parameters": True} | ddp
-    model = DDP(compressing.Prescribed(SHAPES), **ddp)
+    model = DDP(compressing.Prescribed(shapes), **ddp)
     compress.register(model, compressor, hierarchy=SIZE)
     return model
 
@@ -42,6 +46,8 @@ class OneLevel:
     def __init__(self, kind, compressor, group):
         self.kind, self.n = kind, group.numel
         self.shard = compressor.shard_numel(group)
+        self.matrices = [member for member in group.members if member.columns > 1]
+        self.q = {m.name: torch.randn(m.columns, 3, generator=compressor.generator(m.name)) for m in self.matrices}
         self.errors = [torch.zeros(self.n) for _ in range(NODES)]
         self.owner_error = torch.zeros(self.n)
         self.eight = Golden(self.n, self.shard, NODES, torch.int8)
@@ -52,37 +58,95 @@ class OneLevel:
             return reference.topk_step(means, self.errors, self.owner_error, max(1, round(0.02 * self.n)), self.shard)
         if self.kind == "sign":
             return reference.sign_step(means, self.errors, self.owner_error)
+        if self.kind == "bf16":
+            rounded = [reference.dense_round(*one, torch.bfloat16) for one in zip(means, self.errors, strict=True)]
+            self.errors = [error for _, error, _ in rounded]
+            sent, self.owner_error, _ = reference.dense_average(
+                torch.stack([r for r, _, _ in rounded]), self.owner_error
+            )
+            return sent.float()
+        if self.kind == "power":
+            return self.power_step(means)
         return (self.three if self.kind == "int3" else self.eight).step(means)
 
+    def power_step(self, means):
+        result = torch.stack(means).mean(0)
+        for m in self.matrices:
+            cut, shape = slice(m.start, m.stop), (m.rows, m.columns)
+            ours, errors = ([each[cut].view(shape) for each in one] for one in (means, self.errors))
+            update, self.q[m.name] = reference.power_step(ours, errors, self.q[m.name])
+            result[cut] = update.flatten()
+        return result
 
-def as_said(rank, world, kind):
+
+def as_said(rank, world, kind, shapes):
     compressor = KINDS[kind]()
-    model, golden = attach(compressor), None
+    model, golden = attach(compressor, shapes), None
     for step in range(STEPS):
-        have = backward(model, gradients(rank, step, SHAPES))
+        have = backward(model, gradients(rank, step, shapes))
         (group,) = compressor.groups.values()
         places, mine = compressor.levels.places, group.inner.names
-        assert sorted(places.values()) == [0, 0, 1, 1] and len(mine) == 2
-        assert set(compressor.feedback.errors) == set(mine), "error feedback exists once in a node"
+        assert sorted(places.values()) == sorted([0, 1] * (len(shapes) // 2)) and len(mine) == len(shapes) // 2
+        if kind != "power":
+            assert set(compressor.feedback.errors) == set(mine), "error feedback exists once in a node"
         golden = golden or OneLevel(kind, compressor, group.inner)
-        everyone = [gradients(r, step, SHAPES) for r in range(world)]
+        everyone = [gradients(r, step, shapes) for r in range(world)]
         means = []
         for node in range(NODES):
             one, two = everyone[SIZE * node], everyone[SIZE * node + 1]
             means.append(torch.cat([((one[name] + two[name]) / 2).flatten() for name in mine]))
         want = golden.step(means)
         result = torch.cat([have[name].flatten() for name in mine])
-        if kind == "sign":
+        if kind in ("sign", "power"):
             torch.testing.assert_close(result, want)
         else:
             assert torch.equal(result, want), step
         for other in everyones(have):
-            assert all(torch.equal(other[name], have[name]) for name in SHAPES), "replicas differ"
+            assert all(torch.equal(other[name], have[name]) for name in shapes), "replicas differ"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_the_golden_model(pool4, kind):
-    pool4.run(as_said, kind)
+    pool4.run(as_said, kind, SHAPES)
+    pool4.run(as_said, kind, RUNS)
+
+
+def told_inside(rank, world):
+    """Where results can be made of what was sent between nodes, that is what the ranks of a node tell each other."""
+    numel = sum(torch.Size(shape).numel() for shape in SHAPES.values())
+    sent = {}
+    for kind in ("topk", "sign", "acp"):
+        compressor = compressing.KINDS[kind]()
+        model = attach(compressor)
+        for step in range(2):
+            backward(model, gradients(rank, step, SHAPES))
+        sent[kind] = compressor.stats()["bytes_sent"]
+    mean_in_node = 4 * numel // 2  # each rank sends half of its gradient to the other
+    assert mean_in_node < sent["topk"] < 1.3 * mean_in_node and mean_in_node < sent["sign"] < 1.3 * mean_in_node, sent
+    assert sent["acp"] > 2 * mean_in_node, sent
+
+
+def test_a_node_is_told_what_was_sent(pool4):
+    pool4.run(told_inside)
+
+
+def later(rank, world):
+    """Dense until a step, and then compressed, in groups of which one place's members are too few to be."""
+    shapes = {"matrix": (150, 200), "few": (40,)}
+    compressor = compress.SignSGD(start_step=2)
+    model = attach(compressor, shapes)
+    for step in range(4):
+        have = backward(model, gradients(rank, step, shapes))
+        mean = {name: torch.stack([gradients(r, step, shapes)[name] for r in range(world)]).mean(0) for name in shapes}
+        torch.testing.assert_close(have["few"], mean["few"])
+        exact = torch.allclose(have["matrix"], mean["matrix"], atol=1e-5)
+        assert exact == (step < 2), step
+        for other in everyones(have):
+            assert all(torch.equal(other[name], have[name]) for name in shapes), "replicas differ"
+
+
+def test_dense_first_and_where_it_is_not_worth_it(pool4):
+    pool4.run(later)
 
 
 def conserved(rank, world, kind):
@@ -106,7 +170,7 @@ def conserved(rank, world, kind):
         assert (value.flatten() - left[name]).abs().max() < 2e-4, name
 
 
-@pytest.mark.parametrize("kind", ["topk", "sign", "int8", "acp"])
+@pytest.mark.parametrize("kind", ["topk", "sign", "int8", "acp", "power", "threshold", "parts"])
 def test_nothing_is_lost(pool4, kind):
     pool4.run(conserved, kind)
 
@@ -134,14 +198,14 @@ def scheduled(rank, world, kind):
     assert first + second == whole
 
 
-@pytest.mark.parametrize("kind", ["topk", "sign"])
+@pytest.mark.parametrize("kind", ["topk", "sign", "power"])
 def test_a_resumed_run_is_the_run_that_would_have_been(pool4, kind):
     pool4.run(scheduled, kind)
 
 
-def not_finite(rank, world):
+def not_finite(rank, world, kind):
     """Each rank raises, also where the gradient that is not finite is of another node and place."""
-    compressor = compress.TopK(density=0.05)
+    compressor = compressing.KINDS[kind]()
     model = attach(compressor)
     for step in range(3):
         grads = gradients(rank, step, SHAPES)
@@ -155,14 +219,12 @@ def not_finite(rank, world):
     assert all(error.isfinite().all() for error in compressor.feedback.errors.values())
 
 
-def test_a_gradient_that_is_not_finite_is_seen_by_all(pool4):
-    pool4.run(not_finite)
+@pytest.mark.parametrize("kind", ["topk", "acp", "power"])
+def test_a_gradient_that_is_not_finite_is_seen_by_all(pool4, kind):
+    pool4.run(not_finite, kind)
 
 
 def refused(rank, world):
-    model = DDP(compressing.Prescribed(SHAPES))
-    with pytest.raises(ValueError, match="compressors of two exchanges a step, and PowerSGD makes 4"):
-        compress.register(model, compress.PowerSGD(), hierarchy=SIZE)
     compressor = compress.TopK(density=0.05)
     backward(attach(compressor), gradients(rank, 0, SHAPES))
     other = compress.TopK(density=0.05)

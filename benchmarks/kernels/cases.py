@@ -19,13 +19,14 @@ def nothing() -> None:
 
 @dataclass
 class Case:
-    """One kernel beside the plain-torch way to the same end."""
+    """One kernel beside another way to the same end: plain torch's, unless `rival` says whose."""
 
     name: str
     bytes: float
     run: Callable[[], object]
     plain: Callable[[], object] | None
     prepare: Callable[[], object] = nothing
+    rival: str = "plain torch"
     seconds: list[float] = field(default_factory=list)
     plain_seconds: list[float] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)  # which of the two ways, and why it was not measured
@@ -272,6 +273,34 @@ def low_rank_cases(grad: Tensor, rank: int, side: int = 1024) -> list[Case]:
     ]
 
 
+def low_rank_pass_cases(grad: Tensor, rank: int, side: int = 1024) -> list[Case]:
+    """The four passes of a step beside its seven: encoding with the last factors pending, which reads g and e and
+    writes e, beside three kernels of this library, which read g and e and write e; read e; read and write e."""
+    count = max(1, grad.numel() // side**2)
+    flat = grad.repeat(-(-count * side**2 // grad.numel()))[: count * side**2]
+    starts, shape = torch.arange(count) * side**2, (count, side, side)
+    fixed = torch.linalg.qr(torch.randn(count, side, rank)).Q.contiguous()
+    factor, last = torch.empty(count, side, rank), torch.randn(count, side, rank) * 1e-3
+    error, kept = torch.zeros(shape), torch.zeros(shape)
+
+    def apart(transposed: bool) -> None:
+        ops.error_correct(flat, kept.view(-1))
+        ops.low_rank_project(None, kept, fixed, factor, None, transposed)
+        p, q = (fixed, factor) if transposed else (factor, fixed)
+        ops.low_rank_subtract(kept, p, q)
+
+    return [
+        Case(
+            f"low-rank {name}, rank {rank}, in one pass",
+            flat.numel() * 12 + 8 * (fixed.numel() + factor.numel()),
+            partial(ops.low_rank_project, flat, error, fixed, factor, starts, way, False, None, (last, fixed)),
+            partial(apart, way),
+            rival="a pass each to correct, project, subtract",
+        )
+        for name, way in (("P", False), ("Q", True))
+    ]
+
+
 def segment_cases(grad: Tensor, segments: int = 64) -> list[Case]:
     """Every second of so many runs of the group."""
     length = max(1, grad.numel() // (2 * segments))
@@ -338,6 +367,7 @@ FAMILIES: dict[str, Callable[[Tensor, float, int], list[Case]]] = {
     ],
     "top-k": lambda grad, density, rank: [*topk_cases(grad, density), refresh_case(grad, density)],
     "low-rank": lambda grad, density, rank: low_rank_cases(grad, rank),
+    "low-rank passes": lambda grad, density, rank: low_rank_pass_cases(grad, rank),
     "dense": lambda grad, density, rank: [*segment_cases(grad), *dense_cases(grad, torch.bfloat16)],
     "8 bits": lambda grad, density, rank: [
         *quantize_cases(grad, torch.int8),

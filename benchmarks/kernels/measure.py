@@ -165,6 +165,7 @@ def account(case: Case) -> dict[str, Any]:
     """What is kept of one kernel."""
     return {
         "name": case.name,
+        "rival": case.rival,
         "bytes": case.bytes,
         "median_s": statistics.median(case.seconds) if case.seconds else None,
         "plain_median_s": statistics.median(case.plain_seconds) if case.plain_seconds else None,

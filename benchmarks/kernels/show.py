@@ -9,6 +9,7 @@ from ..stats import share_of_others
 from ..tables import alarm, note, table, value, warn_of_others
 
 FAILED = "[red]failed[/red]"
+PLAIN = "plain torch"
 
 
 def show(payload: dict[str, Any], console: Console) -> None:
@@ -23,6 +24,8 @@ def show(payload: dict[str, Any], console: Console) -> None:
         shown.add_row(*_row(kernel, copy, per_second))
     console.print(shown)
     for kernel, _ in kernels:
+        if (rival := kernel.get("rival", PLAIN)) != PLAIN:
+            note(console, f"{kernel['name']}: beside it stands no plain torch, but {rival}.")
         for way, why in kernel.get("failures", {}).items():
             alarm(console, f"{kernel['name']}, {way}: {why}")
     about_gpu = (

@@ -7,6 +7,7 @@ from pathlib import Path
 from .. import losses, records
 from ..command import show_size
 from ..demo import show as demo
+from ..kernels.show import PLAIN
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
 from . import bars, losses_figures, others, repeats, steps, sweeps, two_levels
@@ -88,7 +89,8 @@ class Facts:
     def slower_kernels(self, device: str) -> str:
         """The kernels that plain torch beats, by medians."""
         cells = [cell for source in self.of("kernels", device) for cell in source.cells]
-        kernels = [one for cell in cells for one in cell["kernels"] if one["median_s"] and one.get("plain_median_s")]
+        kernels = [one for cell in cells for one in cell["kernels"] if one.get("rival", PLAIN) == PLAIN]
+        kernels = [one for one in kernels if one["median_s"] and one.get("plain_median_s")]
         slow = [one["name"] for one in kernels if one["plain_median_s"] < one["median_s"]]
         return "; ".join(slow) or "none"
 

@@ -6,6 +6,7 @@ from typing import Any
 from .. import losses
 from ..collectives import show as collectives
 from ..command import show_size
+from ..kernels.show import PLAIN
 from ..memory import show as memory
 from ..network.rates import bits, show_rate
 from ..records import Source
@@ -139,7 +140,9 @@ def kernel_table(sources: Sequence[Source]) -> str:
     for place, source in enumerate(sources):
         for cell in source.cells or [source.payload]:
             for kernel in cell["kernels"]:
-                row = found.setdefault(kernel["name"], [""] * 2 * len(sources))
+                rival = kernel.get("rival", PLAIN)
+                name = kernel["name"] if rival == PLAIN else f"{kernel['name']} (beside {rival})"
+                row = found.setdefault(name, [""] * 2 * len(sources))
                 if kernel["median_s"]:
                     row[2 * place] = f"{100 * kernel['bytes'] / kernel['median_s'] / cell['copy_bytes_per_s']:.0f}%"
                     if kernel.get("plain_median_s"):

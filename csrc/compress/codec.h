@@ -50,6 +50,12 @@ class Codec {
   virtual at::Tensor nonfinite() const { return nonfinite_; }
   // Whether this step goes out compressed.
   virtual bool compresses(int64_t step) const { return true; }
+  // Note [Outcomes]
+  // Where the result is made of the last message alone, that message can stand for it: outcome() is its
+  // buffer, flat, once the message has come, and read() makes the result of the outcome of a codec of equal
+  // shape, on whatever rank. Else outcome() is undefined. Which it is depends on the step alone.
+  virtual at::Tensor outcome(int64_t /*step*/) const { return {}; }
+  virtual void read(int64_t /*step*/, const at::Tensor& /*outcome*/) {}
   // Takes up what another codec of the same group has learned, which it follows from this step on.
   virtual void follow(const Codec& /*before*/) {}
   // Learns from a dense step's result, flat [n] and equal on all ranks, behind which it begins.
@@ -114,6 +120,11 @@ class StagedCodec : public Codec {
   bool all_to_all(int64_t step, size_t stage) const override { return at(step)->all_to_all(step, stage); }
   std::optional<Message> advance(int64_t step, size_t stage) override;
   void bind(at::Tensor gradient, at::Tensor result) override;
+  at::Tensor outcome(int64_t step) const override { return at(step)->outcome(step); }
+  void read(int64_t step, const at::Tensor& outcome) override {
+    now_ = at(step);
+    now_->read(step, outcome);
+  }
   at::Tensor dropped() const override { return now_->dropped(); }
   at::Tensor nonfinite() const override { return now_->nonfinite(); }
   bool compresses(int64_t step) const override { return at(step)->compresses(step); }

@@ -36,7 +36,7 @@ class Session:
             )
         self._options, self._register = options, register
         self._engine: Engine | None = None
-        self._registration: Any = None  # what register() has returned, while it counts
+        self.registration: Any = None  #: what register() has returned, while it counts
         self._optimizers: list[Optimizer] = []
         self._full = ExitStack()
         self._later: tuple[Any, str] | None = None  # a state that came before the model
@@ -56,7 +56,7 @@ class Session:
     def begin(self, model: Any, optimizers: Sequence[Optimizer]) -> Engine | None:
         """Attaches to the framework's DDP module and its optimizers. Collective."""
         if self._register is not None:
-            self._registration = self._register(model, self._options["compressor"])
+            self.registration = self._register(model, self._options["compressor"])
         else:
             self._optimizers = list(optimizers)
             self._engine = attach(model, self._optimizers, **self._options)
@@ -110,9 +110,9 @@ class Session:
 
     def end(self) -> None:
         """Gives model and optimizer back to plain DDP. Collective."""
-        if hasattr(self._registration, "remove"):
-            self._registration.remove()
-            self._registration = None
+        if hasattr(self.registration, "remove"):
+            self.registration.remove()
+            self.registration = None
         if self._engine is not None:
             self._full.close()
             self._last = self._engine.state_dict(optimizer=False)

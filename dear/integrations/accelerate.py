@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dear.engine import Engine
 from dear.integrations._session import FILE, Session
 
 __all__ = ["attach", "inner_optimizer"]
@@ -22,7 +21,7 @@ def attach(
     *,
     register: Callable[[DDP, Any], Any] | None = None,
     **options: Any,
-) -> Engine | None:
+) -> Any:
     """Puts the schedule under what ``accelerator.prepare()`` returned; the loop stays as it is.
 
     ``accelerator.clip_grad_norm_``, ``clip_grad_value_``, ``accumulate`` and its GradScaler work. ``save_state`` saves
@@ -37,7 +36,7 @@ def attach(
         options: of :func:`dear.attach`.
 
     Returns:
-        The engine; None with ``register``.
+        The :class:`dear.Engine`; with ``register`` what that has returned, whose ``remove()`` takes a compressor off.
     """
     session = Session(options, register)
     wrapped = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
@@ -69,7 +68,7 @@ def attach(
 
     for each in inner:
         each.register_state_dict_post_hook(was_read)
-    return engine
+    return engine if register is None else session.registration
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -137,7 +137,7 @@ def _optimizer_state(model: DDP, optimizers: list[Optimizer], engine: Engine) ->
     if parts is None:
         with engine.full_state():
             return get_optimizer_state_dict(model, optimizers)
-    names: dict[Any, str] = dict(parameter_names(model))
+    names: dict[torch.Tensor, str] = dict(parameter_names(model).items())
     state: dict[str, dict[str, Any]] = {}
     for param, rest in parts.rest.items():
         state.setdefault(names[param], {}).update(rest)
@@ -196,7 +196,8 @@ class _Template:
     for each element."""
 
     def __init__(self, metadata: Metadata, model: DDP, optimizers: list[Optimizer], rank: int, world: int) -> None:
-        self._metadata, self._optimizers, self._names = metadata, optimizers, parameter_names(model)
+        self._metadata, self._optimizers = metadata, optimizers
+        self._names: dict[torch.Tensor, str] = dict(parameter_names(model).items())
         self.wanted: dict[str, Any] = {}
         by_name: dict[str, torch.Tensor] = {name: param for param, name in self._names.items()}
         updated = {param for each in optimizers for group in each.param_groups for param in group["params"]}

@@ -6,14 +6,15 @@
 namespace dear::compress {
 
 LevelledCodec::LevelledCodec(at::Device device, int64_t rank, int64_t world, int64_t shard, int64_t owned,
-                             int64_t bits, at::Tensor error, at::Tensor owner_error)
+                             int64_t bits, std::optional<at::Tensor> error,
+                             std::optional<at::Tensor> owner_error)
     : OwnerCodec(device, rank, world, whole_row(levelled_words(shard, bits))),
       words_(levelled_words(shard, bits)),
       shard_(shard),
       owned_(owned),
       bits_(bits),
-      error_(std::move(error)),
-      owner_error_(std::move(owner_error)) {}
+      error_(error.value_or(at::Tensor())),
+      owner_error_(owner_error.value_or(at::Tensor())) {}
 
 void LevelledCodec::encode(int64_t, const at::Tensor& rows) {
   ops::levels_encode(gradient_, error_, shard_, rows.narrow(1, 0, words_), dropped_, bits_);

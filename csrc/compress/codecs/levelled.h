@@ -7,10 +7,9 @@ namespace dear::compress {
 // compress.Dense in 2, 3 or 4 bits: Note [Few bits on the wire].
 class LevelledCodec : public OwnerCodec {
  public:
-  // `shard`: elements of one owner; `owned`: how many of this rank's there are. Both errors are needed: what
-  // so few levels cut off must be sent later.
+  // `shard`: elements of one owner; `owned`: how many of this rank's there are.
   LevelledCodec(at::Device device, int64_t rank, int64_t world, int64_t shard, int64_t owned, int64_t bits,
-                at::Tensor error, at::Tensor owner_error);
+                std::optional<at::Tensor> error, std::optional<at::Tensor> owner_error);
 
  protected:
   void encode(int64_t step, const at::Tensor& rows) override;
@@ -22,8 +21,8 @@ class LevelledCodec : public OwnerCodec {
   const int64_t shard_;
   const int64_t owned_;
   const int64_t bits_;
-  at::Tensor error_;
-  at::Tensor owner_error_;
+  std::optional<at::Tensor> error_;
+  std::optional<at::Tensor> owner_error_;
 };
 
 }  // namespace dear::compress

@@ -93,7 +93,9 @@ class PowerCodec : public LowRankCodec {
   PowerCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
              at::Tensor segments, int64_t dense_numel, std::optional<at::ScalarType> wire);
   size_t stages(int64_t) const override { return 4; }
-  bool all_to_all(int64_t, size_t stage) const override { return stage == 2 && second_->all_to_all(); }
+  bool all_to_all(int64_t, size_t stage) const override {
+    return (stage == 0 && first_->all_to_all()) || (stage == 2 && second_->all_to_all());
+  }
   std::optional<Message> advance(int64_t step, size_t stage) override;
 
  private:

@@ -36,4 +36,10 @@ std::optional<Message> OwnerCodec::advance(int64_t step, size_t stage) {
   }
 }
 
+void OwnerCodec::read(int64_t step, const at::Tensor& outcome) {
+  const at::Tensor all = outcome.view(gathered_.sizes());
+  decode(step, all.narrow(1, 0, gathered_rows_.size(1)));
+  nonfinite_ = all.select(1, gathered_rows_.size(1));
+}
+
 }  // namespace dear::compress

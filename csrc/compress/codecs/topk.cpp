@@ -63,16 +63,21 @@ TopKCodec::TopKCodec(at::Device device, int64_t rank, int64_t world, int64_t num
       exact_(stretch == 0),
       feedback_(error.has_value()),
       own_(device, numel, k, stretch) {
-  const auto options = at::TensorOptions().device(device).dtype(at::kFloat);
-  error_ = error ? *error : at::zeros({numel}, options);
-  total_ = owner_error ? *owner_error : at::zeros({owned}, options);
+  if (error) error_ = *error;
+  if (owner_error) total_ = *owner_error;
   slots_ = int_buffer({world, slot_words(capacity)});
   slot_ = int_buffer({1, slot_words(capacity)});
   if (owned > 0) merged_.emplace(device, owned, std::min(owner_k, owned), /*stretch=*/0);
 }
 
+// Of a codec that only reads, neither buffer is ever made.
+void TopKCodec::clear(at::Tensor& buffer, int64_t numel) const {
+  if (!buffer.defined()) buffer = at::empty({numel}, slots_.options().dtype(at::kFloat));
+  buffer.zero_();
+}
+
 void TopKCodec::encode(int64_t step, const at::Tensor& rows) {
-  if (!feedback_) error_.zero_();
+  if (!feedback_) clear(error_, gradient_.numel());
   if (exact_) {
     own_.exact(gradient_, error_, shard_, slots_);
   } else {
@@ -84,7 +89,7 @@ void TopKCodec::encode(int64_t step, const at::Tensor& rows) {
 
 void TopKCodec::merge(int64_t, const at::Tensor& rows, const at::Tensor& merged) {
   if (!merged_) return;
-  if (!feedback_) total_.zero_();
+  if (!feedback_) clear(total_, owned_);
   slots_.copy_(rows);
   ops::topk_accumulate(slots_, total_, 1.0 / static_cast<double>(world_), dropped_);
   merged_->exact(std::nullopt, total_, owned_, slot_);

@@ -59,6 +59,9 @@ class TopKCodec : public OwnerCodec {
   void decode(int64_t step, const at::Tensor& rows) override;
 
  private:
+  // Zeros in place of the error feedback that there is not.
+  void clear(at::Tensor& buffer, int64_t numel) const;
+
   const int64_t world_;
   const int64_t shard_;
   const int64_t owned_;

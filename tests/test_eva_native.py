@@ -1,0 +1,84 @@
+"""What Eva computes on the host in native code, beside the same by torch's operators."""
+
+import pytest
+import torch
+from test_eva_parts import LAYERS, draw, shared_out
+from torch import nn
+
+from precondition import eva_parts
+from precondition._layers import ConvLayer
+from precondition.eva import EvaStep
+from precondition.eva_means import Running
+from precondition.eva_rank_one import RankOneStep, Settings
+
+
+class Described:
+    """As much of a layer as its running means want to know."""
+
+    def __init__(self, name, matrix):
+        self.name, self.blocks = name, matrix.groups
+        self.weight = nn.Parameter(torch.zeros(matrix.groups * matrix.rows, matrix.columns, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.zeros(len(self.weight), dtype=torch.float64)) if matrix.bias else None
+
+
+@pytest.mark.parametrize("kl_clip", [None, 0.01, 1e9])
+@pytest.mark.parametrize("rates", [[0.1] * 5, [0.1, 0.0, 0.3, 0.2, 0.4]])
+def test_a_correction_is_that_of_torchs_operators(kl_clip, rates):
+    for seed in range(4):
+        results = []
+        for finish in (EvaStep.finish, RankOneStep.finish):
+            vectors, weights, biases, rows, columns = draw(LAYERS, seed)
+            running = Running([Described(str(i), each) for i, each in enumerate(LAYERS)], True, torch.device("cpu"))
+            running.rows.copy_(rows)
+            running.columns.copy_(columns)
+            step = EvaStep(running, Settings(0.03, 0.05, kl_clip))
+            (parts,) = shared_out(vectors, weights, biases, 1, seed)
+            step.take(parts)
+            finish(step, rates, lambda values: values)
+            results.append([*weights, *(each for each in biases if each is not None)])
+        for native, plain in zip(*results, strict=True):
+            torch.testing.assert_close(native, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_products_and_corrections_of_every_type(dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for rows, columns in ((1, 1), (3, 17), (5, 64), (2, 300)):
+        g, a, w = torch.randn(rows, columns).to(dtype), torch.randn(columns, dtype=wide), torch.randn(rows, dtype=wide)
+        matrix = eva_parts.Matrix(1, rows, columns, False)
+        parts = list(eva_parts.cut_weight(g.view(-1), 0, 0, eva_parts.Vectors([matrix], wide)))
+        products, squares = torch.zeros(rows, dtype=wide), torch.zeros(1, dtype=wide)
+        before = g.to(wide, copy=True)
+        eva_parts.add_products_and_squares(parts, a, products, squares, eva_parts.Vectors([matrix], wide))
+        torch.testing.assert_close(products, before @ a)
+        torch.testing.assert_close(squares[0], before.square().sum())
+        eva_parts.subtract_on_host(parts, w, a, 0.5)
+        torch.testing.assert_close(g, (0.5 * before - w.outer(a)).to(dtype))
+
+
+CONVOLUTIONS = [
+    nn.Conv2d(4, 6, 3, padding=1),
+    nn.Conv2d(4, 6, (1, 2), stride=(2, 1), dilation=(1, 3), groups=2, padding=(0, 2)),
+    nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", stride=2),
+    nn.Conv1d(4, 8, 4, padding="same", groups=4),
+    nn.Conv3d(2, 2, (2, 1, 3), padding=(1, 0, 2), stride=(1, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("module", CONVOLUTIONS, ids=str)
+def test_means_of_windows(module):
+    layer = ConvLayer("", module)
+    sizes = [7, 6, 9][: layer.row_dims - 1]
+    for shape in ((3, module.in_channels, *sizes), (module.in_channels, *sizes)):
+        x = torch.randn(shape)
+        want = layer.windows(x).mean(list(range(layer.row_dims)))
+        torch.testing.assert_close(layer.mean_row(x, torch.float32), want.flatten())
+
+
+def test_vectors_that_do_not_fit_are_refused():
+    vectors, weights, biases, rows, columns = draw(LAYERS)
+    (parts,) = shared_out(vectors, weights, biases, 1, 0)
+    with pytest.raises(ValueError, match="lies outside of the vectors"):
+        eva_parts.subtract_on_host(parts, rows[:-1], columns, 1.0)
+    with pytest.raises(ValueError, match="in as many parts as there are layers"):
+        vectors.dot_rows(rows[:-1], rows[:-1])
