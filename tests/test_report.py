@@ -220,8 +220,8 @@ def test_two_runs_of_a_table_are_laid_side_by_side() -> None:
     (one,) = repeats.twice_measured(repeats.of_training(comparison.cells([second, other, first])))
     assert (one.first, one.second) == (first, second)
     dear, ddp = one.rows.loc["dear:sharded"], one.rows.loc["ddp:25"]
-    assert dear.took_by == 1 and dear.ratio_by == pytest.approx(1.1)
-    assert ddp.took_by == pytest.approx(1.1) and ddp.ratio_by == pytest.approx(1)
+    assert dear.took == 1 and dear.ratio == pytest.approx(1.1)
+    assert ddp.took == pytest.approx(1.1) and ddp.ratio == pytest.approx(1)
     assert one.off_by == (pytest.approx(0, abs=1e-9), pytest.approx(10))
 
 
@@ -231,8 +231,8 @@ def test_repeats_of_collectives_and_far_off_ones() -> None:
         for number, us in enumerate((1000.0, 2000.0))
     ]
     (one,) = repeats.twice_measured(repeats.of_collectives(runs))
-    assert list(one.rows.took_by) == [2.0]
-    assert list(one.rows.ratio_by) == [1.0]  # to all_reduce itself
+    assert list(one.rows.took) == [2.0]
+    assert list(one.rows.ratio) == [1.0]  # to all_reduce itself
 
 
 # What it is given

@@ -19,25 +19,23 @@ from .evidence import Evidence
 class Run:
     """One run of a table, which is the same table as another's where the keys are equal.
 
-    rows: by name, `took` in `unit`, and `ratio` to the baseline in the same run, NaN where there is none.
+    rows: by name, the time it `took`, and its `ratio` to the baseline in the same run, NaN where there is none.
     """
 
     key: Hashable
     what: str
-    unit: str
     source: Source
     rows: pd.DataFrame
 
 
 @dataclass(frozen=True)
 class TwiceMeasured:
-    """A table of which there are two runs, and its rows that both have: first, again, and again / first."""
+    """A table of which there are two runs, and its rows that both have: `took` and `ratio`, second / first."""
 
     what: str
-    unit: str
     first: Source
     second: Source
-    rows: pd.DataFrame  # took, took_again, took_by, ratio, ratio_again, ratio_by
+    rows: pd.DataFrame
 
     @property
     def off_by(self) -> tuple[float, float]:
@@ -45,8 +43,8 @@ class TwiceMeasured:
 
         Where no row has a ratio to a baseline, that of the times themselves.
         """
-        by = self.rows.ratio_by.dropna()
-        off = 100 * np.abs((by if len(by) else self.rows.took_by) - 1)
+        by = self.rows.ratio.dropna()
+        off = 100 * np.abs((by if len(by) else self.rows.took) - 1)
         return float(off.median()), float(off.max())
 
 
@@ -55,12 +53,11 @@ def _rows(rows: Iterable[tuple[str, float, float | None]]) -> pd.DataFrame:
 
 
 def of_training(cells: Iterable[Cell]) -> list[Run]:
-    """Rows are strategies, in ms per step; the ratio is to the best DDP."""
+    """Rows are strategies, with ms per step; the ratio is to the best DDP."""
     return [
         Run(
             (cell.setting, cell.rate, cell.data["plan"].get("seed")),
             f"{cell.setting.label}, {show_rate(cell.rate)}",
-            "ms/step",
             cell.source,
             _rows((row.name, row.median, row.speedup) for row in cell.rows if row.median is not None),
         )
@@ -69,7 +66,7 @@ def of_training(cells: Iterable[Cell]) -> list[Run]:
 
 
 def of_collectives(sources: Iterable[Source]) -> list[Run]:
-    """Rows are methods at sizes, in µs; the ratio is to the backend's all_reduce."""
+    """Rows are methods at sizes, with µs; the ratio is to the backend's all_reduce."""
     return [_collectives_run(source, cell) for source in sources for cell in source.cells]
 
 
@@ -82,7 +79,7 @@ def _collectives_run(source: Source, cell: dict[str, Any]) -> Run:
         for row in collectives.rows(size, cell["workers"], cell["rate"])
         if not row.failure
     ]
-    return Run((source.machine, what, cell["plan"]["dtype"]), what, "µs", source, _rows(rows))
+    return Run((source.machine, what, cell["plan"]["dtype"]), what, source, _rows(rows))
 
 
 def of(evidence: Evidence) -> list[TwiceMeasured]:
@@ -95,10 +92,8 @@ def twice_measured(runs: Iterable[Run]) -> list[TwiceMeasured]:
     before: dict[Hashable, Run] = {}
     for run in sorted(runs, key=lambda run: run.source.when):
         if (earlier := before.get(run.key)) is not None:
-            rows = earlier.rows.join(run.rows.add_suffix("_again"), how="inner")
-            for column in ("took", "ratio"):
-                rows[f"{column}_by"] = rows[f"{column}_again"] / rows[column]
+            rows = (run.rows / earlier.rows).dropna(subset="took")
             if len(rows):
-                found.append(TwiceMeasured(run.what, run.unit, earlier.source, run.source, rows))
+                found.append(TwiceMeasured(run.what, earlier.source, run.source, rows))
         before[run.key] = run
     return found
