@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from compress.contract import Contract
 from dear import _C
-from dear._nodes import Nodes, make_levelled_lane, timeout_after
+from dear._nodes import Nodes, make_lane_by_levels, timeout_after
 from dear.collectives import Algorithm, make_lane
 
 
@@ -50,4 +50,4 @@ def two_level_lanes(compressor: Contract, algorithm: Algorithm, timeout: timedel
         all_to_alls[stage + 1] = make_lane(
             ranks, f"compress all-to-all {stage}", algorithm, second, all_to_all=True, ranks=between
         )
-    return Lanes(stages, all_to_alls, make_levelled_lane(ranks, "compress everyone", algorithm, timeout, nodes))
+    return Lanes(stages, all_to_alls, make_lane_by_levels(ranks, "compress everyone", algorithm, timeout, nodes))

@@ -16,7 +16,7 @@ from dear._alone import LoneSchedule, is_alone
 from dear._attached import Attached, weakly
 from dear._bucket_order import BucketOrder
 from dear._fusion import MIB
-from dear._nodes import Nodes, make_levelled_lane
+from dear._nodes import Nodes, make_lane_by_levels
 from dear._optimizer import UserOptimizer
 from dear._owned import OwnedUpdate
 from dear._pending import Barrier
@@ -91,15 +91,15 @@ class Ground:
         return self._plain(setting) if setting.update == PlainUpdate.kind else self._scheduled(setting)
 
     def _plain(self, setting: Setting) -> Parts:
-        lane = make_levelled_lane(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
+        lane = make_lane_by_levels(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
         attached = self._attached(NoScheduler(), lane)  # type: ignore[arg-type] # it has what is asked of one
         update = PlainUpdate(attached)
         return Parts(attached, PlainSchedule(attached, setting.bucket_cap_mb), update)
 
     def _scheduled(self, setting: Setting) -> Parts:
         strategy = STRATEGIES[setting.update]
-        gather_lane = make_levelled_lane(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
-        reduce_lane = make_levelled_lane(
+        gather_lane = make_lane_by_levels(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
+        reduce_lane = make_lane_by_levels(
             self.group, "reduce-scatter", self.algorithm, self._timeout(), self.nodes, reduces=True
         )
         scheduler = _C.Scheduler(reduce_lane, gather_lane, strategy.gathers_gradients)

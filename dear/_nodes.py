@@ -123,7 +123,7 @@ def timeout_after(stages: int, timeout: timedelta) -> timedelta:
     return timeout + stages * min(timeout / 32, timedelta(seconds=2.5))
 
 
-def make_levelled_lane(
+def make_lane_by_levels(
     group: dist.ProcessGroup,
     name: str,
     algorithm: Algorithm,

@@ -12,7 +12,7 @@ from workers import WorkerDied, run_workers
 
 import dear
 from dear import _C
-from dear._nodes import Nodes, _grouped, find_nodes, make_levelled_lane
+from dear._nodes import Nodes, _grouped, find_nodes, make_lane_by_levels
 from dear.collectives import group_timeout
 
 SIZE = 2  # ranks in a node
@@ -25,7 +25,7 @@ SMALL = {"bucket_cap_mb": 0.002}  # several fusion groups even in these models
 def levelled(nodes, algorithm="ring"):
     group = c10d._get_default_group()
     timeout = group_timeout(group, torch.device("cpu"))
-    return make_levelled_lane(group, "test", algorithm, timeout, Nodes(nodes, group.rank()))
+    return make_lane_by_levels(group, "test", algorithm, timeout, Nodes(nodes, group.rank()))
 
 
 def whole_numbers(rank, length, dtype):
