@@ -109,7 +109,7 @@ def points(results: Path = RESULTS) -> Iterator[Point]:
             continue
         for number, cell in enumerate(json.loads(path.read_text())["cells"]):
             optimizer, workers = cell["plan"]["optimizer"], cell["workers"]
-            if optimizer not in ("sgd", "adamw"):
+            if optimizer not in ("sgd", "adamw") or cell.get("node_size"):  # the lab's links are a worker's own
                 continue
             workload = cell["plan"].get("workload") or "gpt"
             model, (floor, measured) = models.built_in(workload), times(cell)
