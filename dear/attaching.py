@@ -156,7 +156,7 @@ def attach(
     ground, setting = grounds[0], settings[0]
     ground = dataclasses.replace(ground, nodes=find_nodes(group, hierarchy))
     with ordinary(StepContext(ground.device, grad=False)):
-        if setting.update != ReplicatedUpdate.kind:  # each rank's part of the parameters is handed to all
+        if choosers or setting.update != ReplicatedUpdate.kind:  # each rank's part of the parameters is handed to all
             _check_equal(model)
         engine = Engine(ground.assemble(setting), overlap_forward=overlap_forward, check_replicas=check_replicas)
         for chooser, steering in choosers:

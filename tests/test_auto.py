@@ -218,3 +218,16 @@ def refused(rank, world):
 
 def test_refusals(pool2):
     pool2.run(refused)
+
+
+def apart(rank, world):
+    """A plan of replicated updates may give way to sharded ones, which hand parts of the parameters to all."""
+    model, opt = training.build("Mlp", ADAMW, {})
+    with torch.no_grad():
+        model.module.second.weight[3, 4] += 1e-3 * rank
+    with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on the values of the parameter second\.weight"):
+        dear.attach(model, opt, compressor=compress.auto(plan=PLAN | {"update": "replicated"}))
+
+
+def test_replicas_that_differ_are_refused(pool2):
+    pool2.run(apart)
