@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from .. import records
+from ..allocator import keep_freed_memory
 from ..launch import run_surviving, run_workers
 from ..network.lab import Lab, Loopback
 from ..progress import Report
@@ -70,6 +71,7 @@ class Measurement:
 
     def __init__(self, worker: Worker, plan: Plan, report: Report) -> None:
         self.worker, self.plan, self.report = worker, plan, report
+        self.freed_memory_kept = keep_freed_memory()
         self.workload = WORKLOADS[plan.workload]
         self.candidates = [Candidate(parse_strategy(name)) for name in plan.strategies]
         profiled = breakdown.STEPS if plan.breakdown else 0
@@ -117,6 +119,7 @@ class Measurement:
             "workers": self.worker.world,
             "cpus": records.cpus(),
             "congestion_control": records.congestion_control(),
+            "freed_memory_kept": self.freed_memory_kept,
             "about": self.workload.about,
             "data": self.digest,
             "strategies": [self._account(candidate) for candidate in self.candidates],
