@@ -46,6 +46,14 @@ def run_workers(
         raise WorkersFailed(_short(str(error)), doing) from error
 
 
+def run_or_tell(lab: Lab | Loopback, measure: Measure, plan: Any, report: Report, timeout: float) -> dict[str, Any]:
+    """As run_workers, of one candidate alone: that its workers end without a result is a result too."""
+    try:
+        return run_workers(lab, measure, plan, report, timeout)
+    except WorkersFailed as error:
+        return {"plan": asdict(plan), "workers": lab.workers, "failure": str(error)}
+
+
 def run_surviving(plan: Any, candidates: Sequence[str], run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """`run(plan)`; a candidate that takes its worker down is left out of a second try, and its row says why.
 

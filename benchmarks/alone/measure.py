@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import records
 from ..progress import Report
 from ..training.gpt import GPT, VOCABULARY
 from ..training.strategies import parse_strategy
 from ..training.trainer import Trainer, optimizer_factory
-from ..worker import user_seconds
+from ..worker import accounted
 
 HEAD = 64  # width of an attention head
 WARM_UP = 5  # rounds; the optimizer makes its state in the first one
@@ -39,15 +38,14 @@ def measure(plan: Plan, report: Report) -> dict[str, Any]:
     trainers = {name: _build(plan, name) for name in plan.strategies}
     inputs, targets = torch.randint(VOCABULARY, (2, plan.batch, plan.length))
     milliseconds: dict[str, list[float]] = {name: [] for name in trainers}
-    user, begun = user_seconds(), time.perf_counter()
-    for number in range(-WARM_UP, plan.rounds):
-        report(max(0, number), plan.rounds, "taking turns")
-        for name, trainer in trainers.items():
-            start = time.perf_counter()
-            trainer.step(inputs, targets)
-            if number >= 0:
-                milliseconds[name].append((time.perf_counter() - start) * 1e3)
-    wall, user_after = time.perf_counter() - begun, user_seconds()
+    with accounted() as account:
+        for number in range(-WARM_UP, plan.rounds):
+            report(max(0, number), plan.rounds, "taking turns")
+            for name, trainer in trainers.items():
+                start = time.perf_counter()
+                trainer.step(inputs, targets)
+                if number >= 0:
+                    milliseconds[name].append((time.perf_counter() - start) * 1e3)
     found = [
         {"name": name, "ms": milliseconds[name], "calls": _calls(trainer, inputs, targets)}
         for name, trainer in trainers.items()
@@ -55,14 +53,7 @@ def measure(plan: Plan, report: Report) -> dict[str, Any]:
     for trainer in trainers.values():
         trainer.close()
     dist.destroy_process_group()
-    return {
-        "plan": asdict(plan),
-        "strategies": found,
-        "cpus": records.cpus(),
-        "wall_s": wall,
-        # User-mode CPU seconds meanwhile: the machine's, this process's. What is left over, others have taken.
-        "user_s": [b - a for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
-    }
+    return {"plan": asdict(plan), "strategies": found, **account}
 
 
 def _build(plan: Plan, name: str) -> Trainer:

@@ -43,9 +43,8 @@ import torch
 
 from compress import ops
 
-from .. import records
 from ..progress import Report
-from ..worker import user_seconds
+from ..worker import accounted
 from .cases import FAMILIES, Case
 
 Call = Callable[[], object]
@@ -143,18 +142,14 @@ def measure_family(family: str, plan: Plan, report: Report) -> dict[str, Any]:
             grad = torch.randn(plan.numel) * 1e-3
             copies.append(partial(torch.empty_like(grad).copy_, grad))
             sets.append(FAMILIES[family](grad, plan.density, plan.rank))
-    user, begun = user_seconds(), time.perf_counter()
-    copy_seconds = measure(sets, copies, timed_on_gpu if on_gpu else timed, plan.rounds, report)
-    wall, user_after = time.perf_counter() - begun, user_seconds()
+    with accounted() as others:
+        copy_seconds = measure(sets, copies, timed_on_gpu if on_gpu else timed, plan.rounds, report)
     return {
         "plan": asdict(plan),
         "input_sets": count,
         "kernel_threads": ops.kernel_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpus": records.cpus(),
-        "wall_s": wall,
-        # User-mode CPU seconds meanwhile: the machine's, this process's. What is left over, others have taken.
-        "user_s": [b - a for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
+        **others,
         "copy_bytes_per_s": 8 * plan.numel / statistics.median(copy_seconds),
         "copy_seconds": copy_seconds,
         "kernels": [account(case) for case in sets[0]],
