@@ -19,7 +19,7 @@ WARM_UP = 5  # rounds; the optimizer makes its state in the first one
 
 
 @dataclass(frozen=True)
-class Plan:
+class Experiment:
     """What is measured."""
 
     strategies: list[str]
@@ -31,16 +31,16 @@ class Plan:
     width: int
 
 
-def measure(plan: Plan, report: Report) -> dict[str, Any]:
+def measure(experiment: Experiment, report: Report) -> dict[str, Any]:
     """The one cell: milliseconds of every step by strategy, and how many functions a step calls."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    trainers = {name: _build(plan, name) for name in plan.strategies}
-    inputs, targets = torch.randint(VOCABULARY, (2, plan.batch, plan.length))
+    trainers = {name: _build(experiment, name) for name in experiment.strategies}
+    inputs, targets = torch.randint(VOCABULARY, (2, experiment.batch, experiment.length))
     milliseconds: dict[str, list[float]] = {name: [] for name in trainers}
     with accounted() as account:
-        for number in range(-WARM_UP, plan.rounds):
-            report(max(0, number), plan.rounds, "taking turns")
+        for number in range(-WARM_UP, experiment.rounds):
+            report(max(0, number), experiment.rounds, "taking turns")
             for name, trainer in trainers.items():
                 start = time.perf_counter()
                 trainer.step(inputs, targets)
@@ -53,14 +53,14 @@ def measure(plan: Plan, report: Report) -> dict[str, Any]:
     for trainer in trainers.values():
         trainer.close()
     dist.destroy_process_group()
-    return {"plan": asdict(plan), "strategies": found, **account}
+    return {"plan": asdict(experiment), "strategies": found, **account}
 
 
-def _build(plan: Plan, name: str) -> Trainer:
+def _build(experiment: Experiment, name: str) -> Trainer:
     torch.manual_seed(0)
-    net = GPT(plan.layers, plan.width, plan.width // HEAD)
+    net = GPT(experiment.layers, experiment.width, experiment.width // HEAD)
     assert dist.group.WORLD is not None
-    return parse_strategy(name).build(net, optimizer_factory(plan.optimizer), dist.group.WORLD)
+    return parse_strategy(name).build(net, optimizer_factory(experiment.optimizer), dist.group.WORLD)
 
 
 def _calls(trainer: Trainer, inputs: torch.Tensor, targets: torch.Tensor) -> int:

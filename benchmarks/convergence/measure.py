@@ -36,9 +36,9 @@ class Course:
     device: str = "cpu"
 
 
-def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part of one pair: trains, and returns what rank 0 keeps."""
-    course = Course(**plan)
+    course = Course(**experiment)
     workload, group = WORKLOADS[course.workload], worker.group()
     own: list[float] = []
     looks: list[tuple[int, int, float]] = []  # steps done, examples of this rank's share, their mean loss
@@ -81,7 +81,7 @@ def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, A
 
     account, failure = worker.attempt(train)
     return {
-        "plan": plan,
+        "plan": experiment,
         "workers": worker.world,
         "about": workload.about,
         "failure": failure,

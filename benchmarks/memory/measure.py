@@ -60,14 +60,14 @@ def allocated() -> int | None:
     return int(told.uordblks + told.hblkhd)
 
 
-def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part of one strategy; every number is that of the rank with most."""
-    load = Load(**plan)
+    load = Load(**experiment)
     group = worker.group()
     numbers, failure = worker.attempt(lambda: _train(load, worker, group, report))
     everyones = [each for each in worker.gather(numbers) if each]
     most = {name: _most([each[name] for each in everyones]) for name in everyones[0]} if everyones else {}
-    return {"plan": plan, "workers": worker.world, "failure": failure, **most}
+    return {"plan": experiment, "workers": worker.world, "failure": failure, **most}
 
 
 def _most(values: list[int | None]) -> int | None:
