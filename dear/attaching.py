@@ -18,6 +18,7 @@ from dear._fusion import check_cap
 from dear._look_again import overlapping
 from dear._nodes import check_hierarchy, find_nodes
 from dear._optimizer import UserOptimizer, unwrapped
+from dear._options import options_of
 from dear._replicas import check_interval
 from dear._replicated import ReplicatedUpdate
 from dear._update import Request
@@ -142,15 +143,20 @@ def attach(
                 setting.compressor.check_new(model, "dear.attach()")
         grounds.append(ground)
         settings.append(setting)
-        return known | {
-            "bucket_cap_mb": setting.bucket_cap_mb,
-            "algorithm": algorithm_chosen,
-            "update": setting.update,
-            "optimizer": ", ".join(type(each).__name__ for each in optimizers),
-            "overlap_forward": overlap_forward,
-            "check_replicas": check_replicas,
-            "hierarchy": hierarchy,
-        }
+        return (
+            known
+            | options_of(optimizers)
+            | {
+                "bucket_cap_mb": setting.bucket_cap_mb,
+                "algorithm": algorithm_chosen,
+                "process_group": group.group_name,  # groups of the same ranks would wait for each other
+                "update": setting.update,
+                "optimizer": ", ".join(type(each).__name__ for each in optimizers),
+                "overlap_forward": overlap_forward,
+                "check_replicas": check_replicas,
+                "hierarchy": hierarchy,
+            }
+        )
 
     agree(model.process_group, look, "every rank must call dear.attach() with the same arguments")
     ground, setting = grounds[0], settings[0]

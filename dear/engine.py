@@ -329,7 +329,7 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None:
             self.detach()
-        else:  # the peers may not follow: let go without another collective
+        elif not self._detached:  # the peers may not follow: let go without another collective
             self._attached.scheduler.abort(
                 f"Rank {self._attached.rank} left the engine's context with {kind.__name__}."
             )

@@ -103,3 +103,27 @@ def without_state(rank, world):
 
 def test_auto_begins_from_a_checkpoint_of_plain_ddp(pool2):
     pool2.run(without_state)
+
+
+def ends_badly(rank, world):
+    """A peer is missing when training ends: the framework hears of that, and may take the optimizer apart."""
+    session = Session({"update": "sharded", "bucket_cap_mb": 0.002})
+    model, opt = training.build("Mlp", ADAMW, {})
+    engine = session.begin(model, [opt])
+    steps(rank, model, opt, range(2))
+
+    def fail():
+        raise ConnectionError("rank 1 is missing")
+
+    engine.detach = fail
+    with pytest.raises(ConnectionError) as caught:
+        session.end()
+    session.give_up(caught.value)
+    assert not list(opt.state.values()), "it can be read, and has nothing: the other ranks' parts are gone"
+    with pytest.raises(RuntimeError, match="no engine now"):
+        _ = session.engine
+    session.give_up(caught.value)
+
+
+def test_an_end_that_fails_is_not_hidden_by_another_error(pool2):
+    pool2.run(ends_badly)

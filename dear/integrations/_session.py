@@ -147,8 +147,8 @@ class Session:
         if self._engine is not None:
             self._full.close()
             self._last = self._engine.state_dict(optimizer=False)
-            engine, self._engine = self._engine, None
-            engine.detach()
+            self._engine.detach()  # where a peer is missing it fails, and give_up() is called
+            self._engine = None
 
     def give_up(self, error: BaseException) -> None:
         """The same after an error, which other ranks may not have: without a collective."""
