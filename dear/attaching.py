@@ -19,6 +19,7 @@ from dear._fusion import check_cap
 from dear._look_again import overlapping
 from dear._nodes import check_hierarchy, find_nodes
 from dear._optimizer import UserOptimizer, unwrapped
+from dear._options import options_of
 from dear._replicas import check_interval
 from dear._replicated import ReplicatedUpdate
 from dear._update import Request, Update
@@ -175,9 +176,11 @@ class _Asked:
             setting = steering.setting
             if setting.compressor is not None:
                 setting.compressor.check_new(model, "dear.attach()")
+        facts |= options_of(self.optimizers)
         facts |= {
             "bucket_cap_mb": setting.bucket_cap_mb,
             "algorithm": ground.algorithm,
+            "process_group": group.group_name,  # groups of the same ranks would wait for each other
             "update": setting.update,
             "optimizer": ", ".join(type(each).__name__ for each in self.optimizers),
             "overlap_forward": self.overlap_forward,

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from dear import _ddp
 from dear._assembly import STRATEGIES, Ground, Setting
 from dear._context import StepContext, ordinary
+from dear._findings import AUTO
 from dear._look_again import overlapping
 from dear._objects import all_gather_object, broadcast_object
 from dear._plain import PlainUpdate
@@ -47,6 +48,12 @@ class Chooser(Protocol):
     @property
     def plan(self) -> dict[str, Any] | None:
         """What was chosen, as JSON can hold it; None as long as nothing is."""
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was chosen, to be saved with the engine's state; None while it chooses: see :mod:`dear._findings`."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Goes on with what :meth:`state_dict` gave, if it can be followed here; says whether it is. Collective."""
 
     def release(self) -> None:
         """The engine is detached: takes everything off the model."""
@@ -97,6 +104,7 @@ class Steering:
         """Puts the chooser to work."""
         self._engine, engine._steering = engine, self
         self._chooser.begin(self)
+        engine._findings.add(AUTO, self)
 
     @property
     def steps(self) -> int:
@@ -107,6 +115,17 @@ class Steering:
     def plan(self) -> dict[str, Any] | None:
         """See :class:`Chooser`."""
         return self._chooser.plan
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """See :class:`Chooser`."""
+        return self._chooser.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """See :class:`Chooser`. Collective."""
+        if self.engine._attached.scheduler.has_gradients():
+            self.engine._schedule.unclaimed()
+        with ordinary(StepContext.here(self.ground.device)):
+            return self._chooser.load_state_dict(state)
 
     def release(self) -> None:
         """The engine is detached."""

@@ -42,6 +42,12 @@ class Scripted:
         if self.steering.steps in self.settings:
             self.steering.switch(self.settings[self.steering.steps])
 
+    def state_dict(self):
+        return None
+
+    def load_state_dict(self, state):
+        return False
+
     def release(self):
         self.released += 1
 
