@@ -106,6 +106,21 @@ class OwnStep:
         return RuntimeError(f"{self._name}.step() {what}{_REMEDY}")
 
 
+class OwnSteps:
+    """Of an engine's optimizers, those whose step is not torch's."""
+
+    def __init__(self, optimizers: Sequence[optim.Optimizer]) -> None:
+        self._steps = [OwnStep(each) if has_own_step(each) else None for each in optimizers]
+        self.with_closure = False  #: the user has given the step a closure
+
+    def validated(
+        self, number: int, groups: Groups, state: dict[Any, Any], segments: Sequence[Segment]
+    ) -> contextlib.AbstractContextManager[Callable[[], Any] | None]:
+        """As :meth:`OwnStep.validated`, of one of the optimizers."""
+        own = self._steps[number]
+        return contextlib.nullcontext() if own is None else own.validated(groups, state, segments, self.with_closure)
+
+
 #: What torch and this library keep there, or exchange for a call.
 _OF_TORCH = {
     "param_groups", "state", "step", "zero_grad", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",

@@ -209,8 +209,14 @@ class ReplicatedUpdate(Update):
 
     def _show_plain(self, group: int) -> None:
         for param, grad in self._averages(group).items():
-            if isinstance(param.grad, PendingGrad):
+            standing = param.grad
+            if not isinstance(standing, PendingGrad):
+                continue
+            if standing.plain.data_ptr() == grad.data_ptr():
                 param.grad = grad
+            else:  # the user has put another parameter's there
+                self.attached.scheduler.synchronize()
+                param.grad = standing.plain
 
     def _finish_gradients(self) -> None:
         """``.grad`` of every used parameter is the averaged gradient, as a plain tensor."""

@@ -6,7 +6,7 @@ The optimizer's state and work are divided by the world size (ZeRO, stage 1); th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +15,11 @@ from dear import _C, _grads
 from dear._attached import Attached, Param
 from dear._changed_gradients import ChangedGradients
 from dear._flat_parameters import FlatParameters
+from dear._fused import aligned_owners, check_fused, fused_parameters
 from dear._grads import Found, Grads
-from dear._layout import Layout, Segment
+from dear._layout import Layout
 from dear._optimizer import ELEMENTWISE, Groups
-from dear._own_steps import OwnStep, has_own_step
+from dear._own_steps import OwnSteps, has_own_step
 from dear._placeholders import Placeholders, local_grad
 from dear._preconditioned import Preconditioning
 from dear._sharded_gradients import ShardedGradients
@@ -40,9 +41,8 @@ class ShardedUpdate(Update):
         self._gradients = ShardedGradients(attached)
         self._changes = ChangedGradients(attached, self._gradients)
         self._preconditioning = Preconditioning(attached, self._gradients)
-        optimizers = [user.optimizer for user in attached.users]
-        self._own_steps = [OwnStep(each) if has_own_step(each) else None for each in optimizers]
-        self._with_closure = False
+        self._own_steps = OwnSteps([user.optimizer for user in attached.users])
+        self._fused: set[Param] = set()
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -62,6 +62,14 @@ class ShardedUpdate(Update):
 
     # --- the layout ---
 
+    def owners(self, layout: Layout) -> list[_C.Ownership]:
+        if not fused_parameters(user.optimizer for user in self.attached.users):
+            return super().owners(layout)
+        return [
+            aligned_owners(full.numel(), self.attached.world, layout.in_bucket(bucket), full.element_size())
+            for bucket, full in enumerate(layout.full)
+        ]
+
     def shard_of(self, full: torch.Tensor, owners: _C.Ownership) -> torch.Tensor:
         return full.new_empty(owners.size(self.attached.rank))
 
@@ -71,6 +79,7 @@ class ShardedUpdate(Update):
         return set()
 
     def adopt(self, layout: Layout) -> Placeholders:
+        self._fused = fused_parameters(user.optimizer for user in self.attached.users)
         former = self._states.take_full(layout)
         self._flat = FlatParameters(layout)
         self._states.adopt(layout, former)
@@ -105,7 +114,7 @@ class ShardedUpdate(Update):
     # --- the step ---
 
     def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:
-        self._with_closure = closure is not None  # it is called before, whoever updates what
+        self._own_steps.with_closure = closure is not None  # it is called before, whoever updates what
         return False, None
 
     def step(self, found: Found, optimizer: int) -> None:
@@ -188,17 +197,15 @@ class ShardedUpdate(Update):
         for index, group in enumerate(user.optimizer.param_groups):
             tensors = [segment.tensor for segment in segments if segment.group == index]
             if tensors:
+                check_fused(group, self._fused)
                 work.append({**group, "params": tensors})
         if work:
-            with self._changes.watch(segments), self._validated(optimizer, work, segments) as closure:
+            with (
+                self._changes.watch(optimizer, segments),
+                self._own_steps.validated(optimizer, work, self._states.values, segments) as closure,
+            ):
                 user.run(work, self._states.values, closure)
         self.attached.scheduler.trace("update", name, start, _C.now_ns())
-
-    def _validated(
-        self, optimizer: int, work: Groups, segments: list[Segment]
-    ) -> AbstractContextManager[Callable[[], Any] | None]:
-        own = self._own_steps[optimizer]
-        return own.validated(work, self._states.values, segments, self._with_closure) if own else nullcontext()
 
     def finish(self, group: int) -> None:
         attached = self.attached
