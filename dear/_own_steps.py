@@ -49,11 +49,11 @@ def _is_known(function: Any) -> bool:
 
 
 def _adds_no_code(kind: type) -> bool:
-    """Whether a class of an optimizer's is torch's, or has nothing that the step may call."""
+    """Whether a class of an optimizer's is torch's, or has nothing that the step may call but what torch put there."""
     if kind.__module__.partition(".")[0] in ("torch", "builtins", "typing"):
         return True
     return not any(
-        callable(value) or isinstance(value, (property, classmethod, staticmethod))
+        (callable(value) or isinstance(value, (property, classmethod, staticmethod))) and not _is_known(value)
         for name, value in vars(kind).items()
         if name not in ("__init__", "__module__", "__doc__") and not name.startswith("dear_")
     )
@@ -124,7 +124,7 @@ class OwnSteps:
 #: What torch and this library keep there, or exchange for a call.
 _OF_TORCH = {
     "param_groups", "state", "step", "zero_grad", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
-    "_opt_called", "_step_count", _ddp.ENGINE,
+    "_opt_called", "_step_count", "_need_device_dtype_check_for_fused", _ddp.ENGINE,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -32,6 +32,7 @@ import compress
 import dear
 from machine import ahead, more_models
 from machine.case import Case
+from machine.compare import Rounding, compare, leaves
 from machine.modes import counting, counting_functions
 
 PATIENCE = timedelta(seconds=60)  # for a peer to end the same case
@@ -49,18 +50,17 @@ class Raised(Exception):
 class Run:
     """One model in training, plain or under the library, and what its program noted."""
 
-    def __init__(self, case: Case, rank: int, plain: bool, number: int = 0) -> None:
+    def __init__(self, case: Case, rank: int, plain: bool, number: int = 0, double: bool = False) -> None:
         self.number = number  # of the case in its process group
         torch.manual_seed(0)
         net = getattr(models, case.model, None) or getattr(more_models, case.model)
         self.case, self.rank, self.plain, self.engine = case, rank, plain, None
-        self.net = net()
+        self.double = double
+        self.net = net().double() if double else net()
         self.model = DDP(self.net, **case.ddp)
         self.params = list(self.net.parameters())
         self.opt = self._optimizer()
         self.exact = True
-        kind, options = case.optimizer  # those that divide a gradient by its size make much of a small one's rounding
-        self.rounding = 1e-5 if kind == "SGD" else 0.3 * options["lr"]
         self.notes: list[tuple[int, Any]] = []
         self.piece = -1
         torch.manual_seed(rank)  # what the model draws in training
@@ -142,10 +142,16 @@ class Run:
         """The loss on this rank's data of a step, noted."""
         if self.model.require_backward_grad_sync and any(param.grad is not None for param in self.params):
             self.inexact()
-        x, y = models.data(self.rank, step, batch=4)
-        loss = F.mse_loss(self.model(x).float(), y)
+        x, y = self.data(step)
+        output = self.model(x)
+        loss = F.mse_loss(output if self.double else output.float(), y)
         self.note(loss)
         return loss
+
+    def data(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's inputs and targets of a step."""
+        x, y = models.data(self.rank, step, batch=4)
+        return (x.double(), y.double()) if self.double else (x, y)
 
     def train(self, step: int) -> None:
         """One ordinary training step."""
@@ -209,8 +215,8 @@ class Run:
         )
         return {
             **{name: getattr(self, name) for name in (*own, "raising", "model", "net", "opt", "params", "rank")},
-            "x": lambda step: models.data(self.rank, step, batch=4)[0],
-            "y": lambda step: models.data(self.rank, step, batch=4)[1],
+            "x": lambda step: self.data(step)[0],
+            "y": lambda step: self.data(step)[1],
             "run": self, "torch": torch, "nn": nn, "F": F, "dist": dist, "copy": copy, "io": io, "pickle": pickle,
             "contextlib": contextlib, "functional_call": functional_call, "AveragedModel": AveragedModel,
             "parameters_to_vector": parameters_to_vector, "vector_to_parameters": vector_to_parameters,
@@ -271,48 +277,6 @@ def in_a_fork(read: Callable[[], Any]) -> Any:
     return value
 
 
-def leaves(value: Any) -> Iterator[Any]:
-    """The tensors and other values in lists and dicts; the order in which keys came into a dict does not count."""
-    if isinstance(value, dict):
-        for key in sorted(value, key=str):
-            yield from leaves(value[key])
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from leaves(each)
-    else:
-        yield value
-
-
-def same(have: Any, want: Any, rounding: float) -> bool:
-    """Equal bits, or up to ``rounding``; NaN equals NaN."""
-    if isinstance(want, torch.Tensor) != isinstance(have, torch.Tensor):
-        return False
-    if not isinstance(want, torch.Tensor):
-        return bool(have == want) or (have != have and want != want)
-    if have.shape != want.shape or have.dtype != want.dtype:
-        return False
-    rtol = 1e-3 if rounding and want.is_floating_point() else 0.0
-    return torch.allclose(have, want, rtol=rtol, atol=rounding, equal_nan=True)
-
-
-def compare(have: Run, want: Run, complete: bool) -> tuple[int, str] | None:
-    """The piece at which they differ and how, or None. ``complete``: both went through to the end."""
-    for (piece, mine), (other, theirs) in zip(have.notes, want.notes, strict=False):
-        if piece != other:
-            return min(piece, other), "notes another number of values"
-        if not same(mine, theirs, 0.0 if have.exact else have.rounding):
-            if isinstance(mine, torch.Tensor) and mine.shape == theirs.shape:
-                return piece, f"differs by {(mine.double() - theirs.double()).abs().max().item():.3g}"
-            return piece, f"{_short(mine)} instead of {_short(theirs)}"
-    if complete and len(have.notes) != len(want.notes):
-        return len(have.case.program), f"notes {len(have.notes)} values instead of {len(want.notes)}"
-    return None
-
-
-def _short(value: Any) -> str:
-    return f"{type(value).__name__} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
-
-
 def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
     """One case on this rank: kind, the piece at which it ended, a sentence, where the error was raised."""
     want = Run(case, rank, plain=True)
@@ -324,10 +288,15 @@ def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
         want = Run(case, rank, plain=True)
         if want.play(valid) is not None:
             return "invalid", 0, _text(error), ""
+    rounding = None
+    if not want.exact:  # on all ranks alike
+        twin = Run(case, rank, plain=True, double=True)
+        twin.play(valid)
+        rounding = Rounding(want, twin)
     have = Run(case, rank, plain=False, number=number)
     try:
         raised = have.play(valid)
-        different = compare(have, want, complete=raised is None)
+        different = compare(have, want, raised is None, rounding)
         if raised is not None and have.engine is not None:
             with contextlib.suppress(Exception):  # tell the peer at once
                 have.engine.__exit__(type(raised), raised, raised.__traceback__)
