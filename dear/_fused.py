@@ -34,7 +34,8 @@ def check_fused(group: dict[str, Any], known: set[torch.nn.Parameter]) -> None:
     Raises:
         RuntimeError: it has.
     """
-    if group.get("fused") and group["params"][0].device.type == "cpu" and group["params"][0] not in known:
+    param = group["params"][0]
+    if group.get("fused") and param.device.type == "cpu" and param not in known:
         raise RuntimeError(
             'The option fused of a parameter group was set after its parameters were cut for update="sharded" or '
             '"owned", where its updates would round otherwise: set it before dear.attach(), or use '

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -11,11 +11,7 @@ FACTOR = 8.0  # by how much two ways to round may differ more than one of them a
 FLOOR = 1e-5  # of a value's size, and absolute: a few roundings of float32
 
 
-class Noted(Protocol):
-    """A run, as it is compared."""
-
-    case: Any
-    notes: list[tuple[int, Any]]
+Notes = list[tuple[int, Any]]  #: the piece of the program, and a value
 
 
 class Rounding:
@@ -27,10 +23,10 @@ class Rounding:
     may be between two runs in float32.
     """
 
-    def __init__(self, want: Noted, twin: Noted) -> None:
-        self._twin = twin.notes
-        pairs = zip(want.notes, twin.notes, strict=False)
-        self._complete = len(self._twin) >= len(want.notes) and all(a[0] == b[0] for a, b in pairs)
+    def __init__(self, want: Notes, twin: Notes) -> None:
+        self._twin = twin
+        pairs = zip(want, twin, strict=False)
+        self._complete = len(twin) >= len(want) and all(a[0] == b[0] for a, b in pairs)
 
     def allows(self, index: int, have: torch.Tensor, want: torch.Tensor) -> bool:
         """Whether the note at ``index`` may be this in place of that."""
@@ -68,17 +64,17 @@ def _same(index: int, have: Any, want: Any, rounding: Rounding | None) -> bool:
     return torch.allclose(have, want, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def compare(have: Noted, want: Noted, complete: bool, rounding: Rounding | None = None) -> tuple[int, str] | None:
-    """The piece at which they differ and how, or None. ``complete``: both went through to the end."""
-    for index, ((piece, mine), (other, theirs)) in enumerate(zip(have.notes, want.notes, strict=False)):
+def compare(have: Notes, want: Notes, complete: int | None, rounding: Rounding | None = None) -> tuple[int, str] | None:
+    """The piece at which they differ and how, or None. ``complete``: how many pieces both went through to the end."""
+    for index, ((piece, mine), (other, theirs)) in enumerate(zip(have, want, strict=False)):
         if piece != other:
             return min(piece, other), "notes another number of values"
         if not _same(index, mine, theirs, rounding):
             if isinstance(mine, torch.Tensor) and mine.shape == theirs.shape:
                 return piece, f"differs by {(mine.double() - theirs.double()).abs().max().item():.3g}"
             return piece, f"{_short(mine)} instead of {_short(theirs)}"
-    if complete and len(have.notes) != len(want.notes):
-        return len(have.case.program), f"notes {len(have.notes)} values instead of {len(want.notes)}"
+    if complete is not None and len(have) != len(want):
+        return complete, f"notes {len(have)} values instead of {len(want)}"
     return None
 
 

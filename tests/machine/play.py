@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import multiprocessing
@@ -38,7 +39,9 @@ from machine.modes import counting, counting_functions
 PATIENCE = timedelta(seconds=60)  # for a peer to end the same case
 COMPRESSOR = compress.ACPSGD
 COLLECT_EVERY = 50  # cases
+REMEMBERED = 4  # programs of the last cases, as plain DDP ran them
 _played = 0
+_remembered: dict[str, Plain] = {}
 OPEN = {"eval with grad", "forward alone"}  # labels of forward passes without a backward pass
 DENSE = {"rank": 2, "start_step": 10**6}
 
@@ -61,6 +64,7 @@ class Run:
         self.params = list(self.net.parameters())
         self.opt = self._optimizer()
         self.exact = True
+        self.may_round = False  # in some setting
         self.notes: list[tuple[int, Any]] = []
         self.piece = -1
         torch.manual_seed(rank)  # what the model draws in training
@@ -87,7 +91,7 @@ class Run:
         # does not.
         labels = [piece.label for piece in self.case.program]
         if OPEN.intersection(labels[: self.piece]) and "no_sync" in labels[self.piece :]:
-            self.exact = False
+            self.exact, self.may_round = False, True
         if self.plain:
             return
         how = self.case.how
@@ -181,6 +185,7 @@ class Run:
 
     def inexact(self) -> None:
         """From here on sums are taken in another order: sharded, averages of two passes are not added up in place."""
+        self.may_round = True
         if self.case.how in ("sharded", "owned"):
             self.exact = False
 
@@ -277,26 +282,54 @@ def in_a_fork(read: Callable[[], Any]) -> Any:
     return value
 
 
-def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
-    """One case on this rank: kind, the piece at which it ended, a sentence, where the error was raised."""
-    want = Run(case, rank, plain=True)
-    error = want.play(len(case.program))
-    valid = want.piece if error is not None else len(case.program)
-    if valid == 0:
-        return "invalid", 0, _text(error), ""
-    if error is not None:  # plain DDP fails there: what comes before must be equal all the same
-        want = Run(case, rank, plain=True)
-        if want.play(valid) is not None:
-            return "invalid", 0, _text(error), ""
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """What a program does under plain DDP."""
+
+    notes: list[tuple[int, Any]]
+    valid: int  # how many of its pieces plain DDP can run; 0: the program is none
+    why: str = ""  # it can run no more
+    rounding: Rounding | None = None  # where a sum may be taken in another order
+
+
+def under_plain_ddp(case: Case, rank: int) -> Plain:
+    """The program under plain DDP, which is the same however the library is put under it: cases that differ in nothing
+    else follow one another. All ranks remember alike, since they have played the same cases."""
+    key = repr(dataclasses.replace(case, how="owned" if case.how == "owned" else "", attach={}, delay=0.0))
+    if key not in _remembered:
+        while len(_remembered) >= REMEMBERED:
+            del _remembered[next(iter(_remembered))]
+        _remembered[key] = _play_plain(case, rank)
+    return _remembered[key]
+
+
+def _play_plain(case: Case, rank: int) -> Plain:
+    run = Run(case, rank, plain=True)
+    valid, why = len(case.program), ""
+    error = run.play(valid)
+    if error is not None:
+        valid, why = run.piece, _text(error)  # plain DDP fails there: what comes before must be equal all the same
+        run = Run(case, rank, plain=True)
+        if valid == 0 or run.play(valid) is not None:
+            return Plain([], 0, why)
     rounding = None
-    if not want.exact:  # on all ranks alike
+    if run.may_round:
         twin = Run(case, rank, plain=True, double=True)
         twin.play(valid)
-        rounding = Rounding(want, twin)
+        rounding = Rounding(run.notes, twin.notes)
+    return Plain(run.notes, valid, why, rounding)
+
+
+def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
+    """One case on this rank: kind, the piece at which it ended, a sentence, where the error was raised."""
+    want = under_plain_ddp(case, rank)
+    if want.valid == 0:
+        return "invalid", 0, want.why, ""
     have = Run(case, rank, plain=False, number=number)
     try:
-        raised = have.play(valid)
-        different = compare(have, want, raised is None, rounding)
+        raised = have.play(want.valid)
+        rounding = None if have.exact else want.rounding
+        different = compare(have.notes, want.notes, None if raised else want.valid, rounding)
         if raised is not None and have.engine is not None:
             with contextlib.suppress(Exception):  # tell the peer at once
                 have.engine.__exit__(type(raised), raised, raised.__traceback__)
@@ -305,7 +338,7 @@ def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
     if different:
         return "difference", different[0], different[1], ""
     if raised is None:
-        return "equal", valid, "", ""
+        return "equal", want.valid, "", ""
     where = "".join(traceback.format_exception(raised)[-8:])
     return "error", have.piece, _text(raised), where
 
