@@ -72,7 +72,7 @@ class Engine:
     @property
     def update(self) -> str:
         """``"sharded"``, ``"owned"`` or ``"replicated"``; ``"ddp"`` where ``compressor="auto"`` has turned it off."""
-        return self._update.kind
+        return self._attached.update
 
     @property
     def process_group(self) -> dist.ProcessGroup:

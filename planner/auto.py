@@ -272,9 +272,11 @@ class Auto:
         if (way, mib) == (before, size):
             return
         setting = _setting(way, mib)
-        if setting.compressor is not None and way.method == before.method:  # what it has not sent yet is not lost
+        at_work = steering.engine.compressor
+        if setting.compressor is not None and at_work is not None and way.method == before.method:
+            # What it has not sent yet is not lost.
             steering.engine.synchronize()
-            setting.compressor.load_state_dict(steering.engine.state_dict(optimizer=False, gather=False)["compressor"])
+            setting.compressor.load_state_dict(at_work.state_dict(gather=False))
         steering.switch(setting)
         self._now = way, mib
 
