@@ -41,7 +41,8 @@ class DearCallback(_TrainerCallback):
 
         @functools.wraps(train)
         def remember_and_train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-            self._resumes_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+            named = isinstance(resume_from_checkpoint, (str, os.PathLike))  # True takes the last one
+            self._resumes_from = os.fspath(resume_from_checkpoint) if named else None
             return train(resume_from_checkpoint, *args, **kwargs)
 
         trainer.train = remember_and_train  # callbacks are not told where a checkpoint is
