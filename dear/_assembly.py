@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C, _ddp, preconditioning
-from dear._alone import LoneSchedule, is_alone
 from dear._attached import Attached, weakly
 from dear._bucket_order import BucketOrder
 from dear._fusion import MIB
@@ -48,7 +47,7 @@ class Setting:
 class Timetable(Protocol):
     """What the engine asks of a schedule; see :class:`dear._schedule.Schedule`."""
 
-    watches_forward: ClassVar[bool]
+    watches_forward: bool  # whether it is to be told when a forward pass begins and ends
     bucket_order: BucketOrder
     group_bytes: int
 
@@ -88,13 +87,16 @@ class Ground:
 
     def assemble(self, setting: Setting) -> Parts:
         """Makes the parts; the model's communication hook is free. Collective."""
-        return self._plain(setting) if setting.update == PlainUpdate.kind else self._scheduled(setting)
+        # Compressors and preconditioners change the training of a single rank, too.
+        alone = self.group.size() == 1 and setting.compressor is None and self.preconditioner is None
+        leaves_ddp_alone = alone or setting.update == PlainUpdate.kind
+        return self._plain(setting) if leaves_ddp_alone else self._scheduled(setting)
 
     def _plain(self, setting: Setting) -> Parts:
         lane = make_lane_by_levels(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
-        attached = self._attached(NoScheduler(), lane)  # type: ignore[arg-type] # it has what is asked of one
+        attached = self._attached(setting, NoScheduler(), lane)  # type: ignore[arg-type] # it has what is asked of one
         update = PlainUpdate(attached)
-        return Parts(attached, PlainSchedule(attached, setting.bucket_cap_mb), update)
+        return Parts(attached, PlainSchedule(attached, update, setting.bucket_cap_mb), update)
 
     def _scheduled(self, setting: Setting) -> Parts:
         strategy = STRATEGIES[setting.update]
@@ -103,7 +105,7 @@ class Ground:
             self.group, "reduce-scatter", self.algorithm, self._timeout(), self.nodes, reduces=True
         )
         scheduler = _C.Scheduler(reduce_lane, gather_lane, strategy.gathers_gradients)
-        attached = self._attached(scheduler, gather_lane)
+        attached = self._attached(setting, scheduler, gather_lane)
         optimizers = [user.optimizer for user in self.users]
         if setting.compressor is not None:
             lanes = [reduce_lane, gather_lane]
@@ -120,10 +122,9 @@ class Ground:
             )  # fmt: skip
         update = strategy(attached)
         attached.barrier.finish = update.finish
-        schedule = (LoneSchedule if is_alone(attached) else Schedule)(attached, update, setting.bucket_cap_mb)
-        return Parts(attached, schedule, update)
+        return Parts(attached, Schedule(attached, update, setting.bucket_cap_mb), update)
 
-    def _attached(self, scheduler: _C.Scheduler, gather_lane: _C.Lane) -> Attached:
+    def _attached(self, setting: Setting, scheduler: _C.Scheduler, gather_lane: _C.Lane) -> Attached:
         return Attached(
             model=self.model,
             users=list(self.users),
@@ -131,6 +132,7 @@ class Ground:
             device=self.device,
             params=_ddp.reduced_parameters(self.model),
             names=_ddp.parameter_names(self.model),
+            update=setting.update,
             scheduler=scheduler,
             gather_lane=gather_lane,
             barrier=Barrier(),

@@ -34,7 +34,8 @@ def check_kind(model: Any, caller: str) -> None:
     if not isinstance(model, DDP):
         raise TypeError(
             f"{caller} needs a DistributedDataParallel module, not {type(model).__name__}: wrap the model in "
-            "torch.nn.parallel.DistributedDataParallel first."
+            "torch.nn.parallel.DistributedDataParallel first, or attach by dear.integrations where a framework wraps "
+            "it."
         )
     if model.process_group not in c10d._world.pg_map:
         raise ValueError(
@@ -50,6 +51,11 @@ def check_hookable(model: DDP) -> None:
     Raises:
         ValueError, RuntimeError: one sentence that says what is wrong and what to do.
     """
+    if getattr(model, ENGINE, None):
+        raise RuntimeError(
+            "This DDP module is attached already, and DDP takes only one communication hook: pass a compressor to "
+            "dear.attach(), or call engine.detach() first."
+        )
     if has_hook(model):
         raise RuntimeError(
             "This DDP module has a communication hook already, and DDP takes only one: use a module on which "

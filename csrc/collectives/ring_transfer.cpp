@@ -17,23 +17,24 @@ using std::chrono::milliseconds;
 
 class RingTransfer {
  public:
-  RingTransfer(const Exchange& exchange, const RingPlan& plan, const RingLinks& links, RingScratch& scratch,
-               const TransferContext& context)
+  RingTransfer(const Exchange& exchange, const RingPieces& pieces, const RingLinks& links,
+               RingScratch& scratch, const TransferContext& context)
       : exchange_(exchange),
-        plan_(plan),
+        pieces_(pieces),
         links_(links),
         scratch_(scratch),
         context_(context),
         next_(context.members.next()),
         prev_(context.members.previous()),
         blamed_(prev_),
+        next_waits_for_(next_),
         forwards_(exchange.phase() == Phase::kAllGather),
         averages_(exchange.reduction() == Reduction::kAverage) {
     if (!forwards_) {
-      const size_t need = (plan.slots + 1) * static_cast<size_t>(plan.largest_piece);
+      const size_t need = (pieces.slots + 1) * static_cast<size_t>(pieces.largest_piece);
       if (scratch_.slots.size() < need) scratch_.slots.resize(need);
     }
-    if (scratch_.checks.size() < plan.inbound.size()) scratch_.checks.resize(plan.inbound.size());
+    if (scratch_.checks.size() < pieces.inbound.size()) scratch_.checks.resize(pieces.inbound.size());
   }
 
   void run() {
@@ -41,7 +42,7 @@ class RingTransfer {
     context_.host.progress(prev_).begin();
     try {
       progressed();
-      while (received_ < plan_.inbound.size() || sent_ < plan_.outbound.size()) {
+      while (received_ < pieces_.inbound.size() || sent_ < pieces_.outbound.size()) {
         while (!send_blocked_ && send_some()) {
         }
         wait_for_network();
@@ -57,25 +58,27 @@ class RingTransfer {
   // --- sending ---
 
   char* slot(const Piece& received) {
-    return scratch_.slots.data() + received.slot * static_cast<size_t>(plan_.largest_piece);
+    return scratch_.slots.data() + received.slot * static_cast<size_t>(pieces_.largest_piece);
   }
 
   bool next_piece_ready() const {
-    return sent_ < plan_.outbound.size() && static_cast<int64_t>(received_) > plan_.outbound[sent_].source;
+    return sent_ < pieces_.outbound.size() &&
+           static_cast<int64_t>(received_) > pieces_.outbound[sent_].source;
   }
 
   const char* outbound_data() {
-    const Piece& piece = plan_.outbound[sent_];
-    return forwards_ || piece.source < 0 ? piece.own : slot(plan_.inbound[static_cast<size_t>(piece.source)]);
+    const Piece& piece = pieces_.outbound[sent_];
+    return forwards_ || piece.source < 0 ? piece.own
+                                         : slot(pieces_.inbound[static_cast<size_t>(piece.source)]);
   }
 
   FrameHeader header(FrameType type, int blamed) const {
-    const auto bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
-    return make_header(type, blamed, context_.sequence, plan_.signature, bytes, context_.check);
+    const auto bytes = static_cast<size_t>(pieces_.outbound[sent_].bytes);
+    return make_header(type, blamed, context_.sequence, pieces_.signature, bytes, context_.check);
   }
 
   void begin_frame() {
-    const int64_t source = plan_.outbound[sent_].source;
+    const int64_t source = pieces_.outbound[sent_].source;
     const FrameHeader data = header(FrameType::kData, 0);
     if (source < 0) {
       out_.begin(data, outbound_data(), context_.check);
@@ -96,8 +99,8 @@ class RingTransfer {
     if (flow == Flow::kBlocked) return false;
     progressed();
     if (flow == Flow::kDone) {
-      if (!forwards_ && plan_.outbound[sent_].source >= 0) --waiting_sums_;
-      context_.host.progress(next_).note_sent(plan_.outbound[sent_].bytes);
+      if (!forwards_ && pieces_.outbound[sent_].source >= 0) --waiting_sums_;
+      context_.host.progress(next_).note_sent(pieces_.outbound[sent_].bytes);
       ++sent_;
     }
     return flow == Flow::kDone;
@@ -105,18 +108,31 @@ class RingTransfer {
 
   // The next rank takes nothing any more. It has said why, if it could.
   [[noreturn]] void lose_next(const std::string& what) {
-    const std::optional<Word> word = read_word(links_.to_next(), context_.ranks, context_.check);
+    bool remarked = false;
+    const std::optional<Word> word = read_last_word(&remarked);
     if (word && word->type == FrameType::kFailure) throw Failure(word->text, {word->blamed});
     if (word) blame(next_, complaint::left(next_, word->text));
     blame_lost(next_, what);
   }
 
+  // What the next rank has said, behind its remarks, if there were any.
+  std::optional<Word> read_last_word(bool* remarked) {
+    while (true) {
+      const std::optional<Word> word = read_word(links_.to_next(), context_.ranks, context_.check);
+      if (!word || word->type != FrameType::kWaiting) return word;
+      *remarked = true;
+      next_waits_for_ = word->blamed == context_.members.rank() ? next_ : word->blamed;
+    }
+  }
+
   // The next rank has said something, or hung up, which matters only to who has not sent all.
   void hear_next() {
+    bool remarked = false;
+    const std::optional<Word> word = read_last_word(&remarked);
+    if (remarked && !word && !hung_up(links_.to_next())) return;
     next_heard_ = true;
-    const std::optional<Word> word = read_word(links_.to_next(), context_.ranks, context_.check);
     if (word && word->type == FrameType::kFailure) throw Failure(word->text, {word->blamed});
-    if (sent_ == plan_.outbound.size()) return;
+    if (sent_ == pieces_.outbound.size()) return;
     if (word) blame(next_, complaint::left(next_, word->text));
     blame_lost(next_, complaint::closed());
   }
@@ -135,16 +151,16 @@ class RingTransfer {
   // --- receiving ---
 
   bool slot_free() const {
-    return forwards_ || plan_.inbound[received_].out != nullptr ||
-           waiting_sums_ < static_cast<int64_t>(plan_.slots);
+    return forwards_ || pieces_.inbound[received_].out != nullptr ||
+           waiting_sums_ < static_cast<int64_t>(pieces_.slots);
   }
 
   char* inbound_data() {
-    const Piece& piece = plan_.inbound[received_];
+    const Piece& piece = pieces_.inbound[received_];
     return forwards_ ? piece.out : slot(piece);
   }
 
-  size_t inbound_bytes() const { return static_cast<size_t>(plan_.inbound[received_].bytes); }
+  size_t inbound_bytes() const { return static_cast<size_t>(pieces_.inbound[received_].bytes); }
 
   // What must have arrived before it is worth waking up: the rest of the frame. Only the first header of an
   // exchange is looked at on its own: a neighbour that is in another collective may never send as much.
@@ -160,9 +176,11 @@ class RingTransfer {
   }
 
   void receive_some() {
-    const Flow flow = in_.receive(links_.from_prev(), inbound_data(), inbound_bytes());
+    Flow flow = in_.receive(links_.from_prev(), inbound_data(), inbound_bytes());
     if (flow == Flow::kBlocked) return;
     if (flow == Flow::kLost) blame_lost(prev_, errno == 0 ? complaint::closed() : complaint::lost(errno));
+    while (in_.header_is_new() && is_remark(in_.header())) flow = hear_remark();
+    if (in_.moved() < sizeof(FrameHeader)) return;
     if (in_.header_is_new()) check_header();
     const FrameHeader& header = in_.header();
     if (header.type == FrameType::kData) progressed();
@@ -172,10 +190,27 @@ class RingTransfer {
       take_piece();
     } else if (!intact(inbound_data(), header.bytes)) {
       blame(prev_, complaint::damaged());
-    } else if (header.blamed != context_.members.rank() && header.blamed != blamed_) {
-      blamed_ = header.blamed;
-      starved_told_ = -1;  // pass it on
+    } else {
+      wait_for(header.blamed);
     }
+  }
+
+  // The previous rank has nothing to send, since it waits for rank `culprit`; itself: for nobody any more.
+  void wait_for(int culprit) {
+    if (culprit == context_.members.rank() || culprit == blamed_) return;
+    blamed_ = culprit;
+    starved_told_ = -1;  // pass it on
+  }
+
+  // The previous rank is not in this exchange, and says for whom it waits elsewhere.
+  Flow hear_remark() {
+    const FrameHeader remark = in_.header();
+    if (!valid(remark, context_.ranks, context_.check)) blame(prev_, complaint::corrupt());
+    const Flow flow = in_.take_remark(links_.from_prev(), inbound_data(), context_.check);
+    low_water_ = 1;  // which reading it has set
+    if (flow == Flow::kLost) blame(prev_, complaint::damaged());
+    wait_for(remark.blamed);
+    return flow;
   }
 
   void check_header() {
@@ -183,7 +218,7 @@ class RingTransfer {
     if (!valid(header, context_.ranks, context_.check)) blame(prev_, complaint::corrupt());
     if (header.type == FrameType::kFailure) throw Failure(text_begun(), {header.blamed});
     if (header.type == FrameType::kLeft) blame(prev_, complaint::left(prev_, text_begun()));
-    if (header.sequence != context_.sequence || header.signature != plan_.signature ||
+    if (header.sequence != context_.sequence || header.signature != pieces_.signature ||
         header.bytes != inbound_bytes()) {
       blame(prev_, complaint::elsewhere());
     }
@@ -199,7 +234,7 @@ class RingTransfer {
   }
 
   void take_piece() {
-    const Piece& piece = plan_.inbound[received_];
+    const Piece& piece = pieces_.inbound[received_];
     if (!forwards_ && piece.bytes > 0) {
       add(piece);
     } else if (!intact(inbound_data(), in_.header().bytes)) {
@@ -239,12 +274,16 @@ class RingTransfer {
   void progressed() {
     last_progress_ = Clock::now();
     starved_told_ = -1;
+    if (!held_up_) return;
+    held_up_ = false;
+    context_.host.held_up(context_.members.rank());
   }
 
   void wait_for_network() {
-    const bool receiving = received_ < plan_.inbound.size() && slot_free();
+    const bool receiving = received_ < pieces_.inbound.size() && slot_free();
     const bool sending = out_.begun() || next_piece_ready();
-    if (!receiving && !sending && received_ == plan_.inbound.size() && sent_ == plan_.outbound.size()) return;
+    if (!receiving && !sending && received_ == pieces_.inbound.size() && sent_ == pieces_.outbound.size())
+      return;
     if (sending && !send_blocked_) return;  // a piece became ready meanwhile
     if (receiving) want(wanted());
     const short of_next = static_cast<short>((sending ? POLLOUT : 0) | (next_heard_ ? 0 : POLLIN));
@@ -263,6 +302,7 @@ class RingTransfer {
       if (const auto why = context_.host.ending()) throw Failure(*why);
     }
     if (entries[1].revents != 0) send_blocked_ = false;
+    if ((entries[1].revents & POLLOUT) != 0) next_waits_for_ = next_;  // it takes something again
     if (entries[0].revents != 0) receive_some();
     if ((entries[1].revents & ~POLLOUT) != 0 && !next_heard_) hear_next();
   }
@@ -273,24 +313,28 @@ class RingTransfer {
 
   // How long this rank waits before it blames. See Note [Who speaks first].
   milliseconds limit() const {
-    const bool sees_it = plan_.inbound.empty() || (received_ > 0 && blamed_ == prev_);
+    const bool sees_it = pieces_.inbound.empty() || (received_ > 0 && blamed_ == prev_);
     return context_.limit(!sees_it);
   }
 
-  // Milliseconds until the next deadline: telling the next rank, or giving up.
+  // Milliseconds until the next deadline: telling the others, or giving up.
   int patience() const {
-    auto left = limit() - since_progress();
-    if (starved_told_ != blamed_) left = std::min(left, context_.timeout / 4 - since_progress());
+    const auto quiet = since_progress();
+    const auto quarter = std::max(context_.timeout / 4, milliseconds(1));
+    auto left = std::min(limit() - quiet, (quiet / quarter + 1) * quarter - quiet);
+    if (starved_told_ != blamed_) left = std::min(left, quarter - quiet);
     return static_cast<int>(std::clamp<int64_t>(left.count() + 1, 1, 60'000));
   }
 
   void check_deadlines() {
     const auto quiet = since_progress();
     if (quiet < context_.timeout / 4) return;
-    const bool waits_for_prev = received_ < plan_.inbound.size() && !send_blocked_;
-    const int culprit = waits_for_prev || blamed_ != prev_ ? blamed_ : next_;
+    const bool waits_for_prev = received_ < pieces_.inbound.size() && !send_blocked_;
+    const int culprit = waits_for_prev || blamed_ != prev_ ? blamed_ : next_waits_for_;
     if (quiet >= limit()) blame(culprit, complaint::silent(limit()));
-    if (starved_told_ != blamed_ && !out_.under_way() && sent_ < plan_.outbound.size()) tell_starved();
+    held_up_ = true;
+    context_.host.held_up(culprit);  // again and again: a lane that was busy the last time may be idle now
+    if (starved_told_ != blamed_ && !out_.under_way() && sent_ < pieces_.outbound.size()) tell_starved();
     starved_told_ = blamed_;
   }
 
@@ -313,13 +357,14 @@ class RingTransfer {
   }
 
   const Exchange& exchange_;
-  const RingPlan& plan_;
+  const RingPieces& pieces_;
   const RingLinks& links_;
   RingScratch& scratch_;
   const TransferContext& context_;
   const int next_;
   const int prev_;
   int blamed_;  // who holds us up, as far as we know
+  int next_waits_for_;
   const bool forwards_;
   const bool averages_;
   int64_t waiting_sums_ = 0;  // partial sums received and not yet sent on
@@ -335,13 +380,14 @@ class RingTransfer {
 
   Clock::time_point last_progress_;
   int starved_told_ = -1;  // the rank we last told the next one about in this silence
+  bool held_up_ = false;   // and the other lanes
 };
 
 }  // namespace
 
-void run_ring_transfer(const Exchange& exchange, const RingPlan& plan, const RingLinks& links,
+void run_ring_transfer(const Exchange& exchange, const RingPieces& pieces, const RingLinks& links,
                        RingScratch& scratch, const TransferContext& context) {
-  RingTransfer(exchange, plan, links, scratch, context).run();
+  RingTransfer(exchange, pieces, links, scratch, context).run();
 }
 
 }  // namespace dear
