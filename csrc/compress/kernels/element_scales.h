@@ -2,7 +2,6 @@
 // element].
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "compress/kernels/scaled_rows.h"
