@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compress
 import dear
+from benchmarks.training.strategies import StrategyError, parse_strategies
 from compress import reference_levels
 
 
@@ -173,3 +174,12 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r'scale="element" is for torch\.int4, .* not torch\.int8'):
         compress.Dense(torch.int8, scale="element")
     assert compress.Dense(torch.int4, scale="element").scale == "element"
+
+
+def test_the_benchmarks_spell_it():
+    (one,) = parse_strategies("dear+int3:scale=element:exempt=*.bias")
+    made = one.compressor.make()
+    assert (made.dtype, made.scale, made.exempt.patterns) == (torch.int3, "element", ("*.bias",))
+    for wrong in ("int3:scale=row", "int3:feedback=maybe"):
+        with pytest.raises(StrategyError):
+            parse_strategies(wrong)
