@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -27,6 +26,8 @@ from dear._sharded import ShardedUpdate
 from dear._update import Request, Update
 from dear.collectives import Algorithm, group_timeout
 from dear.compression import Compressor, Site, Uncompressed
+
+REDUCES, GATHERS = "reduce-scatter", "all-gather"  # lanes
 
 #: In the order in which ``update="auto"`` tries them.
 STRATEGIES: dict[str, type[Update]] = {kind.kind: kind for kind in (ShardedUpdate, OwnedUpdate, ReplicatedUpdate)}
@@ -85,23 +86,20 @@ class Ground:
     algorithm: Algorithm
     nodes: Nodes | None = None
     preconditioner: preconditioning.Preconditioner | None = None
+    lanes: dict[str, _C.Lane] = field(default_factory=dict)  # by name: a setting takes those of the one before
 
     def assemble(self, setting: Setting) -> Parts:
         """Makes the parts; the model's communication hook is free. Collective."""
         return self._plain(setting) if setting.update == PlainUpdate.kind else self._scheduled(setting)
 
     def _plain(self, setting: Setting) -> Parts:
-        lane = make_lane_by_levels(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
-        attached = self._attached(NoScheduler(), lane)  # type: ignore[arg-type] # it has what is asked of one
+        attached = self._attached(NoScheduler(), self._lane(GATHERS))  # type: ignore[arg-type] # it has what is asked of one
         update = PlainUpdate(attached)
         return Parts(attached, PlainSchedule(attached, setting.bucket_cap_mb), update)
 
     def _scheduled(self, setting: Setting) -> Parts:
         strategy = STRATEGIES[setting.update]
-        gather_lane = make_lane_by_levels(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
-        reduce_lane = make_lane_by_levels(
-            self.group, "reduce-scatter", self.algorithm, self._timeout(), self.nodes, reduces=True
-        )
+        gather_lane, reduce_lane = self._lane(GATHERS), self._lane(REDUCES)
         scheduler = _C.Scheduler(reduce_lane, gather_lane, strategy.gathers_gradients)
         attached = self._attached(scheduler, gather_lane)
         optimizers = [user.optimizer for user in self.users]
@@ -137,8 +135,20 @@ class Ground:
             compression=Uncompressed(),
         )
 
-    def _timeout(self) -> timedelta:
-        return group_timeout(self.group, self.device)
+    def _lane(self, name: str) -> _C.Lane:
+        """Collective where there is none yet."""
+        if name not in self.lanes:
+            timeout = group_timeout(self.group, self.device)
+            self.lanes[name] = make_lane_by_levels(
+                self.group, name, self.algorithm, timeout, self.nodes, reduces=name == REDUCES
+            )
+        return self.lanes[name]
+
+    def let_go_of_lanes(self, setting: Setting | None) -> None:
+        """Of those that the setting does not use; of all where there is none."""
+        used = [] if setting is None else [GATHERS] if setting.update == PlainUpdate.kind else [GATHERS, REDUCES]
+        for name in self.lanes.keys() - used:
+            del self.lanes[name]
 
 
 def choose_strategy(request: Request, update: str, served: Sequence[str] = tuple(STRATEGIES)) -> type[Update]:

@@ -131,13 +131,13 @@ class ShardedUpdate(Update):
         if attached.users[optimizer].is_first_update:
             for index in attached.order:
                 scheduler.wait_reduced(index)
-            self._run(optimizer, attached.order, "all fusion groups")
+            self._run(optimizer, None)
             updated.update(attached.order)
             attached.users[optimizer].is_first_update = False
 
         def update(group: int) -> None:
             scheduler.wait_reduced(group)
-            self._run(optimizer, [group], f"fusion group {group}")
+            self._run(optimizer, group)
             updated.add(group)
 
         for index in attached.order:
@@ -166,9 +166,13 @@ class ShardedUpdate(Update):
             if param in own:
                 param.grad = placeholder
 
-    def _run(self, optimizer: int, groups: Iterable[int], name: str) -> None:
-        """One update of an optimizer's segments in these fusion groups, with the hyper-parameters as they stand."""
-        start = _C.now_ns()
+    def _run(self, optimizer: int, group: int | None) -> None:
+        """One update of an optimizer's segments in a fusion group, or in all, with the hyper-parameters as they
+        stand."""
+        with self.attached.scheduler.updating(group):
+            self._update(optimizer, self.attached.order if group is None else (group,))
+
+    def _update(self, optimizer: int, groups: Iterable[int]) -> None:
         user = self.attached.users[optimizer]
         segments = [
             segment
@@ -184,7 +188,6 @@ class ShardedUpdate(Update):
         if work:
             with self._changes.watch(segments):
                 user.run(work, self._states.values)
-        self.attached.scheduler.trace("update", name, start, _C.now_ns())
 
     def finish(self, group: int) -> None:
         attached = self.attached

@@ -101,7 +101,7 @@ class Steering:
     @property
     def steps(self) -> int:
         """Of the engine, so far."""
-        return self.engine._steps
+        return self.engine._counters.totals.steps
 
     @property
     def plan(self) -> dict[str, Any] | None:
@@ -112,6 +112,7 @@ class Steering:
         """The engine is detached."""
         if self._chooser is not None:
             self._chooser.release()
+        self.ground.let_go_of_lanes(None)
 
     def before_forward(self) -> None:
         """Only the first forward pass after a step is a boundary: gradients may be local after any other."""
@@ -161,6 +162,10 @@ class Steering:
         else:
             engine._replace(lambda: self.ground.assemble(setting))
         self.setting = setting
+
+    def settled(self) -> None:
+        """The setting is to stay: what it does not use is given back. Collective."""
+        self.ground.let_go_of_lanes(self.setting)
 
     def tell(self, value: Any, label: str) -> Any:
         """What rank 0 passes. Collective."""

@@ -158,6 +158,7 @@ class Auto:
             yield from self._refine(listed, tried, MOST - (steering.steps - start))
         best = self._best(tried)
         self._go(best.way, best.mib)
+        steering.settled()
         ground = steering.ground
         self.plan = plans.made(best.way, best.mib, best.seconds, ground.group.size(), _elements(ground.model))
         self._say(_line(best, tried, listed, steering.steps - start, why))

@@ -93,8 +93,8 @@ class Lab:
         return replace(measured(workers, lines), bursts={LINK: burst})
 
     def barrier(self, workers: int) -> float:
-        """Seconds of the barrier at the end of each step of a compute floor: gloo's takes log2 P rounds of messages, its
-        ring all-reduce 2 (P - 1)."""
+        """Seconds of the barrier at the end of each step of a compute floor: gloo's takes log2 P rounds of messages,
+        its ring all-reduce 2 (P - 1)."""
         return self.alphas[workers, OURS["all_reduce"]] * math.ceil(math.log2(workers)) / (2 * (workers - 1))
 
     def machine(self, workers: int, cores: int = 2) -> Machine:
