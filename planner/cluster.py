@@ -29,6 +29,7 @@ from .network import ALGORITHMS, PHASES, Network, flat, measured, slowest, two_l
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _BITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+LONGEST = 60.0  # seconds: more is no latency
 KEYS = (
     "nodes", "devices_per_node", "device", "link", "inner", "algorithm", "collectives", "straggler", "jitter", "label",
 )  # fmt: skip
@@ -80,15 +81,18 @@ class Cluster:
 
 def seconds(text: str) -> float:
     """Of 30us. Raises ClusterError."""
-    found = re.fullmatch(r"([\d.]+(?:e-?\d+)?)\s*(ns|us|ms|s)", str(text).strip().lower())
+    found = re.fullmatch(r"(\d+\.?\d*(?:e-?\d+)?)\s*(ns|us|ms|s)", str(text).strip().lower())
     if found is None:
         raise ClusterError(f"{text!r} is not a latency: write it like 30us or 0.5ms.")
-    return float(found[1]) * _SECONDS[found[2]]
+    latency = float(found[1]) * _SECONDS[found[2]]
+    if latency > LONGEST:
+        raise ClusterError(f"A latency of {text} is that of no network: check the unit.")
+    return latency
 
 
 def bytes_a_second(text: str) -> float:
     """Of 10Gbit. Raises ClusterError."""
-    found = re.fullmatch(r"([\d.]+)\s*([kmgt])bit(/s)?", str(text).strip().lower())
+    found = re.fullmatch(r"(\d+\.?\d*)\s*([kmgt])bit(/s)?", str(text).strip().lower())
     if found is None or float(found[1]) <= 0:
         raise ClusterError(f"{text!r} is not a bandwidth: write it like 500Mbit or 10Gbit.")
     return float(found[1]) * _BITS[found[2]] / 8
@@ -163,7 +167,7 @@ def _lines(entry: Any) -> dict[str, AlphaBeta]:
         if not isinstance(line, dict) or set(line) != {"alpha", "beta"}:
             raise ClusterError(f"collectives: {phase} must have alpha and beta, in seconds and seconds per byte.")
         lines[phase] = AlphaBeta(_number(line, "alpha"), _number(line, "beta"))
-        if lines[phase].beta > 1e-3 or lines[phase].alpha > 60:
+        if lines[phase].beta > 1e-3 or lines[phase].alpha > LONGEST:
             raise ClusterError(f"collectives: {phase} takes {lines[phase]}, which no network does: check the units.")
     if "all_reduce" not in lines and not {"reduce_scatter", "all_gather"} <= set(lines):
         raise ClusterError("collectives must have all_reduce, or both reduce_scatter and all_gather.")

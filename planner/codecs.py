@@ -132,7 +132,7 @@ def codec(name: str) -> Codec:
                 return Dense(name, f"compress.Dense(torch.{kind})", bits / 32)
             case "sign":
                 return Dense(name, "compress.SignSGD()", 1 / 32)
-            case "topk":
+            case "topk" if 0 < float(option) <= 1:
                 return TopK(name, f"compress.TopK(density={option})", float(option))
             case "power" | "acp":
                 kind_name = {"power": "PowerSGD", "acp": "ACPSGD"}[kind]
@@ -148,9 +148,14 @@ def codec(name: str) -> Codec:
 
 def _rank(option: str) -> Rank:
     """8, 0.125 and 4.5x. Raises ValueError."""
-    if option.isdigit():
-        return int(option)
-    return option if option.endswith("x") and float(option[:-1]) > 1 else float(option)
+    if option.endswith("x"):
+        if not 1 < float(option[:-1]) < math.inf:
+            raise ValueError(option)
+        return option
+    rank = int(option) if option.isdigit() else float(option)
+    if not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
+        raise ValueError(option)
+    return rank
 
 
 def compressor(name: str) -> Any:

@@ -101,6 +101,21 @@ def test_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([*PLAN, "--cluster", "x.yaml", *OPTIONS], "leave --workers and --bandwidth out"),
         (["trace", "nowhere.py"], "There is no script nowhere.py"),
         (["dance"], "invalid choice: 'dance'"),
+        ([*PLAN, "--workers", "4", "--bandwidth", "-10Gbit"], "'-10Gbit' is not a bandwidth"),
+        ([*PLAN, "--workers", "4", "--bandwidth", "1.2.3Gbit"], "'1.2.3Gbit' is not a bandwidth"),
+        ([*PLAN, *OPTIONS, "--latency", "1e5s"], "A latency of 1e5s is that of no network"),
+        ([*PLAN, *OPTIONS, "--step-ms", "inf"], "must be above 0, and finite"),
+        ([*PLAN, *OPTIONS, "--sweep", "latency"], "invalid choice: 'latency'"),
+        ([*PLAN, *OPTIONS, "--sweep", "workers", "--picture", "x.nope"], "--picture must be a file that ends with"),
+        ([*PLAN, *OPTIONS, "--json", "/"], "--json / is a folder"),
+        ([*PLAN, *OPTIONS, "--json", "/proc/no/such.json"], "--json /proc/no/such.json cannot be written"),
+        ([*PLAN[:-1], "topk:2", *OPTIONS], "Compressor 'topk:2' is not known"),
+        ([*PLAN[:-1], "acp:0", *OPTIONS], "Compressor 'acp:0' is not known"),
+        ([*PLAN[:-1], "power:1.5", *OPTIONS], "Compressor 'power:1.5' is not known"),
+        (["probe"], "The probe could not begin"),
+        (["probe", "--device", "abacus"], "Device 'abacus' is not known"),
+        (["probe", "--seconds", "inf"], "--seconds must be above 0"),
+        (["trace", "--steps", "0", __file__], "steps must be at least 1"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +123,21 @@ def test_mistakes_get_one_sentence(arguments: list[str], says: str, capsys: pyte
         main(arguments)
     said = capsys.readouterr().err
     assert ended.value.code in (1, 2) and says in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]", "no JSON", '{"layers": [{"name": "a"}]}',
+        '{"name": "x", "layers": [{"name": "a", "shapes": [["x"]], "forward": 1, "backward": 1}]}',
+    ],
+)  # fmt: skip
+def test_a_profile_that_is_none_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "it.json").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", str(tmp_path / "it.json"), *OPTIONS])
+    said = capsys.readouterr().err
+    assert "it.json is no profile (" in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
