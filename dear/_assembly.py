@@ -24,7 +24,7 @@ from dear._replicated import ReplicatedUpdate
 from dear._schedule import Schedule
 from dear._sharded import ShardedUpdate
 from dear._update import Request, Update
-from dear.collectives import Algorithm, group_timeout
+from dear.collectives import Algorithm, group_timeout, make_lane
 from dear.compression import Compressor, Site, Uncompressed
 
 REDUCES, GATHERS = "reduce-scatter", "all-gather"  # lanes
@@ -143,6 +143,14 @@ class Ground:
                 self.group, name, self.algorithm, timeout, self.nodes, reduces=name == REDUCES
             )
         return self.lanes[name]
+
+    def lanes_by_phase(self, all_to_all: bool) -> dict[str, _C.Lane]:
+        """Those of the dense phases, and where it is asked for one of all-to-alls, which is nobody else's. Collective."""
+        found = {"reduce_scatter": self._lane(REDUCES), "all_gather": self._lane(GATHERS)}
+        if all_to_all:
+            timeout = group_timeout(self.group, self.device)
+            found["all_to_all"] = make_lane(self.group, "probe", self.algorithm, timeout, all_to_all=True)
+        return found
 
     def let_go_of_lanes(self, setting: Setting | None) -> None:
         """Of those that the setting does not use; of all where there is none."""

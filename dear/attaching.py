@@ -107,11 +107,6 @@ def attach(
         known: dict[str, Any] = {"the compressor": None}
         chooser, given = _chooser_of(compressor)
         if chooser is not None:
-            if preconditioner is not None or hierarchy is not None:
-                raise ValueError(
-                    'compressor="auto" chooses among methods without a preconditioner and on one level: leave '
-                    "preconditioner and hierarchy out, or leave compressor out."
-                )
             known = chooser.check_new(model, "dear.attach()")
         if given is not None:
             check_kind(given, "dear.attach()")
@@ -160,6 +155,7 @@ def attach(
             _check_equal(model)
         engine = Engine(ground.assemble(setting), overlap_forward=overlap_forward, check_replicas=check_replicas)
         for chooser, steering in choosers:
+            steering.ground = ground
             steering.begin(engine, chooser)
     return engine
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
-from dear import _ddp
+from dear import _C, _ddp
 from dear._assembly import STRATEGIES, Ground, Setting
 from dear._context import StepContext, ordinary
 from dear._look_again import overlapping
@@ -131,7 +131,10 @@ class Steering:
     # --- what may be chosen ---
 
     def updates(self, compresses: bool) -> list[str]:
-        """The update strategies that can serve the optimizer, ``"ddp"`` among them unless the user named one."""
+        """The update strategies that can serve the optimizer, ``"ddp"`` among them unless the user named one. A
+        preconditioner stays where it is."""
+        if self.ground.preconditioner is not None:
+            return [] if compresses else [self.setting.update]
         request = self._request(compresses)
         if self._update != "auto":
             named = STRATEGIES[self._update]
@@ -142,6 +145,10 @@ class Steering:
     def _request(self, compresses: bool) -> Request:
         model = self.ground.model
         return Request(self.optimizers, compresses, overlapping(_ddp.parameter_names(model)))
+
+    def lanes(self, all_to_all: bool) -> dict[str, _C.Lane]:
+        """What exchanges move in, by phase, to be measured: of two levels where the engine's are. Collective."""
+        return self.ground.lanes_by_phase(all_to_all)
 
     # --- what it may do, at a step boundary ---
 

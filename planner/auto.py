@@ -205,7 +205,9 @@ class Auto:
         compressing = steering.updates(compresses=True) if methods else []
         phases = [*PHASES, "all_to_all"] if compressing else PHASES
         try:
-            network = self._instruments.network(ground.group, ground.device, phases)
+            lanes = steering.lanes(all_to_all=bool(compressing))
+            network = self._instruments.network(ground.group, ground.device, phases, lanes)
+            del lanes
         except ValueError as error:  # the same on every rank
             return [], str(error).rstrip(".")
         machine = self._instruments.machine(ground.group, ground.device)

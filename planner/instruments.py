@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
+
+from dear import _C
 
 from .codecs import Cost
 from .devices import PASSES
@@ -34,15 +36,17 @@ class Instruments:
     def stopwatch(self, model: DDP, device: torch.device) -> Stopwatch:
         return Stopwatch(model, device)
 
-    def network(self, group: dist.ProcessGroup, device: torch.device, phases: Sequence[str]) -> Network:
-        """Measured lines of these collectives, by the fastest of a few repeats: what else the machine does is not the
-        network's. Collective; the same on every rank.
+    def network(
+        self, group: dist.ProcessGroup, device: torch.device, phases: Sequence[str], lanes: Mapping[str, _C.Lane]
+    ) -> Network:
+        """Measured lines of these collectives, in these lanes by phase where there are some, by the fastest of a few
+        repeats: what else the machine does is not the network's. Collective; the same on every rank.
 
         Raises:
             ValueError: times follow no line twice, as where a link stalls; on every rank.
         """
         for attempt in range(ATTEMPTS):
-            times = measure(group, device, SIZES, phases, BUDGET, REPEATS, min)
+            times = measure(group, device, SIZES, phases, BUDGET, REPEATS, min, lanes)
             try:
                 return measured(group.size(), fitted(times))
             except ValueError:

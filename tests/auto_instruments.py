@@ -50,7 +50,7 @@ class Prescribed(Instruments):
 
         return Watch(own_layers(model)[self.skipped :], self.seconds)
 
-    def network(self, group, device, phases) -> Network:
+    def network(self, group, device, phases, lanes) -> Network:
         if self.wrong:
             raise ValueError(self.wrong)
         return flat(self.line, group.size())

@@ -167,7 +167,7 @@ def measures(rank, world):
     instruments = Instruments()
     group, device = torch.distributed.group.WORLD, torch.device("cpu")
     machine = instruments.machine(group, device)
-    network = instruments.network(group, device, ["all_reduce", "reduce_scatter", "all_gather"])
+    network = instruments.network(group, device, ["all_reduce", "reduce_scatter", "all_gather"], {})
     return machine, network
 
 
