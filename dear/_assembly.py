@@ -145,7 +145,7 @@ class Ground:
         return self.lanes[name]
 
     def lanes_by_phase(self, all_to_all: bool) -> dict[str, _C.Lane]:
-        """Those of the dense phases, and, where it is asked for, one of all-to-alls for the caller alone. Collective."""
+        """Those of the dense phases, and, where it is asked for, one of all-to-alls for the caller. Collective."""
         found = {"reduce_scatter": self._lane(REDUCES), "all_gather": self._lane(GATHERS)}
         if all_to_all:
             timeout = group_timeout(self.group, self.device)
