@@ -11,7 +11,7 @@ import logging
 import math
 import statistics
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -211,6 +211,9 @@ class Auto:
         except ValueError as error:  # the same on every rank
             return [], str(error).rstrip(".")
         machine = self._instruments.machine(ground.group, ground.device)
+        shapes = [shape for layer in everyone[ground.group.rank()].layers for shape in layer.shapes]
+        costs = self._instruments.codecs(ground.group, ground.device, methods if compressing else [], shapes)
+        machine = replace(machine, costs={**machine.costs, **costs})
         found: tuple[list[Predicted], str] = [], ""
         if self._decides:
             try:

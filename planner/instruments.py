@@ -12,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C
 
+from .codec_timing import measured_costs
 from .codecs import Cost
 from .devices import PASSES
 from .machine import Machine
 from .network import Network, measured
 from .probing import fitted, measure
+from .profile import Shape
 from .stopwatch import Stopwatch
 
 SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 22)  # bytes of the whole tensor
@@ -66,6 +68,13 @@ class Instruments:
         sent = 2 * (group.size() - 1) / group.size() * SIZES[-1]
         busy = (time.process_time() - begun) / sent
         return Machine(cores=cores(), exchange_cpu=busy, hook=HOOK, costs=costs)
+
+    def codecs(
+        self, group: dist.ProcessGroup, device: torch.device, names: Sequence[str], shapes: Sequence[Shape]
+    ) -> dict[str, Cost]:
+        """What compressors of these names cost this rank on such gradients, by name; on another device than the host
+        nothing is measured, and the memory's bandwidth tells."""
+        return measured_costs(names, group, shapes) if device.type == "cpu" else {}
 
 
 def cores() -> float:
