@@ -18,6 +18,7 @@ import dear
 from planner import cluster, profile, tracing
 from planner.__main__ import main
 from planner.cluster import ClusterError, described
+from planner.codecs import Cost, codec
 from planner.commands import info, probe
 from planner.models import built_in
 from planner.ranking import memory_bytes, rank, ways
@@ -157,6 +158,11 @@ def test_a_profile_that_is_none_is_refused(text: str, tmp_path: Path, capsys: py
         ({"collectives": {"all_gather": {"alpha": 0, "beta": 0}}}, "must have all_reduce, or both"),
         ({"collectives": {"all_reduce": {"alpha": 1, "beta": 8}}}, "which no network does"),
         ({"collectives": {"all_reduce": {"alpha": -1, "beta": 0}}}, "alpha must be a number, not -1"),
+        ({"compressors": ["bf16"]}, "compressors must be a mapping"),
+        ({"compressors": {"zip": {}}}, "compressors: compressor 'zip' is not known"),
+        ({"compressors": {"bf16": {"encode": 1e-10}}}, "bf16 must have encode, merge and decode"),
+        ({"compressors": {"bf16": {"encode": -1, "merge": 0, "decode": 0}}}, "encode must be a number, not -1"),
+        ({"compressors": {"bf16": {"encode": 1, "merge": 0, "decode": 0}}}, "which no machine does"),
     ],
 )
 def test_a_cluster_that_lies_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -181,7 +187,11 @@ def test_a_probe_measures_every_phase_alike_on_every_rank(pool2: Any, tmp_path: 
     first, second = pool2.run(probed)
     assert first == second and set(first) == {"all_reduce", "reduce_scatter", "all_gather", "all_to_all"}
     lines = {phase: cluster.AlphaBeta(*line) for phase, line in first.items()}
-    probe.write(tmp_path / "c.yaml", 2, lines, "a100")
+    costs = {"bf16": Cost(1e-10, 2e-10, 3e-10), "topk:0.01": Cost(4e-10, 0.0, 1e-10)}
+    probe.write(tmp_path / "c.yaml", 2, lines, "a100", costs)
+    machine = cluster.read(tmp_path / "c.yaml").machine()
+    assert machine.cost(codec("bf16")) == costs["bf16"] and machine.cost(codec("topk:0.01")) == costs["topk:0.01"]
+    assert machine.cost(codec("sign")) == cluster.device("a100").costs()["sign"], "what was not measured is predicted"
     assert cluster.read(tmp_path / "c.yaml").network().phases["all_reduce"][0].line == lines["all_reduce"]
 
 
