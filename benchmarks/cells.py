@@ -1,14 +1,14 @@
 """The loop that the benchmarks share: one cell after another, shown and stored as soon as it is there, and resumable.
 
-A cell is what is measured in one go: one number of workers, one rate, one plan. A benchmark hands over its plans and
-how one cell is measured; which cells there are, the network, progress, the JSON file and what of it is there already
-are taken care of here.
+A cell is what is measured in one go: one number of workers, one rate, one experiment. A benchmark hands over its
+experiments and how one cell is measured; which cells there are, the network, progress, the JSON file and what of it is
+there already are taken care of here. In the file an experiment stands under its former name, "plan".
 
     BENCHMARK = cells.Benchmark("training", measure, run_cell, show)
 
     parser = Parser(__package__, __doc__)
     cells.options(parser)                      # --workers --rates --network --backend --device --json --resume
-    measured = cells.main(BENCHMARK, parser.parse_args(), {"": Plan(...)})
+    measured = cells.main(BENCHMARK, parser.parse_args(), {"": Experiment(...)})
 """
 
 import argparse
@@ -34,20 +34,20 @@ from .network.rates import UNLIMITED
 from .progress import Part, Report
 from .worker import Worker, launched
 
-# What a second try adds to a plan when a candidate took its worker down: a finding, and no other plan.
+# What a second try adds to an experiment when a candidate took its worker down: a finding, and no other experiment.
 FOUND = "excluded"
 # What must be the same for two cells to stand in one file.
 SAME = ("benchmark", "schema", "commit", "machine", "versions")
-# Starts the workers of one cell, given its plan: launch.run_workers(...).
+# Starts the workers of one cell, given its experiment: launch.run_workers(...).
 RunCell = Callable[[Lab | Loopback, Any, Report], dict[str, Any]]
 AS_LAUNCHED = "as launched"  # by torchrun, mpirun or srun: the network is whatever connects the processes
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What distinguishes one benchmark from another. Plans are dataclasses of plain values.
+    """What distinguishes one benchmark from another. Experiments are dataclasses of plain values.
 
-    A plan's fields `backend` and `device`, where it has them, say what its workers' groups and tensors are.
+    An experiment's fields `backend` and `device`, where it has them, say what its workers' groups and tensors are.
     """
 
     name: str
@@ -99,20 +99,20 @@ class Store:
         store.payload["cells"] = list(store.resumed)
         return store
 
-    def find(self, where: Mapping[str, Any], plan: Any) -> dict[str, Any] | None:
-        """The cell that was resumed for this, if there is one. Raises Differs if it had another plan.
+    def find(self, where: Mapping[str, Any], experiment: Any) -> dict[str, Any] | None:
+        """The cell that was resumed for this, if there is one. Raises Differs if it had another experiment.
 
         where: what tells the cell from the others of the file; what is "" there, the cell does not have.
         """
         for cell in self.resumed:
             if any(cell.get(name, "") != value for name, value in where.items()):
                 continue
-            then, now = ({k: v for k, v in one.items() if k != FOUND} for one in (cell["plan"], asdict(plan)))
+            then, now = ({k: v for k, v in one.items() if k != FOUND} for one in (cell["plan"], asdict(experiment)))
             if then != now:
                 known = ", ".join(f"{name} {value}" for name, value in where.items() if value != "")
                 raise Differs(
-                    f"{self.path} holds {known}, with another plan ({difference(then, now)}), so it cannot be resumed: "
-                    "give the same options, or name another file with --json."
+                    f"{self.path} holds {known}, with another experiment ({difference(then, now)}), so it cannot be "
+                    "resumed: give the same options, or name another file with --json."
                 )
             return cell
         return None
@@ -120,14 +120,14 @@ class Store:
     def obtain(
         self,
         where: Mapping[str, Any],
-        plan: Any,
+        experiment: Any,
         part: Part,
         title: str,
         measure: Callable[[Report], dict[str, Any]],
         console: Console,
     ) -> dict[str, Any]:
         """The cell that the file holds already, or else one measured now, with `where` in it, and stored."""
-        cell = self.find(where, plan)
+        cell = self.find(where, experiment)
         if cell is not None:
             progress.resumed(console, f"{part}: {title}", part)
             return cell
@@ -175,14 +175,14 @@ def file_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the cells that the --json file holds already")
 
 
-def main(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Measures all cells, and returns them: every number of workers at every rate with every plan.
+def main(benchmark: Benchmark, given: argparse.Namespace, experiments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Measures all cells, and returns them: every number of workers at every rate with every experiment.
 
-    given: the options, those of `options` among them. A plan's name is in its cells as "variant"; one that needs no
-    name has an empty one. Where a launcher started this process, it is one worker, and only rank 0 has the cells.
+    given: the options, those of `options` among them. An experiment's name is in its cells as "variant"; one that needs
+    no name has an empty one. Where a launcher started this process, it is one worker, and only rank 0 has the cells.
     """
     with ended_by_a_sentence(given.json):
-        return (_as_launched if launched() else _on_a_network)(benchmark, given, plans)
+        return (_as_launched if launched() else _on_a_network)(benchmark, given, experiments)
 
 
 @contextmanager
@@ -203,7 +203,9 @@ def _open(benchmark: Benchmark, given: argparse.Namespace) -> Store:
     return Store.open(header, given.json, given.resume)
 
 
-def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _on_a_network(
+    benchmark: Benchmark, given: argparse.Namespace, experiments: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Starts the workers of every cell on the network asked for."""
     console, store, begun = terminal(), _open(benchmark, given), time.monotonic()
     cells: list[dict[str, Any]] = []
@@ -211,15 +213,19 @@ def _on_a_network(benchmark: Benchmark, given: argparse.Namespace, plans: Mappin
         with open_network(workers, given) as lab:
             console.print(lab.about)
             rates = lab.possible(given.rates)
-            total = len(given.workers) * len(rates) * len(plans)
+            total = len(given.workers) * len(rates) * len(experiments)
             place_of = partial(place, workers, node_size=lab.node_size)
-            todo = [(place_of(rate, lab.name, name), plan) for rate in rates for name, plan in plans.items()]
-            for where, plan in todo:
-                store.find(where, plan)  # what cannot be resumed is said before hours are spent on the others
-            for where, plan in todo:
+            todo = [
+                (place_of(rate, lab.name, name), experiment)
+                for rate in rates
+                for name, experiment in experiments.items()
+            ]
+            for where, experiment in todo:
+                store.find(where, experiment)  # what cannot be resumed is said before hours are spent on the others
+            for where, experiment in todo:
                 title = ", ".join(filter(None, [f"{workers} workers", where["rate"], where["variant"]]))
-                measure = partial(run_at, lab, where["rate"], benchmark.run_cell, plan)
-                cell = store.obtain(where, plan, Part(len(cells) + 1, total), title, measure, console)
+                measure = partial(run_at, lab, where["rate"], benchmark.run_cell, experiment)
+                cell = store.obtain(where, experiment, Part(len(cells) + 1, total), title, measure, console)
                 benchmark.show(cell, console)
                 cells.append(cell)
     console.print(f"Cells: {len(cells)}, in {(time.monotonic() - begun) / 60:.1f} min.", highlight=False)
@@ -240,18 +246,20 @@ def open_network(workers: int, given: argparse.Namespace) -> Lab | Loopback:
 
 
 def place(workers: int, rate: str, network: str, variant: str, node_size: int = 1) -> dict[str, Any]:
-    """What tells a cell from the others, where cells differ in network, rate and plan."""
+    """What tells a cell from the others, where cells differ in network, rate and experiment."""
     nodes = {"node_size": node_size if node_size > 1 else ""}
     return {"workers": workers, "rate": rate, "network": network, "variant": variant} | nodes
 
 
-def run_at(lab: Lab | Loopback, rate: str, run_cell: RunCell, plan: Any, report: Report) -> dict[str, Any]:
+def run_at(lab: Lab | Loopback, rate: str, run_cell: RunCell, experiment: Any, report: Report) -> dict[str, Any]:
     """Runs a cell with the links of the lab limited to that rate."""
     lab.set_rate(rate)
-    return run_cell(lab, plan, report)
+    return run_cell(lab, experiment, report)
 
 
-def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _as_launched(
+    benchmark: Benchmark, given: argparse.Namespace, experiments: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Every process is a worker already, on the network as it is; rank 0 also shows and stores."""
     try:
         worker = Worker(given.backend, given.device)
@@ -259,12 +267,12 @@ def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping
         fail(f"These processes cannot join one another: {error}")
     console = terminal() if worker.rank == 0 else Console(quiet=True)
     store, problem = Store({"cells": []}), None
-    places = {name: place(worker.world, UNLIMITED, AS_LAUNCHED, name) for name in plans}
+    places = {name: place(worker.world, UNLIMITED, AS_LAUNCHED, name) for name in experiments}
     if worker.rank == 0:
         try:
             store = _open(benchmark, given)
-            for name, plan in plans.items():
-                store.find(places[name], plan)
+            for name, experiment in experiments.items():
+                store.find(places[name], experiment)
         except Differs as error:
             problem = str(error)
     store.resumed, problem = worker.gather((store.resumed, problem))[0]  # only rank 0 needs to see the file
@@ -272,13 +280,13 @@ def _as_launched(benchmark: Benchmark, given: argparse.Namespace, plans: Mapping
         worker.leave()
         raise SystemExit(1) if worker.rank else Differs(problem)
     cells = []
-    for number, (name, plan) in enumerate(plans.items(), 1):
+    for number, (name, experiment) in enumerate(experiments.items(), 1):
 
-        def measure(report: Report, plan: Any = plan) -> dict[str, Any]:
-            return benchmark.measure(worker, asdict(plan), report)
+        def measure(report: Report, experiment: Any = experiment) -> dict[str, Any]:
+            return benchmark.measure(worker, asdict(experiment), report)
 
         title = ", ".join(filter(None, [AS_LAUNCHED, name]))
-        cells.append(store.obtain(places[name], plan, Part(number, len(plans)), title, measure, console))
+        cells.append(store.obtain(places[name], experiment, Part(number, len(experiments)), title, measure, console))
         if worker.rank == 0:
             benchmark.show(cells[-1], console)
     worker.leave()

@@ -10,7 +10,7 @@ from .network.ranks import Launch, name_of, named
 from .progress import Report, Step
 from .worker import Worker
 
-# A worker's part of a benchmark: itself, the plan, how it reports; the result is rank 0's.
+# A worker's part of a benchmark: itself, the experiment, how it reports; the result is rank 0's.
 Measure = Callable[[Worker, dict[str, Any], Report], dict[str, Any]]
 
 
@@ -24,11 +24,11 @@ class WorkersFailed(RuntimeError):
 
 
 def run_workers(
-    lab: Lab | Loopback, measure: Measure, plan: Any, report: Report, timeout: float, launch: Launch | None = None
+    lab: Lab | Loopback, measure: Measure, experiment: Any, report: Report, timeout: float, launch: Launch | None = None
 ) -> dict[str, Any]:
     """Runs `measure`, which must stand at the top of a module, on every worker of an open lab.
 
-    `plan` is a dataclass of plain values. With `launch`, it is another launcher that starts the workers. Raises
+    `experiment` is a dataclass of plain values. With `launch`, it is another launcher that starts the workers. Raises
     WorkersFailed when the workers end, or are ended after `timeout` seconds, without a result.
     """
     doing = ""
@@ -40,27 +40,37 @@ def run_workers(
             report(step.done, step.total, doing)
 
     try:
-        work = name_of(measure), asdict(plan)
+        work = name_of(measure), asdict(experiment)
         return lab.call(_work, *work, timeout=timeout, on_line=follow, launch=launch)[0]  # type: ignore[no-any-return]
     except (RuntimeError, TimeoutError, OSError) as error:
         raise WorkersFailed(_short(str(error)), doing) from error
 
 
-def run_surviving(plan: Any, candidates: Sequence[str], run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """`run(plan)`; a candidate that takes its worker down is left out of a second try, and its row says why.
+def run_or_tell(
+    lab: Lab | Loopback, measure: Measure, experiment: Any, report: Report, timeout: float
+) -> dict[str, Any]:
+    """As run_workers, of one candidate alone: that its workers end without a result is a result too."""
+    try:
+        return run_workers(lab, measure, experiment, report, timeout)
+    except WorkersFailed as error:
+        return {"plan": asdict(experiment), "workers": lab.workers, "failure": str(error)}
 
-    What workers say they are doing must end in the candidate's name. `plan` is a dataclass whose `excluded` holds the
-    candidates that are left out, and why. Raises WorkersFailed where none of them is the cause.
+
+def run_surviving(experiment: Any, candidates: Sequence[str], run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """`run(experiment)`; a candidate that takes its worker down is left out of a second try, and its row says why.
+
+    What workers say they are doing must end in the candidate's name. `experiment` is a dataclass whose `excluded` holds
+    the candidates that are left out, and why. Raises WorkersFailed where none of them is the cause.
     """
     while True:
         try:
-            return run(plan)
+            return run(experiment)
         except WorkersFailed as error:
             culprit = (error.doing.split() or [""])[-1]
-            if culprit not in candidates or culprit in plan.excluded:
+            if culprit not in candidates or culprit in experiment.excluded:
                 raise
             why = f"took its worker down while {error.doing}: {error.reason}"
-            plan = replace(plan, excluded={**plan.excluded, culprit: why})
+            experiment = replace(experiment, excluded={**experiment.excluded, culprit: why})
 
 
 def _short(text: str) -> str:
@@ -69,9 +79,9 @@ def _short(text: str) -> str:
     return " ... ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else "no reason given"
 
 
-def _work(rank: int, world_size: int, measure: str, plan: dict[str, Any]) -> dict[str, Any]:
+def _work(rank: int, world_size: int, measure: str, experiment: dict[str, Any]) -> dict[str, Any]:
     """The other end of run_workers."""
-    worker = Worker(plan.get("backend", "gloo"), plan.get("device", "cpu"))
-    result = named(measure)(worker, plan, lambda done, total, doing: progress.write(Step(done, total, doing)))
+    worker = Worker(experiment.get("backend", "gloo"), experiment.get("device", "cpu"))
+    result = named(measure)(worker, experiment, lambda done, total, doing: progress.write(Step(done, total, doing)))
     worker.leave()
     return result if rank == 0 else {}

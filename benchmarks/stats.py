@@ -1,7 +1,7 @@
 """The statistics that every table uses, beside those that numpy and the standard library have."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,15 @@ def share_of_others(machine: float, own: float, wall: float, cpus: int | None) -
     None where nothing was timed, or where the machine did not say how many it has, as in older results.
     """
     return max(0.0, machine - own) / (wall * cpus) if wall and cpus else None
+
+
+def taken_meanwhile(cells: Iterable[dict[str, Any]]) -> float | None:
+    """The share that others took of cells which one process measured (worker.accounted), 0 to 1; None where unknown."""
+    known = [(*cell["user_s"], cell["wall_s"], cell["cpus"]) for cell in cells if cell.get("user_s")]
+    if not known:
+        return None
+    machine, own, wall, (cpus, *_) = zip(*known, strict=True)
+    return share_of_others(sum(machine), sum(own), sum(wall), cpus)
 
 
 # Strategies of a cell of the training benchmark

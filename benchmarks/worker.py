@@ -5,8 +5,8 @@ import importlib
 import os
 import re
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 import dear
 from dear.launch import detect
 
+from . import records
 from .network.ranks import end_at_once
 
 T = TypeVar("T")
@@ -121,6 +122,18 @@ def user_seconds() -> tuple[float, float] | None:
     except OSError:
         return None
     return (int(user) + int(nice)) / os.sysconf("SC_CLK_TCK"), os.times().user
+
+
+@contextmanager
+def accounted() -> Iterator[dict[str, Any]]:
+    """What a process by itself measures inside: at the end the dict has the processors that there are, the seconds that
+    went by, and the user-mode CPU seconds of the machine and of this process. What is left over, others have taken."""
+    found: dict[str, Any] = {}
+    user, begun = user_seconds(), time.perf_counter()
+    yield found
+    wall, after = time.perf_counter() - begun, user_seconds()
+    used = [b - a for a, b in zip(user, after, strict=True)] if user and after else None
+    found |= {"cpus": records.cpus(), "wall_s": wall, "user_s": used}
 
 
 def bytes_sent() -> int | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C, _ddp, preconditioning
-from dear._alone import LoneSchedule, is_alone
 from dear._attached import Attached, weakly
 from dear._bucket_order import BucketOrder
 from dear._fusion import MIB
@@ -49,7 +48,7 @@ class Setting:
 class Timetable(Protocol):
     """What the engine asks of a schedule; see :class:`dear._schedule.Schedule`."""
 
-    watches_forward: ClassVar[bool]
+    watches_forward: bool  # whether it is to be told when a forward pass begins and ends
     bucket_order: BucketOrder
     group_bytes: int
 
@@ -90,18 +89,21 @@ class Ground:
 
     def assemble(self, setting: Setting) -> Parts:
         """Makes the parts; the model's communication hook is free. Collective."""
-        return self._plain(setting) if setting.update == PlainUpdate.kind else self._scheduled(setting)
+        # Compressors and preconditioners change the training of a single rank, too.
+        alone = self.group.size() == 1 and setting.compressor is None and self.preconditioner is None
+        leaves_ddp_alone = alone or setting.update == PlainUpdate.kind
+        return self._plain(setting) if leaves_ddp_alone else self._scheduled(setting)
 
     def _plain(self, setting: Setting) -> Parts:
-        attached = self._attached(NoScheduler(), self._lane(GATHERS))  # type: ignore[arg-type] # it has what is asked of one
+        attached = self._attached(setting, NoScheduler(), self._lane(GATHERS))  # type: ignore[arg-type] # it has what is asked of one
         update = PlainUpdate(attached)
-        return Parts(attached, PlainSchedule(attached, setting.bucket_cap_mb), update)
+        return Parts(attached, PlainSchedule(attached, update, setting.bucket_cap_mb), update)
 
     def _scheduled(self, setting: Setting) -> Parts:
         strategy = STRATEGIES[setting.update]
         gather_lane, reduce_lane = self._lane(GATHERS), self._lane(REDUCES)
         scheduler = _C.Scheduler(reduce_lane, gather_lane, strategy.gathers_gradients)
-        attached = self._attached(scheduler, gather_lane)
+        attached = self._attached(setting, scheduler, gather_lane)
         optimizers = [user.optimizer for user in self.users]
         if setting.compressor is not None:
             lanes = [reduce_lane, gather_lane]
@@ -118,10 +120,9 @@ class Ground:
             )  # fmt: skip
         update = strategy(attached)
         attached.barrier.finish = update.finish
-        schedule = (LoneSchedule if is_alone(attached) else Schedule)(attached, update, setting.bucket_cap_mb)
-        return Parts(attached, schedule, update)
+        return Parts(attached, Schedule(attached, update, setting.bucket_cap_mb), update)
 
-    def _attached(self, scheduler: _C.Scheduler, gather_lane: _C.Lane) -> Attached:
+    def _attached(self, setting: Setting, scheduler: _C.Scheduler, gather_lane: _C.Lane) -> Attached:
         return Attached(
             model=self.model,
             users=list(self.users),
@@ -129,6 +130,7 @@ class Ground:
             device=self.device,
             params=_ddp.reduced_parameters(self.model),
             names=_ddp.parameter_names(self.model),
+            update=setting.update,
             scheduler=scheduler,
             gather_lane=gather_lane,
             barrier=Barrier(),

@@ -38,6 +38,7 @@ class Attached:
     device: torch.device
     params: list[Param]  # those that DDP's reducer knows, in the model's order
     names: dict[Param, str]  # of all parameters of the model
+    update: str  # which strategy, by the name that the setting has for it
     scheduler: _C.Scheduler
     gather_lane: _C.Lane
     barrier: Barrier

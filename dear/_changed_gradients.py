@@ -1,8 +1,12 @@
 """Whether an optimizer's step changes the gradients that it is given, as torch's foreach SGD with nesterov does.
 
 Local gradients cannot follow such a change, so every rank must know of it before it adds to them. A rank that owns
-nothing of a parameter group, or nothing that is used, sees nothing of its update. It is told by the others, at the end
-of the group's first update, and again whenever one of the group's switches was set.
+nothing of a parameter group, or nothing that is used, sees nothing of its update.
+
+- Torch's own steps change all gradients of a group or none, as its switches say. A rank that does not see it is told by
+  the others, at the end of the group's first update, and again whenever one of the switches was set.
+- A step of the user's own may do so at any time, on one rank alone, and through ``.data``, which no version counter
+  shows. So it counts as changing all of them, each time.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from dear import _ddp
 from dear._attached import Attached
 from dear._layout import Layout, Place, Segment
+from dear._own_steps import has_own_step
 from dear._sharded_gradients import ShardedGradients
 
 _IDLE, _LEFT, _CHANGED = range(3)  # what this rank's part of an update did with a group's gradients
@@ -26,6 +31,7 @@ class ChangedGradients:
 
     def __init__(self, attached: Attached, gradients: ShardedGradients) -> None:
         self._attached, self._gradients = attached, gradients
+        self._own = [has_own_step(user.optimizer) for user in attached.users]
         self._seen: dict[int, int] = {}  # by parameter group, in this step
         self._cut: Sequence[Segment] | None = None  # what the next one is of
         self._unseen: list[list[int]] = []  # by optimizer: its groups whose updates some rank may not see
@@ -36,7 +42,16 @@ class ChangedGradients:
         """Inside, an optimizer updates these segments."""
         grads = [(segment.group, segment.tensor.grad) for segment in segments if segment.tensor.grad is not None]
         versions = [grad._version for _, grad in grads]
-        yield
+        owned = [segment.tensor.grad for segment in segments]
+        try:
+            yield
+        finally:
+            dropped = _put_back(segments, [segment.tensor.grad for segment in segments], owned)
+        if dropped:
+            raise RuntimeError(
+                "An optimizer's step() has set the .grad of a parameter to None, which other ranks do not see with "
+                'update="sharded" or "owned": leave that to optimizer.zero_grad(), or use update="replicated".'
+            )
         for (group, grad), before in zip(grads, versions, strict=True):
             found = _LEFT if grad._version == before else _CHANGED
             self._seen[group] = max(found, self._seen.get(group, _IDLE))
@@ -48,6 +63,9 @@ class ChangedGradients:
         """
         seen, self._seen = self._seen, {}
         groups = self._attached.users[number].optimizer.param_groups
+        if self._own[number]:
+            self._gradients.changed_by_update({param for group in groups for param in group["params"]})
+            return
         if self._cut is not segments:
             self._cut, self._unseen = segments, self._find_unseen()
         unseen = self._unseen[number]
@@ -78,6 +96,22 @@ class ChangedGradients:
                     found.update(rank for rank in ranks if rank not in found and _owns(layout, rank, place))
             unseen.append([index for index, found in owners.items() if everywhere or len(found) < attached.world])
         return unseen
+
+
+def _put_back(
+    segments: Sequence[Segment], found: Sequence[torch.Tensor | None], owned: Sequence[torch.Tensor | None]
+) -> bool:
+    """What the update has put in the place of a gradient goes into that gradient; whether it has dropped one."""
+    dropped = False
+    for segment, now, before in zip(segments, found, owned, strict=True):
+        if now is before or before is None:
+            continue
+        segment.tensor.grad = before
+        dropped |= now is None
+        if now is not None:
+            with torch.no_grad():
+                before.copy_(now)
+    return dropped
 
 
 def _owns(layout: Layout, rank: int, place: Place) -> bool:

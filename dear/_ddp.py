@@ -50,6 +50,11 @@ def check_hookable(model: DDP) -> None:
     Raises:
         ValueError, RuntimeError: one sentence that says what is wrong and what to do.
     """
+    if getattr(model, ENGINE, None):
+        raise RuntimeError(
+            "This DDP module is attached already, and DDP takes only one communication hook: pass a compressor to "
+            "dear.attach(), or call engine.detach() first."
+        )
     if has_hook(model):
         raise RuntimeError(
             "This DDP module has a communication hook already, and DDP takes only one: use a module on which "

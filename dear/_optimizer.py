@@ -12,7 +12,7 @@ import operator
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,13 @@ _GLOBAL_HOOKS: Any = (_all_optimizers._global_optimizer_pre_hooks, _all_optimize
 
 Groups = list[dict[str, Any]]
 Step = Callable[[Callable[[], Any] | None], Any]
+
+_ABSENT = object()
+# What an update exchanges for its time, and methods.
+_EXCHANGED = {
+    "param_groups", "state", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "step", "zero_grad",
+    "_opt_called",
+}  # fmt: skip
 
 # Exact types: a subclass may override step(). Their update of an element depends on that element alone.
 ELEMENTWISE = {
@@ -139,11 +146,34 @@ class UserOptimizer:
         def copied(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return value.clone()
-            return list(value) if isinstance(value, list) else value
+            if isinstance(value, list):
+                return list(value)
+            if isinstance(value, tuple) and any(isinstance(each, torch.Tensor) for each in value):  # betas may be
+                return tuple(map(copied, value))
+            return value
 
         return [{key: copied(value) for key, value in group.items()} for group in self.optimizer.param_groups]
 
-    def run(self, groups: Groups, state: Any) -> None:
+    def attributes(self) -> dict[str, Any]:
+        """What else stands in the optimizer: GradScaler leaves something there for one step alone."""
+        return {name: value for name, value in vars(self.optimizer).items() if name not in _EXCHANGED}
+
+    @contextlib.contextmanager
+    def with_attributes(self, noted: dict[str, Any]) -> Iterator[None]:
+        """Inside, the optimizer has these, as they were noted."""
+        now = self.attributes()
+        other = {name for name in now.keys() | noted.keys() if now.get(name, _ABSENT) is not noted.get(name, _ABSENT)}
+        if not other:
+            yield
+            return
+        own = vars(self.optimizer)
+        _put(own, other, noted)
+        try:
+            yield
+        finally:
+            _put(own, other, now)
+
+    def run(self, groups: Groups, state: Any, closure: Callable[[], Any] | None = None) -> None:
         """One step on these groups with this state, without the user's hooks.
 
         Raises:
@@ -153,12 +183,12 @@ class UserOptimizer:
         kept = self.optimizer.param_groups, self.optimizer.state
         self.optimizer.param_groups, self.optimizer.state = groups, state
         device = groups[0]["params"][0].device
-        before = _generators(device) if self.is_first_update else []
+        before = generators(device) if self.is_first_update else []
         try:
-            self.run_all(None)
+            self.run_all(closure)
         finally:
             self.optimizer.param_groups, self.optimizer.state = kept
-        if self.is_first_update and not all(map(torch.equal, before, _generators(device))):
+        if self.is_first_update and not all(map(torch.equal, before, generators(device))):
             raise RuntimeError(
                 f"{type(self.optimizer).__name__}.step() draws random numbers, and each rank would draw others for the "
                 'parameters that it updates: use update="replicated".'
@@ -198,7 +228,14 @@ class UserOptimizer:
         return result
 
 
-def _generators(device: torch.device) -> list[torch.Tensor]:
+def _put(attributes: dict[str, Any], names: set[str], values: dict[str, Any]) -> None:
+    for name in names:
+        attributes.pop(name, None)
+        if name in values:
+            attributes[name] = values[name]
+
+
+def generators(device: torch.device) -> list[torch.Tensor]:
     """The states of the default generators that an update there may draw from."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -17,6 +17,7 @@ from dear._assignment import Assignment, Unit, balanced_group_bytes
 from dear._attached import Attached, Param
 from dear._layout import Layout
 from dear._optimizer import ELEMENTWISE
+from dear._own_steps import has_own_step
 from dear._sharded import ShardedUpdate
 from dear._update import Request
 from dear._whole import declares_whole, stays_whole, update_cost
@@ -52,7 +53,10 @@ class OwnedUpdate(ShardedUpdate):
 
     @classmethod
     def suits(cls, request: Request) -> bool:
-        known = all(declares_whole(each) or type(each) in ELEMENTWISE for each in request.optimizers)
+        known = all(
+            declares_whole(each) or (type(each) in ELEMENTWISE and not has_own_step(each))
+            for each in request.optimizers
+        )
         return known and super().suits(request)
 
     @classmethod
@@ -89,6 +93,10 @@ class OwnedUpdate(ShardedUpdate):
         costs = self._assignment.costs
         total = sum(costs)
         return super().stats() | {"update_balance": max(costs) * len(costs) / total if total else 1.0}
+
+
+def _is_known(optimizer: optim.Optimizer) -> bool:
+    return declares_whole(optimizer) or (type(optimizer) in ELEMENTWISE and not has_own_step(optimizer))
 
 
 class _Requirements:

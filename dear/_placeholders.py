@@ -91,8 +91,9 @@ class LocalGrad(torch.Tensor):
             return answer
         raise RuntimeError(
             f"{_called(func)} was called on a .grad that is this worker's own, because with "
-            'update="sharded" or "owned" the average exists only in shards: ask for norms, scale or clamp in place, '
-            'use dear.attach(..., update="replicated"), or call zero_grad() before the model is converted or moved.'
+            'update="sharded" or "owned" the average exists only in shards: give dear.attach() every optimizer that '
+            'steps, ask for norms, scale or clamp in place, use dear.attach(..., update="replicated"), or call '
+            "zero_grad() before the model is converted or moved."
         )
 
     @classmethod

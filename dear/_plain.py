@@ -1,7 +1,8 @@
-"""The setting ``"ddp"``: DistributedDataParallel reduces by itself under backward, and nothing is left for later.
+"""DDP is left alone: it reduces by itself under backward, and nothing is left for later.
 
-Where a network is so fast that DDP hides its all-reduce, taking it apart wins nothing. The engine stays what it is for
-the user: it steps the optimizer, clips, and saves and loads its state.
+So it is with the setting ``"ddp"``: where a network is so fast that DDP hides its all-reduce, taking it apart wins
+nothing. And so a single rank trains whatever its setting, since its own gradients are the averages. The engine stays
+what it is for the user: it steps the optimizer, clips, and saves and loads its state.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from dear._bucket_order import BucketOrder
 from dear._fusion import MIB
 from dear._grads import Found, Grads
 from dear._layout import Layout
+from dear._look_again import Facts
 from dear._placeholders import Placeholders
+from dear._schedule import adopt_changes
 from dear._update import Update, bytes_of
 
 
@@ -83,19 +86,22 @@ class PlainUpdate(Update):
 
     def stats(self) -> dict[str, Any]:
         states = (values for user in self.attached.users for values in user.optimizer.state.values())
-        return {"optimizer_state_bytes": bytes_of(states)}
+        return {"optimizer_state_bytes": bytes_of(states), "update_balance": 1.0}
 
     def release(self) -> None: ...
 
 
 class PlainSchedule:
-    """DDP's own reducer, at another bucket size; see :class:`dear._assembly.Timetable`."""
+    """DDP's own reducer, with buckets of another size; see :class:`dear._assembly.Timetable`.
 
-    watches_forward: ClassVar[bool] = True  # another schedule may take its place
+    A single rank reduces nothing and keeps its setting, so its reducer and its forward pass are left as they are.
+    """
 
-    def __init__(self, attached: Attached, bucket_cap_mb: float) -> None:
+    def __init__(self, attached: Attached, update: PlainUpdate, bucket_cap_mb: float) -> None:
         """Collective."""
-        self._attached = attached
+        self._attached, self._update = attached, update
+        self.watches_forward = attached.world > 1  # another schedule may take its place
+        self._facts = Facts(attached.model, attached.names, attached.params)
         self._former_options = _ddp.reducer_options(attached.model)
         self.bucket_order = BucketOrder(attached)  # that of the last layout, and of the next one
         self.group_bytes = int(bucket_cap_mb * MIB)
@@ -108,14 +114,15 @@ class PlainSchedule:
     @group_bytes.setter
     def group_bytes(self, value: int) -> None:
         self._group_bytes = value
-        options = _ddp.ReducerOptions(value, value, self._former_options.views)
-        _ddp.rebuild_reducer(self._attached.model, options, self._attached.params)
+        self._rebuild(_ddp.ReducerOptions(value, value, self._former_options.views))
+
+    def _rebuild(self, options: _ddp.ReducerOptions) -> None:
+        if self._attached.world > 1:
+            _ddp.rebuild_reducer(self._attached.model, options, self._attached.params)
 
     def look_again(self) -> None:
-        """The optimizer may have other parameters or groups."""
-        for user in self._attached.users:
-            if user.has_other_members():
-                user.note_members()
+        """As :meth:`dear._schedule.Schedule.look_again`."""
+        adopt_changes(self._attached, self._update, self._facts)
 
     def unclaimed(self) -> None: ...
 
@@ -127,4 +134,4 @@ class PlainSchedule:
 
     def restore_reducer(self) -> None:
         """Gives DDP the reducer it had. Collective."""
-        _ddp.rebuild_reducer(self._attached.model, self._former_options, self._attached.params)
+        self._rebuild(self._former_options)

@@ -1,11 +1,14 @@
-"""Replicas compared: every so many steps, a checksum of each parameter goes round, and ranks that differ are named.
+"""Replicas compared: every so many steps, a checksum of each parameter and one of the optimizers' options go round, and
+ranks that differ are named.
 
 Replicas are equal by construction. What parts them comes from outside: a parameter changed on one rank only, a damaged
-memory, a loaded checkpoint that was not the same everywhere. Training goes on without an error then, and is of no use.
+memory, a loaded checkpoint that was not the same everywhere, a learning rate that follows a loss of one rank's own.
+Training goes on without an error then, and is of no use.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from typing import Any
 
@@ -14,6 +17,8 @@ import torch
 from dear import _C
 from dear._attached import Attached
 from dear._context import StepContext, ordinary
+from dear._objects import all_gather_object
+from dear._options import options_of
 from dear.collectives import shard_range
 
 
@@ -28,15 +33,19 @@ def check_interval(steps: Any) -> None:
 
 
 def check_replicas(attached: Attached, step: int) -> None:
-    """Compares the parameters of all ranks, after waiting for them. Collective, at a step boundary.
+    """Compares the parameters of all ranks, after waiting for them, and the options of their optimizers. Collective, at
+    a step boundary.
 
     Raises:
         RuntimeError: they are not equal, bit for bit; on every rank. It names the ranks that differ from most of them,
-            or from rank 0 where as many have one value as another, and the first such parameter.
+            or from rank 0 where as many have one value as another, and the first such parameter or option.
     """
     attached.synchronize()
+    options = options_of([user.optimizer for user in attached.users])
     with ordinary(StepContext(attached.device, grad=False)):
-        rows = _gather(attached, _C.checksums(attached.params))
+        rows = _gather(attached, [*_C.checksums(attached.params), zlib.crc32(repr(options).encode())])
+        if len({row[-1] for row in rows}) > 1:
+            _raise_other_options(attached, options, step)
     common = Counter(rows).most_common(1)[0][0]  # the first of those that are as common
     others = [rank for rank, row in enumerate(rows) if row != common]
     if not others:
@@ -50,6 +59,19 @@ def check_replicas(attached: Attached, step: int) -> None:
         f"The replicas differ after step {step}: {who} another {attached.names[differing[0]]}{more} than the "
         "rest; load the same checkpoint on every rank, and look for code that changes parameters on some ranks only."
     )
+
+
+def _raise_other_options(attached: Attached, options: dict[str, Any], step: int) -> None:
+    """Collective."""
+    everyone = all_gather_object(attached.gather_lane, options, "the options of the optimizers", attached.device)
+    for rank, theirs in enumerate(everyone):
+        for name in sorted(options.keys() | theirs.keys()):
+            if theirs.get(name) != everyone[0].get(name):
+                raise RuntimeError(
+                    f"Ranks 0 and {rank} have another {name} after step {step} ({everyone[0].get(name)!r} and "
+                    f"{theirs.get(name)!r}): set it alike on every rank, by what all ranks have, such as an averaged "
+                    "loss."
+                )
 
 
 def _gather(attached: Attached, sums: list[int]) -> list[tuple[int, ...]]:

@@ -19,6 +19,7 @@ from dear._grads import Found, Grads
 from dear._layout import Layout
 from dear._look_again import overlapping
 from dear._optimizer import Groups
+from dear._own_steps import has_own_step
 from dear._pending import unguarded
 from dear._placeholders import PendingGrad, Placeholders, pending_grad
 from dear._state_views import PendingState
@@ -36,8 +37,10 @@ class ReplicatedUpdate(Update):
         super().__init__(attached)
         # Parameters that share memory must be updated in order.
         self._in_order = overlapping(attached.names) is not None
+        self._own_step = has_own_step(attached.user.optimizer)
         self._to_update: set[int] = set()  # fusion groups whose update is still to come
         self._groups: Groups = []  # of the optimizer, as they were at step()
+        self._attributes: dict[str, Any] = {}  # likewise
         self._context = StepContext(attached.device)
         self._versions: list[int] | None = None  # of the averages, before a pass that is not reduced
         self.state_was_loaded(0)
@@ -117,7 +120,7 @@ class ReplicatedUpdate(Update):
             attached.user.run_all(None)
             attached.user.is_first_update = False
             return
-        self._groups = attached.user.groups()
+        self._groups, self._attributes = attached.user.groups(), attached.user.attributes()
         self._context = StepContext.here(attached.device)
         self._to_update = set(attached.order)
         attached.barrier.close(attached.order)
@@ -128,7 +131,7 @@ class ReplicatedUpdate(Update):
 
     def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:
         """For optimizers whose update of one parameter may depend on others, or that evaluate the closure again."""
-        if self.attached.user.updates_one_by_one and not self._in_order:
+        if self.attached.user.updates_one_by_one and not self._in_order and not self._own_step:
             return False, None
 
         def finish() -> None:
@@ -179,7 +182,8 @@ class ReplicatedUpdate(Update):
                 memory.grad = grads[param]
                 if param in view:
                     state[memory] = view[param]
-            user.run(groups, state)
+            with user.with_attributes(self._attributes):
+                user.run(groups, state)
             for param, memory in updated.items():
                 if memory in state:
                     view[param] = state[memory]

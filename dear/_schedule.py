@@ -18,7 +18,6 @@ resuming takes another branch of the model. With a static graph DDP would note t
 from __future__ import annotations
 
 import weakref
-from typing import ClassVar
 
 import torch
 
@@ -40,10 +39,9 @@ from dear._update import Request, Update
 class Schedule:
     """A DDP module with the native scheduler as its hook."""
 
-    watches_forward: ClassVar[bool] = True  #: whether it is to be told when a forward pass begins and ends
-
     def __init__(self, attached: Attached, update: Update, bucket_cap_mb: float) -> None:
         self._attached, self._update = attached, update
+        self.watches_forward = True
         self._group_bytes = int(bucket_cap_mb * MIB)
         self._forward: ForwardOrder | None = None  # None until there is a pass to watch
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
@@ -181,29 +179,8 @@ class Schedule:
     def look_again(self) -> None:
         """Adopts what has changed in the model or in the optimizer since the last step boundary, as DDP would train
         it, or refuses it."""
-        attached = self._attached
-        members, places = any(user.has_other_members() for user in attached.users), self._facts.changed()
-        if not members and not places:
-            return
-        attached.synchronize()
-        self._facts.check()
-        self._facts.check_members([param for user in attached.users for param in user.listed()])
-        compresses = attached.compression.compressor is not None
-        optimizers = tuple(user.optimizer for user in attached.users)
-        refusal = self._update.refusal(Request(optimizers, compresses, overlapping(attached.names) if places else None))
-        if refusal is not None:
-            raise RuntimeError(refusal)
-        for user in attached.users:
-            user.note_members()
-        try:
-            self._update.parameters_changed(members)
-        except RuntimeError:
-            for user in attached.users:
-                user.forget_members()  # so that the next step boundary refuses them again
-            raise
-        if attached.layout is not None:
+        if adopt_changes(self._attached, self._update, self._facts) and self._attached.layout is not None:
             self.regroup()
-        self._facts.note()
 
     def unclaimed(self) -> None:
         """No step has used the last gradients, and maybe none will: what unused parameters got is not lost."""
@@ -281,3 +258,32 @@ class Schedule:
     def restore_reducer(self) -> None:
         """Gives DDP the reducer it had. Collective, as building DDP is."""
         _ddp.rebuild_reducer(self._attached.model, self._former_options, self._attached.params)
+
+
+def adopt_changes(attached: Attached, update: Update, facts: Facts) -> bool:
+    """Whether the model or an optimizer has changed since ``facts`` were noted; the update strategy has adopted it.
+
+    Raises:
+        RuntimeError, ValueError: training cannot go on so; the next step boundary refuses it again.
+    """
+    members, places = any(user.has_other_members() for user in attached.users), facts.changed()
+    if not members and not places:
+        return False
+    attached.synchronize()
+    facts.check()
+    facts.check_members([param for user in attached.users for param in user.listed()])
+    compresses = attached.compression.compressor is not None
+    optimizers = tuple(user.optimizer for user in attached.users)
+    refusal = update.refusal(Request(optimizers, compresses, overlapping(attached.names) if places else None))
+    if refusal is not None:
+        raise RuntimeError(refusal)
+    for user in attached.users:
+        user.note_members()
+    try:
+        update.parameters_changed(members)
+    except RuntimeError:
+        for user in attached.users:
+            user.forget_members()  # so that the next step boundary refuses them again
+        raise
+    facts.note()
+    return True

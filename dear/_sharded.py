@@ -5,8 +5,8 @@ The optimizer's state and work are divided by the world size (ZeRO, stage 1); th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +16,9 @@ from dear._attached import Attached, Param
 from dear._changed_gradients import ChangedGradients
 from dear._flat_parameters import FlatParameters
 from dear._grads import Found, Grads
-from dear._layout import Layout
+from dear._layout import Layout, Segment
 from dear._optimizer import ELEMENTWISE, Groups
+from dear._own_steps import OwnStep, has_own_step
 from dear._placeholders import Placeholders, local_grad
 from dear._preconditioned import Preconditioning
 from dear._sharded_gradients import ShardedGradients
@@ -39,6 +40,9 @@ class ShardedUpdate(Update):
         self._gradients = ShardedGradients(attached)
         self._changes = ChangedGradients(attached, self._gradients)
         self._preconditioning = Preconditioning(attached, self._gradients)
+        optimizers = [user.optimizer for user in attached.users]
+        self._own_steps = [OwnStep(each) if has_own_step(each) else None for each in optimizers]
+        self._with_closure = False
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -48,7 +52,7 @@ class ShardedUpdate(Update):
                 'update="replicated".'
             )
         for optimizer in request.optimizers:
-            if type(optimizer) not in ELEMENTWISE:
+            if type(optimizer) not in ELEMENTWISE or has_own_step(optimizer):
                 return (
                     f'update="sharded" cuts parameters anywhere, and {type(optimizer).__name__} is not known to update '
                     'each element on its own: use update="replicated", or update="owned" if it updates each parameter '
@@ -99,6 +103,10 @@ class ShardedUpdate(Update):
             attached.scheduler.replace_buffers(layout.buffers(attached.optimizer_of(), len(attached.users)))
 
     # --- the step ---
+
+    def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:
+        self._with_closure = closure is not None  # it is called before, whoever updates what
+        return False, None
 
     def step(self, found: Found, optimizer: int) -> None:
         attached = self.attached
@@ -169,25 +177,28 @@ class ShardedUpdate(Update):
     def _run(self, optimizer: int, group: int | None) -> None:
         """One update of an optimizer's segments in a fusion group, or in all, with the hyper-parameters as they
         stand."""
-        with self.attached.scheduler.updating(group):
-            self._update(optimizer, self.attached.order if group is None else (group,))
-
-    def _update(self, optimizer: int, groups: Iterable[int]) -> None:
         user = self.attached.users[optimizer]
-        segments = [
-            segment
-            for index in groups
-            for segment in self._states.by_group[index]
-            if segment.optimizer == optimizer and segment.is_used(self.attached.unused)
-        ]
-        work: Groups = []
-        for index, group in enumerate(user.optimizer.param_groups):
-            tensors = [segment.tensor for segment in segments if segment.group == index]
-            if tensors:
-                work.append({**group, "params": tensors})
-        if work:
-            with self._changes.watch(segments):
-                user.run(work, self._states.values)
+        with self.attached.scheduler.updating(group):
+            segments = [
+                segment
+                for index in (self.attached.order if group is None else (group,))
+                for segment in self._states.by_group[index]
+                if segment.optimizer == optimizer and segment.is_used(self.attached.unused)
+            ]
+            work: Groups = []
+            for index, options in enumerate(user.optimizer.param_groups):
+                tensors = [segment.tensor for segment in segments if segment.group == index]
+                if tensors:
+                    work.append({**options, "params": tensors})
+            if work:
+                with self._changes.watch(segments), self._validated(optimizer, work, segments) as closure:
+                    user.run(work, self._states.values, closure)
+
+    def _validated(
+        self, optimizer: int, work: Groups, segments: list[Segment]
+    ) -> AbstractContextManager[Callable[[], Any] | None]:
+        own = self._own_steps[optimizer]
+        return own.validated(work, self._states.values, segments, self._with_closure) if own else nullcontext()
 
     def finish(self, group: int) -> None:
         attached = self.attached

@@ -103,7 +103,8 @@ def _refusing(name: str) -> Any:
     def refuse(self: ShardedState, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
             "The optimizer's state is held in shards, one on each rank, so optimizer.state cannot be read, changed or "
-            'copied: call engine.state_dict() on every rank, or use dear.attach(..., update="replicated").'
+            "copied: call engine.state_dict() on every rank, attach by dear.integrations where a framework reads it, "
+            'or use dear.attach(..., update="replicated").'
         )
 
     return refuse

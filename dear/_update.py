@@ -4,7 +4,7 @@ Note [Update strategies]
 A strategy owns everything that depends on who updates what: what the flat buffers hold, what ``.grad`` shows, the
 optimizer's step, what a pending parameter still needs, clipping, and the optimizer's state in and out. The schedule
 and the engine know no strategy by name: another one is a file with a subclass of :class:`Update`, and a line in
-:mod:`dear.attaching`.
+:mod:`dear._assembly`.
 
 Note [The first update]
 An optimizer makes its state in its first update: for all parameters of a call, before it updates the first of them. The

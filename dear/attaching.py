@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -18,9 +19,10 @@ from dear._fusion import check_cap
 from dear._look_again import overlapping
 from dear._nodes import check_hierarchy, find_nodes
 from dear._optimizer import UserOptimizer, unwrapped
+from dear._options import options_of
 from dear._replicas import check_interval
 from dear._replicated import ReplicatedUpdate
-from dear._update import Request
+from dear._update import Request, Update
 from dear.choosing import Chooser, Steering, auto, is_chooser
 from dear.collectives import choose_algorithm
 from dear.compression import Compressor, check_kind
@@ -93,78 +95,133 @@ def attach(
     sharded update: Rajbhandari et al., "ZeRO", 2020, stage 1.
     """
     _ddp.check_kind(model, "dear.attach()")
-    group = process_group if process_group is not None else model.process_group
-    grounds: list[Ground] = []
-    settings: list[Setting] = []
-    choosers: list[tuple[Chooser, Steering]] = []
     optimizers = tuple(map(unwrapped, optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,)))
+    asked = _Asked(
+        model, optimizers, compressor, preconditioner, update, bucket_cap_mb, overlap_forward, process_group, algorithm,
+        check_replicas, hierarchy,
+    )  # fmt: skip
+    decided: _Decided | None = None
 
     def look() -> dict[str, Any]:
-        if not optimizers:
-            raise ValueError("optimizer must be an optimizer or several, and an empty list was given.")
-        _ddp.check(model, optimizers, process_group)
-        check_hierarchy(hierarchy)
-        known: dict[str, Any] = {"the compressor": None}
-        chooser, given = _chooser_of(compressor)
-        if chooser is not None:
-            known = chooser.check_new(model, "dear.attach()")
-        if given is not None:
-            check_kind(given, "dear.attach()")
-            known = given.check_new(model, "dear.attach()")
-        teams: Sequence[preconditioning.Team] = ()
-        served: Sequence[str] = tuple(STRATEGIES)
-        if preconditioner is not None:
-            preconditioning.check_kind(preconditioner, "dear.attach()")
-            known |= preconditioner.check_new(model, optimizers, "dear.attach()")
-            served, teams = preconditioner.updates, preconditioner.teams(model)
-        request = Request(optimizers, given is not None, overlapping(_ddp.parameter_names(model)), teams)
-        strategy = choose_strategy(request, update, served)
-        cap = bucket_cap_mb
-        if cap == "auto":
-            cap = usual_cap(strategy, request, model, group.size(), 1.0 if given is None else given.usual_ratio)
-        check_cap(cap)
-        check_interval(check_replicas)
-        device = _ddp.reduced_parameters(model)[0].device
-        users = [UserOptimizer(each) for each in optimizers]
-        algorithm_chosen = choose_algorithm(group, device, algorithm)
-        ground = Ground(model, users, group, device, algorithm_chosen, None, preconditioner)
-        setting = Setting(strategy.kind, cap, given)
-        if chooser is not None:
-            steering = Steering(ground, setting, update=update, tunes_cap=bucket_cap_mb == "auto")
-            choosers.append((chooser, steering))
-            setting = steering.setting = chooser.first(steering) or setting
-            if setting.compressor is not None:
-                setting.compressor.check_new(model, "dear.attach()")
-        grounds.append(ground)
-        settings.append(setting)
-        return known | {
-            "bucket_cap_mb": setting.bucket_cap_mb,
-            "algorithm": algorithm_chosen,
-            "update": setting.update,
-            "optimizer": ", ".join(type(each).__name__ for each in optimizers),
-            "overlap_forward": overlap_forward,
-            "check_replicas": check_replicas,
-            "hierarchy": hierarchy,
-        }
+        nonlocal decided
+        decided = asked.decide()
+        return decided.facts
 
     agree(model.process_group, look, "every rank must call dear.attach() with the same arguments")
-    ground, setting = grounds[0], settings[0]
-    ground = dataclasses.replace(ground, nodes=find_nodes(group, hierarchy))
+    assert decided is not None
+    ground, setting, steering = decided.ground, decided.setting, decided.steering
+    ground = dataclasses.replace(ground, nodes=find_nodes(ground.group, hierarchy))
     with ordinary(StepContext(ground.device, grad=False)):
-        if choosers or setting.update != ReplicatedUpdate.kind:  # each rank's part of the parameters is handed to all
+        # Each rank's part of the parameters is handed to all, or may be one day.
+        if steering is not None or setting.update != ReplicatedUpdate.kind:
             _check_equal(model)
         engine = Engine(ground.assemble(setting), overlap_forward=overlap_forward, check_replicas=check_replicas)
-        for chooser, steering in choosers:
+        if steering is not None:
             steering.ground = ground
-            steering.begin(engine, chooser)
+            steering.begin(engine)
     return engine
 
 
-def _chooser_of(compressor: Any) -> tuple[Chooser | None, Compressor | None]:
-    """What was given, as either."""
-    if isinstance(compressor, str) and compressor == "auto":
-        return auto(), None
-    return (compressor, None) if is_chooser(compressor) else (None, compressor)
+@dataclass(frozen=True)
+class _Decided:
+    """What one rank makes of its arguments."""
+
+    ground: Ground
+    setting: Setting  # to begin with
+    steering: Steering | None  # where the setting is chosen while training goes on
+    facts: dict[str, Any]  # what must be equal on every rank, by name
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of :func:`attach`, on one rank."""
+
+    model: DDP
+    optimizers: tuple[Any, ...]
+    compressor: Any
+    preconditioner: preconditioning.Preconditioner | None
+    update: str
+    bucket_cap_mb: float | Literal["auto"]
+    overlap_forward: bool
+    process_group: dist.ProcessGroup | None
+    algorithm: str | None
+    check_replicas: int
+    hierarchy: int | Literal["node"] | None
+
+    def decide(self) -> _Decided:
+        """Checks them, and changes nothing. Does not communicate.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: one sentence says what is wrong and what to do.
+        """
+        model = self.model
+        if not self.optimizers:
+            raise ValueError("optimizer must be an optimizer or several, and an empty list was given.")
+        _ddp.check(model, self.optimizers, self.process_group)
+        check_hierarchy(self.hierarchy)
+        chooser, compressor = self._chooser_or_compressor()
+        group = self.process_group if self.process_group is not None else model.process_group
+        device = _ddp.reduced_parameters(model)[0].device
+        facts = self._facts_of_methods(chooser or compressor)
+        strategy, cap = self._strategy(compressor, group.size())
+        check_cap(cap)
+        check_interval(self.check_replicas)
+        ground = Ground(
+            model, [UserOptimizer(each) for each in self.optimizers], group, device,
+            choose_algorithm(group, device, self.algorithm), None, self.preconditioner,
+        )  # fmt: skip
+        setting = Setting(strategy.kind, cap, compressor)
+        steering = None
+        if chooser is not None:
+            steering = Steering(ground, setting, chooser, update=self.update, tunes_cap=self.bucket_cap_mb == "auto")
+            setting = steering.setting
+            if setting.compressor is not None:
+                setting.compressor.check_new(model, "dear.attach()")
+        facts |= options_of(self.optimizers)
+        facts |= {
+            "bucket_cap_mb": setting.bucket_cap_mb,
+            "algorithm": ground.algorithm,
+            "process_group": group.group_name,  # groups of the same ranks would wait for each other
+            "update": setting.update,
+            "optimizer": ", ".join(type(each).__name__ for each in self.optimizers),
+            "overlap_forward": self.overlap_forward,
+            "check_replicas": self.check_replicas,
+            "hierarchy": self.hierarchy,
+        }
+        return _Decided(ground, setting, steering, facts)
+
+    def _chooser_or_compressor(self) -> tuple[Chooser | None, Compressor | None]:
+        """What was given as compressor, as either."""
+        chooses = self.compressor == "auto" if isinstance(self.compressor, str) else is_chooser(self.compressor)
+        if not chooses:
+            if self.compressor is not None:
+                check_kind(self.compressor, "dear.attach()")
+            return None, self.compressor
+        return auto() if isinstance(self.compressor, str) else self.compressor, None
+
+    def _facts_of_methods(self, chooser_or_compressor: Chooser | Compressor | None) -> dict[str, Any]:
+        """What a compressor, or who chooses one, and a preconditioner say must be equal on every rank."""
+        facts: dict[str, Any] = {"the compressor": None}
+        if chooser_or_compressor is not None:
+            facts = dict(chooser_or_compressor.check_new(self.model, "dear.attach()"))
+        if self.preconditioner is not None:
+            preconditioning.check_kind(self.preconditioner, "dear.attach()")
+            facts |= self.preconditioner.check_new(self.model, self.optimizers, "dear.attach()")
+        return facts
+
+    def _strategy(self, compressor: Compressor | None, world: int) -> tuple[type[Update], float]:
+        """Who updates what, and the MiB of a fusion group."""
+        served: Sequence[str] = tuple(STRATEGIES)
+        teams: Sequence[preconditioning.Team] = ()
+        if self.preconditioner is not None:
+            served, teams = self.preconditioner.updates, self.preconditioner.teams(self.model)
+        shared = overlapping(_ddp.parameter_names(self.model))
+        request = Request(self.optimizers, compressor is not None, shared, teams)
+        strategy = choose_strategy(request, self.update, served)
+        if self.bucket_cap_mb != "auto":
+            return strategy, self.bucket_cap_mb
+        ratio = 1.0 if compressor is None else compressor.usual_ratio
+        return strategy, usual_cap(strategy, request, self.model, world, ratio)
 
 
 def _check_equal(model: DDP) -> None:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from dear import _C, _ddp
 from dear._assembly import STRATEGIES, Ground, Setting
 from dear._context import StepContext, ordinary
+from dear._findings import AUTO
 from dear._look_again import overlapping
 from dear._objects import all_gather_object, broadcast_object
 from dear._plain import PlainUpdate
@@ -48,6 +49,12 @@ class Chooser(Protocol):
     def plan(self) -> dict[str, Any] | None:
         """What was chosen, as JSON can hold it; None as long as nothing is."""
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was chosen, to be saved with the engine's state; None while it chooses: see :mod:`dear._findings`."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Goes on with what :meth:`state_dict` gave, if it can be followed here; says whether it is. Collective."""
+
     def release(self) -> None:
         """The engine is detached: takes everything off the model."""
 
@@ -74,13 +81,14 @@ def is_chooser(thing: Any) -> bool:
 class Steering:
     """An engine as its chooser sees it. Every method that is collective must be called by all ranks alike."""
 
-    def __init__(self, ground: Ground, setting: Setting, *, update: str, tunes_cap: bool) -> None:
-        """``update``, ``tunes_cap``: what the user leaves open, or "auto" of the update."""
+    def __init__(self, ground: Ground, setting: Setting, chooser: Chooser, *, update: str, tunes_cap: bool) -> None:
+        """``setting``: that of ``attach``, of which the chooser may begin with another one. ``update``: which update
+        the user has named, or "auto". ``tunes_cap``: whether the user leaves the size of fusion groups open."""
         self.ground, self.setting, self.tunes_cap = ground, setting, tunes_cap
-        self._update = update
+        self._chooser, self._update = chooser, update
         self._engine: Engine | None = None
-        self._chooser: Chooser | None = None
         self._seen = 0  # steps, at the last boundary
+        self.setting = chooser.first(self) or setting
 
     @property
     def engine(self) -> Engine:
@@ -92,11 +100,11 @@ class Steering:
     def optimizers(self) -> tuple[Optimizer, ...]:
         return tuple(user.optimizer for user in self.ground.users)
 
-    def begin(self, engine: Engine, chooser: Chooser) -> None:
+    def begin(self, engine: Engine) -> None:
         """Puts the chooser to work."""
-        self._engine, self._chooser = engine, chooser
-        engine._steering = self
-        chooser.begin(self)
+        self._engine, engine._steering = engine, self
+        self._chooser.begin(self)
+        engine._findings.add(AUTO, self)
 
     @property
     def steps(self) -> int:
@@ -106,12 +114,22 @@ class Steering:
     @property
     def plan(self) -> dict[str, Any] | None:
         """See :class:`Chooser`."""
-        return self._chooser.plan if self._chooser is not None else None
+        return self._chooser.plan
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """See :class:`Chooser`."""
+        return self._chooser.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """See :class:`Chooser`. Collective."""
+        if self.engine._attached.scheduler.has_gradients():
+            self.engine._schedule.unclaimed()
+        with ordinary(StepContext.here(self.ground.device)):
+            return self._chooser.load_state_dict(state)
 
     def release(self) -> None:
         """The engine is detached."""
-        if self._chooser is not None:
-            self._chooser.release()
+        self._chooser.release()
         self.ground.let_go_of_lanes(None)
 
     def before_forward(self) -> None:
@@ -124,7 +142,6 @@ class Steering:
         if model.static_graph and not model.require_backward_grad_sync:  # which a new reducer could not learn
             return
         self._seen = self.steps
-        assert self._chooser is not None
         with ordinary(StepContext.here(self.ground.device)):
             self._chooser.step_began()
 

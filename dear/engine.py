@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from dear import _ddp, _grads
+from dear import _ddp, _engine_state, _grads
 from dear._assembly import Parts
 from dear._attached import Attached
 from dear._context import StepContext, ordinary
 from dear._counters import Counters
+from dear._findings import Findings
 from dear._fusion import MIB, check_cap
 from dear._hooks import Hooks
 from dear._replicas import check_replicas
@@ -45,6 +46,7 @@ class Engine:
         self._attached, self._schedule, self._update = parts.attached, parts.schedule, parts.update
         attached = self._attached
         self._steering: Steered | None = None
+        self._findings = Findings()
         self._overlap, self._check_replicas = overlap_forward, check_replicas
         self._counters = Counters()
         self._summary = Summary(self._counters)
@@ -71,7 +73,7 @@ class Engine:
     @property
     def update(self) -> str:
         """``"sharded"``, ``"owned"`` or ``"replicated"``; ``"ddp"`` where ``compressor="auto"`` has turned it off."""
-        return self._update.kind
+        return self._attached.update
 
     @property
     def process_group(self) -> dist.ProcessGroup:
@@ -208,50 +210,35 @@ class Engine:
         Under ``"bucket_order"`` stand the names of the parameters in the order of the buckets, by which a run that goes
         on with this state sums as this one does. With a compressor, all ranks' states of it stand under
         ``"compressor"``, and a preconditioner's under ``"preconditioner"``. With one of them, or with
-        ``update="sharded"`` or ``"owned"``, every rank must call this; each gets all of it.
+        ``update="sharded"`` or ``"owned"``, every rank must call this; each gets all of it. Under
+        ``"tuner"`` stands what a :class:`dear.FusionTuner` has found, under ``"auto"`` what ``compressor="auto"`` has.
 
         optimizer: False leaves the optimizer's state out, where a framework saves it by itself.
         gather: False gives this rank's state of the compressor alone, which each rank must save then.
         """
         self.synchronize()
-        state: dict[str, Any] = {"bucket_order": self._schedule.bucket_order.names()}
-        if self.compressor is not None:
-            state["compressor"] = self.compressor.state_dict(gather=gather)
-        if self.preconditioner is not None:
-            state["preconditioner"] = self.preconditioner.state_dict()
-        if not optimizer:
-            return state
-        with self._update.full_state():
-            states = [user.optimizer.state_dict() for user in self._attached.users]
-        state["optimizer"] = states[0] if len(states) == 1 else states
+        chosen = not self._findings.tries()
+        state = _engine_state.save(self._attached, self._schedule, compressor=chosen, gather=gather)
+        state |= self._findings.state()
+        if optimizer:
+            state["optimizer"] = _engine_state.save_optimizers(self._attached, self._update)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what :meth:`state_dict` gave, at any world size, or ``{"optimizer": state}`` with a plain optimizer's
         state. Every rank must call it alike.
 
+        A tuner that had ended, or ``"auto"`` that had chosen, does not search again on as many ranks; at another world
+        size, and where the run was saved in mid-search, the search begins again.
+
         Raises:
             KeyError: it is not such a dict.
             ValueError: the compressor's state in it is of another kind, or of another model; or it is of another number
                 of optimizers.
         """
-        if "optimizer" not in state_dict and "bucket_order" not in state_dict:
-            raise KeyError('An engine\'s state has the key "optimizer": pass what engine.state_dict() returned.')
-        if self.compressor is not None and "compressor" in state_dict:
-            self.compressor.load_state_dict(state_dict["compressor"])
-        if self.preconditioner is not None and "preconditioner" in state_dict:
-            self.preconditioner.load_state_dict(state_dict["preconditioner"])
-        if "optimizer" in state_dict:
-            users, states = self._attached.users, state_dict["optimizer"]
-            states = [states] if isinstance(states, dict) else list(states)
-            if len(states) != len(users):
-                raise ValueError(
-                    f"The state is of {len(states)} optimizers and the engine has {len(users)}: attach to as many, in "
-                    "the same order."
-                )
-            for user, state in zip(users, states, strict=True):
-                user.optimizer.load_state_dict(state)
-        self._schedule.bucket_order.load(list(state_dict.get("bucket_order", [])))
+        _engine_state.check(state_dict)
+        chosen = self._findings.load(state_dict)  # first: it may change the parts that take the rest
+        _engine_state.load(self._attached, self._schedule, state_dict, compressor=chosen)
 
     # --- looking on ---
 
@@ -341,7 +328,7 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None:
             self.detach()
-        else:  # the peers may not follow: let go without another collective
+        elif not self._detached:  # the peers may not follow: let go without another collective
             self._attached.scheduler.abort(
                 f"Rank {self._attached.rank} left the engine's context with {kind.__name__}."
             )

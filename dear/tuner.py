@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dear._agree import agree, everyones
+from dear._findings import TUNER
 from dear._fusion import check_cap
 from dear.engine import Engine
 
@@ -32,6 +33,9 @@ class FusionTuner:
     as slow as its slowest rank. No size is finer than DDP's own buckets, an eighth of the size ``attach`` was given (at
     least 1 MiB): groups are made of whole buckets.
 
+    ``engine.state_dict()`` holds what was found. A tuner with the same sizes, on as many ranks, goes on with it and
+    searches no more, whether it is made before ``engine.load_state_dict()`` or after.
+
     Args:
         engine: of ``dear.attach``, without a compressor.
         sizes: candidates in MiB; by default half, one, two and four times ``engine.bucket_cap_mb``.
@@ -42,7 +46,8 @@ class FusionTuner:
     Raises:
         ValueError: a size is not positive, or named twice; steps or rounds is less than 1; or ranks were given
             different ones.
-        RuntimeError: the engine has a compressor, whose groups are DDP's buckets.
+        RuntimeError: the engine has a compressor, whose groups are DDP's buckets; or ``compressor="auto"``, which tunes
+            the size itself.
 
     Source: DeAR tunes its fusion by Bayesian optimisation over 1 to 100 MiB (Zhang et al., 2023, section IV); the time
     of a step is flat around the best size, which a handful of sizes finds in fewer steps.
@@ -70,7 +75,9 @@ class FusionTuner:
         self._seen = 0  # steps of this trial
         self._last = 0.0  # when the step before ended
         self.best: float | None = None  #: the size in MiB that was left in place, once there is one
+        self._due: float | None = None  # a size that was loaded while gradients waited for their step
         engine.bucket_cap_mb = self.sizes[self._trials[0]]
+        engine._findings.add(TUNER, self)
 
     @property
     def tuning(self) -> bool:
@@ -89,6 +96,7 @@ class FusionTuner:
             RuntimeError: gradients are waiting for ``optimizer.step()``.
         """
         if not self.tuning:
+            self._take_due()
             return
         now = self._clock()
         if self._seen > 0:
@@ -102,6 +110,31 @@ class FusionTuner:
             self._engine.bucket_cap_mb = self.sizes[self._trials[0]]
         else:
             self._decide()
+
+    # --- what is saved: see dear._findings ---
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was found; None as long as sizes are tried."""
+        if self.best is None:
+            return None
+        workers, seconds = self._engine.process_group.size(), self.times
+        return {"workers": workers, "sizes": self.sizes, "seconds": [seconds[s] for s in self.sizes], "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Goes on with what was found for these sizes on as many ranks."""
+        here = self._engine.process_group.size(), self.sizes
+        if (state.get("workers"), state.get("sizes")) != here or state.get("best") not in self.sizes:
+            return False
+        self._trials = []
+        self._times = [[float(seconds)] for seconds in state["seconds"]]
+        self.best = self._due = state["best"]
+        if not self._engine._attached.scheduler.has_gradients():
+            self._take_due()
+        return True
+
+    def _take_due(self) -> None:
+        if self._due is not None:
+            self._engine.bucket_cap_mb, self._due = self._due, None
 
     def _decide(self) -> None:
         """By the slowest rank's time of each step, which all ranks then know: so all take the same size."""
@@ -120,6 +153,11 @@ def _check(engine: Engine, sizes: list[float], steps: int, rounds: int) -> None:
         raise ValueError(f"sizes must be different numbers of MiB, at least one, not {sizes!r}.")
     if steps < 1 or rounds < 1:
         raise ValueError(f"steps and rounds must be at least 1, not {steps!r} and {rounds!r}.")
+    if engine._steering is not None:
+        raise RuntimeError(
+            'compressor="auto" tunes the size of the fusion groups itself: leave the tuner out, or leave compressor '
+            "out of dear.attach()."
+        )
     if engine.compressor is not None:
         raise RuntimeError(
             "With a compressor the fusion groups are DDP's buckets, so they cannot be tuned while training: attach "

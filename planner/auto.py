@@ -11,6 +11,7 @@ import logging
 import math
 import statistics
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,7 +76,8 @@ class Auto:
         self._given = plan
         self._instruments = instruments or Instruments()
         self._steering: Steering | None = None
-        self._course: Iterator[None] = iter(())
+        self._course: Generator[None, None, None] = (_ for _ in ())
+        self._searches = self._traces = False  # chooses now; has the engine trace steps
         self._now: tuple[Way, float] = Way(""), 0.0  # what is trained with, and its size in MiB
 
     # --- what dear.attach calls ---
@@ -93,18 +95,10 @@ class Auto:
         return {"the loss that may be lost": self.loss, "the plan": self._given}
 
     def first(self, steering: Steering) -> Setting | None:
-        if self._given is None:
+        given, self._given, self.plan = self._given, None, None
+        if given is None or not self._follows(steering, given):
             return None
-        ground = steering.ground
-        updates = {compresses: steering.updates(compresses) for compresses in (False, True)}
-        why = plans.refusal(self._given, ground.group.size(), _elements(ground.model), updates)
-        if why is not None:
-            self._warn(steering, f"The plan is left aside, since {why}; another one is chosen.")
-            self._given = None
-            return None
-        self.plan = dict(self._given)
-        mib = self._given["bucket_cap_mb"] if steering.tunes_cap else steering.setting.bucket_cap_mb
-        return _setting(plans.way(self._given), float(mib))
+        return _setting(*self._planned(steering))
 
     def begin(self, steering: Steering) -> None:
         self._steering = steering
@@ -116,8 +110,48 @@ class Auto:
     def step_began(self) -> None:
         next(self._course, None)  # one that has failed does not go on
 
+    def state_dict(self) -> dict[str, Any] | None:
+        return None if self.plan is None or self._searches else {"plan": self.plan}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        steering = self._steers
+        if not self._follows(steering, state.get("plan")):
+            return False
+        self._leave_course()
+        self._go(*self._planned(steering))
+        self._course = self._run()
+        next(self._course)
+        return True
+
     def release(self) -> None:
-        self._course.close()  # type: ignore[attr-defined] # a generator
+        """May serve another engine then, which begins with the plan."""
+        self._leave_course()
+        self._steering, self._given = None, self.plan
+
+    # --- a plan ---
+
+    def _follows(self, steering: Steering, plan: Any) -> bool:
+        """Whether the plan can be followed here: it is the one that counts then. Else one warning says why not."""
+        ground = steering.ground
+        updates = {compresses: steering.updates(compresses) for compresses in (False, True)}
+        why = plans.refusal(plan, ground.group.size(), _elements(ground.model), updates)
+        if why is not None:
+            self._warn(steering, f"The plan is left aside, since {why}; another one is chosen.")
+            return False
+        self.plan = dict(plan)
+        return True
+
+    def _planned(self, steering: Steering) -> tuple[Way, float]:
+        """What the plan says, and how large groups are then."""
+        assert self.plan is not None
+        mib = self.plan["bucket_cap_mb"] if steering.tunes_cap else steering.setting.bucket_cap_mb
+        return plans.way(self.plan), float(mib)
+
+    def _leave_course(self) -> None:
+        self._course.close()
+        if self._traces:
+            self._traces = False
+            self._steers.engine._attached.scheduler.stop_trace()
 
     # --- the course: each yield waits for the next step boundary ---
 
@@ -130,7 +164,7 @@ class Auto:
     def _decides(self) -> bool:
         return self._steers.ground.group.rank() == 0
 
-    def _run(self) -> Iterator[None]:
+    def _run(self) -> Generator[None, None, None]:
         yield  # begin() comes this far
         while self._steers.ground.group.size() < 2:
             yield
@@ -142,6 +176,13 @@ class Auto:
             yield from self._choose()
 
     def _choose(self) -> Iterator[None]:
+        self._searches = True
+        try:
+            yield from self._choosing()
+        finally:
+            self._searches = False
+
+    def _choosing(self) -> Iterator[None]:
         steering, begun = self._steers, self._now
         start = steering.steps
         yield from _steps(WARM_UP)
@@ -185,6 +226,7 @@ class Auto:
         ground, engine = steering.ground, steering.engine
         watch = instruments.stopwatch(ground.model, ground.device)
         engine.start_trace()
+        self._traces = True
         begun = instruments.clock()
         try:
             for _ in range(PROFILED):
@@ -192,10 +234,10 @@ class Auto:
                 yield
         finally:
             watch.remove()
+        events, self._traces = engine.stop_trace(), False
         mine = measured_profile(
-            watch, (instruments.clock() - begun) / PROFILED, engine.stop_trace(), PROFILED, engine.update,
-            ground.group.size(),
-        )  # fmt: skip
+            watch, (instruments.clock() - begun) / PROFILED, events, PROFILED, engine.update, ground.group.size()
+        )
         return steering.everyones(mine, "the profiles of the model")
 
     def _shortlist(self, everyone: list[Profile], begun: tuple[Way, float]) -> tuple[list[Predicted], str]:
@@ -212,8 +254,9 @@ class Auto:
             return [], str(error).rstrip(".")
         machine = self._instruments.machine(ground.group, ground.device)
         shapes = [shape for layer in everyone[ground.group.rank()].layers for shape in layer.shapes]
-        costs = self._instruments.codecs(ground.group, ground.device, methods if compressing else [], shapes)
-        machine = replace(machine, costs={**machine.costs, **costs})
+        with suppress(Exception):  # on this rank alone: what cannot be timed stays predicted
+            costs = self._instruments.codecs(ground.group, ground.device, methods if compressing else [], shapes)
+            machine = replace(machine, costs={**machine.costs, **costs})
         found: tuple[list[Predicted], str] = [], ""
         if self._decides:
             try:
@@ -237,9 +280,11 @@ class Auto:
         if (way, mib) == (before, size):
             return
         setting = _setting(way, mib)
-        if setting.compressor is not None and way.method == before.method:  # what it has not sent yet is not lost
+        at_work = steering.engine.compressor
+        if setting.compressor is not None and at_work is not None and way.method == before.method:
+            # What it has not sent yet is not lost.
             steering.engine.synchronize()
-            setting.compressor.load_state_dict(steering.engine.state_dict(optimizer=False, gather=False)["compressor"])
+            setting.compressor.load_state_dict(at_work.state_dict(gather=False))
         steering.switch(setting)
         self._now = way, mib
 

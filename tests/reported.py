@@ -39,8 +39,8 @@ def training(rate: str = "500mbit", steps: dict[str, float] | None = None, **mor
                 report = {"bytes_sent": 125_000, "dense_bytes": 12_500_000, "encode_ms": 6.0, "decode_ms": 1.5}
                 block["compressor"] = [report, report]
     found.append(strategy("fsdp2", [], failure="rank 1: RuntimeError: no luck <today>"))
-    plan = {"optimizer": "sgd", "batch": 4, "rounds": 2, "warmup": 1, "steps": 1, "workload": "gpt"}
-    cell = {"rate": rate, "network": "emulated network", "workers": 2, "plan": plan, "strategies": found}
+    experiment = {"optimizer": "sgd", "batch": 4, "rounds": 2, "warmup": 1, "steps": 1, "workload": "gpt"}
+    cell = {"rate": rate, "network": "emulated network", "workers": 2, "plan": experiment, "strategies": found}
     return {**header("training"), "cells": [cell], **more}
 
 
@@ -61,9 +61,9 @@ def convergence(ratios: dict[str, float]) -> dict[str, Any]:
     """One seed of each strategy, whose held-out loss ends at 2 x its ratio."""
     cells = []
     for name, ratio in ratios.items():
-        plan = {"strategy": name, "seed": 1, "steps": 40, "batch": 4, "optimizer": "adamw", "learning_rate": 1e-3}
+        experiment = {"strategy": name, "seed": 1, "steps": 40, "batch": 4, "optimizer": "adamw", "learning_rate": 1e-3}
         losses = {"losses": [5.0 - step * 0.05 for step in range(40)], "held_out": [[20, 3.0], [40, 2 * ratio]]}
-        cells.append({"plan": plan, "workers": 2, "failure": None, "compressor": {}, **losses})
+        cells.append({"plan": experiment, "workers": 2, "failure": None, "compressor": {}, **losses})
     return {**header("convergence", workers=2), "cells": cells}
 
 
@@ -79,9 +79,9 @@ def collectives(us: float = 1000.0, **more: Any) -> dict[str, Any]:
             "blocks": [],
         },
     ]
-    plan = {"methods": ["all_reduce", "native"], "sizes": [2**20], "dtype": "float", "rounds": 2, "iterations": 2}
+    experiment = {"methods": ["all_reduce", "native"], "sizes": [2**20], "dtype": "float", "rounds": 2, "iterations": 2}
     sizes = [{"bytes": 2**20, "count": 2**18, "methods": methods}]
-    cell = {"rate": "1gbit", "network": "emulated network", "workers": 2, "plan": plan, "sizes": sizes}
+    cell = {"rate": "1gbit", "network": "emulated network", "workers": 2, "plan": experiment, "sizes": sizes}
     return {**header("collectives"), "cells": [cell], **more}
 
 

@@ -1,11 +1,13 @@
 """The example of resuming, in a worker that kills itself: torchrun … tests/restarting.py CHECKPOINT MARKER KILLS
 
 KILLS: ``rank:step:phase``, one for each start of the workers, separated by commas. The phases are in the order of a
-step: ``forward``, ``backward`` and ``save``. ``start`` kills before the process group is made.
+step: ``forward``, ``backward``, ``save``, and on rank 0 ``write``, when half of the checkpoint's file is there.
+``start`` kills before the process group is made.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -30,7 +32,7 @@ def main(checkpoint: str, marker: str, kills: str) -> None:
             Path(f"{marker}.{start}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    loss_of, save, init = resume.loss_of, resume.save, dear.init_process_group
+    whole, loss_of, save, init = torch.save, resume.loss_of, resume.save, dear.init_process_group
 
     def watched_loss(model: Any, step: int) -> torch.Tensor:
         die_if(step, "forward")
@@ -41,7 +43,18 @@ def main(checkpoint: str, marker: str, kills: str) -> None:
 
     def watched_save(path: str, step: int, model: Any, engine: Any) -> None:
         die_if(step - 1, "save")
-        save(path, step, model, engine)
+        torch.save = functools.partial(half_saved, step - 1)
+        try:
+            save(path, step, model, engine)
+        finally:
+            torch.save = whole
+
+    def half_saved(step: int, state: Any, file: str) -> None:
+        whole(state, file)
+        with open(file, "r+b") as written:
+            written.truncate(os.path.getsize(file) // 2)
+        die_if(step, "write")
+        whole(state, file)
 
     def watched_init(**options: Any) -> None:
         die_if(0, "start")

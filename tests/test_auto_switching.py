@@ -42,6 +42,12 @@ class Scripted:
         if self.steering.steps in self.settings:
             self.steering.switch(self.settings[self.steering.steps])
 
+    def state_dict(self):
+        return None
+
+    def load_state_dict(self, state):
+        return False
+
     def release(self):
         self.released += 1
 
@@ -195,6 +201,14 @@ def refused(rank, world):
     engine = dear.attach(model, opt, compressor=Scripted({}))
     assert engine.plan is None and engine.update == "sharded"
     assert engine._steering.updates(compresses=False) == ["sharded", "owned", "replicated", "ddp"]
+    engine.detach()
+    engine = dear.attach(model, opt, compressor=Scripted({0: Setting("ddp", 1.0)}))
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})  # of nobody's model, whatever the setting
+    training.loss_of(model, rank, 0).backward()
+    with pytest.raises(ValueError, match="that are not in the DDP module"):
+        opt.step()
+    del opt.param_groups[-1]
+    opt.step()
     engine.detach()
 
 

@@ -26,8 +26,8 @@ from benchmarks.network.lab import open_lab
 from benchmarks.training import measure as training
 from benchmarks.training import summary
 from benchmarks.training.data import ByteText, places, shuffled, standard_library
+from benchmarks.training.experiment import Experiment
 from benchmarks.training.gpt import language_loss
-from benchmarks.training.plan import Plan
 from benchmarks.training.strategies import (
     FORMS,
     Dear,
@@ -304,38 +304,38 @@ def test_ranks_agree_on_a_failure(pool2: WorkerPool) -> None:
 def test_a_strategy_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def run_workers(lab: Any, measure: Any, plan: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        tried.append(plan.excluded)
-        if "ddp+powersgd" not in plan.excluded:
+    def run_workers(lab: Any, measure: Any, experiment: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        tried.append(experiment.excluded)
+        if "ddp+powersgd" not in experiment.excluded:
             raise WorkersFailed("exit code -6", "building ddp+powersgd")
         if len(tried) == 3:
             raise WorkersFailed("exit code -9", "")  # nobody to blame
         return {"done": True}
 
     monkeypatch.setattr(training, "run_workers", run_workers)
-    plan = Plan(["none", "ddp+powersgd"])
+    experiment = Experiment(["none", "ddp+powersgd"])
     lab: Any = SimpleNamespace()
-    assert training.run_cell(lab, plan, lambda *_: None) == {"done": True}
+    assert training.run_cell(lab, experiment, lambda *_: None) == {"done": True}
     assert tried == [{}, {"ddp+powersgd": "took its worker down while building ddp+powersgd: exit code -6"}]
     with pytest.raises(WorkersFailed, match="while starting: exit code -9"):
-        training.run_cell(lab, replace(plan, excluded=tried[1]), lambda *_: None)
+        training.run_cell(lab, replace(experiment, excluded=tried[1]), lambda *_: None)
 
 
 # Real runs, as small as they get
 
 
-def fails_on_one(worker: Worker, plan: dict[str, Any], report: Any) -> dict[str, Any]:
+def fails_on_one(worker: Worker, experiment: dict[str, Any], report: Any) -> dict[str, Any]:
     def fail() -> None:
         if worker.rank == 1:
             raise ValueError("boom")
 
-    return {"plan": plan, "failure": worker.attempt(fail)[1]}
+    return {"plan": experiment, "failure": worker.attempt(fail)[1]}
 
 
 @pytest.mark.slow
 def test_a_failure_is_a_result_and_costs_no_second_run() -> None:
     with open_lab(2, None, "loopback") as lab:
-        found = run_workers(lab, fails_on_one, Plan(["ddp"]), lambda *_: None, timeout=120)
+        found = run_workers(lab, fails_on_one, Experiment(["ddp"]), lambda *_: None, timeout=120)
     assert found["failure"] == "rank 1: ValueError: boom" and found["plan"]["strategies"] == ["ddp"]
 
 

@@ -17,7 +17,7 @@ from benchmarks.worker import launched
 
 
 @dataclass(frozen=True)
-class Plan:
+class Experiment:
     rounds: int = 4
     excluded: dict[str, str] = field(default_factory=dict)
 
@@ -31,27 +31,27 @@ class Lab:
         self.broken = broken
         self.benchmark = cells.Benchmark("lab", lambda *_: {}, self.run_cell, self.show)
 
-    def run_cell(self, lab: Any, plan: Plan, report: Any) -> dict[str, Any]:
+    def run_cell(self, lab: Any, experiment: Experiment, report: Any) -> dict[str, Any]:
         if len(self.measured) == self.broken:
             raise KeyboardInterrupt
-        self.measured.append(plan.rounds)
-        return {"workers": 2, "plan": asdict(plan)}
+        self.measured.append(experiment.rounds)
+        return {"workers": 2, "plan": asdict(experiment)}
 
     def show(self, cell: dict[str, Any], console: Console) -> None:
         self.shown += 1
 
 
-PLANS = {"seed 1": Plan(), "seed 2": Plan(rounds=5)}
+PLANS = {"seed 1": Experiment(), "seed 2": Experiment(rounds=5)}
 
 
-def run(lab: Lab, monkeypatch: pytest.MonkeyPatch, plans: dict[str, Any], *arguments: str) -> None:
+def run(lab: Lab, monkeypatch: pytest.MonkeyPatch, experiments: dict[str, Any], *arguments: str) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["lab", "--network", "loopback", *arguments])
 
     parser = argparse.ArgumentParser()
     cells.options(parser)
-    cells.main(lab.benchmark, parser.parse_args(), plans)
+    cells.main(lab.benchmark, parser.parse_args(), experiments)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
@@ -76,15 +76,17 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 
 def test_what_a_second_try_left_out_is_no_other_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "cells.json"
-    run(Lab(), monkeypatch, {"": Plan(excluded={"a": "took its worker down"})}, "--json", str(path))
+    run(Lab(), monkeypatch, {"": Experiment(excluded={"a": "took its worker down"})}, "--json", str(path))
     again = Lab()
-    run(again, monkeypatch, {"": Plan()}, "--json", str(path), "--resume")
+    run(again, monkeypatch, {"": Experiment()}, "--json", str(path), "--resume")
     assert again.measured == [] and "variant" not in json.loads(path.read_text())["cells"][0]
 
 
-def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, plans: Any, *arguments: str) -> str:
+def refusal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, experiments: Any, *arguments: str
+) -> str:
     with pytest.raises(SystemExit) as ended:
-        run(Lab(), monkeypatch, plans, *arguments)
+        run(Lab(), monkeypatch, experiments, *arguments)
     assert ended.value.code == 1
     return capsys.readouterr().err
 
@@ -94,19 +96,19 @@ def test_what_differs_is_said_in_one_sentence(
 ) -> None:
     path = tmp_path / "cells.json"
     arguments = ("--json", str(path), "--resume")
-    run(Lab(), monkeypatch, {"": Plan()}, *arguments)  # a file that is not there yet is begun
-    said = refusal(capsys, monkeypatch, {"": Plan(rounds=9)}, *arguments)
-    assert "another plan (rounds: 4 then, 9 now)" in said and len(said.splitlines()) == 1
+    run(Lab(), monkeypatch, {"": Experiment()}, *arguments)  # a file that is not there yet is begun
+    said = refusal(capsys, monkeypatch, {"": Experiment(rounds=9)}, *arguments)
+    assert "another experiment (rounds: 4 then, 9 now)" in said and len(said.splitlines()) == 1
     before = json.loads(path.read_text())
     records.write(path, before | {"commit": "feed"})
-    said = refusal(capsys, monkeypatch, {"": Plan()}, *arguments)
+    said = refusal(capsys, monkeypatch, {"": Experiment()}, *arguments)
     assert f"another commit (feed then, {before['commit']} now)" in said
     records.write(path, before | {"machine": before["machine"] | {"cores": 1000}})
-    said = refusal(capsys, monkeypatch, {"": Plan()}, *arguments)
+    said = refusal(capsys, monkeypatch, {"": Experiment()}, *arguments)
     assert f"another machine (cores: 1000 then, {before['machine']['cores']} now)" in said
     path.write_text("[]")
-    assert "holds no results" in refusal(capsys, monkeypatch, {"": Plan()}, *arguments)
-    assert "nothing to resume" in refusal(capsys, monkeypatch, {"": Plan()}, "--resume")
+    assert "holds no results" in refusal(capsys, monkeypatch, {"": Experiment()}, *arguments)
+    assert "nothing to resume" in refusal(capsys, monkeypatch, {"": Experiment()}, "--resume")
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,10 @@ def trouble(rank: int, world_size: int) -> dict[str, Any]:
 
     methods = {"picky": Picky, "broken": Broken}
     names = ["picky", "broken", "absent"]
-    plan = collectives.Plan(names, [4096, 8192], iterations=1, rounds=1, excluded={"absent": "skipped: not here"})
-    return measure.Measurement(Worker(), plan, methods, lambda *_: None).run() | {"tried": tried}
+    experiment = collectives.Experiment(
+        names, [4096, 8192], iterations=1, rounds=1, excluded={"absent": "skipped: not here"}
+    )
+    return measure.Measurement(Worker(), experiment, methods, lambda *_: None).run() | {"tried": tried}
 
 
 def test_a_method_that_fails_is_a_row_that_says_why(pool2: WorkerPool) -> None:
@@ -201,36 +203,38 @@ def test_an_mpi_starts_the_workers_of_a_lab(tmp_path: Path) -> None:
             assert environment["MPI4PY_MPIABI"] == "mpich"
 
 
-def cell_of(plan: collectives.Plan, monkeypatch: pytest.MonkeyPatch, *failures: WorkersFailed) -> dict[str, Any]:
+def cell_of(
+    experiment: collectives.Experiment, monkeypatch: pytest.MonkeyPatch, *failures: WorkersFailed
+) -> dict[str, Any]:
     """What comes of a cell whose workers end with these failures, one try after another, and then succeed."""
     left = list(failures)
 
-    def run_workers(lab: Any, measure: Any, plan: collectives.Plan, *_: Any) -> dict[str, Any]:
+    def run_workers(lab: Any, measure: Any, experiment: collectives.Experiment, *_: Any) -> dict[str, Any]:
         if left:
             raise left.pop(0)
-        return {"excluded": plan.excluded}
+        return {"excluded": experiment.excluded}
 
     launchers = {"Open MPI 5": mpi.Launcher("openmpi", "mpirun", "5")}
     monkeypatch.setattr(collectives, "run_workers", run_workers)
     monkeypatch.setattr(collectives, "arguments", lambda: SimpleNamespace(launchers=launchers))
     lab: Any = SimpleNamespace(workers=2)
-    return collectives.run_cell(lab, plan, lambda *_: None)
+    return collectives.run_cell(lab, experiment, lambda *_: None)
 
 
 def test_a_method_that_kills_its_worker_is_left_out_of_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = collectives.Plan(["all_reduce", "ring"], [4096])
+    experiment = collectives.Experiment(["all_reduce", "ring"], [4096])
     crash = WorkersFailed("exit code -6", "4 KiB ring")
-    excluded = cell_of(plan, monkeypatch, crash)["excluded"]
+    excluded = cell_of(experiment, monkeypatch, crash)["excluded"]
     assert excluded == {"ring": "took its worker down while 4 KiB ring: exit code -6"}
     with pytest.raises(WorkersFailed):
-        cell_of(plan, monkeypatch, crash, crash)  # left out, and yet to blame
+        cell_of(experiment, monkeypatch, crash, crash)  # left out, and yet to blame
     with pytest.raises(WorkersFailed):
-        cell_of(plan, monkeypatch, WorkersFailed("no route", ""))
+        cell_of(experiment, monkeypatch, WorkersFailed("no route", ""))
 
 
 def test_an_mpi_that_cannot_start_is_a_cell_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = collectives.Plan(["all_reduce", "mpi-rs"], [4096], mpi="Open MPI 5")
-    cell = cell_of(plan, monkeypatch, WorkersFailed("no daemon", ""))
+    experiment = collectives.Experiment(["all_reduce", "mpi-rs"], [4096], mpi="Open MPI 5")
+    cell = cell_of(experiment, monkeypatch, WorkersFailed("no daemon", ""))
     found = collectives_table.rows(cell["sizes"][0], 2, "1gbit")
     assert [row.name for row in found] == ["all_reduce", "mpi-rs"]
     assert all("Open MPI 5 could not run the workers" in (row.failure or "") for row in found)

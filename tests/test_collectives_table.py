@@ -64,8 +64,8 @@ def test_compressor_rows(size: dict[str, Any]) -> None:
 
 
 def test_tables_are_never_cut_and_say_why_a_row_failed(size: dict[str, Any]) -> None:
-    plan = {"dtype": "float", "rounds": 2, "iterations": 2}
-    cell = {"rate": "1gbit", "workers": 4, "network": "emulated network", "variant": "MPICH 5", "plan": plan}
+    experiment = {"dtype": "float", "rounds": 2, "iterations": 2}
+    cell = {"rate": "1gbit", "workers": 4, "network": "emulated network", "variant": "MPICH 5", "plan": experiment}
     console = Console(width=60, record=True, file=io.StringIO())
     fits = {"ring": {"alpha": 2e-4, "beta": 8e-9}}
     collectives_table.show(cell | {"sizes": [size], "fits": fits}, console)
@@ -81,8 +81,8 @@ def test_tables_are_never_cut_and_say_why_a_row_failed(size: dict[str, Any]) -> 
 def test_results_from_before_placements_and_compressors_still_have_a_table(size: dict[str, Any]) -> None:
     for one in size["methods"]:
         one.pop("out_of_place", None)
-    plan = {"dtype": "float", "rounds": 2, "iterations": 2}
-    old = {"rate": "1gbit", "workers": 4, "network": "emulated network", "plan": plan, "sizes": [size]}
+    experiment = {"dtype": "float", "rounds": 2, "iterations": 2}
+    old = {"rate": "1gbit", "workers": 4, "network": "emulated network", "plan": experiment, "sizes": [size]}
     console = Console(width=200, record=True, file=io.StringIO())
     collectives_table.show(old, console)
     assert "ring BEST" in console.export_text()

@@ -196,6 +196,12 @@ def test_compiles_as_plain_ddp_does(pool2, form):
     check_told(pool2, compiled, [form])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_owned_updates_compile_as_plain_ddp_does(pool2, form):
+    check_told(pool2, compiled, [form], ("owned",))
+
+
 @told
 def compiled_with_optimizer(rank, world, form):
     plain = Job(form, "plain", rank)

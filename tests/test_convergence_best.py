@@ -17,9 +17,15 @@ from benchmarks.training.strategies import StrategyError, parse_strategies
 
 
 def cell(strategy, learning_rate, seed, held_out, optimizer="adamw", failure=None, bytes_per_step=1000):
-    plan = {"strategy": strategy, "learning_rate": learning_rate, "seed": seed, "optimizer": optimizer,
+    experiment = {"strategy": strategy, "learning_rate": learning_rate, "seed": seed, "optimizer": optimizer,
             "workload": "digits", "steps": 30}  # fmt: skip
-    return {"plan": plan, "workers": 2, "failure": failure, "held_out": held_out, "bytes_per_step": bytes_per_step}
+    return {
+        "plan": experiment,
+        "workers": 2,
+        "failure": failure,
+        "held_out": held_out,
+        "bytes_per_step": bytes_per_step,
+    }
 
 
 CELLS = [

@@ -13,7 +13,8 @@ from restarts import attempt, equal, run
 
 from dear._generation import agree_on_generation
 
-KILLS = ["1:13:forward", "0:13:backward", "1:14:save", "1:0:start", "0:0:start", "1:7:backward,0:21:forward"]
+KILLS = ["1:13:forward", "0:13:backward", "1:14:save", "0:14:write", "1:0:start", "0:0:start"]
+KILLS.append("1:7:backward,0:21:forward")
 
 
 @pytest.fixture(scope="module")

@@ -111,10 +111,10 @@ def test_a_compressor_under_the_schedule_needs_no_more_than_as_a_hook():
 
 
 def test_the_tables():
-    plan = {"strategy": "ddp", "views": False, "optimizer": "adamw"}
+    experiment = {"strategy": "ddp", "views": False, "optimizer": "adamw"}
     sizes = {"parameter_bytes": 100, "peak_bytes": 536, "steady_bytes": 528, "allocated_bytes": None}
-    good = {"plan": plan, "workers": 2, "failure": None, **sizes}
-    failed = {"plan": plan | {"strategy": "dear", "views": True}, "workers": 2, "failure": "rank 1: no memory"}
+    good = {"plan": experiment, "workers": 2, "failure": None, **sizes}
+    failed = {"plan": experiment | {"strategy": "dear", "views": True}, "workers": 2, "failure": "rank 1: no memory"}
     page = memory_table([Source("memory.json", "memory", {"cells": [good, failed]})])
     assert page.splitlines()[2] == "| `ddp, gradient_as_bucket_view=False` | 5.36 | 5.28 |  |"
     console = Console(file=io.StringIO(), width=120)

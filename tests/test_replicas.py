@@ -38,6 +38,27 @@ def test_replicas_that_differ_are_named(pool4, on, who):
     assert f"The replicas differ after step 6: {who} another second.bias" in found[0][1]
 
 
+def by_own_loss(rank, world, update):
+    """A schedule that follows each rank's own loss. Sharded, replicas stay equal, each part at a rate of its own."""
+    model, opt = training.build("Mlp", training.SGD, {})
+    engine = dear.attach(model, opt, update=update, check_replicas=3, **SMALL)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0)
+    told = rf"Ranks 0 and 1 have another lr of SGD's group 0 after step {{}} \(0\.05 and {0.05 * 0.1}\): set it alike"
+    for step in range(3):
+        schedule.step(1.0 - 0.1 * step + rank * (step == 2))
+        if step == 2:
+            with pytest.raises(RuntimeError, match=told.format(3)):
+                training.plain_step(model, opt, rank, step)
+        else:
+            training.plain_step(model, opt, rank, step)
+    engine.detach()
+
+
+@pytest.mark.parametrize("update", ["sharded", "replicated"])
+def test_a_learning_rate_of_one_ranks_own_is_told(pool2, update):
+    pool2.run(by_own_loss, update)
+
+
 def off(rank, world):
     model, opt = training.build("Mlp", training.SGD, {})
     with dear.attach(model, opt, update="replicated", check_replicas=0, **SMALL):

@@ -10,10 +10,16 @@ import canned
 import pytest
 import reported
 
-from benchmarks import records
+from benchmarks import drawing, records
 from benchmarks.report import __main__ as command
 from benchmarks.report import choosing, comparison, repeats, winners
 from benchmarks.report.evidence import Evidence
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are laid out and not rendered, which takes most of the time."""
+    monkeypatch.setattr(drawing, "save", lambda figure, path, about: (path.touch(), drawing.plt.close(figure)))
 
 
 def page(folder: Path, **payloads: dict[str, Any]) -> str:
@@ -112,6 +118,7 @@ def test_of_two_measurements_the_fuller_then_the_newer_counts() -> None:
     assert kept.source is full
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_machines_have_rows_and_pictures_of_their_own(tmp_path: Path) -> None:
     other = reported.training(machine={"cpu": "Slide Rule", "cores": 1})
     made = page(tmp_path, one=reported.training(), two=other)
@@ -139,6 +146,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *results: dict[str, A
     return shown
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_what_was_not_measured_stays_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shown = drawn(monkeypatch, tmp_path, reported.training("500mbit"))
     assert [rate for rate, found in shown.items() if found != [None]] == ["500mbit"]
@@ -161,6 +169,7 @@ def test_an_empty_cell_is_hatched_and_a_lost_one_framed(tmp_path: Path) -> None:
     plt.close(figure)
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_speed_wins_nothing_where_the_loss_did_not_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     held = drawn(monkeypatch, tmp_path, reported.training(), reported.convergence({"ddp": 1.0, "acp:4": 1.02}))
     assert held["500mbit"][0].winner == "acp:4"
@@ -168,6 +177,7 @@ def test_speed_wins_nothing_where_the_loss_did_not_hold(monkeypatch: pytest.Monk
     assert lost["500mbit"][0].winner == "ddp+fp16:4"
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_seeds_of_the_very_setting_say_more_of_the_loss_than_other_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -188,6 +198,7 @@ def test_seeds_of_the_very_setting_say_more_of_the_loss_than_other_training(
 # The report of any files
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_every_number_comes_from_the_results(tmp_path: Path) -> None:
     """Changes one number at a time and looks for it, and for what it makes of others."""
     before = page(tmp_path, training=reported.training())

@@ -80,7 +80,7 @@ def test_another_seed_is_not_the_same_table_again() -> None:
 @pytest.mark.parametrize(("given", "names"), [("1", [""]), ("3", [""]), ("1,3", ["seed 1", "seed 3"])])
 def test_each_seed_is_a_plan(given: str, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["training", "--seeds", given, "--breakdown"])
-    plans = training.plans(training.arguments())
-    assert list(plans) == names
-    assert [str(plan.seed) for plan in plans.values()] == given.split(",")
-    assert all(plan.breakdown for plan in plans.values())
+    experiments = training.experiments(training.arguments())
+    assert list(experiments) == names
+    assert [str(experiment.seed) for experiment in experiments.values()] == given.split(",")
+    assert all(experiment.breakdown for experiment in experiments.values())

@@ -4,7 +4,7 @@ import pytest
 from machine.case import Case
 from machine.search import run
 from more_kinds import MORE
-from silence import WARM, pieces
+from silence import BOTH, WARM, pieces
 
 TAIL = "\n\nopt.zero_grad()\n\nfor step in range(4, 7): train(step)"
 #: Done while parameters and gradients of a step are on their way; pieces are separated by empty lines.
@@ -166,15 +166,17 @@ def case(code, how):
     return Case(how, program=pieces(program), optimizer=("AdamW", {"lr": 0.01}))
 
 
-@pytest.mark.parametrize("how", ["sharded", "replicated"])
 @pytest.mark.parametrize("kinds", [KINDS, MORE], ids=["kinds", "more"])
-def test_unforeseen_use_changes_nothing(pool2, kinds, how):
+def test_unforeseen_use_changes_nothing(pool2, kinds):
     """Many cases in a few process groups: each by itself would cost more than it does."""
-    refusable = {*MAY_REFUSE, *(SHARDED_MAY_REFUSE if how == "sharded" else ())}
-    outcomes = dict(zip(kinds, run(pool2, [case(code, how) for code in kinds.values()]), strict=True))
-    wrong = {
-        name: f"{outcome.kind} at {outcome.at!r}: {outcome.text}"
-        for name, outcome in outcomes.items()
-        if outcome.kind != "equal" and not (outcome.kind == "refused" and name in refusable)
+    cases = {(name, how): case(code, how) for name, code in kinds.items() for how in BOTH}
+    refusable = {(name, how) for name in MAY_REFUSE for how in BOTH} | {
+        (name, "sharded") for name in SHARDED_MAY_REFUSE
     }
-    assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
+    outcomes = dict(zip(cases, run(pool2, list(cases.values())), strict=True))
+    wrong = {
+        about: f"{outcome.kind} at {outcome.at!r}: {outcome.text}"
+        for about, outcome in outcomes.items()
+        if outcome.kind != "equal" and not (outcome.kind == "refused" and about in refusable)
+    }
+    assert not wrong, "\n".join(f"{how}, {name}: {text}" for (name, how), text in wrong.items())

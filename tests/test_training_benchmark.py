@@ -80,7 +80,7 @@ def test_a_named_compressor_is_what_it_says() -> None:
 
 
 def course(strategy: str, seed: int, held_out: float, **more: Any) -> dict[str, Any]:
-    plan = {
+    experiment = {
         "strategy": strategy,
         "seed": seed,
         "workload": "gpt",
@@ -90,7 +90,7 @@ def course(strategy: str, seed: int, held_out: float, **more: Any) -> dict[str, 
         "learning_rate": 1e-3,
     }
     trained = {"losses": [9.0] * 5 + [held_out] * losses.LAST, "held_out": [[1, 5.0], [3, held_out]]}
-    return {"plan": plan, "workers": 2, "failure": None, **trained, **more}
+    return {"plan": experiment, "workers": 2, "failure": None, **trained, **more}
 
 
 def test_losses_are_compared_with_dense_seed_by_seed() -> None:

@@ -10,11 +10,11 @@
     def test_sum():
         assert torch.equal(*run_workers(sums, 2, 5))
 
-`run_workers` starts fresh processes (1-2 s each, most of it importing torch) and also demands that they exit cleanly.
-`WorkerPool` keeps its processes and costs milliseconds per run; the fixtures `pool2` and `pool4` hold one each.
+`run_workers` starts new processes and also demands that they exit cleanly. `WorkerPool` keeps its processes; the
+fixtures `pool1` to `pool4` hold one each. Processes are forks of one that has imported everything (forking.py).
 
 A worker that hangs ends the test at `timeout`, with the stack of every thread of every worker still running. Workers
-are started and ended as those of the benchmarks are (benchmarks/processes.py): with this process, however it ends.
+end as those of the benchmarks do (benchmarks/processes.py): with this process, however it ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from benchmarks.processes import Processes, python_path
+import forking
+
+from benchmarks.processes import MARK, Processes
 
 # Setting up a process group may take this long (seconds), however short the timeout of its collectives is: a busy
 # machine starts processes late.
@@ -224,11 +226,11 @@ class WorkerPool:
             self.kill()
 
     def kill(self) -> None:
-        if self._processes is not None:
-            self._processes.close()
-        self._processes = None
         for worker in self._workers:
             worker.close()
+        if self._processes is not None:
+            self._processes.close()  # and whatever workers have started and left
+        self._processes = None
         self._workers.clear()
         self._store = None
 
@@ -246,25 +248,16 @@ class _Worker:
         self.rank = rank
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
         self.connection, theirs = Pipe()
-        here = os.path.dirname(os.path.abspath(__file__))
         environment = {
-            "OMP_NUM_THREADS": "1",
+            MARK: processes.mark,  # what it starts is found by it, wherever that has gone
             "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": os.pathsep.join([here, python_path()["PYTHONPATH"]]),
             # Hosts of their own to NCCL, which refuses to share a GPU within one.
             "NCCL_SOCKET_IFNAME": "lo",
             "NCCL_HOSTID": f"host {rank}",
             "NCCL_IB_DISABLE": "1",
         }
-        self._child = processes.start(
-            [sys.executable, "-m", "workers", *map(str, (theirs.fileno(), rank, world_size))],
-            environment | dict(env),
-            rank,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[theirs.fileno()],
-        )
-        self.process = self._child.process
+        arguments = rank, world_size
+        self.process = forking.fork(rank, arguments, environment | dict(env), theirs.fileno(), self._log.fileno())
         theirs.close()
 
     def receive(self) -> tuple[bool, Any]:
@@ -273,7 +266,7 @@ class _Worker:
             ok, payload, text = pickle.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionResetError):
             # Its number stays its own until it is waited for, so the group can be killed safely: children it left.
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            self.process.has_ended(None)
             self.kill()
             return False, WorkerDied(self.rank, self.process.wait(), self.output())
         if not ok:
@@ -297,9 +290,10 @@ class _Worker:
 
     def kill(self) -> None:
         """With its process group: a worker may have started processes of its own."""
-        self._child.end()
+        self.process.end()
 
     def close(self) -> None:
+        self.kill()
         self.connection.close()
         self._log.close()
 
@@ -353,7 +347,7 @@ def _reply(connection: Connection, ok: bool, value: Any) -> None:
 
 
 def _main() -> None:
-    fd, rank, world_size = map(int, sys.argv[1:])
+    fd, (rank, world_size) = forking.serve(int(sys.argv[1]))
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _serve(Connection(fd), rank, world_size)
 

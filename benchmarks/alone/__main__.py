@@ -10,10 +10,10 @@ from functools import partial
 from .. import cells, records
 from ..command import Parser, filled, positive, terminal
 from ..progress import Part
-from ..training.plan import strategy_names
+from ..training.experiment import strategy_names
 from ..training.strategies import FORMS
 from ..training.trainer import OPTIMIZERS
-from .measure import Plan, measure
+from .measure import Experiment, measure
 from .show import show
 
 
@@ -38,10 +38,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given, console = arguments(), terminal()
-    plan = filled(Plan, given)
+    experiment = filled(Experiment, given)
     with cells.ended_by_a_sentence(given.json):
-        store = cells.Store.open(records.header("alone", asdict(plan)), given.json, given.resume)
-        cell = store.obtain({}, plan, Part(1, 1), "a single rank", partial(measure, plan), console)
+        store = cells.Store.open(records.header("alone", asdict(experiment)), given.json, given.resume)
+        cell = store.obtain({}, experiment, Part(1, 1), "a single rank", partial(measure, experiment), console)
     show(cell, console)
 
 

@@ -8,19 +8,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import records
 from ..progress import Report
 from ..training.gpt import GPT, VOCABULARY
 from ..training.strategies import parse_strategy
 from ..training.trainer import Trainer, optimizer_factory
-from ..worker import user_seconds
+from ..worker import accounted
 
 HEAD = 64  # width of an attention head
 WARM_UP = 5  # rounds; the optimizer makes its state in the first one
 
 
 @dataclass(frozen=True)
-class Plan:
+class Experiment:
     """What is measured."""
 
     strategies: list[str]
@@ -32,22 +31,21 @@ class Plan:
     width: int
 
 
-def measure(plan: Plan, report: Report) -> dict[str, Any]:
+def measure(experiment: Experiment, report: Report) -> dict[str, Any]:
     """The one cell: milliseconds of every step by strategy, and how many functions a step calls."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    trainers = {name: _build(plan, name) for name in plan.strategies}
-    inputs, targets = torch.randint(VOCABULARY, (2, plan.batch, plan.length))
+    trainers = {name: _build(experiment, name) for name in experiment.strategies}
+    inputs, targets = torch.randint(VOCABULARY, (2, experiment.batch, experiment.length))
     milliseconds: dict[str, list[float]] = {name: [] for name in trainers}
-    user, begun = user_seconds(), time.perf_counter()
-    for number in range(-WARM_UP, plan.rounds):
-        report(max(0, number), plan.rounds, "taking turns")
-        for name, trainer in trainers.items():
-            start = time.perf_counter()
-            trainer.step(inputs, targets)
-            if number >= 0:
-                milliseconds[name].append((time.perf_counter() - start) * 1e3)
-    wall, user_after = time.perf_counter() - begun, user_seconds()
+    with accounted() as account:
+        for number in range(-WARM_UP, experiment.rounds):
+            report(max(0, number), experiment.rounds, "taking turns")
+            for name, trainer in trainers.items():
+                start = time.perf_counter()
+                trainer.step(inputs, targets)
+                if number >= 0:
+                    milliseconds[name].append((time.perf_counter() - start) * 1e3)
     found = [
         {"name": name, "ms": milliseconds[name], "calls": _calls(trainer, inputs, targets)}
         for name, trainer in trainers.items()
@@ -55,21 +53,14 @@ def measure(plan: Plan, report: Report) -> dict[str, Any]:
     for trainer in trainers.values():
         trainer.close()
     dist.destroy_process_group()
-    return {
-        "plan": asdict(plan),
-        "strategies": found,
-        "cpus": records.cpus(),
-        "wall_s": wall,
-        # User-mode CPU seconds meanwhile: the machine's, this process's. What is left over, others have taken.
-        "user_s": [b - a for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
-    }
+    return {"plan": asdict(experiment), "strategies": found, **account}
 
 
-def _build(plan: Plan, name: str) -> Trainer:
+def _build(experiment: Experiment, name: str) -> Trainer:
     torch.manual_seed(0)
-    net = GPT(plan.layers, plan.width, plan.width // HEAD)
+    net = GPT(experiment.layers, experiment.width, experiment.width // HEAD)
     assert dist.group.WORLD is not None
-    return parse_strategy(name).build(net, optimizer_factory(plan.optimizer), dist.group.WORLD)
+    return parse_strategy(name).build(net, optimizer_factory(experiment.optimizer), dist.group.WORLD)
 
 
 def _calls(trainer: Trainer, inputs: torch.Tensor, targets: torch.Tensor) -> int:

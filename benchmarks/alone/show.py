@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..stats import share_of_others
+from ..stats import taken_meanwhile
 from ..tables import note, table, warn_of_others
 
 
@@ -33,6 +33,4 @@ def show(cell: dict[str, Any], console: Console) -> None:
         f"Medians over {cell['plan']['rounds']} rounds, in which the strategies take turns; differences are taken "
         "within a round. Calls: functions that a step calls, in Python or from it.",
     )
-    if cell.get("user_s"):
-        machine, own = cell["user_s"]
-        warn_of_others(console, share_of_others(machine, own, cell["wall_s"], cell["cpus"]))
+    warn_of_others(console, taken_meanwhile([cell]))

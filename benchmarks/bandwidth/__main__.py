@@ -11,7 +11,7 @@ from functools import partial
 from .. import cells, records
 from ..command import Parser, fail, number, terminal
 from ..network.rates import UNLIMITED, bits
-from ..training.plan import plan_options
+from ..training.experiment import experiment_options
 from .measure import FLOOR, parts, run
 from .show import show
 
@@ -21,7 +21,7 @@ STRATEGIES = "ddp:2,ddp+fp16:1,ddp+fp16:4,dear,bf16:4,dear+acp:4,acp:4,topk:0.01
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__package__, __doc__)
-    plan_options(parser, strategies=STRATEGIES, rounds=5, warmup=1, steps=4)
+    experiment_options(parser, strategies=STRATEGIES, rounds=5, warmup=1, steps=4)
     limit = partial(number, above=1)
     parser.add_argument("--limit", type=limit, default=1.15, help="step / compute floor that still holds")
     parser.set_defaults(rates=LADDER)

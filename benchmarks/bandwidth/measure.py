@@ -17,8 +17,8 @@ from ..network.lab import Lab, Loopback
 from ..network.rates import bits, show_rate
 from ..progress import Part
 from ..stats import paired_ratio, round_times
+from ..training.experiment import experiment_of
 from ..training.measure import run_cell
-from ..training.plan import plan_of
 
 FLOOR = "none"
 
@@ -102,10 +102,10 @@ def run(
     """The search for one number of workers; every rung is stored as soon as it was measured."""
 
     def measure(rate: str, names: Sequence[str]) -> dict[str, float | None]:
-        plan = plan_of(given, strategies=[FLOOR, *names])
+        experiment = experiment_of(given, strategies=[FLOOR, *names])
         where = cells.place(lab.workers, rate, lab.name, ",".join(names), lab.node_size)
-        at_rate = partial(cells.run_at, lab, rate, run_cell, plan)
-        cell = store.obtain(where, plan, next(counted), f"{lab.workers} workers, {rate}", at_rate, console)
+        at_rate = partial(cells.run_at, lab, rate, run_cell, experiment)
+        cell = store.obtain(where, experiment, next(counted), f"{lab.workers} workers, {rate}", at_rate, console)
         ratios = over_floor(cell)
         floor = statistics.median(round_times(cell["strategies"][0]))
         found = ", ".join(f"{name} {'failed' if ratio is None else f'{ratio:.3f}'}" for name, ratio in ratios.items())

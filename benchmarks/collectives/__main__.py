@@ -28,7 +28,7 @@ from ..progress import Report
 from ..worker import launched
 from . import mpi
 from .exact import DTYPES
-from .measure import METHODS, Plan, failed_cell, measure
+from .measure import METHODS, Experiment, failed_cell, measure
 from .mpi_methods import MPI_METHODS
 from .show import show
 
@@ -37,20 +37,20 @@ MPI_NAMES = [one.name for one in MPI_METHODS]
 RIVALS = ("all_reduce", "ring")  # run beside MPI's methods in every MPI's cell
 
 
-def run_cell(lab: Lab | Loopback, plan: Plan, report: Report) -> dict[str, Any]:
-    """Starts the workers of one cell, by an MPI where the plan says so; one that cannot is a cell that says why."""
-    launcher = arguments().launchers[plan.mpi] if plan.mpi else None
+def run_cell(lab: Lab | Loopback, experiment: Experiment, report: Report) -> dict[str, Any]:
+    """Starts the workers of one cell, by an MPI where it says so; one that cannot is a cell that says why."""
+    launcher = arguments().launchers[experiment.mpi] if experiment.mpi else None
 
-    def run(plan: Plan) -> dict[str, Any]:
+    def run(experiment: Experiment) -> dict[str, Any]:
         launch = functools.partial(mpi.command, launcher, lab) if launcher else None
-        return run_workers(lab, measure, plan, report, CELL_SECONDS, launch)
+        return run_workers(lab, measure, experiment, report, CELL_SECONDS, launch)
 
     try:
-        return run_surviving(plan, plan.methods, run)
+        return run_surviving(experiment, experiment.methods, run)
     except WorkersFailed as error:
         if launcher is None:
             raise
-        return failed_cell(plan, lab.workers, f"{launcher.title} could not run the workers: {error}")
+        return failed_cell(experiment, lab.workers, f"{launcher.title} could not run the workers: {error}")
 
 
 BENCHMARK = cells.Benchmark("collectives", measure, run_cell, show)
@@ -94,18 +94,18 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def plans(given: argparse.Namespace) -> dict[str, Plan]:
-    """A plan for each way of starting the workers."""
-    plan = filled(Plan, given, mpi="")
+def experiments(given: argparse.Namespace) -> dict[str, Experiment]:
+    """An experiment for each way of starting the workers."""
+    experiment = filled(Experiment, given, mpi="")
     if launched() and detect(os.environ).launcher == "mpirun":
-        return {"": plan}
+        return {"": experiment}
     plain = [name for name in given.methods if name not in MPI_NAMES]
-    plans = {"": replace(plan, methods=[*plain, *given.missing], excluded=given.missing)}
+    experiments = {"": replace(experiment, methods=[*plain, *given.missing], excluded=given.missing)}
     through_mpi = [name for name in given.methods if name in (*RIVALS, *MPI_NAMES)]
     for title in given.launchers:
-        plans[title] = replace(plan, methods=through_mpi, mpi=title)
-    return {title: each for title, each in plans.items() if each.methods}
+        experiments[title] = replace(experiment, methods=through_mpi, mpi=title)
+    return {title: each for title, each in experiments.items() if each.methods}
 
 
 if __name__ == "__main__":
-    cells.main(BENCHMARK, arguments(), plans(arguments()))
+    cells.main(BENCHMARK, arguments(), experiments(arguments()))

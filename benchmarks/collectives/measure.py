@@ -23,7 +23,7 @@ METHODS: dict[str, type[Method]] = {one.name: one for one in [*EXACT, *MPI_METHO
 
 
 @dataclass(frozen=True)
-class Plan:
+class Experiment:
     """What one cell (one rate, one number of workers, one way of starting them) measures."""
 
     methods: list[str]
@@ -65,17 +65,19 @@ class Candidate:
 class Measurement:
     """One cell. Every rank makes the same calls in the same order."""
 
-    def __init__(self, worker: Worker, plan: Plan, methods: Mapping[str, type[Method]], report: Report) -> None:
-        self.worker, self.plan, self.methods, self.report = worker, plan, methods, report
+    def __init__(
+        self, worker: Worker, experiment: Experiment, methods: Mapping[str, type[Method]], report: Report
+    ) -> None:
+        self.worker, self.experiment, self.methods, self.report = worker, experiment, methods, report
         self.groups: dict[tuple[str, Placement], dist.ProcessGroup] = {}
         self.broken: dict[tuple[str, Placement], str] = {}  # what failed, and its group with it
-        self.keys = [(name, place) for name in plan.methods for place in self._placements(name)]
-        self.done, self.total = 0, len(self.keys) * len(plan.sizes) * (plan.rounds + 1)
+        self.keys = [(name, place) for name in experiment.methods for place in self._placements(name)]
+        self.done, self.total = 0, len(self.keys) * len(experiment.sizes) * (experiment.rounds + 1)
 
     def run(self) -> dict[str, Any]:
-        """The cell: the plan, every method's blocks at every size, and a fit of each method's time over the sizes."""
-        sizes = [self._size(bytes_) for bytes_ in self.plan.sizes]
-        return {"plan": asdict(self.plan), "workers": self.worker.world, "sizes": sizes, "fits": fits(sizes)}
+        """The cell: every method's blocks at every size, and a fit of each method's time over the sizes."""
+        sizes = [self._size(bytes_) for bytes_ in self.experiment.sizes]
+        return {"plan": asdict(self.experiment), "workers": self.worker.world, "sizes": sizes, "fits": fits(sizes)}
 
     def _placements(self, name: str) -> tuple[Placement, ...]:
         return self.methods[name].placements if name in self.methods else ("in_place",)
@@ -87,7 +89,7 @@ class Measurement:
 
     def _size(self, bytes_: int) -> dict[str, Any]:
         """All methods at one size: one checked run each, then rounds in an order that rotates, then one more check."""
-        dtype = DTYPES[self.plan.dtype]
+        dtype = DTYPES[self.experiment.dtype]
         count = max(bytes_ // dtype.itemsize // self.worker.world, 1) * self.worker.world
         place = Place(count, dtype, self.worker)
         candidates = [Candidate(*key, failure=self._known_failure(key)) for key in self.keys]
@@ -96,7 +98,7 @@ class Measurement:
             if one.failure is None:
                 self._build(one, place)
                 self._check(one)
-        for number in range(self.plan.rounds):
+        for number in range(self.experiment.rounds):
             first = number % len(candidates)
             for one in candidates[first:] + candidates[:first]:
                 self._progress(1, f"{show_size(bytes_)} {one.name}")
@@ -107,7 +109,7 @@ class Measurement:
         return {"bytes": count * dtype.itemsize, "count": count, "methods": self._accounts(candidates)}
 
     def _known_failure(self, key: tuple[str, Placement]) -> str | None:
-        return self.plan.excluded.get(key[0]) or self.broken.get(key)
+        return self.experiment.excluded.get(key[0]) or self.broken.get(key)
 
     def _accounts(self, candidates: list[Candidate]) -> list[dict[str, Any]]:
         """By method: its in-place account, to which the out-of-place one is added."""
@@ -178,13 +180,13 @@ class Measurement:
 
     def _timed(self, method: Method) -> dict[str, Any]:
         """Back-to-back runs, as in training: no barrier between them, since an exchange synchronises by itself."""
-        for _ in range(self.plan.warmup):
+        for _ in range(self.experiment.warmup):
             method.prepare()
             method.run()
         method.parts()
         self.worker.synchronize()
         sent, cpu, times = bytes_sent(), 0.0, []
-        for _ in range(self.plan.iterations):
+        for _ in range(self.experiment.iterations):
             method.prepare()
             self.worker.synchronize()
             cpu_start, start = time.process_time(), time.perf_counter()
@@ -195,26 +197,26 @@ class Measurement:
         sent_after = bytes_sent()
         return {
             "us": times,
-            "cpu_ms": round(cpu * 1e3 / self.plan.iterations, 3),
-            "sent_bytes": None if sent is None else ((sent_after or 0) - sent) // self.plan.iterations,
+            "cpu_ms": round(cpu * 1e3 / self.experiment.iterations, 3),
+            "sent_bytes": None if sent is None else ((sent_after or 0) - sent) // self.experiment.iterations,
             **method.parts(),
         }
 
 
-def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part of one cell."""
     return {
         "congestion_control": records.congestion_control(),
-        **Measurement(worker, Plan(**plan), METHODS, report).run(),
+        **Measurement(worker, Experiment(**experiment), METHODS, report).run(),
     }
 
 
-def failed_cell(plan: Plan, workers: int, why: str) -> dict[str, Any]:
+def failed_cell(experiment: Experiment, workers: int, why: str) -> dict[str, Any]:
     """A cell in which no method could be measured, and every row says so."""
-    rows = [{"name": name, "halves": METHODS[name].halves, "failure": why, "blocks": []} for name in plan.methods]
-    itemsize = DTYPES[plan.dtype].itemsize
-    sizes = [{"bytes": bytes_, "count": bytes_ // itemsize, "methods": rows} for bytes_ in plan.sizes]
-    return {"plan": asdict(plan), "workers": workers, "sizes": sizes, "fits": {}}
+    rows = [{"name": name, "halves": METHODS[name].halves, "failure": why, "blocks": []} for name in experiment.methods]
+    itemsize = DTYPES[experiment.dtype].itemsize
+    sizes = [{"bytes": bytes_, "count": bytes_ // itemsize, "methods": rows} for bytes_ in experiment.sizes]
+    return {"plan": asdict(experiment), "workers": workers, "sizes": sizes, "fits": {}}
 
 
 def fits(sizes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -174,10 +174,10 @@ def show(cell: dict[str, Any], console: Console) -> None:
 
 
 def _title(cell: dict[str, Any]) -> str:
-    plan = cell["plan"]
+    experiment = cell["plan"]
     started = f" · started by {cell['variant']}" if cell.get("variant") else ""
     where = f"{show_rate(cell['rate'])} · {cell['workers']} workers · {cell['network']}{started}"
-    return f"{where} · {plan['rounds']} rounds of {plan['iterations']} runs"
+    return f"{where} · {experiment['rounds']} rounds of {experiment['iterations']} runs"
 
 
 def _table(title: str, columns: list[str]) -> Table:

@@ -13,7 +13,7 @@ import argparse
 from .. import cells
 from ..command import Parser, filled, listed, number, one_of, positive, rate, terminal
 from ..network.rates import UNLIMITED
-from ..training.plan import training_options
+from ..training.experiment import training_options
 from ..training.trainer import OPTIMIZERS
 from ..training.workloads import WORKLOADS
 from . import best

@@ -44,9 +44,9 @@ def best(cells: Sequence[dict[str, Any]]) -> list[Best]:
     runs: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
     for cell in cells:
         if not cell["failure"] and cell["held_out"] and math.isfinite(cell["held_out"][-1][1]):
-            plan = cell["plan"]
-            rates = runs.setdefault((plan["optimizer"], plan["strategy"]), {})
-            rates.setdefault(plan["learning_rate"], []).append(cell)
+            experiment = cell["plan"]
+            rates = runs.setdefault((experiment["optimizer"], experiment["strategy"]), {})
+            rates.setdefault(experiment["learning_rate"], []).append(cell)
     found = [_at_best_rate(optimizer, strategy, rates) for (optimizer, strategy), rates in runs.items()]
     goals = {one.optimizer: one.loss for one in found if one.strategy == DENSE}
     return [_with_goal(one, goals.get(one.optimizer)) for one in found]
@@ -99,10 +99,10 @@ def show(cells: Sequence[dict[str, Any]], compute: float | None, rates: Sequence
 def _show_one(
     found: Sequence[Best], cell: dict[str, Any], compute: float | None, rates: Sequence[str], console: Console
 ) -> None:
-    plan, dense = cell["plan"], next((one for one in found if one.strategy == DENSE), None)
+    experiment, dense = cell["plan"], next((one for one in found if one.strategy == DENSE), None)
     title = (
-        f"{plan['workload']}: {plan['steps']} steps · {cell['workers']} workers · {found[0].optimizer}, own best "
-        "learning rate"
+        f"{experiment['workload']}: {experiment['steps']} steps · {cell['workers']} workers · {found[0].optimizer}, "
+        "own best learning rate"
     )
     times = [] if compute is None else [f"PREDICTED s,\n{show_rate(rate)}" for rate in rates]
     made = table(title, "strategy", ("lr", "seeds", "held-out\nloss", "range", "/ dense", "KB/step", "steps", *times))

@@ -1,10 +1,10 @@
 """Inside a worker: trains one strategy with one seed, and looks at the held-out loss now and then."""
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from ..launch import WorkersFailed, run_workers
+from ..launch import run_or_tell
 from ..network.lab import Lab, Loopback
 from ..progress import Report
 from ..training.strategies import parse_strategy
@@ -36,9 +36,9 @@ class Course:
     device: str = "cpu"
 
 
-def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part of one pair: trains, and returns what rank 0 keeps."""
-    course = Course(**plan)
+    course = Course(**experiment)
     workload, group = WORKLOADS[course.workload], worker.group()
     own: list[float] = []
     looks: list[tuple[int, int, float]] = []  # steps done, examples of this rank's share, their mean loss
@@ -81,7 +81,7 @@ def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, A
 
     account, failure = worker.attempt(train)
     return {
-        "plan": plan,
+        "plan": experiment,
         "workers": worker.world,
         "about": workload.about,
         "failure": failure,
@@ -104,9 +104,5 @@ def _together(shares: tuple[tuple[int, int, float], ...]) -> list[float]:
 
 
 def run_cell(lab: Lab | Loopback, course: Course, report: Report) -> dict[str, Any]:
-    """One pair; workers that end without a result are a result too."""
-    try:
-        limit = 60 + SECONDS_PER_STEP * course.steps
-        return run_workers(lab, measure, course, report, timeout=limit)
-    except WorkersFailed as error:
-        return {"plan": asdict(course), "workers": lab.workers, "failure": str(error)}
+    """One pair."""
+    return run_or_tell(lab, measure, course, report, 60 + SECONDS_PER_STEP * course.steps)

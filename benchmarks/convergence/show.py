@@ -19,10 +19,10 @@ def show(cells: Sequence[dict[str, Any]], console: Console) -> None:
     """The table, then why pairs failed; nothing of a workload that has no held-out examples."""
     if not cells:
         return
-    plan, found = cells[0]["plan"], rows(cells)
+    experiment, found = cells[0]["plan"], rows(cells)
     title = (
-        f"{plan.get('workload', 'gpt')}: loss after {plan['steps']} steps · {cells[0]['workers']} workers · "
-        f"batch {plan['batch']} each · {plan['optimizer']}, learning rate {plan['learning_rate']:g}"
+        f"{experiment.get('workload', 'gpt')}: loss after {experiment['steps']} steps · {cells[0]['workers']} workers "
+        f"· batch {experiment['batch']} each · {experiment['optimizer']}, learning rate {experiment['learning_rate']:g}"
     )
     columns = ("seeds", "held-out\nloss", f"training loss,\nlast {LAST}", "held-out\n/ dense", "worst\nseed")
     made = table(title, "strategy", columns)

@@ -20,8 +20,13 @@ def trainings(results: Path) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     found: defaultdict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(results.glob("convergence*.json")):
         for cell in json.loads(path.read_text())["cells"]:
-            plan = cell["plan"]
-            same = (plan.get("workload") or "gpt", plan["steps"], plan.get("schedule"), cell["workers"])
+            experiment = cell["plan"]
+            same = (
+                experiment.get("workload") or "gpt",
+                experiment["steps"],
+                experiment.get("schedule"),
+                cell["workers"],
+            )
             found[same].append(cell)
     return found
 

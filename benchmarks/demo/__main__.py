@@ -12,7 +12,7 @@ from .. import cells, progress, records
 from ..command import Parser, positive, terminal
 from ..launch import run_workers
 from ..network.lab import open_lab
-from .measure import ComparisonPlan, measure
+from .measure import Comparison, measure
 from .show import draw, show
 
 WORKERS = 2
@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given, console = arguments(), terminal()
-    plan = ComparisonPlan(given.dear, given.optimizer, given.rounds)
+    experiment = Comparison(given.dear, given.optimizer, given.rounds)
     console.print(
         f"Training a byte-level GPT (10.9 M parameters) on Python's standard library with {WORKERS} workers, "
         "one thread each."
@@ -42,10 +42,10 @@ def main() -> None:
         rate = lab.possible([RATE])[0]
         lab.set_rate(rate)
         with progress.bar(console, "demo") as report:
-            result = run_workers(lab, measure, plan, report, WORKERS_SECONDS)
+            result = run_workers(lab, measure, experiment, report, WORKERS_SECONDS)
     for part in ("tuning", "training"):
         result[part].update(rate=rate, network=lab.name)
-    records.write(given.out / "demo.json", {**records.header("demo", asdict(plan)), **result})
+    records.write(given.out / "demo.json", {**records.header("demo", asdict(experiment)), **result})
     drawn = draw(result, given.out)
     show(result, console)
     for path in drawn:

@@ -9,9 +9,9 @@ from torch import nn
 from ..progress import Report
 from ..stats import best_ddp
 from ..training.breakdown import ProfilerTrace
+from ..training.experiment import Experiment
 from ..training.gpt import GPT
 from ..training.measure import TRIAL_STEPS, Measurement
-from ..training.plan import Plan
 from ..training.timeline import STEPS, record
 from ..worker import Worker
 
@@ -21,7 +21,7 @@ ROUND_WARMUP, ROUND_STEPS = 1, 5
 
 
 @dataclass(frozen=True)
-class ComparisonPlan:
+class Comparison:
     """What the workers do."""
 
     dear: str  # the strategy that competes with the best of CANDIDATES
@@ -32,26 +32,28 @@ class ComparisonPlan:
 
 def measure(worker: Worker, given: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part; rank 0's is the result: "tuning" and "training" as of training, "traces" and their failures."""
-    compared = ComparisonPlan(**given)
-    tuning_plan = Plan(CANDIDATES, compared.optimizer, 1, TUNING_WARMUP, TUNING_STEPS, seed=compared.seed)
+    compared = Comparison(**given)
+    tuning = Experiment(CANDIDATES, compared.optimizer, 1, TUNING_WARMUP, TUNING_STEPS, seed=compared.seed)
     before = len(CANDIDATES) * (TRIAL_STEPS + TUNING_WARMUP + TUNING_STEPS)
     total = before + 3 * (TRIAL_STEPS + compared.rounds * (ROUND_WARMUP + ROUND_STEPS))
 
-    trial = Measurement(worker, tuning_plan, lambda done, _, doing: report(done, total, f"tuning DDP, {doing}"))
+    trial = Measurement(worker, tuning, lambda done, _, doing: report(done, total, f"tuning DDP, {doing}"))
     trial.build()
     trial.play()
-    tuning = trial.finish()
-    best = best_ddp(tuning["strategies"])
+    tuned = trial.finish()
+    best = best_ddp(tuned["strategies"])
     if best is None:
-        raise RuntimeError(f"No bucket size of DDP could be measured: {tuning['strategies'][0]['failure']}")
-    plan = replace(
-        tuning_plan,
+        raise RuntimeError(f"No bucket size of DDP could be measured: {tuned['strategies'][0]['failure']}")
+    experiment = replace(
+        tuning,
         strategies=["none", best["name"], compared.dear],
         rounds=compared.rounds,
         warmup=ROUND_WARMUP,
         steps=ROUND_STEPS,
     )
-    training = Measurement(worker, plan, lambda done, _, doing: report(before + done, total, f"training, {doing}"))
+    training = Measurement(
+        worker, experiment, lambda done, _, doing: report(before + done, total, f"training, {doing}")
+    )
     training.build()
     training.play()
     training.evaluate()  # before the traces, whose steps would give DeAR more training than DDP
@@ -60,7 +62,7 @@ def measure(worker: Worker, given: dict[str, Any], report: Report) -> dict[str, 
         report(total, total, "recording a step of each")
     attempts = {name: worker.attempt(partial(_record, training, name)) for name in (best["name"], compared.dear)}
     return {
-        "tuning": tuning,
+        "tuning": tuned,
         "training": training.finish(),
         "traces": {name: trace for name, (trace, _) in attempts.items() if trace},
         "trace_failures": {name: failure for name, (_, failure) in attempts.items() if failure},

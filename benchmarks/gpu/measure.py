@@ -19,7 +19,7 @@ RESULTS_OF_TESTS = (0, 1, 5)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Experiment:
     """What a task's cell in the file was made by."""
 
     arguments: list[str]
@@ -57,12 +57,12 @@ class Call:
 
     def _one(self, task: Task, part: Part, left: float) -> str:
         """left: seconds of the call."""
-        where, plan = {"task": task.name}, Plan(list(task.arguments))
+        where, experiment = {"task": task.name}, Experiment(list(task.arguments))
         limit = min(left, task.share * self.minutes * 60)
-        if self.store.find(where, plan) is None and limit <= task.minutes * 60:
+        if self.store.find(where, experiment) is None and limit <= task.minutes * 60:
             return f"not begun: it takes {task.minutes:g} min, and there were {max(limit, 0) / 60:.1f}"
         try:
-            self.store.obtain(where, plan, part, task.name, partial(self._measure, task, limit), self.console)
+            self.store.obtain(where, experiment, part, task.name, partial(self._measure, task, limit), self.console)
         except Unfinished as why:
             return str(why)
         return ""
@@ -80,7 +80,7 @@ class Call:
         if why := unfinished(task, ended):
             raise Unfinished(why)
         return {
-            "plan": asdict(Plan(list(task.arguments))),
+            "plan": asdict(Experiment(list(task.arguments))),
             "seconds": round(time.monotonic() - begun, 1),
             **({"file": task.results} if task.results else {}),
             **(outcomes.summary(results) if task.tests else {}),

@@ -16,7 +16,7 @@ from .. import cells, records
 from ..command import Parser, fail, number, positive, terminal
 from ..progress import Part
 from .cases import FAMILIES
-from .measure import Plan, measure_family
+from .measure import Experiment, measure_family
 from .show import show
 
 
@@ -47,15 +47,17 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given, console = arguments(), terminal()
-    plan = Plan(given.numel, given.density, given.rank, given.threads, given.rounds, given.device)
-    if plan.device == "cuda":
+    experiment = Experiment(given.numel, given.density, given.rank, given.threads, given.rounds, given.device)
+    if experiment.device == "cuda":
         need_gpu()
     with cells.ended_by_a_sentence(given.json):
-        store = cells.Store.open(records.header("kernels", asdict(plan), plan.device), given.json, given.resume)
+        store = cells.Store.open(
+            records.header("kernels", asdict(experiment), experiment.device), given.json, given.resume
+        )
         for index, family in enumerate(FAMILIES, 1):
-            part, measure = Part(index, len(FAMILIES)), partial(measure_family, family, plan)
+            part, measure = Part(index, len(FAMILIES)), partial(measure_family, family, experiment)
             try:
-                store.obtain({"family": family}, plan, part, family, measure, console)
+                store.obtain({"family": family}, experiment, part, family, measure, console)
             except torch.OutOfMemoryError:
                 fail(f"The GPU's memory does not hold the inputs of {family}: give a smaller --numel.")
     show(store.payload, console)

@@ -43,9 +43,8 @@ import torch
 
 from compress import ops
 
-from .. import records
 from ..progress import Report
-from ..worker import user_seconds
+from ..worker import accounted
 from .cases import FAMILIES, Case
 
 Call = Callable[[], object]
@@ -58,7 +57,7 @@ HEAD_START_CYCLES = 4_000_000  # of the GPU, about 2 ms
 
 
 @dataclass(frozen=True)
-class Plan:
+class Experiment:
     """What one cell (one family of kernels) measures."""
 
     numel: int  # elements of the fusion group
@@ -130,32 +129,28 @@ def sample(same: Sequence[Case], way: str, calls: Sequence[Call], clock: Clock) 
         return []
 
 
-def measure_family(family: str, plan: Plan, report: Report) -> dict[str, Any]:
+def measure_family(family: str, experiment: Experiment, report: Report) -> dict[str, Any]:
     """One cell."""
-    torch.set_num_threads(plan.threads)
+    torch.set_num_threads(experiment.threads)
     torch.manual_seed(0)
-    on_gpu = plan.device == "cuda"
-    count = sets_needed(plan.numel, torch.cuda.get_device_properties().L2_cache_size) if on_gpu else 1
+    on_gpu = experiment.device == "cuda"
+    count = sets_needed(experiment.numel, torch.cuda.get_device_properties().L2_cache_size) if on_gpu else 1
     sets: list[list[Case]] = []
     copies: list[Call] = []
-    with torch.device(plan.device):
+    with torch.device(experiment.device):
         for _ in range(count):
-            grad = torch.randn(plan.numel) * 1e-3
+            grad = torch.randn(experiment.numel) * 1e-3
             copies.append(partial(torch.empty_like(grad).copy_, grad))
-            sets.append(FAMILIES[family](grad, plan.density, plan.rank))
-    user, begun = user_seconds(), time.perf_counter()
-    copy_seconds = measure(sets, copies, timed_on_gpu if on_gpu else timed, plan.rounds, report)
-    wall, user_after = time.perf_counter() - begun, user_seconds()
+            sets.append(FAMILIES[family](grad, experiment.density, experiment.rank))
+    with accounted() as others:
+        copy_seconds = measure(sets, copies, timed_on_gpu if on_gpu else timed, experiment.rounds, report)
     return {
-        "plan": asdict(plan),
+        "plan": asdict(experiment),
         "input_sets": count,
         "kernel_threads": ops.kernel_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpus": records.cpus(),
-        "wall_s": wall,
-        # User-mode CPU seconds meanwhile: the machine's, this process's. What is left over, others have taken.
-        "user_s": [b - a for a, b in zip(user, user_after, strict=True)] if user and user_after else None,
-        "copy_bytes_per_s": 8 * plan.numel / statistics.median(copy_seconds),
+        **others,
+        "copy_bytes_per_s": 8 * experiment.numel / statistics.median(copy_seconds),
         "copy_seconds": copy_seconds,
         "kernels": [account(case) for case in sets[0]],
     }

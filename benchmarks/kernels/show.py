@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..stats import share_of_others
+from ..stats import taken_meanwhile
 from ..tables import alarm, note, table, value, warn_of_others
 
 FAILED = "[red]failed[/red]"
@@ -39,10 +39,7 @@ def show(payload: dict[str, Any], console: Console) -> None:
         "kernel must move at least, by its time. % of copy: of what a copy of as many elements moves on this "
         + (about_gpu if gpu else about_cpu),
     )
-    timed = [(*cell["user_s"], cell["wall_s"], cell["cpus"]) for cell in cells if cell.get("user_s")]
-    if timed:
-        machine, own, wall, (cpus, *_) = zip(*timed, strict=True)
-        warn_of_others(console, share_of_others(sum(machine), sum(own), sum(wall), cpus))
+    warn_of_others(console, taken_meanwhile(cells))
 
 
 def _gpu(payload: dict[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ import argparse
 from .. import cells
 from ..command import Parser, fail, filled, positive, terminal
 from ..network.rates import UNLIMITED
-from ..training.plan import strategy_names
+from ..training.experiment import strategy_names
 from ..training.strategies import FORMS
 from ..training.trainer import OPTIMIZERS
 from ..worker import launched

@@ -1,14 +1,14 @@
 """Inside a worker: trains one strategy for a few steps, and reads what the kernel and the allocator say of memory."""
 
 import ctypes
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ..launch import WorkersFailed, run_workers
+from ..launch import run_or_tell
 from ..network.lab import Lab, Loopback
 from ..progress import Report
 from ..training.gpt import GPT, VOCABULARY
@@ -60,14 +60,14 @@ def allocated() -> int | None:
     return int(told.uordblks + told.hblkhd)
 
 
-def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part of one strategy; every number is that of the rank with most."""
-    load = Load(**plan)
+    load = Load(**experiment)
     group = worker.group()
     numbers, failure = worker.attempt(lambda: _train(load, worker, group, report))
     everyones = [each for each in worker.gather(numbers) if each]
     most = {name: _most([each[name] for each in everyones]) for name in everyones[0]} if everyones else {}
-    return {"plan": plan, "workers": worker.world, "failure": failure, **most}
+    return {"plan": experiment, "workers": worker.world, "failure": failure, **most}
 
 
 def _most(values: list[int | None]) -> int | None:
@@ -132,8 +132,5 @@ def _examples(load: Load) -> torch.Tensor:
 
 
 def run_cell(lab: Lab | Loopback, load: Load, report: Report) -> dict[str, Any]:
-    """One strategy; workers that end without a result are a result too."""
-    try:
-        return run_workers(lab, measure, load, report, timeout=TIMEOUT)
-    except WorkersFailed as error:
-        return {"plan": asdict(load), "workers": lab.workers, "failure": str(error)}
+    """One strategy."""
+    return run_or_tell(lab, measure, load, report, TIMEOUT)

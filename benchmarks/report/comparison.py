@@ -163,9 +163,9 @@ def cells(sources: Sequence[Source]) -> list[Cell]:
 
 def as_cell(source: Source, data: dict[str, Any], machine: str = "") -> Cell:
     """A cell with its rows; `machine` becomes part of the setting."""
-    plan = data["plan"]
-    workload = plan.get("workload", "gpt")
-    setting = Setting(workload, plan["optimizer"], plan["batch"], data["workers"], data["network"], machine)
+    experiment = data["plan"]
+    workload = experiment.get("workload", "gpt")
+    setting = Setting(workload, experiment["optimizer"], experiment["batch"], data["workers"], data["network"], machine)
     return Cell(source, data, setting, data["rate"], tuple(summary.summarise(data)))
 
 

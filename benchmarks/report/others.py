@@ -26,11 +26,11 @@ def loss_table(sources: Iterable[Source]) -> str:
     """Held-out loss against dense, every run of every strategy."""
     rows = []
     for source in sources:
-        plan = source.cells[0]["plan"]
+        experiment = source.cells[0]["plan"]
         for row in losses.rows(source.cells):
             if row.ratio is None or row.worst is None or row.held_out is None:
                 continue
-            about = f"{plan.get('workload', 'gpt')}, {plan['optimizer']}, {plan['steps']} steps"
+            about = f"{experiment.get('workload', 'gpt')}, {experiment['optimizer']}, {experiment['steps']} steps"
             mark = "**" if row.ratio > losses.TOLERANCE else ""
             ratios = [f"{mark}{row.ratio:.3f}×{mark}", f"{row.worst:.3f}×"]
             rows.append([row.name, source.file, about, str(row.seeds), f"{row.held_out:.3f}", *ratios])

@@ -21,9 +21,9 @@ def is_sweep(source: Source) -> bool:
     or with a schedule of the learning rate."""
     if source.benchmark != "convergence":
         return False
-    plans = [cell["plan"] for cell in source.cells]
-    several = len({(plan["optimizer"], plan["learning_rate"]) for plan in plans}) > 1
-    return several or any(plan.get("schedule", "constant") != "constant" for plan in plans)
+    experiments = [cell["plan"] for cell in source.cells]
+    several = len({(experiment["optimizer"], experiment["learning_rate"]) for experiment in experiments}) > 1
+    return several or any(experiment.get("schedule", "constant") != "constant" for experiment in experiments)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ def sweeps(sources: Iterable[Source]) -> list[Sweep]:
     cells: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for source in sources:
         for cell in source.cells:
-            plan = cell["plan"]
-            cells.setdefault((plan["workload"], cell.get("about", plan["workload"]), plan["steps"]), []).append(cell)
+            experiment = cell["plan"]
+            cells.setdefault(
+                (experiment["workload"], cell.get("about", experiment["workload"]), experiment["steps"]), []
+            ).append(cell)
     found = []
     for (workload, about, steps), own in sorted(cells.items(), key=lambda item: item[0]):
         rows = best(own)

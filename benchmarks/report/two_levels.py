@@ -18,9 +18,9 @@ def pairs_table(cells: Iterable[Cell]) -> str:
     """A row for each strategy that ran in both forms."""
     rows = []
     for cell in cells:
-        size, plan = cell.data["node_size"], cell.data["plan"]
-        where = f"{cell.setting.workers // size} nodes of {size}, {show_rate(cell.rate)}, {plan['workload']}"
-        where += f", batch {plan['batch']}, floor {number(cell.floor)} ms"
+        size, experiment = cell.data["node_size"], cell.data["plan"]
+        where = f"{cell.setting.workers // size} nodes of {size}, {show_rate(cell.rate)}, {experiment['workload']}"
+        where += f", batch {experiment['batch']}, floor {number(cell.floor)} ms"
         for pair in pairs(cell.data):
             low, high = pair.spread
             both = (pair.flat, pair.levels)

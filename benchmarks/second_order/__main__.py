@@ -9,8 +9,8 @@ from functools import partial
 
 from .. import cells
 from ..command import Parser, filled, listed, number, one_of, positive
+from ..training.experiment import Experiment
 from ..training.measure import run_cell
-from ..training.plan import Plan
 from ..training.strategies import StrategyError
 from . import show
 from .autoencoder import KNOWN
@@ -44,12 +44,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plans(given: argparse.Namespace) -> dict[str, Plan]:
+def experiments(given: argparse.Namespace) -> dict[str, Experiment]:
     """One for each workload and seed, by name."""
     methods = given.methods if given.lr is None else [f"{name}@{lr:g}" for name in given.methods for lr in given.lr]
     return {
         f"{workload}, seed {seed}": filled(
-            Plan, given, strategies=methods, optimizer="momentum", workload=workload, seed=seed,
+            Experiment, given, strategies=methods, optimizer="momentum", workload=workload, seed=seed,
             batch=given.batch or KNOWN[workload].batch,
         )
         for workload in given.workloads
@@ -60,7 +60,7 @@ def plans(given: argparse.Namespace) -> dict[str, Plan]:
 def main() -> None:
     given = arguments()
     cells.main(
-        cells.Benchmark("second_order", measure, partial(run_cell, work=measure), show.show), given, plans(given)
+        cells.Benchmark("second_order", measure, partial(run_cell, work=measure), show.show), given, experiments(given)
     )
 
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..progress import Report
+from ..training.experiment import Experiment
 from ..training.measure import TRIAL_STEPS, Candidate, Measurement
-from ..training.plan import Plan
 from ..worker import Worker
 from .autoencoder import KNOWN
 from .methods import parse_method
@@ -26,19 +26,21 @@ PARTS = {
 }  # fmt: skip
 
 
-def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part of one cell."""
-    return Methods(worker, Plan(**plan), report).run()
+    return Methods(worker, Experiment(**experiment), report).run()
 
 
 class Methods(Measurement):
     """One cell of this benchmark."""
 
-    def __init__(self, worker: Worker, plan: Plan, report: Report) -> None:
-        super().__init__(worker, replace(plan, strategies=[], workload="digits", breakdown=False), report)
-        self.plan, self.workload = plan, KNOWN[plan.workload]
-        self.candidates = [Candidate(parse_method(name)) for name in plan.strategies]
-        self.total = len(self.candidates) * (TRIAL_STEPS + plan.rounds * (plan.warmup + plan.steps) + TIMED_STEPS)
+    def __init__(self, worker: Worker, experiment: Experiment, report: Report) -> None:
+        super().__init__(worker, replace(experiment, strategies=[], workload="digits", breakdown=False), report)
+        self.experiment, self.workload = experiment, KNOWN[experiment.workload]
+        self.candidates = [Candidate(parse_method(name)) for name in experiment.strategies]
+        self.total = len(self.candidates) * (
+            TRIAL_STEPS + experiment.rounds * (experiment.warmup + experiment.steps) + TIMED_STEPS
+        )
 
     def run(self) -> dict[str, Any]:
         self.build()
@@ -46,7 +48,7 @@ class Methods(Measurement):
         self.evaluate()  # before the last steps, which train on
         self._each("taking apart", self._take_apart, TIMED_STEPS)
         cell = self.finish()
-        return cell | {"plan": asdict(self.plan)}
+        return cell | {"plan": asdict(self.experiment)}
 
     def _take_apart(self, candidate: Candidate) -> None:
         trainer = candidate.running

@@ -40,11 +40,11 @@ def _rank(row: Row) -> tuple[bool, float, float]:
 
 def show(cell: dict[str, Any], console: Console) -> None:
     """Step times and losses, then what a preconditioner's step is made of, then why rows failed."""
-    found, plan = rows(cell), cell["plan"]
+    found, experiment = rows(cell), cell["plan"]
     _show_steps(found, cell, console)
     failures(console, found)
     shown = {row.name for row in found}
-    parts = table(f"{plan['workload']}: ms a step of what preconditioning adds", "method", PARTS)
+    parts = table(f"{experiment['workload']}: ms a step of what preconditioning adds", "method", PARTS)
     for one in cell["strategies"]:
         if one["name"] in shown and one["breakdown"]:
             parts.add_row(one["name"], *(f"{one['breakdown'][part]:.2f}" for part in PARTS))
@@ -60,8 +60,9 @@ def show(cell: dict[str, Any], console: Console) -> None:
 
 
 def _show_steps(found: Sequence[Row], cell: dict[str, Any], console: Console) -> None:
-    plan = cell["plan"]
-    title = f"{plan['workload']}: {cell['workers']} workers · {show_rate(cell['rate'])} · batch {plan['batch']} each"
+    experiment = cell["plan"]
+    where = f"{cell['workers']} workers · {show_rate(cell['rate'])} · batch {experiment['batch']} each"
+    title = f"{experiment['workload']}: {where}"
     columns = ("ms/step", "over SGD", "sent", "optimizer\nstate", "s to loss", "held-out\nloss")
     made = table(title, "method", columns)
     for row in found:

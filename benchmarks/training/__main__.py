@@ -11,8 +11,8 @@ import argparse
 from .. import cells
 from ..command import Parser, listed, positive, terminal
 from . import seeds
+from .experiment import Experiment, experiment_of, experiment_options
 from .measure import measure, run_cell
-from .plan import Plan, plan_of, plan_options
 from .show import show
 
 STRATEGIES = "none,ddp:1,ddp:2,ddp:4,ddp:8,ddp:25,dear:sharded"
@@ -20,20 +20,20 @@ STRATEGIES = "none,ddp:1,ddp:2,ddp:4,ddp:8,ddp:25,dear:sharded"
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__package__, __doc__)
-    plan_options(parser, strategies=STRATEGIES, rounds=8, warmup=2, steps=6)
+    experiment_options(parser, strategies=STRATEGIES, rounds=8, warmup=2, steps=6)
     parser.add_argument("--seeds", type=listed(positive), default=[1], help="such as 1,2,3: all is measured with each")
     parser.add_argument("--breakdown", action="store_true", help="then profile a few steps of each: what took how long")
     return parser.parse_args()
 
 
-def plans(given: argparse.Namespace) -> dict[str, Plan]:
+def experiments(given: argparse.Namespace) -> dict[str, Experiment]:
     """One for each seed, by name; a single one needs none."""
-    return {f"seed {seed}" if len(given.seeds) > 1 else "": plan_of(given, seed=seed) for seed in given.seeds}
+    return {f"seed {seed}" if len(given.seeds) > 1 else "": experiment_of(given, seed=seed) for seed in given.seeds}
 
 
 def main() -> None:
     given = arguments()
-    measured = cells.main(cells.Benchmark("training", measure, run_cell, show), given, plans(given))
+    measured = cells.main(cells.Benchmark("training", measure, run_cell, show), given, experiments(given))
     seeds.show(measured, terminal())
 
 

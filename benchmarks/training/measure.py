@@ -9,13 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 from .. import records
+from ..allocator import keep_freed_memory
 from ..launch import run_surviving, run_workers
 from ..network.lab import Lab, Loopback
 from ..progress import Report
 from ..worker import Worker, bytes_sent, user_seconds
 from . import breakdown
 from .data import Batch
-from .plan import Plan
+from .experiment import Experiment
 from .strategies import Strategy, parse_strategy
 from .trainer import Trainer, optimizer_factory
 from .workloads import WORKLOADS, MissingPackage, parts
@@ -26,22 +27,24 @@ SECONDS_PER_STEP = 20  # far more than any step takes: a cell that needs longer 
 
 
 def run_cell(
-    lab: Lab | Loopback, plan: Plan, report: Report, work: Callable[..., dict[str, Any]] | None = None
+    lab: Lab | Loopback, experiment: Experiment, report: Report, work: Callable[..., dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """One cell; a strategy that takes its worker down is left out of a second try, and its row says why.
 
     work: a worker's part, :func:`measure` unless another benchmark has its own.
     """
-    steps = len(plan.strategies) * (plan.rounds * (plan.warmup + plan.steps) + 15)
+    steps = len(experiment.strategies) * (experiment.rounds * (experiment.warmup + experiment.steps) + 15)
     limit = 60 + SECONDS_PER_STEP * steps
     return run_surviving(
-        plan, plan.strategies, lambda plan: run_workers(lab, work or measure, plan, report, timeout=limit)
+        experiment,
+        experiment.strategies,
+        lambda experiment: run_workers(lab, work or measure, experiment, report, timeout=limit),
     )
 
 
-def measure(worker: Worker, plan: dict[str, Any], report: Report) -> dict[str, Any]:
+def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[str, Any]:
     """A worker's part of one cell."""
-    return Measurement(worker, Plan(**plan), report).run()
+    return Measurement(worker, Experiment(**experiment), report).run()
 
 
 @dataclass
@@ -74,12 +77,13 @@ class Candidate:
 class Measurement:
     """One cell. Every rank makes the same calls in the same order."""
 
-    def __init__(self, worker: Worker, plan: Plan, report: Report) -> None:
-        self.worker, self.plan, self.report = worker, plan, report
-        self.workload = WORKLOADS[plan.workload]
-        self.candidates = [Candidate(parse_strategy(name)) for name in plan.strategies]
-        profiled = breakdown.STEPS if plan.breakdown else 0
-        self.total = len(self.candidates) * (plan.rounds * (plan.warmup + plan.steps) + profiled)
+    def __init__(self, worker: Worker, experiment: Experiment, report: Report) -> None:
+        self.worker, self.experiment, self.report = worker, experiment, report
+        self.freed_memory_kept = keep_freed_memory()
+        self.workload = WORKLOADS[experiment.workload]
+        self.candidates = [Candidate(parse_strategy(name)) for name in experiment.strategies]
+        profiled = breakdown.STEPS if experiment.breakdown else 0
+        self.total = len(self.candidates) * (experiment.rounds * (experiment.warmup + experiment.steps) + profiled)
         self.total += sum(candidate.trial_steps for candidate in self.candidates)
         self.done = 0
         self.digest: str | None = None
@@ -90,7 +94,7 @@ class Measurement:
         self.build()
         self.play()
         self.evaluate()  # before the profile, whose steps train on
-        if self.plan.breakdown:
+        if self.experiment.breakdown:
             self._each("profiling", self._profile, breakdown.STEPS)
         return self.finish()
 
@@ -101,12 +105,15 @@ class Measurement:
 
     def play(self) -> None:
         """All rounds: each strategy in turn, the order rotated from round to round."""
-        for number in range(self.plan.rounds):
+        for number in range(self.experiment.rounds):
             first = number % len(self.candidates)
             for candidate in self.candidates[first:] + self.candidates[:first]:
                 self._block(candidate, number)
                 name = candidate.strategy.name
-                self._progress(self.plan.warmup + self.plan.steps, f"round {number + 1} of {self.plan.rounds}: {name}")
+                self._progress(
+                    self.experiment.warmup + self.experiment.steps,
+                    f"round {number + 1} of {self.experiment.rounds}: {name}",
+                )
 
     def evaluate(self) -> None:
         """Held-out loss and optimizer memory of every strategy."""
@@ -122,10 +129,11 @@ class Measurement:
         with suppress(MissingPackage):
             self.digest = self.workload.data().digest
         return {
-            "plan": asdict(self.plan),
+            "plan": asdict(self.experiment),
             "workers": self.worker.world,
             "cpus": records.cpus(),
             "congestion_control": records.congestion_control(),
+            "freed_memory_kept": self.freed_memory_kept,
             "about": self.workload.about,
             "data": self.digest,
             "strategies": [self._account(candidate) for candidate in self.candidates],
@@ -147,16 +155,16 @@ class Measurement:
         self._progress(steps, what)
 
     def _build(self, candidate: Candidate) -> None:
-        candidate.failure = self.plan.excluded.get(candidate.strategy.name)
+        candidate.failure = self.experiment.excluded.get(candidate.strategy.name)
         if candidate.failure:
             return
         group = self.worker.group()
         sent: list[int] = []  # by the last two trial steps: ACP-SGD sends two factors of different length in turn
 
         def build_and_try() -> Trainer:
-            net = self.workload.build_seeded(self.plan.seed).to(self.worker.device)
+            net = self.workload.build_seeded(self.experiment.seed).to(self.worker.device)
             candidate.payload_bytes_per_step = candidate.strategy.payload_bytes(net, self.worker.world)
-            trainer = candidate.strategy.build(net, optimizer_factory(self.plan.optimizer), group)
+            trainer = candidate.strategy.build(net, optimizer_factory(self.experiment.optimizer), group)
             trainer.loss = self.workload.loss
             for number in range(candidate.trial_steps):
                 self.step(candidate, trainer)
@@ -174,7 +182,12 @@ class Measurement:
         """What the candidate trains on next: the same examples in the same order for every one of them."""
         data, worker = self.workload.data(), self.worker
         if self.same is None or data.varies:
-            where = {"rank": worker.rank, "world": worker.world, "batch": self.plan.batch, "seed": self.plan.seed}
+            where = {
+                "rank": worker.rank,
+                "world": worker.world,
+                "batch": self.experiment.batch,
+                "seed": self.experiment.seed,
+            }
             inputs, targets = data.batch(len(candidate.losses), **where)
             self.same = inputs.to(worker.device), targets.to(worker.device)
         return self.same
@@ -208,11 +221,11 @@ class Measurement:
         candidate.blocks.append({"round": number, **{key: [one[key] for one in ranks] for key in ranks[0]}})
 
     def _timed_steps(self, candidate: Candidate, trainer: Trainer) -> dict[str, Any]:
-        for _ in range(self.plan.warmup):
+        for _ in range(self.experiment.warmup):
             self.step(candidate, trainer)
         sent, cpu, user = bytes_sent(), time.process_time(), user_seconds()
         marks = [time.perf_counter()]
-        for _ in range(self.plan.steps):
+        for _ in range(self.experiment.steps):
             self.step(candidate, trainer)
             marks.append(time.perf_counter())
         # Before the drain: the first timed step sent what the last warm-up step had left, and so it is with the last.
@@ -222,8 +235,8 @@ class Measurement:
         self._drain(candidate, trainer)
         return {
             "ms": [round((end - start) * 1e3, 3) for start, end in pairwise(marks)],
-            "cpu_ms_per_step": round(cpu_ms / self.plan.steps, 3),
-            "sent_bytes_per_step": None if sent is None else ((sent_after or 0) - sent) // self.plan.steps,
+            "cpu_ms_per_step": round(cpu_ms / self.experiment.steps, 3),
+            "sent_bytes_per_step": None if sent is None else ((sent_after or 0) - sent) // self.experiment.steps,
             "engine": engine,
             "compressor": trainer.compressor_stats(),
             # User-mode CPU seconds of the block: the machine's, this worker's. What is left over, others have taken.

@@ -47,8 +47,8 @@ def groups(cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The cells of each setting that was measured with several seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        plan = {name: value for name, value in cell["plan"].items() if name not in ("seed", "excluded")}
-        key = repr((cell["workers"], cell["rate"], cell["network"], sorted(plan.items(), key=repr)))
+        experiment = {name: value for name, value in cell["plan"].items() if name not in ("seed", "excluded")}
+        key = repr((cell["workers"], cell["rate"], cell["network"], sorted(experiment.items(), key=repr)))
         found.setdefault(key, []).append(cell)
     return [group for group in found.values() if len({cell["plan"].get("seed") for cell in group}) > 1]
 

@@ -116,11 +116,11 @@ def _row(
 
 def table(cell: dict[str, Any]) -> Table:
     """The table a person reads, for one cell."""
-    plan, target = cell["plan"], target_loss(cell)
+    experiment, target = cell["plan"], target_loss(cell)
     network = f"{cell['network']} of {cell['node_size']}" if "node_size" in cell else cell["network"]
-    title = f"{show_rate(cell['rate'])} · {cell['workers']} workers · {network} · {plan['optimizer']} · "
+    title = f"{show_rate(cell['rate'])} · {cell['workers']} workers · {network} · {experiment['optimizer']} · "
     variant = f" · {cell['variant']}" if "variant" in cell else ""
-    title += f"{plan['rounds']} rounds of {plan['steps']} steps{variant}"
+    title += f"{experiment['rounds']} rounds of {experiment['steps']} steps{variant}"
     columns = ["ms/step\nmedian", "p10-p90", "× best\nDDP", "exposed\nms", "CPU ms", "sent", "% of\nbound"]
     columns += [] if target is None else [f"s to loss\n{target:.2f}"]
     shown = tables.table(title, "strategy", [*columns, "held-out\nloss", "optimizer\nstate"])

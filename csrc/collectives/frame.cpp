@@ -155,6 +155,21 @@ Flow InFrame::receive(int fd, char* content, size_t bytes) {
   return moved_ == frame_bytes(bytes) ? Flow::kDone : Flow::kSome;
 }
 
+Flow InFrame::take_remark(int fd, char* content, const FrameCheck& check) {
+  std::string came = begun(content);
+  const bool damaged = !read_text(fd, came, header_, check).empty();
+  came.erase(0, std::min(came.size(), sizeof(ContentCheck)));
+  moved_ = came.size();
+  const size_t head = std::min(moved_, sizeof(header_));
+  const size_t inside = std::min(moved_ - head, expected_);
+  std::memcpy(static_cast<void*>(&header_), came.data(), head);
+  if (inside > 0) std::memcpy(content, came.data() + head, inside);
+  std::memcpy(&check_, came.data() + head + inside, moved_ - head - inside);
+  header_is_new_ = head == sizeof(header_);
+  if (damaged) return Flow::kLost;
+  return moved_ == frame_bytes(expected_) ? Flow::kDone : Flow::kSome;
+}
+
 std::string InFrame::begun(const char* content) const {
   const size_t came = moved_ - std::min(moved_, sizeof(header_));
   const size_t inside = std::min(came, expected_);
@@ -176,6 +191,24 @@ bool push(int fd, const char* data, size_t size, milliseconds patience) {
     if (left <= 0 || ::poll(&entry, 1, static_cast<int>(left)) == 0) return false;
   }
   return true;
+}
+
+bool push_remark(int fd, int blamed, const FrameCheck& check) {
+  return push_text(fd, FrameType::kWaiting, blamed, "", check, milliseconds(200));
+}
+
+bool is_remark(const FrameHeader& header) {
+  return header.type == FrameType::kWaiting && header.signature == 0 && header.bytes == 0;
+}
+
+void drop_remarks(int fd) {
+  char frame[frame_bytes(0)];
+  FrameHeader header{};
+  while (::recv(fd, frame, sizeof(frame), MSG_PEEK | MSG_DONTWAIT) == sizeof(frame)) {
+    std::memcpy(static_cast<void*>(&header), frame, sizeof(header));
+    if (header.magic != kMagic || !is_remark(header)) return;
+    if (::recv(fd, frame, sizeof(frame), MSG_DONTWAIT) != sizeof(frame)) return;
+  }
 }
 
 bool push_text(int fd, FrameType type, int blamed, const std::string& text, const FrameCheck& check,
@@ -212,7 +245,9 @@ std::optional<Word> read_word(int fd, int world, const FrameCheck& check) {
       !valid(header, world, check)) {
     return std::nullopt;
   }
-  if (header.type != FrameType::kFailure && header.type != FrameType::kLeft) return std::nullopt;
+  const bool known =
+      header.type == FrameType::kFailure || header.type == FrameType::kLeft || is_remark(header);
+  if (!known) return std::nullopt;
   return Word{header.type, header.blamed, read_text(fd, "", header, check)};
 }
 

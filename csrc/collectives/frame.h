@@ -20,7 +20,8 @@ namespace dear {
 // this library builds.
 enum class FrameType : uint16_t {
   kData = 1,
-  kWaiting = 2,  // ring only: the sender has nothing to send, since it waits for `blamed`
+  kWaiting = 2,  // the sender has nothing to send, since it waits for `blamed`: in a ring instead of data,
+                 // and as long; or a remark, where the sender is not in this exchange yet
   kFailure = 3,  // the sender has failed: the content is one sentence, and the sender closes behind it
   kLeft = 4,     // the sender leaves: the content is its reason, maybe empty, and the sender closes behind it
 };
@@ -109,6 +110,8 @@ class InFrame {
   // What has come behind the header, of a frame of another length than expected.
   std::string begun(const char* content) const;
   void next() { moved_ = 0; }
+  // The frame is a remark: takes it away. What came behind it begins the next frame. kLost: it is damaged.
+  Flow take_remark(int fd, char* content, const FrameCheck& check);
 
  private:
   FrameHeader header_{};
@@ -117,6 +120,13 @@ class InFrame {
   size_t moved_ = 0;     // bytes of the frame
   bool header_is_new_ = false;
 };
+
+// A frame without content that may come before any other on an idle connection: the sender waits for `blamed`
+// in another exchange.
+bool push_remark(int fd, int blamed, const FrameCheck& check);
+bool is_remark(const FrameHeader& header);
+// Takes away the remarks that nobody has read, on a connection on which no frame is under way.
+void drop_remarks(int fd);
 
 // Writes all of it to a non-blocking socket, or gives up after `patience` and returns false.
 bool push(int fd, const char* data, size_t size, std::chrono::milliseconds patience);
@@ -128,7 +138,7 @@ bool push_text(int fd, FrameType type, int blamed, const std::string& text, cons
 // after a second. It is fit to be printed, whatever came.
 std::string read_text(int fd, std::string begun, const FrameHeader& header, const FrameCheck& check);
 
-// A kFailure or kLeft frame.
+// A kFailure or kLeft frame, or a remark.
 struct Word {
   FrameType type;
   int blamed;

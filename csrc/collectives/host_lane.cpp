@@ -29,7 +29,9 @@ HostLane::HostLane(std::shared_ptr<Peers> peers, std::string name, std::chrono::
       timeout_(timeout),
       name_(std::move(name)),
       wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      progress_(static_cast<size_t>(peers_->world())) {}
+      progress_(static_cast<size_t>(peers_->world())) {
+  shared_->remarked = members_.rank();
+}
 
 HostLane::~HostLane() { ::close(wake_); }
 
@@ -79,6 +81,14 @@ void HostLane::abort(const std::string& reason) {
 }
 
 void HostLane::hear(const Failure& news) { end(news, std::make_exception_ptr(news)); }
+
+void HostLane::hear_waiting(int culprit) {
+  // Where frames are under way, they say it themselves.
+  const std::unique_lock<std::mutex> wire(shared_->wire, std::try_to_lock);
+  if (!wire.owns_lock() || told_ || shared_->remarked == culprit) return;
+  shared_->remarked = culprit;
+  remark(culprit);
+}
 
 void HostLane::end(const Failure& ending, std::exception_ptr error) {
   {
@@ -145,6 +155,7 @@ void HostLane::move(Exchange& exchange) {
   const std::lock_guard<std::mutex> wire(shared_->wire);
   if (const auto why = ending()) throw *why;
   exchange.started();
+  shared_->remarked = members_.rank();  // what comes now says more
   {
     std::lock_guard<std::mutex> lock(shared_->mutex);
     shared_->state = State::kMoving;

@@ -22,6 +22,9 @@ class TransferHost {
   virtual Failure publish(const Failure& failure) = 0;
   // What to publish of a connection to `peer` that has ended without a word; see Peers::explain_loss().
   virtual Failure explain_loss(int peer, const std::string& what, const Exchange& exchange) = 0;
+  // The transfer waits for rank `culprit`, or for nobody any more where that is this rank: the process's
+  // other lanes say so. See Note [Who is to blame].
+  virtual void held_up(int culprit) = 0;
   virtual PeerProgress& progress(int peer) = 0;
 };
 
@@ -88,6 +91,8 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   // Tells the neighbours, none of whom is in the middle of a frame, and shows them that nothing more will
   // come. On any thread.
   virtual void tell(FrameType type, const Failure& failure) = 0;
+  // Tells the neighbours, none of whom is in the middle of a frame, for whom this process waits: a remark.
+  virtual void remark(int culprit) = 0;
   // News that has come and that nobody has read, as far as it can be had without reading data.
   virtual std::optional<Failure> find_news() = 0;
   // The ranks whose connections have ended without a word.
@@ -118,6 +123,7 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
     ExchangeRecord current;
     std::array<ExchangeRecord, kRemembered> ended;  // by sequence
     std::mutex wire;                                // held while frames are under way
+    int remarked;                                   // the neighbours were told of whom; this rank: of nobody
     std::thread thread;
   };
 
@@ -130,6 +136,7 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   bool tell_once(const Failure& failure);
 
   void hear(const Failure& news) override;
+  void hear_waiting(int culprit) override;
   bool told() const override { return told_; }
   std::optional<Failure> look() override;
   std::vector<int> gone() override;
@@ -140,6 +147,7 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   std::optional<Failure> ending() override;
   Failure publish(const Failure& failure) override;
   Failure explain_loss(int peer, const std::string& what, const Exchange& exchange) override;
+  void held_up(int culprit) override { peers_->held_up(culprit, this); }
   PeerProgress& progress(int peer) override { return progress_[static_cast<size_t>(peer)]; }
 
   const std::string name_;

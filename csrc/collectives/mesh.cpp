@@ -1,5 +1,7 @@
 #include "collectives/mesh.h"
 
+#include <algorithm>
+
 namespace dear {
 
 MeshLane::MeshLane(std::shared_ptr<Peers> peers, const c10::intrusive_ptr<c10d::Store>& store,
@@ -38,10 +40,18 @@ void MeshLane::tell(FrameType type, const Failure& failure) {
   if (transfer_) transfer_->tell(type, failure, peers_->check());
 }
 
+void MeshLane::remark(int culprit) {
+  for (const int peer : members_.ranks()) {
+    if (links_ && peer != members_.rank()) push_remark(links_->to(peer), culprit, peers_->check());
+  }
+}
+
 std::vector<int> MeshLane::find_gone() const {
   std::vector<int> ranks;
   for (const int peer : members_.ranks()) {
-    if (links_ && peer != members_.rank() && hung_up(links_->to(peer))) ranks.push_back(peer);
+    if (!links_ || peer == members_.rank()) continue;
+    drop_remarks(links_->to(peer));
+    if (hung_up(links_->to(peer))) ranks.push_back(peer);
   }
   return ranks;
 }
@@ -50,6 +60,11 @@ bool MeshLane::open_to(int peer) const {
   return links_ && links_->to(peer) >= 0 && still_open(links_->to(peer));
 }
 
-bool MeshLane::all_hung_up() const { return static_cast<int>(find_gone().size()) == world_ - 1; }
+bool MeshLane::all_hung_up() const {
+  const auto& ranks = members_.ranks();
+  return !links_ || std::all_of(ranks.begin(), ranks.end(), [this](int peer) {
+    return peer == members_.rank() || hung_up(links_->to(peer));
+  });
+}
 
 }  // namespace dear

@@ -20,6 +20,7 @@ class MeshLane : public HostLane {
  protected:
   void transfer(Exchange& exchange, const TransferContext& context) override;
   void tell(FrameType type, const Failure& failure) override;
+  void remark(int culprit) override;
   std::optional<Failure> find_news() override { return std::nullopt; }  // it may lie behind data
   std::vector<int> find_gone() const override;
   bool open_to(int peer) const override;

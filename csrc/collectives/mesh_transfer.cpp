@@ -24,7 +24,7 @@ MeshTransfer::MeshTransfer(const MeshLinks& links, const Members& members) {
   for (int distance = 1; distance < members.size(); ++distance) {
     const int peer = members.after(distance);
     const int place = (members.place() + distance) % members.size();
-    peers_.push_back({peer, place, links.to(peer), {}, {}, {}, {}, false, false, false, 0, {}});
+    peers_.push_back({peer, place, links.to(peer), {}, {}, {}, {}, false, false, false, 0, {}, peer});
   }
   entries_.resize(peers_.size() + 1);
 }
@@ -34,9 +34,10 @@ void MeshTransfer::run(const Exchange& exchange, const TransferContext& context)
   context_ = &context;
   signature_ = exchange.signature();
   width_ = 1;
+  held_up_ = false;
   progress_ = Clock::now();
   for (Peer& peer : peers_) {
-    peer = {peer.rank, peer.place, peer.fd, {}, {}, {}, {}, false, false, false, 0, progress_};
+    peer = {peer.rank, peer.place, peer.fd, {}, {}, {}, {}, false, false, false, 0, progress_, peer.rank};
     find_piece(peer.to);
     find_piece(peer.from);
     context.host.progress(peer.rank).begin();
@@ -142,9 +143,11 @@ void MeshTransfer::want(Peer& peer) {
 void MeshTransfer::receive_some(Peer& peer) {
   const size_t bytes = piece_bytes(peer.from);
   char* content = bytes > 0 ? in_data(peer) : nullptr;
-  const Flow flow = peer.in.receive(peer.fd, content, bytes);
+  Flow flow = peer.in.receive(peer.fd, content, bytes);
   if (flow == Flow::kBlocked) return;
   if (flow == Flow::kLost) blame_lost(peer.rank, errno == 0 ? complaint::closed() : complaint::lost(errno));
+  while (peer.in.header_is_new() && is_remark(peer.in.header())) flow = hear_remark(peer, content);
+  if (peer.in.moved() == 0) return;
   if (peer.in.header_is_new()) check_header(peer);
   progressed(peer);
   if (flow != Flow::kDone) return;
@@ -157,6 +160,17 @@ void MeshTransfer::receive_some(Peer& peer) {
   find_piece(peer.from);
 }
 
+// The peer is not in this exchange, and says for whom it waits elsewhere.
+Flow MeshTransfer::hear_remark(Peer& peer, char* content) {
+  const FrameHeader remark = peer.in.header();
+  if (!valid(remark, context_->ranks, context_->check)) blame({peer.rank}, complaint::corrupt());
+  const Flow flow = peer.in.take_remark(peer.fd, content, context_->check);
+  peer.low_water = 1;  // which reading it has set
+  if (flow == Flow::kLost) blame({peer.rank}, complaint::damaged());
+  if (remark.blamed != context_->members.rank()) peer.waits_for = remark.blamed;
+  return flow;
+}
+
 void MeshTransfer::check_header(Peer& peer) {
   const FrameHeader& header = peer.in.header();
   if (!valid(header, context_->ranks, context_->check)) blame({peer.rank}, complaint::corrupt());
@@ -166,6 +180,7 @@ void MeshTransfer::check_header(Peer& peer) {
       header.signature != signature_ || header.bytes != piece_bytes(peer.from))
     blame({peer.rank}, complaint::elsewhere());
   peer.came = true;
+  peer.waits_for = peer.rank;
 }
 
 std::string MeshTransfer::text_begun(const Peer& peer) const {
@@ -180,7 +195,24 @@ bool MeshTransfer::finished() const {
                      [this](const Peer& peer) { return complete(peer.to) && complete(peer.from); });
 }
 
-void MeshTransfer::progressed(Peer& peer) { progress_ = peer.heard = Clock::now(); }
+void MeshTransfer::progressed(Peer& peer) {
+  progress_ = peer.heard = Clock::now();
+  if (!held_up_) return;
+  held_up_ = false;
+  context_->host.held_up(context_->members.rank());
+}
+
+void MeshTransfer::tell_held_up() {
+  std::vector<int> culprits;
+  for (const Peer& peer : peers_) {
+    const bool waits = !complete(peer.from) || !complete(peer.to);
+    if (waits && std::find(culprits.begin(), culprits.end(), peer.waits_for) == culprits.end())
+      culprits.push_back(peer.waits_for);
+  }
+  if (culprits.size() != 1) return;
+  held_up_ = true;
+  context_->host.held_up(culprits.front());
+}
 
 void MeshTransfer::wait_for_network() {
   size_t under_way = 0;
@@ -226,10 +258,12 @@ void MeshTransfer::check_deadlines() {
     const auto own = context_->limit(several && absent(peer));
     const bool waits = !complete(peer.from) || !complete(peer.to);
     if (!waits || since(peer.heard) < own) continue;
-    silent.push_back(peer.rank);
+    if (std::find(silent.begin(), silent.end(), peer.waits_for) == silent.end())
+      silent.push_back(peer.waits_for);
     limit = std::max(limit, own);
   }
   if (!silent.empty()) blame(silent, complaint::silent(limit));
+  tell_held_up();
 }
 
 // --- failing ---

@@ -53,6 +53,7 @@ class MeshTransfer {
     bool came = false;  // something of this exchange has
     size_t low_water = 0;
     Clock::time_point heard;  // when anything last moved, either way
+    int waits_for;  // itself, or the rank that it waits for elsewhere, not being in this exchange yet
   };
 
   int64_t chunk_bytes(size_t part) const;
@@ -68,12 +69,15 @@ class MeshTransfer {
   void send();
   bool send_some(Peer& peer);
   void receive_some(Peer& peer);
+  Flow hear_remark(Peer& peer, char* content);
   void check_header(Peer& peer);
   void want(Peer& peer);
   bool finished() const;
   void wait_for_network();
   void check_deadlines();
   void progressed(Peer& peer);
+  // Tells the other lanes for whom this one waits, where it is one rank.
+  void tell_held_up();
 
   // The text of a kFailure or kLeft frame, whose first bytes came with the header.
   std::string text_begun(const Peer& peer) const;
@@ -90,6 +94,7 @@ class MeshTransfer {
   uint32_t signature_ = 0;
   size_t width_ = 1;  // how many peers are sent to at a time
   Clock::time_point progress_;
+  bool held_up_ = false;  // the other lanes were told so
 };
 
 }  // namespace dear

@@ -58,6 +58,13 @@ bool Peers::failed() {
   return state_->news.has_value();
 }
 
+void Peers::held_up(int culprit, const Member* from) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  for (Member* member : state_->members) {
+    if (member != from) member->hear_waiting(culprit);
+  }
+}
+
 std::optional<Failure> Peers::search(const Member* asking) {
   std::lock_guard<std::mutex> lock(state_->mutex);
   if (state_->news) return state_->news;

@@ -29,7 +29,11 @@ namespace dear {
 //    are looked at until nothing changes any more: where some of them to that rank stand, it has not
 //    ended, and both are named; where none of them to any rank stands, this rank is the one that is cut off.
 //    Only then are the others told.
-//  - In a ring, a rank that is starved for a quarter of the timeout tells the next one for whom it waits.
+//  - A lane that is starved for a quarter of the timeout says for whom it waits. In a ring it tells the next
+//    rank, in place of the frame that does not come; and the other lanes of its process, where they have
+//    nothing under way, tell their neighbours, who may wait for this rank there (a remark, see frame.h). Who
+//    hears so waits for whom the other one waits for, and says so in its turn: whoever gives up first, on
+//    whichever lane, names the rank that holds up all of them.
 
 // What the lanes of one process that serve the same ranks have in common: who they are, how their frames are
 // guarded, and the first news of a failure.
@@ -44,6 +48,9 @@ class Peers {
     // There is news. Tells the neighbours at once where nothing is under way; otherwise the lane's own thread
     // will. Must not block for long, nor call Peers.
     virtual void hear(const Failure& news) = 0;
+    // Another lane of this process waits for rank `culprit`; for nobody any more where that is this rank.
+    // Tells the neighbours, once, where nothing is under way. Must not block for long, nor call Peers.
+    virtual void hear_waiting(int culprit) = 0;
     // The neighbours have been told, or cannot be.
     virtual bool told() const = 0;
     // News that has come and that nobody has read, as far as it can be had without disturbing what is under
@@ -77,6 +84,9 @@ class Peers {
   // already. Returns the news.
   Failure publish(const Failure& failure, const Member* from);
   bool failed();
+  // Lane `from` is held up by rank `culprit`, or, where that is this rank, by nobody any more: the other
+  // lanes say so.
+  void held_up(int culprit, const Member* from);
   // What to say of a connection to `rank` that has ended without a word, as lane `asking` sees it: there may
   // be news, or it may turn out that the rank lives. `what` is what is said of a rank that has ended. Takes a
   // tenth of a second where it has ended, and up to `patience` where other connections to it stand.

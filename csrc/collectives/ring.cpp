@@ -87,9 +87,18 @@ void RingLane::tell(FrameType type, const Failure& failure) {
   }
 }
 
+void RingLane::remark(int culprit) {
+  if (!links_) return;
+  push_remark(links_->from_prev(), culprit, peers_->check());
+  push_remark(links_->to_next(), culprit, peers_->check());
+}
+
 std::optional<Failure> RingLane::find_news() {
   if (!links_) return std::nullopt;
-  const std::optional<Word> word = read_word(links_->to_next(), peers_->world(), peers_->check());
+  std::optional<Word> word;
+  do {
+    word = read_word(links_->to_next(), peers_->world(), peers_->check());
+  } while (word && word->type == FrameType::kWaiting);
   if (word && word->type == FrameType::kLeft) next_left_ = true;
   if (!word || word->type != FrameType::kFailure) return std::nullopt;
   return Failure(word->text, {word->blamed});
@@ -98,6 +107,7 @@ std::optional<Failure> RingLane::find_news() {
 std::vector<int> RingLane::find_gone() const {
   std::vector<int> ranks;
   if (links_ && !next_left_ && hung_up(links_->to_next())) ranks.push_back(members_.next());
+  if (links_) drop_remarks(links_->from_prev());
   if (links_ && hung_up(links_->from_prev())) ranks.push_back(members_.previous());
   return ranks;
 }

@@ -21,6 +21,7 @@ class RingLane : public HostLane {
  protected:
   void transfer(Exchange& exchange, const TransferContext& context) override;
   void tell(FrameType type, const Failure& failure) override;
+  void remark(int culprit) override;
   std::optional<Failure> find_news() override;
   std::vector<int> find_gone() const override;
   bool open_to(int peer) const override;

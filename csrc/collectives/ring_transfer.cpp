@@ -27,6 +27,7 @@ class RingTransfer {
         next_(context.members.next()),
         prev_(context.members.previous()),
         blamed_(prev_),
+        next_waits_for_(next_),
         forwards_(exchange.phase() == Phase::kAllGather),
         averages_(exchange.reduction() == Reduction::kAverage) {
     if (!forwards_) {
@@ -105,16 +106,29 @@ class RingTransfer {
 
   // The next rank takes nothing any more. It has said why, if it could.
   [[noreturn]] void lose_next(const std::string& what) {
-    const std::optional<Word> word = read_word(links_.to_next(), context_.ranks, context_.check);
+    bool remarked = false;
+    const std::optional<Word> word = read_last_word(&remarked);
     if (word && word->type == FrameType::kFailure) throw Failure(word->text, {word->blamed});
     if (word) blame(next_, complaint::left(next_, word->text));
     blame_lost(next_, what);
   }
 
+  // What the next rank has said, behind its remarks, if there were any.
+  std::optional<Word> read_last_word(bool* remarked) {
+    while (true) {
+      const std::optional<Word> word = read_word(links_.to_next(), context_.ranks, context_.check);
+      if (!word || word->type != FrameType::kWaiting) return word;
+      *remarked = true;
+      next_waits_for_ = word->blamed == context_.members.rank() ? next_ : word->blamed;
+    }
+  }
+
   // The next rank has said something, or hung up, which matters only to who has not sent all.
   void hear_next() {
+    bool remarked = false;
+    const std::optional<Word> word = read_last_word(&remarked);
+    if (remarked && !word && !hung_up(links_.to_next())) return;
     next_heard_ = true;
-    const std::optional<Word> word = read_word(links_.to_next(), context_.ranks, context_.check);
     if (word && word->type == FrameType::kFailure) throw Failure(word->text, {word->blamed});
     if (sent_ == plan_.outbound.size()) return;
     if (word) blame(next_, complaint::left(next_, word->text));
@@ -160,9 +174,11 @@ class RingTransfer {
   }
 
   void receive_some() {
-    const Flow flow = in_.receive(links_.from_prev(), inbound_data(), inbound_bytes());
+    Flow flow = in_.receive(links_.from_prev(), inbound_data(), inbound_bytes());
     if (flow == Flow::kBlocked) return;
     if (flow == Flow::kLost) blame_lost(prev_, errno == 0 ? complaint::closed() : complaint::lost(errno));
+    while (in_.header_is_new() && is_remark(in_.header())) flow = hear_remark();
+    if (in_.moved() < sizeof(FrameHeader)) return;
     if (in_.header_is_new()) check_header();
     const FrameHeader& header = in_.header();
     if (header.type == FrameType::kData) progressed();
@@ -172,10 +188,27 @@ class RingTransfer {
       take_piece();
     } else if (!intact(inbound_data(), header.bytes)) {
       blame(prev_, complaint::damaged());
-    } else if (header.blamed != context_.members.rank() && header.blamed != blamed_) {
-      blamed_ = header.blamed;
-      starved_told_ = -1;  // pass it on
+    } else {
+      wait_for(header.blamed);
     }
+  }
+
+  // The previous rank has nothing to send, since it waits for rank `culprit`; itself: for nobody any more.
+  void wait_for(int culprit) {
+    if (culprit == context_.members.rank() || culprit == blamed_) return;
+    blamed_ = culprit;
+    starved_told_ = -1;  // pass it on
+  }
+
+  // The previous rank is not in this exchange, and says for whom it waits elsewhere.
+  Flow hear_remark() {
+    const FrameHeader remark = in_.header();
+    if (!valid(remark, context_.ranks, context_.check)) blame(prev_, complaint::corrupt());
+    const Flow flow = in_.take_remark(links_.from_prev(), inbound_data(), context_.check);
+    low_water_ = 1;  // which reading it has set
+    if (flow == Flow::kLost) blame(prev_, complaint::damaged());
+    wait_for(remark.blamed);
+    return flow;
   }
 
   void check_header() {
@@ -239,6 +272,9 @@ class RingTransfer {
   void progressed() {
     last_progress_ = Clock::now();
     starved_told_ = -1;
+    if (!held_up_) return;
+    held_up_ = false;
+    context_.host.held_up(context_.members.rank());
   }
 
   void wait_for_network() {
@@ -263,6 +299,7 @@ class RingTransfer {
       if (const auto why = context_.host.ending()) throw Failure(*why);
     }
     if (entries[1].revents != 0) send_blocked_ = false;
+    if ((entries[1].revents & POLLOUT) != 0) next_waits_for_ = next_;  // it takes something again
     if (entries[0].revents != 0) receive_some();
     if ((entries[1].revents & ~POLLOUT) != 0 && !next_heard_) hear_next();
   }
@@ -277,10 +314,12 @@ class RingTransfer {
     return context_.limit(!sees_it);
   }
 
-  // Milliseconds until the next deadline: telling the next rank, or giving up.
+  // Milliseconds until the next deadline: telling the others, or giving up.
   int patience() const {
-    auto left = limit() - since_progress();
-    if (starved_told_ != blamed_) left = std::min(left, context_.timeout / 4 - since_progress());
+    const auto quiet = since_progress();
+    const auto quarter = std::max(context_.timeout / 4, milliseconds(1));
+    auto left = std::min(limit() - quiet, (quiet / quarter + 1) * quarter - quiet);
+    if (starved_told_ != blamed_) left = std::min(left, quarter - quiet);
     return static_cast<int>(std::clamp<int64_t>(left.count() + 1, 1, 60'000));
   }
 
@@ -288,8 +327,10 @@ class RingTransfer {
     const auto quiet = since_progress();
     if (quiet < context_.timeout / 4) return;
     const bool waits_for_prev = received_ < plan_.inbound.size() && !send_blocked_;
-    const int culprit = waits_for_prev || blamed_ != prev_ ? blamed_ : next_;
+    const int culprit = waits_for_prev || blamed_ != prev_ ? blamed_ : next_waits_for_;
     if (quiet >= limit()) blame(culprit, complaint::silent(limit()));
+    held_up_ = true;
+    context_.host.held_up(culprit);  // again and again: a lane that was busy the last time may be idle now
     if (starved_told_ != blamed_ && !out_.under_way() && sent_ < plan_.outbound.size()) tell_starved();
     starved_told_ = blamed_;
   }
@@ -320,6 +361,7 @@ class RingTransfer {
   const int next_;
   const int prev_;
   int blamed_;  // who holds us up, as far as we know
+  int next_waits_for_;
   const bool forwards_;
   const bool averages_;
   int64_t waiting_sums_ = 0;  // partial sums received and not yet sent on
@@ -335,6 +377,7 @@ class RingTransfer {
 
   Clock::time_point last_progress_;
   int starved_told_ = -1;  // the rank we last told the next one about in this silence
+  bool held_up_ = false;   // and the other lanes
 };
 
 }  // namespace

@@ -71,6 +71,8 @@ ProfilerRows::~ProfilerRows() = default;
 void ProfilerRows::report(const std::string& lane, const std::string& name, int64_t start_ns,
                           int64_t end_ns) {
   if (start_ns == 0 || end_ns < start_ns) return;
+  // A profiler that looks at all threads at once takes no such reports.
+  if (!c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::PROFILER_STATE)) return;
   auto& row = (*rows_.operator->())[lane];
   if (!row) row = std::make_unique<Row>(lane);
   const int64_t offset = time_of_day_offset();

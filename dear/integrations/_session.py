@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
+from dear._findings import AUTO, TUNER
 from dear.attaching import attach
 from dear.engine import Engine
 
-__all__ = ["FILE", "Session", "uncompiled_model"]
+__all__ = ["FILE", "Session", "read_file", "uncompiled_model", "write_file"]
 
 FILE = "dear.pt"  #: beside a framework's own files in a checkpoint
 
@@ -24,9 +27,22 @@ def uncompiled_model(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def write_file(folder: str, state: dict[str, Any]) -> None:
+    """Puts the state into :data:`FILE` at once: a worker that dies while writing leaves there what was there."""
+    path = os.path.join(folder, FILE)
+    torch.save(state, f"{path}.partial")
+    os.replace(f"{path}.partial", path)
+
+
+def read_file(folder: str) -> dict[str, Any] | None:
+    """What :func:`write_file` has put there; None where nobody has."""
+    path = os.path.join(folder, FILE)
+    return torch.load(path, weights_only=True) if os.path.exists(path) else None
+
+
 class Session:
     """Attaches when the framework has wrapped the model, and keeps what its checkpoints have no place for: the
-    compressor's state, error feedback included, and the order of the buckets.
+    compressor's state, error feedback included, the order of the buckets, and what a tuner or ``"auto"`` has found.
 
     Args:
         options: of :func:`dear.attach`.
@@ -69,7 +85,17 @@ class Session:
             state, where = self._later
             self._later = None
             self.load(state, where)
+        elif self._engine is not None:
+            self._go_on(self._engine)
         return self._engine
+
+    def _go_on(self, engine: Engine) -> None:
+        """Training begins a second time: what was found about the setting in the first one is not searched again, and a
+        compressor that ``"auto"`` has chosen has not sent everything yet. Collective."""
+        keys = [key for key in (AUTO, TUNER) if key in self._last]
+        keys += ["compressor"] if AUTO in keys and "compressor" in self._last else []
+        if keys:
+            engine.load_state_dict({"bucket_order": [], **{key: self._last[key] for key in keys}})
 
     # --- checkpoints ---
 
@@ -88,7 +114,7 @@ class Session:
         """
         compressor = self._options.get("compressor")
         if not state:
-            if compressor is not None and compressor.error_feedback:
+            if getattr(compressor, "error_feedback", False):  # "auto" is none yet
                 warnings.warn(
                     f"{where} has no error feedback of the compressor, so training goes on without what was not sent "
                     "yet: save checkpoints while this integration is in use.",
@@ -121,8 +147,8 @@ class Session:
         if self._engine is not None:
             self._full.close()
             self._last = self._engine.state_dict(optimizer=False)
-            engine, self._engine = self._engine, None
-            engine.detach()
+            self._engine.detach()  # where a peer is missing it fails, and give_up() is called
+            self._engine = None
 
     def give_up(self, error: BaseException) -> None:
         """The same after an error, which other ranks may not have: without a collective."""

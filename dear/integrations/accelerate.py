@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from dear.integrations._session import FILE, Session, uncompiled_model
+from dear.integrations._session import Session, read_file, uncompiled_model, write_file
 
 __all__ = ["attach", "inner_optimizer"]
 
@@ -25,8 +24,8 @@ def attach(
     """Puts the schedule under what ``accelerator.prepare()`` returned; the loop stays as it is.
 
     ``accelerator.clip_grad_norm_``, ``clip_grad_value_``, ``accumulate`` and its GradScaler work. ``save_state`` saves
-    the optimizer's full state, and a file ``dear.pt`` beside it with the compressor's and the order of the buckets;
-    ``load_state`` takes both, and plain DDP's checkpoints too.
+    the optimizer's full state, and a file ``dear.pt`` beside it with the compressor's, the order of the buckets, and
+    what a tuner or ``"auto"`` has found; ``load_state`` takes both, and plain DDP's checkpoints too.
 
     Args:
         accelerator: an ``accelerate.Accelerator`` with several processes.
@@ -49,13 +48,12 @@ def attach(
     def before_save(models: Any, weights: Any, folder: str) -> None:
         state = session.state()
         if accelerator.is_main_process:
-            torch.save(state, os.path.join(folder, FILE))
+            write_file(folder, state)
         session.show_full_state()
         unread.update(inner)
 
     def before_load(models: Any, folder: str) -> None:
-        path = os.path.join(folder, FILE)
-        session.load(torch.load(path, weights_only=True) if os.path.exists(path) else None, folder)
+        session.load(read_file(folder), folder)
 
     accelerator.register_save_state_pre_hook(before_save)
     accelerator.register_load_state_pre_hook(before_load)

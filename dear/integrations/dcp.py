@@ -40,6 +40,8 @@ class TrainingState(Stateful):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Every rank must call it alike."""
+        # First, since it may change who has which part of the optimizer's state.
+        self._engine.load_state_dict(torch.load(io.BytesIO(state_dict["engine"]), weights_only=True))
         with self._engine.full_state():
             set_state_dict(
                 self._model,
@@ -47,4 +49,3 @@ class TrainingState(Stateful):
                 model_state_dict=state_dict["model"],
                 optim_state_dict=state_dict["optimizer"],
             )
-        self._engine.load_state_dict(torch.load(io.BytesIO(state_dict["engine"]), weights_only=True))

@@ -94,10 +94,9 @@ def load(path: str | os.PathLike[str], model: DDP, optimizer: Optimizer | Sequen
 
     agree(group, look, "every rank must load the same checkpoint")
     (metadata,) = read
+    _load_engine(path, metadata, engine)  # first: it may change who has which part of the optimizer's state
     weights = get_model_state_dict(model)
     wanted: dict[str, Any] = {f"model.{name}": value for name, value in weights.items()}
-    owners = _engines_of(metadata, group.rank(), group.size())
-    wanted |= dict.fromkeys(owners, 0)
     update, loaded = engine._update, None
     if isinstance(update, InParts):
         loaded = _Template(metadata, model, optimizers, group.rank(), group.size())
@@ -113,9 +112,15 @@ def load(path: str | os.PathLike[str], model: DDP, optimizer: Optimizer | Sequen
     else:
         with engine.full_state():
             set_optimizer_state_dict(model, optimizers, _nested(wanted, metadata))
-    states = [torch.load(io.BytesIO(wanted[key]), weights_only=True) for key in owners]
-    if states:
-        engine.load_state_dict(_merged(states))
+
+
+def _load_engine(path: str, metadata: Metadata, engine: Engine) -> None:
+    """What the engine had besides the optimizer's state; nothing, if plain DDP or FSDP has saved it. Collective."""
+    group = engine.process_group
+    wanted: dict[str, Any] = dict.fromkeys(_engines_of(metadata, group.rank(), group.size()), 0)
+    if any(key.startswith("engine.") for key in metadata.state_dict_metadata):
+        dcp.load(wanted, checkpoint_id=path, process_group=group)
+        engine.load_state_dict(_merged([torch.load(io.BytesIO(each), weights_only=True) for each in wanted.values()]))
 
 
 def _listed(optimizer: Any) -> list[Optimizer]:

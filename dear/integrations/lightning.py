@@ -25,8 +25,9 @@ class DearCallback(_Callback):
     """Puts the schedule, or a compressor alone, under Lightning's DDP module while ``fit()`` runs.
 
     Several optimizers, which Lightning has under manual optimization, step in the same order on every rank.
-    Checkpoints have the optimizers' full state, and the callback's own: the compressor's, error feedback included, and
-    the order of the buckets. Plain DDP can load them, and this can load plain DDP's.
+    Checkpoints have the optimizers' full state, and the callback's own: the compressor's, error feedback included, the
+    order of the buckets, and what a tuner or ``"auto"`` has found. Plain DDP can load them, and this can load plain
+    DDP's.
 
     Args:
         register: ``compress.register`` puts the compressor on as a plain hook, without the schedule, also on devices

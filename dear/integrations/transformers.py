@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear.engine import Engine
 from dear.integrations._optional import base_class
-from dear.integrations._session import FILE, Session, uncompiled_model
+from dear.integrations._session import Session, read_file, uncompiled_model, write_file
 from dear.integrations.accelerate import inner_optimizer, remember_step
 
 __all__ = ["DearCallback", "attach"]
@@ -23,8 +22,8 @@ class DearCallback(_TrainerCallback):
     """Puts the schedule, or a compressor alone, under the Trainer's DDP module while ``train()`` runs.
 
     ``max_grad_norm`` clips, and the logged ``grad_norm`` is plain DDP's. Checkpoints have the optimizer's full state,
-    and a file ``dear.pt`` with the compressor's and the order of the buckets. ``train(resume_from_checkpoint=...)``
-    finds it in the checkpoint of the same step in ``output_dir``.
+    and a file ``dear.pt`` with the compressor's, the order of the buckets, and what a tuner or ``"auto"`` has found.
+    ``train(resume_from_checkpoint=...)`` finds it in the checkpoint of the same step in ``output_dir``.
 
     Args:
         trainer: callbacks are not told the DDP module; the trainer knows it.
@@ -51,9 +50,8 @@ class DearCallback(_TrainerCallback):
                 "DistributedDataParallel: start the script with torchrun, without FSDP or DeepSpeed."
             )
         if state.global_step:
-            path = os.path.join(self._folder(args, state), FILE)
-            found = torch.load(path, weights_only=True) if os.path.exists(path) else None
-            self._session.load(found, self._folder(args, state))
+            folder = self._folder(args, state)
+            self._session.load(read_file(folder), folder)
         self._session.begin(model, [inner_optimizer(optimizer)])
         remember_step(optimizer)
 
@@ -74,7 +72,7 @@ class DearCallback(_TrainerCallback):
         self._session.hide_full_state()
         rest = self._session.state()
         if args.should_save:
-            torch.save(rest, os.path.join(self._folder(args, state), FILE))
+            write_file(self._folder(args, state), rest)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Model and optimizer are plain DDP's again."""

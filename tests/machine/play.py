@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import multiprocessing
@@ -37,7 +38,9 @@ from machine.modes import counting, counting_functions
 PATIENCE = timedelta(seconds=60)  # for a peer to end the same case
 COMPRESSOR = compress.ACPSGD
 COLLECT_EVERY = 50  # cases
+REMEMBERED = 4  # programs of the last cases, as plain DDP ran them
 _played = 0
+_remembered: dict[str, Plain] = {}
 OPEN = {"eval with grad", "forward alone"}  # labels of forward passes without a backward pass
 DENSE = {"rank": 2, "start_step": 10**6}
 
@@ -295,7 +298,39 @@ def same(have: Any, want: Any, rounding: float) -> bool:
     return torch.allclose(have, want, rtol=rtol, atol=rounding, equal_nan=True)
 
 
-def compare(have: Run, want: Run, complete: bool) -> tuple[int, str] | None:
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """What a program does under plain DDP."""
+
+    notes: list[tuple[int, Any]]
+    valid: int  # how many of its pieces plain DDP can run; 0: the program is none
+    why: str = ""  # it can run no more
+
+
+def under_plain_ddp(case: Case, rank: int) -> Plain:
+    """The program under plain DDP, which is the same however the library is put under it: cases that differ in nothing
+    else follow one another. All ranks remember alike, since they have played the same cases."""
+    key = repr(dataclasses.replace(case, how="owned" if case.how == "owned" else "", attach={}, delay=0.0))
+    if key not in _remembered:
+        while len(_remembered) >= REMEMBERED:
+            del _remembered[next(iter(_remembered))]
+        _remembered[key] = _play_plain(case, rank)
+    return _remembered[key]
+
+
+def _play_plain(case: Case, rank: int) -> Plain:
+    run = Run(case, rank, plain=True)
+    error = run.play(len(case.program))
+    if error is None:
+        return Plain(run.notes, len(case.program))
+    valid = run.piece  # plain DDP fails there: what comes before must be equal all the same
+    again = Run(case, rank, plain=True)
+    if valid == 0 or again.play(valid) is not None:
+        return Plain([], 0, _text(error))
+    return Plain(again.notes, valid, _text(error))
+
+
+def compare(have: Run, want: Plain, complete: bool) -> tuple[int, str] | None:
     """The piece at which they differ and how, or None. ``complete``: both went through to the end."""
     for (piece, mine), (other, theirs) in zip(have.notes, want.notes, strict=False):
         if piece != other:
@@ -315,18 +350,12 @@ def _short(value: Any) -> str:
 
 def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
     """One case on this rank: kind, the piece at which it ended, a sentence, where the error was raised."""
-    want = Run(case, rank, plain=True)
-    error = want.play(len(case.program))
-    valid = want.piece if error is not None else len(case.program)
-    if valid == 0:
-        return "invalid", 0, _text(error), ""
-    if error is not None:  # plain DDP fails there: what comes before must be equal all the same
-        want = Run(case, rank, plain=True)
-        if want.play(valid) is not None:
-            return "invalid", 0, _text(error), ""
+    want = under_plain_ddp(case, rank)
+    if want.valid == 0:
+        return "invalid", 0, want.why, ""
     have = Run(case, rank, plain=False, number=number)
     try:
-        raised = have.play(valid)
+        raised = have.play(want.valid)
         different = compare(have, want, complete=raised is None)
         if raised is not None and have.engine is not None:
             with contextlib.suppress(Exception):  # tell the peer at once
@@ -336,7 +365,7 @@ def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
     if different:
         return "difference", different[0], different[1], ""
     if raised is None:
-        return "equal", valid, "", ""
+        return "equal", want.valid, "", ""
     where = "".join(traceback.format_exception(raised)[-8:])
     return "error", have.piece, _text(raised), where
 

@@ -12,7 +12,7 @@ from .workloads import WORKLOADS
 
 
 @dataclass(frozen=True)
-class Plan:
+class Experiment:
     """What one cell (one rate, one number of workers) measures."""
 
     strategies: list[str]
@@ -37,8 +37,8 @@ def strategy_names(text: str) -> list[str]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def plan_options(parser: Parser, *, strategies: str, rounds: int, warmup: int, steps: int) -> None:
-    """The options that make a Plan, with these defaults."""
+def experiment_options(parser: Parser, *, strategies: str, rounds: int, warmup: int, steps: int) -> None:
+    """The options that make a Experiment, with these defaults."""
     parser.add_argument("--rounds", type=positive, default=rounds, help="in each of which every strategy is timed")
     parser.add_argument("--warmup", type=positive, default=warmup, help="steps before the timed ones of a round")
     training_options(parser, strategies=strategies, optimizer="sgd", steps=steps)
@@ -54,6 +54,6 @@ def training_options(parser: Parser, *, strategies: str, optimizer: str, steps: 
     cells.options(parser)
 
 
-def plan_of(given: argparse.Namespace, **more: Any) -> Plan:
-    """The plan that plan_options asked for."""
-    return filled(Plan, given, batch=given.batch or WORKLOADS[given.workload].batch, **more)
+def experiment_of(given: argparse.Namespace, **more: Any) -> Experiment:
+    """The experiment that experiment_options asked for."""
+    return filled(Experiment, given, batch=given.batch or WORKLOADS[given.workload].batch, **more)

@@ -1,0 +1,189 @@
+"""Optimizers whose ``step`` is not torch's code: what is not known about them, and what they must not do.
+
+Note [Steps of one's own]
+With ``update="owned"`` an optimizer's ``step`` is called once for each fusion group, on the parameters of one rank.
+That is the update of plain DDP where it follows from a parameter, its gradient, its state and its group's options alone
+(Note [Whole-matrix optimizers]). Torch's own code is known to be so, and was read. Of any other it is validated at each
+call, not at the first ones alone: nothing else may be kept, drawn, or asked of other ranks. What can be seen of it is
+compared around the call; an error is raised on the rank that sees it, before anything is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import optim
+from torch.distributed import distributed_c10d as c10d
+
+from dear import _ddp
+from dear._layout import Segment
+from dear._optimizer import Groups, generators
+
+_KNOWN = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__))
+_found: weakref.WeakKeyDictionary[optim.Optimizer, bool] = weakref.WeakKeyDictionary()
+_REMEDY = 'once for each fusion group with update="owned": use update="replicated".'
+
+
+def has_own_step(optimizer: optim.Optimizer) -> bool:
+    """Whether ``optimizer.step()`` runs other code than torch's: that of a class of the user's, or what was put in the
+    method's place. While the optimizer is attached, what was found before: who wraps the step then wraps ours."""
+    if getattr(optimizer, _ddp.ENGINE, None) is None or optimizer not in _found:
+        _found[optimizer] = not _is_known(optimizer.step) or not all(map(_adds_no_code, type(optimizer).__mro__))
+    return _found[optimizer]
+
+
+def _is_known(function: Any) -> bool:
+    """Whether this is code of torch's or of this library, and whatever it wraps, too."""
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        code = getattr(function, "__code__", None)
+        if code is None or not os.path.abspath(code.co_filename).startswith(_KNOWN):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def _adds_no_code(kind: type) -> bool:
+    """Whether a class of an optimizer's is torch's, or has nothing that the step may call."""
+    if kind.__module__.partition(".")[0] in ("torch", "builtins", "typing"):
+        return True
+    return not any(
+        callable(value) or isinstance(value, (property, classmethod, staticmethod))
+        for name, value in vars(kind).items()
+        if name not in ("__init__", "__module__", "__doc__") and not name.startswith("dear_")
+    )
+
+
+class OwnStep:
+    """Validates the calls of one optimizer's step."""
+
+    def __init__(self, optimizer: optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._name = type(optimizer).__name__
+
+    @contextlib.contextmanager
+    def validated(
+        self, groups: Groups, state: dict[Any, Any], segments: Sequence[Segment], closure: bool
+    ) -> Iterator[Callable[[], Any] | None]:
+        """Inside, the step is called with these groups and this state. Gives what is to be its closure, where the user
+        has given one.
+
+        Raises:
+            RuntimeError: it has done something else than updating parameters and their state; the sentence says what.
+        """
+        tensors = [segment.tensor for segment in segments]
+        device = tensors[0].device
+        known = {id(tensor) for tensor in tensors} | {id(key) for key in state}
+        options = [_facts({key: value for key, value in group.items() if key != "params"}) for group in groups]
+        kept, drawn, calls = _facts(self._attributes()), generators(device), _collectives()
+        asked = _Asked(tensors)
+        yield asked if closure else None
+        if closure and not asked.was_called_first_and_once:
+            raise self._error("calls its closure other than once, before it updates anything, and it is called ")
+        if options != [_facts({key: value for key, value in group.items() if key != "params"}) for group in groups]:
+            raise self._error("changes options of its parameter groups, and it is called ")
+        if kept != _facts(self._attributes()):
+            raise self._error("keeps something in the optimizer beside its state, and it is called ")
+        if any(id(key) not in known for key in state):
+            raise self._error("keeps state of something else than its parameters, and it is called ")
+        if calls != _collectives():
+            raise self._error("communicates with other ranks, which do not make the same calls, since it is called ")
+        if not all(map(torch.equal, drawn, generators(device))):
+            raise RuntimeError(
+                f"{self._name}.step() draws random numbers, and each rank would draw others for the parameters that it "
+                'updates: use update="replicated".'
+            )
+
+    def _attributes(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self._optimizer).items() if name not in _OF_TORCH}
+
+    def _error(self, what: str) -> RuntimeError:
+        return RuntimeError(f"{self._name}.step() {what}{_REMEDY}")
+
+
+#: What torch and this library keep there, or exchange for a call.
+_OF_TORCH = {
+    "param_groups", "state", "step", "zero_grad", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
+    "_opt_called", "_step_count", _ddp.ENGINE,
+}  # fmt: skip
+
+
+class _Asked:
+    """What a step's closure is where the user's was called before: nobody knows the loss here, and none may be used."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors, self._versions = tensors, [tensor._version for tensor in tensors]
+        self._calls: list[bool] = []
+
+    def __call__(self) -> Any:
+        self._calls.append(self._versions == [tensor._version for tensor in self._tensors])
+        return _LOSS
+
+    @property
+    def was_called_first_and_once(self) -> bool:
+        return self._calls == [True]
+
+
+class _Loss:
+    """The loss as a step of one's own gets it: to be returned."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(
+            "The optimizer's step() uses the loss that its closure returns, which is one worker's, and it is called "
+            + _REMEDY
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__torch_function__(None, ())
+
+
+def _refuse(self: Any, *_: Any) -> Any:
+    return self.__torch_function__(None, ())
+
+
+for _name in (
+    "float", "int", "bool", "lt", "le", "gt", "ge", "neg", "abs", *(f"{side}{name}" for side in ("", "r")
+    for name in ("add", "sub", "mul", "truediv", "pow")),
+):  # fmt: skip
+    setattr(_Loss, f"__{_name}__", _refuse)
+_LOSS = _Loss()
+
+
+def _collectives() -> list[int]:
+    """How many collectives every process group has begun."""
+    counts = []
+    for group in list(c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):  # it does not count
+            counts.append(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
+    return counts
+
+
+class _Same:
+    """An object as such: equal to itself alone."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._value is self._value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _facts(value: Any, depth: int = 3) -> Any:
+    """What can be compared later to see whether a value, or something inside it, was changed."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return type(value), value
+    if isinstance(value, torch.Tensor):
+        return _Same(value), value._version
+    if depth and isinstance(value, dict):
+        return [(_facts(key, 0), _facts(each, depth - 1)) for key, each in value.items()]
+    if depth and isinstance(value, (list, tuple)):
+        return [_facts(each, depth - 1) for each in value]
+    return _Same(value)

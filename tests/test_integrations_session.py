@@ -1,0 +1,129 @@
+"""What all integrations share: their file in a checkpoint, and what a second training begins with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import training
+from auto_instruments import SLOW, Prescribed
+from refusing import final, same
+from test_auto import ADAMW, PLAN
+from test_tuner import SIZES, Clock
+
+import dear
+from dear.integrations._session import FILE, Session, read_file, write_file
+from planner.auto import Auto
+
+POWER = PLAN | {"update": "replicated", "compressor": "power:4", "bucket_cap_mb": 0.004}
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
+    folder, save = str(tmp_path), torch.save
+    assert read_file(folder) is None
+    write_file(folder, {"bucket_order": ["a"]})
+
+    def die(state, path):
+        save(state, path)
+        with open(path, "r+b") as file:
+            file.truncate(100)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(folder, {"bucket_order": ["b"]})
+    assert read_file(folder) == {"bucket_order": ["a"]}
+    monkeypatch.undo()
+    write_file(folder, {"bucket_order": ["c"]})
+    assert read_file(folder) == {"bucket_order": ["c"]}
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def steps(rank, model, opt, which):
+    for step in which:
+        training.plain_step(model, opt, rank, step)
+
+
+def trained_twice(rank, world, given):
+    """A second training under "auto", whose error feedback is not lost between, equals one that is not interrupted."""
+    results = []
+    for interrupted in (False, True):
+        instruments = Prescribed(SLOW, lambda setting: 1.0)
+        session = Session({"compressor": Auto(plan=POWER, instruments=instruments) if given else "auto"})
+        model, opt = training.build("Mlp", ADAMW, {})
+        if not given:
+            session.load({"bucket_order": [], "auto": {"plan": POWER}}, "The checkpoint")
+        engine = session.begin(model, [opt])
+        steps(rank, model, opt, range(3))
+        if interrupted:
+            engine.synchronize()
+            session.end()
+            engine = session.begin(model, [opt])
+        assert engine.plan == POWER and engine.compressor is not None
+        steps(rank, model, opt, range(3, 6))
+        results.append(final(model))
+        session.end()
+        assert session.state()["auto"] == {"plan": POWER}
+    same(results[1], results[0])
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["an object", "auto"])
+def test_a_second_training_goes_on_with_the_plan(pool2, given):
+    pool2.run(trained_twice, given)
+
+
+def tuned_twice(rank, world):
+    session = Session({"bucket_cap_mb": 0.002})
+    model, opt = training.build("Mlp", ADAMW, {})
+    for time in range(2):
+        engine = session.begin(model, [opt])
+        clock = Clock(engine, {0.001: [3.0], 0.002: [2.0], 0.004: [1.0]})
+        tuner = dear.FusionTuner(engine, SIZES, steps=1, rounds=1, clock=clock)
+        assert tuner.tuning == (time == 0)
+        for step in range(7):
+            training.plain_step(model, opt, rank, step)
+            clock.step()
+            tuner.step()
+        assert tuner.best == 0.004
+        session.end()
+
+
+def test_a_second_training_goes_on_with_the_size(pool2):
+    pool2.run(tuned_twice)
+
+
+def without_state(rank, world):
+    """A checkpoint of plain DDP: "auto" has no compressor yet that could miss its error feedback."""
+    session = Session({"compressor": "auto"})
+    session.load(None, "The checkpoint")
+    model, opt = training.build("Mlp", ADAMW, {})
+    session.begin(model, [opt])
+    steps(rank, model, opt, range(2))
+    session.end()
+
+
+def test_auto_begins_from_a_checkpoint_of_plain_ddp(pool2):
+    pool2.run(without_state)
+
+
+def ends_badly(rank, world):
+    """A peer is missing when training ends: the framework hears of that, and may take the optimizer apart."""
+    session = Session({"update": "sharded", "bucket_cap_mb": 0.002})
+    model, opt = training.build("Mlp", ADAMW, {})
+    engine = session.begin(model, [opt])
+    steps(rank, model, opt, range(2))
+
+    def fail():
+        raise ConnectionError("rank 1 is missing")
+
+    engine.detach = fail
+    with pytest.raises(ConnectionError) as caught:
+        session.end()
+    session.give_up(caught.value)
+    assert not list(opt.state.values()), "it can be read, and has nothing: the other ranks' parts are gone"
+    with pytest.raises(RuntimeError, match="no engine now"):
+        _ = session.engine
+    session.give_up(caught.value)
+
+
+def test_an_end_that_fails_is_not_hidden_by_another_error(pool2):
+    pool2.run(ends_badly)
