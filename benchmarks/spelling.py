@@ -8,7 +8,7 @@ from typing import Any
 FORMS = (
     "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, fp8, int8, int4, int3, int2, "
     "exact, safe, fast; RANK is a whole number, a fraction of the smaller side, or how many times fewer elements are "
-    "sent, such as 4x; more options may follow: power:8:start=100:exempt=head+bytes"
+    "sent, such as 4x; more options may follow: power:8:start=100:exempt=head+bytes, int3:scale=element"
 )
 
 # Names that earlier versions wrote into results of the collectives, as they begin in JSON.
@@ -108,6 +108,17 @@ def _share(text: str) -> bool:
         return False
 
 
+def _one_of(values: dict[str, Any]) -> Callable[[str], Any]:
+    """Reads one of these words. Raises ValueError for any other."""
+
+    def read(text: str) -> Any:
+        if text not in values:
+            raise ValueError(f"{text!r} is none of {', '.join(values)}")
+        return values[text]
+
+    return read
+
+
 # Dense gradients by kind: what an element is on the wire.
 _DENSE = {
     "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn",
@@ -118,7 +129,8 @@ _DENSE = {
 _MORE: dict[str, tuple[str, Callable[[str], Any]]] = {
     "start": ("start_step", lambda text: text if text == "warmup" else int(text)),
     "exempt": ("exempt", lambda text: text.split("+")),
-    "feedback": ("error_feedback", {"yes": True, "no": False}.__getitem__),
+    "feedback": ("error_feedback", _one_of({"yes": True, "no": False})),
+    "scale": ("scale", _one_of({"block": "block", "element": "element"})),
 }
 
 # By kind: whether a word is an option of it.

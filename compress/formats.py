@@ -21,6 +21,8 @@ class Format(ABC):
 
     #: Whether :class:`compress.Dense` keeps what rounding lost, where it is not told.
     error_feedback = True
+    #: Whether elements may have scales of their own: its codec takes their mean squares.
+    scales_elements = False
 
     @abstractmethod
     def shard_numel(self, share: int) -> int:
@@ -66,6 +68,8 @@ class EightBits(Format):
 class FewBits(Format):
     """A level, and a step for each block."""
 
+    scales_elements = True
+
     def shard_numel(self, share: int) -> int:
         return ops.quantize_shard_numel(share)
 
@@ -73,7 +77,7 @@ class FewBits(Format):
         return ops.levels_payload_numel(shard, self.bits)
 
     def codec(self, seed: int, **arguments: Any) -> _C.Codec:
-        return _C.LevelledCodec(bits=self.bits, **arguments)
+        return _C.LevelledCodec(bits=self.bits, **{"squares": None, **arguments})
 
 
 FORMATS: dict[torch.dtype, Format] = {

@@ -126,15 +126,25 @@ def levels_payload_numel(shard: int, bits: int) -> int:
 
 
 def levels_encode(
-    grad: Tensor, error: Tensor | None, shard: int, payload: Tensor, dropped: Tensor | None, bits: int
+    grad: Tensor,
+    error: Tensor | None,
+    shard: int,
+    payload: Tensor,
+    dropped: Tensor | None,
+    bits: int,
+    squares: Tensor | None = None,
 ) -> None:
     """``payload`` [owners, levels_payload_numel(shard, bits)] = ``grad + error`` [n], in 2, 3 or 4 ``bits``.
 
     ``error`` becomes what that lost. Owner s holds elements [s * shard, (s + 1) * shard). Levels are -k to k, k =
     2^(bits - 1) - 1, times the step of their block; what is beyond is cut off. Rows of the payload may lie apart. What
-    is beyond 2^118 counts as not finite; without ``error`` (None) that is sent as 0.
+    is beyond 2^100 counts as not finite; without ``error`` (None) that is sent as 0.
+
+    ``squares`` [n] float32, running means of the squares of past results: each element is divided by a scale of its
+    own first, a power of two near the root of its mean, and multiplied by it when it is decoded. 2^100 is then of what
+    is left. Every rank must pass equal ones, to all three.
     """
-    _ops.levels_encode(grad, error, shard, payload, dropped, bits)
+    _ops.levels_encode(grad, error, shard, payload, dropped, bits, squares)
 
 
 def levels_average(
@@ -145,18 +155,22 @@ def levels_average(
     numel: int,
     dropped: Tensor | None,
     bits: int,
+    squares: Tensor | None = None,
 ) -> None:
     """:func:`levels_encode` of the mean of every rank's row for one shard, [ranks, words], into one row ``out``.
 
-    ``numel`` is how many elements of the shard exist, and the length of the owner's ``error``. Summed in float32, in
-    order of the ranks.
+    ``numel`` is how many elements of the shard exist, and the length of the owner's ``error`` and of its part of
+    ``squares``. Summed in float32, in order of the ranks.
     """
-    _ops.levels_average(payloads, error, shard, out, numel, dropped, bits)
+    _ops.levels_average(payloads, error, shard, out, numel, dropped, bits, squares)
 
 
-def levels_decode(payload: Tensor, shard: int, out: Tensor, bits: int) -> None:
-    """``out`` [n] of a gradient type: what the owners' rows ``payload`` [owners, words] say."""
-    _ops.levels_decode(payload, shard, out, bits)
+def levels_decode(payload: Tensor, shard: int, out: Tensor, bits: int, squares: Tensor | None = None) -> None:
+    """``out`` [n] of a gradient type: what the owners' rows ``payload`` [owners, words] say.
+
+    ``squares`` [n] then take in the results, whose squares weigh 1/16.
+    """
+    _ops.levels_decode(payload, shard, out, bits, squares)
 
 
 # --- Sign -------------------------------------------------------------------------------------------------------------

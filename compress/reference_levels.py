@@ -1,5 +1,6 @@
 """Plain-torch golden model of gradients in 2, 3 or 4 bits, to be read beside :mod:`compress.reference`."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,11 +11,21 @@ from compress.reference import correct
 #: Elements that share one step; tests compare it with the kernels' own.
 STEP_BLOCK = 128
 #: Beyond it, an element counts as not finite.
-LARGEST = 2.0**118
+LARGEST = 2.0**100
 #: A block whose largest element is smaller sends nothing.
 SMALLEST = 2.0**-100
 #: By bits: the step, to the sum of squares by the sum of the magnitudes.
 FACTORS = {2: 0.98, 3: 0.5625, 4: 0.3125}
+#: The same where elements have scales of their own.
+SCALED_FACTORS = {2: 0.98, 3: 1.125, 4: 0.625}
+
+
+#: No element's scale is below its block's mean by more than this.
+BELOW_MEAN = 8
+#: What the square of a new result weighs in the running mean.
+NEW_WEIGHT = 1 / 16
+#: A larger result counts as this, and a smaller mean square as 0.
+LARGEST_RESULT, SMALLEST_SQUARE = 2.0**60, 2.0**-100
 
 
 class Levelled(NamedTuple):
@@ -23,9 +34,10 @@ class Levelled(NamedTuple):
     levels: Tensor
     steps: Tensor
 
-    def decoded(self) -> Tensor:
-        """[n] float32."""
-        return self.levels.float() * _each(self.steps, self.levels.numel()) + 0.0
+    def decoded(self, scales: Tensor | None = None) -> Tensor:
+        """[n] float32; ``scales`` [n]: by which it was divided."""
+        values = self.levels.float() * _each(self.steps, self.levels.numel()) + 0.0
+        return values if scales is None else values * scales
 
 
 def _each(of_blocks: Tensor, numel: int) -> Tensor:
@@ -37,8 +49,9 @@ def limit(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def steps_of(values: Tensor, bits: int) -> Tensor:
+def steps_of(values: Tensor, bits: int, scaled: bool = False) -> Tensor:
     """The step of each block of ``values`` [n] float32."""
+    factor = (SCALED_FACTORS if scaled else FACTORS)[bits]
     blocks = -(-values.numel() // STEP_BLOCK)
     padded = torch.zeros(blocks * STEP_BLOCK)
     padded[: values.numel()] = values.abs()
@@ -51,34 +64,62 @@ def steps_of(values: Tensor, bits: int) -> Tensor:
     whole = (rows.double() / unit.double()[:, None]).long()
     total, squares = whole.sum(1), whole.square().sum(1)
     total = torch.where(sends, total, 1)
-    fine = squares.float() / total.float() * torch.tensor(FACTORS[bits]) * unit
+    fine = squares.float() / total.float() * torch.tensor(factor) * unit
     step = torch.minimum(fine, largest / limit(bits))
     upper = (step.view(torch.int32) + 0x8000 & ~0xFFFF).view(torch.float32)  # rounded to 16 bits
     return torch.where(sends, upper, 0.0)
 
 
-def quantize(values: Tensor, bits: int) -> Levelled:
+def quantize(values: Tensor, bits: int, scaled: bool = False) -> Levelled:
     """``values`` [n] float32, each as the nearest level; what is beyond the outermost is cut off."""
-    steps = steps_of(values, bits)
+    steps = steps_of(values, bits, scaled)
     inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
-    scaled = values * _each(inverse, values.numel())
-    return Levelled(scaled.clamp(-limit(bits), limit(bits)).round().long(), steps)
+    quotients = values * _each(inverse, values.numel())
+    return Levelled(quotients.clamp(-limit(bits), limit(bits)).round().long(), steps)
 
 
-def encode(grad: Tensor, error: Tensor | None, bits: int) -> tuple[Levelled, Tensor, int]:
-    """The gradient plus the error, what rounding lost, and how many elements were dropped."""
-    corrected, dropped = correct(grad, error, LARGEST)
-    said = quantize(corrected, bits)
-    return said, corrected - said.decoded(), dropped
+def encode(grad: Tensor, error: Tensor | None, bits: int, scales: Tensor | None = None) -> tuple[Levelled, Tensor, int]:
+    """The gradient plus the error, what rounding lost, and how many elements were dropped. ``scales`` [n]: as
+    :func:`scales_of` gives them."""
+    each = torch.ones(grad.numel()) if scales is None else scales
+    corrected, dropped = correct(grad.float() / each, None if error is None else error / each, LARGEST)
+    said = quantize(corrected, bits, scales is not None)
+    return said, (corrected - said.decoded()) * each, dropped
 
 
-def average(payloads: list[Levelled], error: Tensor | None, bits: int) -> tuple[Levelled, Tensor, int]:
+def average(
+    payloads: list[Levelled], error: Tensor | None, bits: int, scales: Tensor | None = None
+) -> tuple[Levelled, Tensor, int]:
     """:func:`encode` of the mean, summed in float32 in order of the ranks, scaled as in 16 bits."""
     ranks, total = len(payloads), torch.zeros(payloads[0].levels.numel())
     scale = 0.5 ** (ranks - 1).bit_length()
     for payload in payloads:
-        total = total + payload.decoded() * scale
-    return encode(total / (ranks * scale), error, bits)
+        total = total + payload.decoded(scales) * scale
+    return encode(total / (ranks * scale), error, bits, scales)
+
+
+def scales_of(squares: Tensor) -> Tensor:
+    """The scale of each element, a power of two from 1 on, from running means ``squares`` [n] float32: the power next
+    below its root, over the least of its block, which is the block's mean of those powers over :data:`BELOW_MEAN`."""
+    n = squares.numel()
+    blocks = -(-n // STEP_BLOCK)
+    roots = (torch.frexp(squares).exponent.long() - 1).div(2, rounding_mode="floor")
+    exponents = torch.full((blocks * STEP_BLOCK,), -1000)
+    exponents[:n] = torch.where(squares > 0, roots, -64)
+    rows = exponents.view(blocks, STEP_BLOCK)
+    largest, counts = rows.amax(1), torch.full((blocks,), STEP_BLOCK)
+    counts[-1] = n - (blocks - 1) * STEP_BLOCK
+    # As whole numbers, of which the largest is 2^16.
+    mean = (2.0 ** (16 + rows - largest[:, None]).double()).floor().sum(1).long() // counts
+    least = largest - 16 + mean.double().log2().floor().long() - int(math.log2(BELOW_MEAN))
+    return 2.0 ** (exponents[:n] - _each(least, n)).clamp(min=0)
+
+
+def learned(squares: Tensor, results: Tensor) -> Tensor:
+    """The running means with the results [n] taken in."""
+    held = results.abs().clamp(max=LARGEST_RESULT)
+    after = squares + (held * held - squares) * NEW_WEIGHT
+    return torch.where(after >= SMALLEST_SQUARE, after, 0.0)
 
 
 def row(said: Levelled, bits: int, shard: int) -> Tensor:

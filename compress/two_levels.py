@@ -70,10 +70,11 @@ class TwoLevels:
         group.inner = inner[own]
         if group.inner is not None:
             give(compressor, group.inner)
-            codec, group.feedback = group.inner.codec, group.inner.feedback
+            codec = group.inner.codec
         readers = [
             None if each is None or place == own else reader_of(compressor, each) for place, each in enumerate(inner)
         ]
+        group.feedback = [kept for each in inner if each is not None for kept in each.feedback]  # readers learn, too
         owners = _C.Ownership(group.numel, ranges)
         most = most_exchanges(compressor)
         group.codec = _C.TwoLevelCodec(group.device, codec, owners, own, readers, most)  # type: ignore[arg-type]  # None

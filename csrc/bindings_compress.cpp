@@ -132,10 +132,10 @@ void bind_codecs(py::module_& m) {
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
            py::arg("floating"), py::arg("seed"), py::arg("error"), py::arg("owner_error"));
   py::class_<compress::LevelledCodec, Codec, std::shared_ptr<compress::LevelledCodec>>(m, "LevelledCodec")
-      .def(
-          py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, OptionalTensor, OptionalTensor>(),
-          py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
-          py::arg("bits"), py::arg("error"), py::arg("owner_error"));
+      .def(py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, OptionalTensor, OptionalTensor,
+                    OptionalTensor>(),
+           py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("shard"), py::arg("owned"),
+           py::arg("bits"), py::arg("error"), py::arg("owner_error"), py::arg("squares"));
   py::class_<compress::TopKCodec, Codec, std::shared_ptr<compress::TopKCodec>>(m, "TopKCodec")
       .def(py::init<at::Device, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     int64_t, OptionalTensor, OptionalTensor>(),

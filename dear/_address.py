@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 
 __all__ = ["interfaces", "listening_address", "named_interface", "outgoing_address"]
@@ -50,34 +51,42 @@ def named_interface(env: Mapping[str, str], present: Iterable[Interface]) -> str
     name = next((name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if env.get(name)), None)
     if name is None:
         return None
-    value = rest = env[name]
-    gloo = name.startswith("GLOO")
-    if gloo and rest[0] in "^=":
-        raise ValueError(f'{name} is "{value}", which is NCCL\'s syntax: list exact names, for example eth0,eth1.')
-    excluding = rest.startswith("^")
-    rest = rest[1:] if excluding else rest
-    exact = gloo or rest.startswith("=")
-    rest = rest[1:] if rest.startswith("=") else rest
-    wanted = [part.strip() for part in rest.split(",") if part.strip()]
-    if not wanted:
-        raise ValueError(f'{name} is "{value}", which names no interface: correct or unset it.')
-
-    def matches(interface: str, pattern: str) -> bool:
-        return interface == pattern if exact else interface.startswith(pattern)
-
-    present = list(present)
-    if excluding:
-        left = [i for i in present if not any(matches(i[0], pattern) for pattern in wanted)]
+    present, asked = list(present), _Asked.read(name, env[name])
+    if asked.excluded:
+        left = [one for one in present if not any(asked.matches(one[0], pattern) for pattern in asked.patterns)]
         found = sorted(left, key=lambda interface: _is_loopback(interface[1]))  # stable: the order of the system
     else:
-        found = [i for pattern in wanted for i in present if matches(i[0], pattern)]
+        found = [one for pattern in asked.patterns for one in present if asked.matches(one[0], pattern)]
     if not found:
         names = ", ".join(dict.fromkeys(interface for interface, _ in present)) or "none"
         raise ValueError(
-            f'{name} is "{value}", which no interface with an address on this host matches (there are: {names}): '
+            f'{name} is "{env[name]}", which no interface with an address on this host matches (there are: {names}): '
             "set it to one that `ip addr` lists."
         )
     return found[0][1]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a variable says of interfaces."""
+
+    patterns: list[str]
+    exact: bool  # they are names, not prefixes
+    excluded: bool  # all others are wanted
+
+    @classmethod
+    def read(cls, name: str, value: str) -> _Asked:
+        is_gloos = name.startswith("GLOO")
+        if is_gloos and value[0] in "^=":
+            raise ValueError(f'{name} is "{value}", which is NCCL\'s syntax: list exact names, for example eth0,eth1.')
+        rest = value.removeprefix("^")
+        patterns = [part.strip() for part in rest.removeprefix("=").split(",") if part.strip()]
+        if not patterns:
+            raise ValueError(f'{name} is "{value}", which names no interface: correct or unset it.')
+        return cls(patterns, is_gloos or rest.startswith("="), value.startswith("^"))
+
+    def matches(self, interface: str, pattern: str) -> bool:
+        return interface == pattern if self.exact else interface.startswith(pattern)
 
 
 def interfaces() -> list[Interface]:

@@ -34,7 +34,8 @@ def check_kind(model: Any, caller: str) -> None:
     if not isinstance(model, DDP):
         raise TypeError(
             f"{caller} needs a DistributedDataParallel module, not {type(model).__name__}: wrap the model in "
-            "torch.nn.parallel.DistributedDataParallel first."
+            "torch.nn.parallel.DistributedDataParallel first, or attach by dear.integrations where a framework wraps "
+            "it."
         )
     if model.process_group not in c10d._world.pg_map:
         raise ValueError(

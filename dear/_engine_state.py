@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from dear._assembly import Timetable
@@ -53,6 +54,12 @@ def load(attached: Attached, schedule: Timetable, state: State, *, compressor: b
     at_work, preconditioner = attached.compression.compressor, attached.preconditioning.preconditioner
     if compressor and at_work is not None and "compressor" in state:
         at_work.load_state_dict(state["compressor"])
+    elif "optimizer" in state and getattr(at_work, "error_feedback", False):
+        warnings.warn(
+            "The state has no error feedback of the compressor, so training goes on without what was not sent yet: "
+            "save what engine.state_dict() returns.",
+            stacklevel=3,
+        )
     if preconditioner is not None and "preconditioner" in state:
         preconditioner.load_state_dict(state["preconditioner"])
     if "optimizer" in state:

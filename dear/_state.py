@@ -13,6 +13,7 @@ from dear._layout import Layout, Segment
 from dear._objects import all_gather_object
 
 FullState = dict[torch.Tensor, dict[str, Any]]  # keyed by parameter
+Facts = dict[str, tuple[str, Any]]  # of a parameter's state, by key: how a value travels, and what is told of it
 
 # State that is one number for a parameter, also where the parameter has just one element itself.
 SCALARS = {"step", "eta", "mu", "mu_product"}
@@ -63,45 +64,64 @@ def gather(
     lane: _C.Lane,
 ) -> FullState:
     """The full state on every rank. Collective: every rank of ``lane`` must call it."""
-    position = {place.param: index for index, place in enumerate(layout.places)}
-    # Which parameters have which state; a rank knows it of those it owns a part of.
-    mine: dict[int, dict[str, Any]] = {}
-    for segment in segments:
-        state = sharded.get(segment.tensor)
-        if not state:
-            continue
-        facts = {key: _fact(key, value, segment.tensor) for key, value in state.items()}
-        for place in segment.places:
-            mine[position[place.param]] = facts
-    everyone = all_gather_object(lane, mine, "the optimizer's state", layout.full[0].device)
-    known = {index: facts for one in everyone for index, facts in one.items()}
-
-    full: FullState = {}
-    for index, facts in sorted(known.items()):
-        # A copy for each: parameters of one segment must not share the tensor that counts their steps.
-        full[layout.places[index].param] = {
-            key: value.to(where, copy=True) if isinstance(value, torch.Tensor) else value
-            for key, (how, value) in facts.items()
-            if how != "flat"
-            for where in (layout.full[0].device if how == "beside" else "cpu",)
-        }
-    for bucket, buffer in enumerate(layout.full):
-        here = [place for place in layout.in_bucket(bucket) if position[place.param] in known]
-        kinds = {
-            (key, value)
-            for place in here
-            for key, (how, value) in known[position[place.param]].items()
-            if how == "flat"
-        }
+    known = _facts_of_all(sharded, segments, layout, lane)
+    full: FullState = {param: _not_flat(facts, layout.full[0].device) for param, facts in known.items()}
+    for bucket in range(len(layout.full)):
+        here = [place for place in layout.in_bucket(bucket) if place.param in known]
+        kinds = {kind for place in here for kind in _flat_kinds(known[place.param])}
         for key, dtype in sorted(kinds, key=str):
-            flat = torch.zeros(buffer.numel(), dtype=dtype, device=buffer.device)
-            for segment in segments:
-                part = sharded.get(segment.tensor, {}).get(key)
-                if segment.bucket == bucket and part is not None and is_elementwise(key, part, segment.tensor):
-                    segment.view(flat).copy_(part)
+            flat = _parts_of(key, dtype, bucket, sharded, segments, layout)
             layout.gather(lane, bucket, flat, f"optimizer state {key}")
             for place in here:
-                if known[position[place.param]].get(key, ("", None))[0] == "flat":
-                    whole = torch.empty_strided(place.param.size(), place.stride, dtype=dtype, device=buffer.device)
+                if (key, dtype) in _flat_kinds(known[place.param]):
+                    whole = torch.empty_strided(place.param.size(), place.stride, dtype=dtype, device=flat.device)
                     full[place.param][key] = whole.copy_(place.view(flat))
     return full
+
+
+def _facts_of_all(
+    sharded: dict[torch.Tensor, dict[str, Any]], segments: list[Segment], layout: Layout, lane: _C.Lane
+) -> dict[torch.Tensor, Facts]:
+    """Which parameters have which state, in the layout's order; a rank knows it of those it owns a part of."""
+    position = {place.param: index for index, place in enumerate(layout.places)}
+    mine: dict[int, Facts] = {}
+    for segment in segments:
+        state = sharded.get(segment.tensor)
+        if state:
+            facts = {key: _fact(key, value, segment.tensor) for key, value in state.items()}
+            mine.update(dict.fromkeys((position[place.param] for place in segment.places), facts))
+    everyone = all_gather_object(lane, mine, "the optimizer's state", layout.full[0].device)
+    known = {index: facts for one in everyone for index, facts in one.items()}
+    return {layout.places[index].param: known[index] for index in sorted(known)}
+
+
+def _not_flat(facts: Facts, device: torch.device) -> dict[str, Any]:
+    """What was told in full. A copy: parameters of one segment must not share the tensor that counts their steps."""
+    return {
+        key: value.to(device if how == "beside" else "cpu", copy=True) if isinstance(value, torch.Tensor) else value
+        for key, (how, value) in facts.items()
+        if how != "flat"
+    }
+
+
+def _flat_kinds(facts: Facts) -> set[tuple[str, torch.dtype]]:
+    """Key and type of what has a value for each element."""
+    return {(key, dtype) for key, (how, dtype) in facts.items() if how == "flat"}
+
+
+def _parts_of(
+    key: str,
+    dtype: torch.dtype,
+    bucket: int,
+    sharded: dict[torch.Tensor, dict[str, Any]],
+    segments: list[Segment],
+    layout: Layout,
+) -> torch.Tensor:
+    """A bucket's flat buffer of that state, in which this rank's part is filled."""
+    buffer = layout.full[bucket]
+    flat = torch.zeros(buffer.numel(), dtype=dtype, device=buffer.device)
+    for segment in segments:
+        part = sharded.get(segment.tensor, {}).get(key) if segment.bucket == bucket else None
+        if part is not None and is_elementwise(key, part, segment.tensor) and part.dtype == dtype:
+            segment.view(flat).copy_(part)
+    return flat

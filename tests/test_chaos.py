@@ -26,7 +26,7 @@ def figures(tmp_path_factory):
 
 def texts(figures):
     """What went wrong, to be read where a test fails."""
-    return "\n".join(f"{run['plan']}: {run['texts']}" for run in figures["runs"] if run["texts"])
+    return "\n".join(f"{run['scenario']}: {run['texts']}" for run in figures["runs"] if run["texts"])
 
 
 @pytest.mark.timeout(900)

@@ -153,6 +153,7 @@ class Job:
         return losses, final
 
 
+#: What is compiled, and when: before the module is wrapped, before the library is attached, or after it.
 FORMS = [
     "module, before DDP",
     "module in place, before DDP",
@@ -168,9 +169,24 @@ FORMS = [
     "DDP in place, after attach",
     "loss, after attach",
 ]
+#: Those that are like another form in all but one of the two, and so are slow.
+ALIKE = {
+    "module in place, before DDP",
+    "blocks, before DDP",
+    "blocks in place, after attach",
+    "blocks in the module, before DDP",
+    "DDP, after attach",
+    "DDP in place, before attach",
+    "optimizer, after attach",
+}
 # Here plain DDP compiles the optimizer too, whose kernels round otherwise; with an engine it runs as it is.
 OPTIMIZER_FORMS = ["step, after attach", "optimizer, before attach", "optimizer, after attach"]
 HOWS = ("sharded", "replicated", "compressed", "register")
+
+
+def often(forms):
+    """The forms, as parameters of a test."""
+    return [pytest.param(form, marks=pytest.mark.slow) if form in ALIKE else form for form in forms]
 
 
 @told
@@ -191,7 +207,7 @@ def compiled(rank, world, forms, hows=HOWS):
             assert have == wanted, f"{form}, {how}: {have} instead of {wanted}"
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", often(FORMS))
 def test_compiles_as_plain_ddp_does(pool2, form):
     check_told(pool2, compiled, [form])
 
@@ -214,7 +230,7 @@ def compiled_with_optimizer(rank, world, form):
             assert job.counts.graphs <= plain.counts.graphs, f"{how}: {job.counts.seen()} for {plain.counts.seen()}"
 
 
-@pytest.mark.parametrize("form", OPTIMIZER_FORMS)
+@pytest.mark.parametrize("form", often(OPTIMIZER_FORMS))
 def test_compiled_steps_train_as_with_plain_ddp(pool2, form):
     check_told(pool2, compiled_with_optimizer, form)
 

@@ -3,36 +3,12 @@
 import pytest
 import torch
 from compressing import Prescribed, attach, backward, everyones, gradients
-from torch import Tensor
+from owners_golden import EightBits as Golden
 
 import compress
-from compress import reference_quantize
-from compress.reference_quantize import SCALE_BLOCK, Quantized
 
 code_types = pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])
 LARGE = {"first": (900, 800), "second": (500, 700), "vector": (50_000,)}
-
-
-class Golden:
-    """One group of all ranks, with error feedback."""
-
-    def __init__(self, numel: int, shard: int, world: int, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.errors = [torch.zeros(numel) for _ in range(world)]
-        self.ranges = [(min(r * shard, numel), min((r + 1) * shard, numel)) for r in range(world)]
-        self.owned = [torch.zeros(end - begin) for begin, end in self.ranges]
-
-    def step(self, grads: list[Tensor]) -> Tensor:
-        said, result = [], torch.zeros_like(grads[0])
-        for rank, grad in enumerate(grads):
-            one, self.errors[rank], _ = reference_quantize.encode(grad, self.errors[rank], self.dtype)
-            said.append(one)
-        for owner, (begin, end) in enumerate(self.ranges):
-            blocks = slice(begin // SCALE_BLOCK, -(-end // SCALE_BLOCK))
-            rows = [Quantized(one.codes[begin:end], one.scales[blocks]) for one in said]
-            merged, self.owned[owner], _ = reference_quantize.average(rows, self.owned[owner], self.dtype)
-            result[begin:end] = merged.decoded(self.dtype)
-        return result
 
 
 def as_said(rank: int, world: int, dtype: torch.dtype) -> None:

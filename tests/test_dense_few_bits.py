@@ -1,40 +1,17 @@
 """Dense gradients in 3 bits through DDP, against the golden model; how much is sent, and what is refused."""
 
+import pytest
 import torch
 from compressing import Prescribed, attach, backward, everyones, gradients
+from owners_golden import FewBits as Golden
 from test_dense_eight_bits import LARGE
-from torch import Tensor
 
 import compress
-from compress import reference_levels
-from compress.reference_levels import STEP_BLOCK, Levelled
 
 
-class Golden:
-    """One group of all ranks."""
-
-    def __init__(self, numel: int, shard: int, world: int, bits: int) -> None:
-        self.bits = bits
-        self.errors = [torch.zeros(numel) for _ in range(world)]
-        self.ranges = [(min(r * shard, numel), min((r + 1) * shard, numel)) for r in range(world)]
-        self.owned = [torch.zeros(end - begin) for begin, end in self.ranges]
-
-    def step(self, grads: list[Tensor]) -> Tensor:
-        said, result = [], torch.zeros_like(grads[0])
-        for rank, grad in enumerate(grads):
-            one, self.errors[rank], _ = reference_levels.encode(grad, self.errors[rank], self.bits)
-            said.append(one)
-        for owner, (begin, end) in enumerate(self.ranges):
-            blocks = slice(begin // STEP_BLOCK, -(-end // STEP_BLOCK))
-            rows = [Levelled(one.levels[begin:end], one.steps[blocks]) for one in said]
-            merged, self.owned[owner], _ = reference_levels.average(rows, self.owned[owner], self.bits)
-            result[begin:end] = merged.decoded()
-        return result
-
-
-def as_said(rank: int, world: int) -> None:
+def as_said(rank: int, world: int, scale: str) -> None:
     """Each rank rounds, the owner averages in float32 and rounds again; both keep what that lost."""
-    compressor = compress.Dense(torch.int3, start_step=2)  # by then DDP has laid its buckets
+    compressor = compress.Dense(torch.int3, scale=scale, start_step=2)  # by then DDP has laid its buckets
     model = attach(compressor)
     golden: dict[tuple[str, ...], Golden] = {}
     compressed = 0
@@ -45,7 +22,7 @@ def as_said(rank: int, world: int) -> None:
             if step < 2 or not compressor.compresses(group):
                 continue
             if key not in golden:
-                golden[key] = Golden(group.numel, compressor.shard_numel(group), world, 3)
+                golden[key] = Golden(group.numel, compressor.shard_numel(group), world, 3, scale == "element")
             want = golden[key].step([torch.cat([one[name].flatten() for name in key]) for one in grads])
             assert torch.equal(torch.cat([have[name].flatten() for name in key]), want), step
             compressed += 1
@@ -54,8 +31,9 @@ def as_said(rank: int, world: int) -> None:
     assert compressed >= 6
 
 
-def test_against_the_golden_model(pool3):
-    pool3.run(as_said)
+@pytest.mark.parametrize("scale", ["block", "element"])
+def test_against_the_golden_model(pool3, scale):
+    pool3.run(as_said, scale)
 
 
 def bytes_sent(rank: int, world: int) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 import training
 from auto_instruments import SLOW, Prescribed
-from refusing import final, same
+from refusing import final, refused, same
 from test_auto import ADAMW, PLAN
 from test_tuner import SIZES, Clock
 
+import compress
 import dear
+from dear.integrations import accelerate
 from dear.integrations._session import FILE, Session, read_file, write_file
 from planner.auto import Auto
 
@@ -127,3 +132,54 @@ def ends_badly(rank, world):
 
 def test_an_end_that_fails_is_not_hidden_by_another_error(pool2):
     pool2.run(ends_badly)
+
+
+def test_accelerate_before_prepare():
+    """Or with what is inside, or in a process alone, for which Accelerate wraps nothing."""
+    model = torch.nn.Linear(4, 4)
+    with refused(TypeError, r"that accelerator\.prepare\(\) returns .*, not Linear: call it after prepare\(\)"):
+        accelerate.attach(None, model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def loaded_too_early(rank, world):
+    """accelerator.load_state() before attach() loads the optimizer's state alone."""
+
+    class Accelerator:
+        def register_save_state_pre_hook(self, hook): ...
+
+        def register_load_state_pre_hook(self, hook): ...
+
+    for early in (False, True):
+        model, opt = training.build("Mlp", ADAMW, {})
+        if early:
+            training.plain_step(model, opt, rank, 0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine = accelerate.attach(Accelerator(), model, opt, compressor=compress.PowerSGD(rank=2))
+        assert ["call it after attach()" in str(each.message) for each in caught] == [True] * early
+        engine.detach()
+
+
+def test_a_state_that_was_loaded_too_early_is_told(pool2):
+    pool2.run(loaded_too_early)
+
+
+def without_feedback(rank, world):
+    """A plain optimizer's state, loaded into an engine with a compressor that keeps what it has not sent."""
+    model, opt = training.build("Mlp", ADAMW, {})
+    training.plain_step(model, opt, rank, 0)
+    plain = copy.deepcopy(opt.state_dict())
+    for feedback in (True, False):
+        model, opt = training.build("Mlp", ADAMW, {})
+        engine = dear.attach(model, opt, compressor=compress.PowerSGD(rank=2, error_feedback=feedback))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine.load_state_dict({"optimizer": plain})
+            engine.load_state_dict(engine.state_dict())
+            engine.load_state_dict(engine.state_dict(optimizer=False))
+        assert ["has no error feedback" in str(each.message) for each in caught] == [True] * feedback
+        engine.detach()
+
+
+def test_a_state_without_error_feedback_is_told(pool2):
+    pool2.run(without_feedback)

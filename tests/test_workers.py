@@ -26,6 +26,10 @@ def pid(rank: int, world_size: int) -> int:
     return os.getpid()
 
 
+def hash_of_a_word(rank: int, world_size: int) -> int:
+    return hash("word")
+
+
 def fail_on_one(rank: int, world_size: int) -> None:
     if rank == 1:
         raise ValueError("rank one objects")
@@ -82,6 +86,12 @@ def test_pool_keeps_its_processes_and_renews_the_group(pool2: WorkerPool) -> Non
     before = pool2.run(pid)
     assert torch.equal(pool2.run(total, 4)[1], torch.full((4,), 3.0))
     assert pool2.run(pid) == before == pool2.pids
+
+
+def test_neighbours_order_their_sets_differently(pool2: WorkerPool) -> None:
+    """As fresh processes do: what relies on one order must part the ranks."""
+    first, second = pool2.run(hash_of_a_word)
+    assert first != second
 
 
 def test_failure_is_raised_with_its_traceback_and_the_pool_recovers(pool2: WorkerPool) -> None:

@@ -3,7 +3,7 @@
 #include <sys/socket.h>
 
 #include "collectives/accumulate.h"
-#include "collectives/ring_plan.h"
+#include "collectives/ring_pieces.h"
 #include "collectives/staging.h"
 
 namespace dear {
@@ -16,18 +16,18 @@ class RingExchange : public Exchange {
   RingExchange(Phase phase, Reduction reduction, Staging staging, std::string label, int rank, int world)
       : Exchange(phase, reduction, staging.parts(), std::move(label)),
         staging_(std::move(staging)),
-        plan_(make_ring_plan(*this, rank, world)) {}
-  const RingPlan& plan() const { return plan_; }
+        pieces_(make_ring_pieces(*this, rank, world)) {}
+  const RingPieces& pieces() const { return pieces_; }
   Staging& staging() { return staging_; }
   int64_t bytes_sent(int world) const override {
     int64_t total = 0;
-    for (const Piece& piece : plan_.outbound) total += piece.bytes;
+    for (const Piece& piece : pieces_.outbound) total += piece.bytes;
     return total;
   }
 
  private:
   Staging staging_;
-  RingPlan plan_;
+  RingPieces pieces_;
 };
 
 // A world of one: the reduce-scatter's result is what it reads.
@@ -66,14 +66,14 @@ std::shared_ptr<Exchange> RingLane::make_exchange(Phase phase, Reduction reducti
 
 void RingLane::transfer(Exchange& exchange, const TransferContext& context) {
   auto& moved = static_cast<RingExchange&>(exchange);
-  const RingPlan& plan = moved.plan();
+  const RingPieces& pieces = moved.pieces();
   moved.staging().pack();
   if (world_ == 1) {
     for (const Part& part : exchange.parts()) {
       if (exchange.phase() == Phase::kReduceScatter) copy_chunk(part);
     }
-  } else if (!plan.inbound.empty() || !plan.outbound.empty()) {
-    run_ring_transfer(exchange, plan, *links_, scratch_, context);
+  } else if (!pieces.inbound.empty() || !pieces.outbound.empty()) {
+    run_ring_transfer(exchange, pieces, *links_, scratch_, context);
   }
   moved.staging().unpack();
 }

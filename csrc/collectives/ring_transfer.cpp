@@ -17,10 +17,10 @@ using std::chrono::milliseconds;
 
 class RingTransfer {
  public:
-  RingTransfer(const Exchange& exchange, const RingPlan& plan, const RingLinks& links, RingScratch& scratch,
-               const TransferContext& context)
+  RingTransfer(const Exchange& exchange, const RingPieces& pieces, const RingLinks& links,
+               RingScratch& scratch, const TransferContext& context)
       : exchange_(exchange),
-        plan_(plan),
+        pieces_(pieces),
         links_(links),
         scratch_(scratch),
         context_(context),
@@ -31,10 +31,10 @@ class RingTransfer {
         forwards_(exchange.phase() == Phase::kAllGather),
         averages_(exchange.reduction() == Reduction::kAverage) {
     if (!forwards_) {
-      const size_t need = (plan.slots + 1) * static_cast<size_t>(plan.largest_piece);
+      const size_t need = (pieces.slots + 1) * static_cast<size_t>(pieces.largest_piece);
       if (scratch_.slots.size() < need) scratch_.slots.resize(need);
     }
-    if (scratch_.checks.size() < plan.inbound.size()) scratch_.checks.resize(plan.inbound.size());
+    if (scratch_.checks.size() < pieces.inbound.size()) scratch_.checks.resize(pieces.inbound.size());
   }
 
   void run() {
@@ -42,7 +42,7 @@ class RingTransfer {
     context_.host.progress(prev_).begin();
     try {
       progressed();
-      while (received_ < plan_.inbound.size() || sent_ < plan_.outbound.size()) {
+      while (received_ < pieces_.inbound.size() || sent_ < pieces_.outbound.size()) {
         while (!send_blocked_ && send_some()) {
         }
         wait_for_network();
@@ -58,25 +58,27 @@ class RingTransfer {
   // --- sending ---
 
   char* slot(const Piece& received) {
-    return scratch_.slots.data() + received.slot * static_cast<size_t>(plan_.largest_piece);
+    return scratch_.slots.data() + received.slot * static_cast<size_t>(pieces_.largest_piece);
   }
 
   bool next_piece_ready() const {
-    return sent_ < plan_.outbound.size() && static_cast<int64_t>(received_) > plan_.outbound[sent_].source;
+    return sent_ < pieces_.outbound.size() &&
+           static_cast<int64_t>(received_) > pieces_.outbound[sent_].source;
   }
 
   const char* outbound_data() {
-    const Piece& piece = plan_.outbound[sent_];
-    return forwards_ || piece.source < 0 ? piece.own : slot(plan_.inbound[static_cast<size_t>(piece.source)]);
+    const Piece& piece = pieces_.outbound[sent_];
+    return forwards_ || piece.source < 0 ? piece.own
+                                         : slot(pieces_.inbound[static_cast<size_t>(piece.source)]);
   }
 
   FrameHeader header(FrameType type, int blamed) const {
-    const auto bytes = static_cast<size_t>(plan_.outbound[sent_].bytes);
-    return make_header(type, blamed, context_.sequence, plan_.signature, bytes, context_.check);
+    const auto bytes = static_cast<size_t>(pieces_.outbound[sent_].bytes);
+    return make_header(type, blamed, context_.sequence, pieces_.signature, bytes, context_.check);
   }
 
   void begin_frame() {
-    const int64_t source = plan_.outbound[sent_].source;
+    const int64_t source = pieces_.outbound[sent_].source;
     const FrameHeader data = header(FrameType::kData, 0);
     if (source < 0) {
       out_.begin(data, outbound_data(), context_.check);
@@ -97,8 +99,8 @@ class RingTransfer {
     if (flow == Flow::kBlocked) return false;
     progressed();
     if (flow == Flow::kDone) {
-      if (!forwards_ && plan_.outbound[sent_].source >= 0) --waiting_sums_;
-      context_.host.progress(next_).note_sent(plan_.outbound[sent_].bytes);
+      if (!forwards_ && pieces_.outbound[sent_].source >= 0) --waiting_sums_;
+      context_.host.progress(next_).note_sent(pieces_.outbound[sent_].bytes);
       ++sent_;
     }
     return flow == Flow::kDone;
@@ -130,7 +132,7 @@ class RingTransfer {
     if (remarked && !word && !hung_up(links_.to_next())) return;
     next_heard_ = true;
     if (word && word->type == FrameType::kFailure) throw Failure(word->text, {word->blamed});
-    if (sent_ == plan_.outbound.size()) return;
+    if (sent_ == pieces_.outbound.size()) return;
     if (word) blame(next_, complaint::left(next_, word->text));
     blame_lost(next_, complaint::closed());
   }
@@ -149,16 +151,16 @@ class RingTransfer {
   // --- receiving ---
 
   bool slot_free() const {
-    return forwards_ || plan_.inbound[received_].out != nullptr ||
-           waiting_sums_ < static_cast<int64_t>(plan_.slots);
+    return forwards_ || pieces_.inbound[received_].out != nullptr ||
+           waiting_sums_ < static_cast<int64_t>(pieces_.slots);
   }
 
   char* inbound_data() {
-    const Piece& piece = plan_.inbound[received_];
+    const Piece& piece = pieces_.inbound[received_];
     return forwards_ ? piece.out : slot(piece);
   }
 
-  size_t inbound_bytes() const { return static_cast<size_t>(plan_.inbound[received_].bytes); }
+  size_t inbound_bytes() const { return static_cast<size_t>(pieces_.inbound[received_].bytes); }
 
   // What must have arrived before it is worth waking up: the rest of the frame. Only the first header of an
   // exchange is looked at on its own: a neighbour that is in another collective may never send as much.
@@ -216,7 +218,7 @@ class RingTransfer {
     if (!valid(header, context_.ranks, context_.check)) blame(prev_, complaint::corrupt());
     if (header.type == FrameType::kFailure) throw Failure(text_begun(), {header.blamed});
     if (header.type == FrameType::kLeft) blame(prev_, complaint::left(prev_, text_begun()));
-    if (header.sequence != context_.sequence || header.signature != plan_.signature ||
+    if (header.sequence != context_.sequence || header.signature != pieces_.signature ||
         header.bytes != inbound_bytes()) {
       blame(prev_, complaint::elsewhere());
     }
@@ -232,7 +234,7 @@ class RingTransfer {
   }
 
   void take_piece() {
-    const Piece& piece = plan_.inbound[received_];
+    const Piece& piece = pieces_.inbound[received_];
     if (!forwards_ && piece.bytes > 0) {
       add(piece);
     } else if (!intact(inbound_data(), in_.header().bytes)) {
@@ -278,9 +280,10 @@ class RingTransfer {
   }
 
   void wait_for_network() {
-    const bool receiving = received_ < plan_.inbound.size() && slot_free();
+    const bool receiving = received_ < pieces_.inbound.size() && slot_free();
     const bool sending = out_.begun() || next_piece_ready();
-    if (!receiving && !sending && received_ == plan_.inbound.size() && sent_ == plan_.outbound.size()) return;
+    if (!receiving && !sending && received_ == pieces_.inbound.size() && sent_ == pieces_.outbound.size())
+      return;
     if (sending && !send_blocked_) return;  // a piece became ready meanwhile
     if (receiving) want(wanted());
     const short of_next = static_cast<short>((sending ? POLLOUT : 0) | (next_heard_ ? 0 : POLLIN));
@@ -310,7 +313,7 @@ class RingTransfer {
 
   // How long this rank waits before it blames. See Note [Who speaks first].
   milliseconds limit() const {
-    const bool sees_it = plan_.inbound.empty() || (received_ > 0 && blamed_ == prev_);
+    const bool sees_it = pieces_.inbound.empty() || (received_ > 0 && blamed_ == prev_);
     return context_.limit(!sees_it);
   }
 
@@ -326,12 +329,12 @@ class RingTransfer {
   void check_deadlines() {
     const auto quiet = since_progress();
     if (quiet < context_.timeout / 4) return;
-    const bool waits_for_prev = received_ < plan_.inbound.size() && !send_blocked_;
+    const bool waits_for_prev = received_ < pieces_.inbound.size() && !send_blocked_;
     const int culprit = waits_for_prev || blamed_ != prev_ ? blamed_ : next_waits_for_;
     if (quiet >= limit()) blame(culprit, complaint::silent(limit()));
     held_up_ = true;
     context_.host.held_up(culprit);  // again and again: a lane that was busy the last time may be idle now
-    if (starved_told_ != blamed_ && !out_.under_way() && sent_ < plan_.outbound.size()) tell_starved();
+    if (starved_told_ != blamed_ && !out_.under_way() && sent_ < pieces_.outbound.size()) tell_starved();
     starved_told_ = blamed_;
   }
 
@@ -354,7 +357,7 @@ class RingTransfer {
   }
 
   const Exchange& exchange_;
-  const RingPlan& plan_;
+  const RingPieces& pieces_;
   const RingLinks& links_;
   RingScratch& scratch_;
   const TransferContext& context_;
@@ -382,9 +385,9 @@ class RingTransfer {
 
 }  // namespace
 
-void run_ring_transfer(const Exchange& exchange, const RingPlan& plan, const RingLinks& links,
+void run_ring_transfer(const Exchange& exchange, const RingPieces& pieces, const RingLinks& links,
                        RingScratch& scratch, const TransferContext& context) {
-  RingTransfer(exchange, plan, links, scratch, context).run();
+  RingTransfer(exchange, pieces, links, scratch, context).run();
 }
 
 }  // namespace dear

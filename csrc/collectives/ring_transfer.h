@@ -2,7 +2,7 @@
 
 #include "collectives/host_lane.h"
 #include "collectives/links.h"
-#include "collectives/ring_plan.h"
+#include "collectives/ring_pieces.h"
 
 namespace dear {
 
@@ -23,7 +23,7 @@ struct RingScratch {
 // an all-gather sends on is what came, and so is its checksum.
 //
 // Data goes from each rank to the next. Against it only news travels, for which there is thus always room.
-void run_ring_transfer(const Exchange& exchange, const RingPlan& plan, const RingLinks& links,
+void run_ring_transfer(const Exchange& exchange, const RingPieces& pieces, const RingLinks& links,
                        RingScratch& scratch, const TransferContext& context);
 
 }  // namespace dear

@@ -71,8 +71,20 @@ constexpr float kLargestQuantized = 0x1p126f;
 constexpr int64_t levelled_words(int64_t shard, int64_t bits) {
   return shard * bits / 32 + shard / kScaleBlock / 2;
 }
-constexpr float kLargestLevelled = 0x1p118f;
+constexpr float kLargestLevelled = 0x1p100f;
 constexpr float kSmallestLevelled = 0x1p-100f;
+
+// Note [A scale for each element]
+// Neighbours of a block differ in size, lastingly. In levels of one step a small one gets a rare level, far
+// above what it is; what divides a gradient by its own deviation, as Adam does, then loses most. So every
+// element may be divided by a scale of its own before it is rounded, and multiplied by it behind. Its scale
+// comes from the running mean of the squares of its past results: the decoded means, which all ranks have, so
+// that it costs no bytes.
+//
+// A scale is a power of two, so that dividing is exact, and is relative to its block: from 1, for what lies
+// below an eighth of the block's mean root, to 2^10; all are equal where a block has no results yet. The mean
+// is of powers of two as whole numbers, and in the running mean the new square, which is exact, weighs 2^-4:
+// so every processor gives the same bits, and replicas stay equal.
 
 // Rows of one partial Gram matrix: enough parts to share one tall matrix among threads.
 constexpr int64_t kGramRows = 1024;

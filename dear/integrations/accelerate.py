@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,11 +37,22 @@ def attach(
 
     Returns:
         The :class:`dear.Engine`; with ``register`` what that has returned, whose ``remove()`` takes a compressor off.
+
+    Raises:
+        TypeError: ``prepare()`` was not called yet, or has wrapped the model in something else.
     """
+    module = uncompiled_model(model)
+    if not isinstance(module, DDP):
+        raise TypeError(
+            "attach() needs the DistributedDataParallel module that accelerator.prepare() returns where there are "
+            f"several processes, not {type(module).__name__}: call it after prepare(), in a script that torchrun or "
+            "accelerate launch has started, without FSDP or DeepSpeed."
+        )
     session = Session(options, register)
     wrapped = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     inner = [inner_optimizer(each) for each in wrapped]
-    engine = session.begin(uncompiled_model(model), inner)
+    _warn_if_loaded_before(inner, options.get("compressor"))
+    engine = session.begin(module, inner)
     for each in wrapped:
         remember_step(each)
     unread: set[torch.optim.Optimizer] = set()
@@ -67,6 +79,16 @@ def attach(
     for each in inner:
         each.register_state_dict_post_hook(was_read)
     return engine if register is None else session.registration
+
+
+def _warn_if_loaded_before(optimizers: Sequence[torch.optim.Optimizer], compressor: Any) -> None:
+    """A compressor's state is loaded by what ``attach`` registers."""
+    if getattr(compressor, "error_feedback", False) and compressor.step == 0 and any(each.state for each in optimizers):
+        warnings.warn(
+            "The optimizer has a state, and the compressor has no error feedback: if accelerator.load_state() was "
+            "called, call it after attach(), which has both loaded then.",
+            stacklevel=3,
+        )
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:

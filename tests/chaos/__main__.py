@@ -15,12 +15,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 from chaos import results
-from chaos.plan import MODES, draw
 from chaos.run import Chaos
+from chaos.scenario import MODES, draw
 
 
 def main() -> int:
-    """Runs plans; the exit status says whether every promise was kept."""
+    """Runs scenarios; the exit status says whether every promise was kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1, help="of the first run; they count on from it")
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; call again to go on")
     options = parser.parse_args()
     reports = results.load(options.out) if options.out else []
-    had = {report.plan.seed for report in reports}
+    had = {report.scenario.seed for report in reports}
     chaos, start = Chaos(), time.monotonic()
     for seed in range(options.seed, options.seed + options.runs):
         if seed in had:
@@ -40,7 +40,7 @@ def main() -> int:
         reports.append(report)
         good = report.undisturbed or (report.named and not report.hung and not report.crashed and report.resumed)
         if not good:
-            print(f"{report.plan}: {report.texts or 'resumed with other bits'}", flush=True)
+            print(f"{report.scenario}: {report.texts or 'resumed with other bits'}", flush=True)
         if options.out:
             results.write(options.out, reports, {"runs": options.runs, "seed": options.seed, "mode": options.mode})
     figures = results.figures(reports)

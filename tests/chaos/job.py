@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compress
 import dear
-from chaos.plan import CHECKPOINT_EVERY, STEPS, TWO_LEVELS, Plan
+from chaos.scenario import CHECKPOINT_EVERY, STEPS, TWO_LEVELS, Scenario
 
 TIMEOUT = 4.0  # seconds of the process group, in a job that is disturbed
 PATIENCE = 60.0  # and in one that is not, which must end whatever else the machine does
@@ -39,11 +39,11 @@ Tell = Callable[..., None]
 class Job:
     """Model, optimizer and what is attached to them."""
 
-    def __init__(self, plan: Plan, at: Callable[[str], None]) -> None:
+    def __init__(self, scenario: Scenario, at: Callable[[str], None]) -> None:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(16, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 8))
         self.model = DDP(net)
-        kind, _, hook = ("sharded", "", "") if plan.mode == TWO_LEVELS else plan.mode.partition(" ")
+        kind, _, hook = ("sharded", "", "") if scenario.mode == TWO_LEVELS else scenario.mode.partition(" ")
         make = WholeAdamW if kind == "owned" else torch.optim.AdamW
         self.opt = make(self.model.parameters(), lr=0.001)
         at("setup")  # before it, DDP's own exchanges fail with an error of its own
@@ -53,7 +53,7 @@ class Job:
             compress.register(self.model, self.compressor)
         else:
             update = "replicated" if self.compressor is not None else kind
-            nodes = 2 if plan.mode == TWO_LEVELS and plan.world == 4 else None
+            nodes = 2 if scenario.mode == TWO_LEVELS and scenario.world == 4 else None
             self.engine = dear.attach(
                 self.model, self.opt, update=update, compressor=self.compressor, hierarchy=nodes, bucket_cap_mb=0.2
             )
@@ -92,18 +92,18 @@ class Job:
         at("after step")
 
 
-def train(rank: int, plan: Plan, port: int, folder: Path, tell: Tell, disturbed: bool) -> str:
+def train(rank: int, scenario: Scenario, port: int, folder: Path, tell: Tell, disturbed: bool) -> str:
     """Trains to the end, or until something happens; returns a hash of the parameters."""
     limit = timedelta(seconds=TIMEOUT if disturbed else PATIENCE)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.world, timeout=limit)
-    mine = disturbed and rank == plan.victim and plan.event in ("kill", "stop")
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=scenario.world, timeout=limit)
+    mine = disturbed and rank == scenario.victim and scenario.event in ("kill", "stop")
 
     def at(place: str, number: int = 0) -> None:
-        if mine and number == plan.step and place == plan.place:
-            end(plan.event)
+        if mine and number == scenario.step and place == scenario.place:
+            end(scenario.event)
 
-    job = Job(plan, at)
+    job = Job(scenario, at)
     path, first = folder / "checkpoint.pt", 0
     if path.exists():
         saved = torch.load(path, weights_only=False)

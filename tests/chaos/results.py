@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from chaos.plan import EVENTS, MODES
 from chaos.run import Report
+from chaos.scenario import EVENTS, MODES
 
 
 def figures(reports: list[Report]) -> dict[str, Any]:
@@ -29,14 +29,14 @@ def figures(reports: list[Report]) -> dict[str, Any]:
 
     return {
         "all": count(reports),
-        "by event": {event: count([r for r in reports if r.plan.event == event]) for event in sorted(set(EVENTS))},
-        "by mode": {mode: count([r for r in reports if r.plan.mode == mode]) for mode in MODES},
+        "by event": {event: count([r for r in reports if r.scenario.event == event]) for event in sorted(set(EVENTS))},
+        "by mode": {mode: count([r for r in reports if r.scenario.mode == mode]) for mode in MODES},
         "by phase": {
-            "set-up": count([r for r in reports if r.plan.place == "setup"]),
-            "first two steps": count([r for r in reports if r.plan.place != "setup" and r.plan.step < 2]),
-            "later": count([r for r in reports if r.plan.place != "setup" and r.plan.step >= 2]),
+            "set-up": count([r for r in reports if r.scenario.place == "setup"]),
+            "first two steps": count([r for r in reports if r.scenario.place != "setup" and r.scenario.step < 2]),
+            "later": count([r for r in reports if r.scenario.place != "setup" and r.scenario.step >= 2]),
         },
-        "by ranks": {str(world): count([r for r in reports if r.plan.world == world]) for world in (2, 3, 4)},
+        "by ranks": {str(world): count([r for r in reports if r.scenario.world == world]) for world in (2, 3, 4)},
     }
 
 

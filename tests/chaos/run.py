@@ -1,4 +1,4 @@
-"""Runs plans: processes, what befalls them, and the verdict."""
+"""Runs scenarios: processes, what befalls them, and the verdict."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from chaos.job import PATIENCE, TIMEOUT, train
 from chaos.links import cut
-from chaos.plan import Plan
+from chaos.scenario import Scenario
 
 SLACK = 30.0  # seconds beyond the group's timeout that a busy machine may take
 BLAME = re.compile(r"Rank (\d+)(?: and rank (\d+) lost a connection between them)?")
@@ -43,9 +43,9 @@ class Ending:
 
 @dataclasses.dataclass
 class Report:
-    """What became of a plan. ``resumed``: whether the resumed job ended with the right bits; None: it was not tried."""
+    """What became of a scenario. ``resumed``: whether the resumed job ended with the right bits; None: not tried."""
 
-    plan: Plan
+    scenario: Scenario
     named: bool = True
     hung: bool = False
     crashed: bool = False
@@ -61,20 +61,20 @@ class Report:
     @classmethod
     def of(cls, record: dict[str, Any]) -> Report:
         """What :meth:`record` gave."""
-        return cls(**record | {"plan": Plan(**record["plan"])})
+        return cls(**record | {"scenario": Scenario(**record["scenario"])})
 
 
 class Child:
     """A forked process that runs one rank; torch is loaded already."""
 
-    def __init__(self, rank: int, plan: Plan, port: int, folder: Path, disturbed: bool) -> None:
+    def __init__(self, rank: int, scenario: Scenario, port: int, folder: Path, disturbed: bool) -> None:
         self.rank, self.ending = rank, Ending()
         self.connection, theirs = Pipe()
         self.log = folder / f"rank{rank}.log"
         self.pid = os.fork()
         if self.pid == 0:
             self.connection.close()
-            _child(rank, plan, port, folder, disturbed, theirs, self.log)
+            _child(rank, scenario, port, folder, disturbed, theirs, self.log)
         theirs.close()
 
     def signal(self, number: int) -> None:
@@ -97,14 +97,16 @@ class Child:
                 time.sleep(0.01)
 
 
-def _child(rank: int, plan: Plan, port: int, folder: Path, disturbed: bool, connection: Connection, log: Path) -> None:
+def _child(
+    rank: int, scenario: Scenario, port: int, folder: Path, disturbed: bool, connection: Connection, log: Path
+) -> None:
     """Never returns: ends by leaving the interpreter, as a script does."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     try:
-        result = train(rank, plan, port, folder, lambda *message: connection.send(message), disturbed)
+        result = train(rank, scenario, port, folder, lambda *message: connection.send(message), disturbed)
         connection.send(("result", result))
     except Exception as error:
         connection.send(("error", f"{type(error).__name__}: {error}"))
@@ -136,12 +138,12 @@ class Store:
         os.waitpid(self.pid, 0)
 
 
-def start(plan: Plan, folder: Path, disturbed: bool) -> list[Ending]:
+def start(scenario: Scenario, folder: Path, disturbed: bool) -> list[Ending]:
     """One job from its start, or its checkpoint, to the end of all its ranks."""
     store = Store()
-    children = [Child(rank, plan, store.port, folder, disturbed) for rank in range(plan.world)]
+    children = [Child(rank, scenario, store.port, folder, disturbed) for rank in range(scenario.world)]
     try:
-        _watch(plan, children, disturbed)
+        _watch(scenario, children, disturbed)
     finally:
         for child in children:
             child.signal(signal.SIGKILL)
@@ -150,10 +152,10 @@ def start(plan: Plan, folder: Path, disturbed: bool) -> list[Ending]:
     return [child.ending for child in children]
 
 
-def _watch(plan: Plan, children: list[Child], disturbed: bool) -> None:
-    victim = children[plan.victim]
-    gone = disturbed and plan.event in ("kill", "stop")  # the victim tells no more
-    due = disturbed and plan.place == "any"
+def _watch(scenario: Scenario, children: list[Child], disturbed: bool) -> None:
+    victim = children[scenario.victim]
+    gone = disturbed and scenario.event in ("kill", "stop")  # the victim tells no more
+    due = disturbed and scenario.place == "any"
     open_ = {child.connection: child for child in children}
     deadline = time.monotonic() + 2 * (TIMEOUT if disturbed else PATIENCE) + SLACK
     while open_:
@@ -173,9 +175,9 @@ def _watch(plan: Plan, children: list[Child], disturbed: bool) -> None:
                 child.ending.result = value
             elif kind == "error":
                 child.ending.error = value
-            elif due and child is victim and value == plan.step:
+            elif due and child is victim and value == scenario.step:
                 due = False
-                _strike(plan, children)
+                _strike(scenario, children)
     for child in children:
         if child is victim and gone and child.ending.result is None:
             continue
@@ -183,14 +185,14 @@ def _watch(plan: Plan, children: list[Child], disturbed: bool) -> None:
         child.reap(time.monotonic() + (0.0 if child.ending.hung else SLACK))
 
 
-def _strike(plan: Plan, children: list[Child]) -> None:
-    time.sleep(plan.delay)
-    victim = children[plan.victim]
-    if plan.event == "kill":
+def _strike(scenario: Scenario, children: list[Child]) -> None:
+    time.sleep(scenario.delay)
+    victim = children[scenario.victim]
+    if scenario.event == "kill":
         victim.signal(signal.SIGKILL)
-    elif plan.event == "stop":
+    elif scenario.event == "stop":
         victim.signal(signal.SIGSTOP)
-    elif plan.event == "pause":
+    elif scenario.event == "pause":
         victim.signal(signal.SIGSTOP)
         time.sleep(0.3)
         victim.signal(signal.SIGCONT)
@@ -200,7 +202,7 @@ def _strike(plan: Plan, children: list[Child]) -> None:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for one plan. tempfile's own class would remove it when a forked child ends, too."""
+    """A folder for one scenario. tempfile's own class would remove it when a forked child ends, too."""
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     try:
         yield folder
@@ -209,46 +211,46 @@ def scratch() -> Iterator[Path]:
 
 
 class Chaos:
-    """Runs plans one after another; what an undisturbed job gives is found once for each kind of job."""
+    """Runs scenarios one after another; what an undisturbed job gives is found once for each kind of job."""
 
     def __init__(self) -> None:
         gc.collect()
         gc.freeze()  # or every child would copy the pages that its collector looks at
         self._references: dict[tuple[int, str], str] = {}
 
-    def reference(self, plan: Plan) -> str:
+    def reference(self, scenario: Scenario) -> str:
         """The hash with which an undisturbed job of this kind ends."""
-        key = plan.world, plan.mode
+        key = scenario.world, scenario.mode
         if key not in self._references:
             with scratch() as folder:
-                endings = start(plan, folder, disturbed=False)
+                endings = start(scenario, folder, disturbed=False)
             results = {ending.result for ending in endings}
             if len(results) > 1 or None in results:
                 raise RuntimeError(f"An undisturbed job of {key} failed: {endings}.")
             (self._references[key],) = results
         return self._references[key]
 
-    def run(self, plan: Plan) -> Report:
-        """One plan: the job is disturbed, and resumes from its last checkpoint."""
-        want = self.reference(plan)
-        report, begin = Report(plan), time.monotonic()
+    def run(self, scenario: Scenario) -> Report:
+        """One scenario: the job is disturbed, and resumes from its last checkpoint."""
+        want = self.reference(scenario)
+        report, begin = Report(scenario), time.monotonic()
         with scratch() as folder:
-            endings = start(plan, folder, disturbed=True)
+            endings = start(scenario, folder, disturbed=True)
             self._validate(report, endings, want, folder)
             if not report.undisturbed and not report.hung:
-                again = start(plan, folder, disturbed=False)
+                again = start(scenario, folder, disturbed=False)
                 report.resumed = all(ending.result == want for ending in again)
                 report.texts += [f"resumed: {e.error}" for e in again if e.error]
         report.seconds = round(time.monotonic() - begin, 2)
         return report
 
     def _validate(self, report: Report, endings: list[Ending], want: str, folder: Path) -> None:
-        plan = report.plan
+        scenario = report.scenario
         if all(ending.result == want and ending.exitcode == 0 for ending in endings):
             report.undisturbed = True
             return
         for rank, ending in enumerate(endings):
-            if rank == plan.victim and plan.event in ("kill", "stop"):
+            if rank == scenario.victim and scenario.event in ("kill", "stop"):
                 continue
             if ending.hung:
                 report.hung = True
@@ -257,9 +259,9 @@ class Chaos:
                 report.crashed = True
                 report.texts.append(f"rank {rank} ended with {ending.exitcode}: {_tail(folder / f'rank{rank}.log')}")
             elif ending.error is not None:
-                blamed = named(ending.error, both=plan.event == "cut")
-                right = plan.victim in blamed or (rank == plan.victim and bool(blamed))
-                if not right or plan.event == "pause":
+                blamed = named(ending.error, both=scenario.event == "cut")
+                right = scenario.victim in blamed or (rank == scenario.victim and bool(blamed))
+                if not right or scenario.event == "pause":
                     report.named = False
                     report.texts.append(f"rank {rank}: {ending.error[:400]}")
             elif ending.result != want and ending.result is not None:

@@ -48,11 +48,15 @@ DEAR_HOST_DEVICE inline int32_t magnitude_of(float value, float factor) {
 //
 // Sum of squares by sum, times a constant, is near the step that loses least: of a normal distribution, where
 // the constants come from, and likewise where most elements of a block are zero, or few are far larger than
-// the others.
+// the others. Where elements have scales of their own, the step is coarser: what is cut off comes several
+// steps late, and what is rounded one, so that losing least at once is not best at large learning rates.
+DEAR_HOST_DEVICE constexpr float level_factor(int bits, bool scaled) {
+  if (scaled) return bits == 2 ? 0.98f : bits == 3 ? 1.125f : 0.625f;
+  return bits == 2 ? 0.98f : bits == 3 ? 0.5625f : 0.3125f;
+}
 template <int kBits>
-DEAR_HOST_DEVICE inline float level_step(uint32_t largest_bits, int32_t sum, int32_t squares) {
+DEAR_HOST_DEVICE inline float level_step(uint32_t largest_bits, int32_t sum, int32_t squares, float factor) {
   if (!levelled(largest_bits)) return 0.0f;
-  const float factor = kBits == 2 ? 0.98f : kBits == 3 ? 0.5625f : 0.3125f;
   const float unit = float_of(((largest_bits >> 23) - (kMagnitudeBits - 1)) << 23);
   const float fine = static_cast<float>(squares) / static_cast<float>(sum) * factor * unit;
   const float coarse = float_of(largest_bits) / static_cast<float>(level_limit(kBits));

@@ -28,6 +28,10 @@ DEAR_CLONES void float_to_bfloat16(const float* source, int64_t n, uint16_t* tar
   }
 }
 
+DEAR_CLONES void divide_values(float* values, int64_t n, float divisor) {
+  for (int64_t i = 0; i < n; ++i) values[i] /= divisor;
+}
+
 DEAR_CLONES void clamp_values(const float* values, int64_t n, float limit, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = std::min(std::max(values[i], -limit), limit);
 }

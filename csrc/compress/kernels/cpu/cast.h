@@ -21,6 +21,9 @@ void store_within_range(float* source, GradType type, int64_t n, void* target);
 // out = values, held within [-limit, limit]; NaN stays NaN. `out` may be `values`.
 void clamp_values(const float* values, int64_t n, float limit, float* out);
 
+// values /= divisor.
+void divide_values(float* values, int64_t n, float divisor);
+
 // The address of element `offset` of a tensor of `type`.
 inline const void* element(const void* base, GradType type, int64_t offset) {
   return static_cast<const char*>(base) + offset * grad_bytes(type);

@@ -1,78 +1,79 @@
 #include "compress/kernels/cpu/levels.h"
 
-#include <algorithm>
-
-#include "compress/kernels/cpu/cast.h"
+#include "compress/kernels/cpu/element_scales.h"
 #include "compress/kernels/cpu/levels_loops.h"
-#include "compress/kernels/cpu/quantize_loops.h"
-#include "compress/kernels/cpu/scaled_rows.h"
+#include "compress/kernels/cpu/rounded_rows.h"
 
 namespace dear::compress::cpu {
 
 namespace {
 
-const uint32_t* fields_of(const int32_t* payload, const Rows& rows, const Place& place, int bits) {
-  return reinterpret_cast<const uint32_t*>(payload + place.row * rows.stride) + place.offset * bits / 32;
-}
-const uint16_t* steps_of(const int32_t* payload, const Rows& rows, const Place& place, int bits) {
-  const int32_t* behind = payload + place.row * rows.stride + rows.shard * bits / 32;
-  return reinterpret_cast<const uint16_t*>(behind) + place.offset / kScaleBlock;
-}
+// A format of rounded_rows.h. `squares`, or null: of the elements that places count.
+struct FewBits {
+  int bits;
+  const LevelsLoops& loops;
+  float* squares;
 
-// values [n] plus the error, where there is one, is rounded; the error becomes what that lost.
-int64_t quantize_run(const float* values, float* error, const Rows& rows, const Place& place, int bits,
-                     int32_t* payload) {
-  alignas(64) float scratch[kBlock];
-  if (error == nullptr) {
-    error = scratch;
-    std::fill(scratch, scratch + place.length, 0.0f);
+  FewBits(int of_bits, float* of_squares)
+      : bits(of_bits), loops(levels_loops(of_bits)), squares(of_squares) {}
+
+  int64_t quantize(const float* values, bool divided, float* error, const Rows& rows, const Place& place,
+                   int32_t* payload) const {
+    auto* fields = const_cast<uint32_t*>(fields_of(payload, rows, place));
+    auto* steps = const_cast<uint16_t*>(steps_of(payload, rows, place));
+    const float factor = level_factor(bits, squares != nullptr);
+    if (squares == nullptr) return loops.quantize(values, error, place.length, factor, fields, steps);
+    alignas(64) float scales[kBlock];
+    alignas(64) float quotients[kBlock];
+    element_scales(squares + place.element(rows), place.length, scales);
+    divide_by_scales(error, scales, place.length, error);
+    if (!divided) divide_by_scales(values, scales, place.length, quotients);
+    const int64_t dropped =
+        loops.quantize(divided ? values : quotients, error, place.length, factor, fields, steps);
+    multiply_by_scales(scales, place.length, error);
+    return dropped;
   }
-  return levels_loops(bits).quantize(values, error, place.length,
-                                     const_cast<uint32_t*>(fields_of(payload, rows, place, bits)),
-                                     const_cast<uint16_t*>(steps_of(payload, rows, place, bits)));
-}
+
+  void add(const int32_t* payload, const Rows& rows, const Place& place, bool first, float factor,
+           float* total) const {
+    (first ? loops.first : loops.next)(fields_of(payload, rows, place), steps_of(payload, rows, place),
+                                       factor, place.length, total);
+  }
+
+  void finish(int64_t begin, int64_t n, float* values) const {
+    if (squares == nullptr) return;
+    alignas(64) float scales[kBlock];
+    element_scales(squares + begin, n, scales);
+    multiply_by_scales(scales, n, values);
+    learn_squares(values, n, squares + begin);
+  }
+
+ private:
+  const uint32_t* fields_of(const int32_t* payload, const Rows& rows, const Place& place) const {
+    const int32_t* row = payload + place.row * rows.stride;
+    return reinterpret_cast<const uint32_t*>(row) + place.offset * bits / 32;
+  }
+  const uint16_t* steps_of(const int32_t* payload, const Rows& rows, const Place& place) const {
+    const int32_t* behind = payload + place.row * rows.stride + rows.shard * bits / 32;
+    return reinterpret_cast<const uint16_t*>(behind) + place.offset / kScaleBlock;
+  }
+};
 
 }  // namespace
 
-int64_t levels_encode(const void* grad, GradType type, float* error, int64_t n, const Rows& rows, int bits,
-                      int32_t* payload) {
-  return sum_over_rows(rows, n, [&](const Place& place) {
-    alignas(64) float scratch[kBlock];
-    const int64_t begin = place.element(rows);
-    const float* values = load_block(element(grad, type, begin), type, place.length, scratch);
-    return quantize_run(values, error == nullptr ? nullptr : error + begin, rows, place, bits, payload);
-  });
+int64_t levels_encode(const void* grad, GradType type, float* error, float* squares, int64_t n,
+                      const Rows& rows, int bits, int32_t* payload) {
+  return encode_rows(FewBits(bits, squares), grad, type, error, n, rows, payload);
 }
 
-int64_t levels_average(const int32_t* payloads, const Rows& ranks, float* error, int64_t n, int bits,
-                       int32_t* out) {
-  const float factor = average_scale(ranks.count);
-  const float divisor = static_cast<float>(ranks.count) * factor;  // 1 where there are 2, 4, 8, ... ranks
-  const LevelsLoops& loops = levels_loops(bits);
-  const Rows merged{1, 0, ranks.shard};
-  return sum_over_rows(merged, n, [&](const Place& place) {
-    alignas(64) float mean[kBlock];
-    for (int64_t rank = 0; rank < ranks.count; ++rank) {
-      const Place from{rank, place.offset, place.length};
-      (rank == 0 ? loops.first : loops.next)(fields_of(payloads, ranks, from, bits),
-                                             steps_of(payloads, ranks, from, bits), factor, place.length,
-                                             mean);
-    }
-    if (divisor != 1) divide_run(divisor, place.length, mean);
-    return quantize_run(mean, error == nullptr ? nullptr : error + place.offset, merged, place, bits, out);
-  });
+int64_t levels_average(const int32_t* payloads, const Rows& ranks, float* error, float* squares, int64_t n,
+                       int bits, int32_t* out) {
+  return average_rows(FewBits(bits, squares), payloads, ranks, error, n, out);
 }
 
-void levels_decode(const int32_t* payload, const Rows& rows, int64_t n, int bits, GradType type, void* out) {
-  sum_over_rows(rows, n, [&](const Place& place) {
-    alignas(64) float scratch[kBlock];
-    void* target = element(out, type, place.element(rows));
-    float* values = type == GradType::kFloat32 ? static_cast<float*>(target) : scratch;
-    levels_loops(bits).first(fields_of(payload, rows, place, bits), steps_of(payload, rows, place, bits),
-                             1.0f, place.length, values);
-    if (type != GradType::kFloat32) store_within_range(scratch, type, place.length, target);
-    return int64_t{0};
-  });
+void levels_decode(const int32_t* payload, const Rows& rows, int64_t n, int bits, GradType type,
+                   float* squares, void* out) {
+  decode_rows(FewBits(bits, squares), payload, rows, n, type, out);
 }
 
 }  // namespace dear::compress::cpu

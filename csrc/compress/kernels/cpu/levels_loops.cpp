@@ -43,7 +43,8 @@ DEAR_INLINED void unpack_field(const uint32_t* __restrict fields, uint32_t* __re
 // step is known after the second; the block stays in the first-level cache.
 template <int kBits>
 DEAR_INLINED uint32_t quantize_block(const float* __restrict values, float* __restrict error, int64_t n,
-                                     uint32_t* __restrict fields, uint16_t* __restrict step_half) {
+                                     float factor, uint32_t* __restrict fields,
+                                     uint16_t* __restrict step_half) {
   uint32_t dropped = 0;
   int32_t largest = 0;  // the bits of magnitudes order as whole numbers do
   for (int64_t i = 0; i < n; ++i) {
@@ -54,15 +55,15 @@ DEAR_INLINED uint32_t quantize_block(const float* __restrict values, float* __re
     largest = std::max(largest, static_cast<int32_t>(float_bits(corrected) & ~kSignBit));
     error[i] = corrected;
   }
-  const float factor = magnitude_factor(static_cast<uint32_t>(largest));
+  const float to_whole = magnitude_factor(static_cast<uint32_t>(largest));
   int32_t sum = 0;
   int32_t squares = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t magnitude = magnitude_of(error[i], factor);
+    const int32_t magnitude = magnitude_of(error[i], to_whole);
     sum += magnitude;
     squares += magnitude * magnitude;
   }
-  const float step = level_step<kBits>(static_cast<uint32_t>(largest), sum, squares);
+  const float step = level_step<kBits>(static_cast<uint32_t>(largest), sum, squares, factor);
   const float inverse = inverse_step(step);
   *step_half = static_cast<uint16_t>(float_bits(step) >> 16);
   alignas(64) uint32_t codes[kScaleBlock];
@@ -78,13 +79,13 @@ DEAR_INLINED uint32_t quantize_block(const float* __restrict values, float* __re
 }
 
 template <int kBits>
-DEAR_INLINED int64_t quantize(const float* values, float* error, int64_t n, uint32_t* fields,
+DEAR_INLINED int64_t quantize(const float* values, float* error, int64_t n, float factor, uint32_t* fields,
                               uint16_t* steps) {
   int64_t dropped = 0;
   int64_t begin = 0;
   const auto quantize_at = [&](int64_t length) __attribute__((always_inline)) {
     const int64_t block = begin / kScaleBlock;
-    dropped += quantize_block<kBits>(values + begin, error + begin, length,
+    dropped += quantize_block<kBits>(values + begin, error + begin, length, factor,
                                      fields + block * block_words(kBits), steps + block);
   };
   for (; begin + kScaleBlock <= n; begin += kScaleBlock) quantize_at(kScaleBlock);
@@ -120,9 +121,9 @@ DEAR_INLINED void add_blocks(const uint32_t* fields, const uint16_t* steps, floa
 }  // namespace
 
 #define DEAR_LEVELS_LOOPS(bits)                                                                         \
-  DEAR_CLONES int64_t quantize_##bits(const float* values, float* error, int64_t n, uint32_t* fields,   \
-                                      uint16_t* steps) {                                                \
-    return quantize<bits>(values, error, n, fields, steps);                                             \
+  DEAR_CLONES int64_t quantize_##bits(const float* values, float* error, int64_t n, float factor,       \
+                                      uint32_t* fields, uint16_t* steps) {                              \
+    return quantize<bits>(values, error, n, factor, fields, steps);                                     \
   }                                                                                                     \
   DEAR_CLONES void first_##bits(const uint32_t* fields, const uint16_t* steps, float factor, int64_t n, \
                                 float* total) {                                                         \

@@ -9,9 +9,9 @@
 namespace dear::compress::cpu {
 
 // c = values + error, of n elements each, becomes fields of codes and the upper halves of steps; error what
-// that lost. Where c is beyond kLargestLevelled or not finite, the error stands in its place. Returns how
-// many those are.
-using LevelsRun = int64_t (*)(const float* values, float* error, int64_t n, uint32_t* fields,
+// that lost. `factor`: level_factor(). Where c is beyond kLargestLevelled or not finite, the error stands in
+// its place. Returns how many those are.
+using LevelsRun = int64_t (*)(const float* values, float* error, int64_t n, float factor, uint32_t* fields,
                               uint16_t* steps);
 
 // total += factor, a power of two, times what the codes say; the first of them begins with a total of 0.

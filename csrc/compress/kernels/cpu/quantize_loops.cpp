@@ -121,10 +121,6 @@ DEAR_CLONES void next_float8(const uint8_t* codes, const uint8_t* scales, float 
   add_blocks<CodeType::kFloat8, false>(codes, scales, factor, n, total);
 }
 
-DEAR_CLONES void divide_run(float divisor, int64_t n, float* values) {
-  for (int64_t i = 0; i < n; ++i) values[i] /= divisor;
-}
-
 QuantizeRun quantize_loop(CodeType code, bool stochastic) {
   if (code == CodeType::kInt8) return stochastic ? int8_stochastic : int8_nearest;
   return stochastic ? float8_stochastic : float8_nearest;

@@ -20,6 +20,4 @@ using AddCodes = void (*)(const uint8_t* codes, const uint8_t* scales, float fac
 QuantizeRun quantize_loop(CodeType code, bool stochastic);
 AddCodes add_loop(CodeType code, bool first);
 
-void divide_run(float divisor, int64_t n, float* values);
-
 }  // namespace dear::compress::cpu

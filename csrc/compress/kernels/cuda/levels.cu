@@ -1,5 +1,7 @@
 #include "compress/kernels/cuda/levels.h"
 #include "compress/kernels/cuda/scaled_rows.cuh"
+#include "compress/kernels/element_scales.h"
+#include "compress/kernels/levels.h"
 
 namespace dear::compress::cuda {
 
@@ -44,9 +46,12 @@ __device__ __forceinline__ void load_field(const int32_t* fields, uint32_t (&cod
   }
 }
 
-template <int kBits>
+template <int kBits, bool kScaled = false>
 struct FewBits {
   static constexpr float largest = kLargestLevelled;
+
+  __device__ __forceinline__ NoScales scales(int64_t, int64_t, uint32_t) const { return {}; }
+  __device__ __forceinline__ void learn(const float (&)[4], int64_t, int64_t, uint32_t) const {}
 
   __device__ __forceinline__ void quantize(float (&values)[4], int64_t offset, int64_t n, uint32_t,
                                            int32_t* row, int64_t shard) const {
@@ -65,7 +70,7 @@ struct FewBits {
     }
     sum = __reduce_add_sync(kAllLanes, sum);
     squares = __reduce_add_sync(kAllLanes, squares);
-    const float step = level_step<kBits>(largest, sum, squares);
+    const float step = level_step<kBits>(largest, sum, squares, level_factor(kBits, kScaled));
     const float inverse = inverse_step(step);
     uint32_t codes[4];
 #pragma unroll
@@ -98,50 +103,106 @@ struct FewBits {
   }
 };
 
-// Calls the launcher with the number of bits.
+struct ElementScales {
+  float values[4];
+
+  __device__ __forceinline__ void divide(float (&of)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) of[i] *= inverse_of_power(values[i]);
+  }
+  __device__ __forceinline__ void multiply(float (&of)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) of[i] *= values[i];
+  }
+};
+
+// With a scale for each element. `squares`: of the elements that the index counts.
+template <int kBits>
+struct FewBitsByElement : FewBits<kBits, true> {
+  float* squares;
+
+  __host__ __device__ explicit FewBitsByElement(float* of) : squares(of) {}
+
+  __device__ __forceinline__ ElementScales scales(int64_t offset, int64_t n, uint32_t index) const {
+    int32_t exponents[4];
+    int32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      exponents[i] = root_exponent(offset + i < n ? squares[index + i] : 0.0f);
+      largest = max(largest, exponents[i]);
+    }
+    largest = __reduce_max_sync(kAllLanes, largest);
+    int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum += offset + i < n ? root_share(exponents[i], largest) : 0;
+    sum = __reduce_add_sync(kAllLanes, sum);
+    const int64_t behind = n - offset / kScaleBlock * kScaleBlock;
+    const int32_t count = static_cast<int32_t>(behind < kScaleBlock ? max(behind, int64_t{1}) : kScaleBlock);
+    const int32_t least = least_exponent(largest, sum, count);
+    ElementScales found;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) found.values[i] = scale_of_element(exponents[i], least);
+    return found;
+  }
+  __device__ __forceinline__ void learn(const float (&values)[4], int64_t offset, int64_t n,
+                                        uint32_t index) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (offset + i < n) squares[index + i] = with_result(squares[index + i], values[i]);
+    }
+  }
+};
+
+// Calls the launcher with the format of so many bits, with scales of elements where there are squares.
 template <typename Body>
-void dispatch_bits(int bits, const Body& body) {
+void dispatch_format(int bits, float* squares, const Body& body) {
+  const auto with_scales = [&](auto width) {
+    if (squares == nullptr) {
+      body(FewBits<width.value>{});
+    } else {
+      body(FewBitsByElement<width.value>{squares});
+    }
+  };
   if (bits == 2) {
-    body(std::integral_constant<int, 2>{});
+    with_scales(std::integral_constant<int, 2>{});
   } else if (bits == 3) {
-    body(std::integral_constant<int, 3>{});
+    with_scales(std::integral_constant<int, 3>{});
   } else {
-    body(std::integral_constant<int, 4>{});
+    with_scales(std::integral_constant<int, 4>{});
   }
 }
 
 }  // namespace
 
-void levels_encode(const void* grad, GradType type, float* error, int64_t n, const Rows& rows, int bits,
-                   int32_t* payload, int32_t* dropped, cudaStream_t stream) {
+void levels_encode(const void* grad, GradType type, float* error, float* squares, int64_t n, const Rows& rows,
+                   int bits, int32_t* payload, int32_t* dropped, cudaStream_t stream) {
   if (n == 0) return;
   dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    dispatch_bits(bits, [&](auto width) {
+    dispatch_format(bits, squares, [&](const auto& format) {
       encode_kernel<<<grid_of(rows), kThreads, 0, stream>>>(static_cast<const T*>(grad), error, n, rows,
-                                                            FewBits<width.value>{}, payload, dropped);
+                                                            format, payload, dropped);
     });
   });
 }
 
-void levels_average(const int32_t* payloads, const Rows& ranks, float* error, int64_t n, int bits,
-                    int32_t* out, int32_t* dropped, cudaStream_t stream) {
+void levels_average(const int32_t* payloads, const Rows& ranks, float* error, float* squares, int64_t n,
+                    int bits, int32_t* out, int32_t* dropped, cudaStream_t stream) {
   if (n == 0) return;
   const auto blocks = static_cast<unsigned>(block_count(n));
-  dispatch_bits(bits, [&](auto width) {
+  dispatch_format(bits, squares, [&](const auto& format) {
     average_kernel<<<blocks, kThreads, 0, stream>>>(payloads, ranks, average_scale(ranks.count), error, n,
-                                                    FewBits<width.value>{}, out, dropped);
+                                                    format, out, dropped);
   });
 }
 
-void levels_decode(const int32_t* payload, const Rows& rows, int64_t n, int bits, GradType type, void* out,
-                   cudaStream_t stream) {
+void levels_decode(const int32_t* payload, const Rows& rows, int64_t n, int bits, GradType type,
+                   float* squares, void* out, cudaStream_t stream) {
   if (n == 0) return;
   dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    dispatch_bits(bits, [&](auto width) {
-      decode_kernel<T, FewBits<width.value>>
-          <<<grid_of(rows), kThreads, 0, stream>>>(payload, rows, n, static_cast<T*>(out));
+    dispatch_format(bits, squares, [&](const auto& format) {
+      decode_kernel<<<grid_of(rows), kThreads, 0, stream>>>(payload, rows, n, format, static_cast<T*>(out));
     });
   });
 }

@@ -45,6 +45,9 @@ struct EightBits {
     if (threadIdx.x % 32 == 0) scales_of(row, shard)[offset / kScaleBlock] = static_cast<uint8_t>(byte);
   }
 
+  __device__ __forceinline__ NoScales scales(int64_t, int64_t, uint32_t) const { return {}; }
+  __device__ __forceinline__ void learn(const float (&)[4], int64_t, int64_t, uint32_t) const {}
+
   __device__ __forceinline__ static void load(const int32_t* row, int64_t shard, int64_t offset, float factor,
                                               float (&values)[4]) {
     const uint32_t word = codes_of(row)[offset / 4];
@@ -95,8 +98,8 @@ void quantize_decode(const int32_t* payload, const Rows& rows, int64_t n, CodeTy
   dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     dispatch_code(code, [&](auto kind) {
-      decode_kernel<T, EightBits<kind.value>>
-          <<<grid_of(rows), kThreads, 0, stream>>>(payload, rows, n, static_cast<T*>(out));
+      decode_kernel<<<grid_of(rows), kThreads, 0, stream>>>(payload, rows, n, EightBits<kind.value>{},
+                                                            static_cast<T*>(out));
     });
   });
 }

@@ -33,7 +33,7 @@ struct Piece {
 // Of a chunk without elements a piece without elements goes round, where there are more than two ranks. So
 // nobody ends an exchange before the rank before it has got something of it, by which who is held up knows
 // more than who is ahead. See Note [Who speaks first].
-struct RingPlan {
+struct RingPieces {
   std::vector<Piece> outbound;
   std::vector<Piece> inbound;
   size_t slots = 0;           // for partial sums, and one more at the end for the last step
@@ -41,6 +41,6 @@ struct RingPlan {
   uint32_t signature = 0;     // what neighbours compare: phase, sizes and types
 };
 
-RingPlan make_ring_plan(const Exchange& exchange, int rank, int world);
+RingPieces make_ring_pieces(const Exchange& exchange, int rank, int world);
 
 }  // namespace dear

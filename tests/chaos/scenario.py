@@ -17,7 +17,7 @@ CHECKPOINT_EVERY = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Scenario:
     """One job and what befalls it."""
 
     seed: int
@@ -30,8 +30,8 @@ class Plan:
     delay: float  # seconds after the victim's step began, where the place is "any"
 
 
-def draw(seed: int, mode: str | None = None) -> Plan:
-    """The plan of a seed; ``mode`` is drawn where none is given."""
+def draw(seed: int, mode: str | None = None) -> Scenario:
+    """The scenario of a seed; ``mode`` is drawn where none is given."""
     rng = random.Random(seed)
     world = rng.choice((2, 2, 3, 4))
     event = rng.choice(EVENTS)
@@ -44,4 +44,4 @@ def draw(seed: int, mode: str | None = None) -> Plan:
     if place == "setup":
         step = 0
     drawn = rng.choice(MODES)
-    return Plan(seed, world, mode or drawn, event, rng.randrange(world), step, place, rng.uniform(0, 0.02))
+    return Scenario(seed, world, mode or drawn, event, rng.randrange(world), step, place, rng.uniform(0, 0.02))

@@ -1,4 +1,4 @@
-#include "collectives/ring_plan.h"
+#include "collectives/ring_pieces.h"
 
 #include <algorithm>
 
@@ -47,19 +47,19 @@ std::vector<Piece> cut_chunk(const Exchange& exchange, int chunk, int rank, int 
 
 }  // namespace
 
-RingPlan make_ring_plan(const Exchange& exchange, int rank, int world) {
-  RingPlan plan;
+RingPieces make_ring_pieces(const Exchange& exchange, int rank, int world) {
+  RingPieces pieces;
   std::vector<std::vector<Piece>> chunks;
   size_t longest = 0;
   for (int chunk = 0; chunk < world; ++chunk) {
     chunks.push_back(cut_chunk(exchange, chunk, rank, world));
     longest = std::max(longest, chunks.back().size());
-    for (const Piece& piece : chunks.back()) plan.largest_piece = std::max(plan.largest_piece, piece.bytes);
+    for (const Piece& piece : chunks.back())
+      pieces.largest_piece = std::max(pieces.largest_piece, piece.bytes);
   }
 
   // See Note [Empty pieces].
-  const bool moves =
-      std::any_of(chunks.begin(), chunks.end(), [](const auto& pieces) { return !pieces.empty(); });
+  const bool moves = std::any_of(chunks.begin(), chunks.end(), [](const auto& cut) { return !cut.empty(); });
   for (int chunk = 0; chunk < world && world > 2 && moves; ++chunk) {
     if (!chunks[chunk].empty()) continue;
     const bool ends = exchange.phase() == Phase::kAllGather || chunk == rank;
@@ -71,9 +71,9 @@ RingPlan make_ring_plan(const Exchange& exchange, int rank, int world) {
   // pieces, and two more. Were all slots of all ranks full, each rank would have received more than it has
   // sent, and yet no rank can have received what its neighbour has not sent; so the ring never locks.
   const bool reduces = exchange.phase() == Phase::kReduceScatter;
-  plan.slots = 2 * kBlockPieces + 2;
+  pieces.slots = 2 * kBlockPieces + 2;
   size_t partial_sums = 0;
-  const int lead = reduces ? 1 : 0;  // see the table at RingPlan
+  const int lead = reduces ? 1 : 0;  // see the table at RingPieces
   for (size_t pair = 0; pair < longest; pair += 2 * kBlockPieces) {
     size_t received[2] = {0, 0};  // where each block of the step before begins in `inbound`
     for (int step = 0; step + 1 < world; ++step) {
@@ -82,21 +82,21 @@ RingPlan make_ring_plan(const Exchange& exchange, int rank, int world) {
       for (size_t block = 0; block < 2; ++block) {
         const size_t first = pair + block * kBlockPieces;
         for (size_t i = first; i < std::min(first + kBlockPieces, sent.size()); ++i) {
-          plan.outbound.push_back(sent[i]);
-          if (step > 0) plan.outbound.back().source = static_cast<int64_t>(received[block] + i - first);
+          pieces.outbound.push_back(sent[i]);
+          if (step > 0) pieces.outbound.back().source = static_cast<int64_t>(received[block] + i - first);
         }
-        received[block] = plan.inbound.size();
+        received[block] = pieces.inbound.size();
         for (size_t i = first; i < std::min(first + kBlockPieces, taken.size()); ++i) {
-          plan.inbound.push_back(taken[i]);
-          plan.inbound.back().summed = step > 0;
-          plan.inbound.back().slot = taken[i].out == nullptr ? partial_sums++ % plan.slots : plan.slots;
+          pieces.inbound.push_back(taken[i]);
+          pieces.inbound.back().summed = step > 0;
+          pieces.inbound.back().slot = taken[i].out == nullptr ? partial_sums++ % pieces.slots : pieces.slots;
         }
       }
     }
   }
 
-  plan.signature = exchange.signature();
-  return plan;
+  pieces.signature = exchange.signature();
+  return pieces;
 }
 
 }  // namespace dear

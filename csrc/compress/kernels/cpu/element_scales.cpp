@@ -1,0 +1,45 @@
+#include "compress/kernels/cpu/element_scales.h"
+
+#include <algorithm>
+
+#include "compress/kernels/cpu/isa.h"
+#include "compress/kernels/element_scales.h"
+
+namespace dear::compress::cpu {
+
+namespace {
+
+// `n` is the block's length, which a compiler that knows it makes whole vectors of.
+__attribute__((always_inline)) inline void scales_of_block(const float* __restrict squares, int64_t n,
+                                                           float* __restrict scales) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, root_exponent(squares[i]));
+  int32_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += root_share(root_exponent(squares[i]), largest);
+  const int32_t least = least_exponent(largest, sum, static_cast<int32_t>(n));
+  for (int64_t i = 0; i < n; ++i) scales[i] = scale_of_element(root_exponent(squares[i]), least);
+}
+
+}  // namespace
+
+DEAR_CLONES void element_scales(const float* squares, int64_t n, float* scales) {
+  int64_t begin = 0;
+  for (; begin + kScaleBlock <= n; begin += kScaleBlock) {
+    scales_of_block(squares + begin, kScaleBlock, scales + begin);
+  }
+  if (begin < n) scales_of_block(squares + begin, n - begin, scales + begin);
+}
+
+DEAR_CLONES void divide_by_scales(const float* values, const float* scales, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = values[i] * inverse_of_power(scales[i]);
+}
+
+DEAR_CLONES void multiply_by_scales(const float* scales, int64_t n, float* values) {
+  for (int64_t i = 0; i < n; ++i) values[i] *= scales[i];
+}
+
+DEAR_CLONES void learn_squares(const float* results, int64_t n, float* squares) {
+  for (int64_t i = 0; i < n; ++i) squares[i] = with_result(squares[i], results[i]);
+}
+
+}  // namespace dear::compress::cpu
