@@ -25,9 +25,7 @@ class Summary:
     def __init__(self, counters: Counters) -> None:
         self._counters, self._every = counters, 0
         self._before = counters.totals
-        self._moving: tuple[_C.Exchange, torch.Tensor, int] | None = (
-            None  # every rank's numbers, and which rank this is
-        )
+        self._moving: tuple[_C.Exchange, torch.Tensor, int] | None = None  # every rank's numbers, and this rank
 
     def set_every(self, group: dist.ProcessGroup, steps: int) -> None:
         """See :meth:`dear.Engine.log_every`. Collective."""
