@@ -5,6 +5,7 @@
 #include "schedule/comm_hook.h"
 #include "schedule/gradients.h"
 #include "schedule/parameters.h"
+#include "schedule/update_span.h"
 
 namespace dear::bindings {
 namespace {
@@ -41,6 +42,10 @@ void bind_scheduler(py::module_& m) {
       .def_readonly("name", &TraceEvent::name)
       .def_readonly("start_ns", &TraceEvent::start_ns)
       .def_readonly("end_ns", &TraceEvent::end_ns);
+  py::class_<UpdateSpan>(m, "UpdateSpan")
+      .def("__enter__", &UpdateSpan::begin)
+      .def("__exit__",
+           [](UpdateSpan& self, const py::object&, const py::object&, const py::object&) { self.end(); });
   py::class_<HookCalls, std::shared_ptr<HookCalls>>(m, "HookCalls")
       .def(py::init<>())
       .def_readonly("total", &HookCalls::total)
@@ -92,7 +97,13 @@ void bind_scheduler(py::module_& m) {
       .def("bytes_sent", &Scheduler::bytes_sent)
       .def("start_trace", &Scheduler::start_trace)
       .def("stop_trace", &Scheduler::stop_trace)
-      .def("trace", &Scheduler::trace)
+      .def(
+          "updating",
+          [](std::shared_ptr<Scheduler> self, std::optional<size_t> group) {
+            return std::make_unique<UpdateSpan>(std::move(self), group);
+          },
+          py::arg("group"))
+      .def("release", &Scheduler::release, NoGil())
       .def("abort", &Scheduler::abort, NoGil());
 
   m.def(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -24,8 +23,10 @@ from dear._replicated import ReplicatedUpdate
 from dear._schedule import Schedule
 from dear._sharded import ShardedUpdate
 from dear._update import Request, Update
-from dear.collectives import Algorithm, group_timeout
+from dear.collectives import Algorithm, group_timeout, make_lane
 from dear.compression import Compressor, Site, Uncompressed
+
+REDUCES, GATHERS = "reduce-scatter", "all-gather"  # lanes
 
 #: In the order in which ``update="auto"`` tries them.
 STRATEGIES: dict[str, type[Update]] = {kind.kind: kind for kind in (ShardedUpdate, OwnedUpdate, ReplicatedUpdate)}
@@ -84,6 +85,7 @@ class Ground:
     algorithm: Algorithm
     nodes: Nodes | None = None
     preconditioner: preconditioning.Preconditioner | None = None
+    lanes: dict[str, _C.Lane] = field(default_factory=dict)  # by name: a setting takes those of the one before
 
     def assemble(self, setting: Setting) -> Parts:
         """Makes the parts; the model's communication hook is free. Collective."""
@@ -93,17 +95,13 @@ class Ground:
         return self._plain(setting) if leaves_ddp_alone else self._scheduled(setting)
 
     def _plain(self, setting: Setting) -> Parts:
-        lane = make_lane_by_levels(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
-        attached = self._attached(setting, NoScheduler(), lane)  # type: ignore[arg-type] # it has what is asked of one
+        attached = self._attached(setting, NoScheduler(), self._lane(GATHERS))  # type: ignore[arg-type] # it has what is asked of one
         update = PlainUpdate(attached)
         return Parts(attached, PlainSchedule(attached, update, setting.bucket_cap_mb), update)
 
     def _scheduled(self, setting: Setting) -> Parts:
         strategy = STRATEGIES[setting.update]
-        gather_lane = make_lane_by_levels(self.group, "all-gather", self.algorithm, self._timeout(), self.nodes)
-        reduce_lane = make_lane_by_levels(
-            self.group, "reduce-scatter", self.algorithm, self._timeout(), self.nodes, reduces=True
-        )
+        gather_lane, reduce_lane = self._lane(GATHERS), self._lane(REDUCES)
         scheduler = _C.Scheduler(reduce_lane, gather_lane, strategy.gathers_gradients)
         attached = self._attached(setting, scheduler, gather_lane)
         optimizers = [user.optimizer for user in self.users]
@@ -139,8 +137,28 @@ class Ground:
             compression=Uncompressed(),
         )
 
-    def _timeout(self) -> timedelta:
-        return group_timeout(self.group, self.device)
+    def _lane(self, name: str) -> _C.Lane:
+        """Collective where there is none yet."""
+        if name not in self.lanes:
+            timeout = group_timeout(self.group, self.device)
+            self.lanes[name] = make_lane_by_levels(
+                self.group, name, self.algorithm, timeout, self.nodes, reduces=name == REDUCES
+            )
+        return self.lanes[name]
+
+    def lanes_by_phase(self, all_to_all: bool) -> dict[str, _C.Lane]:
+        """Those of the dense phases, and, where it is asked for, one of all-to-alls for the caller. Collective."""
+        found = {"reduce_scatter": self._lane(REDUCES), "all_gather": self._lane(GATHERS)}
+        if all_to_all:
+            timeout = group_timeout(self.group, self.device)
+            found["all_to_all"] = make_lane(self.group, "probe", self.algorithm, timeout, all_to_all=True)
+        return found
+
+    def let_go_of_lanes(self, setting: Setting | None) -> None:
+        """Of those that the setting does not use; of all where there is none."""
+        used = [] if setting is None else [GATHERS] if setting.update == PlainUpdate.kind else [GATHERS, REDUCES]
+        for name in self.lanes.keys() - used:
+            del self.lanes[name]
 
 
 def choose_strategy(request: Request, update: str, served: Sequence[str] = tuple(STRATEGIES)) -> type[Update]:

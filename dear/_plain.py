@@ -51,6 +51,8 @@ class NoScheduler:
 
     def abort(self, reason: str) -> None: ...
 
+    def release(self) -> None: ...
+
 
 class PlainUpdate(Update):
     """Every rank updates everything in ``step()``, with the averages that DDP left in ``.grad``."""

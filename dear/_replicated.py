@@ -166,11 +166,9 @@ class ReplicatedUpdate(Update):
         if group not in self._to_update:
             return
         self._to_update.remove(group)  # never twice, also if the optimizer fails
-        start = _C.now_ns()
-        with ordinary(self._context):
+        with attached.scheduler.updating(group), ordinary(self._context):
             attached.compression.arrived(group)
             self._run(self._averages(group))
-        attached.scheduler.trace("update", f"fusion group {group}", start, _C.now_ns())
 
     def _run(self, grads: dict[Param, torch.Tensor]) -> None:
         """One update of these parameters with these gradients and the hyper-parameters of the step.

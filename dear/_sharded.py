@@ -5,7 +5,7 @@ The optimizer's state and work are divided by the world size (ZeRO, stage 1); th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
@@ -147,13 +147,13 @@ class ShardedUpdate(Update):
         if attached.users[optimizer].is_first_update:
             for index in attached.order:
                 scheduler.wait_reduced(index)
-            self._run(optimizer, attached.order, "all fusion groups")
+            self._run(optimizer, None)
             updated.update(attached.order)
             attached.users[optimizer].is_first_update = False
 
         def update(group: int) -> None:
             scheduler.wait_reduced(group)
-            self._run(optimizer, [group], f"fusion group {group}")
+            self._run(optimizer, group)
             updated.add(group)
 
         for index in attached.order:
@@ -168,30 +168,30 @@ class ShardedUpdate(Update):
             scheduler.submit_gather(index, optimizer)
         self._changes.conclude(optimizer, self._states.segments)
 
-    def _run(self, optimizer: int, groups: Iterable[int], name: str) -> None:
-        """One update of an optimizer's segments in these fusion groups, with the hyper-parameters as they stand."""
-        start = _C.now_ns()
+    def _run(self, optimizer: int, group: int | None) -> None:
+        """One update of an optimizer's segments in a fusion group, or in all, with the hyper-parameters as they
+        stand."""
         user = self.attached.users[optimizer]
-        segments = [
-            segment
-            for index in groups
-            for segment in self._states.by_group[index]
-            if segment.optimizer == optimizer and segment.is_used(self.attached.unused)
-        ]
-        work: Groups = []
-        for index, group in enumerate(user.optimizer.param_groups):
-            tensors = [segment.tensor for segment in segments if segment.group == index]
-            if tensors:
-                if group.get("fused"):
-                    check_fused(group, self._fused)
-                work.append({**group, "params": tensors})
-        if work:
-            with (
-                self._changes.watch(optimizer, segments),
-                self._own_steps.validated(optimizer, work, self._states.values, segments) as closure,
-            ):
-                user.run(work, self._states.values, closure)
-        self.attached.scheduler.trace("update", name, start, _C.now_ns())
+        with self.attached.scheduler.updating(group):
+            segments = [
+                segment
+                for index in (self.attached.order if group is None else (group,))
+                for segment in self._states.by_group[index]
+                if segment.optimizer == optimizer and segment.is_used(self.attached.unused)
+            ]
+            work: Groups = []
+            for index, options in enumerate(user.optimizer.param_groups):
+                tensors = [segment.tensor for segment in segments if segment.group == index]
+                if tensors:
+                    if options.get("fused"):
+                        check_fused(options, self._fused)
+                    work.append({**options, "params": tensors})
+            if work:
+                with (
+                    self._changes.watch(optimizer, segments),
+                    self._own_steps.validated(optimizer, work, self._states.values, segments) as closure,
+                ):
+                    user.run(work, self._states.values, closure)
 
     def finish(self, group: int) -> None:
         attached = self.attached

@@ -117,6 +117,7 @@ def attach(
             _check_equal(model)
         engine = Engine(ground.assemble(setting), overlap_forward=overlap_forward, check_replicas=check_replicas)
         if steering is not None:
+            steering.ground = ground
             steering.begin(engine)
     return engine
 
@@ -196,11 +197,6 @@ class _Asked:
             if self.compressor is not None:
                 check_kind(self.compressor, "dear.attach()")
             return None, self.compressor
-        if self.preconditioner is not None or self.hierarchy is not None:
-            raise ValueError(
-                'compressor="auto" chooses among methods without a preconditioner and on one level: leave '
-                "preconditioner and hierarchy out, or leave compressor out."
-            )
         return auto() if isinstance(self.compressor, str) else self.compressor, None
 
     def _facts_of_methods(self, chooser_or_compressor: Chooser | Compressor | None) -> dict[str, Any]:

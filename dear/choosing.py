@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
-from dear import _ddp
+from dear import _C, _ddp
 from dear._assembly import STRATEGIES, Ground, Setting
 from dear._context import StepContext, ordinary
 from dear._findings import AUTO
@@ -109,7 +109,7 @@ class Steering:
     @property
     def steps(self) -> int:
         """Of the engine, so far."""
-        return self.engine._steps
+        return self.engine._counters.totals.steps
 
     @property
     def plan(self) -> dict[str, Any] | None:
@@ -130,6 +130,7 @@ class Steering:
     def release(self) -> None:
         """The engine is detached."""
         self._chooser.release()
+        self.ground.let_go_of_lanes(None)
 
     def before_forward(self) -> None:
         """Only the first forward pass after a step is a boundary: gradients may be local after any other."""
@@ -147,7 +148,10 @@ class Steering:
     # --- what may be chosen ---
 
     def updates(self, compresses: bool) -> list[str]:
-        """The update strategies that can serve the optimizer, ``"ddp"`` among them unless the user named one."""
+        """The update strategies that can serve the optimizer, ``"ddp"`` among them unless the user named one. A
+        preconditioner stays where it is."""
+        if self.ground.preconditioner is not None:
+            return [] if compresses else [self.setting.update]
         request = self._request(compresses)
         if self._update != "auto":
             named = STRATEGIES[self._update]
@@ -158,6 +162,10 @@ class Steering:
     def _request(self, compresses: bool) -> Request:
         model = self.ground.model
         return Request(self.optimizers, compresses, overlapping(_ddp.parameter_names(model)))
+
+    def lanes(self, all_to_all: bool) -> dict[str, _C.Lane]:
+        """What exchanges move in, by phase, to be measured: of two levels where the engine's are. Collective."""
+        return self.ground.lanes_by_phase(all_to_all)
 
     # --- what it may do, at a step boundary ---
 
@@ -178,6 +186,10 @@ class Steering:
         else:
             engine._replace(lambda: self.ground.assemble(setting))
         self.setting = setting
+
+    def settled(self) -> None:
+        """The setting is to stay: what it does not use is given back. Collective."""
+        self.ground.let_go_of_lanes(self.setting)
 
     def tell(self, value: Any, label: str) -> Any:
         """What rank 0 passes. Collective."""

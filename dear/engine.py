@@ -17,10 +17,12 @@ from dear import _ddp, _engine_state, _grads
 from dear._assembly import Parts
 from dear._attached import Attached
 from dear._context import StepContext, ordinary
+from dear._counters import Counters
 from dear._findings import Findings
 from dear._fusion import MIB, check_cap
 from dear._hooks import Hooks
 from dear._replicas import check_replicas
+from dear._summary import Summary
 from dear._update import Update
 from dear.compression import Compressor
 from dear.preconditioning import Preconditioner
@@ -46,9 +48,8 @@ class Engine:
         self._steering: Steered | None = None
         self._findings = Findings()
         self._overlap, self._check_replicas = overlap_forward, check_replicas
-        self._steps = 0
-        self._last_waits = (0, 0)
-        self._sent_before = 0  # bytes, by parts that others have taken the place of
+        self._counters = Counters()
+        self._summary = Summary(self._counters)
         self._detached = False
         self._hooks = Hooks(attached.model)
         self._hooks.install(
@@ -125,11 +126,7 @@ class Engine:
         self._schedule.before_forward()
 
     def _step(self, number: int, closure: Callable[[], Any] | None) -> Any:
-        """What ``optimizer.step`` of one of the optimizers does."""
-        step = functools.partial(self._step_between_hooks, number)
-        return self._attached.users[number].with_hooks(step, closure, self.synchronize)
-
-    def _step_between_hooks(self, number: int, closure: Callable[[], Any] | None) -> Any:
+        """What ``optimizer.step`` of one of the optimizers does between its hooks."""
         self._schedule.look_again()
         called, loss = self._update.step_with_closure(closure)
         if not called:
@@ -140,10 +137,11 @@ class Engine:
                 return loss
         if number > 0:  # the first one counts
             return loss
-        self._steps += 1
-        self._last_waits = self._attached.scheduler.take_wait_times()
-        if self._check_replicas and self._steps % self._check_replicas == 0:
-            check_replicas(self._attached, self._steps)
+        counters = self._counters
+        counters.stepped(self._attached)
+        self._summary.stepped(self._attached)
+        if self._check_replicas and counters.totals.steps % self._check_replicas == 0:
+            check_replicas(self._attached, counters.totals.steps)
         return loss
 
     def _step_with_gradients(self, number: int) -> bool:
@@ -245,35 +243,34 @@ class Engine:
     # --- looking on ---
 
     def stats(self) -> dict[str, Any]:
-        """Counters: ``steps``; ``bytes_sent`` by this rank in all; of the last step, how many ms the training thread
-        waited for communication (``exposed_ms``, and by phase; with NCCL none, since streams wait in its place); the
-        fusion groups; ``alias_waits``, the steps that waited for everything, because something else held the memory of
-        a parameter (a kept ``state_dict()``, ``p.detach()``, a view) or, with replicated updates, of the optimizer's
-        state; with ``update="owned"`` what the dearest rank's updates cost over the mean (``update_balance``, 1.0 at
-        best); what a preconditioner counts; for host tensors, what a compressor computed in the step before
-        (``encode_ms``, ``merge_ms``, ``decode_ms``)."""
-        reduce_ns, gather_ns = self._last_waits
+        """This rank's numbers, each an int or a float by its name, as a dashboard takes them: steps, bytes, waits in
+        ms, and what the update strategy, a compressor and a preconditioner count. "Looking on" lists them with their
+        units."""
         return {
-            "steps": self._steps,
-            "bytes_sent": self._sent_before + self._attached.scheduler.bytes_sent(),
-            "exposed_ms": (reduce_ns + gather_ns) / 1e6,
-            "wait_reduce_scatter_ms": reduce_ns / 1e6,
-            "wait_all_gather_ms": gather_ns / 1e6,
+            **self._counters.numbers(self._attached),
             "fusion_groups": len(self._attached.order),
             "alias_waits": self._update.alias_waits,
-            "update": self.update,
             **self._update.stats(),
             **self._attached.compression.stats_of_last_step(),
             **self._attached.preconditioning.stats(),
         }
+
+    def log_every(self, steps: int) -> None:
+        """Says on rank 0, every so many steps, in one line what they took, through ``logging.getLogger("dear")`` at
+        level INFO; 0: never, as in the beginning. Every rank must call it, alike, between two steps.
+
+        Raises:
+            ValueError: a negative number, or ranks were given different ones; on every rank.
+        """
+        self._summary.set_every(self._attached.group, steps)
 
     def start_trace(self) -> None:
         """Begins to note when each exchange, update and wait began and ended."""
         self._attached.scheduler.start_trace()
 
     def stop_trace(self) -> list[dict[str, Any]]:
-        """What was noted: dicts of ``lane`` ("reduce-scatter", "all-gather", "update", "wait"), ``name``, ``start``
-        and ``end`` (ns of ``time.perf_counter_ns()``)."""
+        """What was noted: dicts of ``lane`` ("reduce-scatter", "all-gather", "decode", "update", "wait"), ``name``,
+        ``start`` and ``end`` (ns of ``time.perf_counter_ns()``)."""
         self.synchronize()
         events = self._attached.scheduler.stop_trace()
         return [{"lane": e.lane, "name": e.name, "start": e.start_ns, "end": e.end_ns} for e in events]
@@ -293,6 +290,7 @@ class Engine:
             return
         attached = self._attached
         self.synchronize()
+        self._summary.finish()
         if attached.scheduler.has_gradients():
             self._schedule.unclaimed()
         with ordinary(StepContext(attached.device)):
@@ -308,18 +306,19 @@ class Engine:
         """
         attached, order = self._attached, self._schedule.bucket_order.names()
         self.synchronize()
+        self._summary.finish()
         with ordinary(StepContext(attached.device)):
             _show_averages(attached, self._update)
             self._update.release()
             self._schedule.release()
             attached.compression.release()
+            attached.scheduler.release()
             self._schedule.restore_reducer()
         with ordinary(StepContext(attached.device, grad=False)):
             parts = make()
-        self._sent_before += attached.scheduler.bytes_sent()
+        self._counters.replaced(attached)
         self._attached, self._schedule, self._update = parts.attached, parts.schedule, parts.update
         self._schedule.bucket_order.load(order)
-        self._last_waits = (0, 0)
         del attached
         gc.collect()  # the former parts refer to each other, and have lanes, and buffers as large as the model
 
@@ -360,7 +359,8 @@ class _Stepper:
         """One step of the optimizer."""
         engine = self._engine()
         assert engine is not None
-        return engine._step(self._number, closure)
+        step = functools.partial(engine._step, self._number)
+        return engine._attached.users[self._number].with_hooks(step, closure, engine.synchronize)
 
 
 def _check_export(attached: Attached, update: Update) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 COMMANDS = {
     "plan": "which way of training a model should take on a cluster, predicted",
@@ -18,6 +19,10 @@ COMMANDS = {
 
 class Parser(argparse.ArgumentParser):
     """Answers a mistake with one sentence."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._negative_number_matcher = re.compile(r"^-\.?\d")  # -10Gbit is a value, and not an option
 
     def error(self, message: str) -> NoReturn:
         sentence = message[:1].upper() + message[1:].rstrip(".")

@@ -11,7 +11,8 @@ import logging
 import math
 import statistics
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -198,6 +199,7 @@ class Auto:
             yield from self._refine(listed, tried, MOST - (steering.steps - start))
         best = self._best(tried)
         self._go(best.way, best.mib)
+        steering.settled()
         ground = steering.ground
         self.plan = plans.made(best.way, best.mib, best.seconds, ground.group.size(), _elements(ground.model))
         self._say(_line(best, tried, listed, steering.steps - start, why))
@@ -245,10 +247,16 @@ class Auto:
         compressing = steering.updates(compresses=True) if methods else []
         phases = [*PHASES, "all_to_all"] if compressing else PHASES
         try:
-            network = self._instruments.network(ground.group, ground.device, phases)
+            lanes = steering.lanes(all_to_all=bool(compressing))
+            network = self._instruments.network(ground.group, ground.device, phases, lanes)
+            del lanes
         except ValueError as error:  # the same on every rank
             return [], str(error).rstrip(".")
         machine = self._instruments.machine(ground.group, ground.device)
+        shapes = [shape for layer in everyone[ground.group.rank()].layers for shape in layer.shapes]
+        with suppress(Exception):  # on this rank alone: what cannot be timed stays predicted
+            costs = self._instruments.codecs(ground.group, ground.device, methods if compressing else [], shapes)
+            machine = replace(machine, costs={**machine.costs, **costs})
         found: tuple[list[Predicted], str] = [], ""
         if self._decides:
             try:

@@ -8,6 +8,8 @@ inner: {latency: 5us, bandwidth: 600Gbit}       # between devices of a node; wit
 algorithm: ring                   # or tree
 collectives:                      # measured, in seconds and seconds per byte; in place of link, inner and algorithm
   all_reduce: {alpha: 1.0e-3, beta: 1.0e-9}
+compressors:                      # measured, in seconds per byte of gradient, by name; others by memory bandwidth
+  bf16: {encode: 1.0e-10, merge: 2.0e-10, decode: 1.0e-10}
 straggler: 1.1                    # how many times as long the slowest device computes
 jitter: 0.02                      # standard deviation of computing, as a share of it
 """
@@ -23,14 +25,17 @@ from typing import Any
 
 from dear.cost_model import AlphaBeta
 
+from .codecs import Cost, codec
 from .devices import GIB, Device, device
 from .machine import Machine
 from .network import ALGORITHMS, PHASES, Network, flat, measured, slowest, two_level
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _BITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+LONGEST = 60.0  # seconds: more is no latency
 KEYS = (
-    "nodes", "devices_per_node", "device", "link", "inner", "algorithm", "collectives", "straggler", "jitter", "label",
+    "nodes", "devices_per_node", "device", "link", "inner", "algorithm", "collectives", "compressors", "straggler",
+    "jitter", "label",
 )  # fmt: skip
 
 
@@ -40,7 +45,8 @@ class ClusterError(ValueError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """nodes: with ``devices_per_node`` workers each. collectives: measured lines by phase, in place of the links."""
+    """nodes: with ``devices_per_node`` workers each. collectives: measured lines by phase, in place of the links.
+    compressors: measured costs by name, in place of those by the device's memory bandwidth."""
 
     nodes: int
     devices_per_node: int = 1
@@ -49,6 +55,7 @@ class Cluster:
     inner: AlphaBeta | None = None
     algorithm: str = "ring"
     collectives: Mapping[str, AlphaBeta] = field(default_factory=dict)
+    compressors: Mapping[str, Cost] = field(default_factory=dict)
     straggler: float = 1.0
     jitter: float = 0.0
 
@@ -75,20 +82,23 @@ class Cluster:
         return flat(self.link, self.workers, self.algorithm)
 
     def machine(self) -> Machine:
-        return Machine(costs=self.device.costs(), straggler=self.straggler, jitter=self.jitter)
+        return Machine(costs={**self.device.costs(), **self.compressors}, straggler=self.straggler, jitter=self.jitter)
 
 
 def seconds(text: str) -> float:
     """Of 30us. Raises ClusterError."""
-    found = re.fullmatch(r"([\d.]+(?:e-?\d+)?)\s*(ns|us|ms|s)", str(text).strip().lower())
+    found = re.fullmatch(r"(\d+\.?\d*(?:e-?\d+)?)\s*(ns|us|ms|s)", str(text).strip().lower())
     if found is None:
         raise ClusterError(f"{text!r} is not a latency: write it like 30us or 0.5ms.")
-    return float(found[1]) * _SECONDS[found[2]]
+    latency = float(found[1]) * _SECONDS[found[2]]
+    if latency > LONGEST:
+        raise ClusterError(f"A latency of {text} is that of no network: check the unit.")
+    return latency
 
 
 def bytes_a_second(text: str) -> float:
     """Of 10Gbit. Raises ClusterError."""
-    found = re.fullmatch(r"([\d.]+)\s*([kmgt])bit(/s)?", str(text).strip().lower())
+    found = re.fullmatch(r"(\d+\.?\d*)\s*([kmgt])bit(/s)?", str(text).strip().lower())
     if found is None or float(found[1]) <= 0:
         raise ClusterError(f"{text!r} is not a bandwidth: write it like 500Mbit or 10Gbit.")
     return float(found[1]) * _BITS[found[2]] / 8
@@ -138,6 +148,8 @@ def described(found: Any) -> Cluster:
             given[key] = slowest([_link(entry, key) for entry in entries])
     if "collectives" in found:
         given["collectives"] = _lines(found["collectives"])
+    if "compressors" in found:
+        given["compressors"] = _costs(found["compressors"])
     return Cluster(**given)
 
 
@@ -163,11 +175,28 @@ def _lines(entry: Any) -> dict[str, AlphaBeta]:
         if not isinstance(line, dict) or set(line) != {"alpha", "beta"}:
             raise ClusterError(f"collectives: {phase} must have alpha and beta, in seconds and seconds per byte.")
         lines[phase] = AlphaBeta(_number(line, "alpha"), _number(line, "beta"))
-        if lines[phase].beta > 1e-3 or lines[phase].alpha > 60:
+        if lines[phase].beta > 1e-3 or lines[phase].alpha > LONGEST:
             raise ClusterError(f"collectives: {phase} takes {lines[phase]}, which no network does: check the units.")
     if "all_reduce" not in lines and not {"reduce_scatter", "all_gather"} <= set(lines):
         raise ClusterError("collectives must have all_reduce, or both reduce_scatter and all_gather.")
     return lines
+
+
+def _costs(entry: Any) -> dict[str, Cost]:
+    if not isinstance(entry, dict):
+        raise ClusterError(f"compressors must be a mapping from names to costs, not {entry!r}.")
+    made = {}
+    for name, cost in entry.items():
+        try:
+            codec(str(name))
+        except ValueError as error:
+            raise ClusterError(f"compressors: {str(error)[:1].lower()}{str(error)[1:]}") from None
+        if not isinstance(cost, dict) or set(cost) != {"encode", "merge", "decode"}:
+            raise ClusterError(f"compressors: {name} must have encode, merge and decode, in seconds per byte.")
+        made[str(name)] = Cost(*(_number(cost, stage) for stage in ("encode", "merge", "decode")))
+        if max(made[str(name)].encode, made[str(name)].merge, made[str(name)].decode) > 1e-3:
+            raise ClusterError(f"compressors: {name} takes {made[str(name)]}, which no machine does: check the units.")
+    return made
 
 
 def _device(entry: Any) -> Device:

@@ -107,11 +107,13 @@ class LowRank(Codec):
 
 
 EXACT = Dense("dense", "")
+SCALE_BITS, SCALED_TOGETHER = 16, 128  # of gradients in 4 bits and fewer: a scale for each block
 HALF = Dense("bf16", "compress.Dense(torch.bfloat16)", 0.5)
 
 
 def codec(name: str) -> Codec:
-    """The compressor that the benchmarks call so: dense, bf16, fp16, int8, fp8, sign, topk:0.01, power:4, acp:4.
+    """The compressor that the benchmarks call so: dense, bf16, fp16, int8, fp8, int4, int3, int2, sign, topk:0.01,
+    power:4, acp:4.
 
     Raises ValueError.
     """
@@ -125,9 +127,12 @@ def codec(name: str) -> Codec:
             case "int8" | "fp8":
                 dtype = {"int8": "int8", "fp8": "float8_e4m3fn"}[kind]
                 return Dense(name, f"compress.Dense(torch.{dtype})", 0.25 + 1 / 128)  # a scale for each 128
+            case "int4" | "int3" | "int2":
+                bits = int(kind[3:]) + SCALE_BITS / SCALED_TOGETHER
+                return Dense(name, f"compress.Dense(torch.{kind})", bits / 32)
             case "sign":
                 return Dense(name, "compress.SignSGD()", 1 / 32)
-            case "topk":
+            case "topk" if 0 < float(option) <= 1:
                 return TopK(name, f"compress.TopK(density={option})", float(option))
             case "power" | "acp":
                 kind_name = {"power": "PowerSGD", "acp": "ACPSGD"}[kind]
@@ -136,16 +141,21 @@ def codec(name: str) -> Codec:
     except ValueError:
         pass
     raise ValueError(
-        f"Compressor {name!r} is not known: name dense, bf16, fp16, int8, fp8, sign, topk:DENSITY, power:RANK or "
-        "acp:RANK."
+        f"Compressor {name!r} is not known: name dense, bf16, fp16, int8, fp8, int4, int3, int2, sign, topk:DENSITY, "
+        "power:RANK or acp:RANK."
     )
 
 
 def _rank(option: str) -> Rank:
     """8, 0.125 and 4.5x. Raises ValueError."""
-    if option.isdigit():
-        return int(option)
-    return option if option.endswith("x") and float(option[:-1]) > 1 else float(option)
+    if option.endswith("x"):
+        if not 1 < float(option[:-1]) < math.inf:
+            raise ValueError(option)
+        return option
+    rank = int(option) if option.isdigit() else float(option)
+    if not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
+        raise ValueError(option)
+    return rank
 
 
 def compressor(name: str) -> Any:
@@ -161,7 +171,7 @@ def compressor(name: str) -> Any:
             return compress.TopK(density=float(option))
         case "sign":
             return compress.SignSGD()
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-    if kind not in dtypes:
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}.get(kind, kind)
+    if kind == EXACT.name:
         raise ValueError(f"{name!r} names no compressor: gradients go as they are.")
-    return compress.Dense(dtypes[kind])
+    return compress.Dense(getattr(torch, dtype))

@@ -16,6 +16,10 @@ PASSES = {
     "fp16": Cost(encode=1.5, merge=0.0, decode=1.5),
     "int8": Cost(encode=3.25, merge=0.75, decode=1.25),
     "fp8": Cost(encode=3.25, merge=0.75, decode=1.25),
+    # As in 8 bits, of which so many of 32 are sent.
+    "int4": Cost(encode=3.125, merge=0.375, decode=1.125),
+    "int3": Cost(encode=3.1, merge=0.3, decode=1.1),
+    "int2": Cost(encode=3.07, merge=0.2, decode=1.07),
     "sign": Cost(encode=3.0, merge=0.1, decode=1.0),
     "topk": Cost(encode=4.0, merge=0.2, decode=1.0),
     "power": Cost(encode=3.0, merge=1.0, decode=1.0),

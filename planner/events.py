@@ -7,6 +7,9 @@ one unit: a thread that computes needs 1 of "cpu". Where running stages need mor
 light ones get what they need and the others share the rest evenly (max-min fairness), as an operating system's
 scheduler and TCP do; a stage is as slow as the scarcest of its resources makes it.
 
+A resource may have a token bucket, as a link that a shaper limits: what it did not carry while it was idle, up to so
+many seconds of it, it then carries at once.
+
 The cost is that of the events, of which each stage has one.
 """
 
@@ -43,14 +46,37 @@ class Stuck(RuntimeError):
     """Tasks wait for each other; the message names the heads of the queues."""
 
 
+class Bucket:
+    """Tokens of a resource, in seconds of it: they fill up while it is idle, and a stage takes what there is."""
+
+    def __init__(self, size: float) -> None:
+        self._size, self._tokens = size, size
+        self._users, self._idle_since = 0, 0.0
+
+    def take(self, seconds: float, now: float) -> float:
+        """A stage begins that needs so much; returns what is left of it to be waited for."""
+        if not self._users:
+            self._tokens = min(self._size, self._tokens + now - self._idle_since)
+        self._users += 1
+        free = min(self._tokens, seconds)
+        self._tokens -= free
+        return seconds - free
+
+    def end(self, now: float) -> None:
+        self._users -= 1
+        self._idle_since = now
+
+
 class Simulation:
     """Queues of tasks over resources of limited capacity."""
 
-    def __init__(self, capacity: Mapping[str, float]) -> None:
-        """capacity: units of each resource; one that is not named is unlimited."""
+    def __init__(self, capacity: Mapping[str, float], buckets: Mapping[str, float] | None = None) -> None:
+        """capacity: units of each resource; one that is not named is unlimited. buckets: seconds of those that have
+        one."""
         self.tasks: list[Task] = []
         self.events = 0  # how many there were
         self._capacity = dict(capacity)
+        self._buckets = {name: Bucket(size) for name, size in (buckets or {}).items() if size > 0}
         self._queues: defaultdict[str, deque[Task]] = defaultdict(deque)
 
     def add(self, name: str, queue: str, stages: Iterable[Stage] = (), after: Iterable[Task] = ()) -> Task:
@@ -81,8 +107,10 @@ class Simulation:
                 task._left -= step * speed
                 if task._left > 1e-12:
                     still.append(task)
-                elif task._next < len(task.stages):
-                    self._advance(task)
+                    continue
+                self._ended(task, now)
+                if task._next < len(task.stages):
+                    self._advance(task, now)
                     still.append(task)
                 else:
                     self._finish(task, now, ready)
@@ -101,15 +129,24 @@ class Simulation:
             task = queue[0]
             task.start = now
             if task.stages:
-                self._advance(task)
+                self._advance(task, now)
                 running.append(task)
             else:
                 self._finish(task, now, ready)
 
-    @staticmethod
-    def _advance(task: Task) -> None:
-        task._left = task.stages[task._next].seconds
+    def _advance(self, task: Task, now: float) -> None:
+        stage = task.stages[task._next]
+        task._left = stage.seconds
         task._next += 1
+        for resource, _ in stage.needs if self._buckets else ():
+            if resource in self._buckets:
+                task._left = self._buckets[resource].take(task._left, now)
+
+    def _ended(self, task: Task, now: float) -> None:
+        """Of a stage."""
+        for resource, _ in task.stages[task._next - 1].needs if self._buckets else ():
+            if resource in self._buckets:
+                self._buckets[resource].end(now)
 
     def _finish(self, task: Task, now: float, ready: deque[str]) -> None:
         task.end = now

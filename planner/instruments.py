@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from dear import _C
+
+from .codec_timing import measured_costs
 from .codecs import Cost
 from .devices import PASSES
 from .machine import Machine
 from .network import Network, measured
 from .probing import fitted, measure
+from .profile import Shape
 from .stopwatch import Stopwatch
 
 SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 22)  # bytes of the whole tensor
@@ -34,15 +38,17 @@ class Instruments:
     def stopwatch(self, model: DDP, device: torch.device) -> Stopwatch:
         return Stopwatch(model, device)
 
-    def network(self, group: dist.ProcessGroup, device: torch.device, phases: Sequence[str]) -> Network:
-        """Measured lines of these collectives, by the fastest of a few repeats: what else the machine does is not the
-        network's. Collective; the same on every rank.
+    def network(
+        self, group: dist.ProcessGroup, device: torch.device, phases: Sequence[str], lanes: Mapping[str, _C.Lane]
+    ) -> Network:
+        """Measured lines of these collectives, in these lanes by phase where there are some, by the fastest of a few
+        repeats: what else the machine does is not the network's. Collective; the same on every rank.
 
         Raises:
             ValueError: times follow no line twice, as where a link stalls; on every rank.
         """
         for attempt in range(ATTEMPTS):
-            times = measure(group, device, SIZES, phases, BUDGET, REPEATS, min)
+            times = measure(group, device, SIZES, phases, BUDGET, REPEATS, min, lanes)
             try:
                 return measured(group.size(), fitted(times))
             except ValueError:
@@ -62,6 +68,13 @@ class Instruments:
         sent = 2 * (group.size() - 1) / group.size() * SIZES[-1]
         busy = (time.process_time() - begun) / sent
         return Machine(cores=cores(), exchange_cpu=busy, hook=HOOK, costs=costs)
+
+    def codecs(
+        self, group: dist.ProcessGroup, device: torch.device, names: Sequence[str], shapes: Sequence[Shape]
+    ) -> dict[str, Cost]:
+        """What compressors of these names cost this rank on such gradients, by name; on another device than the host
+        nothing is measured, and the memory's bandwidth tells."""
+        return measured_costs(names, group, shapes) if device.type == "cpu" else {}
 
 
 def cores() -> float:

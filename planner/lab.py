@@ -8,9 +8,10 @@ training steps; the times of encoding, merging and decoding from one breakdown. 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dear.cost_model import AlphaBeta
 
 from .codecs import Cost
 from .machine import Machine
-from .network import Network, measured
+from .network import LINK, Network, measured
 
 HEADERS = 1.044  # bytes on the wire to bytes of payload, at frames of 1500 bytes
 LINES = {2: "collectives-2w-2.5gbit.json", 4: "collectives-4w-fast.json"}
@@ -28,6 +29,7 @@ FITTED_ON = (STEPS, BREAKDOWN)  # training steps that constants come from: not t
 OURS = {"all_reduce": "all_reduce", "reduce_scatter": "ring-rs", "all_gather": "ring-ag"}
 GLOO = {"all_reduce": "all_reduce", "reduce_scatter": "native-rs", "all_gather": "native-ag"}
 BROKEN_DOWN = {"bf16:4": "bf16", "acp:4": "acp", "power:4": "power", "topk:0.01": "topk", "sign": "sign"}
+BURST_BYTES, BURST_SECONDS = 72 * 1024, 256e-6  # that the lab's token buckets hold, whichever is more
 HOOK = 1e-4  # seconds: a wake-up of a lane's thread and one of the thread that computes
 UPDATES = {"sgd": 3, "adamw": 7}  # numbers that an update reads and writes for each element
 
@@ -87,7 +89,13 @@ class Lab:
                 self.beyond[workers, method] if method.startswith("native") else 2.0 if phase == "all_reduce" else 1.0
             )
             lines[phase] = AlphaBeta(self.alphas[workers, method], more * part * beta)
-        return measured(workers, lines)
+        burst = 0.0 if rate == "unlimited" else max(BURST_BYTES / rate_bytes(rate), BURST_SECONDS)
+        return replace(measured(workers, lines), bursts={LINK: burst})
+
+    def barrier(self, workers: int) -> float:
+        """Seconds of the barrier at the end of each step of a compute floor: gloo's takes log2 P rounds of messages,
+        its ring all-reduce 2 (P - 1)."""
+        return self.alphas[workers, OURS["all_reduce"]] * math.ceil(math.log2(workers)) / (2 * (workers - 1))
 
     def machine(self, workers: int, cores: int = 2) -> Machine:
         """A worker's share of a machine that has so many cores."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dear.cost_model import AlphaBeta
 
+LINK = "link"  # the one of a flat network
 PHASES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 ALGORITHMS = ("ring", "tree")
 
@@ -22,16 +23,18 @@ class Hop:
     """One level's part of a collective: ``line`` over the buffer's bytes, of which beta occupies the link."""
 
     line: AlphaBeta
-    link: str = "link"
+    link: str = LINK
     share: float = 1.0  # of the buffer, that a worker sends over the link
 
 
 @dataclass(frozen=True)
 class Network:
-    """Lines of each phase among ``workers`` workers."""
+    """Lines of each phase among ``workers`` workers. bursts: by link, seconds of it that a shaper lets through at once
+    after a pause."""
 
     workers: int
     phases: Mapping[str, tuple[Hop, ...]]
+    bursts: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, phase: str, bytes_: float) -> float:
         """A collective by itself."""
@@ -51,7 +54,7 @@ def slowest(links: Sequence[AlphaBeta]) -> AlphaBeta:
 
 def flat(link: AlphaBeta, workers: int, algorithm: str = "ring") -> Network:
     """Workers at links of equal speed; see :func:`slowest` for unequal ones."""
-    return Network(workers, _level(link, workers, algorithm, "link", 1.0))
+    return Network(workers, _level(link, workers, algorithm, LINK, 1.0))
 
 
 def two_level(inner: AlphaBeta, devices: int, outer: AlphaBeta, nodes: int, algorithm: str = "ring") -> Network:
@@ -61,7 +64,7 @@ def two_level(inner: AlphaBeta, devices: int, outer: AlphaBeta, nodes: int, algo
     part of the buffer, and together all of it.
     """
     within = _level(inner, devices, algorithm, "inner", 1.0)
-    between = _level(outer, nodes, algorithm, "link", 1.0 / devices)
+    between = _level(outer, nodes, algorithm, LINK, 1.0 / devices)
     return Network(devices * nodes, {phase: within[phase] + between[phase] for phase in PHASES})
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 import dear
-from dear import cost_model
+from dear import _C, cost_model
 from dear.collectives import shard_range
 from dear.cost_model import AlphaBeta
 
@@ -28,9 +28,10 @@ def measure(
     budget: float,
     repeats: int,
     typical: Callable[[list[float]], float] = statistics.median,
+    lanes: Mapping[str, _C.Lane] | None = None,
 ) -> Measured:
     """The slowest rank's ``typical`` seconds over repeats, by phase, at the sizes (bytes of the whole tensor) for which
-    there is time. Collective.
+    there is time. lanes: in which phases other than an all-reduce move, where there are some already. Collective.
 
     Every rank measures the same: rank 0's clock says when the budget of seconds is spent, and rank 0 tells.
     """
@@ -42,6 +43,7 @@ def measure(
         full, other = torch.zeros(count, device=device), torch.zeros(count, device=device)
         begin, end = shard_range(count, world, rank)
         calls = _calls(group, full, other, torch.zeros(end - begin, device=device))
+        calls |= _calls_in_lanes(lanes or {}, full, other, full[begin:end])
         for phase in phases:
             known, seconds = found.setdefault(phase, ([], []))
             known.append(4 * count)
@@ -63,6 +65,18 @@ def _calls(
         "all_gather": lambda: dear.all_gather(shard, full, group=group).wait(),
         "all_to_all": lambda: dear.all_to_all(full, other, group=group).wait(),
     }
+
+
+def _calls_in_lanes(
+    lanes: Mapping[str, _C.Lane], full: torch.Tensor, other: torch.Tensor, mine: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    outputs = {"reduce_scatter": torch.zeros_like(mine), "all_gather": mine, "all_to_all": other}
+
+    def call(phase: str, lane: _C.Lane) -> Callable[[], object]:
+        parts = [(full, outputs[phase])]
+        return lambda: lane.submit(getattr(_C.Phase, phase), _C.Reduction.sum, parts, "the probe").wait()
+
+    return {phase: call(phase, lane) for phase, lane in lanes.items()}
 
 
 def _timed(group: dist.ProcessGroup, call: Callable[[], object], device: torch.device) -> float:

@@ -157,13 +157,21 @@ def read(path: Path) -> Profile:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         layers = tuple(
-            Layer(one["name"], tuple(map(tuple, one["shapes"])), float(one["forward"]), float(one["backward"]))
+            Layer(one["name"], tuple(map(_shape, one["shapes"])), float(one["forward"]), float(one["backward"]))
             for one in found.pop("layers")
         )
         order: Sequence[int] = found.pop("order", ())
         return Profile(layers=layers, order=tuple(order), **found)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): name a profile.") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no profile ({error}): write one with planner.profile.write().") from error
+
+
+def _shape(sizes: Sequence[Any]) -> Shape:
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"a shape is {sizes!r}")
+    return tuple(sizes)
 
 
 def write(profile: Profile, path: Path) -> None:

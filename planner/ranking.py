@@ -13,7 +13,7 @@ from .simulate import Method, Step, step
 MIB = float(1 << 20)
 CAPS = tuple(MIB * size for size in (1, 4, 16, 25, 64))
 BASELINE = "ddp+fp16"
-LOSSY = ("power", "acp", "topk", "sign", "int8", "fp8")
+LOSSY = ("power", "acp", "topk", "sign", "int8", "fp8", "int4", "int3", "int2")
 
 
 @dataclass(frozen=True)

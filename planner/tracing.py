@@ -29,8 +29,7 @@ class Tracer:
     """
 
     def __init__(self, engine: Any, model: nn.Module, path: str | Path, steps: int = 5, skip: int = 3) -> None:
-        if steps < 1 or skip < 0:
-            raise ValueError(f"steps must be at least 1 and skip at least 0, not {steps} and {skip}.")
+        check_steps(steps, skip)
         self.path = Path(path)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         if self._rank:
@@ -88,6 +87,12 @@ class Tracer:
         self._step = self._end + 1
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(chrome(spans, self._rank)) + "\n")
+
+
+def check_steps(steps: int, skip: int) -> None:
+    """Raises ValueError."""
+    if steps < 1 or skip < 0:
+        raise ValueError(f"steps must be at least 1 and skip at least 0, not {steps} and {skip}.")
 
 
 def _parts(net: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -2,7 +2,8 @@
 
 The profile of each cell is the model's shapes and that cell's own compute floor (`none`); everything else of the lab
 comes from the few files that planner/lab.py names, which are not predicted here. A measured time is the floor and the
-median over rounds of what a strategy takes beyond the floor of its round.
+median over rounds of what a strategy takes beyond the floor of its round. How sure measured first places are is what
+one half of the rounds says of the other half.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from . import models
 from .codecs import codec
 from .lab import FITTED_ON, GLOO, Lab
 from .profile import Profile
+from .rounds import Rounds
 from .schedules import default_cap
 from .simulate import Method, step
 
@@ -39,6 +41,7 @@ class Point:
     strategy: str
     measured: float
     predicted: float
+    rounds: Rounds = field(repr=False)  # of the cell
 
     @property
     def error(self) -> float:
@@ -48,13 +51,17 @@ class Point:
 @dataclass(frozen=True)
 class Summary:
     """Of relative errors without their sign. first: the share of cells in which the strategy that is predicted to be
-    the fastest is so, or within 3% of it."""
+    the fastest is so, or within 3% of it. level: the same, or the rounds do not tell it and the fastest apart. repeats:
+    the share of halves of rounds whose first place, or one within 3% of it, the other half of the cell says; None where
+    there are none."""
 
     points: int
     median: float
     p90: float
     cells: int
     first: float
+    level: float
+    repeats: float | None
 
 
 def method_of(name: str, profile: Profile) -> Method | None:
@@ -83,24 +90,6 @@ def method_of(name: str, profile: Profile) -> Method | None:
     return Method("replicated" if kind.startswith("dear+") else "hook", codec(compressor), cap())
 
 
-def times(cell: dict[str, Any]) -> tuple[float, dict[str, float]]:
-    """The floor of a cell, and each strategy's seconds, paired with the floor by round."""
-    rounds = {
-        one["name"]: {
-            block["round"]: statistics.median(max(ranks) for ranks in zip(*block["ms"], strict=True)) / 1e3
-            for block in one["blocks"]
-        }
-        for one in cell["strategies"]
-        if not one.get("failure")
-    }
-    floors = rounds["none"]
-    floor = statistics.median(floors.values())
-    return floor, {
-        name: floor + statistics.median(seconds - floors[number] for number, seconds in own.items() if number in floors)
-        for name, own in rounds.items()
-    }
-
-
 def points(results: Path = RESULTS) -> Iterator[Point]:
     """Every strategy that was measured and can be predicted."""
     lab = Lab.read(results)
@@ -112,16 +101,18 @@ def points(results: Path = RESULTS) -> Iterator[Point]:
             if optimizer not in ("sgd", "adamw") or cell.get("node_size"):  # the lab's links are a worker's own
                 continue
             workload = cell["plan"].get("workload") or "gpt"
-            model, (floor, measured) = models.built_in(workload), times(cell)
+            model, rounds = models.built_in(workload), Rounds.of(cell)
+            floor = rounds.floor - lab.barrier(workers)  # which nothing else has
             update = min(lab.update(optimizer, model.parameters), floor / 2)
             profile = model.profile(floor - update, update)
-            for name, seconds in measured.items():
+            for name in rounds.excess:
                 method = method_of(name, profile)
                 if method is None or method.codec.name in ("int8", "fp8"):  # whose encoding no breakdown has
                     continue
                 network = lab.network(cell["rate"], workers, **({"methods": GLOO} if name == "fsdp2" else {}))
                 predicted = step(profile, network, lab.machine(workers), method).seconds
-                yield Point(path.name, number, workers, cell["rate"], workload, name, seconds, predicted)
+                seconds = rounds.seconds(name)
+                yield Point(path.name, number, workers, cell["rate"], workload, name, seconds, predicted, rounds)
 
 
 def summary(found: Sequence[Point]) -> Summary:
@@ -129,12 +120,18 @@ def summary(found: Sequence[Point]) -> Summary:
     cells: dict[tuple[str, int], list[Point]] = {}
     for point in found:
         cells.setdefault((point.file, point.cell), []).append(point)
-    good = 0
+    good, level, halves = 0, 0, list[bool]()
     for own in cells.values():
         chosen = min(own, key=lambda point: point.predicted)
-        good += chosen.measured <= NEAR * min(point.measured for point in own)
+        fastest = min(own, key=lambda point: point.measured)
+        is_good = chosen.measured <= NEAR * fastest.measured
+        good += is_good
+        level += is_good or not chosen.rounds.told_apart(chosen.strategy, fastest.strategy)
+        halves += chosen.rounds.halves([point.strategy for point in own], NEAR) or []
     p90 = errors[min(len(errors) - 1, int(0.9 * len(errors)))]
-    return Summary(len(errors), statistics.median(errors), p90, len(cells), good / len(cells))
+    repeats = sum(halves) / len(halves) if halves else None
+    median = statistics.median(errors)
+    return Summary(len(errors), median, p90, len(cells), good / len(cells), level / len(cells), repeats)
 
 
 def by(found: Sequence[Point], key: str) -> dict[str, Summary]:
@@ -147,15 +144,25 @@ def by(found: Sequence[Point], key: str) -> dict[str, Summary]:
 
 def table(found: Sequence[Point]) -> str:
     """As Markdown."""
-    rows = ["| predicted against measured | points | median error | 90th percentile | first place right or within 3% |"]
-    rows.append("|---|---|---|---|---|")
+    head = ["predicted against measured", "points", "median error", "90th percentile"]
+    head += ["first place right or within 3%", "or not told apart from it", "measured again"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     everything = {"all": summary(found)}
     everything |= {f"{workers} workers": each for workers, each in by(found, "workers").items()}
     everything |= {workload: each for workload, each in by(found, "workload").items()}
     for name, each in everything.items():
         first = f"{each.first:.0%} of {each.cells} cells"
-        rows.append(f"| {name} | {each.points} | {each.median:.1%} | {each.p90:.1%} | {first} |")
+        again = "" if each.repeats is None else f"{each.repeats:.0%}"
+        rows.append(
+            f"| {name} | {each.points} | {each.median:.1%} | {each.p90:.1%} | {first} | {each.level:.0%} | {again} |"
+        )
     return "\n".join(rows)
+
+
+def _plain(point: Point) -> dict[str, Any]:
+    found = asdict(point)
+    del found["rounds"]
+    return found
 
 
 def main() -> None:
@@ -166,7 +173,7 @@ def main() -> None:
     found = list(points(given.results))
     print(table(found))
     if given.json:
-        payload = {"label": "predicted", "summary": asdict(summary(found)), "points": [asdict(each) for each in found]}
+        payload = {"label": "predicted", "summary": asdict(summary(found)), "points": [_plain(each) for each in found]}
         given.json.write_text(json.dumps(payload, indent=1) + "\n")
 
 

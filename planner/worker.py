@@ -32,7 +32,7 @@ class Worker:
         capacity = dict.fromkeys(links, 1.0)
         if machine.cores is not None:
             capacity["cpu"] = machine.cores
-        self.simulation = Simulation(capacity)
+        self.simulation = Simulation(capacity, network.bursts)
         # A profile's times are those of a floor that was measured on the same cores: undo what sharing did to it.
         share = 1.0 if machine.cores is None else min(1.0, machine.cores)
         self.scale = machine.slowest(network.workers) * share

@@ -50,13 +50,16 @@ class Prescribed(Instruments):
 
         return Watch(own_layers(model)[self.skipped :], self.seconds)
 
-    def network(self, group, device, phases) -> Network:
+    def network(self, group, device, phases, lanes) -> Network:
         if self.wrong:
             raise ValueError(self.wrong)
         return flat(self.line, group.size())
 
     def machine(self, group, device) -> Machine:
         return Machine(costs={"power": Cost(), "bf16": Cost()})
+
+    def codecs(self, group, device, names, shapes):
+        return {}
 
     def step_ends(self, engine):
         setting = engine._steering.setting

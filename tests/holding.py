@@ -54,11 +54,11 @@ def hold_updates(engine, groups, tag):
     update = engine._update
     step, run = update.step, update._run
 
-    def run_held(optimizer, indices, name):
-        if groups & set(indices):
+    def run_held(optimizer, group):
+        if group is None or group in groups:
             del update._run
             hold(tag)
-        run(optimizer, indices, name)
+        run(optimizer, group)
 
     def step_held(found, optimizer):
         del update.step

@@ -14,6 +14,8 @@ from torch import optim
 
 import compress
 import dear
+import precondition
+from dear import _C
 from planner import auto
 from planner.auto import Auto
 
@@ -201,6 +203,55 @@ def test_when_steps_change_for_a_minute_it_chooses_again(pool2):
 def test_a_single_rank_has_nothing_to_choose(pool1):
     ((plan, said, asked),) = pool1.run(chosen, FAST, nothing_differs, 8)
     assert plan is None and not said and len(set(asked)) == 1
+
+
+def preconditioned(rank, world):
+    """What the user has chosen stays; sizes are tried."""
+    results = []
+    for chooses in (False, True):
+        instruments = Prescribed(SLOW, dear_is_faster)
+        model, opt = training.build("Mlp", ADAMW, {})
+        chooser = Auto(instruments=instruments) if chooses else None
+        engine = dear.attach(model, opt, preconditioner=precondition.Eva(), compressor=chooser)
+        for step in range(auto.MOST + 4):
+            training.plain_step(model, opt, rank, step)
+            if chooses:
+                instruments.step_ends(engine)
+        if chooses:
+            assert engine.plan["update"] == engine.update == "sharded" and engine.preconditioner is not None
+            assert {setting.update for setting in instruments.asked} == {"sharded"}
+            assert len({setting.bucket_cap_mb for setting in instruments.asked}) > 2
+            assert engine.stats()["preconditioned_layers"] == 3
+        engine.detach()
+        results.append([param.detach().clone() for param in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_preconditioner_stays_and_sizes_are_chosen(pool2):
+    pool2.run(preconditioned)
+
+
+def levelled(rank, world):
+    instruments = Prescribed(SLOW, dear_is_faster)
+    model, opt = training.build("Mlp", ADAMW, {})
+    engine = dear.attach(model, opt, compressor=Auto(instruments=instruments), hierarchy=2)
+    lanes = set()
+    for step in range(auto.MOST + 4):
+        training.plain_step(model, opt, rank, step)
+        instruments.step_ends(engine)
+        lanes.add(type(engine._attached.gather_lane))
+    assert lanes == {_C.TwoLevelLane} and engine.plan["update"] == "sharded"
+    assert {"ddp", "sharded"} < {setting.update for setting in instruments.asked}
+    engine.detach()
+    return [param.detach().clone() for param in model.parameters()]
+
+
+@pytest.mark.slow
+def test_two_levels_stay(pool4):
+    first, *others = pool4.run(levelled)
+    for other in others:
+        assert all(map(torch.equal, first, other)), "replicas parted"
 
 
 def refused(rank, world):

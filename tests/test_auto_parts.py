@@ -14,9 +14,10 @@ from auto_instruments import FAST, SLOW
 import dear
 from compress import losses
 from dear import choosing
-from planner import deciding, profile, profiling, watching
+from planner import codec_timing, deciding, profile, profiling, watching
 from planner.codecs import codec, compressor
 from planner.deciding import MIB, Way
+from planner.devices import PASSES
 from planner.instruments import Instruments
 from planner.machine import Machine
 from planner.network import flat
@@ -167,7 +168,7 @@ def measures(rank, world):
     instruments = Instruments()
     group, device = torch.distributed.group.WORLD, torch.device("cpu")
     machine = instruments.machine(group, device)
-    network = instruments.network(group, device, ["all_reduce", "reduce_scatter", "all_gather"])
+    network = instruments.network(group, device, ["all_reduce", "reduce_scatter", "all_gather"], {})
     return machine, network
 
 
@@ -177,6 +178,44 @@ def test_this_machine_can_be_measured(pool2):
     assert network.phases == other.phases, "the same lines on every rank"
     assert 0 < network.seconds("all_reduce", 1 << 20) < 60
     assert machine.cores and machine.exchange_cpu > 0 and machine.cost(codec("power:4")).encode > 0
+
+
+NAMES = ("bf16", "fp16", "int8", "fp8", "int4", "int3", "int2", "sign", "topk:0.01", "power:4", "power:4.5x", "acp:4")
+
+
+class Steady:
+    """A clock by which each stage of a compressor takes a second, whatever it does."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+def timed_codecs(rank, world):
+    group, shapes = torch.distributed.group.WORLD, [(64, 48), (48,), (32, 64)]
+    costs = {name: codec_timing.measured_cost(name, group, shapes, Steady()) for name in NAMES}
+    taken = codec_timing.measured_costs(["bf16"], group, shapes)
+    return costs, taken
+
+
+def test_every_compressor_can_be_timed_without_sending_anything(pool2):
+    size = 4 * (64 * 48 + 48 + 32 * 64)
+    for costs, taken in pool2.run(timed_codecs):
+        for name, cost in costs.items():
+            between = 3 if name.startswith("power") else 1
+            assert [round(each * size) for each in (cost.encode, cost.merge, cost.decode)] == [1, between, 1], name
+        assert min(taken["bf16"].encode, taken["bf16"].merge, taken["bf16"].decode) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_compressor_has_a_cost_and_a_payload(name):
+    wanted = {"int4": 4.125 / 32, "int3": 3.125 / 32, "int2": 2.125 / 32, "int8": 8.25 / 32, "bf16": 0.5}
+    assert name.partition(":")[0] in PASSES and compressor(name)
+    sent = sum(codec(name).rounds([Piece(0, (1024, 1024), 4 << 20)])) / (4 << 20)
+    assert sent == pytest.approx(wanted.get(name, sent)) and sent <= 0.5
 
 
 def test_the_planner_is_found_in_a_checkout_or_missed_in_one_sentence(monkeypatch):

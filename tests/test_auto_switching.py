@@ -190,8 +190,6 @@ def test_compressors_come_and_go(pool2):
 
 def refused(rank, world):
     model, opt = training.build("Mlp", training.SGD, {})
-    with pytest.raises(ValueError, match=r"leave.*preconditioner and hierarchy out"):
-        dear.attach(model, opt, compressor=Scripted({}), hierarchy=1)
     with pytest.raises(ValueError, match="disagree on the script"):
         dear.attach(model, opt, compressor=Scripted({5: Setting("sharded", 1.0 + rank)}))
     with pytest.raises(TypeError, match="needs a compressor"):

@@ -239,7 +239,7 @@ def statistics(rank, world):
             # On a GPU the host only queues what is computed.
             assert place().type == "cuda" or (told["encode_ms"] > 0 and told["decode_ms"] > 0)
         if engine is not None:
-            assert engine.stats()["update"] == "replicated"
+            assert engine.update == "replicated"
             engine.detach()
     assert said[0] == said[1], said
     assert said[0][4] > 0

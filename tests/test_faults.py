@@ -53,10 +53,10 @@ def gathers_but_one(engine, how):
     update = engine._update
     run = update._run
 
-    def run_or_end(optimizer, groups, name):
-        if list(groups) == [engine._attached.order[-1]]:
+    def run_or_end(optimizer, group):
+        if group == engine._attached.order[-1]:
             end(how)
-        run(optimizer, groups, name)
+        run(optimizer, group)
 
     update._run = run_or_end
 

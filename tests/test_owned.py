@@ -149,7 +149,7 @@ def share_of_state(rank, world):
         for step in range(3):
             training.plain_step(model, opt, rank, step)
         stats = engine.stats()
-        assert 1.0 <= stats["update_balance"] <= world and stats["update"] == "owned"
+        assert 1.0 <= stats["update_balance"] <= world and engine.update == "owned"
         owned = [segment.places[0].param for segment in engine._update._states.segments]
         assert all(segment.whole for segment in engine._update._states.segments)
         return stats["optimizer_state_bytes"], want, [engine._attached.names[param] for param in owned]

@@ -18,6 +18,7 @@ import dear
 from planner import cluster, profile, tracing
 from planner.__main__ import main
 from planner.cluster import ClusterError, described
+from planner.codecs import Cost, codec
 from planner.commands import info, probe
 from planner.models import built_in
 from planner.ranking import memory_bytes, rank, ways
@@ -101,6 +102,21 @@ def test_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([*PLAN, "--cluster", "x.yaml", *OPTIONS], "leave --workers and --bandwidth out"),
         (["trace", "nowhere.py"], "There is no script nowhere.py"),
         (["dance"], "invalid choice: 'dance'"),
+        ([*PLAN, "--workers", "4", "--bandwidth", "-10Gbit"], "'-10Gbit' is not a bandwidth"),
+        ([*PLAN, "--workers", "4", "--bandwidth", "1.2.3Gbit"], "'1.2.3Gbit' is not a bandwidth"),
+        ([*PLAN, *OPTIONS, "--latency", "1e5s"], "A latency of 1e5s is that of no network"),
+        ([*PLAN, *OPTIONS, "--step-ms", "inf"], "must be above 0, and finite"),
+        ([*PLAN, *OPTIONS, "--sweep", "latency"], "invalid choice: 'latency'"),
+        ([*PLAN, *OPTIONS, "--sweep", "workers", "--picture", "x.nope"], "--picture must be a file that ends with"),
+        ([*PLAN, *OPTIONS, "--json", "/"], "--json / is a folder"),
+        ([*PLAN, *OPTIONS, "--json", "/proc/no/such.json"], "--json /proc/no/such.json cannot be written"),
+        ([*PLAN[:-1], "topk:2", *OPTIONS], "Compressor 'topk:2' is not known"),
+        ([*PLAN[:-1], "acp:0", *OPTIONS], "Compressor 'acp:0' is not known"),
+        ([*PLAN[:-1], "power:1.5", *OPTIONS], "Compressor 'power:1.5' is not known"),
+        (["probe"], "The probe could not begin"),
+        (["probe", "--device", "abacus"], "Device 'abacus' is not known"),
+        (["probe", "--seconds", "inf"], "--seconds must be above 0"),
+        (["trace", "--steps", "0", __file__], "steps must be at least 1"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +124,21 @@ def test_mistakes_get_one_sentence(arguments: list[str], says: str, capsys: pyte
         main(arguments)
     said = capsys.readouterr().err
     assert ended.value.code in (1, 2) and says in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]", "no JSON", '{"layers": [{"name": "a"}]}',
+        '{"name": "x", "layers": [{"name": "a", "shapes": [["x"]], "forward": 1, "backward": 1}]}',
+    ],
+)  # fmt: skip
+def test_a_profile_that_is_none_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "it.json").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", str(tmp_path / "it.json"), *OPTIONS])
+    said = capsys.readouterr().err
+    assert "it.json is no profile (" in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -127,6 +158,11 @@ def test_mistakes_get_one_sentence(arguments: list[str], says: str, capsys: pyte
         ({"collectives": {"all_gather": {"alpha": 0, "beta": 0}}}, "must have all_reduce, or both"),
         ({"collectives": {"all_reduce": {"alpha": 1, "beta": 8}}}, "which no network does"),
         ({"collectives": {"all_reduce": {"alpha": -1, "beta": 0}}}, "alpha must be a number, not -1"),
+        ({"compressors": ["bf16"]}, "compressors must be a mapping"),
+        ({"compressors": {"zip": {}}}, "compressors: compressor 'zip' is not known"),
+        ({"compressors": {"bf16": {"encode": 1e-10}}}, "bf16 must have encode, merge and decode"),
+        ({"compressors": {"bf16": {"encode": -1, "merge": 0, "decode": 0}}}, "encode must be a number, not -1"),
+        ({"compressors": {"bf16": {"encode": 1, "merge": 0, "decode": 0}}}, "which no machine does"),
     ],
 )
 def test_a_cluster_that_lies_is_refused(changes: dict[str, Any], says: str) -> None:
@@ -151,7 +187,11 @@ def test_a_probe_measures_every_phase_alike_on_every_rank(pool2: Any, tmp_path: 
     first, second = pool2.run(probed)
     assert first == second and set(first) == {"all_reduce", "reduce_scatter", "all_gather", "all_to_all"}
     lines = {phase: cluster.AlphaBeta(*line) for phase, line in first.items()}
-    probe.write(tmp_path / "c.yaml", 2, lines, "a100")
+    costs = {"bf16": Cost(1e-10, 2e-10, 3e-10), "topk:0.01": Cost(4e-10, 0.0, 1e-10)}
+    probe.write(tmp_path / "c.yaml", 2, lines, "a100", costs)
+    machine = cluster.read(tmp_path / "c.yaml").machine()
+    assert machine.cost(codec("bf16")) == costs["bf16"] and machine.cost(codec("topk:0.01")) == costs["topk:0.01"]
+    assert machine.cost(codec("sign")) == cluster.device("a100").costs()["sign"], "what was not measured is predicted"
     assert cluster.read(tmp_path / "c.yaml").network().phases["all_reduce"][0].line == lines["all_reduce"]
 
 

@@ -242,3 +242,20 @@ def test_mistakes_get_one_sentence(make: object, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()  # type: ignore[operator]
     assert EXACT.rounds(()) == (0,)
+
+
+def test_a_token_bucket_fills_up_while_its_link_is_idle() -> None:
+    needs = (("link", 1.0),)
+    simulation = Simulation({"link": 1.0}, {"link": 2.0})
+    first = simulation.add("first", "lane", [Stage(3.0, needs)])
+    second = simulation.add("second", "lane", [Stage(0.5, needs)])
+    pause = simulation.add("pause", "compute", [Stage(1.0)], [second])
+    third = simulation.add("third", "lane", [Stage(0.4, needs)], [pause])
+    fourth = simulation.add("fourth", "lane", [Stage(1.0, needs)])
+    simulation.run()
+    assert first.end == pytest.approx(1.0), "two of its three seconds were in the bucket"
+    assert second.end == pytest.approx(1.5), "which is empty then"
+    assert third.start == third.end == pytest.approx(2.5), "and has one second after a pause of one"
+    assert fourth.end == pytest.approx(2.9), "of which 0.6 are left"
+    other = Simulation({"link": 1.0})
+    assert other.add("alone", "lane", [Stage(3.0, needs)]) and other.run() == pytest.approx(3.0)

@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import canned
 import pytest
 import reported
 
 from benchmarks import drawing, records
 from benchmarks.report import __main__ as command
-from benchmarks.report import comparison, repeats, winners
+from benchmarks.report import choosing, comparison, repeats, winners
 from benchmarks.report.evidence import Evidence
 
 
@@ -74,6 +75,21 @@ def test_the_best_of_ours_meets_the_best_rival() -> None:
 def test_a_lost_cell_is_a_lost_cell() -> None:
     compared = comparison.compare(cell(steps={**reported.STEPS, "ddp:25": 120.0}), everyone)
     assert compared and compared.winner == "ddp:25" and compared.ratio == pytest.approx(120 / 125)
+
+
+def test_what_auto_chose_stands_beside_the_best_of_the_sweep() -> None:
+    plain = cell()
+    assert not choosing.has_chosen([plain]) and "| link |" in choosing.chosen_table([plain])
+    made = canned.training_cell()
+    chosen = {"update": "replicated", "compressor": None, "bucket_cap_mb": 2.6}
+    made["strategies"].append(canned.strategy("auto", [[189.0, 189.0], [379.0, 379.0]], chosen=chosen))
+    made["strategies"].append(canned.strategy("acp:4", [[99.0, 99.0], [99.0, 99.0]]))
+    made["plan"] |= {"workload": "gpt", "batch": 4}
+    ours = comparison.as_cell(plain.source, made)
+    assert comparison.family("auto") is comparison.DEAR, "it is this library's, and exact"
+    row = choosing.chosen_table([ours]).splitlines()[-1]
+    assert "| 350 (ddp:1) | 300 (dear:sharded) | 285 |" in row, "a compressor is no rival of exact training"
+    assert "| 1.053× (1.05–1.05) |" in row and row.endswith("| replicated, 2.6 MiB |")
 
 
 def test_rounds_that_disagree_are_a_tie() -> None:

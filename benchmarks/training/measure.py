@@ -60,7 +60,13 @@ class Candidate:
     clock: list[float] = field(default_factory=list)  # ms each of these steps took on this rank
     held_out_loss: float | None = None
     optimizer_state_bytes: list[int] = field(default_factory=list)
+    chosen: dict[str, Any] | None = None  # what a strategy that chooses by itself has come to
     breakdown: dict[str, Any] | None = None  # this rank's
+
+    @property
+    def trial_steps(self) -> int:
+        """Steps behind building it, of no round."""
+        return TRIAL_STEPS + self.strategy.settles
 
     @property
     def running(self) -> Trainer | None:
@@ -77,9 +83,8 @@ class Measurement:
         self.workload = WORKLOADS[experiment.workload]
         self.candidates = [Candidate(parse_strategy(name)) for name in experiment.strategies]
         profiled = breakdown.STEPS if experiment.breakdown else 0
-        self.total = len(self.candidates) * (
-            TRIAL_STEPS + experiment.rounds * (experiment.warmup + experiment.steps) + profiled
-        )
+        self.total = len(self.candidates) * (experiment.rounds * (experiment.warmup + experiment.steps) + profiled)
+        self.total += sum(candidate.trial_steps for candidate in self.candidates)
         self.done = 0
         self.digest: str | None = None
         self.same: Batch | None = None  # the last one drawn, on this rank's device
@@ -95,7 +100,8 @@ class Measurement:
 
     def build(self) -> None:
         """Builds every strategy and tries it."""
-        self._each("building", self._build, TRIAL_STEPS)
+        for candidate in self.candidates:
+            self._one("building", self._build, candidate, candidate.trial_steps)
 
     def play(self) -> None:
         """All rounds: each strategy in turn, the order rotated from round to round."""
@@ -117,6 +123,7 @@ class Measurement:
         """Closes every strategy; returns all that was measured."""
         for candidate in self.candidates:
             if (trainer := candidate.running) is not None:
+                candidate.chosen = trainer.plan
                 _, candidate.failure = self.worker.attempt(trainer.close)
                 candidate.trainer = None
         with suppress(MissingPackage):
@@ -139,10 +146,13 @@ class Measurement:
 
     def _each(self, doing: str, action: Callable[[Candidate], None], steps: int = 0) -> None:
         for candidate in self.candidates:
-            what = f"{doing} {candidate.strategy.name}"
-            self._progress(0, what)
-            action(candidate)
-            self._progress(steps, what)
+            self._one(doing, action, candidate, steps)
+
+    def _one(self, doing: str, action: Callable[[Candidate], None], candidate: Candidate, steps: int) -> None:
+        what = f"{doing} {candidate.strategy.name}"
+        self._progress(0, what)
+        action(candidate)
+        self._progress(steps, what)
 
     def _build(self, candidate: Candidate) -> None:
         candidate.failure = self.experiment.excluded.get(candidate.strategy.name)
@@ -156,9 +166,9 @@ class Measurement:
             candidate.payload_bytes_per_step = candidate.strategy.payload_bytes(net, self.worker.world)
             trainer = candidate.strategy.build(net, optimizer_factory(self.experiment.optimizer), group)
             trainer.loss = self.workload.loss
-            for number in range(TRIAL_STEPS):
+            for number in range(candidate.trial_steps):
                 self.step(candidate, trainer)
-                if trainer.compressor is not None and number >= TRIAL_STEPS - 2:
+                if trainer.compressor is not None and number >= candidate.trial_steps - 2:
                     self._drain(candidate, trainer)
                     sent.append(trainer.compressor_stats()["bytes_sent"])
             self._drain(candidate, trainer)
@@ -270,6 +280,7 @@ class Measurement:
             "payload_bytes_per_step": candidate.payload_bytes_per_step,
             "held_out_loss": candidate.held_out_loss,
             "optimizer_state_bytes": candidate.optimizer_state_bytes,
+            "chosen": candidate.chosen,
             "blocks": candidate.blocks,
             "breakdown": candidate.breakdown,
             "losses": [round(loss, 6) for loss in losses],  # training loss, mean over ranks, every step

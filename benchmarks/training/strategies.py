@@ -61,6 +61,8 @@ class Strategy:
     same_as: ClassVar[str | None] = None
     #: Whether it can move in two levels: then it has a field `hierarchy`.
     has_levels: ClassVar[bool] = False
+    #: Steps that it needs before it is what it will be: behind its first ones, and of no round.
+    settles: ClassVar[int] = 0
 
     def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
         raise NotImplementedError
@@ -182,9 +184,10 @@ class Dear(DDP):
 
 
 class Auto(DDP):
-    """What this library chooses by itself among exact methods, in the first 60 steps: warm up for at least as many."""
+    """What this library chooses by itself among exact methods, in 60 steps at most, which are not measured."""
 
     options: ClassVar[tuple[Option, ...]] = ()
+    settles: ClassVar[int] = 62
 
     def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
         import dear

@@ -162,5 +162,5 @@ def show(cell: dict[str, Any], console: Console) -> None:
         "exposed: step - compute floor (none). CPU: process time per step and worker. sent: measured on the "
         f"{port}. bound: max(compute floor{communication}). s to loss: training time from the first step on until "
         f"the mean training loss of {SMOOTHED_OVER} steps is so low; all reach it. held-out loss: all after the same "
-        "number of steps.",
+        "number of steps, to which auto adds those in which it chose.",
     )

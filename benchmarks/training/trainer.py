@@ -53,6 +53,11 @@ class Trainer:
         """The engine's own account of its last step; empty for strategies that keep none."""
         return dict(self.engine.stats()) if self.engine is not None else {}
 
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """What the engine has chosen by itself."""
+        return self.engine.plan if self.engine is not None else None
+
     def compressor_stats(self) -> dict[str, Any]:
         """The compressor's account of the last step, which must not be in flight any more; empty without one."""
         return dict(self.compressor.stats()) if self.compressor is not None else {}

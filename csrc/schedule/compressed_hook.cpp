@@ -55,6 +55,7 @@ void CompressedHook::take_buckets(const std::vector<Bucket>& buckets) {
 }
 
 void CompressedHook::start(size_t index, const Bucket& bucket, const Future& future) {
+  const ProfiledSpan span("submit, bucket ", index);
   const bool known = index < buckets_.size() &&
                      buckets_[index].buffer.unsafeGetTensorImpl() == bucket.buffer.unsafeGetTensorImpl();
   if (!known) {
@@ -93,6 +94,7 @@ void CompressedHook::note(std::exception_ptr error) {
 
 void CompressedHook::arrive() {
   for (size_t i = 0; i < std::min(delivered_, buckets_.size()); ++i) {
+    const ProfiledSpan span("wait, bucket ", i);
     // DDP is about to wait for all ranks by itself where parameters may go unused, and would not name who is
     // missing.
     for (const auto& exchange : buckets_[i].exchanges)
@@ -114,6 +116,7 @@ void CompressedHook::end() {
     for (const auto& exchange : buckets_[i].exchanges) exchange->wait();
     all.insert(all.end(), buckets_[i].exchanges.begin(), buckets_[i].exchanges.end());
   }
+  if (profiled()) report();
   std::vector<size_t> nonfinite;
   if (TwoPhaseExchange::any_nonfinite(all)) {
     for (size_t i = 0; i < delivered_; ++i) {
@@ -121,6 +124,19 @@ void CompressedHook::end() {
     }
   }
   if (always_ended_ || measuring_ || bound_ || !nonfinite.empty()) callbacks_.ended(nonfinite);
+}
+
+void CompressedHook::report() {
+  for (size_t i = 0; i < delivered_; ++i) {
+    if (!buckets_[i].buffer.is_cpu()) continue;  // the profiler shows what the device did
+    for (const auto& exchange : buckets_[i].exchanges) {
+      const std::string& name = exchange->label();
+      rows_.report(phase_name(Phase::kReduceScatter), name, exchange->first_start_ns(),
+                   exchange->first_end_ns());
+      rows_.report(phase_name(Phase::kAllGather), name, exchange->last_start_ns(), exchange->last_end_ns());
+      rows_.report("decode", name, exchange->decode_start_ns(), exchange->decode_end_ns());
+    }
+  }
 }
 
 void CompressedHook::roll_back() {

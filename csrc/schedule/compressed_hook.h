@@ -2,6 +2,7 @@
 
 #include "schedule/bucket.h"
 #include "schedule/group_phase.h"
+#include "schedule/profiled.h"
 
 namespace dear {
 
@@ -55,6 +56,8 @@ class CompressedHook {
   // Waits until every result stands, which DDP would do without asking check_interrupt().
   void arrive();
   void end();
+  // Tells a profiler when each bucket's exchanges moved.
+  void report();
   void note(std::exception_ptr error);
 
   const std::shared_ptr<Pipeline> pipeline_;
@@ -67,6 +70,7 @@ class CompressedHook {
   bool measuring_ = false;
   int64_t last_bucket_ns_ = 0;
   int64_t exposed_ns_ = 0;
+  ProfilerRows rows_;
 
   std::mutex mutex_;
   std::exception_ptr error_;  // the first of this backward pass

@@ -14,6 +14,8 @@ class GroupPhase {
   virtual Phase phase() const = 0;
   virtual int64_t start_ns() const = 0;
   virtual int64_t end_ns() const = 0;
+  // From when until when results of host tensors were decoded; zeros where nothing is.
+  virtual std::pair<int64_t, int64_t> decoding() const { return {0, 0}; }
   // What this rank sends, where it is known beforehand; a pipeline counts its own.
   virtual int64_t bytes_sent() const = 0;
 };
@@ -78,6 +80,9 @@ class SecondPhase : public GroupPhase {
   Phase phase() const override { return Phase::kAllGather; }
   int64_t start_ns() const override { return exchanges_.front()->last_start_ns(); }
   int64_t end_ns() const override { return exchanges_.back()->last_end_ns(); }
+  std::pair<int64_t, int64_t> decoding() const override {
+    return {exchanges_.front()->decode_start_ns(), exchanges_.back()->decode_end_ns()};
+  }
   int64_t bytes_sent() const override { return 0; }
 
  private:

@@ -14,7 +14,7 @@ Pipeline::Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::vector<std::sh
 
 Pipeline::~Pipeline() {
   if (home_.away()) return;
-  abort("The compressor was dropped while an exchange was in flight.");
+  if (!released_) abort("The compressor was dropped while an exchange was in flight.");
   {
     std::lock_guard<std::mutex> lock(decoding_->mutex);
     decoding_->stopping = true;

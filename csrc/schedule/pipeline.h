@@ -39,6 +39,8 @@ class Pipeline {
   // Steps that have begun.
   int64_t steps() const { return steps_; }
   void set_steps(int64_t steps) { steps_ = steps; }
+  // Lets the lanes go, which others may use from now on; nothing is in flight.
+  void release() { released_ = true; }
   // Nothing of the step before may be under way.
   void begin_step();
 
@@ -71,6 +73,7 @@ class Pipeline {
   std::vector<std::shared_ptr<Lane>> all_to_alls_;
   const at::Device device_;
   const int rank_;
+  bool released_ = false;
   int64_t steps_ = 0;
   Counts at_begin_;
   Counts last_step_;

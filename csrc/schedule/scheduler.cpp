@@ -9,7 +9,9 @@ namespace {
 
 constexpr int64_t kShownWait = 50'000;  // ns; a trace leaves shorter waits out
 
-std::string group_label(size_t index) { return "fusion group " + std::to_string(index); }
+constexpr char kGroup[] = "fusion group ";
+
+std::string group_label(size_t index) { return kGroup + std::to_string(index); }
 
 }  // namespace
 
@@ -18,6 +20,12 @@ Scheduler::Scheduler(std::shared_ptr<Lane> reduce_lane, std::shared_ptr<Lane> ga
     : reduce_lane_(std::move(reduce_lane)),
       gather_lane_(std::move(gather_lane)),
       gather_gradients_(gather_gradients) {}
+
+void Scheduler::release() {
+  synchronize();
+  released_ = true;
+  if (pipeline_) pipeline_->release();
+}
 
 bool Scheduler::same_layout(size_t index, const Bucket& bucket) const {
   return !groups_.empty() && index < buckets_.size() &&
@@ -214,6 +222,7 @@ void Scheduler::submit_dropped() {
 
 bool Scheduler::any_dropped() {
   if (!tell_dropped_) return false;
+  const ProfiledSpan span("wait, finiteness check");
   const int64_t start = now_ns();
   tell_dropped_->wait();
   const int64_t end = now_ns();
@@ -228,6 +237,7 @@ void Scheduler::submit_all() {
 }
 
 void Scheduler::submit_reduce(size_t index) {
+  const ProfiledSpan span("submit, reduce-scatter of ", kGroup, index);
   Group& group = groups_[index];
   group.versions.clear();
   for (size_t i = group.first; i < group.last; ++i) group.versions.push_back(buckets_[i].buffer._version());
@@ -245,6 +255,7 @@ void Scheduler::submit_gather(size_t index, size_t portion) {
   Gather& gather = groups_.at(index).gathers.at(portion);
   if (!gather.phase) return;
   if (gather.moving) wait_gathered(index, portion);
+  const ProfiledSpan span("submit, all-gather of ", kGroup, index);
   gather.moving = true;
   ++gathering_;
   bytes_sent_ += gather.phase->bytes_sent();
@@ -254,14 +265,26 @@ void Scheduler::submit_gather(size_t index, size_t portion) {
 template <typename Wait>
 void Scheduler::timed_wait(const GroupPhase& half, size_t group, int64_t* total, Wait wait) {
   const int64_t start = now_ns();
-  wait();
+  {
+    const ProfiledSpan span("wait, ", phase_name(half.phase()), " of ", kGroup, group);
+    wait();
+  }
   const int64_t end = now_ns();
   *total += end - start;
-  if (!tracing_) return;
+  if (!tracing_ && !profiled()) return;
   const std::string name = group_label(group);
   const std::string phase = phase_name(half.phase());
-  trace(phase, name, half.start_ns(), half.end_ns());
+  note_lane(phase, name, half.start_ns(), half.end_ns());
+  const auto [from, until] = half.decoding();
+  if (from > 0) note_lane("decode", name, from, until);
   if (end - start > kShownWait) trace("wait", phase + " of " + name, start, end);
+}
+
+void Scheduler::note_lane(const std::string& lane, const std::string& name, int64_t start_ns,
+                          int64_t end_ns) {
+  trace(lane, name, start_ns, end_ns);
+  // Of device tensors the profiler shows what the device did.
+  if (profiled() && buckets_.front().buffer.is_cpu()) rows_.report(lane, name, start_ns, end_ns);
 }
 
 void Scheduler::wait_reduced(size_t index) {

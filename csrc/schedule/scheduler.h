@@ -11,6 +11,7 @@
 #include "collectives/exchange.h"
 #include "schedule/bucket.h"
 #include "schedule/group_phase.h"
+#include "schedule/profiled.h"
 #include "schedule/trace.h"
 
 namespace dear {
@@ -47,8 +48,12 @@ class Scheduler {
   Scheduler(std::shared_ptr<Lane> reduce_lane, std::shared_ptr<Lane> gather_lane, bool gather_gradients);
   // Ends what is in flight first: the gather lane may be waiting for the other one.
   ~Scheduler() {
-    abort("The engine was dropped while an exchange was in flight: call engine.detach() first.");
+    if (!released_) {
+      abort("The engine was dropped while an exchange was in flight: call engine.detach() first.");
+    }
   }
+  // Lets the lanes go, which another scheduler may use from now on. Waits for what is in flight.
+  void release();
 
   // --- from DDP's hook ---
 
@@ -117,6 +122,7 @@ class Scheduler {
   int64_t bytes_sent() const { return bytes_sent_ + (pipeline_ ? pipeline_->bytes_sent.load() : 0); }
   void start_trace() { tracing_ = true; }
   std::vector<TraceEvent> stop_trace();
+  bool tracing() const { return tracing_; }
   void trace(const std::string& lane, const std::string& name, int64_t start_ns, int64_t end_ns);
   // Makes both lanes fail with `reason`, so that no peer waits for us longer than it must.
   void abort(const std::string& reason);
@@ -149,6 +155,7 @@ class Scheduler {
   void finish_backward();
   template <typename Wait>
   void timed_wait(const GroupPhase& half, size_t group, int64_t* total, Wait wait);
+  void note_lane(const std::string& lane, const std::string& name, int64_t start_ns, int64_t end_ns);
   void make_finiteness_check();
   void submit_dropped();
 
@@ -157,6 +164,7 @@ class Scheduler {
   const bool gather_gradients_;
   std::function<void(bool)> ended_;
   bool meets_ = false;
+  bool released_ = false;
   std::shared_ptr<Exchange> meeting_;
 
   std::vector<Bucket> incoming_;  // buckets that DDP has changed, until adopt_layout()
@@ -180,6 +188,7 @@ class Scheduler {
   int64_t bytes_sent_ = 0;
   bool tracing_ = false;
   std::vector<TraceEvent> events_;
+  ProfilerRows rows_;
 };
 
 }  // namespace dear

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "collectives/interrupt.h"
+#include "schedule/profiled.h"
 
 namespace dear {
 
@@ -88,6 +89,7 @@ void TwoPhaseExchange::on_stream(Work work) {
 
 void TwoPhaseExchange::start() {
   wait();  // for a step that nobody has waited for
+  const ProfiledSpan span("encode, ", label_);
   step_ = pipeline_->steps() - 1;
   stages_ = codec_->stages(step_);
   std::fill(queued_.begin(), queued_.end(), nullptr);
@@ -168,7 +170,12 @@ std::optional<Message> TwoPhaseExchange::advance(size_t stage) {
   auto& total = stage == 0         ? pipeline_->encode_ns
                 : stage == stages_ ? pipeline_->decode_ns
                                    : pipeline_->between_ns;
-  total += now_ns() - start;
+  const int64_t end = now_ns();
+  total += end - start;
+  if (stage == stages_ && !stream_) {
+    decode_start_ns_ = start;
+    decode_end_ns_ = end;
+  }
   return message;
 }
 

@@ -78,6 +78,9 @@ class TwoPhaseExchange {
   }
   int64_t last_start_ns() const { return last() ? last()->start_ns() : 0; }
   int64_t last_end_ns() const { return last() ? last()->end_ns() : 0; }
+  // Of the last step's decoding, on the host, once it was waited for.
+  int64_t decode_start_ns() const { return decode_start_ns_; }
+  int64_t decode_end_ns() const { return decode_end_ns_; }
 
  private:
   struct Known {
@@ -117,6 +120,8 @@ class TwoPhaseExchange {
 
   int64_t step_ = 0;
   size_t stages_ = 0;
+  int64_t decode_start_ns_ = 0;
+  int64_t decode_end_ns_ = 0;
   std::vector<std::vector<Known>> known_;            // by stage
   std::vector<std::shared_ptr<Exchange>> deferred_;  // by stage; null at 0
   std::vector<std::shared_ptr<Exchange>> queued_;    // of this step, by stage; null where none is yet

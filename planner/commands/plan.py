@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..cluster import Cluster, ClusterError
 from ..devices import device
 from ..ranking import BASELINE, MIB, Choice, rank, ways
 from ..user_model import imported
+from ..writing import check_writable
 
 LABEL = "PREDICTED, not measured"
 BANDWIDTHS = ("100Mbit", "500Mbit", "1Gbit", "2.5Gbit", "10Gbit", "25Gbit", "100Gbit")
@@ -42,10 +44,17 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
+    for option, path in (("--json", given.json), ("--picture", given.picture if given.sweep else None)):
+        if path is not None:
+            check_writable(option, path)
+    if given.sweep:
+        _check_picture(given.picture)
     cluster = _cluster(given)
     model, activations = _profile(given, cluster)
     console = Console() if Console().is_terminal else Console(width=160)
-    found = rank(model, cluster, ways([name for name in given.compressors.split(",") if name]), activations)
+    found = rank(
+        model, cluster, ways([name.strip() for name in given.compressors.split(",") if name.strip()]), activations
+    )
     console.print(_table(model, cluster, found))
     console.print(
         f"Speed-ups are over DDP with torch's 16-bit hook at its best bucket size. Computing takes "
@@ -84,8 +93,8 @@ def _cluster(given: argparse.Namespace) -> Cluster:
 
 def _profile(given: argparse.Namespace, cluster: Cluster) -> tuple[profile.Profile, float]:
     """And the bytes of activations, as far as they are known."""
-    if given.batch < 1 or (given.step_ms is not None and not given.step_ms > 0):
-        raise ValueError("--batch and --step-ms must be above 0.")
+    if given.batch < 1 or (given.step_ms is not None and not 0 < given.step_ms < math.inf):
+        raise ValueError("--batch and --step-ms must be above 0, and finite.")
     if given.model.endswith(".json"):
         return profile.read(Path(given.model)), 0.0
     model = imported(given.model) if ":" in given.model else models.built_in(given.model)
@@ -141,6 +150,15 @@ def sweep(over: str, model: profile.Profile, cluster: Cluster) -> dict[str, list
         for choice in rank(model, other, chosen, caps=SWEEP_CAPS):
             found[choice.name].append((at, choice.speedup))
     return found
+
+
+def _check_picture(path: Path) -> None:
+    """Raises ValueError where matplotlib cannot draw such a file."""
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"--picture must be a file that ends with one of .{', .'.join(sorted(known))}, not {path}.")
 
 
 def draw(swept: dict[str, list[tuple[float, float]]], over: str, model: profile.Profile, path: Path) -> None:

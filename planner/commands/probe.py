@@ -7,6 +7,8 @@ cluster file that ``plan --cluster`` reads.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,11 +19,21 @@ import dear
 from dear.cost_model import AlphaBeta
 
 from .. import probing
+from ..codec_timing import measured_costs
+from ..codecs import Cost
+from ..devices import device
 from ..network import PHASES
 from ..probing import Measured, fitted
+from ..writing import check_writable
 
 SIZES = tuple(1 << power for power in (12, 15, 18, 20, 22, 24))  # bytes of the whole tensor
 REPEATS = 7
+COMPRESSORS = (
+    "bf16", "fp16", "int8", "fp8", "int4", "int3", "int2", "sign", "topk:0.01", "power:4", "power:8", "acp:4",
+)  # fmt: skip
+SHAPES = ((768, 768), (768, 768), (768,))  # of what they are timed on: BERT-Base's attention
+MOST_SECONDS = 3600.0
+HOW_TO_START = "start it as torchrun --nproc-per-node 2 -m dear probe, or under mpirun or srun"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +44,20 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    if not given.seconds > 0:
-        raise ValueError("--seconds must be above 0.")
-    dear.init_process_group(given.backend, timeout=timedelta(seconds=max(60.0, 4 * given.seconds)))
+    if not 0 < given.seconds < MOST_SECONDS:
+        raise ValueError(f"--seconds must be above 0, and below {MOST_SECONDS:.0f}.")
+    device(given.device)  # plan shall know it
+    check_writable("--out", given.out)
+    try:
+        dear.init_process_group(given.backend, timeout=timedelta(seconds=max(60.0, 4 * given.seconds)))
+    except RuntimeError as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"The probe could not begin ({why}): {HOW_TO_START}.") from error
     try:
         measured = measure(given.seconds)
+        costs = compressors()
         if dist.get_rank() == 0:
-            write(given.out, dist.get_world_size(), fitted(measured), given.device)
+            write(given.out, dist.get_world_size(), fitted(measured), given.device, costs)
             print(f"The cluster file is {given.out}: python -m dear plan --cluster {given.out} --model NAME")
     except RuntimeError as error:
         raise ValueError(f"The network could not be measured ({error}).") from error
@@ -50,16 +69,27 @@ def measure(budget: float) -> Measured:
     """The slowest rank's median seconds over all ranks, by phase. Collective."""
     if dist.get_world_size() < 2:
         raise ValueError("A probe needs 2 workers or more: start it with torchrun, mpirun or srun.")
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    place = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     group = dist.group.WORLD
     assert group is not None
-    return probing.measure(group, device, SIZES, PHASES, budget, REPEATS)
+    return probing.measure(group, place, SIZES, PHASES, budget, REPEATS)
 
 
-def write(path: Path, workers: int, lines: dict[str, AlphaBeta], device: str) -> None:
+def compressors() -> dict[str, Cost]:
+    """What each costs this rank, where gradients are host tensors; all ranks measure at once, as they train."""
+    group = dist.group.WORLD
+    assert group is not None
+    return {} if dist.get_backend() == "nccl" else measured_costs(COMPRESSORS, group, SHAPES)
+
+
+def write(
+    path: Path, workers: int, lines: dict[str, AlphaBeta], named: str, costs: Mapping[str, Cost] | None = None
+) -> None:
     import yaml
 
     collectives = {phase: {"alpha": float(line.alpha), "beta": float(line.beta)} for phase, line in lines.items()}
-    described = {"nodes": workers, "device": device, "collectives": collectives}
+    described = {"nodes": workers, "device": named, "collectives": collectives}
+    if costs:
+        described["compressors"] = {name: asdict(cost) for name, cost in costs.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# Measured by python -m dear probe; seconds, and seconds per byte.\n{yaml.safe_dump(described)}")

@@ -13,7 +13,8 @@ from typing import Any
 
 import dear
 
-from ..tracing import Tracer
+from ..tracing import Tracer, check_steps
+from ..writing import check_writable
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     if not given.script.is_file():
         raise ValueError(f"There is no script {given.script}: name a file of Python.")
+    check_steps(given.steps, given.skip)
+    check_writable("--out", given.out)
     tracers: list[Tracer] = []
     attach = dear.attach
 
