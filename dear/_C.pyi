@@ -346,6 +346,7 @@ class LevelledCodec(Codec):
         bits: typing.SupportsInt | typing.SupportsIndex,
         error: torch.Tensor | None,
         owner_error: torch.Tensor | None,
+        squares: torch.Tensor | None,
     ) -> None: ...
 
 class TopKCodec(Codec):
