@@ -177,7 +177,6 @@ class _Asked:
             setting = steering.setting
             if setting.compressor is not None:
                 setting.compressor.check_new(model, "dear.attach()")
-        facts |= options_of(self.optimizers)
         facts |= {
             "bucket_cap_mb": setting.bucket_cap_mb,
             "algorithm": ground.algorithm,
@@ -188,6 +187,7 @@ class _Asked:
             "check_replicas": self.check_replicas,
             "hierarchy": self.hierarchy,
         }
+        facts |= options_of(self.optimizers)  # behind their names: what differs in kind differs in options, too
         return _Decided(ground, setting, steering, facts)
 
     def _chooser_or_compressor(self) -> tuple[Chooser | None, Compressor | None]:

@@ -29,7 +29,7 @@ def main():
 
     kept = wire.state_dict()  # each rank's own: save it with its shards
     if torch.distributed.get_rank() == 0:
-        print(f"loss {loss.item():.3f}; error feedback of {len(kept)} modules")
+        print(f"loss {loss.item():.3f}; error feedback of {len(kept['errors'])} modules")
     torch.distributed.destroy_process_group()
 
 

@@ -193,12 +193,13 @@ def follows(rank, world, plan, how, before, folder):
     ("plan", "how", "before"),
     [
         (PLAN, "engine", 0),
-        (POWER, "engine", 4),  # its steps are being profiled
+        (PLAN | {"update": "sharded"}, "engine", 4),  # its steps are being profiled, by the scheduler that goes on
+        (POWER, "engine", 4),
         (POWER, "dcp", 0),
         (PLAN | {"update": "replicated"}, "dcp_sharded", 0),
         (POWER, "dcp_sharded", 12),  # ways are being tried
     ],
-    ids=["ddp", "power", "power by dcp", "replicated by dcp_sharded", "power by dcp_sharded"],
+    ids=["ddp", "sharded", "power", "power by dcp", "replicated by dcp_sharded", "power by dcp_sharded"],
 )
 def test_auto_goes_on_with_its_plan(pool2, plan, how, before, tmp_path):
     pool2.run(follows, plan, how, before, str(tmp_path))

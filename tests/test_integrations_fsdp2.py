@@ -106,7 +106,7 @@ def not_finite(rank, world, wire):
     x, y = models.data(rank, 0)
     (F.mse_loss(model(x), y) * (torch.inf if rank else 1.0)).backward()
     assert any(not whole(param.grad).isfinite().all() for param in model.parameters())
-    assert all(error.isfinite().all() for error in kept.state_dict().values())
+    assert all(error.isfinite().all() for error in kept.state_dict()["errors"].values())
     optimizer.zero_grad()
     losses, _ = train(model, optimizer, rank, range(2))
     assert all(loss < float("inf") for loss in losses)
@@ -131,7 +131,9 @@ def conserved(rank, world, wire_dtype):
                 sums[name] = sums[name] + whole(param.grad).double()
             each.zero_grad()
     off = sum(float((total[name] - wanted[name]).sum()) for name in total)
-    kept = torch.tensor(sum(float(error.double().sum()) for error in wire.state_dict().values()), dtype=torch.float64)
+    kept = torch.tensor(
+        sum(float(error.double().sum()) for error in wire.state_dict()["errors"].values()), dtype=torch.float64
+    )
     torch.distributed.all_reduce(kept)
     assert abs(off) > 1e-6, "nothing was rounded"
     assert off + float(kept) / world == pytest.approx(0, abs=1e-6)
@@ -151,7 +153,7 @@ def resumed(rank, world, wire_dtype):
     model, optimizer, wire = build(True, wire=wire_dtype, error_feedback=True)
     train(model, optimizer, rank, range(3))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), wire.state_dict()))
-    assert len(saved[2]) == 5
+    assert len(saved[2]["errors"]) == 5
     want = train(model, optimizer, rank, range(3, 7))
     model, optimizer, wire = build(True, wire=wire_dtype, error_feedback=True)
     for part, state in zip((model, optimizer, wire), saved, strict=True):
@@ -159,7 +161,15 @@ def resumed(rank, world, wire_dtype):
     have = train(model, optimizer, rank, range(3, 7))
     assert have[0] == want[0]
     with pytest.raises(KeyError, match='no FSDP module "other"'):
-        wire.load_state_dict({"other": torch.zeros(1)})
+        wire.load_state_dict(saved[2] | {"errors": {"other": torch.zeros(1)}})
+    with pytest.raises(KeyError, match='has the key "errors"'):
+        wire.load_state_dict(saved[2]["errors"])
+    for lie, who in (({"rank": 1 - rank}, f"rank {1 - rank} of 2"), ({"world_size": 4}, f"rank {rank} of 4")):
+        with pytest.raises(ValueError, match=f"error feedback of {who}, and here is rank {rank} of 2"):
+            wire.load_state_dict(saved[2] | lie)
+    wire.load_state_dict(saved[2] | {"errors": {name: value[:-1] for name, value in saved[2]["errors"].items()}})
+    with pytest.raises(ValueError, match="load what was saved of this model"):
+        train(model, optimizer, rank, range(7, 8))
 
 
 @WIRES

@@ -7,15 +7,17 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import training
 from auto_instruments import SLOW, Prescribed
 from refusing import final, refused, same
 from test_auto import ADAMW, PLAN
 from test_tuner import SIZES, Clock
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import compress
 import dear
-from dear.integrations import accelerate
+from dear.integrations import accelerate, dcp_sharded
 from dear.integrations._session import FILE, Session, read_file, write_file
 from planner.auto import Auto
 
@@ -183,3 +185,24 @@ def without_feedback(rank, world):
 
 def test_a_state_without_error_feedback_is_told(pool2):
     pool2.run(without_feedback)
+
+
+def plain_parts(rank, world, folder):
+    """A checkpoint that DCP wrote for plain DDP."""
+    model, opt = training.build("Mlp", ADAMW, {})
+    training.plain_step(model, opt, rank, 0)
+    weights, state = get_state_dict(model, opt)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/plain")
+    engine = dear.attach(model, opt, compressor=compress.PowerSGD(rank=2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dcp_sharded.load(f"{folder}/plain", model, opt, engine)
+        dcp_sharded.save(f"{folder}/ours", model, opt, engine)
+        dcp_sharded.load(f"{folder}/ours", model, opt, engine)
+    told = [str(each.message) for each in caught if "feedback" in str(each.message)]
+    assert len(told) == 1 and "plain has no error feedback" in told[0]
+    engine.detach()
+
+
+def test_parts_without_error_feedback_are_told(pool2, tmp_path):
+    pool2.run(plain_parts, str(tmp_path))

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import dear
 from dear.integrations.transformers import DearCallback, attach
@@ -169,6 +169,47 @@ def resumed(rank, world, folder, name):
 @pytest.mark.parametrize("name", ["sharded", "replicated", "owned", *COMPRESSORS, "hook-power"])
 def test_a_checkpoint_is_resumed(pool2, tmp_path, name):
     pool2.run(resumed, str(tmp_path), name)
+
+
+def resumed_elsewhere(rank, world, folder):
+    """From a folder that is not of this run."""
+    with as_torchrun(rank, world):
+        how = {"save_strategy": "steps", "save_steps": 4}
+        want, _ = result(make(f"{folder}/a", "power", **how)[0])
+        trainer, _ = make(f"{folder}/b", "power", **how)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            have, _ = result(trainer, resume_from_checkpoint=f"{folder}/a/checkpoint-4")
+        assert not [w for w in caught if "error feedback" in str(w.message)]
+        same(have, want)
+
+
+def test_a_checkpoint_of_another_folder_is_resumed(pool2, tmp_path):
+    pool2.run(resumed_elsewhere, str(tmp_path))
+
+
+class Asking(TrainerCallback):
+    """Asks for a checkpoint after the fourth step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step == 4
+        return control
+
+
+def asked(rank, world, folder, name):
+    """By a callback that was added after ours."""
+    with as_torchrun(rank, world):
+        trainer, _ = make(folder, name, max_grad_norm=0.2)
+        trainer.add_callback(Asking())
+        want, _ = result(trainer)
+        trainer, _ = make(folder, name, max_grad_norm=0.2)
+        have, _ = result(trainer, resume_from_checkpoint=f"{folder}/checkpoint-4")
+        same(have, want, what=name)
+
+
+@pytest.mark.parametrize("name", ["sharded", "power"])
+def test_a_callback_asks_for_a_checkpoint(pool2, tmp_path, name):
+    pool2.run(asked, str(tmp_path), name)
 
 
 def best(rank, world, folder, name):

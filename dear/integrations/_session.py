@@ -17,7 +17,7 @@ from dear._findings import AUTO, TUNER
 from dear.attaching import attach
 from dear.engine import Engine
 
-__all__ = ["FILE", "Session", "read_file", "uncompiled_model", "write_file"]
+__all__ = ["FILE", "Session", "read_file", "uncompiled_model", "warn_without_feedback", "write_file"]
 
 FILE = "dear.pt"  #: beside a framework's own files in a checkpoint
 
@@ -38,6 +38,19 @@ def read_file(folder: str) -> dict[str, Any] | None:
     """What :func:`write_file` has put there; None where nobody has."""
     path = os.path.join(folder, FILE)
     return torch.load(path, weights_only=True) if os.path.exists(path) else None
+
+
+def warn_without_feedback(where: str, compressor: Any) -> None:
+    """A checkpoint was saved without this library, or without the compressor.
+
+    where: names it.
+    """
+    if getattr(compressor, "error_feedback", False):  # "auto" is none yet
+        warnings.warn(
+            f"{where} has no error feedback of the compressor, so training goes on without what was not sent yet: save "
+            "checkpoints while this integration is in use.",
+            stacklevel=4,
+        )
 
 
 class Session:
@@ -114,12 +127,7 @@ class Session:
         """
         compressor = self._options.get("compressor")
         if not state:
-            if getattr(compressor, "error_feedback", False):  # "auto" is none yet
-                warnings.warn(
-                    f"{where} has no error feedback of the compressor, so training goes on without what was not sent "
-                    "yet: save checkpoints while this integration is in use.",
-                    stacklevel=3,
-                )
+            warn_without_feedback(where, compressor)
         elif self._engine is not None:
             self._engine.load_state_dict(state)
         elif self._register is None or self._options["compressor"].binding is None:

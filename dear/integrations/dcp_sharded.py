@@ -40,6 +40,7 @@ from dear._state import SCALARS
 from dear._state_parts import InParts, LoadedState
 from dear.engine import Engine
 from dear.integrations._pieces import Pieces
+from dear.integrations._session import warn_without_feedback
 
 __all__ = ["load", "save"]
 
@@ -121,6 +122,8 @@ def _load_engine(path: str, metadata: Metadata, engine: Engine) -> None:
     if any(key.startswith("engine.") for key in metadata.state_dict_metadata):
         dcp.load(wanted, checkpoint_id=path, process_group=group)
         engine.load_state_dict(_merged([torch.load(io.BytesIO(each), weights_only=True) for each in wanted.values()]))
+    else:
+        warn_without_feedback(path, engine.compressor)
 
 
 def _listed(optimizer: Any) -> list[Optimizer]:

@@ -67,22 +67,32 @@ class GradientWire:
     def __init__(self, scatters: dict[str, _RingReduceScatter]) -> None:
         self._scatters = scatters
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """This rank's error feedback, by the name of the FSDP module; empty without it, and before the first step."""
-        return {
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's error feedback under ``"errors"``, by the name of the FSDP module: none without it, and before
+        the first step."""
+        errors = {
             name: scatter.wire.error
             for name, scatter in self._scatters.items()
             if scatter.wire is not None and scatter.wire.error is not None
         }
+        return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "errors": errors}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what :meth:`state_dict` gave on this rank.
 
         Raises:
-            KeyError: the model has no FSDP module of such a name.
-            ValueError: gradients are sent whole.
+            KeyError: the model has no FSDP module of such a name, or it is no such state.
+            ValueError: gradients are sent whole, or it is another rank's, or of another number of ranks.
         """
-        for name, error in state.items():
+        if "errors" not in state:
+            raise KeyError('A gradient wire\'s state has the key "errors": pass what its state_dict() returned.')
+        saved, here = (state["rank"], state["world_size"]), (dist.get_rank(), dist.get_world_size())
+        if saved != here:
+            raise ValueError(
+                f"This is the error feedback of rank {saved[0]} of {saved[1]}, and here is rank {here[0]} of {here[1]}:"
+                " load on each rank what it has saved, on as many ranks, or leave the error feedback out."
+            )
+        for name, error in state["errors"].items():
             if name not in self._scatters:
                 raise KeyError(f'The model has no FSDP module "{name}": load the state into the model it was saved of.')
             wire = self._scatters[name].wire
@@ -166,7 +176,7 @@ class _RingReduceScatter(_Buffers, ReduceScatter):
         averages = op == dist.ReduceOp.AVG
         if not averages and op != dist.ReduceOp.SUM:
             raise ValueError(
-                f"dear.integrations.fsdp2 sums or averages gradients, and FSDP asks for {op}: leave "
+                "dear.integrations.fsdp2 sums or averages gradients, and FSDP asks for something else: leave "
                 "set_gradient_divide_factor() at the world size, or out."
             )
         if self.wire is None or output_tensor.dtype == self.wire.dtype:
@@ -183,6 +193,11 @@ class _RingReduceScatter(_Buffers, ReduceScatter):
     ) -> None:
         """Each owner gets everyone's part, and adds."""
         lane = self._lanes.get(group, "all-to-all")
+        if wire.error is not None and wire.error.numel() != full.numel():
+            raise ValueError(
+                f"The error feedback that was loaded is of {wire.error.numel()} elements, and the FSDP module's "
+                f"gradients are {full.numel()}: load what was saved of this model, or leave the error feedback out."
+            )
         sent = wire.encode(full, lane.world)
         received = torch.empty_like(sent)
         lane.submit(

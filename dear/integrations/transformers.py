@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ class DearCallback(_TrainerCallback):
 
     ``max_grad_norm`` clips, and the logged ``grad_norm`` is plain DDP's. Checkpoints have the optimizer's full state,
     and a file ``dear.pt`` with the compressor's, the order of the buckets, and what a tuner or ``"auto"`` has found.
-    ``train(resume_from_checkpoint=...)`` finds it in the checkpoint of the same step in ``output_dir``.
+    ``train(resume_from_checkpoint=...)`` finds it there.
 
     Args:
         trainer: callbacks are not told the DDP module; the trainer knows it.
@@ -35,6 +36,16 @@ class DearCallback(_TrainerCallback):
         super().__init__()
         self._trainer = trainer
         self._session = Session(options, register)
+        self._resumes_from: str | None = None  # the folder, where train() was told one
+        train = trainer.train
+
+        @functools.wraps(train)
+        def remember_and_train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            named = isinstance(resume_from_checkpoint, (str, os.PathLike))  # True takes the last one
+            self._resumes_from = os.fspath(resume_from_checkpoint) if named else None
+            return train(resume_from_checkpoint, *args, **kwargs)
+
+        trainer.train = remember_and_train  # callbacks are not told where a checkpoint is
 
     @property
     def engine(self) -> Engine:
@@ -50,10 +61,14 @@ class DearCallback(_TrainerCallback):
                 "DistributedDataParallel: start the script with torchrun, without FSDP or DeepSpeed."
             )
         if state.global_step:
-            folder = self._folder(args, state)
+            folder = self._resumes_from or self._folder(args, state)
             self._session.load(read_file(folder), folder)
         self._session.begin(model, [inner_optimizer(optimizer)])
         remember_step(optimizer)
+        # Last, so that it hears of a checkpoint that a callback of the user's asks for. In a new list, since this one
+        # is being walked through.
+        handler = self._trainer.callback_handler
+        handler.callbacks = [*(each for each in handler.callbacks if each is not self), self]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer saves after this, on one rank alone, so all ranks gather before."""
