@@ -176,7 +176,6 @@ class _Asked:
             setting = steering.setting
             if setting.compressor is not None:
                 setting.compressor.check_new(model, "dear.attach()")
-        facts |= options_of(self.optimizers)
         facts |= {
             "bucket_cap_mb": setting.bucket_cap_mb,
             "algorithm": ground.algorithm,
@@ -186,6 +185,7 @@ class _Asked:
             "overlap_forward": self.overlap_forward,
             "check_replicas": self.check_replicas,
             "hierarchy": self.hierarchy,
+            **options_of(self.optimizers),
         }
         return _Decided(ground, setting, steering, facts)
 
