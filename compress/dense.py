@@ -28,10 +28,10 @@ class Dense(Compressor):
 
     There, ``scale="element"`` divides each element by a scale of its own before it is rounded: a power of two near the
     root of the running mean of the squares of its past results (weights of 1/16), but not far below its block's mean.
-    An element that is small beside its neighbours is then rounded as finely as they are. Every rank computes the scales
-    from the results, so they cost no bytes; they cost 4 bytes of memory an element on every rank, which are saved. In
-    the first steps, without results, all elements of a block are equal. A step whose gradients are not finite changes
-    no scale.
+    An element that is small beside its neighbours is then rounded as finely as they are. Steps are coarser there, so
+    that less is sent late. Every rank computes the scales from the results, so they cost no bytes; they cost 4 bytes of
+    memory an element on every rank, which are saved. Before the first result all elements of a block are equal. A step
+    whose gradients are not finite changes no scale.
 
     Without error feedback, values beyond float16's range (65504) count as not finite; with it, they are sent in parts.
     In 8 bits, so do values beyond 2^126, and in fewer, beyond 2^100.

@@ -70,6 +70,7 @@ void bind_scheduler(py::module_& m) {
            py::arg("placeholders"), py::arg("sizes"), py::arg("gather_order"), NoGil())
       .def("regroup", &Scheduler::regroup, py::arg("sizes"), py::arg("gather_order"), NoGil())
       .def("replace_buffers", &Scheduler::replace_buffers, py::arg("buffers"))
+      .def("replace_placeholders", &Scheduler::replace_placeholders, py::arg("placeholders"))
       .def("forget_layout", &Scheduler::forget_layout, NoGil())
       .def("set_pipeline", &Scheduler::set_pipeline, py::arg("pipeline"))
       .def("any_dropped", &Scheduler::any_dropped, NoGil())

@@ -5,6 +5,7 @@ nothing of a parameter group, or nothing that is used, sees nothing of its updat
 
 - Torch's own steps change all gradients of a group or none, as its switches say. A rank that does not see it is told by
   the others, at the end of the group's first update, and again whenever one of the switches was set.
+- Under GradScaler the fused ones divide gradients by the scale, all of them, which no version counter shows.
 - A step of the user's own may do so at any time, on one rank alone, and through ``.data``, which no version counter
   shows. So it counts as changing all of them, each time.
 """
@@ -38,20 +39,15 @@ class ChangedGradients:
         self._told: dict[tuple[int, int], tuple[dict[str, Any], bool]] = {}  # by optimizer and group: of which switches
 
     @contextlib.contextmanager
-    def watch(self, segments: Sequence[Segment]) -> Iterator[None]:
+    def watch(self, number: int, segments: Sequence[Segment]) -> Iterator[None]:
         """Inside, an optimizer updates these segments."""
+        if self._own[number]:
+            with _kept_in_place(segments):
+                yield
+            return
         grads = [(segment.group, segment.tensor.grad) for segment in segments if segment.tensor.grad is not None]
         versions = [grad._version for _, grad in grads]
-        owned = [segment.tensor.grad for segment in segments]
-        try:
-            yield
-        finally:
-            dropped = _put_back(segments, [segment.tensor.grad for segment in segments], owned)
-        if dropped:
-            raise RuntimeError(
-                "An optimizer's step() has set the .grad of a parameter to None, which other ranks do not see with "
-                'update="sharded" or "owned": leave that to optimizer.zero_grad(), or use update="replicated".'
-            )
+        yield
         for (group, grad), before in zip(grads, versions, strict=True):
             found = _LEFT if grad._version == before else _CHANGED
             self._seen[group] = max(found, self._seen.get(group, _IDLE))
@@ -63,7 +59,8 @@ class ChangedGradients:
         """
         seen, self._seen = self._seen, {}
         groups = self._attached.users[number].optimizer.param_groups
-        if self._own[number]:
+        scaled = getattr(self._attached.users[number].optimizer, "grad_scale", None) is not None
+        if self._own[number] or scaled:
             self._gradients.changed_by_update({param for group in groups for param in group["params"]})
             return
         if self._cut is not segments:
@@ -98,20 +95,32 @@ class ChangedGradients:
         return unseen
 
 
-def _put_back(
-    segments: Sequence[Segment], found: Sequence[torch.Tensor | None], owned: Sequence[torch.Tensor | None]
-) -> bool:
-    """What the update has put in the place of a gradient goes into that gradient; whether it has dropped one."""
+@contextlib.contextmanager
+def _kept_in_place(segments: Sequence[Segment]) -> Iterator[None]:
+    """What a step inside puts in the place of a gradient goes into that gradient.
+
+    Raises:
+        RuntimeError: it has dropped one.
+    """
+    grads = [(segment.tensor, segment.tensor.grad) for segment in segments]
     dropped = False
-    for segment, now, before in zip(segments, found, owned, strict=True):
-        if now is before or before is None:
-            continue
-        segment.tensor.grad = before
-        dropped |= now is None
-        if now is not None:
-            with torch.no_grad():
-                before.copy_(now)
-    return dropped
+    try:
+        yield
+    finally:
+        for tensor, before in grads:
+            now = tensor.grad
+            if now is before or before is None:
+                continue
+            tensor.grad = before
+            dropped |= now is None
+            if now is not None:
+                with torch.no_grad():
+                    before.copy_(now)
+    if dropped:
+        raise RuntimeError(
+            "An optimizer's step() has set the .grad of a parameter to None, which other ranks do not see with "
+            'update="owned": leave that to optimizer.zero_grad(), or use update="replicated".'
+        )
 
 
 def _owns(layout: Layout, rank: int, place: Place) -> bool:

@@ -49,11 +49,11 @@ def _is_known(function: Any) -> bool:
 
 
 def _adds_no_code(kind: type) -> bool:
-    """Whether a class of an optimizer's is torch's, or has nothing that the step may call."""
+    """Whether a class of an optimizer's is torch's, or has nothing that the step may call but what torch put there."""
     if kind.__module__.partition(".")[0] in ("torch", "builtins", "typing"):
         return True
     return not any(
-        callable(value) or isinstance(value, (property, classmethod, staticmethod))
+        (callable(value) or isinstance(value, (property, classmethod, staticmethod))) and not _is_known(value)
         for name, value in vars(kind).items()
         if name not in ("__init__", "__module__", "__doc__") and not name.startswith("dear_")
     )
@@ -106,10 +106,25 @@ class OwnStep:
         return RuntimeError(f"{self._name}.step() {what}{_REMEDY}")
 
 
+class OwnSteps:
+    """Of an engine's optimizers, those whose step is not torch's."""
+
+    def __init__(self, optimizers: Sequence[optim.Optimizer]) -> None:
+        self._steps = [OwnStep(each) if has_own_step(each) else None for each in optimizers]
+        self.with_closure = False  #: the user has given the step a closure
+
+    def validated(
+        self, number: int, groups: Groups, state: dict[Any, Any], segments: Sequence[Segment]
+    ) -> contextlib.AbstractContextManager[Callable[[], Any] | None]:
+        """As :meth:`OwnStep.validated`, of one of the optimizers."""
+        own = self._steps[number]
+        return contextlib.nullcontext() if own is None else own.validated(groups, state, segments, self.with_closure)
+
+
 #: What torch and this library keep there, or exchange for a call.
 _OF_TORCH = {
     "param_groups", "state", "step", "zero_grad", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
-    "_opt_called", "_step_count", _ddp.ENGINE,
+    "_opt_called", "_step_count", "_need_device_dtype_check_for_fused", _ddp.ENGINE,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ are updated elementwise are cut as before, and fill up what whole parameters lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import optim
@@ -15,6 +15,7 @@ from torch import optim
 from dear import _C
 from dear._assignment import Assignment, Unit, balanced_group_bytes
 from dear._attached import Attached, Param
+from dear._fused import fused_parameters
 from dear._layout import Layout
 from dear._optimizer import ELEMENTWISE
 from dear._own_steps import has_own_step
@@ -102,7 +103,7 @@ def _is_known(optimizer: optim.Optimizer) -> bool:
 class _Requirements:
     """Which parameters of some optimizers stay whole and which together, and what their updates cost."""
 
-    def __init__(self, optimizers: Iterable[optim.Optimizer], teams: Sequence[Team]) -> None:
+    def __init__(self, optimizers: Sequence[optim.Optimizer], teams: Sequence[Team]) -> None:
         self.whole: set[Param] = set()
         self._costs: dict[Param, Callable[[Param], float]] = {}
         for optimizer in optimizers:
@@ -113,6 +114,7 @@ class _Requirements:
                     self.whole.update(group["params"])
         self._teams = {param: number for number, team in enumerate(teams) for param in team.params}
         self._shared = {team.params[0]: team.cost for team in teams}  # of a team, by its first parameter
+        self.whole.update(fused_parameters(optimizers))
         self._own = set(self.whole)
         self.whole.update(self._teams)
 

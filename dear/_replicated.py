@@ -6,8 +6,10 @@ parameters. Optimizers whose update of one parameter may depend on others step a
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +18,7 @@ from dear import _C, _grads
 from dear._attached import Attached, Param, weakly
 from dear._context import StepContext, is_ordinary, ordinary
 from dear._grads import Found, Grads
+from dear._held_gradients import Shown, part_with_held, part_with_shown
 from dear._layout import Layout
 from dear._look_again import overlapping
 from dear._optimizer import Groups
@@ -42,6 +45,7 @@ class ReplicatedUpdate(Update):
         self._groups: Groups = []  # of the optimizer, as they were at step()
         self._attributes: dict[str, Any] = {}  # likewise
         self._context = StepContext(attached.device)
+        self._shown: Shown = []  # plain averages that stood in .grad since the last forward pass
         self._versions: list[int] | None = None  # of the averages, before a pass that is not reduced
         self.state_was_loaded(0)
 
@@ -62,16 +66,17 @@ class ReplicatedUpdate(Update):
         return full[begin:end]
 
     def adopt(self, layout: Layout) -> Placeholders:
-        placeholders: Placeholders = []
-        for place in layout.places:
-            bucket = place.bucket
+        return [(place.param, self._placeholder(layout, index)) for index, place in enumerate(layout.places)]
 
-            def settle(update: ReplicatedUpdate, bucket: int = bucket) -> None:
-                update._settle_gradients(update.attached.known_layout.group_of_bucket[bucket])
+    def _placeholder(self, layout: Layout, index: int) -> PendingGrad:
+        place = layout.places[index]
+        bucket = place.bucket
 
-            # The native scheduler keeps placeholders, where the garbage collector sees no cycle.
-            placeholders.append((place.param, pending_grad(place.view(layout.full[bucket]), weakly(self, settle))))
-        return placeholders
+        def settle(update: ReplicatedUpdate) -> None:
+            update._settle_gradients(update.attached.known_layout.group_of_bucket[bucket])
+
+        # The native scheduler keeps placeholders, where the garbage collector sees no cycle.
+        return pending_grad(place.view(layout.full[bucket]), weakly(self, settle))
 
     def before_forward(self, reduces: bool) -> None:
         """DDP and autograd touch gradients below Python: those that were kept are finished. And a pass under no_sync()
@@ -80,6 +85,9 @@ class ReplicatedUpdate(Update):
         attached = self.attached
         if attached.layout is None:
             return
+        part_with_shown(self._shown)
+        self._shown.clear()
+        part_with_held(attached, partial(self._placeholder, attached.layout))
         if attached.look_at_all_grads().nothing:
             return
         attached.synchronize()
@@ -191,7 +199,7 @@ class ReplicatedUpdate(Update):
                     view[param] = state[memory]
         for param in updated:
             if isinstance(param.grad, PendingGrad):
-                param.grad = grads[param]
+                self._show(param, grads[param])
 
     # --- gradients ---
 
@@ -209,8 +217,18 @@ class ReplicatedUpdate(Update):
 
     def _show_plain(self, group: int) -> None:
         for param, grad in self._averages(group).items():
-            if isinstance(param.grad, PendingGrad):
-                param.grad = grad
+            standing = param.grad
+            if not isinstance(standing, PendingGrad):
+                continue
+            if standing.plain.data_ptr() == grad.data_ptr():
+                self._show(param, grad)
+            else:  # the user has put another parameter's there
+                self.attached.scheduler.synchronize()
+                param.grad = standing.plain
+
+    def _show(self, param: Param, grad: torch.Tensor) -> None:
+        param.grad = grad
+        self._shown.append((param, weakref.ref(grad)))
 
     def _finish_gradients(self) -> None:
         """``.grad`` of every used parameter is the averaged gradient, as a plain tensor."""

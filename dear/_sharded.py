@@ -6,7 +6,8 @@ The optimizer's state and work are divided by the world size (ZeRO, stage 1); th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +16,13 @@ from dear import _C, _grads
 from dear._attached import Attached, Param
 from dear._changed_gradients import ChangedGradients
 from dear._flat_parameters import FlatParameters
+from dear._fused import aligned_owners, check_fused, fused_parameters
 from dear._grads import Found, Grads
+from dear._held_gradients import part_with_held
 from dear._layout import Layout, Segment
 from dear._optimizer import ELEMENTWISE, Groups
-from dear._own_steps import OwnStep, has_own_step
-from dear._placeholders import Placeholders, local_grad
+from dear._own_steps import OwnSteps, has_own_step
+from dear._placeholders import Placeholders
 from dear._preconditioned import Preconditioning
 from dear._sharded_gradients import ShardedGradients
 from dear._sharded_state import SegmentStates
@@ -40,9 +43,8 @@ class ShardedUpdate(Update):
         self._gradients = ShardedGradients(attached)
         self._changes = ChangedGradients(attached, self._gradients)
         self._preconditioning = Preconditioning(attached, self._gradients)
-        optimizers = [user.optimizer for user in attached.users]
-        self._own_steps = [OwnStep(each) if has_own_step(each) else None for each in optimizers]
-        self._with_closure = False
+        self._own_steps = OwnSteps([user.optimizer for user in attached.users])
+        self._fused: set[Param] = set()
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -62,6 +64,14 @@ class ShardedUpdate(Update):
 
     # --- the layout ---
 
+    def owners(self, layout: Layout) -> list[_C.Ownership]:
+        if not fused_parameters(user.optimizer for user in self.attached.users):
+            return super().owners(layout)
+        return [
+            aligned_owners(full.numel(), self.attached.world, layout.in_bucket(bucket), full.element_size())
+            for bucket, full in enumerate(layout.full)
+        ]
+
     def shard_of(self, full: torch.Tensor, owners: _C.Ownership) -> torch.Tensor:
         return full.new_empty(owners.size(self.attached.rank))
 
@@ -71,18 +81,16 @@ class ShardedUpdate(Update):
         return set()
 
     def adopt(self, layout: Layout) -> Placeholders:
+        self._fused = fused_parameters(user.optimizer for user in self.attached.users)
         former = self._states.take_full(layout)
         self._flat = FlatParameters(layout)
         self._states.adopt(layout, former)
-        gradients, follow, answer = self._gradients, self._gradients.before_add(), self._gradients.answering()
-        flats = [bucket.buffer.view(-1) for bucket in layout.buckets]
-        return [
-            (
-                place.param,
-                local_grad(place.view(flats[place.bucket]), index, gradients.before_zero(index), follow, answer),
-            )
-            for index, place in enumerate(layout.places)
-        ]
+        return [(place.param, self._gradients.placeholder(layout, index)) for index, place in enumerate(layout.places)]
+
+    def before_forward(self, reduces: bool) -> None:
+        layout = self.attached.layout
+        if layout is not None:
+            part_with_held(self.attached, partial(self._gradients.placeholder, layout))
 
     def regroup(self) -> None:
         self._states.regroup()
@@ -105,7 +113,7 @@ class ShardedUpdate(Update):
     # --- the step ---
 
     def step_with_closure(self, closure: Callable[[], Any] | None) -> tuple[bool, Any]:
-        self._with_closure = closure is not None  # it is called before, whoever updates what
+        self._own_steps.with_closure = closure is not None  # it is called before, whoever updates what
         return False, None
 
     def step(self, found: Found, optimizer: int) -> None:
@@ -124,7 +132,7 @@ class ShardedUpdate(Update):
         attached.barrier.settle(pending)  # the last step's, if this one follows without a backward pass
         assert self._flat is not None
         self._flat.copy_in()
-        self._take(found.own)
+        _take(self.attached, self._states.segments, found.own)
         self._preconditioning.run(self._states.by_group)
         self._update_as_reduced(optimizer)
         attached.barrier.close(pending)
@@ -160,20 +168,6 @@ class ShardedUpdate(Update):
             scheduler.submit_gather(index, optimizer)
         self._changes.conclude(optimizer, self._states.segments)
 
-    def _take(self, own: Grads) -> None:
-        """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
-        if not own:
-            return
-        self.attached.scheduler.synchronize()
-        for segment in self._states.segments:
-            for place in segment.places:
-                if place.param in own:
-                    assert segment.tensor.grad is not None
-                    segment.slot(place, segment.tensor.grad).copy_(segment.part(place, own[place.param]))
-        for param, placeholder in self.attached.placeholders:
-            if param in own:
-                param.grad = placeholder
-
     def _run(self, optimizer: int, groups: Iterable[int], name: str) -> None:
         """One update of an optimizer's segments in these fusion groups, with the hyper-parameters as they stand."""
         start = _C.now_ns()
@@ -188,17 +182,16 @@ class ShardedUpdate(Update):
         for index, group in enumerate(user.optimizer.param_groups):
             tensors = [segment.tensor for segment in segments if segment.group == index]
             if tensors:
+                if group.get("fused"):
+                    check_fused(group, self._fused)
                 work.append({**group, "params": tensors})
         if work:
-            with self._changes.watch(segments), self._validated(optimizer, work, segments) as closure:
+            with (
+                self._changes.watch(optimizer, segments),
+                self._own_steps.validated(optimizer, work, self._states.values, segments) as closure,
+            ):
                 user.run(work, self._states.values, closure)
         self.attached.scheduler.trace("update", name, start, _C.now_ns())
-
-    def _validated(
-        self, optimizer: int, work: Groups, segments: list[Segment]
-    ) -> AbstractContextManager[Callable[[], Any] | None]:
-        own = self._own_steps[optimizer]
-        return own.validated(work, self._states.values, segments, self._with_closure) if own else nullcontext()
 
     def finish(self, group: int) -> None:
         attached = self.attached
@@ -216,7 +209,7 @@ class ShardedUpdate(Update):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         attached.scheduler.synchronize()
         found = attached.look_at_grads()
-        self._take(found.own)
+        _take(self.attached, self._states.segments, found.own)
         used = (
             [] if found.nothing else [segment for segment in self._states.segments if segment.is_used(attached.unused)]
         )
@@ -270,3 +263,18 @@ class ShardedUpdate(Update):
     def release(self) -> None:
         self._gradients.release()
         self._states.release()
+
+
+def _take(attached: Attached, segments: list[Segment], own: Grads) -> None:
+    """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
+    if not own:
+        return
+    attached.scheduler.synchronize()
+    for segment in segments:
+        for place in segment.places:
+            if place.param in own:
+                assert segment.tensor.grad is not None
+                segment.slot(place, segment.tensor.grad).copy_(segment.part(place, own[place.param]))
+    for param, placeholder in attached.placeholders:
+        if param in own:
+            param.grad = placeholder

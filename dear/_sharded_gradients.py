@@ -25,7 +25,8 @@ from dear._attached import Attached, weakly
 from dear._context import StepContext, ordinary
 from dear._grad_operators import answer
 from dear._grads import Grads
-from dear._placeholders import LocalGrad
+from dear._layout import Layout
+from dear._placeholders import LocalGrad, local_grad
 
 Norms = torch.Tensor  # one for each place of the layout
 
@@ -42,6 +43,12 @@ class ShardedGradients:
         self._hook: Any = None  # on the model, once something was changed
 
     # --- what placeholders ask for ---
+
+    def placeholder(self, layout: Layout, index: int) -> LocalGrad:
+        """What stands in ``.grad`` for the average of a place of a layout."""
+        place = layout.places[index]
+        view = place.view(layout.buckets[place.bucket].buffer.view(-1))
+        return local_grad(view, index, self.before_zero(index), self.before_add(), self.answering())
 
     def answering(self) -> Callable[[Any, Any, Any], Any]:
         """What a placeholder asks. It keeps nothing alive: the native scheduler keeps placeholders, where the garbage

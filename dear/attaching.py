@@ -187,6 +187,7 @@ class _Asked:
             "hierarchy": self.hierarchy,
             **options_of(self.optimizers),
         }
+        facts |= options_of(self.optimizers)  # behind their names: what differs in kind differs in options, too
         return _Decided(ground, setting, steering, facts)
 
     def _chooser_or_compressor(self) -> tuple[Chooser | None, Compressor | None]:

@@ -75,7 +75,11 @@ class _Template:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         here = os.path.dirname(os.path.abspath(__file__))
-        environment = {"PYTHONPATH": os.pathsep.join([here, python_path()["PYTHONPATH"]]), "OMP_NUM_THREADS": "1"}
+        environment = {
+            "PYTHONPATH": os.pathsep.join([here, python_path()["PYTHONPATH"]]),
+            "OMP_NUM_THREADS": "1",
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whoever asks for a GPU does not start CUDA, which no fork survives
+        }
         self._socket = ours
         self._processes = Processes()
         self._processes.start(

@@ -177,6 +177,7 @@ ALIKE = {
     "blocks in the module, before DDP",
     "DDP, after attach",
     "DDP in place, before attach",
+    "optimizer, before attach",
     "optimizer, after attach",
 }
 # Here plain DDP compiles the optimizer too, whose kernels round otherwise; with an engine it runs as it is.

@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compress
 import dear
+from benchmarks.training.strategies import StrategyError, parse_strategies
+from compress import reference_levels
 
 
 def compressor(**options):
@@ -61,15 +63,15 @@ def saved(rank: int, world: int) -> dict:
 
 
 def taken(rank: int, world: int, state: dict) -> None:
-    """Of another number of ranks: the mean squares stand as they were, on all."""
+    """Of another number of ranks: the mean squares stand as they were, on all, and go on from there."""
     one = compressor()
     one.load_state_dict(state)
     before = state["ranks"][0]["named"]
-    model = attach(one)
-    assert all(torch.equal(mean, before[name]) for name, mean in same_everywhere(one).items())
-    backward(model, gradients(rank, 3))
-    after = same_everywhere(one)
-    assert not torch.equal(after["first"], before["first"])
+    loaded = same_everywhere(one)
+    assert loaded.keys() == before.keys() and all(torch.equal(loaded[name], before[name]) for name in before)
+    have = backward(attach(one), gradients(rank, 3))
+    for name, mean in same_everywhere(one).items():
+        assert torch.equal(mean, reference_levels.learned(before[name], have[name].flatten()))
 
 
 def test_another_world_size_goes_on_with_the_same_scales(pool2, pool3):
@@ -172,3 +174,12 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r'scale="element" is for torch\.int4, .* not torch\.int8'):
         compress.Dense(torch.int8, scale="element")
     assert compress.Dense(torch.int4, scale="element").scale == "element"
+
+
+def test_the_benchmarks_spell_it():
+    (one,) = parse_strategies("dear+int3:scale=element:exempt=*.bias")
+    made = one.compressor.make()
+    assert (made.dtype, made.scale, made.exempt.patterns) == (torch.int3, "element", ("*.bias",))
+    for wrong in ("int3:scale=row", "int3:feedback=maybe"):
+        with pytest.raises(StrategyError):
+            parse_strategies(wrong)

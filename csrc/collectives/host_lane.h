@@ -23,8 +23,8 @@ class TransferHost {
   // What to publish of a connection to `peer` that has ended without a word; see Peers::explain_loss().
   virtual Failure explain_loss(int peer, const std::string& what, const Exchange& exchange) = 0;
   // The transfer waits for rank `culprit`, or for nobody any more where that is this rank: the process's
-  // other lanes say so. See Note [Who is to blame].
-  virtual void held_up(int culprit) = 0;
+  // other lanes say so. Returns what one of them has heard meanwhile. See Note [Who is to blame].
+  virtual std::optional<Failure> held_up(int culprit) = 0;
   virtual PeerProgress& progress(int peer) = 0;
 };
 
@@ -147,7 +147,7 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   std::optional<Failure> ending() override;
   Failure publish(const Failure& failure) override;
   Failure explain_loss(int peer, const std::string& what, const Exchange& exchange) override;
-  void held_up(int culprit) override { peers_->held_up(culprit, this); }
+  std::optional<Failure> held_up(int culprit) override { return peers_->held_up(culprit, this); }
   PeerProgress& progress(int peer) override { return progress_[static_cast<size_t>(peer)]; }
 
   const std::string name_;

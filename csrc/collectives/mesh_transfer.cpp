@@ -211,7 +211,7 @@ void MeshTransfer::tell_held_up() {
   }
   if (culprits.size() != 1) return;
   held_up_ = true;
-  context_->host.held_up(culprits.front());
+  if (const auto news = context_->host.held_up(culprits.front())) throw Failure(*news);
 }
 
 void MeshTransfer::wait_for_network() {

@@ -58,11 +58,13 @@ bool Peers::failed() {
   return state_->news.has_value();
 }
 
-void Peers::held_up(int culprit, const Member* from) {
+std::optional<Failure> Peers::held_up(int culprit, const Member* from) {
+  if (auto found = search(from)) return found;
   std::lock_guard<std::mutex> lock(state_->mutex);
   for (Member* member : state_->members) {
     if (member != from) member->hear_waiting(culprit);
   }
+  return std::nullopt;
 }
 
 std::optional<Failure> Peers::search(const Member* asking) {

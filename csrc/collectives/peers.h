@@ -85,8 +85,9 @@ class Peers {
   Failure publish(const Failure& failure, const Member* from);
   bool failed();
   // Lane `from` is held up by rank `culprit`, or, where that is this rank, by nobody any more: the other
-  // lanes say so.
-  void held_up(int culprit, const Member* from);
+  // lanes say so. Returns the news, or what one of them finds when it looks: idle, it reads nothing by
+  // itself.
+  std::optional<Failure> held_up(int culprit, const Member* from);
   // What to say of a connection to `rank` that has ended without a word, as lane `asking` sees it: there may
   // be news, or it may turn out that the rank lives. `what` is what is said of a rank that has ended. Takes a
   // tenth of a second where it has ended, and up to `patience` where other connections to it stand.

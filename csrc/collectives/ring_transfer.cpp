@@ -321,7 +321,8 @@ class RingTransfer {
   int patience() const {
     const auto quiet = since_progress();
     const auto quarter = std::max(context_.timeout / 4, milliseconds(1));
-    auto left = std::min(limit() - quiet, (quiet / quarter + 1) * quarter - quiet);
+    auto left = limit() - quiet;
+    if (quiet >= quarter) left = std::min(left, std::min(quarter, milliseconds(1000)));
     if (starved_told_ != blamed_) left = std::min(left, quarter - quiet);
     return static_cast<int>(std::clamp<int64_t>(left.count() + 1, 1, 60'000));
   }
@@ -333,7 +334,8 @@ class RingTransfer {
     const int culprit = waits_for_prev || blamed_ != prev_ ? blamed_ : next_waits_for_;
     if (quiet >= limit()) blame(culprit, complaint::silent(limit()));
     held_up_ = true;
-    context_.host.held_up(culprit);  // again and again: a lane that was busy the last time may be idle now
+    // Again and again: a lane that was busy the last time may be idle now, and may have news.
+    if (const auto news = context_.host.held_up(culprit)) throw Failure(*news);
     if (starved_told_ != blamed_ && !out_.under_way() && sent_ < pieces_.outbound.size()) tell_starved();
     starved_told_ = blamed_;
   }

@@ -76,6 +76,8 @@ class Scheduler {
   void adopt_layout(std::vector<BucketBuffers> buffers, std::vector<TwoPhaseExchanges> exchanges,
                     Placeholders placeholders, const std::vector<size_t>& sizes,
                     std::vector<size_t> gather_order);
+  // Others in the place of those of the layout, of the same memory; between two backward passes.
+  void replace_placeholders(Placeholders placeholders) { placeholders_ = std::move(placeholders); }
   // Fusion groups of consecutive buckets, by the number of buckets in each; `gather_order` lists groups.
   // Waits for what is in flight.
   void regroup(const std::vector<size_t>& sizes, std::vector<size_t> gather_order);

@@ -13,7 +13,7 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -33,6 +33,7 @@ import compress
 import dear
 from machine import ahead, more_models
 from machine.case import Case
+from machine.compare import Rounding, compare, leaves
 from machine.modes import counting, counting_functions
 
 PATIENCE = timedelta(seconds=60)  # for a peer to end the same case
@@ -52,18 +53,18 @@ class Raised(Exception):
 class Run:
     """One model in training, plain or under the library, and what its program noted."""
 
-    def __init__(self, case: Case, rank: int, plain: bool, number: int = 0) -> None:
+    def __init__(self, case: Case, rank: int, plain: bool, number: int = 0, double: bool = False) -> None:
         self.number = number  # of the case in its process group
         torch.manual_seed(0)
         net = getattr(models, case.model, None) or getattr(more_models, case.model)
         self.case, self.rank, self.plain, self.engine = case, rank, plain, None
-        self.net = net()
+        self.double = double
+        self.net = net().double() if double else net()
         self.model = DDP(self.net, **case.ddp)
         self.params = list(self.net.parameters())
         self.opt = self._optimizer()
         self.exact = True
-        kind, options = case.optimizer  # those that divide a gradient by its size make much of a small one's rounding
-        self.rounding = 1e-5 if kind == "SGD" else 0.3 * options["lr"]
+        self.may_round = False  # in some setting
         self.notes: list[tuple[int, Any]] = []
         self.piece = -1
         torch.manual_seed(rank)  # what the model draws in training
@@ -90,7 +91,7 @@ class Run:
         # does not.
         labels = [piece.label for piece in self.case.program]
         if OPEN.intersection(labels[: self.piece]) and "no_sync" in labels[self.piece :]:
-            self.exact = False
+            self.exact, self.may_round = False, True
         if self.plain:
             return
         how = self.case.how
@@ -145,10 +146,16 @@ class Run:
         """The loss on this rank's data of a step, noted."""
         if self.model.require_backward_grad_sync and any(param.grad is not None for param in self.params):
             self.inexact()
-        x, y = models.data(self.rank, step, batch=4)
-        loss = F.mse_loss(self.model(x).float(), y)
+        x, y = self.data(step)
+        output = self.model(x)
+        loss = F.mse_loss(output if self.double else output.float(), y)
         self.note(loss)
         return loss
+
+    def data(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's inputs and targets of a step."""
+        x, y = models.data(self.rank, step, batch=4)
+        return (x.double(), y.double()) if self.double else (x, y)
 
     def train(self, step: int) -> None:
         """One ordinary training step."""
@@ -178,6 +185,7 @@ class Run:
 
     def inexact(self) -> None:
         """From here on sums are taken in another order: sharded, averages of two passes are not added up in place."""
+        self.may_round = True
         if self.case.how in ("sharded", "owned"):
             self.exact = False
 
@@ -212,8 +220,8 @@ class Run:
         )
         return {
             **{name: getattr(self, name) for name in (*own, "raising", "model", "net", "opt", "params", "rank")},
-            "x": lambda step: models.data(self.rank, step, batch=4)[0],
-            "y": lambda step: models.data(self.rank, step, batch=4)[1],
+            "x": lambda step: self.data(step)[0],
+            "y": lambda step: self.data(step)[1],
             "run": self, "torch": torch, "nn": nn, "F": F, "dist": dist, "copy": copy, "io": io, "pickle": pickle,
             "contextlib": contextlib, "functional_call": functional_call, "AveragedModel": AveragedModel,
             "parameters_to_vector": parameters_to_vector, "vector_to_parameters": vector_to_parameters,
@@ -274,30 +282,6 @@ def in_a_fork(read: Callable[[], Any]) -> Any:
     return value
 
 
-def leaves(value: Any) -> Iterator[Any]:
-    """The tensors and other values in lists and dicts; the order in which keys came into a dict does not count."""
-    if isinstance(value, dict):
-        for key in sorted(value, key=str):
-            yield from leaves(value[key])
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from leaves(each)
-    else:
-        yield value
-
-
-def same(have: Any, want: Any, rounding: float) -> bool:
-    """Equal bits, or up to ``rounding``; NaN equals NaN."""
-    if isinstance(want, torch.Tensor) != isinstance(have, torch.Tensor):
-        return False
-    if not isinstance(want, torch.Tensor):
-        return bool(have == want) or (have != have and want != want)
-    if have.shape != want.shape or have.dtype != want.dtype:
-        return False
-    rtol = 1e-3 if rounding and want.is_floating_point() else 0.0
-    return torch.allclose(have, want, rtol=rtol, atol=rounding, equal_nan=True)
-
-
 @dataclasses.dataclass(frozen=True)
 class Plain:
     """What a program does under plain DDP."""
@@ -305,6 +289,7 @@ class Plain:
     notes: list[tuple[int, Any]]
     valid: int  # how many of its pieces plain DDP can run; 0: the program is none
     why: str = ""  # it can run no more
+    rounding: Rounding | None = None  # where a sum may be taken in another order
 
 
 def under_plain_ddp(case: Case, rank: int) -> Plain:
@@ -320,32 +305,19 @@ def under_plain_ddp(case: Case, rank: int) -> Plain:
 
 def _play_plain(case: Case, rank: int) -> Plain:
     run = Run(case, rank, plain=True)
-    error = run.play(len(case.program))
-    if error is None:
-        return Plain(run.notes, len(case.program))
-    valid = run.piece  # plain DDP fails there: what comes before must be equal all the same
-    again = Run(case, rank, plain=True)
-    if valid == 0 or again.play(valid) is not None:
-        return Plain([], 0, _text(error))
-    return Plain(again.notes, valid, _text(error))
-
-
-def compare(have: Run, want: Plain, complete: bool) -> tuple[int, str] | None:
-    """The piece at which they differ and how, or None. ``complete``: both went through to the end."""
-    for (piece, mine), (other, theirs) in zip(have.notes, want.notes, strict=False):
-        if piece != other:
-            return min(piece, other), "notes another number of values"
-        if not same(mine, theirs, 0.0 if have.exact else have.rounding):
-            if isinstance(mine, torch.Tensor) and mine.shape == theirs.shape:
-                return piece, f"differs by {(mine.double() - theirs.double()).abs().max().item():.3g}"
-            return piece, f"{_short(mine)} instead of {_short(theirs)}"
-    if complete and len(have.notes) != len(want.notes):
-        return len(have.case.program), f"notes {len(have.notes)} values instead of {len(want.notes)}"
-    return None
-
-
-def _short(value: Any) -> str:
-    return f"{type(value).__name__} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
+    valid, why = len(case.program), ""
+    error = run.play(valid)
+    if error is not None:
+        valid, why = run.piece, _text(error)  # plain DDP fails there: what comes before must be equal all the same
+        run = Run(case, rank, plain=True)
+        if valid == 0 or run.play(valid) is not None:
+            return Plain([], 0, why)
+    rounding = None
+    if run.may_round:
+        twin = Run(case, rank, plain=True, double=True)
+        twin.play(valid)
+        rounding = Rounding(run.notes, twin.notes)
+    return Plain(run.notes, valid, why, rounding)
 
 
 def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
@@ -356,7 +328,8 @@ def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
     have = Run(case, rank, plain=False, number=number)
     try:
         raised = have.play(want.valid)
-        different = compare(have, want, complete=raised is None)
+        rounding = None if have.exact else want.rounding
+        different = compare(have.notes, want.notes, None if raised else want.valid, rounding)
         if raised is not None and have.engine is not None:
             with contextlib.suppress(Exception):  # tell the peer at once
                 have.engine.__exit__(type(raised), raised, raised.__traceback__)

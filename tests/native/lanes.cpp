@@ -140,11 +140,47 @@ void names_who_is_missing() {
   });
 }
 
+// Rank 1 waits for rank 2 on one lane, and rank 0 for rank 1 on another one, which has less patience. Rank 2
+// comes after all, or does not.
+template <typename Kind>
+void says_for_whom_it_waits(Phase phase, bool comes) {
+  using std::chrono::milliseconds;
+  const auto store = c10::make_intrusive<c10d::HashStore>();
+  in_ranks([&](int rank) {
+    const auto peers = std::make_shared<dear::Peers>(rank, kWorld, "127.0.0.1", true, "", "");
+    const auto make = [&](const char* name, int patience, std::vector<int> ranks) {
+      return std::make_shared<Kind>(peers, store, name, milliseconds(patience), std::move(ranks));
+    };
+    std::shared_ptr<Lane> later = rank > 0 ? make("later", 4000, {1, 2}) : nullptr;
+    std::shared_ptr<Lane> sooner = rank < 2 ? make("sooner", 2000, {0, 1}) : nullptr;
+    const auto move = [&](Lane& lane) {
+      const at::Tensor full = at::ones({2 * kChunk});
+      return submit(lane, phase, {full, at::empty({phase == Phase::kAllToAll ? 2 * kChunk : kChunk})});
+    };
+    try {
+      for (int again = 0; again < 2; ++again) {
+        if (rank == 2 && again == 0) std::this_thread::sleep_for(milliseconds(comes ? 1500 : 5000));
+        if (rank == 2 && !comes) return;
+        for (const auto& lane : rank == 0 ? std::vector{sooner} : std::vector{later, sooner}) {
+          if (lane) move(*lane)->wait();
+        }
+      }
+      require(comes, "nobody was missed");
+    } catch (const std::exception& error) {
+      require(!comes && std::string(error.what()).rfind("Rank 2 ", 0) == 0, error.what());
+    }
+  });
+}
+
 }  // namespace
 
 int main() {
   moves_what_it_should();
   for (int again = 0; again < 5; ++again) hears_who_leaves();
   names_who_is_missing();
+  for (const bool comes : {true, false}) {
+    says_for_whom_it_waits<dear::RingLane>(Phase::kReduceScatter, comes);
+    says_for_whom_it_waits<dear::MeshLane>(Phase::kAllToAll, comes);
+  }
   std::puts("ok");
 }

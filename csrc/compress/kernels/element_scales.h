@@ -2,7 +2,6 @@
 // element].
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "compress/kernels/scaled_rows.h"
@@ -48,12 +47,15 @@ DEAR_HOST_DEVICE inline float inverse_of_power(float scale) {
 }
 
 // The running mean of squares, with one result more. A result has at most 12 bits, so that its square is
-// exact; the weight is a power of two: fused or not, the bits are the same.
+// exact; the weight is a power of two: fused or not, the bits are the same. Magnitudes are compared by their
+// bits, which compilers make vector instructions of.
 DEAR_HOST_DEVICE inline float with_result(float square, float result) {
-  const float size = float_of(bits_of(result) & 0x7fffffffu);
-  const float held = size < kLargestResult ? size : kLargestResult;
+  const auto largest = static_cast<int32_t>(bits_of(kLargestResult));
+  const auto size = static_cast<int32_t>(bits_of(result) & 0x7fffffffu);
+  const float held = float_of(static_cast<uint32_t>(size < largest ? size : largest));
   const float next = square + (held * held - square) * kNewWeight;
-  return next >= kSmallestSquare ? next : 0.0f;
+  const auto bits = static_cast<int32_t>(bits_of(next));
+  return float_of(static_cast<uint32_t>(bits < static_cast<int32_t>(bits_of(kSmallestSquare)) ? 0 : bits));
 }
 
 }  // namespace dear::compress

@@ -90,7 +90,7 @@ DEAR_HOST_DEVICE inline Rounded round_to_float8(float value, Rounding rounding, 
     rounded = sum - float_of(from);
   }
   const uint32_t sign = bits & 0x80000000u;
-  return {(sign >> 24) | ((exponent - smallest) >> 20) + steps, float_of(bits_of(rounded) | sign)};
+  return {(sign >> 24) | (((exponent - smallest) >> 20) + steps), float_of(bits_of(rounded) | sign)};
 }
 
 DEAR_HOST_DEVICE inline float int8_value(uint32_t code) {

@@ -34,11 +34,11 @@ DEAR_CLONES void divide_by_scales(const float* values, const float* scales, int6
   for (int64_t i = 0; i < n; ++i) out[i] = values[i] * inverse_of_power(scales[i]);
 }
 
-DEAR_CLONES void multiply_by_scales(const float* scales, int64_t n, float* values) {
+DEAR_CLONES void multiply_by_scales(const float* __restrict scales, int64_t n, float* __restrict values) {
   for (int64_t i = 0; i < n; ++i) values[i] *= scales[i];
 }
 
-DEAR_CLONES void learn_squares(const float* results, int64_t n, float* squares) {
+DEAR_CLONES void learn_squares(const float* __restrict results, int64_t n, float* __restrict squares) {
   for (int64_t i = 0; i < n; ++i) squares[i] = with_result(squares[i], results[i]);
 }
 

@@ -1,0 +1,83 @@
+"""Gradients that somebody has kept, when the memory they stand in is about to be used again.
+
+Plain DDP makes new tensors for ``.grad`` after it was set to None, so a gradient that is kept stays as it was. Here the
+same buckets are used in every pass, and the same placeholders. So before a pass begins, what is still held of the last
+one, and stands in ``.grad`` no more, gets memory of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+
+from dear import _ddp
+from dear._attached import Attached, Param
+from dear._placeholders import PendingGrad
+
+Shown = list[tuple[Param, "weakref.ref[torch.Tensor]"]]
+
+
+def _references(placeholders: list[tuple[Param, torch.Tensor]]) -> list[int]:
+    return [sys.getrefcount(item[1]) for item in placeholders]
+
+
+def _found_alone() -> int:
+    """What :func:`_references` counts of a placeholder that only native code has beside the list."""
+    param = torch.nn.Parameter(torch.empty(0))
+    param.grad = torch.empty(0)
+    return _references([(param, param.grad)])[0]
+
+
+_ALONE = _found_alone()
+
+
+def part_with_held(attached: Attached, make: Callable[[int], torch.Tensor]) -> None:
+    """Whoever keeps the placeholder of an earlier pass keeps that one, with its values where it has any; the parameter
+    gets another.
+
+    make: makes the placeholder of a place of the layout.
+    """
+    counts = _references(attached.placeholders)
+    if max(counts, default=0) <= _ALONE:
+        return
+    changed = False
+    placeholders = list(attached.placeholders)
+    for index, count in enumerate(counts):
+        param, placeholder = placeholders[index]
+        with torch._C.DisableTorchFunctionSubclass():
+            if count <= _ALONE or param.grad is placeholder:
+                continue
+        _move_out(placeholder)
+        placeholders[index] = (param, make(index))
+        changed = True
+    if changed:
+        attached.placeholders = placeholders
+        if not _ddp.tracks_unused(attached.model):
+            attached.scheduler.replace_placeholders(placeholders)
+
+
+def _move_out(placeholder: torch.Tensor) -> None:
+    own = None
+    if isinstance(placeholder, PendingGrad):
+        placeholder.settle()  # and its values stand
+        own = placeholder.plain = placeholder.plain.clone()
+        placeholder.settle = _nothing
+    with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+        if own is None:  # the values are nowhere: it is refused from now on
+            own = torch.empty(placeholder.shape, dtype=placeholder.dtype, device=placeholder.device)
+        placeholder.data = own
+
+
+def _nothing() -> None:
+    pass
+
+
+def part_with_shown(shown: Iterable[tuple[Param, weakref.ref[torch.Tensor]]]) -> None:
+    """The same of plain tensors that stood in ``.grad``: they are views of the buckets."""
+    for param, held in shown:
+        grad = held()
+        if grad is not None and param.grad is not grad:
+            grad.data = grad.clone()

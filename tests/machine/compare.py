@@ -1,0 +1,82 @@
+"""Whether two runs of a case noted the same values: bit for bit, or as nearly as rounding allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+FACTOR = 8.0  # by how much two ways to round may differ more than one of them and exact arithmetic
+FLOOR = 1e-5  # of a value's size, and absolute: a few roundings of float32
+
+
+Notes = list[tuple[int, Any]]  #: the piece of the program, and a value
+
+
+class Rounding:
+    """How far apart the values of two runs may be that round otherwise.
+
+    Rounding is as large as its effect. An optimizer that divides a gradient by its size makes a step of a gradient that
+    is nothing but rounding, as that of an attention's key bias, and step by step such a value wanders. So the same
+    program is run by plain DDP in float64, too: where float32 and float64 part, rounding decides, and so much more
+    may be between two runs in float32.
+    """
+
+    def __init__(self, want: Notes, twin: Notes) -> None:
+        self._twin = twin
+        pairs = zip(want, twin, strict=False)
+        self._complete = len(twin) >= len(want) and all(a[0] == b[0] for a, b in pairs)
+
+    def allows(self, index: int, have: torch.Tensor, want: torch.Tensor) -> bool:
+        """Whether the note at ``index`` may be this in place of that."""
+        size = want.abs().max().item() if want.numel() else 0.0
+        bound = FLOOR * (1 + size)
+        if self._complete and isinstance(twin := self._twin[index][1], torch.Tensor) and twin.shape == want.shape:
+            apart = (twin.double() - want.double()).abs()
+            if apart.numel() and bool(torch.isfinite(apart).all()):
+                bound += FACTOR * apart.max().item()
+        return torch.allclose(have.double(), want.double(), rtol=0.0, atol=bound, equal_nan=True)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The tensors and other values in lists and dicts; the order in which keys came into a dict does not count."""
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield from leaves(value[key])
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from leaves(each)
+    else:
+        yield value
+
+
+def _same(index: int, have: Any, want: Any, rounding: Rounding | None) -> bool:
+    """Equal bits, or up to ``rounding``; NaN equals NaN."""
+    if isinstance(want, torch.Tensor) != isinstance(have, torch.Tensor):
+        return False
+    if not isinstance(want, torch.Tensor):
+        return bool(have == want) or (have != have and want != want)
+    if have.shape != want.shape or have.dtype != want.dtype:
+        return False
+    if rounding is not None and want.is_floating_point():
+        return rounding.allows(index, have, want)
+    return torch.allclose(have, want, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def compare(have: Notes, want: Notes, complete: int | None, rounding: Rounding | None = None) -> tuple[int, str] | None:
+    """The piece at which they differ and how, or None. ``complete``: how many pieces both went through to the end."""
+    for index, ((piece, mine), (other, theirs)) in enumerate(zip(have, want, strict=False)):
+        if piece != other:
+            return min(piece, other), "notes another number of values"
+        if not _same(index, mine, theirs, rounding):
+            if isinstance(mine, torch.Tensor) and mine.shape == theirs.shape:
+                return piece, f"differs by {(mine.double() - theirs.double()).abs().max().item():.3g}"
+            return piece, f"{_short(mine)} instead of {_short(theirs)}"
+    if complete is not None and len(have) != len(want):
+        return complete, f"notes {len(have)} values instead of {len(want)}"
+    return None
+
+
+def _short(value: Any) -> str:
+    return f"{type(value).__name__} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
