@@ -186,6 +186,7 @@ class _Asked:
             "overlap_forward": self.overlap_forward,
             "check_replicas": self.check_replicas,
             "hierarchy": self.hierarchy,
+            **options_of(self.optimizers),
         }
         facts |= options_of(self.optimizers)  # behind their names: what differs in kind differs in options, too
         return _Decided(ground, setting, steering, facts)

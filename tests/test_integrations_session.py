@@ -112,14 +112,17 @@ def test_auto_begins_from_a_checkpoint_of_plain_ddp(pool2):
     pool2.run(without_state)
 
 
-def ends_badly(rank, world):
-    """A peer is missing when training ends: the framework hears of that, and may take the optimizer apart."""
+def ends_badly(rank, world, late):
+    """A peer is missing when training ends, before anything was given back or after it: the framework hears of that,
+    and may take the optimizer apart."""
     session = Session({"update": "sharded", "bucket_cap_mb": 0.002})
     model, opt = training.build("Mlp", ADAMW, {})
     engine = session.begin(model, [opt])
     steps(rank, model, opt, range(2))
 
     def fail():
+        if late:
+            type(engine).detach(engine)
         raise ConnectionError("rank 1 is missing")
 
     engine.detach = fail
@@ -132,8 +135,9 @@ def ends_badly(rank, world):
     session.give_up(caught.value)
 
 
-def test_an_end_that_fails_is_not_hidden_by_another_error(pool2):
-    pool2.run(ends_badly)
+@pytest.mark.parametrize("late", [False, True])
+def test_an_end_that_fails_is_not_hidden_by_another_error(pool2, late):
+    pool2.run(ends_badly, late)
 
 
 def test_accelerate_before_prepare():
