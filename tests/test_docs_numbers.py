@@ -53,7 +53,7 @@ def test_presets():
     """What the page on compression says of presets is what the results say of their strategies."""
     rows = defaultdict(dict)
     losses = (DOCS / "results" / "losses.md").read_text()
-    for training, body in re.findall(r"^### (\S+, \S+)\n(.*?)(?=^#)", losses, re.MULTILINE | re.DOTALL):
+    for training, body in re.findall(r"^### (\S+, \S+), 3000 steps\n(.*?)(?=^#)", losses, re.MULTILINE | re.DOTALL):
         for line in re.findall(r"^\| (.*) \|$", body, re.MULTILINE):
             name, _, seeds, _, _, to_dense, fewer, *_ = line.split(" | ")
             if seeds == "3":

@@ -31,6 +31,8 @@ def at_best_rates(sweeps: Sequence[Sweep], about: Sequence[str], path: Path) -> 
         axes.set(title=f"{sweep.workload}, {sweep.optimizer}, {sweep.steps} steps", xlabel="steps", ylabel="held-out loss (nats)")
         axes.legend(frameon=False)
         drawing.plain(axes)
+    for empty in panels.flat[len(sweeps) :]:
+        empty.remove()
     figure.suptitle("Held-out loss at each method's own best learning rate, mean over the seeds")
     drawing.save(figure, path, about)
 
