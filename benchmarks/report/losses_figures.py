@@ -28,7 +28,11 @@ def at_best_rates(sweeps: Sequence[Sweep], about: Sequence[str], path: Path) -> 
         for one in found:
             steps, losses = zip(*one.curve[1:], strict=True)  # the first look is far above all others
             axes.plot(steps, losses, label=f"{one.strategy}, {one.learning_rate:g}", **styles[one.strategy])
-        axes.set(title=f"{sweep.workload}, {sweep.optimizer}, {sweep.steps} steps", xlabel="steps", ylabel="held-out loss (nats)")
+        axes.set(
+            title=f"{sweep.workload}, {sweep.optimizer}, {sweep.steps} steps",
+            xlabel="steps",
+            ylabel="held-out loss (nats)",
+        )
         axes.legend(frameon=False)
         drawing.plain(axes)
     for empty in panels.flat[len(sweeps) :]:
