@@ -240,7 +240,7 @@ class Engine:
         chosen = self._findings.load(state_dict)  # first: it may change the parts that take the rest
         _engine_state.load(self._attached, self._schedule, state_dict, compressor=chosen)
 
-    # --- looking on ---
+    # --- monitoring ---
 
     def stats(self) -> dict[str, Any]:
         """This rank's numbers, each an int or a float by its name, as a dashboard takes them: steps, bytes, waits in
