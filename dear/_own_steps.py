@@ -76,6 +76,11 @@ class OwnStep:
         Raises:
             RuntimeError: it has done something else than updating parameters and their state; the sentence says what.
         """
+        if (key := self._listed_by_parameter()) is not None:
+            raise self._error(
+                f"may use the option {key} of a parameter group, which has an entry for each of its "
+                "parameters, and is given some of them alone, since it is called "
+            )
         tensors = [segment.tensor for segment in segments]
         device = tensors[0].device
         known = {id(tensor) for tensor in tensors} | {id(key) for key in state}
@@ -98,6 +103,15 @@ class OwnStep:
                 f"{self._name}.step() draws random numbers, and each rank would draw others for the parameters that it "
                 'updates: use update="replicated".'
             )
+
+    def _listed_by_parameter(self) -> str | None:
+        """An option whose entries a step would take for those of other parameters."""
+        for group in self._optimizer.param_groups:
+            size = len(group["params"])
+            for key, value in group.items():
+                if key != "params" and isinstance(value, list) and len(value) == size > 1:
+                    return str(key)
+        return None
 
     def _attributes(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self._optimizer).items() if name not in _OF_TORCH}

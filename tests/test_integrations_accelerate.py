@@ -284,6 +284,8 @@ def several_refused(rank, world):
         for name in ("replicated", "power"):
             with pytest.raises(ValueError, match="takes one optimizer, not 2"):
                 Training(name, kind=owning.muon_and_adamw)
+        with pytest.raises(ValueError, match="each element on its own"):
+            Training("sharded", kind=owning.muon_and_adamw)
 
 
 def test_several_optimizers_are_refused(pool2):

@@ -312,3 +312,29 @@ def lora_fa(rank, world, folder, name):
 def test_lora_fa(pool2, tmp_path, name):
     pytest.importorskip("peft")
     pool2.run(lora_fa, str(tmp_path), name)
+
+
+def lora_fa_refused(rank, world, update):
+    import peft
+    from peft.optimizers import create_lorafa_optimizer
+
+    with as_torchrun(rank, world):
+        model = peft.get_peft_model(small(), peft.LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn"]))
+        optimizer = create_lorafa_optimizer(model, r=2, lora_alpha=4, lr=0.01)
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        if update == "sharded":
+            with pytest.raises(ValueError, match="is not known to update each element on its own"):
+                dear.attach(model, optimizer, update=update)
+            return
+        dear.attach(model, optimizer, update=update)
+        batch = Text().tokens[:4]
+        model(input_ids=batch, labels=batch).loss.backward()
+        with pytest.raises(RuntimeError, match="option names of a parameter group"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("update", ["sharded", "owned"])
+def test_lora_fa_is_refused(pool2, update):
+    """Its update of one factor needs the other."""
+    pytest.importorskip("peft")
+    pool2.run(lora_fa_refused, update)

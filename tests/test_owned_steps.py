@@ -191,6 +191,35 @@ def asked_of_gradients(rank: int, world: int) -> None:
         torch.testing.assert_close(have, want)
 
 
+class ByNumber(Own):
+    """Its groups have a list beside that of their parameters."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["factors"] = [1.0 + number for number in range(len(group["params"]))]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param, factor in zip(group["params"], group["factors"], strict=False):
+                param.add_(param.grad, alpha=-group["lr"] * factor)
+
+
+def by_number(rank: int, world: int) -> None:
+    model, opt = training.build("Mlp", (ByNumber, {}), {})
+    engine = dear.attach(model, opt, **SMALL)
+    training.loss_of(model, rank, 0).backward()
+    with refused(RuntimeError, "may use the option factors of a parameter group"):
+        opt.step()
+    dist.barrier()
+    engine.__exit__(RuntimeError, None, None)
+
+
+def test_options_that_are_listed_by_parameter(pool2):
+    pool2.run(by_number)
+
+
 MISDEEDS = {
     InOptions: "changes options of its parameter groups",
     InOptionsDeep: "changes options of its parameter groups",
