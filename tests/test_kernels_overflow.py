@@ -171,7 +171,7 @@ def owner(kind: str, rank: int, error: Tensor | None, owner_error: Tensor | None
     if kind in ("int8", "fp8"):
         return _C.QuantizedCodec(shard=shard, floating=kind == "fp8", seed=1, **options)
     if kind == "int3":
-        return _C.LevelledCodec(shard=shard, bits=3, **options)
+        return _C.LevelledCodec(shard=shard, bits=3, squares=None, **options)
     if kind == "topk":
         return _C.TopKCodec(numel=N, shard=shard, k=50, owner_k=50, capacity=60, stretch=0, **options)
     return _C.HalfCodec(shard=shard, dtype=torch.bfloat16 if kind == "bf16" else torch.float16, **options)

@@ -80,7 +80,7 @@ CASES = [
     *silence("a step under inference mode", f"{WARM}\n\nforward(3).backward()\n\nwith torch.inference_mode(): "
              f"opt.step()\n\nnote(net(x(9))){TAIL}", EVERY, True, **ADAM),
     *silence("float64 by default throughout", "torch.set_default_dtype(torch.float64)\n\n"
-             f"{WARM}\n\nnote(net.last.weight.clone())", EVERY),
+             f"{WARM}\n\nnote(net.last.weight.clone())", EVERY, model="Double"),
     *silence("deterministic throughout", "torch.use_deterministic_algorithms(True)\n\nattach()\n\ntry:\n"
              "    for step in range(4): train(step)\nfinally: torch.use_deterministic_algorithms(False)", EVERY,
              **ADAM),

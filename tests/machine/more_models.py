@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import models
 import torch
 import torch.nn.utils.prune
 from torch import nn
+
+
+class Double(models.Mlp):
+    """Of float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
 
 
 class Shared(nn.Module):
