@@ -49,7 +49,10 @@ def main(checkpoint: str, marker: str, kills: str) -> None:
         finally:
             torch.save = whole
 
-    def half_saved(step: int, state: Any, file: str) -> None:
+    def half_saved(step: int, state: Any, file: Any, **options: Any) -> None:
+        if not isinstance(file, (str, os.PathLike)):  # how a tensor is pickled
+            whole(state, file, **options)
+            return
         whole(state, file)
         with open(file, "r+b") as written:
             written.truncate(os.path.getsize(file) // 2)
