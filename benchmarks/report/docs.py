@@ -10,7 +10,7 @@ from ..demo import show as demo
 from ..kernels.show import PLAIN
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
-from . import bars, choosing, losses_figures, others, repeats, steps, sweeps, two_levels
+from . import bars, before_after, choosing, losses_figures, others, repeats, steps, sweeps, two_levels
 from .comparison import Cell
 from .evidence import Evidence, origin
 from .markdown import extent, number, render
@@ -107,7 +107,13 @@ class Facts:
 
     def render(self, page: str) -> str:
         known = {"facts": self, "steps": steps, "others": others, "number": number, "show_size": show_size}
-        known |= {"choosing": choosing, "sweeps": sweeps, "two_levels": two_levels, "tolerance": losses.TOLERANCE}
+        known |= {
+            "before_after": before_after,
+            "choosing": choosing,
+            "sweeps": sweeps,
+            "two_levels": two_levels,
+            "tolerance": losses.TOLERANCE,
+        }
         return render(f"pages/{page}", **known)
 
 
