@@ -15,7 +15,8 @@ def turns_table(cells: Iterable[Cell], before: str) -> str:
     for cell in cells:
         now = not cell.source.name.startswith(before)
         for row in cell.finished:
-            found[cell.rate, row.name][now].append(row.median)
+            if row.median is not None:
+                found[cell.rate, row.name][now].append(row.median)
     rows = []
     for rate in by_rate(rate for rate, _ in found):
         for (own, name), (old, new) in found.items():
