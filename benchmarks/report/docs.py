@@ -10,7 +10,7 @@ from ..demo import show as demo
 from ..kernels.show import PLAIN
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
-from . import bars, before_after, choosing, losses_figures, others, repeats, steps, sweeps, two_levels
+from . import bars, before_after, choosing, losses_figures, others, repeats, second_order, steps, sweeps, two_levels
 from .comparison import Cell
 from .evidence import Evidence, origin
 from .markdown import extent, number, render
@@ -110,6 +110,7 @@ class Facts:
         known |= {
             "before_after": before_after,
             "choosing": choosing,
+            "second_order": second_order,
             "sweeps": sweeps,
             "two_levels": two_levels,
             "tolerance": losses.TOLERANCE,
