@@ -188,8 +188,8 @@ class WorkerPool:
                 for worker in pending.values():
                     outcomes[worker.rank] = worker.stalled()
                 break
-        if first is not None:
-            raise first
+        if first is not None:  # what survivors say of a death may come before it is seen
+            raise next((each for each in outcomes.values() if isinstance(each, WorkerDied)), first)
         for rank, outcome in outcomes.items():
             if isinstance(outcome, WorkerDied) and rank not in expected:
                 raise AssertionError(f"worker {rank} was to survive, but died") from outcome
