@@ -97,9 +97,11 @@ class ShardedGradients:
     # --- what the update strategy tells ---
 
     def scaled(self, factor: Any) -> None:
-        """All averages were multiplied by this."""
+        """All averages that an optimizer uses were multiplied by this."""
         self._look()
-        self._note(range(len(self._attached.known_layout.places)), factor)
+        used = {param for user in self._attached.users for param in user.params}
+        places = enumerate(self._attached.known_layout.places)
+        self._note([index for index, place in places if place.param in used], factor)
 
     def changed_by_update(self, params: set[torch.nn.Parameter]) -> None:
         """An update has changed averages of these parameters in place, as torch's foreach SGD with nesterov does."""

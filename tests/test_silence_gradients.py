@@ -116,6 +116,9 @@ CASES = [
              "    g, = torch.autograd.grad(net(i).sum(), i, create_graph=True)\n"
              "    (forward(step) + g.square().mean()).backward()\n    opt.step(); opt.zero_grad()", EVERY, True),
     *silence("a hook on a parameter", f"params[0].register_hook(lambda g: g * 0.5)\n\n{WARM}{TAIL}", EVERY),
+    *silence("a parameter that joins behind a clipping", "attach()\n\nforward(1).backward()\n\n"
+             "clip(0.01, float('inf'))\n\nopt.add_param_group({'params': params[-1:]})\n\nforward(3).backward()\n\n"
+             "opt.step()", EVERY, groups=0),
     *silence("a hook on a parameter, later", f"{WARM}\n\nparams[0].register_hook(lambda g: g * 0.5){TAIL}", EVERY),
     *silence("a hook after accumulation", f"{WARM}\n\nparams[0].register_post_accumulate_grad_hook("
              f"lambda p: note(p.sum())){TAIL}", EVERY),
