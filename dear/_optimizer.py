@@ -188,11 +188,8 @@ class UserOptimizer:
             self.run_all(closure)
         finally:
             self.optimizer.param_groups, self.optimizer.state = kept
-        if self.is_first_update and not all(map(torch.equal, before, generators(device))):
-            raise RuntimeError(
-                f"{type(self.optimizer).__name__}.step() draws random numbers, and each rank would draw others for the "
-                'parameters that it updates: use update="replicated".'
-            )
+        if self.is_first_update:
+            check_draws(self.optimizer, before, device)
 
     def run_all(self, closure: Callable[[], Any] | None) -> Any:
         """One step on everything, without the user's hooks."""
@@ -239,3 +236,16 @@ def generators(device: torch.device) -> list[torch.Tensor]:
     """The states of the default generators that an update there may draw from."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def check_draws(optimizer: optim.Optimizer, before: list[torch.Tensor], device: torch.device) -> None:
+    """Compares the generators with what they were before an update.
+
+    Raises:
+        RuntimeError: the update has drawn from one.
+    """
+    if not all(map(torch.equal, before, generators(device))):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}.step() draws random numbers, and each rank would draw others for the "
+            'parameters that it updates: use update="replicated".'
+        )

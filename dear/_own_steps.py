@@ -22,7 +22,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from dear import _ddp
 from dear._layout import Segment
-from dear._optimizer import Groups, generators
+from dear._optimizer import Groups, check_draws, generators
 
 _KNOWN = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__))
 _found: weakref.WeakKeyDictionary[optim.Optimizer, bool] = weakref.WeakKeyDictionary()
@@ -98,11 +98,7 @@ class OwnStep:
             raise self._error("keeps state of something else than its parameters, and it is called ")
         if calls != _collectives():
             raise self._error("communicates with other ranks, which do not make the same calls, since it is called ")
-        if not all(map(torch.equal, drawn, generators(device))):
-            raise RuntimeError(
-                f"{self._name}.step() draws random numbers, and each rank would draw others for the parameters that it "
-                'updates: use update="replicated".'
-            )
+        check_draws(self._optimizer, drawn, device)
 
     def _listed_by_parameter(self) -> str | None:
         """An option whose entries a step would take for those of other parameters."""

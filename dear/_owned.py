@@ -54,11 +54,7 @@ class OwnedUpdate(ShardedUpdate):
 
     @classmethod
     def suits(cls, request: Request) -> bool:
-        known = all(
-            declares_whole(each) or (type(each) in ELEMENTWISE and not has_own_step(each))
-            for each in request.optimizers
-        )
-        return known and super().suits(request)
+        return all(map(_is_known, request.optimizers)) and super().suits(request)
 
     @classmethod
     def usual_group_bytes(cls, request: Request, params: Sequence[Param], world: int, ratio: float) -> int:

@@ -183,8 +183,7 @@ class ShardedUpdate(Update):
             for index, options in enumerate(user.optimizer.param_groups):
                 tensors = [segment.tensor for segment in segments if segment.group == index]
                 if tensors:
-                    if options.get("fused"):
-                        check_fused(options, self._fused)
+                    check_fused(options, self._fused)
                     work.append({**options, "params": tensors})
             if work:
                 with (

@@ -186,9 +186,8 @@ class _Asked:
             "overlap_forward": self.overlap_forward,
             "check_replicas": self.check_replicas,
             "hierarchy": self.hierarchy,
-            **options_of(self.optimizers),
+            **options_of(self.optimizers),  # behind their names: what differs in kind differs in options, too
         }
-        facts |= options_of(self.optimizers)  # behind their names: what differs in kind differs in options, too
         return _Decided(ground, setting, steering, facts)
 
     def _chooser_or_compressor(self) -> tuple[Chooser | None, Compressor | None]:

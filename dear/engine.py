@@ -244,7 +244,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """This rank's numbers, each an int or a float by its name, as a dashboard takes them: steps, bytes, waits in
-        ms, and what the update strategy, a compressor and a preconditioner count. "Looking on" lists them with their
+        ms, and what the update strategy, a compressor and a preconditioner count. "Monitoring" lists them with their
         units."""
         return {
             **self._counters.numbers(self._attached),
