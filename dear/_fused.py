@@ -29,13 +29,13 @@ def fused_parameters(optimizers: Iterable[optim.Optimizer]) -> set[torch.nn.Para
 
 
 def check_fused(group: dict[str, Any], known: set[torch.nn.Parameter]) -> None:
-    """Refuses a group that has become fused after its parameters were cut.
+    """Refuses a fused group that has become so after its parameters were cut.
 
     Raises:
         RuntimeError: it has.
     """
     param = group["params"][0]
-    if group.get("fused") and param.device.type == "cpu" and param not in known:
+    if param.device.type == "cpu" and param not in known:
         raise RuntimeError(
             'The option fused of a parameter group was set after its parameters were cut for update="sharded" or '
             '"owned", where its updates would round otherwise: set it before dear.attach(), or use '

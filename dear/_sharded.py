@@ -183,7 +183,8 @@ class ShardedUpdate(Update):
             for index, options in enumerate(user.optimizer.param_groups):
                 tensors = [segment.tensor for segment in segments if segment.group == index]
                 if tensors:
-                    check_fused(options, self._fused)
+                    if options.get("fused"):
+                        check_fused(options, self._fused)
                     work.append({**options, "params": tensors})
             if work:
                 with (
