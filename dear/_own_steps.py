@@ -76,11 +76,6 @@ class OwnStep:
         Raises:
             RuntimeError: it has done something else than updating parameters and their state; the sentence says what.
         """
-        if (key := self._listed_by_parameter()) is not None:
-            raise self._error(
-                f"may use the option {key} of a parameter group, which has an entry for each of its "
-                "parameters, and is given some of them alone, since it is called "
-            )
         tensors = [segment.tensor for segment in segments]
         device = tensors[0].device
         known = {id(tensor) for tensor in tensors} | {id(key) for key in state}
@@ -100,14 +95,17 @@ class OwnStep:
             raise self._error("communicates with other ranks, which do not make the same calls, since it is called ")
         check_draws(self._optimizer, drawn, device)
 
-    def _listed_by_parameter(self) -> str | None:
-        """An option whose entries a step would take for those of other parameters."""
+    def check_options(self) -> None:
+        """Raises a ``RuntimeError`` where a parameter group has an option whose entries the step would take for those
+        of other parameters."""
         for group in self._optimizer.param_groups:
             size = len(group["params"])
             for key, value in group.items():
                 if key != "params" and isinstance(value, list) and len(value) == size > 1:
-                    return str(key)
-        return None
+                    raise self._error(
+                        f"may use the option {key} of a parameter group, which has an entry for each of its "
+                        "parameters, and is given some of them alone, since it is called "
+                    )
 
     def _attributes(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self._optimizer).items() if name not in _OF_TORCH}
@@ -122,6 +120,12 @@ class OwnSteps:
     def __init__(self, optimizers: Sequence[optim.Optimizer]) -> None:
         self._steps = [OwnStep(each) if has_own_step(each) else None for each in optimizers]
         self.with_closure = False  #: the user has given the step a closure
+
+    def check_options(self, number: int) -> None:
+        """As :meth:`OwnStep.check_options`, of one of the optimizers: on every rank alike, whoever owns what."""
+        own = self._steps[number]
+        if own is not None:
+            own.check_options()
 
     def validated(
         self, number: int, groups: Groups, state: dict[Any, Any], segments: Sequence[Segment]

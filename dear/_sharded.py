@@ -119,6 +119,7 @@ class ShardedUpdate(Update):
     def step(self, found: Found, optimizer: int) -> None:
         attached = self.attached
         user = attached.users[optimizer]
+        self._own_steps.check_options(optimizer)
         if attached.layout is None or (self._states.shows_full and not found.reduced):
             self._states.take_loaded()
             user.run_all(None)
