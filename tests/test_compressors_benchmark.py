@@ -18,7 +18,8 @@ from benchmarks.kernels import __main__ as command
 from benchmarks.kernels import cases as case_module
 from benchmarks.kernels import measure
 from benchmarks.kernels import show as kernels_table
-from benchmarks.kernels.cases import FAMILIES, Case
+from benchmarks.kernels.case import Case
+from benchmarks.kernels.cases import FAMILIES
 from benchmarks.records import load, provenance
 from benchmarks.report import files as report
 from compress import ops
