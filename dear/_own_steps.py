@@ -61,6 +61,18 @@ def _adds_no_code(kind: type) -> bool:
     )
 
 
+def refusal_of_own_step(optimizer: optim.Optimizer) -> str | None:
+    """Why an optimizer's step cannot be called on some parameters at a time, as far as can be seen before; None where
+    nothing is."""
+    if has_own_step(optimizer) and any(not isinstance(key, torch.Tensor) for key in optimizer.state):
+        return _sentence(optimizer, "keeps state of something else than its parameters, and it is called ")
+    return None
+
+
+def _sentence(optimizer: optim.Optimizer, what: str) -> str:
+    return f"{type(optimizer).__name__}.step() {what}{_REMEDY}"
+
+
 GroupsOf = Callable[[Sequence[torch.Tensor]], Groups]  # the groups of one update of such tensors, one for each segment
 
 
@@ -69,7 +81,6 @@ class OwnStep:
 
     def __init__(self, user: UserOptimizer, names: Mapping[Any, str]) -> None:
         self._user, self._optimizer, self._names = user, user.optimizer, names
-        self._name = type(user.optimizer).__name__
         self._begun = 0  # steps
 
     def begin(self) -> None:
@@ -141,7 +152,7 @@ class OwnStep:
         return {name: value for name, value in vars(self._optimizer).items() if name not in _OF_TORCH}
 
     def _error(self, what: str) -> RuntimeError:
-        return RuntimeError(f"{self._name}.step() {what}{_REMEDY}")
+        return RuntimeError(_sentence(self._optimizer, what))
 
 
 class OwnSteps:
