@@ -56,9 +56,14 @@ class Search(Measurement):
 
     def _train(self, candidate: Candidate) -> None:
         trainer = candidate.running
-        if trainer is not None:
-            steps = range(self.experiment.steps)
-            _, candidate.failure = self.worker.attempt(lambda: [self.step(candidate, trainer) for _ in steps])
+        if trainer is None:
+            return
+
+        def train() -> None:
+            for _ in range(self.experiment.steps):
+                self.step(candidate, trainer)
+
+        _, candidate.failure = self.worker.attempt(train)
 
     def _close(self, candidate: Candidate) -> None:
         trainer = candidate.running
@@ -90,8 +95,8 @@ def show(cell: dict[str, Any], console: Console) -> None:
                 alarm(console, f"{one.method} at {one.learning_rate:g} failed: {one.failure}")
     note(
         console,
-        "Best: after the fewest steps at the lowest loss that SGD with momentum reaches at any rate; * at an end of the "
-        f"grid. The numbered columns: the lowest mean training loss of {SMOOTHED_OVER} steps, lowest rate first.",
+        "Best: after the fewest steps at the lowest loss that SGD with momentum reaches at any rate; * at an end of "
+        f"the grid. The numbered columns: the lowest mean training loss of {SMOOTHED_OVER} steps, lowest rate first.",
     )
 
 
