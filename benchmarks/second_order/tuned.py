@@ -51,6 +51,16 @@ def best(cell: dict[str, Any]) -> dict[str, Best]:
     return {method: _best(sorted(several, key=lambda one: one.learning_rate)) for method, several in found.items()}
 
 
+def best_rates(cells: Sequence[dict[str, Any]], workload: str) -> dict[str, float]:
+    """By method, of the cells of a search; without those that failed at every rate."""
+    found: dict[str, float] = {}
+    for cell in cells:
+        if cell["plan"]["workload"] == workload:
+            whole = {method: one.chosen for method, one in best(cell).items()}
+            found |= {method: one.learning_rate for method, one in whole.items() if math.isfinite(one.lowest)}
+    return found
+
+
 def _best(several: list[Tried]) -> Best:
     chosen = min(several, key=lambda one: (one.steps is None, one.steps or 0, one.lowest))
     return Best(chosen, tuple(several), len(several) > 1 and chosen in (several[0], several[-1]))
