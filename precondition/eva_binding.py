@@ -9,8 +9,6 @@ from torch import Tensor
 
 from dear.preconditioning import Param, Run, Site, Team
 from precondition import eva_parts
-from precondition._capture import Capture
-from precondition._layers import Layer
 from precondition._plain import PLAIN
 from precondition.eva_exchange import Average, Exchanges
 from precondition.eva_means import Means, Running, Shaped
@@ -43,10 +41,8 @@ class RankOneBinding:
         self._exchanges = Exchanges(site.gather_lane)
         self._message: Average | None = None  # of the last backward pass
         self._step: RankOneStep | None = None
-        self._capture: Capture | None = None
         if means is not None:
-            self._capture = Capture(means.see, means.reduce)
-            self._capture.watch(layer for layer in layers if isinstance(layer, Layer))
+            means.watch()
 
     def assigned(self, owner: dict[Param, int]) -> None:
         """Nobody owns a team here."""
@@ -99,8 +95,8 @@ class RankOneBinding:
             self._exchanges.wait(self._message)
             self._message = None
         self.preconditioner.released()
-        if self._capture is not None:
-            self._capture.release()
+        if self._means is not None:
+            self._means.release()
 
     def _total(self, values: Tensor) -> Tensor:
         if self._site.update == PLAIN:  # every rank has whole gradients
