@@ -35,6 +35,7 @@ class RankOneBinding:
             self._place[layer.weight] = index, False
             if layer.bias is not None:
                 self._place[layer.bias] = index, True
+        self._params = set(self._place)
         # The rectangles of the last step's runs, which hold their memory, and of this one's: most often the same.
         self._former: dict[tuple[Any, ...], list[Rectangle]] = {}
         self._parts: dict[tuple[Any, ...], list[Rectangle]] = {}
@@ -69,7 +70,7 @@ class RankOneBinding:
         assert self._step is not None
         parts: list[Rectangle] = []
         for run in runs:
-            key = run.param, run.start, run.stop, run.grad.data_ptr(), run.grad.dtype
+            key = id(run.param), run.start, run.stop, run.grad.data_ptr(), run.grad.dtype
             found = self._former.get(key)
             self._parts[key] = found = list(self._rectangles(run)) if found is None else found
             parts += found
@@ -82,7 +83,7 @@ class RankOneBinding:
         step.finish(self._learning_rates(), self._total)
         # On plain DDP gradients come in other memory at each step, and the last step's must not stay.
         self._former, self._parts = {} if self._site.update == PLAIN else self._parts, {}
-        return set(self._place)
+        return self._params
 
     def stats(self) -> dict[str, Any]:
         """How many layers are preconditioned, and what this rank has sent for it."""
@@ -116,5 +117,5 @@ class RankOneBinding:
     def _learning_rates(self) -> list[float]:
         """Of each layer, as they stand now."""
         groups = [group for optimizer in self._site.optimizers for group in optimizer.param_groups]
-        rates = {param: group["lr"] for group in groups for param in group["params"]}
-        return [float(rates.get(layer.weight, 0.0)) for layer in self._layers]
+        rates = {id(param): group["lr"] for group in groups for param in group["params"]}
+        return [float(rates.get(id(layer.weight), 0.0)) for layer in self._layers]

@@ -112,21 +112,29 @@ struct MeanCapture::State {
     const at::Tensor output = with_rows() ? sum_of_outputs(layer, grad, dtype) : at::Tensor();
     const std::lock_guard<std::mutex> lock(mutex);
     Seen& own = seen[index];
-    at::Tensor of_columns = columns.narrow(0, layer.first_column, input.values.numel());
-    const bool given_up =
-        !layer.weight.grad().defined() && own.task != task;  // by zero_grad() without a step
-    if (own.passes == 0 || given_up) {
+    if (!layer.weight.grad().defined() && own.task != task) {  // given up by zero_grad() without a step
       own.passes = 0;
-      at::mul_out(of_columns, input.values, at::scalar_tensor(input.share, input.values.options()));
-    } else {
-      of_columns.add_(input.values, input.share);
     }
+    add_to(columns, layer.first_column, input.values, input.share, own.passes == 0);
     if (with_rows()) {
-      at::Tensor of_rows = rows.narrow(0, layer.first_row, output.numel());
-      own.passes == 0 ? of_rows.copy_(output) : of_rows.add_(output);
+      add_to(rows, layer.first_row, output, 1.0, own.passes == 0);
     }
     own.passes += 1;
     own.task = task;
+  }
+
+  // Adds `share` times values to sums from `first` on, or puts it there.
+  void add_to(const at::Tensor& sums, int64_t first, const at::Tensor& values, double share,
+              bool anew) const {
+    const at::Tensor packed = values.contiguous();
+    AT_DISPATCH_FLOATING_TYPES(dtype, "add_to", [&] {
+      auto* to = sums.mutable_data_ptr<scalar_t>() + first;
+      const auto* from = packed.const_data_ptr<scalar_t>();
+      const auto times = static_cast<scalar_t>(share);
+      for (int64_t i = 0; i < packed.numel(); ++i) {
+        to[i] = (anew ? scalar_t(0) : to[i]) + times * from[i];
+      }
+    });
   }
 
   bool with_rows() const { return rows.numel() > 0; }
