@@ -117,13 +117,13 @@ def twice(net, x, y):
 def test_means_count_what_counts(run):
     for with_rows in (True, False):
         x, y = preconditioning.batch(0, 0)
-        plain, native = messages(preconditioning.build(), lambda net: run(net, x, y), with_rows)
+        plain, native = messages(preconditioning.build(), lambda net, x=x, y=y: run(net, x, y), with_rows)
         assert plain.any() and (len(native) == len(plain))
         torch.testing.assert_close(native, plain)
 
 
 def test_means_of_layouts_and_types():
-    """Other padding, weights that lie otherwise in memory, 16 bits, one sample, a scaled loss, an activation in place."""
+    """Other padding and memory formats, 16 bits, one sample, a scaled loss, an activation in place."""
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
 
     def backward(net, x):
