@@ -68,7 +68,7 @@ class Summary:
 def method_of(name: str, profile: Profile) -> Method | None:
     """The benchmarks' strategy of that name; None for one that the planner does not know."""
     kind, *options = name.split(":")
-    if kind in ("ddp+powersgd", "none", "auto"):
+    if kind in ("ddp+powersgd", "none", "auto", "planned"):
         return None
 
     def cap() -> float | None:
