@@ -21,7 +21,8 @@ ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in
 FORMS = (
     "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, dear[:sharded|owned|replicated|auto[:MIB]], "
     "auto, planned:sharded|owned|replicated|ddp:MIB, COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one "
-    f"of: {spelling.FORMS}; @node behind dear or a compressor: in two levels, inside nodes and between them, and @RANKS says how many ranks a node has"
+    f"of: {spelling.FORMS}; @node behind dear or a compressor: in two levels, inside nodes and between them, and "
+    "@RANKS says how many ranks a node has"
 )
 
 
@@ -201,8 +202,8 @@ class Auto(DDP):
 
 @dataclass(frozen=True)
 class Planned(DDP):
-    """What ``auto`` is once it has chosen: begun with that choice as a plan, it only watches. Beside the same setting by
-    hand it shows what watching costs."""
+    """What ``auto`` is once it has chosen: begun with that choice as a plan, it only watches. Beside the same setting
+    by hand it shows what watching costs."""
 
     options = (PLANNED, SIZE)
 
