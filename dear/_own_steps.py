@@ -5,7 +5,8 @@ With ``update="owned"`` an optimizer's ``step`` is called once for each fusion g
 That is the update of plain DDP where it follows from a parameter, its gradient, its state and its group's options alone
 (Note [Whole-matrix optimizers]). Torch's own code is known to be so, and was read. Of any other it is validated at each
 call, not at the first ones alone: nothing else may be kept, drawn, or asked of other ranks. What can be seen of it is
-compared around the call; an error is raised on the rank that sees it, before anything is sent.
+compared around the call; what cannot be seen, that parameters depend on one another, is tried out now and then
+(_joint_steps.py). An error is raised on the rank that finds it, before anything is sent.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import optim
 from torch.distributed import distributed_c10d as c10d
 
-from dear import _ddp
+from dear import _ddp, _joint_steps
 from dear._layout import Segment
-from dear._optimizer import Groups, check_draws, generators
+from dear._optimizer import Groups, UserOptimizer, check_draws, generators
+from dear._own_parameters import State, lent
 
 _KNOWN = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__))
 _found: weakref.WeakKeyDictionary[optim.Optimizer, bool] = weakref.WeakKeyDictionary()
@@ -59,24 +61,75 @@ def _adds_no_code(kind: type) -> bool:
     )
 
 
+def refusal_of_own_step(optimizer: optim.Optimizer) -> str | None:
+    """Why an optimizer's step cannot be called on some parameters at a time, as far as can be seen before; None where
+    nothing is."""
+    if has_own_step(optimizer) and any(not isinstance(key, torch.Tensor) for key in optimizer.state):
+        return _sentence(optimizer, "keeps state of something else than its parameters, and it is called ")
+    return None
+
+
+def _sentence(optimizer: optim.Optimizer, what: str) -> str:
+    return f"{type(optimizer).__name__}.step() {what}{_REMEDY}"
+
+
+GroupsOf = Callable[[Sequence[torch.Tensor]], Groups]  # the groups of one update of such tensors, one for each segment
+
+
 class OwnStep:
-    """Validates the calls of one optimizer's step."""
+    """Makes and validates the calls of one optimizer's step."""
 
-    def __init__(self, optimizer: optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._name = type(optimizer).__name__
+    def __init__(self, user: UserOptimizer, names: Mapping[Any, str]) -> None:
+        self._user, self._optimizer, self._names = user, user.optimizer, names
+        self._begun = 0  # steps
 
-    @contextlib.contextmanager
-    def validated(
-        self, groups: Groups, state: dict[Any, Any], segments: Sequence[Segment], closure: bool
-    ) -> Iterator[Callable[[], Any] | None]:
-        """Inside, the step is called with these groups and this state. Gives what is to be its closure, where the user
-        has given one.
+    def begin(self) -> None:
+        """A step begins, of several calls.
+
+        Raises:
+            RuntimeError: a parameter group has an option whose entries the step would take for those of other
+                parameters.
+        """
+        self._begun += 1
+        for group in self._optimizer.param_groups:
+            size = len(group["params"])
+            for key, value in group.items():
+                if key != "params" and isinstance(value, list) and len(value) == size > 1:
+                    raise self._error(
+                        f"may use the option {key} of a parameter group, which has an entry for each of its "
+                        "parameters, and is given some of them alone, since it is called "
+                    )
+
+    def run(self, segments: Sequence[Segment], values: State, groups_of: GroupsOf, closure: bool) -> None:
+        """One call, which updates these segments and their state in ``values``.
+
+        closure: the user has given the step one.
 
         Raises:
             RuntimeError: it has done something else than updating parameters and their state; the sentence says what.
         """
-        tensors = [segment.tensor for segment in segments]
+        with lent(segments, values) as (tensors, state):
+            groups = groups_of(tensors)
+            with self._validated(groups, tensors, state, closure) as asked:
+                self._user.run(groups, state, asked)
+            if _joint_steps.is_tried(self._begun):
+                self._check_apart(groups, state, closure)
+
+    def _check_apart(self, groups: Groups, state: State, closure: bool) -> None:
+        def run(some: Groups, states: State) -> None:
+            self._user.run(some, states, _Asked(some[0]["params"]) if closure else None)
+
+        joint = _joint_steps.find_joint(run, groups, state)
+        if joint is not None:
+            name = self._names.get(joint, "a parameter")
+            raise self._error(f"lets the update of {name} depend on the parameters beside it, and it is called ")
+
+    @contextlib.contextmanager
+    def _validated(
+        self, groups: Groups, tensors: Sequence[torch.Tensor], state: State, closure: bool
+    ) -> Iterator[Callable[[], Any] | None]:
+        """Inside, the step is called with these groups and this state. Gives what is to be its closure, where the user
+        has given one."""
         device = tensors[0].device
         known = {id(tensor) for tensor in tensors} | {id(key) for key in state}
         options = [_facts({key: value for key, value in group.items() if key != "params"}) for group in groups]
@@ -95,44 +148,34 @@ class OwnStep:
             raise self._error("communicates with other ranks, which do not make the same calls, since it is called ")
         check_draws(self._optimizer, drawn, device)
 
-    def check_options(self) -> None:
-        """Raises a ``RuntimeError`` where a parameter group has an option whose entries the step would take for those
-        of other parameters."""
-        for group in self._optimizer.param_groups:
-            size = len(group["params"])
-            for key, value in group.items():
-                if key != "params" and isinstance(value, list) and len(value) == size > 1:
-                    raise self._error(
-                        f"may use the option {key} of a parameter group, which has an entry for each of its "
-                        "parameters, and is given some of them alone, since it is called "
-                    )
-
     def _attributes(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self._optimizer).items() if name not in _OF_TORCH}
 
     def _error(self, what: str) -> RuntimeError:
-        return RuntimeError(f"{self._name}.step() {what}{_REMEDY}")
+        return RuntimeError(_sentence(self._optimizer, what))
 
 
 class OwnSteps:
-    """Of an engine's optimizers, those whose step is not torch's."""
+    """The calls of the steps of an engine's optimizers, of which those that are not torch's are validated."""
 
-    def __init__(self, optimizers: Sequence[optim.Optimizer]) -> None:
-        self._steps = [OwnStep(each) if has_own_step(each) else None for each in optimizers]
+    def __init__(self, users: Sequence[UserOptimizer], names: Mapping[Any, str]) -> None:
+        self._users = users
+        self._own = [OwnStep(user, names) if has_own_step(user.optimizer) else None for user in users]
         self.with_closure = False  #: the user has given the step a closure
 
-    def check_options(self, number: int) -> None:
-        """As :meth:`OwnStep.check_options`, of one of the optimizers: on every rank alike, whoever owns what."""
-        own = self._steps[number]
+    def begin(self, number: int) -> None:
+        """As :meth:`OwnStep.begin`, of one of the optimizers: on every rank alike, whoever owns what."""
+        own = self._own[number]
         if own is not None:
-            own.check_options()
+            own.begin()
 
-    def validated(
-        self, number: int, groups: Groups, state: dict[Any, Any], segments: Sequence[Segment]
-    ) -> contextlib.AbstractContextManager[Callable[[], Any] | None]:
-        """As :meth:`OwnStep.validated`, of one of the optimizers."""
-        own = self._steps[number]
-        return contextlib.nullcontext() if own is None else own.validated(groups, state, segments, self.with_closure)
+    def run(self, number: int, segments: Sequence[Segment], values: State, groups_of: GroupsOf) -> None:
+        """As :meth:`OwnStep.run`, of one of the optimizers."""
+        own = self._own[number]
+        if own is None:
+            self._users[number].run(groups_of([segment.tensor for segment in segments]), values)
+        else:
+            own.run(segments, values, groups_of, self.with_closure)
 
 
 #: What torch and this library keep there, or exchange for a call.

@@ -18,7 +18,7 @@ from dear._attached import Attached, Param
 from dear._fused import fused_parameters
 from dear._layout import Layout
 from dear._optimizer import ELEMENTWISE
-from dear._own_steps import has_own_step
+from dear._own_steps import has_own_step, refusal_of_own_step
 from dear._sharded import ShardedUpdate
 from dear._update import Request
 from dear._whole import declares_whole, stays_whole, update_cost
@@ -50,7 +50,8 @@ class OwnedUpdate(ShardedUpdate):
                 f'update="owned" updates each parameter on its own, and {type(joint).__name__} updates all of them '
                 'together: use update="replicated".'
             )
-        return request.refusal_of_aliases(cls.kind)
+        own = next(filter(None, map(refusal_of_own_step, request.optimizers)), None)
+        return own or request.refusal_of_aliases(cls.kind)
 
     @classmethod
     def suits(cls, request: Request) -> bool:

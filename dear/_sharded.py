@@ -5,7 +5,7 @@ The optimizer's state and work are divided by the world size (ZeRO, stage 1); th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
@@ -43,7 +43,7 @@ class ShardedUpdate(Update):
         self._gradients = ShardedGradients(attached)
         self._changes = ChangedGradients(attached, self._gradients)
         self._preconditioning = Preconditioning(attached, self._gradients)
-        self._own_steps = OwnSteps([user.optimizer for user in attached.users])
+        self._own_steps = OwnSteps(attached.users, attached.names)
         self._fused: set[Param] = set()
 
     @classmethod
@@ -119,7 +119,7 @@ class ShardedUpdate(Update):
     def step(self, found: Found, optimizer: int) -> None:
         attached = self.attached
         user = attached.users[optimizer]
-        self._own_steps.check_options(optimizer)
+        self._own_steps.begin(optimizer)
         if attached.layout is None or (self._states.shows_full and not found.reduced):
             self._states.take_loaded()
             user.run_all(None)
@@ -172,7 +172,6 @@ class ShardedUpdate(Update):
     def _run(self, optimizer: int, group: int | None) -> None:
         """One update of an optimizer's segments in a fusion group, or in all, with the hyper-parameters as they
         stand."""
-        user = self.attached.users[optimizer]
         with self.attached.scheduler.updating(group):
             segments = [
                 segment
@@ -180,19 +179,22 @@ class ShardedUpdate(Update):
                 for segment in self._states.by_group[index]
                 if segment.optimizer == optimizer and segment.is_used(self.attached.unused)
             ]
-            work: Groups = []
-            for index, options in enumerate(user.optimizer.param_groups):
-                tensors = [segment.tensor for segment in segments if segment.group == index]
-                if tensors:
-                    if options.get("fused"):
-                        check_fused(options, self._fused)
-                    work.append({**options, "params": tensors})
-            if work:
-                with (
-                    self._changes.watch(optimizer, segments),
-                    self._own_steps.validated(optimizer, work, self._states.values, segments) as closure,
-                ):
-                    user.run(work, self._states.values, closure)
+            if segments:
+                with self._changes.watch(optimizer, segments):
+                    self._own_steps.run(
+                        optimizer, segments, self._states.values, partial(self._groups_of, optimizer, segments)
+                    )
+
+    def _groups_of(self, optimizer: int, segments: list[Segment], tensors: Sequence[torch.Tensor]) -> Groups:
+        """The optimizer's groups as they stand, of the tensors that stand for these segments alone."""
+        work: Groups = []
+        for index, options in enumerate(self.attached.users[optimizer].optimizer.param_groups):
+            chosen = [tensor for segment, tensor in zip(segments, tensors, strict=True) if segment.group == index]
+            if chosen:
+                if options.get("fused"):
+                    check_fused(options, self._fused)
+                work.append({**options, "params": chosen})
+        return work
 
     def finish(self, group: int) -> None:
         attached = self.attached

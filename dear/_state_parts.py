@@ -143,18 +143,23 @@ class LoadedState:
             for index, values in one.items():
                 if here[index].param in mine:
                     full.setdefault(here[index].param, {}).update(values)
-        runs = {place.param: self.parts.runs.pop(place.param, {}) for place in here}
         for key, dtype in sorted({kind for place in here for kind in self._kinds[place.param].items()}, key=str):
             places = [place for place in here if self._kinds[place.param].get(key) == dtype]
-            flat = torch.zeros(buffer.numel(), dtype=dtype, device=buffer.device)
-            for place in places:
-                for start, values in runs[place.param].pop(key):
-                    flat[place.start + start : place.start + start + values.numel()] = values
-            readers = _C.Ownership(flat.numel(), [_read_by(places, lane.world, rank) for rank in range(lane.world)])
-            lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(flat, flat[:0])], _LABEL, [readers]).wait()
+            flat = self._gather(lane, torch.zeros(buffer.numel(), dtype=dtype, device=buffer.device), places, key)
             for place in places:
                 if place.param in mine:
                     full.setdefault(place.param, {})[key] = _like(place.param, flat[place.start : place.stop])
+        for place in here:
+            self.parts.runs.pop(place.param, None)
+
+    def _gather(self, lane: _C.Lane, flat: torch.Tensor, places: list[Place], key: str) -> torch.Tensor:
+        """``flat``, as a bucket, with the values of one key, of which each rank has read its part."""
+        for place in places:
+            for start, values in self.parts.runs[place.param].pop(key):
+                flat[place.start + start : place.start + start + values.numel()] = values
+        readers = _C.Ownership(flat.numel(), [_read_by(places, lane.world, rank) for rank in range(lane.world)])
+        lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(flat, flat[:0])], _LABEL, [readers]).wait()
+        return flat
 
 
 def _read_by(places: Iterable[Place], world: int, rank: int) -> list[tuple[int, int]]:

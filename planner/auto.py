@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -26,28 +25,16 @@ from .deciding import PLAIN, Predicted, Way, predicted, reason, shortlist, sizes
 from .instruments import Instruments
 from .profile import Profile
 from .profiling import measured_profile, slowest
+from .trials import NEVER, Trial, Trials, fastest
 from .watching import changed
 
 WARM_UP = 2  # steps before anything is measured
 PROFILED = 4
-TIMED = 4  # steps of a trial, behind one that is not timed, or two where all parts are new
 MOST = 60  # steps in all
 TRIED = 3  # ways
-AGAIN = 2  # trials of the best size
-NEVER = 1e9  # seconds, of what could not be tried
-LEVEL = 1.01  # what is this close to the fastest is as fast
 PHASES = ("all_reduce", "reduce_scatter", "all_gather")
 
 log = logging.getLogger("dear")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Measured. seconds: of a step, the slowest rank's; NEVER where it could not be tried."""
-
-    way: Way
-    mib: float
-    seconds: float
 
 
 class Auto:
@@ -78,6 +65,7 @@ class Auto:
         self._steering: Steering | None = None
         self._course: Generator[None, None, None] = (_ for _ in ())
         self._searches = self._traces = False  # chooses now; has the engine trace steps
+        self._unsent: dict[str, dict[str, Any]] = {}  # by method: the state of compressors that were tried
         self._now: tuple[Way, float] = Way(""), 0.0  # what is trained with, and its size in MiB
 
     # --- what dear.attach calls ---
@@ -181,6 +169,7 @@ class Auto:
             yield from self._choosing()
         finally:
             self._searches = False
+            self._unsent.clear()
 
     def _choosing(self) -> Iterator[None]:
         steering, begun = self._steers, self._now
@@ -191,34 +180,27 @@ class Auto:
         if not listed:
             self._warn(steering, f"Nothing is chosen, and training goes on as it did, since {why}.")
             return
-        tried: list[Trial] = []
-        yield from self._try(*begun, tried)
+        trials = Trials(steering, self._instruments.clock, self._go, lambda sentence: self._warn(steering, sentence))
+        yield from trials.attempt(*begun)
         for one in listed[1:]:
-            yield from self._try(one.way, one.mib, tried)
+            yield from trials.attempt(one.way, one.mib)
         if steering.tunes_cap:
-            yield from self._refine(listed, tried, MOST - (steering.steps - start))
-        best = self._best(tried)
+            yield from self._refine(trials, listed, MOST - (steering.steps - start))
+        finalists = trials.finalists()
+        compared = (yield from trials.finale(finalists)) if len(finalists) > 1 else finalists
+        best = fastest(compared)
         self._go(best.way, best.mib)
         steering.settled()
         ground = steering.ground
         self.plan = plans.made(best.way, best.mib, best.seconds, ground.group.size(), _elements(ground.model))
-        self._say(_line(best, tried, listed, steering.steps - start, why))
+        self._say(_line(best, trials.made[0], compared, listed, steering.steps - start, why))
 
-    def _refine(self, listed: list[Predicted], tried: list[Trial], left: int) -> Iterator[None]:
-        """Tries other sizes of the best way in the steps that are left; the last two trials are of the best size again,
-        since the fastest of many short trials may have been lucky."""
-        way, mib, seconds = (best := self._best(tried)).way, best.mib, best.seconds
-        hints = [one.mib for one in listed if one.way == way]
-        search = _search()(_mib(self._steers), mib, seconds, hints) if self._decides else None
-        trials = left // (_untimed(way) + TIMED)
-        for number in range(trials):
-            if number >= trials - AGAIN:
-                yield from self._try(way, self._best(tried).mib, tried)
-                continue
-            mib = self._steers.tell(search.ask() if search else None, "the size to try")
-            yield from self._try(way, mib, tried)
-            if search is not None:
-                search.tell(mib, tried[-1].seconds)
+    def _refine(self, trials: Trials, listed: list[Predicted], left: int) -> Iterator[None]:
+        """Other sizes of the best way, in so many steps, the last comparison's among them."""
+        best = trials.best
+        hints = [one.mib for one in listed if one.way == best.way]
+        search = _search()(_mib(self._steers), best.mib, best.seconds, hints) if self._decides else None
+        yield from trials.refine(search, left)
 
     def _profiled(self) -> Generator[None, None, list[Profile]]:
         """A few steps; returns every rank's profile."""
@@ -279,47 +261,15 @@ class Auto:
         steering, (before, size) = self._steers, self._now
         if (way, mib) == (before, size):
             return
-        setting = _setting(way, mib)
-        at_work = steering.engine.compressor
-        if setting.compressor is not None and at_work is not None and way.method == before.method:
-            # What it has not sent yet is not lost.
+        setting, at_work = _setting(way, mib), steering.engine.compressor
+        if at_work is not None and before.method is not None:
+            # What it has not sent yet is not lost, if it comes back.
             steering.engine.synchronize()
-            setting.compressor.load_state_dict(at_work.state_dict(gather=False))
+            self._unsent[before.method] = at_work.state_dict(gather=False)
+        if setting.compressor is not None and way.method in self._unsent:
+            setting.compressor.load_state_dict(self._unsent[way.method])
         steering.switch(setting)
         self._now = way, mib
-
-    def _try(self, way: Way, mib: float, tried: list[Trial]) -> Iterator[None]:
-        """A trial, appended on every rank alike."""
-        steering, clock = self._steers, self._instruments.clock
-        try:
-            self._go(way, mib)
-        except ValueError as error:
-            self._warn(steering, f"{way} is not tried ({str(error).rstrip('.')}).")
-            tried.append(Trial(way, mib, NEVER))
-            return
-        yield from _steps(_untimed(way))
-        times, last = [], clock()
-        for _ in range(TIMED):
-            yield
-            now = clock()
-            times.append(now - last)
-            last = now
-        everyone = steering.everyones(times, "the times of a trial")
-        seconds = statistics.median(max(step) for step in zip(*everyone, strict=True))
-        if not math.isfinite(seconds) or seconds <= 0:
-            self._warn(steering, f"{way} took {seconds} s a step by some rank's clock, and is not chosen.")
-            seconds = NEVER
-        tried.append(Trial(way, mib, seconds))
-
-    def _best(self, tried: list[Trial]) -> Trial:
-        """The fastest, by the mean of its trials; of those that are as fast, the one that loses least."""
-        times: dict[tuple[Way, float], list[float]] = {}
-        for trial in tried:
-            times.setdefault((trial.way, trial.mib), []).append(trial.seconds)
-        means = [Trial(way, mib, statistics.mean(seconds)) for (way, mib), seconds in times.items()]
-        fastest = min(trial.seconds for trial in means)
-        level = [trial for trial in means if trial.seconds <= LEVEL * fastest]
-        return min(level, key=lambda trial: (losses.above(trial.way.method), trial.seconds))
 
     def _watch(self) -> Iterator[None]:
         """Ends when steps have taken another time for a minute, on the slowest rank."""
@@ -348,12 +298,6 @@ def _steps(count: int) -> Iterator[None]:
         yield
 
 
-def _untimed(way: Way) -> int:
-    """Steps until a trial shows what it takes: parts that are new lay their buckets in the first, and use them in the
-    second."""
-    return 1 if way.method is None and way.update != PLAIN else 2
-
-
 def _setting(way: Way, mib: float) -> Setting:
     return Setting(way.update, mib, None if way.method is None else codecs.compressor(way.method))
 
@@ -377,11 +321,10 @@ def _fraction(loss: Any) -> float:
     return found
 
 
-def _line(best: Trial, tried: list[Trial], listed: list[Predicted], steps: int, why: str) -> str:
+def _line(best: Trial, begun: Trial, compared: Sequence[Trial], listed: list[Predicted], steps: int, why: str) -> str:
     """What was chosen, what it gained, and why."""
-    begun = tried[0]
-    plain = min((trial.seconds for trial in tried if trial.way.update == PLAIN), default=NEVER)
-    rival = f", with plain DDP {_ms(plain)}" if plain < NEVER and best.way.update != PLAIN else ""
+    plain = next((one.seconds for one in compared if one.way.update == PLAIN != best.way.update), NEVER)
+    rival = f", with plain DDP {_ms(plain)}" if plain < NEVER else ""
     foreseen = next((one for one in listed if one.way == best.way), None)
     said = f", {_ms(foreseen.seconds)} predicted" if foreseen is not None else ""
     return (

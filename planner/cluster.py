@@ -2,7 +2,7 @@
 
 nodes: 8
 devices_per_node: 4
-device: a100                      # or {name: mine, tflops: 50, memory_gib: 16, bandwidth_gb: 600}
+device: a100                      # or {name: mine, tflops: 50, memory_gib: 16, bandwidth_gb: 600}; or a list, by node
 link: {latency: 30us, bandwidth: 10Gbit}        # of a node; a list, where they differ: the slowest counts
 inner: {latency: 5us, bandwidth: 600Gbit}       # between devices of a node; without it the network is flat
 algorithm: ring                   # or tree
@@ -12,6 +12,7 @@ compressors:                      # measured, in seconds per byte of gradient, b
   bf16: {encode: 1.0e-10, merge: 2.0e-10, decode: 1.0e-10}
 straggler: 1.1                    # how many times as long the slowest device computes
 jitter: 0.02                      # standard deviation of computing, as a share of it
+failures: {mtbf: 30d, spares: 2}  # and checkpoint: 30s, restart: 5min, repair: 1d, every: 20min; planner/failures.py
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,18 @@ from dear.cost_model import AlphaBeta
 
 from .codecs import Cost, codec
 from .devices import GIB, Device, device
+from .failures import Failures
 from .machine import Machine
 from .network import ALGORITHMS, PHASES, Network, flat, measured, slowest, two_level
+from .shares import typical
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_LONG = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _BITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 LONGEST = 60.0  # seconds: more is no latency
 KEYS = (
     "nodes", "devices_per_node", "device", "link", "inner", "algorithm", "collectives", "compressors", "straggler",
-    "jitter", "label",
+    "jitter", "label", "failures",
 )  # fmt: skip
 
 
@@ -46,7 +50,8 @@ class ClusterError(ValueError):
 @dataclass(frozen=True)
 class Cluster:
     """nodes: with ``devices_per_node`` workers each. collectives: measured lines by phase, in place of the links.
-    compressors: measured costs by name, in place of those by the device's memory bandwidth."""
+    compressors: measured costs by name, in place of those by the device's memory bandwidth. device: of every node, or
+    what stands for ``mixed`` ones. mixed, links: by node, where they differ; ``link`` is the slowest."""
 
     nodes: int
     devices_per_node: int = 1
@@ -58,6 +63,9 @@ class Cluster:
     compressors: Mapping[str, Cost] = field(default_factory=dict)
     straggler: float = 1.0
     jitter: float = 0.0
+    mixed: tuple[Device, ...] = ()
+    links: tuple[AlphaBeta, ...] = ()
+    failures: Failures | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 2:
@@ -72,6 +80,11 @@ class Cluster:
     @property
     def workers(self) -> int:
         return self.nodes * self.devices_per_node
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """By worker."""
+        return tuple(one for one in self.mixed or (self.device,) * self.nodes for _ in range(self.devices_per_node))
 
     def network(self) -> Network:
         if self.collectives:
@@ -139,24 +152,37 @@ def described(found: Any) -> Cluster:
     if "algorithm" in found:
         given["algorithm"] = found["algorithm"]
     if "device" in found:
-        given["device"] = _device(found["device"])
+        devices = [_device(entry) for entry in _by_node(found, "device")]
+        given |= {"device": typical(devices), "mixed": tuple(devices) if len(devices) > 1 else ()}
     for key in ("link", "inner"):
         if key in found:
-            entries = found[key] if isinstance(found[key], list) else [found[key]]
-            if isinstance(found[key], list) and len(entries) not in (1, given["nodes"]):
-                raise ClusterError(f"{key} lists {len(entries)} links for {given['nodes']} nodes: list one for each.")
-            given[key] = slowest([_link(entry, key) for entry in entries])
+            links = [_link(entry, key) for entry in _by_node(found, key)]
+            given[key] = slowest(links)
+            if key == "link" and len(links) > 1:
+                given["links"] = tuple(links)
     if "collectives" in found:
         given["collectives"] = _lines(found["collectives"])
     if "compressors" in found:
         given["compressors"] = _costs(found["compressors"])
+    if "failures" in found:
+        given["failures"] = _failures(found["failures"])
     return Cluster(**given)
 
 
-def _number(found: Mapping[str, Any], key: str, whole: bool = False) -> float:
+def _by_node(found: Mapping[str, Any], key: str) -> list[Any]:
+    """The entries of a list, one for each node; or the one that counts for all."""
+    if not isinstance(found[key], list):
+        return [found[key]]
+    if len(found[key]) not in (1, found["nodes"]):
+        raise ClusterError(f"{key} lists {len(found[key])} entries for {found['nodes']} nodes: list one for each.")
+    return found[key]
+
+
+def _number(found: Mapping[str, Any], key: str, whole: bool = False, least: int = 1) -> float:
+    """least: that a whole one may be."""
     value = found[key]
     kind: Any = int if whole else (int, float)
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < math.inf or (whole and value < 1):
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < math.inf or (whole and value < least):
         raise ClusterError(f"{key} must be a {'whole ' if whole else ''}number, not {value!r}.")
     return value  # type: ignore[no-any-return]
 
@@ -197,6 +223,25 @@ def _costs(entry: Any) -> dict[str, Cost]:
         if max(made[str(name)].encode, made[str(name)].merge, made[str(name)].decode) > 1e-3:
             raise ClusterError(f"compressors: {name} takes {made[str(name)]}, which no machine does: check the units.")
     return made
+
+
+def _failures(entry: Any) -> Failures:
+    known = [field.name for field in fields(Failures)]
+    if not isinstance(entry, dict) or "mtbf" not in entry or not set(entry) <= set(known):
+        raise ClusterError(f"failures must have an mtbf, and may have {', '.join(known[1:])}; it has {entry!r}.")
+    times: dict[str, Any] = {key: _long(f"failures: {key}", entry[key]) for key in entry if key != "spares"}
+    spares = _number(entry, "spares", whole=True, least=0) if "spares" in entry else 0
+    try:
+        return Failures(**times, spares=int(spares))
+    except ValueError as error:
+        raise ClusterError(f"failures: {error}") from None
+
+
+def _long(what: str, text: Any) -> float:
+    found = re.fullmatch(r"(\d+\.?\d*)\s*(s|min|h|d)", str(text).strip().lower())
+    if found is None:
+        raise ClusterError(f"{what} is {text!r}, which is no time: write it like 30s, 5min, 12h or 30d.")
+    return float(found[1]) * _LONG[found[2]]
 
 
 def _device(entry: Any) -> Device:

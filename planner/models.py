@@ -31,12 +31,14 @@ class Block:
 @dataclass(frozen=True)
 class Model:
     """about: what the shapes assume, such as the number of tokens of an example. activations: bytes that one example
-    keeps from forward to backward, in 32 bits."""
+    keeps from forward to backward, in 32 bits. handed: numbers of one example that a layer hands to the next, 0 where
+    layers are not in a row."""
 
     name: str
     about: str
     blocks: tuple[Block, ...]
     activations: float = 0.0
+    handed: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -98,7 +100,7 @@ def transformer(
         blocks.append(linear("pooler", width, width))
     blocks.append(Block("output", output, 2.0 * tokens * width * vocabulary))
     kept = 4.0 * tokens * depth * (10 * width + (3 if gated else 2) * hidden)
-    return Model(name, f"{tokens} tokens an example", tuple(blocks), kept)
+    return Model(name, f"{tokens} tokens an example", tuple(blocks), kept, float(tokens * width))
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .batch import Batch
 from .cluster import Cluster
 from .codecs import EXACT, Codec, codec
 from .profile import Profile
@@ -58,7 +59,7 @@ def ways(compressors: Sequence[str] = ("bf16", "power:4", "power:8", "acp:4", "t
 @dataclass(frozen=True)
 class Choice:
     """Predicted. cap: of the fusion groups, None where there is none. speedup: over DDP with 16 bits at its best size.
-    memory: bytes of one worker. fits: in its device."""
+    memory: bytes of the fullest worker. fits: in every device. rate: examples a second, while nothing fails."""
 
     name: str
     step: Step
@@ -68,16 +69,23 @@ class Choice:
     fits: bool
     exact: bool
     code: str
+    rate: float
 
 
 def rank(
-    profile: Profile, cluster: Cluster, chosen: Sequence[Way], activations: float = 0.0, caps: Sequence[float] = CAPS
+    profile: Profile,
+    cluster: Cluster,
+    chosen: Sequence[Way],
+    batch: Batch | None = None,
+    caps: Sequence[float] = CAPS,
 ) -> list[Choice]:
     """Every way at its best fusion size; those that fit come first, and of them the fastest.
 
-    activations: bytes that one worker's batch keeps from forward to backward.
+    batch: one example of each worker without activations, where none is given.
     """
+    batch = batch or Batch.even(cluster, 1, 0.0)
     network, machine = cluster.network(), cluster.machine()
+    profile = batch.uneven(profile)
 
     def best(way: Way) -> tuple[Step, float | None]:
         sizes = [cap for cap in caps if cap <= max(MIB, profile.bytes)] if way.tuned else [None]
@@ -88,11 +96,20 @@ def rank(
     made = []
     for way in chosen:
         found, cap = best(way)
-        memory = memory_bytes(way, profile, cluster.workers) + activations
-        speedup = baseline.seconds / found.seconds
-        fits = memory <= cluster.device.memory
-        made.append(Choice(way.name, found, cap, speedup, memory, fits, way.exact, way.code(cap)))
-    return sorted(made, key=lambda each: (not each.fits, each.step.seconds))
+        parameters = memory_bytes(way, profile, cluster.workers)
+        memory = [parameters + batch.activations * own for own in batch.shares]
+        fits = all(need <= device.memory for need, device in zip(memory, cluster.devices, strict=True))
+        made.append(
+            Choice(
+                way.name, found, cap, baseline.seconds / found.seconds, max(memory), fits, way.exact, way.code(cap),
+                batch.examples / found.seconds,
+            )
+        )  # fmt: skip
+    return in_order(made)
+
+
+def in_order(choices: Sequence[Choice]) -> list[Choice]:
+    return sorted(choices, key=lambda each: (not each.fits, each.step.seconds))
 
 
 def memory_bytes(way: Way, profile: Profile, workers: int, state: float = 2.0) -> float:

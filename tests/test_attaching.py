@@ -1,5 +1,7 @@
 """What ``dear.attach()`` is given: wrappers of optimizers, replicas that differ already, a model that grows later."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import training
@@ -31,6 +33,14 @@ class Named(optim.Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
 
+class Hooked(Named):
+    """The same, with what is needed for hooks of its own step, as pytorch_optimizer's Magma."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+
+
 class Holder:
     """Holds an optimizer and is none, as Lightning's."""
 
@@ -40,7 +50,7 @@ class Holder:
         self.optimizer = optimizer
 
 
-WRAPPERS = {"named": Named, "holder": Holder, "both": lambda optimizer: Holder(Named(optimizer))}
+WRAPPERS = {"named": Named, "hooked": Hooked, "holder": Holder, "both": lambda optimizer: Holder(Named(optimizer))}
 
 
 @told

@@ -149,7 +149,7 @@ def test_a_profile_that_is_none_is_refused(text: str, tmp_path: Path, capsys: py
         ({"speed": 3}, "'speed' is no entry of a cluster"),
         ({"link": "10Gbit"}, "link must have a latency and a bandwidth"),
         ({"link": {"latency": "30us", "bandwidth": "-1Gbit"}}, "'-1Gbit' is not a bandwidth"),
-        ({"link": [GOOD["link"]] * 3}, "lists 3 links for 4 nodes"),
+        ({"link": [GOOD["link"]] * 3}, "link lists 3 entries for 4 nodes"),
         ({"algorithm": "star"}, "algorithm must be one of"),
         ({"straggler": 0.5}, "straggler must be 1 or more"),
         ({"straggler": float("nan")}, "straggler must be a number"),

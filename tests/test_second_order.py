@@ -7,7 +7,7 @@ from rich.console import Console
 
 from benchmarks.second_order import show
 from benchmarks.second_order.autoencoder import AUTOENCODER
-from benchmarks.second_order.measure import Clock
+from benchmarks.second_order.clock import Clock
 from benchmarks.second_order.methods import METHODS, parse_method
 from benchmarks.training.strategies import StrategyError
 

@@ -160,6 +160,18 @@ class Wrapper(torch.optim.Optimizer):
         self.inner.zero_grad(set_to_none)
 
 
+class Counting(torch.optim.SGD):
+    """Its step counts itself, where no parameter's state is."""
+
+    def __init__(self, params):
+        super().__init__(params, 0.1)
+        self.state["all"] = {"steps": 0}
+
+    def step(self, closure=None):
+        self.state["all"]["steps"] += 1
+        return super().step(closure)
+
+
 class Failing(compress.Compressor):
     """Fails where it is first asked something."""
 
@@ -185,6 +197,7 @@ REFUSALS = {
     "a size of text": lambda m, o: dear.attach(m, o, bucket_cap_mb="large"),
     "sharded and compressed": lambda m, o: dear.attach(m, o, compressor=compress.SignSGD(), update="sharded"),
     "sharded LBFGS": lambda m, o: dear.attach(m, torch.optim.LBFGS(m.parameters()), update="sharded"),
+    "owned, with state of no parameter": lambda m, o: dear.attach(m, Counting(m.parameters()), update="owned"),
     "a stranger": lambda m, o: dear.attach(m, stranger(m, torch.optim.SGD(m.parameters(), 0.1))),
     "not a compressor": lambda m, o: dear.attach(m, o, compressor=3),
     "a failing compressor": lambda m, o: dear.attach(m, o, compressor=Failing()),

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..command import show_size
 from ..network.rates import show_rate
-from ..second_order.measure import PARTS
+from ..second_order.clock import PARTS
 from ..second_order.show import rows
 from .markdown import number, table
 

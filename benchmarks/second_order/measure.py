@@ -1,29 +1,19 @@
 """Inside a worker: the training benchmark's rounds over methods, then what a preconditioner's step is made of."""
 
-import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 from ..progress import Report
+from ..training import breakdown
 from ..training.experiment import Experiment
 from ..training.measure import TRIAL_STEPS, Candidate, Measurement
+from ..training.workloads import parts
 from ..worker import Worker
 from .autoencoder import KNOWN
+from .clock import PARTS, Clock
 from .methods import parse_method
 
 TIMED_STEPS = 10
-# What a binding has, and which part of a step each method of it is. Inner ones are taken off the outer ones.
-PARTS = {
-    "factors": ("_capture._sink", "_capture._reduce"),
-    "inversion": ("_method.solver.solve",),
-    "communication": (
-        "_exchanges.total", "_exchanges.average", "_exchanges.wait",
-        "_ranks.mean_at_owners", "_ranks.complete", "_ranks.sum",
-    ),
-    "preconditioning": ("backward_ended", "begin", "precondition", "end"),
-}  # fmt: skip
 
 
 def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -40,58 +30,49 @@ class Methods(Measurement):
         self.candidates = [Candidate(parse_method(name)) for name in experiment.strategies]
         self.total = len(self.candidates) * (
             TRIAL_STEPS + experiment.rounds * (experiment.warmup + experiment.steps) + TIMED_STEPS
-        )
+            + (breakdown.STEPS if experiment.breakdown else 0)
+        )  # fmt: skip
 
     def run(self) -> dict[str, Any]:
         self.build()
         self.play()
         self.evaluate()  # before the last steps, which train on
         self._each("taking apart", self._take_apart, TIMED_STEPS)
+        if self.experiment.breakdown:
+            self._each("profiling", self._expose, breakdown.STEPS)
         cell = self.finish()
         return cell | {"plan": asdict(self.experiment)}
 
     def _take_apart(self, candidate: Candidate) -> None:
         trainer = candidate.running
-        binding = getattr(trainer, "binding", None)
-        if trainer is None or binding is None or binding.preconditioner is None:
+        if trainer is None:
             return
-        clock = Clock()
-        clock.watch(binding)
-        for _ in range(TIMED_STEPS):
-            trainer.step(*self.next_batch(candidate))
-        trainer.synchronize()
-        candidate.breakdown = {name: round(clock.seconds[name] * 1e3 / TIMED_STEPS, 4) for name in PARTS}
+
+        def train() -> dict[str, float]:
+            with Clock() as clock:
+                if (binding := getattr(trainer, "binding", None)) is not None:
+                    clock.watch(binding)
+                for _ in range(TIMED_STEPS):
+                    trainer.step(*self.next_batch(candidate))
+                trainer.synchronize()
+            return clock.ms(TIMED_STEPS)
+
+        own, candidate.failure = self.worker.attempt(train)
+        everyone = self.worker.gather(own)
+        if not candidate.failure:
+            candidate.breakdown = {part: [one[part] for one in everyone if one] for part in PARTS}
+
+    def _expose(self, candidate: Candidate) -> None:
+        """What of communication nothing hides. Where plain DDP waits for a preconditioner besides, nobody looks."""
+        trainer = candidate.running
+        if trainer is None or (trainer.engine is None and getattr(trainer, "binding", None) is not None):
+            return
+        batches = [self.next_batch(candidate) for _ in range(breakdown.STEPS)]
+        found, failure = self.worker.attempt(lambda: breakdown.profile(trainer, parts(trainer.net), batches))
+        everyone = self.worker.gather(found)
+        if not failure and candidate.breakdown is not None:
+            candidate.breakdown["exposed"] = [_exposed(one["phases"]) for one in everyone if one]
 
 
-class Clock:
-    """Seconds that the methods of an object take, by part."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inside: list[float] = []  # seconds of the calls inside each call under way
-
-    def watch(self, binding: Any) -> None:
-        """Times what the binding has of PARTS, for good."""
-        for part, names in PARTS.items():
-            for name in names:
-                *path, last = name.split(".")
-                owner = binding
-                for step in path:
-                    owner = getattr(owner, step, None)
-                found = getattr(owner, last, None)
-                if found is not None:
-                    setattr(owner, last, self._timed(part, found))
-
-    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **options: Any) -> Any:
-            begun = time.perf_counter()
-            self._inside.append(0.0)
-            try:
-                return function(*args, **options)
-            finally:
-                took = time.perf_counter() - begun
-                self.seconds[part] += took - self._inside.pop()
-                if self._inside:
-                    self._inside[-1] += took
-
-        return timed
+def _exposed(phases: dict[str, float | None]) -> float:
+    return sum(ms or 0.0 for name, ms in phases.items() if name.startswith("exposed_"))

@@ -1,5 +1,6 @@
 """What is compared: an optimizer, alone or behind a preconditioner, on DDP or under this library's schedule."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..command import listed as comma_separated
 from ..training.strategies import Strategy, StrategyError
 from ..training.trainer import OptimizerFactory, Trainer, listed, optimizer_factory
+from .rivals import RIVALS
 
-FORMS = "METHOD/ddp[@LR] or METHOD/dear[@LR]"
+FORMS = "METHOD/ddp[@LR], METHOD/dear[@LR] or RIVAL/ddp[@LR]"
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,10 @@ class MethodOn(Strategy):
         import dear
         import precondition
 
-        kind = METHODS[self.method]
         model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
+        if self.method in RIVALS:
+            return Stepped(model, RIVALS[self.method].build(net, self.learning_rate))
+        kind = METHODS[self.method]
         own = optimizer_factory(kind.optimizer, self.learning_rate or kind.learning_rate)(model)
         preconditioner = getattr(precondition, kind.preconditioner)() if kind.preconditioner else None
         if self.scheduled:
@@ -94,11 +99,25 @@ def parse_method(name: str) -> MethodOn:
     rest, _, rate = name.partition("@")
     method, _, where = rest.partition("/")
     read: Callable[[str], float] = float
+    places = ("ddp", "dear") if method in METHODS else ("ddp",) if method in RIVALS else ()
     try:
-        if method not in METHODS or where not in ("ddp", "dear") or (rate and not 0 < read(rate) < float("inf")):
+        if where not in places or (rate and not 0 < read(rate) < float("inf")):
             raise ValueError(name)
         return MethodOn(name, None, method, where == "dear", read(rate) if rate else None)
     except ValueError:
         raise StrategyError(
-            f"{name!r} is not known: the forms are {FORMS}, where METHOD is one of {', '.join(METHODS)}."
+            f"{name!r} is not known: the forms are {FORMS}, where METHOD is one of {', '.join(METHODS)}, and RIVAL one "
+            f"of {', '.join(RIVALS)}."
         ) from None
+
+
+#: Of this library, on DDP and under the schedule.
+ALL = ",".join(f"{method}/{where}" for method in METHODS for where in ("ddp", "dear"))
+
+
+def method_names(text: str) -> list[str]:
+    """Of a command line: methods, each at most once, which must all be known."""
+    try:
+        return [parse_method(name).name for name in comma_separated(str)(text)]
+    except StrategyError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

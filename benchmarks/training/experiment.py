@@ -38,7 +38,7 @@ def strategy_names(text: str) -> list[str]:
 
 
 def experiment_options(parser: Parser, *, strategies: str, rounds: int, warmup: int, steps: int) -> None:
-    """The options that make a Experiment, with these defaults."""
+    """The options that make an Experiment, with these defaults."""
     parser.add_argument("--rounds", type=positive, default=rounds, help="in each of which every strategy is timed")
     parser.add_argument("--warmup", type=positive, default=warmup, help="steps before the timed ones of a round")
     training_options(parser, strategies=strategies, optimizer="sgd", steps=steps)

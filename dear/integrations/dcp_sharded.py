@@ -206,21 +206,14 @@ class _Template:
     def __init__(self, metadata: Metadata, model: DDP, optimizers: list[Optimizer], rank: int, world: int) -> None:
         self._metadata, self._optimizers = metadata, optimizers
         self._names: dict[torch.Tensor, str] = dict(parameter_names(model).items())
-        self.wanted: dict[str, Any] = {}
-        by_name: dict[str, torch.Tensor] = {name: param for param, name in self._names.items()}
         updated = {param for each in optimizers for group in each.param_groups for param in group["params"]}
+        paths = _paths(metadata)
+        self._entries = self._entries_of(paths, updated)
+        self._groups = {key: path for key, path in paths.items() if path[0] == "param_groups"}
         alone = updated - set(reduced_parameters(model))
-        kinds: dict[torch.Tensor, dict[str, torch.dtype]] = {}
-        self._entries: dict[str, tuple[torch.Tensor, str]] = {}
-        for key, path in _paths(metadata).items():
-            if path[0] != "state" or len(path) != 3 or by_name.get(path[1]) not in updated:
-                continue
-            param, entry = by_name[path[1]], metadata.state_dict_metadata[key]
-            self._entries[key] = param, path[2]
-            kinds.setdefault(param, {})
-            if isinstance(entry, TensorStorageMetadata) and _in_runs(param, path[2], entry):
-                kinds[param][path[2]] = entry.properties.dtype
+        kinds = self._kinds()
         self.state = LoadedState(kinds, alone, rank, world)
+        self.wanted = {key: _empty(metadata.state_dict_metadata[key]) for key in self._groups}
         numbers = {param: number for number, param in enumerate(kinds)}
         for key, (param, name) in self._entries.items():
             if name in kinds[param]:
@@ -228,8 +221,26 @@ class _Template:
                 self.wanted[key] = Pieces.of(param.size(), stride_in_bucket(param), runs)
             elif param in alone or numbers[param] % world == rank:
                 self.wanted[key] = _empty(metadata.state_dict_metadata[key])
-        self._groups = {key: path for key, path in _paths(metadata).items() if path[0] == "param_groups"}
-        self.wanted |= {key: _empty(metadata.state_dict_metadata[key]) for key in self._groups}
+
+    def _entries_of(
+        self, paths: dict[str, tuple[Any, ...]], updated: set[torch.Tensor]
+    ) -> dict[str, tuple[torch.Tensor, str]]:
+        """By the entry's key, of which parameter it is the state, and what of it."""
+        by_name = {name: param for param, name in self._names.items() if param in updated}
+        return {
+            key: (by_name[path[1]], path[2])
+            for key, path in paths.items()
+            if path[0] == "state" and len(path) == 3 and path[1] in by_name
+        }
+
+    def _kinds(self) -> dict[torch.Tensor, dict[str, torch.dtype]]:
+        """By parameter, the types of the entries with one value for each element."""
+        kinds: dict[torch.Tensor, dict[str, torch.dtype]] = {}
+        for key, (param, name) in self._entries.items():
+            of_param, entry = kinds.setdefault(param, {}), self._metadata.state_dict_metadata[key]
+            if isinstance(entry, TensorStorageMetadata) and _in_runs(param, name, entry):
+                of_param[name] = entry.properties.dtype
+        return kinds
 
     def finish(self, read: dict[str, Any]) -> None:
         """Everything has been read: what is not in runs goes to the state, hyper-parameters to the optimizers."""

@@ -14,9 +14,12 @@ from rich.table import Table
 
 from .. import cluster as clusters
 from .. import models, profile
+from ..batch import Batch
 from ..cluster import Cluster, ClusterError
 from ..devices import device
-from ..ranking import BASELINE, MIB, Choice, rank, ways
+from ..failures import Failures
+from ..pipelined import pipelined
+from ..ranking import BASELINE, MIB, Choice, in_order, rank, ways
 from ..user_model import imported
 from ..writing import check_writable
 
@@ -36,6 +39,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency", default="30us", help="of a link (30us)")
     parser.add_argument("--device", help="such as a100 (which it is by default)")
     parser.add_argument("--batch", type=int, default=32, help="examples of one worker and step (32)")
+    parser.add_argument("--handed", type=float, help="numbers that a layer hands on for one example, for a pipeline")
     parser.add_argument("--step-ms", type=float, help="forward and backward of one worker by itself, if you know it")
     parser.add_argument("--compressors", default="bf16,power:4,power:8,acp:4,topk:0.01,sign", help="to compare")
     parser.add_argument("--sweep", choices=("bandwidth", "workers"), help="speed-ups over it, as a picture")
@@ -50,11 +54,14 @@ def run(given: argparse.Namespace) -> None:
     if given.sweep:
         _check_picture(given.picture)
     cluster = _cluster(given)
-    model, activations = _profile(given, cluster)
-    console = Console() if Console().is_terminal else Console(width=160)
-    found = rank(
-        model, cluster, ways([name.strip() for name in given.compressors.split(",") if name.strip()]), activations
-    )
+    model, activations, handed = _profile(given, cluster)
+    batch = Batch.even(cluster, given.batch, activations)
+    console = Console() if Console().is_terminal else Console(width=170)
+    chosen = ways([name.strip() for name in given.compressors.split(",") if name.strip()])
+    found = rank(model, cluster, chosen, batch)
+    if handed and cluster.link is not None:
+        baseline = found[0].speedup * found[0].step.seconds
+        found = in_order([*found, pipelined(model, cluster, batch, handed, baseline)])
     console.print(_table(model, cluster, found))
     console.print(
         f"Speed-ups are over DDP with torch's 16-bit hook at its best bucket size. Computing takes "
@@ -66,8 +73,19 @@ def run(given: argparse.Namespace) -> None:
         "model": model.name,
         "workers": cluster.workers,
         "compute_seconds": model.compute,
+        "batch_by_worker": batch.shares,
         "choices": [dataclasses.asdict(choice) for choice in found],
     }
+    if cluster.mixed:
+        console.print(f"{_shares(cluster, batch)}", highlight=False)
+    if cluster.failures is not None:
+        console.print(_expected(cluster.failures, cluster.workers, found[0]), highlight=False)
+        payload["failures"] = {
+            **dataclasses.asdict(cluster.failures),
+            "checkpoint_every": cluster.failures.interval(cluster.workers),
+            "waits": cluster.failures.waits(cluster.workers),
+            "useful": cluster.failures.useful(cluster.workers),
+        }
     if given.sweep:
         swept = sweep(given.sweep, model, cluster)
         draw(swept, given.sweep, model, given.picture)
@@ -83,7 +101,7 @@ def _cluster(given: argparse.Namespace) -> Cluster:
         if given.workers is not None or given.bandwidth is not None:
             raise ClusterError("--cluster says it all: leave --workers and --bandwidth out.")
         found = clusters.read(given.cluster)
-        return dataclasses.replace(found, device=device(given.device)) if given.device else found
+        return dataclasses.replace(found, device=device(given.device), mixed=()) if given.device else found
     if given.workers is None or given.bandwidth is None:
         raise ClusterError("Nothing says what the cluster is: give --cluster, or --workers and --bandwidth.")
     return Cluster(
@@ -91,12 +109,16 @@ def _cluster(given: argparse.Namespace) -> Cluster:
     )
 
 
-def _profile(given: argparse.Namespace, cluster: Cluster) -> tuple[profile.Profile, float]:
-    """And the bytes of activations, as far as they are known."""
+def _profile(given: argparse.Namespace, cluster: Cluster) -> tuple[profile.Profile, float, float]:
+    """And, of one example, the bytes of activations that are kept, and the numbers that a layer hands on, 0 where that
+    is not known."""
     if given.batch < 1 or (given.step_ms is not None and not 0 < given.step_ms < math.inf):
         raise ValueError("--batch and --step-ms must be above 0, and finite.")
+    handed = given.handed or 0.0
+    if not 0 <= handed < math.inf:
+        raise ValueError("--handed must be 0 or more, and finite.")
     if given.model.endswith(".json"):
-        return profile.read(Path(given.model)), 0.0
+        return profile.read(Path(given.model)), 0.0, handed
     model = imported(given.model) if ":" in given.model else models.built_in(given.model)
     if given.step_ms is not None:
         compute = given.step_ms / 1e3
@@ -106,7 +128,7 @@ def _profile(given: argparse.Namespace, cluster: Cluster) -> tuple[profile.Profi
     else:
         raise ValueError(f"How long {given.model} computes is not known: give --step-ms.")
     update = model.parameters * models.UPDATE_BYTES / cluster.device.bandwidth
-    return model.profile(compute, update), given.batch * model.activations
+    return model.profile(compute, update), model.activations, handed or model.handed
 
 
 def _table(model: profile.Profile, cluster: Cluster, found: Sequence[Choice]) -> Table:
@@ -114,16 +136,37 @@ def _table(model: profile.Profile, cluster: Cluster, found: Sequence[Choice]) ->
         f"{LABEL} · {model.name}, {model.elements / 1e6:.4g} M parameters · {cluster.workers} × {cluster.device.name}"
     )
     made = Table(title=title)
-    for name in ("way", "step ms", f"× {BASELINE}", "exposed ms", "GiB", "the line of code"):
+    for name in ("way", "step ms", f"× {BASELINE}", "exposed ms", "examples/s", "GiB", "the line of code"):
         made.add_column(name, justify="left" if name in ("way", "the line of code") else "right", no_wrap=name == "way")
     for each in found:
         memory = f"{each.memory / (1 << 30):.1f}" + ("" if each.fits else ", does not fit")
         step, exposed = f"{1e3 * each.step.seconds:.1f}", f"{1e3 * each.step.exposed:.1f}"
         style = "" if each.exact else "italic"
         made.add_row(
-            each.name, step, f"{each.speedup:.2f}", exposed, memory, each.code.replace("[", r"\["), style=style
-        )
+            each.name, step, f"{each.speedup:.2f}", exposed, f"{each.rate:.4g}", memory, each.code.replace("[", r"\["),
+            style=style,
+        )  # fmt: skip
     return made
+
+
+def _shares(cluster: Cluster, batch: Batch) -> str:
+    """Of nodes that are alike, once."""
+    first = batch.shares[:: cluster.devices_per_node]
+    own = list(dict.fromkeys((device.name, share) for device, share in zip(cluster.mixed, first, strict=True)))
+    each = ", ".join(f"{share} on {name}" for name, share in own)
+    return (
+        f"A worker's share of the {batch.examples} examples of a step: {each}. Scale each worker's loss by its share "
+        f"times {cluster.workers} / {batch.examples}, since gradients are averaged by worker. A pipeline has no shares."
+    )
+
+
+def _expected(failures: Failures, workers: int, best: Choice) -> str:
+    every, useful = failures.interval(workers), failures.useful(workers)
+    return (
+        f"With a failure of a worker every {failures.mtbf / 3600:.4g} hours, {failures.spares} spare, and a checkpoint "
+        f"every {every / 60:.3g} minutes, {useful:.1%} of the time counts: {best.name} trains {useful * best.rate:.4g} "
+        f"examples/s in expectation. For {failures.waits(workers):.1%} of the time it waits for a spare."
+    )
 
 
 def sweep(over: str, model: profile.Profile, cluster: Cluster) -> dict[str, list[tuple[float, float]]]:

@@ -6,11 +6,13 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from workers import WorkerPool
 
+from benchmarks import records
 from machine.case import HOWS
 from machine.generate import generate
 from machine.search import Search
@@ -28,7 +30,10 @@ def main() -> int:
     )
     parser.add_argument("--without", nargs="*", default=[], metavar="LABEL", help="kinds of use to leave out")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
     options = parser.parse_args()
+    settings = {name: getattr(options, name) for name in ("sequences", "seed", "how", "without")}
+    header = records.header("machine", settings) | {"command": f"python -m tests.machine {' '.join(sys.argv[1:])}"}
     start, done = time.monotonic(), 0
     with WorkerPool(2) as pool:
         search = Search(pool, lambda text: print(text, flush=True))
@@ -42,11 +47,14 @@ def main() -> int:
                 file=sys.stderr,
                 flush=True,
             )
-    print(f"\n{done} sequences in {time.monotonic() - start:.0f} s: {dict(search.counts)}")
+    seconds = time.monotonic() - start
+    print(f"\n{done} sequences in {seconds:.0f} s: {dict(search.counts)}")
     for text, count in search.refusals.most_common():
         print(f"{count:5} refused: {text}")
     for cause in sorted(search.causes, key=lambda cause: -len(cause.seeds)):
         print(f"{len(cause.seeds):5} {cause.outcome.kind} [{', '.join(sorted(cause.case.labels))}] {cause.case.how}")
+    if options.out:
+        records.write(options.out, {**header, "seconds": round(seconds, 1), "sequences": done, **search.figures()})
     return int(bool(search.causes))
 
 

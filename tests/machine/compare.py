@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 
 FACTOR = 8.0  # by how much two ways to round may differ more than one of them and exact arithmetic
 FLOOR = 1e-5  # of a value's size, and absolute: a few roundings of float32
+PRINTED = 2e-4  # the same of a value in a text, which is printed with four decimals
+NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf|nan)(?![\w.])")
+LOOKS = re.compile(r"\s+|,? dtype=torch\.\w+")  # how a text is laid out: lines, and what type its numbers have
 
 
 Notes = list[tuple[int, Any]]  #: the piece of the program, and a value
@@ -28,22 +32,36 @@ class Rounding:
         pairs = zip(want, twin, strict=False)
         self._complete = len(twin) >= len(want) and all(a[0] == b[0] for a, b in pairs)
 
-    def allows(self, index: int, have: torch.Tensor, want: torch.Tensor) -> bool:
-        """Whether the note at ``index`` may be this in place of that."""
-        size = want.abs().max().item() if want.numel() else 0.0
-        bound = FLOOR * (1 + size)
-        if self._complete and isinstance(twin := self._twin[index][1], torch.Tensor) and twin.shape == want.shape:
-            apart = (twin.double() - want.double()).abs()
+    def allows(self, index: int, have: Any, want: Any) -> bool:
+        """Whether the note at ``index`` may be this in place of that. What is no number in a text must be equal."""
+        (mine, rest), (theirs, other) = _numbers(have), _numbers(want)
+        if rest != other or mine.shape != theirs.shape:
+            return False
+        size = theirs.abs().max().item() if theirs.numel() else 0.0
+        bound = (PRINTED if other else FLOOR) * (1 + size)
+        if self._complete and (twin := _numbers(self._twin[index][1])[0]).shape == theirs.shape:
+            apart = (twin - theirs).abs()
             if apart.numel() and bool(torch.isfinite(apart).all()):
                 bound += FACTOR * apart.max().item()
-        return torch.allclose(have.double(), want.double(), rtol=0.0, atol=bound, equal_nan=True)
+        return torch.allclose(mine, theirs, rtol=0.0, atol=bound, equal_nan=True)
+
+
+def _numbers(note: torch.Tensor | str) -> tuple[torch.Tensor, str]:
+    """What rounding may change in a note, and what it says beside that."""
+    if isinstance(note, torch.Tensor):
+        return note.double(), ""
+    text = LOOKS.sub("", note)
+    return torch.tensor([float(each) for each in NUMBER.findall(text)], dtype=torch.float64), NUMBER.sub("#", text)
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """The tensors and other values in lists and dicts; the order in which keys came into a dict does not count."""
+    """The tensors and other values in lists and dicts; the order in which keys came into a dict does not count.
+    A float, and a list of floats such as a tensor's, is a tensor: whether it was rounded otherwise is asked of all."""
     if isinstance(value, dict):
         for key in sorted(value, key=str):
             yield from leaves(value[key])
+    elif (floats := _floats(value)) is not None:
+        yield torch.tensor(floats, dtype=torch.float64)
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from leaves(each)
@@ -51,12 +69,23 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def _floats(value: Any) -> list[float] | None:
+    """Those of a float or of nested lists of floats; None where there is none, or anything else among them."""
+    if isinstance(value, float):
+        return [value]
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    parts = [_floats(each) for each in value]
+    return None if None in parts else [number for part in parts for number in part or ()]
+
+
 def _same(index: int, have: Any, want: Any, rounding: Rounding | None) -> bool:
     """Equal bits, or up to ``rounding``; NaN equals NaN."""
     if isinstance(want, torch.Tensor) != isinstance(have, torch.Tensor):
         return False
     if not isinstance(want, torch.Tensor):
-        return bool(have == want) or (have != have and want != want)
+        texts = isinstance(have, str) and isinstance(want, str)
+        return bool(have == want) or (texts and rounding is not None and rounding.allows(index, have, want))
     if have.shape != want.shape or have.dtype != want.dtype:
         return False
     if rounding is not None and want.is_floating_point():

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from workers import WorkerDied, WorkerPool, WorkerTimeout
 
@@ -110,6 +111,12 @@ class Search:
         self.causes: list[Cause] = []
         self.counts: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
+
+    def figures(self) -> dict[str, Any]:
+        """What was found, to be written down: how many programs ended how, and what broke the promise."""
+        failures = [{"kind": each.outcome.kind, "seeds": each.seeds, "script": each.case.script()}
+                    for each in self.causes]  # fmt: skip
+        return {"outcomes": dict(self.counts), "refusals": dict(self.refusals.most_common()), "failures": failures}
 
     def over(self, seeds: Iterable[int], make: Callable[[int], Case], shrinks: int = 60) -> None:
         """Runs the cases of these seeds."""

@@ -1,0 +1,151 @@
+"""Trials: a few timed steps of each setting while training goes on, and which of the settings is the fastest.
+
+Note [Pairs]
+The load of a machine changes while settings are tried, and falls on one of them. So each way, at its best size, has two
+trials more, in which the ways alternate, always in the same order. In each of the three passes the ratio of two ways'
+times counts, and of the three ratios the median. A load that comes, or goes, spoils one pass; one that passes by spoils
+one, or two in opposite directions.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from compress import losses
+
+from .deciding import PLAIN, Way
+
+TIMED = 3  # steps of a trial, behind those that are not timed: see untimed()
+PASSES, PAIRED = 2, 2  # of the last comparison, and timed steps of each way in one
+NEVER = 1e9  # seconds, of what could not be tried
+LEVEL = 1.01  # what is this close to the fastest is as fast
+
+Setting = tuple[Way, float]  # and its size in MiB
+
+
+class Ranks(Protocol):
+    """All ranks, which make the same trials. Both are collective: see :class:`dear.choosing.Steering`."""
+
+    def tell(self, value: Any, label: str) -> Any: ...
+
+    def everyones(self, value: Any, label: str) -> list[Any]: ...
+
+
+class Search(Protocol):
+    def ask(self) -> float: ...
+
+    def tell(self, size: float, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Measured. seconds: of a step, the slowest rank's; NEVER where it could not be tried."""
+
+    way: Way
+    mib: float
+    seconds: float
+
+    @property
+    def setting(self) -> Setting:
+        return self.way, self.mib
+
+
+class Trials:
+    """Of one search. What yields waits for the next step boundary with each yield, on every rank alike."""
+
+    def __init__(
+        self, ranks: Ranks, clock: Callable[[], float], go: Callable[[Way, float], None], warn: Callable[[str], None]
+    ) -> None:
+        """go: trains with a setting from now on, or raises ValueError where it cannot serve."""
+        self.made: list[Trial] = []
+        self._ranks, self._clock, self._go, self._warn = ranks, clock, go, warn
+        self._last: Setting | None = None  # that was tried
+
+    @property
+    def best(self) -> Trial:
+        return fastest(self.made)
+
+    def attempt(self, way: Way, mib: float, timed: int = TIMED) -> Generator[None, None, Trial]:
+        """A trial, kept on every rank alike."""
+        trial = Trial(way, mib, (yield from self._measured(way, mib, timed)))
+        self.made.append(trial)
+        return trial
+
+    def refine(self, search: Search | None, left: int) -> Iterator[None]:
+        """Other sizes of the best way, in what the last comparison leaves of so many steps. search: on rank 0, which
+        decides."""
+        way = self.best.way
+        ways = [one.way for one in self.finalists()]
+        left -= finale_steps(ways if len(ways) > 1 else [way, way])
+        for _ in range(left // (untimed(way) + TIMED)):
+            mib = self._ranks.tell(search.ask() if search else None, "the size to try")
+            trial = yield from self.attempt(way, mib)
+            if search is not None:
+                search.tell(mib, trial.seconds)
+
+    def finalists(self) -> list[Trial]:
+        """Who is compared in the end, the best first: each way at its best size, plain DDP among them, since nothing
+        may be slower than it. Where there is one way alone, two sizes of it."""
+        rest = sorted((one for one in self.made if one.seconds < NEVER), key=lambda one: one.seconds)
+        ways = {one.way: one for one in reversed(rest)}
+        others = [one for one in ways.values() if one.way != self.best.way]
+        sizes = [one for one in rest if one.way == self.best.way and one.mib != self.best.mib]
+        return [self.best, *(others or sizes[:1])]
+
+    def finale(self, finalists: Sequence[Trial]) -> Generator[None, None, list[Trial]]:
+        """Compares these in turn; what each takes by that, as a multiple of what the first one does. See
+        Note [Pairs]."""
+        took = {one.setting: [one.seconds] for one in finalists}
+        for one in [*finalists] * PASSES:
+            took[one.setting].append((yield from self._measured(one.way, one.mib, PAIRED)))
+        first = took[finalists[0].setting]
+        seconds = statistics.median(first)
+        return [
+            Trial(way, mib, seconds * statistics.median(own / base for own, base in zip(times, first, strict=True)))
+            for (way, mib), times in took.items()
+        ]
+
+    def _measured(self, way: Way, mib: float, timed: int) -> Generator[None, None, float]:
+        """Seconds of a step: the slowest rank's in each, the median over them."""
+        try:
+            self._go(way, mib)
+        except ValueError as error:
+            self._warn(f"{way} is not tried ({str(error).rstrip('.')}).")
+            return NEVER
+        for _ in range(untimed(way) if self._last != (way, mib) else 0):
+            yield
+        self._last = way, mib
+        times, last = [], self._clock()
+        for _ in range(timed):
+            yield
+            now = self._clock()
+            times.append(now - last)
+            last = now
+        everyone = self._ranks.everyones(times, "the times of a trial")
+        seconds = statistics.median(max(step) for step in zip(*everyone, strict=True))
+        if math.isfinite(seconds) and seconds > 0:
+            return seconds
+        self._warn(f"{way} took {seconds} s a step by some rank's clock, and is not chosen.")
+        return NEVER
+
+
+def untimed(way: Way) -> int:
+    """Steps until a trial shows what it takes: parts that are new lay their buckets in the first, and use them in the
+    second."""
+    return 1 if way.method is None and way.update != PLAIN else 2
+
+
+def finale_steps(ways: Sequence[Way]) -> int:
+    """That the comparison of these takes."""
+    return PASSES * sum(untimed(way) + PAIRED for way in ways)
+
+
+def fastest(trials: Sequence[Trial]) -> Trial:
+    """Of those that are as fast, the one that loses least."""
+    least = min(trial.seconds for trial in trials)
+    level = [trial for trial in trials if trial.seconds <= LEVEL * least]
+    return min(level, key=lambda trial: (losses.above(trial.way.method), trial.seconds))
