@@ -251,10 +251,8 @@ def test_a_link_that_stalls_in_the_probe_is_one_sentence(
     with pytest.raises(SystemExit):
         main(["probe", "--out", str(tmp_path / "c.yaml")])
     said = capsys.readouterr().err
-    assert (
-        said
-        == "error: The network could not be measured (Rank 1 is silent in all-gather): see which link stalls, and probe again.\n"
-    )
+    assert said.startswith("error: The network could not be measured (Rank 1 is silent in all-gather): see what stalls")
+    assert len(said.splitlines()) == 1
     assert not (tmp_path / "c.yaml").exists()
 
 

@@ -67,9 +67,7 @@ def run(given: argparse.Namespace) -> None:
                 print(f"The cluster file is {given.out}: python -m dear plan --cluster {given.out} --model NAME")
     except RuntimeError as error:
         why = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(
-            f"The network could not be measured ({why}): see what stalls, and probe again."
-        ) from error
+        raise ValueError(f"The network could not be measured ({why}): see what stalls, and probe again.") from error
     finally:
         dist.destroy_process_group()
 
