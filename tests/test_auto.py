@@ -200,6 +200,15 @@ def test_when_steps_change_for_a_minute_it_chooses_again(pool2):
         assert not said or ["choosing again" in sentence for sentence in said] == [False, True, False]
 
 
+@pytest.mark.slow
+def test_where_choosing_again_fails_the_last_plan_stays(pool2):
+    more = {"wrong": ["The times of all_reduce follow no line."] * 2, "probes": [1, 1]}
+    steps = auto.MOST + 20 + 30 + 4 * 15 + 20
+    for plan, said, asked in pool2.run(chosen, FAST, Turning(auto.MOST + 50), steps, 0.0, None, more):
+        assert plan["update"] == "ddp" == asked[-1][0]
+        assert not said or ("choosing again" in said[1] and "follow no line" in said[2] and len(said) == 3)
+
+
 def test_a_single_rank_has_nothing_to_choose(pool1):
     ((plan, said, asked),) = pool1.run(chosen, FAST, nothing_differs, 8)
     assert plan is None and not said and len(set(asked)) == 1

@@ -239,6 +239,23 @@ def test_times_that_follow_no_line_are_refused() -> None:
         probe.fitted({"all_reduce": (sizes, [5.0, 1e-4, 8.0, 1e-4])})
 
 
+def test_a_link_that_stalls_in_the_probe_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stalls(budget: float) -> None:
+        raise RuntimeError("Rank 1 is silent\nin all-gather.")
+
+    monkeypatch.setattr(probe.dear, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(probe.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(probe, "measure", stalls)
+    with pytest.raises(SystemExit):
+        main(["probe", "--out", str(tmp_path / "c.yaml")])
+    said = capsys.readouterr().err
+    assert said.startswith("error: The network could not be measured (Rank 1 is silent in all-gather): see what stalls")
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "c.yaml").exists()
+
+
 def traced(rank: int, world: int, folder: str) -> str:
     torch.manual_seed(1)
     model = DDP(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
@@ -264,6 +281,39 @@ def test_a_trace_has_two_steps_of_compute_and_both_lanes(pool2: Any, tmp_path: P
         # A part's backward begins with the gradient of its output.
         assert names.count("backward 0") == names.count("backward 2") == 2
         assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in shown)
+
+
+SCRIPT = """
+import dear, torch
+from torch.nn.parallel import DistributedDataParallel
+
+torch.manual_seed(1)
+model = DistributedDataParallel(torch.nn.Linear(8, 4))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+engine = dear.attach(model, optimizer)
+for _ in range(5):
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+engine.detach()
+"""
+
+
+def traced_script(rank: int, world: int, folder: str) -> list[str]:
+    """The command in a script's place: only the first rank writes what is asked for beside the trace."""
+    at = Path(folder)
+    (at / f"train{rank}.py").write_text(SCRIPT)
+    given = ["--steps", "2", "--skip", "1", "--picture", str(at / "t.svg"), "--json", str(at / f"t{rank}.json")]
+    main(["trace", "--out", str(at / "trace.json"), *given, str(at / f"train{rank}.py")])
+    return sorted(path.name for path in at.iterdir() if path.name.endswith(f"{rank}.json"))
+
+
+def test_the_trace_of_a_script_has_its_numbers_and_its_picture(pool2: Any, tmp_path: Path) -> None:
+    first, second = pool2.run(traced_script, str(tmp_path))
+    assert first == ["t0.json"] and second == ["trace.rank1.json"]
+    found = json.loads((tmp_path / "t0.json").read_text())
+    assert found["steps"] == 2 and {"compute", "reduce-scatter", "all-gather"} <= set(found["ms_per_step"])
+    assert (tmp_path / "trace.json").exists() and "<!-- reduce-scatter -->" in (tmp_path / "t.svg").read_text()
 
 
 def test_a_timeline_has_a_row_for_each_lane(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def run(given: argparse.Namespace) -> None:
             if given.json != HERE:
                 print(f"The cluster file is {given.out}: python -m dear plan --cluster {given.out} --model NAME")
     except RuntimeError as error:
-        raise ValueError(f"The network could not be measured ({error}).") from error
+        why = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"The network could not be measured ({why}): see what stalls, and probe again.") from error
     finally:
         dist.destroy_process_group()
 
