@@ -1,10 +1,12 @@
 // What preconditioners compute on host tensors, for Python.
 #include "bindings.h"
+#include "precondition/capture.h"
 #include "precondition/rank_one.h"
 
 namespace dear::bindings {
 namespace {
 
+using precondition::MeanCapture;
 using precondition::Rectangle;
 using precondition::Windows;
 
@@ -19,6 +21,19 @@ std::vector<Rectangle> rectangles(const std::vector<at::Tensor>& views, const st
   found.reserve(views.size());
   for (size_t i = 0; i < views.size(); ++i) {
     found.push_back({views[i], layers[i], rows[i], columns[i]});
+  }
+  return found;
+}
+
+// Of eva_host.Place in Python.
+precondition::CapturedLayer captured(const py::tuple& layer) {
+  precondition::CapturedLayer found{py::cast<at::Tensor>(layer[0]),  py::cast<int64_t>(layer[1]),
+                                    py::cast<int64_t>(layer[2]),     {},
+                                    py::cast<std::string>(layer[4]), py::cast<std::vector<int64_t>>(layer[5]),
+                                    py::cast<int64_t>(layer[6])};
+  for (const auto& [before, after, size, step, stride] :
+       py::cast<std::vector<std::array<int64_t, 5>>>(layer[3])) {
+    found.sides.push_back({before, after, size, step, stride});
   }
   return found;
 }
@@ -71,6 +86,18 @@ void bind_precondition(py::module_& m) {
       NoGil(), py::arg("columns"), py::arg("rows"), py::arg("inner"), py::arg("squares"),
       py::arg("first_column"), py::arg("first_row"), py::arg("first_block"), py::arg("has_bias"),
       py::arg("learning_rates"), py::arg("damping"), py::arg("kl_clip"));
+  py::class_<MeanCapture, std::shared_ptr<MeanCapture>>(m, "MeanCapture")
+      .def(py::init([](const py::list& layers, const at::Tensor& like, int64_t columns, int64_t rows) {
+             std::vector<precondition::CapturedLayer> found;
+             for (const auto& each : layers) {
+               found.push_back(captured(py::cast<py::tuple>(each)));
+             }
+             return std::make_shared<MeanCapture>(std::move(found), like.scalar_type(), columns, rows);
+           }),
+           py::arg("layers"), py::arg("like"), py::arg("columns"), py::arg("rows"))
+      .def("see", &MeanCapture::see, NoGil(), py::arg("layer"), py::arg("x"), py::arg("output"))
+      .def("message", &MeanCapture::message, NoGil(), py::arg("scale"))
+      .def("forget", &MeanCapture::forget, NoGil());
   m.def("finite_message", &precondition::finite_message, NoGil(), py::arg("flags"), py::arg("parts"));
   m.def(
       "mean_of_windows",

@@ -27,6 +27,7 @@ __all__: list[str] = [
     "Lane",
     "LevelledCodec",
     "MatrixBatch",
+    "MeanCapture",
     "MeshLane",
     "Message",
     "NativeLane",
@@ -397,6 +398,18 @@ class PowerCodec(Codec):
         dense_numel: typing.SupportsInt | typing.SupportsIndex,
         wire: torch.dtype | None,
     ) -> None: ...
+
+class MeanCapture:
+    def __init__(
+        self,
+        layers: list,
+        like: torch.Tensor,
+        columns: typing.SupportsInt | typing.SupportsIndex,
+        rows: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def forget(self) -> None: ...
+    def message(self, scale: typing.SupportsFloat | typing.SupportsIndex) -> torch.Tensor: ...
+    def see(self, layer: typing.SupportsInt | typing.SupportsIndex, x: torch.Tensor, output: torch.Tensor) -> None: ...
 
 class GradientWalk:
     def __init__(self, expected: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None: ...

@@ -57,7 +57,7 @@ class Capture:
         for layer in self._handles.keys() - wanted:
             self._handles.pop(layer).remove()
         for layer in wanted - self._handles.keys():
-            hook = _outside_of_graphs(self._after_forward(layer))
+            hook = outside_of_graphs(self._after_forward(layer))
             self._handles[layer] = layer.module.register_forward_hook(hook, with_kwargs=True)
 
     def release(self) -> None:
@@ -110,7 +110,7 @@ def _in_front_of_changes(output: Tensor) -> Tensor:
     return output
 
 
-def _outside_of_graphs(hook: Callable[..., None]) -> Callable[..., None]:
+def outside_of_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     """The hook, which is never compiled. What keeps torch.compile off a function costs as much as such a hook itself,
     so it is asked for only where something is compiled."""
     apart = torch.compiler.disable(hook)

@@ -35,7 +35,7 @@ class Layer(ABC):
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self.weight: nn.Parameter = module.weight  # type: ignore[assignment]
-        bias = module.bias
+        bias = getattr(module, "bias", None)
         self.bias: nn.Parameter | None = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
 
     @property
@@ -190,6 +190,53 @@ class ConvLayer(Layer):
         return grad.reshape(grad.shape[0], self.blocks, self.out_size, -1).permute(1, 0, 3, 2).flatten(1, 2)
 
 
+class EmbeddingLayer(Layer):
+    """``nn.Embedding``: a linear layer of rows that are 1 at one place, whose weight lies the other way round."""
+
+    MOST_ROWS = 4  # of the weight, for each column: a factor of more costs more than those of the layers behind it
+    row_dims = 1
+    module: nn.Embedding
+
+    @classmethod
+    def pays(cls, module: nn.Embedding) -> bool:
+        """Whether it can be served, and costs no more than a wide linear layer."""
+        odd = module.sparse or module.scale_grad_by_freq or module.max_norm is not None
+        return not odd and module.num_embeddings <= cls.MOST_ROWS * module.embedding_dim
+
+    @property
+    def out_size(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def in_size(self) -> int:
+        return self.weight.shape[0]
+
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return weight.t()[None]
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        return (matrix[0].t(),)
+
+    def samples(self, x: Tensor) -> int:
+        return x.shape[0] if x.dim() else 1
+
+    def windows(self, x: Tensor) -> Tensor:
+        rows = F.one_hot(x.reshape(-1), self.in_size)
+        if self.module.padding_idx is not None:  # of which nothing is learnt
+            rows[:, self.module.padding_idx] = 0
+        return rows[:, None]
+
+    def mean_row(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.windows(x).to(dtype).mean(0).flatten()
+
+    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
+        for part in x.reshape(-1).split(max(1, CHUNK_BYTES // (8 * self.in_size))):
+            yield self.windows(part).transpose(0, 1)
+
+    def output_rows(self, grad: Tensor) -> Tensor:
+        return grad.reshape(1, -1, grad.shape[-1])
+
+
 #: Subclasses are served, too: they may compute what they like, as long as the output is that of the base class.
 SERVED: dict[type[nn.Module], type[Layer]] = {
     nn.Linear: LinearLayer,
@@ -199,8 +246,8 @@ SERVED: dict[type[nn.Module], type[Layer]] = {
 }
 
 
-def find_layers(root: nn.Module, trained: set[nn.Parameter]) -> list[Layer]:
-    """The layers below ``root`` that can be preconditioned, in the model's order.
+def find_layers(root: nn.Module, trained: set[nn.Parameter], embeddings: bool = False) -> list[Layer]:
+    """The layers below ``root`` that can be preconditioned, in the model's order; ``embeddings``: those among them.
 
     trained: the parameters whose gradients count. A layer whose weight is not among them is none; nor is one that
     shares a parameter with another module, whose use of it nobody captures.
@@ -209,6 +256,8 @@ def find_layers(root: nn.Module, trained: set[nn.Parameter]) -> list[Layer]:
     layers: list[Layer] = []
     for name, module in named_modules(root):
         kind = next((layer for served, layer in SERVED.items() if isinstance(module, served)), None)
+        if embeddings and isinstance(module, nn.Embedding) and EmbeddingLayer.pays(module):
+            kind = EmbeddingLayer
         own = [module._parameters.get(each) for each in ("weight", "bias")]
         held = [param for param in own if isinstance(param, nn.Parameter) and param in trained]
         held = [param for param in held if param.numel()]

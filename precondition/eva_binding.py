@@ -9,8 +9,6 @@ from torch import Tensor
 
 from dear.preconditioning import Param, Run, Site, Team
 from precondition import eva_parts
-from precondition._capture import Capture
-from precondition._layers import Layer
 from precondition._plain import PLAIN
 from precondition.eva_exchange import Average, Exchanges
 from precondition.eva_means import Means, Running, Shaped
@@ -37,16 +35,15 @@ class RankOneBinding:
             self._place[layer.weight] = index, False
             if layer.bias is not None:
                 self._place[layer.bias] = index, True
+        self._params = set(self._place)
         # The rectangles of the last step's runs, which hold their memory, and of this one's: most often the same.
         self._former: dict[tuple[Any, ...], list[Rectangle]] = {}
         self._parts: dict[tuple[Any, ...], list[Rectangle]] = {}
         self._exchanges = Exchanges(site.gather_lane)
         self._message: Average | None = None  # of the last backward pass
         self._step: RankOneStep | None = None
-        self._capture: Capture | None = None
         if means is not None:
-            self._capture = Capture(means.see, means.reduce)
-            self._capture.watch(layer for layer in layers if isinstance(layer, Layer))
+            means.watch()
 
     def assigned(self, owner: dict[Param, int]) -> None:
         """Nobody owns a team here."""
@@ -73,7 +70,7 @@ class RankOneBinding:
         assert self._step is not None
         parts: list[Rectangle] = []
         for run in runs:
-            key = run.param, run.start, run.stop, run.grad.data_ptr(), run.grad.dtype
+            key = id(run.param), run.start, run.stop, run.grad.data_ptr(), run.grad.dtype
             found = self._former.get(key)
             self._parts[key] = found = list(self._rectangles(run)) if found is None else found
             parts += found
@@ -86,7 +83,7 @@ class RankOneBinding:
         step.finish(self._learning_rates(), self._total)
         # On plain DDP gradients come in other memory at each step, and the last step's must not stay.
         self._former, self._parts = {} if self._site.update == PLAIN else self._parts, {}
-        return set(self._place)
+        return self._params
 
     def stats(self) -> dict[str, Any]:
         """How many layers are preconditioned, and what this rank has sent for it."""
@@ -99,8 +96,8 @@ class RankOneBinding:
             self._exchanges.wait(self._message)
             self._message = None
         self.preconditioner.released()
-        if self._capture is not None:
-            self._capture.release()
+        if self._means is not None:
+            self._means.release()
 
     def _total(self, values: Tensor) -> Tensor:
         if self._site.update == PLAIN:  # every rank has whole gradients
@@ -120,5 +117,5 @@ class RankOneBinding:
     def _learning_rates(self) -> list[float]:
         """Of each layer, as they stand now."""
         groups = [group for optimizer in self._site.optimizers for group in optimizer.param_groups]
-        rates = {param: group["lr"] for group in groups for param in group["params"]}
-        return [float(rates.get(layer.weight, 0.0)) for layer in self._layers]
+        rates = {id(param): group["lr"] for group in groups for param in group["params"]}
+        return [float(rates.get(id(layer.weight), 0.0)) for layer in self._layers]

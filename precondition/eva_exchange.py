@@ -13,10 +13,12 @@ from dear.collectives import shard_range
 
 @dataclass(frozen=True)
 class Average:
-    """A flat tensor on its way to be averaged over the ranks, in place."""
+    """A flat tensor on its way to be averaged over the ranks: in place, or, where there are rows of all ranks, of
+    those."""
 
     message: Tensor
     exchanges: list[_C.Exchange]
+    rows: Tensor | None = None
 
 
 class Exchanges:
@@ -29,6 +31,9 @@ class Exchanges:
     def average(self, message: Tensor) -> Average:
         """Submits a flat tensor to be averaged; it must not be touched before the average has come."""
         lane, label = self._lane, "the mean vectors"
+        if lane.world == 2:  # each sends all of it once either way, and one exchange is quicker than two
+            gathered, exchange = self._gather(message, label)
+            return Average(message, [exchange], gathered)
         begin, end = shard_range(len(message), lane.world, lane.rank)
         following = shard_range(len(message), lane.world, (lane.rank + 1) % lane.world)
         parts = [(message, message[begin:end])]
@@ -44,15 +49,19 @@ class Exchanges:
         """The average, equal on all ranks to the bit."""
         for exchange in average.exchanges:
             exchange.wait()
-        return average.message
+        return average.message if average.rows is None else torch.mean(average.rows, 0, out=average.message)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over the ranks of a flat tensor that is small enough to be sent whole: one message and one wait.
         Equal on all ranks to the bit."""
+        rows, exchange = self._gather(values, "what is asked of the gradients")
+        exchange.wait()
+        return torch.sum(rows, 0)
+
+    def _gather(self, values: Tensor, label: str) -> tuple[Tensor, _C.Exchange]:
+        """Every rank's flat tensor [world, n], once the exchange has ended."""
         lane = self._lane
         rows = values.new_empty(lane.world, len(values))
         rows[lane.rank] = values
-        parts = [(rows.view(-1), rows[lane.rank])]
-        lane.submit(_C.Phase.all_gather, _C.Reduction.sum, parts, "what is asked of the gradients").wait()
         self.bytes_sent += (lane.world - 1) * values.nbytes
-        return torch.sum(rows, 0)
+        return rows, lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(rows.view(-1), rows[lane.rank])], label)

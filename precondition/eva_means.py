@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dear import _C
+from precondition._capture import Capture
 from precondition._layers import Layer
 from precondition.eva_parts import Matrix, Vectors
 
@@ -79,6 +80,15 @@ class Means:
         self._inputs: dict[Layer, list[Tensor]] = {}  # by pass
         self._outputs: dict[Layer, Tensor] = {}
         self._pass: dict[Layer, int] = {}  # the last backward pass of each
+        self._capture = Capture(self.see, self.reduce)
+
+    def watch(self) -> None:
+        """Puts the hooks on the layers."""
+        self._capture.watch(self._layers)
+
+    def release(self) -> None:
+        """Takes them off."""
+        self._capture.release()
 
     def reduce(self, layer: Layer, x: Tensor) -> Tensor:
         """What is needed of an input."""

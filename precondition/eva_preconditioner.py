@@ -16,6 +16,7 @@ from dear.preconditioning import Param, Site, Team
 from precondition import _checks, _layers
 from precondition._plain import Registered
 from precondition.eva_binding import RankOneBinding
+from precondition.eva_host import HostMeans
 from precondition.eva_means import Means, Running, Shaped, lies_by_rows
 from precondition.eva_rank_one import RankOneStep, Settings
 
@@ -76,7 +77,8 @@ class RankOnePreconditioner(Registered):
         layers = self.served(site.model, set(site.params))
         running = self._running = self._new_running(layers, site.device)
         captured = [layer for layer in layers if isinstance(layer, _layers.Layer)]  # all, where inputs are wanted
-        means = Means(captured, running.vectors, self.with_rows, self._scaler) if self.captures else None
+        kind = HostMeans if site.device.type == "cpu" else Means
+        means = kind(captured, running.vectors, self.with_rows, self._scaler) if self.captures else None
         return RankOneBinding(self, site, layers, running, means)
 
     def _new_running(self, layers: Sequence[Shaped], device: torch.device) -> Running:

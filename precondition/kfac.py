@@ -69,12 +69,12 @@ class KroneckerFactored(Registered):
             raise RuntimeError("This preconditioner serves a model already, and keeps its state: make another one.")
         trained = set(_ddp.reduced_parameters(model))
         held = {param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
-        found = find_layers(model.module, trained)
+        found = find_layers(model.module, trained, embeddings=True)
         self._layers = [layer for layer in found if held.intersection(layer.params)]
         if not self._layers:
             raise ValueError(
                 f"The model has no layer that {type(self).__name__} can precondition: it serves trained nn.Linear, "
-                "nn.Conv1d, nn.Conv2d and nn.Conv3d modules."
+                "nn.Conv1d, nn.Conv2d, nn.Conv3d and small nn.Embedding modules."
             )
         _checks.check_groups(self._layers, optimizers)
         self._check_loaded()
@@ -175,9 +175,10 @@ class DPKFAC(KroneckerFactored):
     Under :func:`dear.attach` a step then sends the bytes of an all-reduce, as without a preconditioner, and one number
     for ``kl_clip``. On plain DDP (:func:`precondition.register`) owners send what they have preconditioned.
 
-    Serves ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with their subclasses; other layers, and those
-    that share a parameter, are left to the optimizer. Of passes in eval mode nothing is learnt. The loss is taken to be
-    a mean over the first dimension of the layers' inputs.
+    Serves ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with their subclasses, and ``nn.Embedding``
+    with at most four times as many rows as columns; other layers, and those that share a parameter, are left to the
+    optimizer. Of passes in eval mode nothing is learnt. The loss is taken to be a mean over the first dimension of the
+    layers' inputs.
 
     Args:
         damping: γ, added to the curvature: larger is nearer to the gradient.

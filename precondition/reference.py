@@ -15,6 +15,12 @@ from torch import Tensor, nn
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """Rows a of the input, a 1 appended for the bias: [rows, in + 1]."""
+    if isinstance(module, nn.Embedding):  # rows that are 1 at one place
+        rows = torch.zeros(x.numel(), module.num_embeddings, dtype=module.weight.dtype)
+        rows[torch.arange(x.numel()), x.flatten()] = 1
+        if module.padding_idx is not None:
+            rows[:, module.padding_idx] = 0
+        return rows
     if isinstance(module, nn.Conv1d):  # a picture of one line
         (size,), (stride,), (dilation,) = module.kernel_size, module.stride, module.dilation
         padding = (0, int(module.padding[0]))

@@ -13,7 +13,7 @@ from precondition import reference
 
 
 class Layers(nn.Module):
-    """One of each kind: strided, padded, grouped, dilated, and without bias."""
+    """One of each kind: strided, padded, grouped, dilated, without bias, and embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,12 +23,14 @@ class Layers(nn.Module):
         self.norm = nn.LayerNorm(15)
         self.wide = nn.Linear(15, 10, bias=False)
         self.twice = nn.Linear(10, 10)
+        self.words = nn.Embedding(5, 5, padding_idx=1)
         self.last = nn.Linear(10, 8)
 
     def forward(self, x: Tensor) -> Tensor:
+        words = self.words((x[:, :2].abs() * 2).long().clamp(max=4)).flatten(1)
         x = torch.tanh(self.grouped(torch.tanh(self.first(x.view(-1, 1, 4, 4)))))
         x = torch.tanh(self.wide(self.norm(self.line(x.flatten(2)).flatten(1))))
-        return self.last(torch.relu_(self.twice(x)))
+        return self.last(torch.relu_(self.twice(x)) + words)
 
 
 def batch(rank: int, step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -44,7 +46,9 @@ def build(seed: int = 0) -> Layers:
 
 
 def layers_of(net: nn.Module) -> dict[str, Any]:
-    return {name: m for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))}
+    return {
+        name: m for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding))
+    }
 
 
 def backward(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -78,12 +82,17 @@ def parts(module: Any) -> list[tuple[Any, slice, slice]]:
 
 def matrix(module: Any, outs: slice) -> Tensor:
     """The averaged gradient of a part, [out, in + 1]."""
+    if isinstance(module, nn.Embedding):
+        return module.weight.grad.t()
     weight = module.weight.grad[outs].flatten(1)
     return weight if module.bias is None else torch.cat([weight, module.bias.grad[outs][:, None]], 1)
 
 
 @torch.no_grad()
 def write(module: Any, outs: slice, value: Tensor) -> None:
+    if isinstance(module, nn.Embedding):
+        module.weight.grad.copy_(value.t())
+        return
     weight = module.weight.grad[outs]
     weight.copy_((value if module.bias is None else value[:, :-1]).reshape(weight.shape))
     if module.bias is not None:

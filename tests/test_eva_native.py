@@ -1,14 +1,18 @@
 """What Eva computes on the host in native code, beside the same by torch's operators."""
 
+import preconditioning
 import pytest
 import torch
+from test_eva import build, data
 from test_eva_parts import LAYERS, draw, shared_out
+from test_precondition_steps import after_a_dropped_batch, in_two, recomputed, whole, with_other_passes
 from torch import nn
 
 from precondition import eva_parts
-from precondition._layers import ConvLayer
+from precondition._layers import ConvLayer, find_layers
 from precondition.eva import EvaStep
-from precondition.eva_means import Running
+from precondition.eva_host import HostMeans
+from precondition.eva_means import Means, Running, matrix_of
 from precondition.eva_rank_one import RankOneStep, Settings
 
 
@@ -82,3 +86,63 @@ def test_vectors_that_do_not_fit_are_refused():
         eva_parts.subtract_on_host(parts, rows[:-1], columns, 1.0)
     with pytest.raises(ValueError, match="in as many parts as there are layers"):
         vectors.dot_rows(rows[:-1], rows[:-1])
+
+
+def messages(net, run, with_rows=True, scaler=None):
+    """What a step's means are by torch's operators and by native code, of the same passes."""
+    layers = find_layers(net, set(net.parameters()))
+    vectors = eva_parts.Vectors([matrix_of(layer) for layer in layers], torch.float64)
+    both = [kind(layers, vectors, with_rows, scaler) for kind in (Means, HostMeans)]
+    for means in both:
+        means.watch()
+    run(net)
+    for means in both:
+        means.release()
+    return [means.message() for means in both]
+
+
+def frozen(net, x, y):
+    net.twice.requires_grad_(False)
+    whole(net, x, y)
+
+
+def twice(net, x, y):
+    (net(x) - net(x.flip(0)) - y).square().mean().backward()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [whole, in_two, twice, with_other_passes, after_a_dropped_batch, recomputed(False), recomputed(True), frozen],
+)
+def test_means_count_what_counts(run):
+    for with_rows in (True, False):
+        x, y = preconditioning.batch(0, 0)
+        plain, native = messages(preconditioning.build(), lambda net, x=x, y=y: run(net, x, y), with_rows)
+        assert plain.any() and (len(native) == len(plain))
+        torch.testing.assert_close(native, plain)
+
+
+def test_means_of_layouts_and_types():
+    """Other padding and memory formats, 16 bits, one sample, a scaled loss, an activation in place."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def backward(net, x):
+        scaler.scale(net(x).float().square().mean()).backward()
+
+    x, _ = data(0, 0)
+    torch.testing.assert_close(*messages(build(), lambda net: backward(net, x), scaler=scaler))
+    last = build().to(memory_format=torch.channels_last)
+    torch.testing.assert_close(*messages(last, lambda net: backward(net, x), scaler=scaler))
+    torch.testing.assert_close(*messages(nn.Conv2d(2, 3, 2).double(), lambda net: backward(net, x[0]), scaler=scaler))
+    activated = nn.Sequential(nn.Linear(6, 4), nn.ReLU(inplace=True)).double()
+    torch.testing.assert_close(*messages(activated, lambda net: backward(net, x), scaler=scaler))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, native = messages(nn.Linear(6, 4), lambda net: backward(net, x.float()), scaler=scaler)
+    torch.testing.assert_close(native, plain)
+
+
+def test_means_that_are_not_finite_say_nothing():
+    x, _ = data(0, 0)
+    for value in (torch.inf, torch.nan):
+        plain, native = messages(build(), lambda net, value=value: net(x * value).sum().backward())
+        assert not plain.any() and not native.any()

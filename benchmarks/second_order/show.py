@@ -31,13 +31,20 @@ def slowest(one: dict[str, Any], part: str) -> float | None:
 def rows(cell: dict[str, Any]) -> list[Row]:
     """A row for each method, compared with SGD on DDP: at the learning rate of those tried at which it is the first at
     SGD's lowest loss."""
-    plain = [one for one in cell["strategies"] if finished(one) and kind_of(one["name"]) == PLAIN]
-    goal = min((min(trailing_mean(one["losses"])) for one in plain), default=None)
-    base = min(plain, key=lambda one: statistics.median(round_times(one)), default=None)
+    base = min(_plain(cell), key=lambda one: statistics.median(round_times(one)), default=None)
     found: dict[str, list[Row]] = {}
-    for row in summarise(cell, goal, base):
+    for row in summarise(cell, goal_of(cell), base):
         found.setdefault(kind_of(row.name), []).append(row)
     return [min(several, key=_rank) for several in found.values()]
+
+
+def goal_of(cell: dict[str, Any]) -> float | None:
+    """SGD's lowest mean training loss on DDP; None without it."""
+    return min((min(trailing_mean(one["losses"])) for one in _plain(cell)), default=None)
+
+
+def _plain(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in cell["strategies"] if finished(one) and kind_of(one["name"]) == PLAIN]
 
 
 def _rank(row: Row) -> tuple[bool, float, float]:
