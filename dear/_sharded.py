@@ -20,7 +20,7 @@ from dear._fused import aligned_owners, check_fused, fused_parameters
 from dear._grads import Found, Grads
 from dear._held_gradients import part_with_held
 from dear._layout import Layout, Segment
-from dear._optimizer import ELEMENTWISE, Groups
+from dear._optimizer import ELEMENTWISE, Groups, UserOptimizer
 from dear._own_steps import OwnSteps, has_own_step
 from dear._placeholders import Placeholders
 from dear._preconditioned import Preconditioning
@@ -181,20 +181,8 @@ class ShardedUpdate(Update):
             ]
             if segments:
                 with self._changes.watch(optimizer, segments):
-                    self._own_steps.run(
-                        optimizer, segments, self._states.values, partial(self._groups_of, optimizer, segments)
-                    )
-
-    def _groups_of(self, optimizer: int, segments: list[Segment], tensors: Sequence[torch.Tensor]) -> Groups:
-        """The optimizer's groups as they stand, of the tensors that stand for these segments alone."""
-        work: Groups = []
-        for index, options in enumerate(self.attached.users[optimizer].optimizer.param_groups):
-            chosen = [tensor for segment, tensor in zip(segments, tensors, strict=True) if segment.group == index]
-            if chosen:
-                if options.get("fused"):
-                    check_fused(options, self._fused)
-                work.append({**options, "params": chosen})
-        return work
+                    groups_of = partial(_groups_of, self.attached.users[optimizer], self._fused, segments)
+                    self._own_steps.run(optimizer, segments, self._states.values, groups_of)
 
     def finish(self, group: int) -> None:
         attached = self.attached
@@ -266,6 +254,20 @@ class ShardedUpdate(Update):
     def release(self) -> None:
         self._gradients.release()
         self._states.release()
+
+
+def _groups_of(
+    user: UserOptimizer, fused: set[Param], segments: list[Segment], tensors: Sequence[torch.Tensor]
+) -> Groups:
+    """The optimizer's groups as they stand, of the tensors that stand for these segments alone."""
+    work: Groups = []
+    for index, options in enumerate(user.optimizer.param_groups):
+        chosen = [tensor for segment, tensor in zip(segments, tensors, strict=True) if segment.group == index]
+        if chosen:
+            if options.get("fused"):
+                check_fused(options, fused)
+            work.append({**options, "params": chosen})
+    return work
 
 
 def _take(attached: Attached, segments: list[Segment], own: Grads) -> None:
