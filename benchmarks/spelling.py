@@ -38,6 +38,12 @@ class CompressorName:
         }.get(self.kind)
         return " ".join(filter(None, [named or self.kind, self.option, *self.more]))
 
+    @property
+    def dense_steps(self) -> int | None:
+        """With which it begins; None where that is the optimizer's to say."""
+        start = dict(map(_read_more, self.more)).get("start_step", 0)
+        return start if isinstance(start, int) else None
+
     def make(self, **more: Any) -> Any:
         """A new compressor, with `more` of its options. Raises ImportError where this library is not built."""
         import torch

@@ -156,3 +156,11 @@ def test_a_measured_step_counts_in_place_of_a_predicted_one():
     cells = comparison.cells([records.Source("training-x.json", "training", payload)])
     fields = sweeps.time_table(cells, sweep_of(CELLS), "acp:4").splitlines()[2].split(" | ")
     assert fields[2:5] == ["240 (ddp+fp16:4)", "165 (dear+acp:4:2)", "1.45×"]  # of rounds of 160 and 320, 110 and 220
+
+
+def test_the_dense_steps_of_a_start_are_counted():
+    started = [cell(f"acp:4:start={start}", 0.1, 1, [[30, 1.6]], bytes_per_step=100) for start in (15, "warmup")]
+    found = sweep_of([*CELLS, *started])
+    fewer = {one.strategy: found.fewer(one) for one in found.rows}
+    assert fewer["acp:4:start=15"] == pytest.approx(500 / 550)  # half of 30 steps at 1000 bytes, half at 100
+    assert fewer["acp:4:start=warmup"] is None and fewer["acp:4"] == 5

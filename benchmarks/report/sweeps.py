@@ -9,6 +9,7 @@ from ..losses import DENSE
 from ..network.rates import bits, show_rate
 from ..records import Source
 from ..stats import paired_ratio, round_times
+from ..training.strategies import Compressed, parse_strategy
 from ..training.summary import Row
 from . import comparison
 from .comparison import Cell
@@ -43,8 +44,13 @@ class Sweep:
         return next((one for one in self.rows if one.strategy == DENSE), None)
 
     def fewer(self, one: Best) -> float | None:
-        """How many times fewer bytes than dense gradients in 16 bits."""
-        return self.dense.bytes_per_step / 2 / one.bytes_per_step if self.dense and one.bytes_per_step else None
+        """How many times fewer bytes than dense gradients in 16 bits, over the whole training: the dense steps with
+        which a compressor begins are of 32."""
+        begins = _dense_steps(one.strategy)
+        if self.dense is None or not one.bytes_per_step or begins is None:
+            return None
+        dense, share = self.dense.bytes_per_step, min(1.0, begins / self.steps)
+        return dense / 2 / (share * dense + (1 - share) * one.bytes_per_step)
 
     def above(self, one: Best) -> float | None:
         """Its mean loss over dense's, of the seeds that both were trained with."""
@@ -60,6 +66,11 @@ class Sweep:
         if self.dense is None or one.seeds != self.dense.seeds:
             return None
         return steps_to(one.curve, within * self.dense.loss)
+
+
+def _dense_steps(strategy: str) -> int | None:
+    found = parse_strategy(strategy)
+    return found.compressor.dense_steps if isinstance(found, Compressed) else 0
 
 
 def sweeps(sources: Iterable[Source]) -> list[Sweep]:
