@@ -22,8 +22,14 @@ DEAR_CLONES void add_payload(const float* values, float scale, int64_t n, float*
   for (int64_t i = 0; i < n; ++i) total[i] += scale * values[i];
 }
 
-DEAR_CLONES void divide_values(float divisor, int64_t n, float* values) {
-  for (int64_t i = 0; i < n; ++i) values[i] /= divisor;
+// The same for bfloat16, which is widened on the way; the first payload begins with a total of 0.
+DEAR_CLONES void add_bfloat16(const uint16_t* values, float scale, int64_t n, float* total) {
+  for (int64_t i = 0; i < n; ++i) total[i] += scale * bits_float(static_cast<uint32_t>(values[i]) << 16);
+}
+
+DEAR_CLONES void first_bfloat16(const uint16_t* values, float scale, int64_t n, float* total) {
+  for (int64_t i = 0; i < n; ++i)
+    total[i] = 0.0f + scale * bits_float(static_cast<uint32_t>(values[i]) << 16);
 }
 
 // How many 16-bit floats have all bits of the exponent set.
@@ -82,15 +88,21 @@ int64_t dense_round(const void* grad, GradType type, float* error, int64_t n, Gr
 int64_t dense_average(const void* payloads, GradType type, int64_t ranks, int64_t stride, float* error,
                       int64_t n, void* out) {
   const float scale = average_scale(ranks);
+  const float divisor = static_cast<float>(ranks) * scale;  // 1 where there are 2, 4, 8, ... ranks
   return sum_over_blocks(n, [&](int64_t offset, int64_t length) {
-    float scratch[kBlock];
-    float mean[kBlock];
-    std::fill(mean, mean + length, 0.0f);
+    alignas(64) float scratch[kBlock];
+    alignas(64) float mean[kBlock];
+    if (type != GradType::kBFloat16) std::fill(mean, mean + length, 0.0f);
     for (int64_t rank = 0; rank < ranks; ++rank) {
       const void* payload = element(payloads, type, rank * stride + offset);
-      add_payload(load_block(payload, type, length, scratch), scale, length, mean);
+      if (type == GradType::kBFloat16) {
+        (rank == 0 ? first_bfloat16 : add_bfloat16)(static_cast<const uint16_t*>(payload), scale, length,
+                                                    mean);
+      } else {
+        add_payload(load_block(payload, type, length, scratch), scale, length, mean);
+      }
     }
-    divide_values(static_cast<float>(ranks) * scale, length, mean);
+    if (divisor != 1) divide_values(mean, length, divisor);
     return round_block(mean, error == nullptr ? nullptr : error + offset, length, type,
                        element(out, type, offset));
   });

@@ -25,11 +25,19 @@ __attribute__((target("avx512f"))) void stream_by_16(const float* source, int64_
 }
 
 __attribute__((target("avx"))) void stream_by_8(const float* source, int64_t n, float* target) {
-  for (int64_t i = 0; i < n; i += 8) _mm256_stream_ps(target + i, _mm256_loadu_ps(source + i));
+  for (int64_t i = 0; i < n; i += 16) {
+    _mm256_stream_ps(target + i, _mm256_loadu_ps(source + i));
+    _mm256_stream_ps(target + i + 8, _mm256_loadu_ps(source + i + 8));
+  }
 }
 
 void stream_by_4(const float* source, int64_t n, float* target) {
-  for (int64_t i = 0; i < n; i += 4) _mm_stream_ps(target + i, _mm_loadu_ps(source + i));
+  for (int64_t i = 0; i < n; i += 16) {
+    _mm_stream_ps(target + i, _mm_loadu_ps(source + i));
+    _mm_stream_ps(target + i + 4, _mm_loadu_ps(source + i + 4));
+    _mm_stream_ps(target + i + 8, _mm_loadu_ps(source + i + 8));
+    _mm_stream_ps(target + i + 12, _mm_loadu_ps(source + i + 12));
+  }
 }
 
 StreamLines widest() {
