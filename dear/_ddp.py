@@ -285,6 +285,18 @@ def check_first_pass(model: DDP, passes: int, caller: str) -> None:
         )
 
 
+class FirstPass:
+    """Refuses a first pass that plain DDP's new reducer could not learn a static graph from, and takes itself off."""
+
+    def __init__(self, model: DDP) -> None:
+        self._handle = model.register_forward_pre_hook(self)
+
+    def __call__(self, model: DDP, inputs: Any) -> None:
+        if torch.is_grad_enabled():
+            check_first_pass(model, 0, "engine.detach()")
+            self._handle.remove()
+
+
 def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:
     """Makes ``scheduler`` the module's communication hook."""
     calls = _C.HookCalls()

@@ -258,6 +258,8 @@ class Schedule:
     def restore_reducer(self) -> None:
         """Gives DDP the reducer it had. Collective, as building DDP is."""
         _ddp.rebuild_reducer(self._attached.model, self._former_options, self._attached.params)
+        if self._attached.model.static_graph:
+            _ddp.FirstPass(self._attached.model)
 
 
 def adopt_changes(attached: Attached, update: Update, facts: Facts) -> bool:

@@ -7,7 +7,8 @@ import pytest
 import torch
 import training
 from holding import SMALL
-from silence import check_told, told
+from machine.case import Case
+from silence import check, check_told, pieces, told
 from torch import nn, optim
 from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -198,3 +199,12 @@ def attached_again(rank, world):
 
 def test_training_begins_again_in_processes_that_have_failed(pool2):
     check_told(pool2, attached_again)
+
+
+def test_a_first_pass_after_detach_that_teaches_nothing_is_refused(pool2):
+    """Torch would end it by an assertion."""
+    program = "attach()\n\ntrain(0)\n\ndetach()\n\nwith model.no_sync(): forward(1).backward()\nforward(2).backward()"
+    case = Case("replicated", "StaticallyUnused", ddp={"static_graph": True}, program=pieces(program))
+    check(pool2, case, may_refuse=True)
+    case = case.with_program([*pieces("attach()\n\ntrain(0)\n\ndetach()\n\ntrain(1)"), *case.program[-1:]])
+    check(pool2, case, may_refuse=False)
