@@ -30,8 +30,9 @@ class Dense(Compressor):
     root of the running mean of the squares of its past results (weights of 1/16), but not far below its block's mean.
     An element that is small beside its neighbours is then rounded as finely as they are. Steps are coarser there, so
     that less is sent late. Every rank computes the scales from the results, so they cost no bytes; they cost 4 bytes of
-    memory an element on every rank, which are saved. Before the first result all elements of a block are equal. A step
-    whose gradients are not finite changes no scale.
+    memory an element on every rank, which are saved. Behind dense steps (``start_step``) the means begin with the
+    squares of the last one's results; without, or where these were not finite, all elements of a block are equal at
+    first. A compressed step whose gradients are not finite changes no scale.
 
     Without error feedback, values beyond float16's range (65504) count as not finite; with it, they are sent in parts.
     In 8 bits, so do values beyond 2^126, and in fewer, beyond 2^100.

@@ -115,6 +115,12 @@ def scales_of(squares: Tensor) -> Tensor:
     return 2.0 ** (exponents[:n] - _each(least, n)).clamp(min=0)
 
 
+def first_squares(results: Tensor) -> Tensor:
+    """The running means behind dense steps, from the last one's ``results`` [n], all finite, rounded to bfloat16."""
+    held = results.bfloat16().float().clamp(-LARGEST_RESULT, LARGEST_RESULT)
+    return torch.where(held * held >= SMALLEST_SQUARE, held * held, 0.0)
+
+
 def learned(squares: Tensor, results: Tensor) -> Tensor:
     """The running means with the results [n] taken in."""
     held = results.abs().clamp(max=LARGEST_RESULT)

@@ -303,6 +303,11 @@ def register_compressed(model: DDP, hook: _C.CompressedHook) -> _C.HookCalls:
     return calls
 
 
+def broadcasts_buffers(model: DDP) -> bool:
+    """Whether DDP is about to broadcast buffers, in a forward pass that begins."""
+    return bool(model._check_sync_bufs_pre_fwd())  # type: ignore[no-untyped-call]
+
+
 def tracks_unused(model: DDP) -> bool:
     """Whether a parameter may go without a gradient, so that DDP keeps count."""
     return bool(model.find_unused_parameters or model.static_graph)

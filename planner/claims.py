@@ -12,13 +12,11 @@ from functools import cache
 
 from dear.cost_model import AlphaBeta
 
-from . import models
-from .cluster import link
+from . import consumer, models
 from .codecs import EXACT, Codec, codec
 from .devices import device
 from .machine import Machine
-from .network import Network, flat, measured
-from .pipeline import cut
+from .network import Network, measured
 from .profile import Profile
 from .simulate import Method, step
 
@@ -121,40 +119,13 @@ def _all(names: Sequence[str] | dict[str, int], schedule: str, cap: float | None
     return {name: _seconds(name, ETHERNET[32], 32, schedule, EXACT, cap) for name in names}
 
 
-def consumer_gpus() -> str:
-    """50 RTX 3080 in a pipeline against 4 H100 by data-parallel training, BERT-Large, micro-batches of 8."""
-    model, micro, tokens, width = models.built_in("bert-large"), 8, 64, 1024
-    operations = [3 * micro * block.operations for block in model.blocks]
-    small, large = device("rtx3080"), device("h100")
-    rows = ["| BERT-Large, examples a second | at 1 Gbit/s | at 10 Gbit/s |", "|---|---|---|"]
-    cells: dict[str, list[str]] = {
-        "50 RTX 3080, pipeline, 512 micro-batches": [],
-        "50 RTX 3080, data-parallel, batch 32": [],
-    }
-    for bandwidth in ("1Gbit", "10Gbit"):
-        between = link("1ms", bandwidth)
-        transfer = between.seconds(2 * micro * tokens * width)  # in 16 bits; gradients travel the other way
-        found = cut(operations, [small.operations * small.sustained] * 50, transfer).rate(micro, 512)
-        cells["50 RTX 3080, pipeline, 512 micro-batches"].append(f"{found:.0f}")
-        cells["50 RTX 3080, data-parallel, batch 32"].append(f"{_parallel(model, small.name, 50, between):.0f}")
-    for name, pair in cells.items():
-        rows.append(f"| {name} | {' | '.join(pair)} |")
-    four = _parallel(model, large.name, 4, link("5us", "200Gbit"))
-    rows.append(f"| 4 H100 (PCIe), data-parallel, batch 32, 200 Gbit/s | {four:.0f} | {four:.0f} |")
-    ratio = 50 * small.operations / (4 * large.operations)
-    rows.append(f"| ratio of the peaks, 50 to 4 | {ratio:.2f} | {ratio:.2f} |")
-    return "\n".join(rows)
-
-
-def _parallel(model: models.Model, name: str, workers: int, between: AlphaBeta, batch: int = 32) -> float:
-    on = device(name)
-    own = model.profile(batch * 3 * model.operations / (on.operations * on.sustained))
-    network = flat(between, workers)
-    ways = [Method("ddp", codec("fp16"), cap) for cap in CAPS]
-    return workers * batch / min(step(own, network, Machine(costs=on.costs()), way).seconds for way in ways)
-
-
-TABLES = {"throughputs": throughputs, "dear": dear_gains, "acp": acp_gains, "consumer": consumer_gpus}
+TABLES = {
+    "throughputs": throughputs,
+    "dear": dear_gains,
+    "acp": acp_gains,
+    "consumer": consumer.speeds,
+    "failing": consumer.failing,
+}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A cluster: devices and the links between them, from a YAML file, from options, or as ``probe`` measured it.
+"""A cluster: devices and the links between them, from a YAML file, from options, or as measured.
 
 nodes: 8
 devices_per_node: 4
@@ -17,6 +17,7 @@ failures: {mtbf: 30d, spares: 2}  # and checkpoint: 30s, restart: 5min, repair: 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from typing import Any
 
 from dear.cost_model import AlphaBeta
 
+from . import collectives_file
 from .codecs import Cost, codec
 from .devices import GIB, Device, device
 from .failures import Failures
@@ -36,6 +38,7 @@ from .shares import typical
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _LONG = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _BITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+MOST = 1 << 20  # workers
 LONGEST = 60.0  # seconds: more is no latency
 KEYS = (
     "nodes", "devices_per_node", "device", "link", "inner", "algorithm", "collectives", "compressors", "straggler",
@@ -70,6 +73,8 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.workers < 2:
             raise ClusterError(f"nodes times devices_per_node is {self.workers}: a cluster has 2 workers or more.")
+        if self.workers > MOST:
+            raise ClusterError(f"nodes times devices_per_node is {self.workers}: no more than {MOST} are predicted.")
         if self.link is None and not self.collectives:
             raise ClusterError("link is missing: give its latency and bandwidth, or measured collectives.")
         if self.algorithm not in ALGORITHMS:
@@ -121,18 +126,26 @@ def link(latency: str, bandwidth: str) -> AlphaBeta:
     return AlphaBeta(seconds(latency), 1 / bytes_a_second(bandwidth))
 
 
-def read(path: Path) -> Cluster:
-    """Raises ClusterError, of one sentence that names the file."""
+def read(path: Path, cell: int | None = None) -> Cluster:
+    """Of a YAML file, or of what the collectives benchmark wrote: then cell is which of its cells, if it has several.
+
+    Raises ClusterError, of one sentence that names the file.
+    """
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text()
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise ClusterError(f"{path} cannot be read as a cluster ({why}): see python -m dear plan --help.") from error
     try:
+        if collectives_file.is_one(found):
+            found = collectives_file.description(found, cell)
+        elif cell is not None:
+            raise ValueError("cells are of a file that the collectives benchmark wrote: leave --cell out.")
         return described(found)
-    except ClusterError as error:
+    except ValueError as error:
         raise ClusterError(f"{path}: {error}") from None
 
 

@@ -48,7 +48,8 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def _slowest_us(method: dict[str, Any]) -> float:
+def slowest_us(method: dict[str, Any]) -> float:
+    """The median microseconds of the slowest rank, of a method's account."""
     return statistics.median(max(ranks) for block in method["blocks"] for ranks in zip(*block["us"], strict=True))
 
 
@@ -75,10 +76,10 @@ class Lab:
             size = cell["sizes"][-1]
             for method in size["methods"]:
                 wire = HEADERS * size["bytes"] * (cell["workers"] - 1) / cell["workers"] / rate_bytes("1gbit")
-                beyond[cell["workers"], method["name"]] = _slowest_us(method) / 1e6 / wire
+                beyond[cell["workers"], method["name"]] = slowest_us(method) / 1e6 / wire
         size = _read(results / MEMORY)["cells"][0]["sizes"][-1]
         whole = next(method for method in size["methods"] if method["name"] == "all_reduce")
-        return cls(alphas, beyond, _slowest_us(whole) / 1e6 / size["bytes"], _cpu(results), _costs(results))
+        return cls(alphas, beyond, slowest_us(whole) / 1e6 / size["bytes"], _cpu(results), _costs(results))
 
     def network(self, rate: str, workers: int, methods: dict[str, str] = OURS) -> Network:
         part = (workers - 1) / workers

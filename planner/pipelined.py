@@ -22,11 +22,12 @@ KEPT = 16  # bytes of a parameter, its gradient and Adam's two numbers
 SMALLEST, LARGEST = 1, 64  # examples of a micro-batch
 
 
-def pipelined(profile: Profile, cluster: Cluster, batch: Batch, handed: float, baseline: float) -> Choice:
+def pipelined(profile: Profile, cluster: Cluster, batch: Batch, handed: float, baseline: float) -> Choice | None:
     """At its best size of micro-batches, by the cut that :func:`planner.pipeline.cut` finds.
 
     A step trains on as many examples as that of the other ways, and its optimizer updates as much as a stage has. Where
-    there are more workers than layers, the fastest have one each, and the others none.
+    there are more workers than layers, the fastest have one each, and the others none. None where no cut is as fast as
+    a single device.
 
     profile: of a worker's average share. handed: numbers of one example that a layer hands to the next. baseline:
     seconds of a step that speed-ups are over.
@@ -54,6 +55,8 @@ def pipelined(profile: Profile, cluster: Cluster, batch: Batch, handed: float, b
     seconds += profile.update * max(memory[1]) / profile.elements
     fits = all(need <= device.memory for need, device in zip(memory[0], devices, strict=True))
     stages = sum(start < end for start, end in pairwise((0, *found.ends)))
+    if stages < 2:
+        return None
     code = f"torch.distributed.pipelining: {stages} stages, {-(-batch.examples // size)} micro-batches of {size}"
     exposed = seconds - profile.compute
     sent = 2.0 * NUMBER * handed * batch.examples

@@ -15,10 +15,12 @@ AGREE = 0.75  # of the rounds say who is faster, or the two are not told apart
 @dataclass(frozen=True)
 class Rounds:
     """Seconds of a step. floor: of the compute floor, its median. excess: what a strategy takes beyond the floor of its
-    round, by name and round."""
+    round, by name and round. swing: how much longer the slowest round's floor took than the fastest one's, as a share:
+    what else the machine did."""
 
     floor: float
     excess: dict[str, dict[int, float]]
+    swing: float = 0.0
 
     @classmethod
     def of(cls, cell: dict[str, Any]) -> Rounds:
@@ -36,7 +38,8 @@ class Rounds:
             name: {number: seconds - floors[number] for number, seconds in own.items() if number in floors}
             for name, own in took.items()
         }
-        return cls(statistics.median(floors.values()), excess)
+        swing = max(floors.values()) / min(floors.values()) - 1
+        return cls(statistics.median(floors.values()), excess, swing)
 
     def seconds(self, name: str, rounds: Collection[int] | None = None) -> float:
         """The floor, and the median of what the strategy takes beyond it, over these rounds or all."""

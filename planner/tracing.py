@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from . import timeline
+
 Span = dict[str, Any]
 
 
@@ -31,9 +33,10 @@ class Tracer:
     def __init__(self, engine: Any, model: nn.Module, path: str | Path, steps: int = 5, skip: int = 3) -> None:
         check_steps(steps, skip)
         self.path = Path(path)
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
-        if self._rank:
-            self.path = self.path.with_suffix(f".rank{self._rank}{self.path.suffix}")
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        if self.rank:
+            self.path = self.path.with_suffix(f".rank{self.rank}{self.path.suffix}")
+        self.spans: list[Span] = []  # once there are some
         self._engine, self._begin, self._end, self._step = engine, skip, skip + steps, 0
         self._marks: list[tuple[int, str]] = []  # when a part of the step began, and what; "" ends one
         self._handles = [model.register_forward_pre_hook(self._forward)]
@@ -80,13 +83,13 @@ class Tracer:
         """Ends the recording, waits for what is in flight, and writes what there is."""
         for handle in self._handles:
             handle.remove()
-        spans = self._engine.stop_trace()
+        self.spans = spans = self._engine.stop_trace()
         for (start, name), (end, _) in zip(self._marks, self._marks[1:], strict=False):
             if name:
                 spans.append({"lane": "compute", "name": name, "start": start, "end": end})
         self._step = self._end + 1
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(chrome(spans, self._rank)) + "\n")
+        self.path.write_text(json.dumps(chrome(spans, self.rank)) + "\n")
 
 
 def check_steps(steps: int, skip: int) -> None:
@@ -114,12 +117,11 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 def chrome(spans: list[Span], rank: int = 0) -> dict[str, Any]:
     """Spans (lane, name, start and end in ns) as complete events, a row for each lane; times from the first one."""
-    order = ["compute", "wait", "update"]
-    lanes = sorted({span["lane"] for span in spans}, key=lambda lane: (lane not in order, lane))
+    rows = timeline.lanes(spans)
     begun = min((span["start"] for span in spans), default=0)
     names = [
         {"ph": "M", "name": "thread_name", "pid": rank, "tid": row, "args": {"name": lane}}
-        for row, lane in enumerate(lanes)
+        for row, lane in enumerate(rows)
     ]
     events = [
         {
@@ -127,7 +129,7 @@ def chrome(spans: list[Span], rank: int = 0) -> dict[str, Any]:
             "name": span["name"] or span["lane"],
             "cat": span["lane"],
             "pid": rank,
-            "tid": lanes.index(span["lane"]),
+            "tid": rows.index(span["lane"]),
             "ts": (span["start"] - begun) / 1e3,
             "dur": (span["end"] - span["start"]) / 1e3,
         }

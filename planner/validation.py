@@ -26,6 +26,7 @@ from .simulate import Method, step
 
 MIB = float(1 << 20)
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+QUIET = 0.1  # a machine is, where no round's compute floor takes longer than another's by more than that share
 NEAR = 1.03  # a choice that is this close to the best is as good
 
 
@@ -67,7 +68,7 @@ class Summary:
 def method_of(name: str, profile: Profile) -> Method | None:
     """The benchmarks' strategy of that name; None for one that the planner does not know."""
     kind, *options = name.split(":")
-    if kind in ("ddp+powersgd", "none", "auto"):
+    if kind in ("ddp+powersgd", "none", "auto", "planned"):
         return None
 
     def cap() -> float | None:
@@ -150,12 +151,30 @@ def table(found: Sequence[Point]) -> str:
     everything = {"all": summary(found)}
     everything |= {f"{workers} workers": each for workers, each in by(found, "workers").items()}
     everything |= {workload: each for workload, each in by(found, "workload").items()}
+    quiet = [point for point in found if point.rounds.swing <= QUIET]
+    if quiet:
+        everything["quiet machine"] = summary(quiet)
+        for workers, each in by(quiet, "workers").items():
+            everything[f"quiet machine, {workers} workers"] = each
     for name, each in everything.items():
         first = f"{each.first:.0%} of {each.cells} cells"
         again = "" if each.repeats is None else f"{each.repeats:.0%}"
         rows.append(
             f"| {name} | {each.points} | {each.median:.1%} | {each.p90:.1%} | {first} | {each.level:.0%} | {again} |"
         )
+    return "\n".join(rows)
+
+
+def cells(found: Sequence[Point]) -> str:
+    """A row for each cell, as Markdown: how far it is off as a whole, and how unsteady its machine was."""
+    own: dict[tuple[str, int], list[Point]] = {}
+    for point in found:
+        own.setdefault((point.file, point.cell), []).append(point)
+    rows = ["| file | workers | rate | model | points | median of errors | swing of the floor |", "|---" * 7 + "|"]
+    for (file, _), points_ in own.items():
+        one, middle = points_[0], statistics.median(point.error for point in points_)
+        named = f"| {file} | {one.workers} | {one.rate} | {one.workload} | {len(points_)} "
+        rows.append(f"{named}| {middle:+.1%} | {one.rounds.swing:.0%} |")
     return "\n".join(rows)
 
 
@@ -169,9 +188,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m planner.validation", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="?", type=Path, default=RESULTS, help="folder of raw results")
     parser.add_argument("--json", type=Path, help="write every point there")
+    parser.add_argument("--cells", action="store_true", help="a row for each cell, too")
     given = parser.parse_args()
     found = list(points(given.results))
     print(table(found))
+    if given.cells:
+        print(f"\n{cells(found)}")
     if given.json:
         payload = {"label": "predicted", "summary": asdict(summary(found)), "points": [_plain(each) for each in found]}
         given.json.write_text(json.dumps(payload, indent=1) + "\n")

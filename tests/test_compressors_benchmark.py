@@ -18,7 +18,9 @@ from benchmarks.kernels import __main__ as command
 from benchmarks.kernels import cases as case_module
 from benchmarks.kernels import measure
 from benchmarks.kernels import show as kernels_table
-from benchmarks.kernels.cases import FAMILIES, Case
+from benchmarks.kernels.case import Case
+from benchmarks.kernels.cases import FAMILIES
+from benchmarks.kernels.low_rank_cases import transformer_matrices
 from benchmarks.records import load, provenance
 from benchmarks.report import files as report
 from compress import ops
@@ -64,6 +66,27 @@ def test_an_interrupted_run_goes_on_with_the_next_family(
     said = " ".join(capsys.readouterr().out.split())
     assert "cell 1 of 2: sign: resumed" in said and "cell 2 of 2: dense · 33% · round 1 of 2" in said
     assert "sign majority vote" in said and "dense members gathered" in said
+
+
+def test_some_families_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "some.json"
+    run(monkeypatch, path, "--families", "ACP-SGD step,dense")
+    cells = json.loads(path.read_text())["cells"]
+    assert [cell["family"] for cell in cells] == ["ACP-SGD step", "dense"]
+    assert [kernel["name"] for kernel in cells[0]["kernels"]] == [
+        f"ACP-SGD step, {way}, 1 layers of width 32, rank 4" for way in "PQ"
+    ]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, path, "--families", "none such")
+    assert "'none such' is not known: choose from sign, " in capsys.readouterr().err
+
+
+def test_bert_large_whole() -> None:
+    called, shapes = transformer_matrices(335_544_320)
+    total = sum(count * rows * columns for (rows, columns), count in shapes.items())
+    assert called == "BERT-Large" and total == 24 * 12 * 1024**2 + (30522 + 512 + 1024) * 1024
 
 
 def test_every_family_has_kernels_and_no_kernel_is_in_two() -> None:

@@ -138,12 +138,21 @@ def test_methods_are_compared_over_the_seeds_that_both_have():
 
 
 def test_times_are_combined_from_steps_and_bytes():
-    payload = reported.training(rate="500mbit")
+    steps = {name: ms for name, ms in reported.STEPS.items() if name != "acp:4"}
+    payload = reported.training(rate="500mbit", steps=steps)
     payload["cells"][0]["workers"] = 4
     cells = sweeps.with_floor(comparison.cells([records.Source("training-x.json", "training", payload)]))
     line = sweeps.time_table(cells, sweep_of(CELLS), "acp:4").splitlines()[2]
     own = 150 + 12.5e6 / 2 / 5 * 8 / 500e6 * 1e3  # ms: the floor's median of two rounds, and bytes at 500 Mbit/s
     dense, reached = 20 + 10 * (2.1 - 1.608) / 0.5, 20 + 5 * (1.8 - 1.608) / 0.2
     fields = line.split(" | ")
-    assert fields[2:5] == ["240 (ddp+fp16:4)", f"{own:.0f}", f"{240 / own:.2f}×"]
+    assert fields[2:5] == ["240 (ddp+fp16:4)", f"{own:.0f}, PREDICTED", f"{240 / own:.2f}×"]
     assert float(fields[5].rstrip("× |")) == pytest.approx(240 / own * dense / reached, rel=0.1)
+
+
+def test_a_measured_step_counts_in_place_of_a_predicted_one():
+    steps = reported.STEPS | {"dear+acp:4:2": 110.0, "acp:8": 10.0}
+    payload = reported.training(rate="500mbit", steps=steps)
+    cells = comparison.cells([records.Source("training-x.json", "training", payload)])
+    fields = sweeps.time_table(cells, sweep_of(CELLS), "acp:4").splitlines()[2].split(" | ")
+    assert fields[2:5] == ["240 (ddp+fp16:4)", "165 (dear+acp:4:2)", "1.45×"]  # of rounds of 160 and 320, 110 and 220

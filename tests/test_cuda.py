@@ -17,6 +17,7 @@ import test_compressed_schedule
 import test_compressors_feedback
 import test_compressors_golden
 import test_compressors_hook
+import test_cuda_forms
 import test_dense_eight_bits
 import test_dense_few_bits
 import test_owned
@@ -59,6 +60,7 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (on_streams.runs_ahead, ()),
     (on_streams.one_read_a_step, ()),
     (on_streams.capture_is_refused, ()),
+    *((form, (mode,)) for form in test_cuda_forms.FORMS.values() for mode in MODES),
     *((test_compressors_feedback.conserved, (kind, True, True)) for kind in KINDS),
     *((test_compressors_feedback.resume, (kind, True, False)) for kind in KINDS),
     (test_compressors_hook.all_models, ()),
@@ -74,10 +76,23 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
 ]
 
 
+#: The same, with four ranks.
+CASES_OF_FOUR: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+    *((test_cuda_forms.two_levels, (mode,)) for mode in (*MODES, "owned")),
+]
+
+
 @pytest.fixture(scope="module")
 def gpu2() -> Iterator[WorkerPool]:
     """Two warm workers on one GPU, with a cuBLAS that computes the same each time."""
     with WorkerPool(2, env={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def gpu4() -> Iterator[WorkerPool]:
+    """Four."""
+    with WorkerPool(4, env={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}) as pool:
         yield pool
 
 
@@ -105,3 +120,8 @@ def name_of(case: tuple[Callable[..., Any], tuple[Any, ...]]) -> str:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_as_on_the_host(gpu2: WorkerPool, case: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
     gpu2.run(on_the_gpu, *case, backend="nccl", timeout=100, group_timeout=60)
+
+
+@pytest.mark.parametrize("case", CASES_OF_FOUR, ids=name_of)
+def test_four_ranks_as_on_the_host(gpu4: WorkerPool, case: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
+    gpu4.run(on_the_gpu, *case, backend="nccl", timeout=100, group_timeout=60)

@@ -135,9 +135,10 @@ def test_under_the_schedule(pool2):
 PLACED = {"matrix": (150, 200), "vector": (30_000,), "other": (90, 300), "last": (26_000,)}
 
 
-def between_nodes(rank: int, world: int) -> None:
-    """Two nodes of two: each place rounds its members, and all ranks of a node read them with the same scales."""
-    one = compressor(nonfinite="skip")
+def between_nodes(rank: int, world: int, dense: int) -> None:
+    """Two nodes of two: each place rounds its members, and all ranks of a node read them with the same scales, which
+    are of the last dense step, where there are some."""
+    one = compressor(nonfinite="skip", start_step=dense)
     model = DDP(Prescribed(PLACED), bucket_cap_mb=100, find_unused_parameters=True)
     compress.register(model, one, hierarchy=2)
     golden = None
@@ -148,24 +149,33 @@ def between_nodes(rank: int, world: int) -> None:
             grads["other"][0, 0] = torch.inf
         have = backward(model, grads)
         (group,) = one.groups.values()
-        assert same_everywhere(one).keys() == PLACED.keys()
+        squares = same_everywhere(one)
+        assert squares.keys() == PLACED.keys()
         if spoiled:
             assert not have
+            if step == dense - 1:
+                golden.squares = torch.cat([squares[name] for name in group.inner.names])
+                assert golden.squares.any() == ("other" not in group.inner.names)
             continue
+        result = torch.cat([have[name].flatten() for name in group.inner.names])
         golden = golden or FewBits(group.inner.numel, one.shard_numel(group.inner), 2, 3, scales=True)
+        if step < dense:
+            if step == dense - 1:
+                golden.squares = reference_levels.first_squares(result)
+            continue
         everyone = [gradients(r, step, PLACED) for r in range(world)]
         means = [
             torch.cat([((everyone[r][name] + everyone[r + 1][name]) / 2).flatten() for name in group.inner.names])
             for r in (0, 2)
         ]
-        result = torch.cat([have[name].flatten() for name in group.inner.names])
         assert torch.equal(result, golden.step(means)), step
         for other in everyones(have):
             assert all(torch.equal(other[name], have[name]) for name in PLACED), "replicas differ"
 
 
-def test_between_nodes(pool4):
-    pool4.run(between_nodes)
+@pytest.mark.parametrize("dense", [0, 2, 4])  # with 4, the last dense step is the one that is skipped
+def test_between_nodes(pool4, dense):
+    pool4.run(between_nodes, dense)
 
 
 def test_what_is_refused():

@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks import cuda, records
 from benchmarks.cells import Store
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import build, measure, mps, outcomes
+from benchmarks.gpu import build, claims, measure, mps, outcomes
 from benchmarks.gpu.tasks import Task, tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,12 +75,26 @@ def test_every_benchmark_understands_its_task(dry_run: bool, tmp_path: Path, mon
     benchmarks = [task for task in tasks(dry_run) if task.results.endswith(".json")]
     assert benchmarks
     for task in benchmarks:
-        _, flag, module, *options = task.command(tmp_path, resume=True)
-        assert flag == "-m"
+        command = task.command(tmp_path, resume=True)
+        begin = len(command) - command[::-1].index("-m")  # behind what starts it
+        module, *options = command[begin:]
         monkeypatch.setattr(sys, "argv", [module, *options])
         given = importlib.import_module(f"{module}.__main__").arguments()
         assert given.json == tmp_path / task.results and given.resume
         assert given.device == ("cpu" if dry_run else "cuda")
+
+
+def test_what_is_to_be_shown_is_listed_until_its_results_are_stored() -> None:
+    known = {task.name: task for task in tasks(dry_run=False) if task.results}
+    assert {name for claim in claims.CLAIMS for name in claim.tasks} == known.keys()
+    nothing = claims.not_run([])
+    assert [claim for claim, _ in nothing] == list(claims.CLAIMS) and len(claims.commands(nothing)) == len(known)
+    step = next(claim for claim in claims.CLAIMS if claim.tasks == ("kernels-step",))
+    left = claims.not_run(["kernels-step.json", "kernels.json"])
+    assert step not in [claim for claim, _ in left] and not any("kernels" in names for _, names in left)
+    assert not [one for one in claims.commands(left) if "ACP-SGD step" in one]
+    assert not claims.not_run([task.results for task in known.values()])
+    assert not any(" -p " in command for command in claims.commands(nothing)), "pytest's plugins are for the command"
 
 
 def test_an_installed_package_has_nothing_to_build_and_no_tests(
@@ -273,7 +287,8 @@ def test_the_rehearsal_is_interrupted_and_goes_on_to_the_end(tmp_path: Path) -> 
     second = rehearse(tmp_path, "--resume", mark=mark)
     said = second.communicate(timeout=200)[0]
     assert second.returncode == 0, said
-    assert said.count(": resumed") == 3 and stored(tmp_path) == [*before[1:], "build", "training-resnet50"]
+    rest = ["training-resnet50", "alone-bert-base", "kernels-step"]
+    assert said.count(": resumed") == 3 and stored(tmp_path) == [*before[1:], "build", *rest]
     await_none(mark)
     training = json.loads((tmp_path / "training-resnet50.json").read_text())
     assert [one["failure"] for one in training["cells"][0]["strategies"]] == [None] * 4

@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICES, DTYPES, counter, gradient, misaligned, same_bits
-from test_kernels_levels import check, rows, unit
+from kernel_cases import DTYPES, counter, gradient, misaligned, same_bits
+from test_kernels_levels import check_average, check_encode, each_width, feedback, on_devices, rows, unit
 from torch import Tensor
 
 from compress import ops, reference_levels
 from compress.reference import to_gradient_type
 from compress.reference_levels import LARGEST, LARGEST_RESULT, SMALLEST_SQUARE
-
-on_devices = pytest.mark.parametrize("device", DEVICES)
-each_width = pytest.mark.parametrize("bits", [2, 3, 4])
-feedback = pytest.mark.parametrize("feedback", [False, True], ids=["plain", "feedback"])
 
 
 def mean_squares(kind: str, n: int) -> Tensor:
@@ -28,34 +24,20 @@ def mean_squares(kind: str, n: int) -> Tensor:
 KINDS = ["alike", "apart", "far apart", "rare", "none"]
 
 
-def check_encode(grad: Tensor, squares: Tensor, bits: int, feedback: bool, device: str, owners: int = 1) -> None:
-    n = grad.numel()
-    error = gradient("normal", n, seed=1) if feedback else None
-    own = None if error is None else misaligned(error, 1, device)
-    shard, count = unit(n, owners), counter(1, device) + 2
-    payload = rows(shard, owners, bits, device)
-    ops.levels_encode(misaligned(grad, 1, device), own, shard, payload, count, bits, misaligned(squares, 1, device))
-    said, left, dropped = reference_levels.encode(grad, error, bits, reference_levels.scales_of(squares))
-    check(said, payload, shard, bits)
-    assert count.item() == dropped + 2
-    if own is not None:
-        assert same_bits(own, left)
-
-
 @on_devices
 @feedback
 @each_width
 @pytest.mark.parametrize("kind", KINDS)
 def test_encode(kind: str, bits: int, feedback: bool, device: str) -> None:
     grad = gradient("normal", 9_001) * mean_squares("apart", 9_001).sqrt()
-    check_encode(grad, mean_squares(kind, 9_001), bits, feedback, device, owners=2)
+    check_encode(grad, bits, feedback, device, owners=2, offset=1, squares=mean_squares(kind, 9_001))
 
 
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 4095, 4097])
 def test_encode_lengths_and_types(n: int, dtype: torch.dtype, device: str) -> None:
-    check_encode(gradient("normal", n, dtype), mean_squares("apart", n), 3, True, device)
+    check_encode(gradient("normal", n, dtype), 3, True, device, offset=1, squares=mean_squares("apart", n))
 
 
 @on_devices
@@ -63,21 +45,9 @@ def test_encode_lengths_and_types(n: int, dtype: torch.dtype, device: str) -> No
 @each_width
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_average(ranks: int, bits: int, feedback: bool, device: str) -> None:
-    n, shard = 5_001, unit(5_001)
-    squares = mean_squares("apart", n)
-    scales = reference_levels.scales_of(squares)
-    grads = [gradient("normal", n, seed=rank) * squares.sqrt() for rank in range(ranks)]
-    sent, out = rows(shard, ranks, bits, device), rows(shard, 1, bits, device)[0].clone()
-    for row, grad in enumerate(grads):
-        ops.levels_encode(grad.to(device), None, shard, sent[row : row + 1], None, bits, squares.to(device))
-    error = gradient("normal", n, seed=9) if feedback else None
-    own, count = None if error is None else error.clone().to(device), counter(1, device)
-    ops.levels_average(sent, own, shard, out, n, count, bits, squares.to(device))
-    payloads = [reference_levels.encode(grad, None, bits, scales)[0] for grad in grads]
-    said, left, dropped = reference_levels.average(payloads, error, bits, scales)
-    check(said, out[None], shard, bits)
-    assert count.item() == dropped
-    assert own is None or same_bits(own, left)
+    squares = mean_squares("apart", 5_001)
+    grads = [gradient("normal", 5_001, seed=rank) * squares.sqrt() for rank in range(ranks)]
+    check_average(grads, bits, feedback, device, squares)
 
 
 @on_devices

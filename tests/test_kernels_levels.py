@@ -56,19 +56,49 @@ def check(said: Levelled, payload: Tensor, shard: int, bits: int) -> None:
         assert torch.equal(halves[:blocks], expected[:blocks])
 
 
-def check_encode(grad: Tensor, bits: int, feedback: bool, device: str, owners: int = 1, offset: int = 0) -> None:
+def check_encode(
+    grad: Tensor,
+    bits: int,
+    feedback: bool,
+    device: str,
+    owners: int = 1,
+    offset: int = 0,
+    squares: Tensor | None = None,
+) -> None:
+    """squares: the elements have scales of their own."""
     n = grad.numel()
     error = gradient("normal", n, seed=1) if feedback else None
     own = None if error is None else misaligned(error, offset, device)
+    scales = None if squares is None else reference_levels.scales_of(squares)
     shard, count = unit(n, owners), counter(1, device) + 2
     payload = rows(shard, owners, bits, device)
-    ops.levels_encode(misaligned(grad, offset, device), own, shard, payload, count, bits)
-    said, left, dropped = reference_levels.encode(grad, error, bits)
+    own_squares = None if squares is None else misaligned(squares, offset, device)
+    ops.levels_encode(misaligned(grad, offset, device), own, shard, payload, count, bits, own_squares)
+    said, left, dropped = reference_levels.encode(grad, error, bits, scales)
     check(said, payload, shard, bits)
     assert count.item() == dropped + 2
     if own is not None:
         assert same_bits(own, left)
         assert own.isfinite().all()
+
+
+def check_average(grads: list[Tensor], bits: int, feedback: bool, device: str, squares: Tensor | None = None) -> None:
+    """Of what so many ranks sent one owner."""
+    n = grads[0].numel()
+    shard = unit(n)
+    scales = None if squares is None else reference_levels.scales_of(squares)
+    own_squares = None if squares is None else squares.to(device)
+    sent, out = rows(shard, len(grads), bits, device), rows(shard, 1, bits, device)[0].clone()
+    for row, grad in enumerate(grads):
+        ops.levels_encode(grad.to(device), None, shard, sent[row : row + 1], None, bits, own_squares)
+    error = gradient("normal", n, seed=9) if feedback else None
+    own, count = None if error is None else error.clone().to(device), counter(1, device)
+    ops.levels_average(sent, own, shard, out, n, count, bits, own_squares)
+    payloads = [reference_levels.encode(grad, None, bits, scales)[0] for grad in grads]
+    said, left, dropped = reference_levels.average(payloads, error, bits, scales)
+    check(said, out[None], shard, bits)
+    assert count.item() == dropped
+    assert own is None or same_bits(own, left)
 
 
 @on_devices
@@ -95,19 +125,7 @@ def test_lengths_alignments_and_owners(n: int, offset: int, owners: int, bits: i
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_average(kind: str, ranks: int, bits: int, feedback: bool, device: str) -> None:
-    n, shard = 5_001, unit(5_001)
-    grads = [values(kind, n, seed=rank) for rank in range(ranks)]
-    sent, out = rows(shard, ranks, bits, device), rows(shard, 1, bits, device)[0].clone()
-    for row, grad in enumerate(grads):
-        ops.levels_encode(grad.to(device), None, shard, sent[row : row + 1], None, bits)
-    error = gradient("normal", n, seed=9) if feedback else None
-    own, count = None if error is None else error.clone().to(device), counter(1, device)
-    ops.levels_average(sent, own, shard, out, n, count, bits)
-    payloads = [reference_levels.encode(grad, None, bits)[0] for grad in grads]
-    said, left, dropped = reference_levels.average(payloads, error, bits)
-    check(said, out[None], shard, bits)
-    assert count.item() == dropped
-    assert own is None or same_bits(own, left)
+    check_average([values(kind, 5_001, seed=rank) for rank in range(ranks)], bits, feedback, device)
 
 
 @on_devices

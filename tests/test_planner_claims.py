@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import claims, validation
+from planner import claims, validation, wire
 from planner.pipeline import cut
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "planning.md").read_text()
@@ -23,6 +23,10 @@ def test_claims_stand_on_the_page_as_computed(name: str) -> None:
 
 def test_errors_stand_on_the_page_as_computed() -> None:
     assert validation.table(list(validation.points())) in PAGE
+
+
+def test_what_a_window_could_win_stands_on_the_page_as_computed() -> None:
+    assert wire.table() in PAGE
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=6), st.lists(st.floats(0.5, 4), min_size=1, max_size=3))

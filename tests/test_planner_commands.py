@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dear
-from planner import cluster, profile, tracing
+from planner import cluster, profile, timeline, tracing
 from planner.__main__ import main
 from planner.cluster import ClusterError, described
 from planner.codecs import Cost, codec
@@ -25,6 +25,7 @@ from planner.ranking import memory_bytes, rank, ways
 
 PLAN = ["plan", "--model", "bert-base", "--compressors", "acp:4"]
 OPTIONS = ["--workers", "64", "--bandwidth", "10Gbit", "--latency", "30us"]
+RESULT = str(Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "collectives-500mbit.json")
 GOOD: dict[str, Any] = {"nodes": 4, "device": "v100", "link": {"latency": "30us", "bandwidth": "10Gbit"}}
 
 
@@ -113,6 +114,18 @@ def test_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([*PLAN[:-1], "topk:2", *OPTIONS], "Compressor 'topk:2' is not known"),
         ([*PLAN[:-1], "acp:0", *OPTIONS], "Compressor 'acp:0' is not known"),
         ([*PLAN[:-1], "power:1.5", *OPTIONS], "Compressor 'power:1.5' is not known"),
+        ([*PLAN, *OPTIONS, "--cell", "2"], "--cell is of a file that the collectives benchmark wrote"),
+        ([*PLAN, *OPTIONS, "--handed", "-3"], "--handed must be 0 or more"),
+        ([*PLAN, *OPTIONS[2:], "--workers", "100000000"], "no more than 1048576 are predicted"),
+        ([*PLAN, *OPTIONS[2:], "--workers", "four"], "invalid int value: 'four'"),
+        (
+            [*PLAN, "--cluster", RESULT, "--cell", "7"],
+            "it has no cell 7 with lines: choose one of 1 (2 workers",
+        ),
+        ([*PLAN, "--cluster", RESULT], "it has several cells: choose one by --cell, of 1 (2 workers, 500mbit)"),
+        (["info", "--json", "/proc/x"], "--json /proc/x cannot be written"),
+        (["trace", "--picture", "x.nope", __file__], "--picture must be a file that ends with"),
+        (["trace", "--json", "/", __file__], "--json / is a folder"),
         (["probe"], "The probe could not begin"),
         (["probe", "--device", "abacus"], "Device 'abacus' is not known"),
         (["probe", "--seconds", "inf"], "--seconds must be above 0"),
@@ -177,6 +190,31 @@ def test_the_slowest_link_counts(tmp_path: Path) -> None:
     assert cluster.read(tmp_path / "c.yaml").link == cluster.link("1ms", "1Gbit")
 
 
+def test_what_the_collectives_benchmark_wrote_is_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = cluster.read(Path(RESULT), 4)
+    fits = json.loads(Path(RESULT).read_text())["cells"][3]["fits"]
+    assert found.workers == 4 and found.collectives["reduce_scatter"].beta == fits["ring-rs"]["beta"]
+    assert found.collectives["all_reduce"].alpha == fits["all_reduce"]["alpha"]
+    main([*PLAN, "--cluster", RESULT, "--cell", "4", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["workers"] == 4 and plan["choices"], "--json alone prints nothing else"
+    (tmp_path / "none.json").write_text('{"benchmark": "collectives", "cells": [{"workers": 2, "fits": {}}, 3]}')
+    with pytest.raises(ClusterError, match="no cell of it has lines of an all-reduce"):
+        cluster.read(tmp_path / "none.json")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(GOOD))
+    with pytest.raises(ClusterError, match="leave --cell out"):
+        cluster.read(tmp_path / "own.yaml", 1)
+
+
+def test_a_probe_accounts_for_every_time() -> None:
+    measured = {"all_reduce": ([10, 20], [1.0, 2.0])}
+    found = probe.account(2, measured, probe.fitted(measured), {"bf16": Cost(1.0, 2.0, 3.0)})
+    assert json.loads(json.dumps(found)) == found
+    assert found["collectives"]["all_reduce"]["seconds"] == [1.0, 2.0]
+    assert found["collectives"]["all_reduce"]["beta"] == pytest.approx(0.1)
+    assert found["compressors"]["bf16"] == {"encode": 1.0, "merge": 2.0, "decode": 3.0}
+
+
 def probed(rank: int, world: int) -> dict[str, Any]:
     torch.manual_seed(rank)
     probe.SIZES = (1 << 12, 1 << 16)  # type: ignore[assignment]
@@ -226,6 +264,18 @@ def test_a_trace_has_two_steps_of_compute_and_both_lanes(pool2: Any, tmp_path: P
         # A part's backward begins with the gradient of its output.
         assert names.count("backward 0") == names.count("backward 2") == 2
         assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in shown)
+
+
+def test_a_timeline_has_a_row_for_each_lane(tmp_path: Path) -> None:
+    spans = [
+        {"lane": lane, "name": "", "start": start, "end": start + 2_000_000}
+        for start, lane in enumerate(["reduce-scatter", "wait", "compute", "compute"])
+    ]
+    assert timeline.lanes(spans) == ["compute", "wait", "reduce-scatter"]
+    assert timeline.busy(spans, steps=2) == {"compute": 2.0, "wait": 1.0, "reduce-scatter": 1.0}
+    timeline.draw(spans, tmp_path / "t.svg")
+    drawn = (tmp_path / "t.svg").read_text()
+    assert drawn.count("<svg") == 1 and all(f"<!-- {lane} -->" in drawn for lane in timeline.lanes(spans))
 
 
 def test_info_is_fit_for_a_bug_report(capsys: pytest.CaptureFixture[str]) -> None:

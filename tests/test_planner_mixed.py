@@ -22,7 +22,7 @@ from planner.failures import Failures
 from planner.models import built_in
 from planner.pipelined import pipelined
 from planner.profile import Layer, Profile
-from planner.ranking import rank, ways
+from planner.ranking import Choice, rank, ways
 from planner.shares import shares, speeds, typical, unevenness
 
 LINK = {"latency": "1ms", "bandwidth": "1Gbit"}
@@ -80,10 +80,16 @@ def rows(count: int) -> Profile:
     return Profile("rows", tuple(Layer(str(i), ((1 << 10,),), 0.01, 0.02) for i in range(count)))
 
 
+def cut_over(profile: Profile, cluster: Cluster, each: int, handed: float = 0.0) -> Choice:
+    found = pipelined(profile, cluster, Batch.even(cluster, each, 0.0), handed, 1.0)
+    assert found is not None
+    return found
+
+
 def test_a_pipeline_of_equal_devices_by_hand() -> None:
     """Four layers on two devices, a batch of 8: micro-batches of one fill and empty it for one of nine turns."""
     cluster = cluster_of(["a100", "a100"])
-    found = pipelined(rows(4), cluster, Batch.even(cluster, 4, 0.0), 0.0, 1.0)
+    found = cut_over(rows(4), cluster, 4)
     turn = 2 * 0.03 / 4  # two layers, one of the four examples that a profile's times are of
     assert found.step.seconds == pytest.approx(9 * turn) and found.rate == pytest.approx(8 / (9 * turn))
     assert found.code.endswith("2 stages, 8 micro-batches of 1")
@@ -93,21 +99,26 @@ def test_a_pipeline_of_equal_devices_by_hand() -> None:
 def test_a_pipeline_waits_for_its_slowest_link_and_gives_fast_devices_more_layers() -> None:
     slow = {"latency": "1s", "bandwidth": "1Gbit"}
     quick, held = cluster_of(["a100"] * 3, link=[LINK] * 3), cluster_of(["a100"] * 3, link=[LINK, LINK, slow])
-    times = [pipelined(rows(30), one, Batch.even(one, 4, 0.0), 1e3, 1.0).step.seconds for one in (quick, held)]
+    times = [cut_over(rows(30), one, 4, handed=1e3).step.seconds for one in (quick, held)]
     assert times[1] > times[0]
     mixed = cluster_of(["rtx3080", "h100"])
-    found = pipelined(rows(30), mixed, Batch.even(mixed, 64, 0.0), 0.0, 1.0)
+    found = cut_over(rows(30), mixed, 64)
     even = cluster_of(["rtx3080", "rtx3080"])
-    assert found.step.seconds < pipelined(rows(30), even, Batch.even(even, 64, 0.0), 0.0, 1.0).step.seconds * 1.01
+    assert found.step.seconds < cut_over(rows(30), even, 64).step.seconds * 1.01
     assert found.memory > 16 * 1024 * 15, "one stage has more than half of the layers"
+
+
+def test_where_handing_on_takes_longer_than_computing_there_is_no_pipeline() -> None:
+    cluster = cluster_of(["a100", "a100"])
+    assert pipelined(rows(4), cluster, Batch.even(cluster, 4, 0.0), 1e9, 1.0) is None
 
 
 def test_a_pipeline_that_does_not_fit_says_so() -> None:
     big = Profile("big", (Layer("a", ((1 << 31,),), 0.01, 0.02), Layer("b", ((8,),), 0.01, 0.02)))
     cluster = cluster_of(["rtx3080", "rtx3080"])
-    assert not pipelined(big, cluster, Batch.even(cluster, 4, 0.0), 0.0, 1.0).fits
+    assert not cut_over(big, cluster, 4).fits
     cluster = cluster_of(["a100", "a100"])
-    assert pipelined(big, cluster, Batch.even(cluster, 4, 0.0), 0.0, 1.0).fits
+    assert cut_over(big, cluster, 4).fits
 
 
 # ------------------------------------------------------------------------------------------------------ failures

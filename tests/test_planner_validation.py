@@ -87,6 +87,20 @@ def test_a_strategy_counts_by_what_it_takes_beyond_the_floor_of_its_round() -> N
     assert rounds.told_apart("none", "ddp") and rounds.halves(["ddp"], 1.03) is None, "three rounds have no halves"
 
 
+def test_how_unsteady_a_machine_was_is_what_its_floor_says() -> None:
+    def point(cell: int, floors: list[float]) -> Point:
+        rounds = Rounds.of(cell_of({"none": floors, "ddp": [1.0] * len(floors)}))
+        return Point("f", cell, 2, "1gbit", "gpt", "ddp", 1.0, 1.0 + cell, rounds)
+
+    steady, unsteady = point(0, [0.5, 0.54]), point(1, [0.5, 0.6, 0.55])
+    assert steady.rounds.swing == pytest.approx(0.08) and unsteady.rounds.swing == pytest.approx(0.2)
+    quiet = [row for row in validation.table([steady, unsteady]).splitlines() if row.startswith("| quiet machine")]
+    assert len(quiet) == 2 and all("| 1 | 0.0% | 0.0% |" in row for row in quiet)
+    rows = validation.cells([steady, unsteady]).splitlines()
+    assert rows[2:] == ["| f | 2 | 1gbit | gpt | 1 | +0.0% | 8% |", "| f | 2 | 1gbit | gpt | 1 | +100.0% | 20% |"]
+    assert "quiet" not in validation.table([unsteady])
+
+
 def test_small_messages_pass_a_shaped_link_at_once() -> None:
     """The lab's token bucket: 72 KiB after a pause, at 100 Mbit/s 5.9 ms of the link."""
     lab = Lab.read(validation.RESULTS)

@@ -92,6 +92,23 @@ def test_what_auto_chose_stands_beside_the_best_of_the_sweep() -> None:
     assert "| 1.053× (1.05–1.05) |" in row and row.endswith("| replicated, 2.6 MiB |")
 
 
+def test_what_settled_auto_adds_stands_beside_the_same_by_hand() -> None:
+    plain = cell()
+    assert not choosing.has_settled([plain])
+    made = canned.training_cell()
+    made["plan"] |= {"workload": "gpt", "batch": 4}
+    for name, times in {"dear:sharded:2.6": [200.0, 400.0], "planned:sharded:2.6": [201.0, 404.0]}.items():
+        made["strategies"].append(canned.strategy(name, [[each, each] for each in times]))
+    made["strategies"].append(canned.strategy("planned:ddp:8", [[1.0, 1.0], [1.0, 1.0]]))
+    ours = comparison.as_cell(plain.source, made)
+    assert choosing.has_settled([ours])
+    (row,) = choosing.settled_table([ours]).splitlines()[2:]
+    assert "| planned:sharded:2.6 |" in row and row.endswith("| 2 | +0.75% (+0.6–+0.9) |")
+    made["strategies"].append(canned.strategy("auto", [[1.0, 1.0], [1.0, 1.0]]))
+    ours = comparison.as_cell(plain.source, made)
+    assert "planned" not in choosing.chosen_table([ours]), "it is no rival of the sweep"
+
+
 def test_rounds_that_disagree_are_a_tie() -> None:
     both = cell(steps={"ddp:1": 100.0, "dear:sharded": 100.0})
     both.strategy("dear:sharded")["blocks"][0]["ms"] = [[90.0], [90.0]]

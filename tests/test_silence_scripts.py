@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import compressing
 import pytest
+import torch
 from machine.case import Case
+from machine.compare import compare
+from machine.play import Run
 from machine.search import run
-from silence import pieces
+from more_scripts import MORE_SCRIPTS
+from silence import BOTH, pieces
+from workers import WorkerPool
+
+import compress
+import dear
 
 ADAMW = ("AdamW", {"lr": 0.01})
 MOMENTUM = ("SGD", {"lr": 0.05, "momentum": 0.9})
@@ -210,16 +220,8 @@ def case(how: str, program: str, options: dict[str, Any]) -> Case:
     return Case(how, program=pieces(program), **{key: value for key, value in options.items() if key != "refuse"})
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "sharded",
-        "replicated",
-        *(pytest.param(how, marks=pytest.mark.slow) for how in ("compressed", "register", "owned")),
-    ],
-)
-def test_scripts_train_the_same(pool2, how):
-    outcomes = run(pool2, [case(how, *script) for script in SCRIPTS.values()])
+def trained_alike(pool: WorkerPool, how: str, scripts: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    outcomes = run(pool, [case(how, *script) for script in scripts.values()])
 
     def may_refuse(options: dict[str, Any]) -> bool:
         settings = options.get("refuse", ())
@@ -227,7 +229,69 @@ def test_scripts_train_the_same(pool2, how):
 
     wrong = {
         name: f"{outcome.kind} at {outcome.at!r}: {outcome.text}"
-        for (name, (_, options)), outcome in zip(SCRIPTS.items(), outcomes, strict=True)
+        for (name, (_, options)), outcome in zip(scripts.items(), outcomes, strict=True)
         if outcome.kind != "equal" and not (outcome.kind == "refused" and may_refuse(options))
     }
     assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
+
+
+@pytest.mark.parametrize("how", [*BOTH, *(pytest.param(how, marks=pytest.mark.slow) for how in MORE)])
+def test_scripts_train_the_same(pool2, how):
+    trained_alike(pool2, how, SCRIPTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [*BOTH, *MORE])
+def test_more_scripts_train_the_same(pool2, how):
+    trained_alike(pool2, how, MORE_SCRIPTS)
+
+
+class UnderCompression(Run):
+    """A script under a compressor: with plain DDP as its hook, with the library under its schedule."""
+
+    def __init__(self, case: Case, rank: int, plain: bool) -> None:
+        super().__init__(case, rank, plain)
+        self.compressor: Any = None
+
+    def attach(self, update: str | None = None) -> None:
+        # The first step of a plain hook goes out in DDP's first buckets, which under the schedule are none.
+        made = KINDS[self.case.how](min_compression_ratio=0.2, start_step=1)
+        if not self.plain:
+            self.engine = dear.attach(self.model, self.opt, compressor=made, bucket_cap_mb=CAP, **self.case.attach)
+        elif self.compressor is None:
+            self.compressor = made
+            compress.register(self.model, made)
+
+    def _finish(self) -> None:
+        self.note_all(self.optimizer_state()["state"])
+
+
+CAP = 0.02  # MiB: several buckets
+KINDS = {**compressing.KINDS, "int8": lambda **options: compress.Dense(torch.int8, **options)}
+
+
+def under_compression(rank: int, world: int, cases: dict[str, tuple[Case, bool]]) -> list[str]:
+    wrong = []
+    for name, (script, may_refuse) in cases.items():
+        plain, have = (UnderCompression(script, rank, plain) for plain in (True, False))
+        assert plain.play(len(script.program)) is None, name
+        raised = have.play(len(script.program))
+        found = compare(have.notes, plain.notes, None if raised else len(script.program))
+        if found or (raised is not None and not may_refuse):
+            wrong.append(f"{name}: {found or raised}")
+        if have.engine is not None:
+            have.engine.__exit__(type(raised), raised, None) if raised else have.engine.detach()
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["acp", "power", "topk", "sign", "int8"])
+def test_compressed_scripts_train_as_under_the_plain_hook(pool2, kind):
+    cases = {}
+    for name, (program, options) in (SCRIPTS | MORE_SCRIPTS).items():
+        options = {**options, "ddp": {"bucket_cap_mb": CAP, **options.get("ddp", {})}}
+        # A detached model has no compressor, where the hook stays; a compiled step rounds otherwise.
+        if not re.search(r"detach\(|may_round|join", program):
+            cases[name] = case(kind, program, options), "refuse" in options
+    told = pool2.run(under_compression, cases)
+    assert not any(told), "\n".join(told[0] or told[1])

@@ -12,6 +12,7 @@ PACKAGE = __name__.split(".")[0]  # as it is imported here: from a checkout or i
 
 # Every rank is a host of its own to NCCL (NCCL_HOSTID, set for each worker), connected by sockets.
 SOCKETS = {"NCCL_NET": "Socket", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+ONE_RANK = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")  # a job of a single rank
 STRATEGIES = "none,ddp:25,ddp:4,ddp+fp16:25,dear,bf16:25,dear+bf16,int8:25,dear+int8,dear+acp:4"
 
 
@@ -67,19 +68,34 @@ def _benchmarks(dry_run: bool) -> list[Task]:
         return [
             _benchmark("kernels", "kernels", "--device cpu --numel 4096 --rounds 1 --threads 1"),
             _benchmark("training-resnet50", "training", f"{digits} --strategies none,ddp:25,dear,dear+acp:4"),
+            _benchmark("alone-bert-base", "training", f"{digits} --strategies ddp:25,dear", by=ONE_RANK),
+            _benchmark("kernels-step", "kernels", "--device cpu --numel 4096 --rounds 1 --families 'ACP-SGD step'"),
         ]
     training = f"--backend nccl --device cuda --rates 10gbit --rounds 4 --strategies {STRATEGIES}"
     four = f"{training} --workers 4 --batch 32"
+    alone = "--backend nccl --device cuda --rounds 8 --strategies ddp:25,dear"
+    step = "--families 'ACP-SGD step' --numel 335544320 --rounds 5"
+    rare = "--families top-k --density 0.001 --rounds 5 --numel"
     return [
         _benchmark("kernels", "kernels", "--device cuda", 0.2, share=0.3),
         _benchmark("training-resnet50", "training", f"{training} --workload resnet50", 1.5),
         _benchmark("training-bert-base", "training", f"{training} --workload bert-base", 2),
+        _benchmark("alone-bert-base", "training", f"{alone} --workload bert-base", 0.7, by=ONE_RANK),
         _benchmark("kernels-large", "kernels", "--device cuda --numel 134217728 --rounds 5", 0.5),
+        _benchmark("kernels-step", "kernels", f"--device cuda {step}", 0.5),
+        _benchmark("kernels-rare", "kernels", f"--device cuda {rare} 16777216", 0.2),
+        _benchmark("kernels-rare-large", "kernels", f"--device cuda {rare} 268435456", 0.5),
+        _benchmark(
+            "kernels-top-k-large", "kernels", "--device cuda --families top-k --numel 268435456 --rounds 5", 0.5
+        ),
         _benchmark("training-resnet50-4w", "training", f"{four} --workload resnet50", 2),
         _benchmark("training-bert-base-4w", "training", f"{four} --workload bert-base", 3),
     ]
 
 
-def _benchmark(name: str, module: str, arguments: str, minutes: float = 0, share: float = 1) -> Task:
-    command = ("-m", f"{PACKAGE}.{module}", *shlex.split(arguments))
+def _benchmark(
+    name: str, module: str, arguments: str, minutes: float = 0, share: float = 1, by: tuple[str, ...] = ()
+) -> Task:
+    """by: what starts it, if it is not this command."""
+    command = (*by, "-m", f"{PACKAGE}.{module}", *shlex.split(arguments))
     return Task(name, command, minutes, share, f"{name}.json", SOCKETS if module == "training" else {})

@@ -13,7 +13,7 @@ import torch
 from compress import ops
 
 from .. import cells, records
-from ..command import Parser, fail, number, positive, terminal
+from ..command import Parser, fail, listed, number, one_of, positive, terminal
 from ..progress import Part
 from .cases import FAMILIES
 from .measure import Experiment, measure_family
@@ -40,6 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=positive, default=4, help="rank of the low-rank factors")
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument(
+        "--families", type=listed(one_of(FAMILIES)), help=f"such as top-k,sign (default: all: {', '.join(FAMILIES)})"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where tensors live (default: cpu)")
     cells.file_options(parser)
     return parser.parse_args()
@@ -54,8 +57,9 @@ def main() -> None:
         store = cells.Store.open(
             records.header("kernels", asdict(experiment), experiment.device), given.json, given.resume
         )
-        for index, family in enumerate(FAMILIES, 1):
-            part, measure = Part(index, len(FAMILIES)), partial(measure_family, family, experiment)
+        families = given.families or list(FAMILIES)
+        for index, family in enumerate(families, 1):
+            part, measure = Part(index, len(families)), partial(measure_family, family, experiment)
             try:
                 store.obtain({"family": family}, experiment, part, family, measure, console)
             except torch.OutOfMemoryError:

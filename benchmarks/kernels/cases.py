@@ -1,35 +1,16 @@
 """The compression kernels that are measured, each beside the plain-torch way to the same end."""
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from compress import ops
 
+from .case import Case
+from .low_rank_cases import acp_step_cases, low_rank_cases, low_rank_pass_cases, orthogonalize_case
+
 VOTERS = 4
-
-
-def nothing() -> None:
-    """The default of what a case does before each timed call."""
-
-
-@dataclass
-class Case:
-    """One kernel beside another way to the same end: plain torch's, unless `rival` says whose."""
-
-    name: str
-    bytes: float
-    run: Callable[[], object]
-    plain: Callable[[], object] | None
-    prepare: Callable[[], object] = nothing
-    rival: str = "plain torch"
-    seconds: list[float] = field(default_factory=list)
-    plain_seconds: list[float] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)  # which of the two ways, and why it was not measured
 
 
 def sign_cases(grad: Tensor, dtype: torch.dtype) -> list[Case]:
@@ -89,7 +70,7 @@ def topk_cases(grad: Tensor, density: float) -> list[Case]:
     slots = torch.zeros(owners, ops.topk_slot_numel(capacity), dtype=torch.int32)
     limit = torch.zeros(1)
     ops.topk_threshold(grad, before, k, limit, ties, scratch)
-    dense = torch.zeros(shard)
+    dense, merged = torch.zeros(shard), torch.zeros(shard)
 
     def plain_select() -> tuple[Tensor, Tensor]:
         corrected = plain_error.add_(grad)
@@ -97,6 +78,11 @@ def topk_cases(grad: Tensor, density: float) -> list[Case]:
         values = corrected[indices]
         corrected.index_fill_(0, indices, 0)
         return indices, values
+
+    def plain_merge() -> None:
+        for slot in slots:
+            indices, values = slot[1 : 1 + capacity].long() % shard, slot[1 + capacity :].view(torch.float32)
+            merged.index_add_(0, indices, values, alpha=0.25)
 
     def plain_decode() -> Tensor:
         indices, values = (slots[:, 1 : 1 + capacity].long() % n).flatten(), slots[:, 1 + capacity :].flatten()
@@ -120,7 +106,7 @@ def topk_cases(grad: Tensor, density: float) -> list[Case]:
             f"top-k merge of {owners} lists, density {density:g}",
             k * (8 + 8),
             lambda: ops.topk_accumulate(slots, dense, 0.25),
-            None,
+            plain_merge,
         ),
         Case(
             f"top-k decode, density {density:g}",
@@ -226,81 +212,6 @@ def refresh_case(grad: Tensor, density: float) -> Case:
     )
 
 
-def low_rank_cases(grad: Tensor, rank: int, side: int = 1024) -> list[Case]:
-    """All of the group as square matrices."""
-    count = max(1, grad.numel() // side**2)
-    used = count * side**2
-    flat = grad if grad.numel() >= used else grad.repeat(-(-used // grad.numel()))[:used]
-    starts, matrices = torch.arange(count) * side**2, flat[:used].view(count, side, side)
-    fixed = torch.linalg.qr(torch.randn(count, side, rank)).Q.contiguous()
-    factor, plain_factor = torch.empty(count, side, rank), torch.empty(count, side, rank)
-    error, plain_error = torch.zeros(count, side, side), torch.zeros(count, side, side)
-    held, last = torch.zeros(count, side, side), torch.randn(count, side, rank) * 1e-3
-    out, plain_out = torch.empty(used), torch.empty(count, side, side)
-    factors = 4 * (fixed.numel() + factor.numel())
-
-    def plain(transposed: bool) -> Tensor:
-        total = plain_error.add_(matrices)
-        torch.bmm(total.mT if transposed else total, fixed, out=plain_factor)
-        p, q = (fixed, plain_factor) if transposed else (plain_factor, fixed)
-        return total.baddbmm_(p, q.mT, alpha=-1)
-
-    return [
-        *(
-            Case(
-                f"low-rank {name} = {product}, rank {rank}, error feedback",
-                used * 12 + factors,
-                partial(ops.low_rank_project, flat, error, fixed, factor, starts, way),
-                partial(plain, way),
-            )
-            for name, product, way in (("P", "C Q", False), ("Q", "C^T P", True))
-        ),
-        *(
-            Case(
-                f"low-rank {name}, rank {rank}, the last factors pending",
-                used * 12 + 2 * factors,
-                partial(ops.low_rank_project, flat, held, fixed, factor, starts, way, False, None, (last, fixed)),
-                partial(plain, way),
-            )
-            for name, way in (("P", False), ("Q", True))
-        ),
-        Case(
-            f"low-rank decode, rank {rank}",
-            used * 4 + factors,
-            lambda: ops.low_rank_decode(factor, fixed, out, starts),
-            lambda: torch.bmm(factor, fixed.mT, out=plain_out),
-        ),
-    ]
-
-
-def low_rank_pass_cases(grad: Tensor, rank: int, side: int = 1024) -> list[Case]:
-    """The four passes of a step beside its seven: encoding with the last factors pending, which reads g and e and
-    writes e, beside three kernels of this library, which read g and e and write e; read e; read and write e."""
-    count = max(1, grad.numel() // side**2)
-    flat = grad.repeat(-(-count * side**2 // grad.numel()))[: count * side**2]
-    starts, shape = torch.arange(count) * side**2, (count, side, side)
-    fixed = torch.linalg.qr(torch.randn(count, side, rank)).Q.contiguous()
-    factor, last = torch.empty(count, side, rank), torch.randn(count, side, rank) * 1e-3
-    error, kept = torch.zeros(shape), torch.zeros(shape)
-
-    def apart(transposed: bool) -> None:
-        ops.error_correct(flat, kept.view(-1))
-        ops.low_rank_project(None, kept, fixed, factor, None, transposed)
-        p, q = (fixed, factor) if transposed else (factor, fixed)
-        ops.low_rank_subtract(kept, p, q)
-
-    return [
-        Case(
-            f"low-rank {name}, rank {rank}, in one pass",
-            flat.numel() * 12 + 8 * (fixed.numel() + factor.numel()),
-            partial(ops.low_rank_project, flat, error, fixed, factor, starts, way, False, None, (last, fixed)),
-            partial(apart, way),
-            rival="a pass each to correct, project, subtract",
-        )
-        for name, way in (("P", False), ("Q", True))
-    ]
-
-
 def segment_cases(grad: Tensor, segments: int = 64) -> list[Case]:
     """Every second of so many runs of the group."""
     length = max(1, grad.numel() // (2 * segments))
@@ -333,32 +244,6 @@ def segment_cases(grad: Tensor, segments: int = 64) -> list[Case]:
     ]
 
 
-def bert_base_rows() -> Counter[int]:
-    """Rows of the factors P of BERT-Base's matrices: rows [count]. Its 2 x 768 matrices are too small to compress."""
-    layer = Counter({768: 4 + 1, 3072: 1})  # query, key, value, output and the two of the feed-forward part
-    rows = Counter({size: 12 * count for size, count in layer.items()})
-    rows.update({30522: 1, 512: 1, 768: 1})  # word and position embeddings, pooler
-    return rows
-
-
-def orthogonalize_case(rank: int) -> Case:
-    sources = [torch.randn(count, rows, rank) for rows, count in bert_base_rows().items()]
-    factors = [source.clone() for source in sources]
-    scratch = [torch.empty(ops.orthogonalize_workspace_numel(*f.shape), dtype=torch.float64) for f in factors]
-
-    def run() -> None:
-        for factor, workspace in zip(factors, scratch, strict=True):
-            ops.orthogonalize(factor, workspace)
-
-    return Case(
-        f"orthogonalise BERT-Base's matrices, rank {rank}",
-        sum(factor.numel() for factor in factors) * 8,
-        run,
-        lambda: [torch.linalg.qr(matrix) for source in sources for matrix in source],
-        lambda: [factor.copy_(source) for factor, source in zip(factors, sources, strict=True)],
-    )
-
-
 #: Every kernel, by family, on a float32 gradient [n]; top-k at that density, low-rank factors of that rank. All other
 #: tensors are made on torch's default device, which must be the gradient's: ``with torch.device(grad.device): ...``.
 FAMILIES: dict[str, Callable[[Tensor, float, int], list[Case]]] = {
@@ -368,6 +253,7 @@ FAMILIES: dict[str, Callable[[Tensor, float, int], list[Case]]] = {
     "top-k": lambda grad, density, rank: [*topk_cases(grad, density), refresh_case(grad, density)],
     "low-rank": lambda grad, density, rank: low_rank_cases(grad, rank),
     "low-rank passes": lambda grad, density, rank: low_rank_pass_cases(grad, rank),
+    "ACP-SGD step": lambda grad, density, rank: acp_step_cases(grad, rank),
     "dense": lambda grad, density, rank: [*segment_cases(grad), *dense_cases(grad, torch.bfloat16)],
     "8 bits": lambda grad, density, rank: [
         *quantize_cases(grad, torch.int8),

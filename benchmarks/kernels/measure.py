@@ -14,6 +14,7 @@ nowhere else. Per element, with float32 gradients g and error feedback e, one bi
     low-rank, error feedback   read g 4, read e 4, write e 4, whichever factor is made         = 12 and the factors;
                                also where the last step's factors are taken out of e on the way
     low-rank decode            write g 4                                                       = 4 and the factors
+    ACP-SGD step               encoding and decoding                                           = 16 and the factors
     dense in 16 bits           read g 4, write 2; with error feedback read e 4, write e 4     = 6, 14
     dense in 8 bits            the same with 1.008 instead of 2, the scales among it            = 5.01, 13.01
     average of 16 bits, P      read 2 P, write 2; with error feedback read e 4, write e 4
@@ -45,7 +46,8 @@ from compress import ops
 
 from ..progress import Report
 from ..worker import accounted
-from .cases import FAMILIES, Case
+from .case import Case
+from .cases import FAMILIES
 
 Call = Callable[[], object]
 Clock = Callable[[Sequence[Call]], float]  # seconds of one of the calls, which are timed together

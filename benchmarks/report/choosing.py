@@ -11,7 +11,7 @@ from .comparison import Cell, median
 from .markdown import number, table
 from .steps import in_order, run_name, where
 
-AUTO = "auto"
+AUTO, PLANNED = "auto", "planned"
 
 
 def has_chosen(cells: Iterable[Cell]) -> bool:
@@ -35,14 +35,41 @@ def chosen_table(cells: Iterable[Cell]) -> str:
     return table([*head, "auto against tuned DDP", "what it chose"], rows)
 
 
+def has_settled(cells: Iterable[Cell]) -> bool:
+    return any(_settled(cell) for cell in cells)
+
+
+def settled_table(cells: Iterable[Cell]) -> str:
+    """A row for each choice that ran beside the same setting by hand: what it adds to a step, by pairs of rounds."""
+    rows = []
+    for cell in in_order(cells):
+        for settled, fixed in _settled(cell):
+            pairs = [np.array(round_times(cell.strategy(row.name))) for row in (settled, fixed)]
+            low, middle, high = 100 * (np.percentile(pairs[0] / pairs[1], (25, 50, 75)) - 1)
+            times = [number(settled.median), number(fixed.median), str(len(pairs[0]))]
+            rows.append([where(cell), run_name(cell), settled.name, *times, f"{middle:+.2f}% ({low:+.1f}–{high:+.1f})"])
+    return table(["link", "run", "choice", "settled auto", "the same by hand", "rounds", "auto adds"], rows)
+
+
+def _settled(cell: Cell) -> list[tuple[Row, Row]]:
+    rows = {row.name: row for row in cell.finished}
+    found = []
+    for name, row in rows.items():
+        kind, _, setting = name.partition(":")
+        by_hand = setting if setting.startswith("ddp:") else f"dear:{setting}"
+        if kind == PLANNED and by_hand in rows:
+            found.append((row, rows[by_hand]))
+    return found
+
+
 def _row(cell: Cell) -> Row | None:
     return next((row for row in cell.finished if row.name == AUTO), None)
 
 
 def _swept(cell: Cell) -> list[Row]:
     """The exact strategies beside it."""
-    skipped = (AUTO, comparison.FLOOR)
-    return [row for row in cell.finished if row.name not in skipped and comparison.is_exact(row.name)]
+    skipped = (AUTO, PLANNED, comparison.FLOOR)
+    return [row for row in cell.finished if row.name.partition(":")[0] not in skipped and comparison.is_exact(row.name)]
 
 
 def _named(row: Row | None) -> str:

@@ -47,7 +47,7 @@ def family(name: str) -> Family:
     kind = name.partition("@")[0].split(":")[0]
     if kind.startswith("ddp+"):
         return DDP_POWER if "powersgd" in kind else DDP_HALF
-    if kind in ("dear", "auto"):  # which chooses among exact methods
+    if kind in ("dear", "auto", "planned"):  # which choose among exact methods
         return DEAR
     method = kind.removeprefix("dear+")
     if method in ("bf16", "fp16"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from .. import losses, records
 from ..command import show_size
 from ..demo import show as demo
+from ..gpu import claims
 from ..kernels.show import PLAIN
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
@@ -32,6 +33,8 @@ class Facts:
         if not any(results.glob("*.json")):
             raise SourceError(f"{results} holds no results: name a folder of what --json wrote with --results.")
         self.evidence = Evidence.of(load(results.glob("*.json")))
+        self.not_run_on_gpu = claims.not_run({path.name for path in (results / "gpu").glob("*")})
+        self.gpu_commands = claims.commands(self.not_run_on_gpu)
         folders = [folder for folder in results.iterdir() if folder.is_dir()]
         self.apart = {folder.name: Evidence.of(load(folder.glob("*.json"))) for folder in folders}
 

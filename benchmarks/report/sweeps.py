@@ -8,6 +8,8 @@ from ..convergence.best import Best, best, steps_to
 from ..losses import DENSE
 from ..network.rates import bits, show_rate
 from ..records import Source
+from ..stats import paired_ratio, round_times
+from ..training.summary import Row
 from . import comparison
 from .comparison import Cell
 from .markdown import table
@@ -101,28 +103,57 @@ def _step(found: float | None) -> str:
     return "never" if found is None else f"{found:.0f}"
 
 
-def time_table(cells: Sequence[Cell], sweep: Sweep, strategy: str) -> str:
-    """Combined from two sources: the steps of the loss curves, and measured step times of a larger model.
+@dataclass(frozen=True)
+class Step:
+    """One step of a method in one cell, beside the best DDP there."""
 
-    The strategy's step is predicted: the measured floor, and its bytes at the link's rate, none of which are hidden.
+    text: str  # ms, and which strategy was measured, or that none was
+    gain: float  # best DDP's step over it
+
+
+def time_table(cells: Sequence[Cell], sweep: Sweep, strategy: str) -> str:
+    """Combined from two sources: the steps of the loss curves, and step times of a larger model.
+
+    The method's step is measured where a strategy that trains like it ran beside DDP; elsewhere it is predicted: the
+    measured floor, and its bytes at the link's rate, none of which are hidden.
     """
     one = next((row for row in sweep.rows if row.strategy == strategy), None)
-    head = ["link", "run", "best DDP, 16 bits or not: ms", f"{strategy}, PREDICTED: ms", "by step", "by time"]
+    head = ["link", "run", "best DDP, 16 bits or not: ms", f"{strategy}: ms", "by step", "by time"]
     rows = []
     for cell in sorted(cells, key=lambda cell: (RATES.index(cell.rate), cell.source.when)):
         rivals = [row for row in cell.finished if row.name.startswith("ddp") and "powersgd" not in row.name]
-        if cell.floor is None or not rivals or one is None or sweep.dense is None or not sweep.fewer(one):
+        if not rivals or one is None or sweep.dense is None:
             continue
         rival = min(rivals, key=comparison.median)
-        dense_bytes = max(cell.strategy(row.name)["payload_bytes_per_step"] for row in rivals)
-        own = cell.floor + 8e3 * dense_bytes / 2 / (sweep.fewer(one) or 1) / bits(cell.rate)
-        by_step, ends = comparison.median(rival) / own, sweep.reached(one, WITHIN)
-        dense_ends = sweep.reached(sweep.dense, WITHIN)
-        by_time = f"{by_step * dense_ends / ends:.2f}×" if ends and dense_ends else "never"
+        step = _measured(cell, strategy, rival) or _predicted(cell, sweep.fewer(one), rivals)
+        if step is None:
+            continue
+        ends, dense_ends = sweep.reached(one, WITHIN), sweep.reached(sweep.dense, WITHIN)
+        by_time = f"{step.gain * dense_ends / ends:.2f}×" if ends and dense_ends else "never"
         run = cell.source.name.removeprefix("training-")
-        numbers = [f"{rival.median:.0f} ({rival.name})", f"{own:.0f}", f"{by_step:.2f}×", by_time]
-        rows.append([show_rate(cell.rate), run, *numbers])
+        rows.append([
+            show_rate(cell.rate), run, f"{rival.median:.0f} ({rival.name})", step.text, f"{step.gain:.2f}×", by_time
+        ])  # fmt: skip
     return table(head, rows)
+
+
+def _measured(cell: Cell, strategy: str, rival: Row) -> Step | None:
+    """Of the strategies that train like it, the one with the shortest step; the pairs of rounds give the gain."""
+    trained = [{"plan": {"strategy": strategy}}]
+    own = [row for row in cell.finished if comparison.trains_like(row.name, trained) == strategy]
+    if not own:
+        return None
+    best_one = min(own, key=comparison.median)
+    gain = paired_ratio(*(round_times(cell.strategy(row.name)) for row in (best_one, rival)))
+    return Step(f"{best_one.median:.0f} ({best_one.name})", gain)
+
+
+def _predicted(cell: Cell, fewer: float | None, rivals: Sequence[Row]) -> Step | None:
+    if cell.floor is None or not fewer:
+        return None
+    dense_bytes = max(cell.strategy(row.name)["payload_bytes_per_step"] for row in rivals)
+    own = cell.floor + 8e3 * dense_bytes / 2 / fewer / bits(cell.rate)
+    return Step(f"{own:.0f}, PREDICTED", min(map(comparison.median, rivals)) / own)
 
 
 def with_floor(cells: Iterable[Cell]) -> list[Cell]:

@@ -20,8 +20,9 @@ from .workloads import repeated_blocks
 ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in one bucket
 FORMS = (
     "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, dear[:sharded|owned|replicated|auto[:MIB]], "
-    f"auto, COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one of: {spelling.FORMS}; @node behind dear "
-    "or a compressor: in two levels, inside nodes and between them, and @RANKS says how many ranks a node has"
+    "auto, planned:sharded|owned|replicated|ddp:MIB, COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one "
+    f"of: {spelling.FORMS}; @node behind dear or a compressor: in two levels, inside nodes and between them, and "
+    "@RANKS says how many ranks a node has"
 )
 
 
@@ -46,6 +47,8 @@ SIZE: Option = ("bucket_cap_mb", _read(float, lambda mib: 0 < mib < float("inf")
 RANK: Option = ("rank", _read(int, lambda rank: 1 <= rank <= 256))
 HIERARCHY = _read(lambda text: text if text == "node" else int(text), lambda found: found == "node" or found > 0)
 UPDATE: Option = ("update", _read(str, ("sharded", "owned", "replicated", "auto").__contains__))
+
+PLANNED: Option = ("update", _read(str, ("sharded", "owned", "replicated", "ddp").__contains__))
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,31 @@ class Auto(DDP):
         return Trainer(model, own, dear.attach(model, listed(own), compressor="auto"))
 
 
+@dataclass(frozen=True)
+class Planned(DDP):
+    """What ``auto`` is once it has chosen: begun with that choice as a plan, it only watches. Beside the same setting
+    by hand it shows what watching costs."""
+
+    options = (PLANNED, SIZE)
+
+    update: str = "sharded"
+
+    def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
+        import compress
+        import dear
+
+        model = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
+        own, elements = optimizer(model), sum(p.numel() for p in net.parameters() if p.requires_grad)
+        plan = {
+            "version": 1, "update": self.update, "compressor": None, "bucket_cap_mb": self.bucket_cap_mb or 1.0,
+            "seconds": 0.0, "workers": group.size(), "elements": elements,
+        }  # fmt: skip
+        engine = dear.attach(model, listed(own), compressor=compress.auto(plan=plan))
+        if engine.plan != plan:
+            raise ValueError(f"{self.name} cannot be followed here: the log says why.")
+        return Trainer(model, own, engine)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compressed(DDP):
     """DDP with a compressor of this library as its communication hook."""
@@ -235,6 +263,7 @@ KINDS: dict[str, type[Strategy]] = {
     "fsdp2": FSDP2,
     "dear": Dear,
     "auto": Auto,
+    "planned": Planned,
 }
 
 

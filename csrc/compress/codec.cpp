@@ -56,8 +56,18 @@ std::optional<Message> StagedCodec::advance(int64_t step, size_t stage) {
     now_ = codec;
   }
   auto message = codec->advance(step, stage);
-  if (!message && codec == dense_ && step + 1 == start_->get()) at(step + 1)->learn(result_);
+  if (!message) teach(step);
   return message;
+}
+
+void StagedCodec::read(int64_t step, const at::Tensor& outcome) {
+  now_ = at(step);
+  now_->read(step, outcome);
+  teach(step);
+}
+
+void StagedCodec::teach(int64_t step) {
+  if (now_ == dense_ && step + 1 == start_->get()) at(step + 1)->learn(result_);
 }
 
 }  // namespace dear::compress

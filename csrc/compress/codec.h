@@ -53,7 +53,8 @@ class Codec {
   // Note [Outcomes]
   // Where the result is made of the last message alone, that message can stand for it: outcome() is its
   // buffer, flat, once the message has come, and read() makes the result of the outcome of a codec of equal
-  // shape, on whatever rank. Else outcome() is undefined. Which it is depends on the step alone.
+  // shape, on whatever rank. Else outcome() is undefined. Which it is depends on the step alone. Of a dense
+  // step there is none, and read() is told once the result is where it is bound.
   virtual at::Tensor outcome(int64_t /*step*/) const { return {}; }
   virtual void read(int64_t /*step*/, const at::Tensor& /*outcome*/) {}
   // Takes up what another codec of the same group has learned, which it follows from this step on.
@@ -121,10 +122,7 @@ class StagedCodec : public Codec {
   std::optional<Message> advance(int64_t step, size_t stage) override;
   void bind(at::Tensor gradient, at::Tensor result) override;
   at::Tensor outcome(int64_t step) const override { return at(step)->outcome(step); }
-  void read(int64_t step, const at::Tensor& outcome) override {
-    now_ = at(step);
-    now_->read(step, outcome);
-  }
+  void read(int64_t step, const at::Tensor& outcome) override;
   at::Tensor dropped() const override { return now_->dropped(); }
   at::Tensor nonfinite() const override { return now_->nonfinite(); }
   bool compresses(int64_t step) const override { return at(step)->compresses(step); }
@@ -133,6 +131,8 @@ class StagedCodec : public Codec {
 
  private:
   const std::shared_ptr<Codec>& at(int64_t step) const;
+  // Behind the last dense step, the codec of the next one learns from its result.
+  void teach(int64_t step);
 
   const std::shared_ptr<const StartStep> start_;
   const std::shared_ptr<Codec> dense_;

@@ -79,7 +79,7 @@ constexpr float kSmallestLevelled = 0x1p-100f;
 // above what it is; what divides a gradient by its own deviation, as Adam does, then loses most. So every
 // element may be divided by a scale of its own before it is rounded, and multiplied by it behind. Its scale
 // comes from the running mean of the squares of its past results: the decoded means, which all ranks have, so
-// that it costs no bytes.
+// that it costs no bytes. Behind dense steps it begins with the square of the last one's result.
 //
 // A scale is a power of two, so that dividing is exact, and is relative to its block: from 1, for what lies
 // below an eighth of the block's mean root, to 2^10; all are equal where a block has no results yet. The mean

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -16,17 +15,20 @@ import torch.distributed as dist
 
 from dear import _address, _built, _version
 
+from ..writing import HERE, check_json, json_option, write_json
+
 PACKAGES = ("numpy", "mpi4py", "lightning", "accelerate", "transformers", "rich", "matplotlib", "pyyaml")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    json_option(parser, "it")
 
 
 def run(given: argparse.Namespace) -> None:
+    check_json(given.json)
     found = collected()
-    if given.json:
-        print(json.dumps(found, indent=1))
+    write_json(given.json, found)
+    if given.json == HERE:
         return
     width = max(map(len, found))
     for key, value in found.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,9 @@ from ..devices import device
 from ..failures import Failures
 from ..pipelined import pipelined
 from ..ranking import BASELINE, MIB, Choice, in_order, rank, ways
+from ..timeline import check_picture
 from ..user_model import imported
-from ..writing import check_writable
+from ..writing import HERE, check_json, check_writable, json_option, write_json
 
 LABEL = "PREDICTED, not measured"
 BANDWIDTHS = ("100Mbit", "500Mbit", "1Gbit", "2.5Gbit", "10Gbit", "25Gbit", "100Gbit")
@@ -33,7 +33,10 @@ SWEEP_CAPS = (4 * MIB, 25 * MIB)
 def options(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(models.MODELS)
     parser.add_argument("--model", required=True, help=f"one of {known}; MODULE:CALLABLE; or a profile (.json)")
-    parser.add_argument("--cluster", type=Path, help="a YAML file, of your own or of python -m dear probe")
+    parser.add_argument(
+        "--cluster", type=Path, help="a YAML file of your own or of probe, or JSON of benchmarks.collectives"
+    )
+    parser.add_argument("--cell", type=int, help="of a file of the collectives benchmark that has several, from 1")
     parser.add_argument("--workers", type=int, help="in place of a file: so many nodes of one device")
     parser.add_argument("--bandwidth", help="of a node's link, such as 10Gbit")
     parser.add_argument("--latency", default="30us", help="of a link (30us)")
@@ -44,24 +47,24 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compressors", default="bf16,power:4,power:8,acp:4,topk:0.01,sign", help="to compare")
     parser.add_argument("--sweep", choices=("bandwidth", "workers"), help="speed-ups over it, as a picture")
     parser.add_argument("--picture", type=Path, default=Path("out/sweep.png"), help="where the sweep's goes")
-    parser.add_argument("--json", type=Path, help="write everything there")
+    json_option(parser, "everything")
 
 
 def run(given: argparse.Namespace) -> None:
-    for option, path in (("--json", given.json), ("--picture", given.picture if given.sweep else None)):
-        if path is not None:
-            check_writable(option, path)
+    check_json(given.json)
     if given.sweep:
-        _check_picture(given.picture)
+        check_writable("--picture", given.picture)
+        check_picture(given.picture)
     cluster = _cluster(given)
     model, activations, handed = _profile(given, cluster)
     batch = Batch.even(cluster, given.batch, activations)
     console = Console() if Console().is_terminal else Console(width=170)
+    console.quiet = given.json == HERE
     chosen = ways([name.strip() for name in given.compressors.split(",") if name.strip()])
     found = rank(model, cluster, chosen, batch)
     if handed and cluster.link is not None:
-        baseline = found[0].speedup * found[0].step.seconds
-        found = in_order([*found, pipelined(model, cluster, batch, handed, baseline)])
+        cut = pipelined(model, cluster, batch, handed, found[0].speedup * found[0].step.seconds)
+        found = in_order([*found, *([cut] if cut else [])])
     console.print(_table(model, cluster, found))
     console.print(
         f"Speed-ups are over DDP with torch's 16-bit hook at its best bucket size. Computing takes "
@@ -91,17 +94,17 @@ def run(given: argparse.Namespace) -> None:
         draw(swept, given.sweep, model, given.picture)
         payload["sweep"] = {"over": given.sweep, "speedups": swept}
         console.print(f"{LABEL}: the sweep over {given.sweep} is in {given.picture}.", highlight=False)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(payload, indent=1) + "\n")
+    write_json(given.json, payload)
 
 
 def _cluster(given: argparse.Namespace) -> Cluster:
     if given.cluster is not None:
         if given.workers is not None or given.bandwidth is not None:
             raise ClusterError("--cluster says it all: leave --workers and --bandwidth out.")
-        found = clusters.read(given.cluster)
+        found = clusters.read(given.cluster, given.cell)
         return dataclasses.replace(found, device=device(given.device), mixed=()) if given.device else found
+    if given.cell is not None:
+        raise ClusterError("--cell is of a file that the collectives benchmark wrote: name it by --cluster.")
     if given.workers is None or given.bandwidth is None:
         raise ClusterError("Nothing says what the cluster is: give --cluster, or --workers and --bandwidth.")
     return Cluster(
@@ -193,15 +196,6 @@ def sweep(over: str, model: profile.Profile, cluster: Cluster) -> dict[str, list
         for choice in rank(model, other, chosen, caps=SWEEP_CAPS):
             found[choice.name].append((at, choice.speedup))
     return found
-
-
-def _check_picture(path: Path) -> None:
-    """Raises ValueError where matplotlib cannot draw such a file."""
-    from matplotlib.figure import Figure
-
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise ValueError(f"--picture must be a file that ends with one of .{', .'.join(sorted(known))}, not {path}.")
 
 
 def draw(swept: dict[str, list[tuple[float, float]]], over: str, model: profile.Profile, path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from ..codecs import Cost
 from ..devices import device
 from ..network import PHASES
 from ..probing import Measured, fitted
-from ..writing import check_writable
+from ..writing import HERE, check_json, check_writable, json_option, write_json
 
 SIZES = tuple(1 << power for power in (12, 15, 18, 20, 22, 24))  # bytes of the whole tensor
 REPEATS = 7
@@ -41,6 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="about how long to measure (30)")
     parser.add_argument("--backend", help="of torch.distributed; NCCL where there is CUDA, else gloo")
     parser.add_argument("--device", default="a100", help="what plan takes the workers for, until you say otherwise")
+    json_option(parser, "every time, and the lines through them")
 
 
 def run(given: argparse.Namespace) -> None:
@@ -48,6 +50,7 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"--seconds must be above 0, and below {MOST_SECONDS:.0f}.")
     device(given.device)  # plan shall know it
     check_writable("--out", given.out)
+    check_json(given.json)
     try:
         dear.init_process_group(given.backend, timeout=timedelta(seconds=max(60.0, 4 * given.seconds)))
     except RuntimeError as error:
@@ -57,8 +60,11 @@ def run(given: argparse.Namespace) -> None:
         measured = measure(given.seconds)
         costs = compressors()
         if dist.get_rank() == 0:
-            write(given.out, dist.get_world_size(), fitted(measured), given.device, costs)
-            print(f"The cluster file is {given.out}: python -m dear plan --cluster {given.out} --model NAME")
+            lines = fitted(measured)
+            write(given.out, dist.get_world_size(), lines, given.device, costs)
+            write_json(given.json, account(dist.get_world_size(), measured, lines, costs))
+            if given.json != HERE:
+                print(f"The cluster file is {given.out}: python -m dear plan --cluster {given.out} --model NAME")
     except RuntimeError as error:
         raise ValueError(f"The network could not be measured ({error}).") from error
     finally:
@@ -93,3 +99,20 @@ def write(
         described["compressors"] = {name: asdict(cost) for name, cost in costs.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# Measured by python -m dear probe; seconds, and seconds per byte.\n{yaml.safe_dump(described)}")
+
+
+def account(
+    workers: int, measured: Measured, lines: Mapping[str, AlphaBeta], costs: Mapping[str, Cost]
+) -> dict[str, Any]:
+    """All that was measured: seconds of the slowest rank by size, the line through them, and compressors."""
+    collectives = {
+        phase: {
+            "bytes": sizes,
+            "seconds": seconds,
+            "alpha": float(lines[phase].alpha),
+            "beta": float(lines[phase].beta),
+        }
+        for phase, (sizes, seconds) in measured.items()
+    }
+    compressors = {name: asdict(cost) for name, cost in costs.items()}
+    return {"label": "measured", "workers": workers, "collectives": collectives, "compressors": compressors}

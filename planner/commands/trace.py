@@ -13,14 +13,17 @@ from typing import Any
 
 import dear
 
+from ..timeline import busy, check_picture, draw
 from ..tracing import Tracer, check_steps
-from ..writing import check_writable
+from ..writing import check_json, check_writable, write_json
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("trace.json"), help="where rank 0's trace goes (trace.json)")
     parser.add_argument("--steps", type=int, default=5, help="to trace (5)")
     parser.add_argument("--skip", type=int, default=3, help="before the first that is traced (3)")
+    parser.add_argument("--picture", type=Path, help="where a picture of rank 0's timeline goes, such as trace.png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where rank 0's milliseconds of a step by lane go")
     parser.add_argument("script", type=Path, help="that calls dear.attach()")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
 
@@ -30,6 +33,10 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"There is no script {given.script}: name a file of Python.")
     check_steps(given.steps, given.skip)
     check_writable("--out", given.out)
+    check_json(given.json)
+    if given.picture is not None:
+        check_writable("--picture", given.picture)
+        check_picture(given.picture)
     tracers: list[Tracer] = []
     attach = dear.attach
 
@@ -50,4 +57,10 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"{given.script} never called dear.attach() by that name, so there is nothing to trace.")
     if not tracers[0].done:
         raise ValueError(f"{given.script} made too few training steps: lower --skip or --steps.")
-    print(f"The trace is {tracers[0].path}: open it in Perfetto or chrome://tracing.")
+    tracer = tracers[0]
+    if tracer.rank == 0:
+        write_json(given.json, {"steps": given.steps, "ms_per_step": busy(tracer.spans, given.steps)})
+        if given.picture is not None:
+            draw(tracer.spans, given.picture)
+            print(f"The picture is {given.picture}.")
+    print(f"The trace is {tracer.path}: open it in Perfetto or chrome://tracing.")

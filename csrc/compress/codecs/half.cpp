@@ -33,12 +33,7 @@ void HalfCodec::merge(int64_t, const at::Tensor& rows, const at::Tensor& merged)
 }
 
 void HalfCodec::decode(int64_t, const at::Tensor& rows) {
-  const at::Tensor values = rows.view(type_);
-  for (int64_t owner = 0; owner < world_; ++owner) {
-    const int64_t begin = std::min(owner * shard_, result_.numel());
-    const int64_t size = std::min(shard_, result_.numel() - begin);
-    result_.narrow(0, begin, size).copy_(values.select(0, owner).narrow(0, 0, size));
-  }
+  ops::dense_decode(rows.view(type_), shard_, result_);
 }
 
 }  // namespace dear::compress

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "compress/kernels/element_scales.h"
 #include "compress/layout.h"
 #include "compress/ops/levels.h"
 
@@ -32,6 +33,17 @@ void LevelledCodec::merge(int64_t, const at::Tensor& rows, const at::Tensor& mer
 
 void LevelledCodec::decode(int64_t, const at::Tensor& rows) {
   ops::levels_decode(rows.narrow(1, 0, words_), shard_, result_, bits_, squares_);
+}
+
+// The squares of the last dense result are the first means. Of 8 bits of it, which every rank rounds alike
+// and whose squares are exact: the same bits on every processor. Nothing is learnt where it is not finite,
+// since ranks may have marked that differently.
+void LevelledCodec::learn(const at::Tensor& result) {
+  if (!squares_) return;
+  const at::Tensor held = result.to(at::kBFloat16).to(at::kFloat).clamp_(-kLargestResult, kLargestResult);
+  const at::Tensor square = held.square_();
+  square.masked_fill_(square < kSmallestSquare, 0);
+  squares_->copy_(at::where(result.isfinite().all(), square, *squares_));
 }
 
 }  // namespace dear::compress

@@ -13,6 +13,7 @@ class LevelledCodec : public OwnerCodec {
   LevelledCodec(at::Device device, int64_t rank, int64_t world, int64_t shard, int64_t owned, int64_t bits,
                 std::optional<at::Tensor> error, std::optional<at::Tensor> owner_error,
                 std::optional<at::Tensor> squares);
+  void learn(const at::Tensor& result) override;
 
  protected:
   void encode(int64_t step, const at::Tensor& rows) override;

@@ -75,6 +75,15 @@ void TwoLevelCodec::put(size_t place) {
   }
 }
 
+// The other way round.
+void TwoLevelCodec::take(size_t place) {
+  const auto& ranges = owners_->ranges(static_cast<int>(place));
+  if (is_one_run(ranges)) return;
+  for (const Range& range : ranges) {
+    values_[place].narrow(0, range.at, range.size()).copy_(result_.narrow(0, range.begin, range.size()));
+  }
+}
+
 std::optional<Message> TwoLevelCodec::advance(int64_t step, size_t stage) {
   if (stage == 0) {
     TORCH_CHECK(inner_->stages(step) <= between_, "A compressor makes ", inner_->stages(step),
@@ -92,8 +101,18 @@ std::optional<Message> TwoLevelCodec::advance(int64_t step, size_t stage) {
     read_outcomes(step);
   } else {
     nonfinite_ = result_.index_select(0, first_).isfinite().logical_not_();
+    show_results(step);
   }
   return std::nullopt;
+}
+
+// To readers that follow a dense step.
+void TwoLevelCodec::show_results(int64_t step) {
+  for (size_t place = 0; place < readers_.size(); ++place) {
+    if (place == place_ || !readers_[place] || readers_[place]->compresses(step)) continue;
+    take(place);
+    readers_[place]->read(step, {});
+  }
 }
 
 // The buffers of the places' outcomes, undefined for one that owns nothing; none at all where results are

@@ -40,6 +40,8 @@ class TwoLevelCodec : public Codec {
  private:
   at::Tensor room_for(size_t place);
   void put(size_t place);
+  void take(size_t place);
+  void show_results(int64_t step);
   Message gather_results(int64_t step);
   Message gather_outcomes(int64_t step);
   void read_outcomes(int64_t step);

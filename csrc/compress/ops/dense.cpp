@@ -1,6 +1,9 @@
 #include "compress/ops/dense.h"
 
+#include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+
+#include <algorithm>
 
 #include "compress/kernels/cpu/dense.h"
 #include "compress/ops/operator.h"
@@ -89,6 +92,20 @@ void dense_round(const Tensor& grad, const OptionalTensor& error, const Tensor& 
 void dense_average(const Tensor& payloads, const OptionalTensor& error, const Tensor& out,
                    const OptionalTensor& dropped) {
   call<DenseAverage>(payloads, error, out, dropped);
+}
+
+void dense_decode(const Tensor& rows, int64_t shard, const Tensor& out) {
+  const int64_t n = out.numel();
+  if (out.is_cpu() && out.scalar_type() == at::kFloat) {
+    const Rows owners{rows.size(0), rows.stride(0), shard};
+    cpu::dense_decode(rows.const_data_ptr(), grad_type(rows), owners, n, floats(out));
+    return;
+  }
+  for (int64_t owner = 0; owner < rows.size(0); ++owner) {
+    const int64_t begin = std::min(owner * shard, n);
+    const int64_t size = std::min(shard, n - begin);
+    out.narrow(0, begin, size).copy_(rows.select(0, owner).narrow(0, 0, size));
+  }
 }
 
 TORCH_LIBRARY_FRAGMENT(dear, m) {

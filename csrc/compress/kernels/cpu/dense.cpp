@@ -8,6 +8,8 @@
 #include "compress/kernels/cpu/cast.h"
 #include "compress/kernels/cpu/error_feedback.h"
 #include "compress/kernels/cpu/isa.h"
+#include "compress/kernels/cpu/scaled_rows.h"
+#include "compress/kernels/cpu/streamed.h"
 
 namespace dear::compress::cpu {
 
@@ -91,6 +93,18 @@ int64_t dense_average(const void* payloads, GradType type, int64_t ranks, int64_
     divide_values(static_cast<float>(ranks) * scale, length, mean);
     return round_block(mean, error == nullptr ? nullptr : error + offset, length, type,
                        element(out, type, offset));
+  });
+}
+
+void dense_decode(const void* payload, GradType type, const Rows& rows, int64_t n, float* out) {
+  const DecodedResult result(out, GradType::kFloat32, n);
+  sum_over_rows(rows, n, [&](const Place& place) {
+    alignas(64) float scratch[kBlock];
+    const int64_t begin = place.element(rows);
+    float* values = result.values(begin, scratch);
+    load_block(element(payload, type, place.row * rows.stride + place.offset), type, place.length, values);
+    result.store(begin, place.length, values);
+    return int64_t{0};
   });
 }
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "compress/layout.h"
+#include "compress/kernels/scaled_rows.h"
 
 namespace dear::compress::cpu {
 
@@ -16,5 +16,8 @@ int64_t dense_round(const void* grad, GradType type, float* error, int64_t n, Gr
 // It is finite where the payloads are.
 int64_t dense_average(const void* payloads, GradType type, int64_t ranks, int64_t stride, float* error,
                       int64_t n, void* out);
+
+// out [n] becomes what the owners' rows of `type`, 16 bits, say; `rows` counts in elements.
+void dense_decode(const void* payload, GradType type, const Rows& rows, int64_t n, float* out);
 
 }  // namespace dear::compress::cpu

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "compress/kernels/cpu/isa.h"
+#include "compress/kernels/cpu/scale_blocks.h"
 #include "compress/kernels/element_scales.h"
 
 namespace dear::compress::cpu {
@@ -10,8 +11,7 @@ namespace dear::compress::cpu {
 namespace {
 
 // `n` is the block's length, which a compiler that knows it makes whole vectors of.
-__attribute__((always_inline)) inline void scales_of_block(const float* __restrict squares, int64_t n,
-                                                           float* __restrict scales) {
+DEAR_INLINED void scales_of_block(const float* __restrict squares, int64_t n, float* __restrict scales) {
   int32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) largest = std::max(largest, root_exponent(squares[i]));
   int32_t sum = 0;
@@ -23,11 +23,9 @@ __attribute__((always_inline)) inline void scales_of_block(const float* __restri
 }  // namespace
 
 DEAR_CLONES void element_scales(const float* squares, int64_t n, float* scales) {
-  int64_t begin = 0;
-  for (; begin + kScaleBlock <= n; begin += kScaleBlock) {
-    scales_of_block(squares + begin, kScaleBlock, scales + begin);
-  }
-  if (begin < n) scales_of_block(squares + begin, n - begin, scales + begin);
+  over_scale_blocks(n, [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
+    scales_of_block(squares + begin, length, scales + begin);
+  });
 }
 
 DEAR_CLONES void divide_by_scales(const float* values, const float* scales, int64_t n, float* out) {

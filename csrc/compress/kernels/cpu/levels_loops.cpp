@@ -3,13 +3,11 @@
 #include <algorithm>
 
 #include "compress/kernels/cpu/isa.h"
+#include "compress/kernels/cpu/scale_blocks.h"
 
 namespace dear::compress::cpu {
 
 namespace {
-
-// Templates are inlined into functions that are compiled once per instruction set, which templates cannot be.
-#define DEAR_INLINED __attribute__((always_inline)) inline
 
 // One field of a block's codes, from 32-bit lanes: neighbours go to neighbouring words.
 template <int kBits, int kNumber>
@@ -82,14 +80,11 @@ template <int kBits>
 DEAR_INLINED int64_t quantize(const float* values, float* error, int64_t n, float factor, uint32_t* fields,
                               uint16_t* steps) {
   int64_t dropped = 0;
-  int64_t begin = 0;
-  const auto quantize_at = [&](int64_t length) __attribute__((always_inline)) {
+  over_scale_blocks(n, [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
     const int64_t block = begin / kScaleBlock;
     dropped += quantize_block<kBits>(values + begin, error + begin, length, factor,
                                      fields + block * block_words(kBits), steps + block);
-  };
-  for (; begin + kScaleBlock <= n; begin += kScaleBlock) quantize_at(kScaleBlock);
-  if (begin < n) quantize_at(n - begin);
+  });
   return dropped;
 }
 
@@ -108,14 +103,11 @@ DEAR_INLINED void add_block(const uint32_t* __restrict fields, float step, int64
 template <int kBits, bool kFirst>
 DEAR_INLINED void add_blocks(const uint32_t* fields, const uint16_t* steps, float factor, int64_t n,
                              float* total) {
-  int64_t begin = 0;
-  const auto add_at = [&](int64_t length) __attribute__((always_inline)) {
+  over_scale_blocks(n, [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
     const int64_t block = begin / kScaleBlock;
     const float step = bits_float(static_cast<uint32_t>(steps[block]) << 16) * factor;
     add_block<kBits, kFirst>(fields + block * block_words(kBits), step, length, total + begin);
-  };
-  for (; begin + kScaleBlock <= n; begin += kScaleBlock) add_at(kScaleBlock);
-  if (begin < n) add_at(n - begin);
+  });
 }
 
 }  // namespace

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "compress/kernels/cpu/cast.h"
 #include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/low_rank.h"
 #include "compress/kernels/cpu/scratch.h"
+#include "compress/kernels/cpu/streamed.h"
 
 // A fused multiply-add rounds once where two operations round twice, and processors with and without it would
 // decode different gradients.
@@ -39,7 +39,9 @@ void low_rank_decode(const BatchShape& batch, const float* p, const float* q, co
   const int64_t n = batch.columns;
   const int64_t rank = padded_rank(batch.rank);
   const int64_t grain = ceil_div(kGrain, std::max<int64_t>(n, 1));
+  const DecodedResult result(out, type, batch.count * batch.numel());
   at::parallel_for(0, batch.count * batch.rows, grain, [&](int64_t first, int64_t last) {
+    const StreamFence fence;
     float* across = thread_scratch<float>((rank + 1) * n + rank);
     float* row = across + rank * n;
     float* coefficients = row + n;
@@ -50,13 +52,12 @@ void low_rank_decode(const BatchShape& batch, const float* p, const float* q, co
       if (matrix != entered) lay_across(q + matrix * n * batch.rank, n, batch.rank, across);
       entered = matrix;
       std::copy_n(p + i * batch.rank, batch.rank, coefficients);
-      void* place = element(out, type, starts[matrix] + i % batch.rows * n);
-      // float32 is written straight to its place; the others pass through the cache.
-      float* target = type == GradType::kFloat32 ? static_cast<float*>(place) : row;
+      const int64_t begin = starts[matrix] + i % batch.rows * n;
+      float* values = result.values(begin, row);
       for (int64_t k = 0; k < rank; k += kTile) {
-        expand_tile(coefficients + k, across + k * n, n, n, k > 0, target);
+        expand_tile(coefficients + k, across + k * n, n, n, k > 0, values);
       }
-      if (type != GradType::kFloat32) store_within_range(row, type, n, place);
+      result.store(begin, n, values);
     }
   });
 }

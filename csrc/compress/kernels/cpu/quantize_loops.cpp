@@ -3,13 +3,11 @@
 #include <algorithm>
 
 #include "compress/kernels/cpu/isa.h"
+#include "compress/kernels/cpu/scale_blocks.h"
 
 namespace dear::compress::cpu {
 
 namespace {
-
-// Templates are inlined into functions that are compiled once per instruction set, which templates cannot be.
-#define DEAR_INLINED __attribute__((always_inline)) inline
 
 // One block that has a scale: `n` is its length, which a compiler that knows it makes whole vectors of. Two
 // passes, since the scale is known after the first; the block stays in registers and in the first-level
@@ -45,14 +43,11 @@ template <CodeType kType, bool kStochastic>
 DEAR_INLINED int64_t quantize(const float* values, float* error, int64_t n, uint32_t key, uint32_t index,
                               uint8_t* codes, uint8_t* scales) {
   int64_t dropped = 0;
-  int64_t begin = 0;
-  const auto quantize_at = [&](int64_t length) __attribute__((always_inline)) {
+  over_scale_blocks(n, [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
     dropped += quantize_block<kType, kStochastic>(values + begin, error + begin, length, key,
                                                   index + static_cast<uint32_t>(begin), codes + begin,
                                                   scales + begin / kScaleBlock);
-  };
-  for (; begin + kScaleBlock <= n; begin += kScaleBlock) quantize_at(kScaleBlock);
-  if (begin < n) quantize_at(n - begin);
+  });
   return dropped;
 }
 
@@ -68,15 +63,10 @@ DEAR_INLINED void add_block(const uint8_t* __restrict codes, float scale, int64_
 template <CodeType kType, bool kFirst>
 DEAR_INLINED void add_blocks(const uint8_t* codes, const uint8_t* scales, float factor, int64_t n,
                              float* total) {
-  int64_t begin = 0;
-  for (; begin + kScaleBlock <= n; begin += kScaleBlock) {
-    add_block<kType, kFirst>(codes + begin, scale_of(scales[begin / kScaleBlock]) * factor, kScaleBlock,
+  over_scale_blocks(n, [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
+    add_block<kType, kFirst>(codes + begin, scale_of(scales[begin / kScaleBlock]) * factor, length,
                              total + begin);
-  }
-  if (begin < n) {
-    add_block<kType, kFirst>(codes + begin, scale_of(scales[begin / kScaleBlock]) * factor, n - begin,
-                             total + begin);
-  }
+  });
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 
 #include "compress/kernels/cpu/cast.h"
 #include "compress/kernels/cpu/scaled_rows.h"
+#include "compress/kernels/cpu/streamed.h"
 
 namespace dear::compress::cpu {
 
@@ -60,14 +61,14 @@ int64_t average_rows(const Format& format, const int32_t* payloads, const Rows& 
 template <typename Format>
 void decode_rows(const Format& format, const int32_t* payload, const Rows& rows, int64_t n, GradType type,
                  void* out) {
+  const DecodedResult result(out, type, n);
   sum_over_rows(rows, n, [&](const Place& place) {
     alignas(64) float scratch[kBlock];
     const int64_t begin = place.element(rows);
-    void* target = element(out, type, begin);
-    float* values = type == GradType::kFloat32 ? static_cast<float*>(target) : scratch;
+    float* values = result.values(begin, scratch);
     format.add(payload, rows, place, true, 1.0f, values);
     format.finish(begin, place.length, values);
-    if (type != GradType::kFloat32) store_within_range(scratch, type, place.length, target);
+    result.store(begin, place.length, values);
     return int64_t{0};
   });
 }

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "compress/kernels/cpu/streamed.h"
 #include "compress/kernels/scaled_rows.h"
 
 namespace dear::compress::cpu {
@@ -27,6 +28,7 @@ int64_t sum_over_rows(const Rows& rows, int64_t n, const Visit& visit) {
   const int64_t blocks = block_count(rows.shard);
   std::atomic<int64_t> total{0};
   at::parallel_for(0, rows.count * blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
+    const StreamFence fence;
     int64_t count = 0;
     for (int64_t block = first; block < last; ++block) {
       Place place{block / blocks, block % blocks * kBlock, 0};

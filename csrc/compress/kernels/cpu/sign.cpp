@@ -11,6 +11,7 @@
 #include "compress/kernels/cpu/cast.h"
 #include "compress/kernels/cpu/error_feedback.h"
 #include "compress/kernels/cpu/isa.h"
+#include "compress/kernels/cpu/streamed.h"
 
 namespace dear::compress::cpu {
 
@@ -235,17 +236,17 @@ int64_t sign_average(const int32_t* payloads, int64_t voters, int64_t stride, in
 }
 
 void sign_decode(const int32_t* payload, int64_t n, GradType type, void* out) {
+  const DecodedResult result(out, type, n);
   at::parallel_for(0, block_count(n), kGrainBlocks, [&](int64_t first, int64_t last) {
+    const StreamFence fence;
     alignas(64) float scratch[kBlock];
     for (int64_t block = first; block < last; ++block) {
       const int64_t offset = block * kBlock;
       const int64_t length = std::min(kBlock, n - offset);
       const int32_t* record = payload + block * kSignRecord;
-      void* target = element(out, type, offset);
-      // float32 is written straight to its place; the others pass through the cache.
-      float* values = type == GradType::kFloat32 ? static_cast<float*>(target) : scratch;
+      float* values = result.values(offset, scratch);
       unpack_words(record + 1, length, record_scale(record), values);
-      if (type != GradType::kFloat32) store_within_range(scratch, type, length, target);
+      result.store(offset, length, values);
     }
   });
 }

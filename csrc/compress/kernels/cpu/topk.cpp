@@ -7,7 +7,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <mutex>
 
@@ -15,6 +14,7 @@
 #include "compress/kernels/cpu/error_feedback.h"
 #include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/scratch.h"
+#include "compress/kernels/cpu/streamed.h"
 
 namespace dear::compress::cpu {
 
@@ -368,20 +368,28 @@ int64_t topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity
 
 void topk_decode(const int32_t* payloads, int64_t owners, int64_t capacity, int64_t shard_numel, float alpha,
                  GradType type, void* out, int64_t n) {
-  at::parallel_for(0, n, kGrainBlocks * kBlock, [&](int64_t first, int64_t last) {
-    std::memset(element(out, type, first), 0, (last - first) * grad_bytes(type));
-    for (int64_t owner = first / shard_numel; owner < owners && owner * shard_numel < last; ++owner) {
-      const int64_t base = owner * shard_numel;
-      const int64_t low = std::max(first - base, int64_t{0});
-      const int64_t high = std::min(last - base, shard_numel);
-      const Slot slot{payloads + owner * slot_words(capacity), capacity};
-      const int64_t count = slot.count();
-      const int32_t* indices = slot.indices();
-      for (int64_t entry = slot.first_at_or_after(low); entry < count && indices[entry] < high; ++entry) {
-        if (indices[entry] < low) continue;
-        float value = alpha * slot.value(entry);
-        store_within_range(&value, type, 1, element(out, type, base + indices[entry]));
+  const DecodedResult result(out, type, n);
+  at::parallel_for(0, block_count(n), kGrainBlocks, [&](int64_t first_block, int64_t last_block) {
+    const StreamFence fence;
+    alignas(64) float scratch[kBlock];
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t first = block * kBlock;
+      const int64_t last = std::min(first + kBlock, n);
+      float* values = result.values(first, scratch);
+      std::fill(values, values + (last - first), 0.0f);
+      for (int64_t owner = first / shard_numel; owner < owners && owner * shard_numel < last; ++owner) {
+        const int64_t base = owner * shard_numel;
+        const int64_t low = std::max(first - base, int64_t{0});
+        const int64_t high = std::min(last - base, shard_numel);
+        const Slot slot{payloads + owner * slot_words(capacity), capacity};
+        const int64_t count = slot.count();
+        const int32_t* indices = slot.indices();
+        for (int64_t entry = slot.first_at_or_after(low); entry < count && indices[entry] < high; ++entry) {
+          if (indices[entry] < low) continue;
+          values[base + indices[entry] - first] = alpha * slot.value(entry);
+        }
       }
+      result.store(first, last - first, values);
     }
   });
 }
