@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml
 
 # Of the slow tests alone: frameworks are large.
 $(VENV)/.frameworks: $(VENV)/.installed
-	$(BIN)/pip install -q accelerate lightning peft "ray[train]" torchft transformers
+	$(BIN)/pip install -q accelerate lightning peft pytorch-optimizer "ray[train]" singd torchft transformers
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed CMakeLists.txt setup.py $(NATIVE)

@@ -19,6 +19,8 @@ from .demo import show as demo
 from .kernels import show as kernels_table
 from .memory import show as memory
 from .records import SourceError, load
+from .second_order import memory as second_order_memory
+from .second_order import search as second_order_search
 from .second_order import show as second_order
 from .training import seeds
 from .training import show as training
@@ -50,6 +52,8 @@ TABLES: dict[str, Show] = {
     "memory": lambda payload, console: memory.show(payload["cells"], console),
     "demo": demo.show,
     "second_order": _each_cell(second_order.show),
+    "second_order.search": _each_cell(second_order_search.show),
+    "second_order.memory": lambda payload, console: second_order_memory.show(payload["cells"], console),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -37,6 +37,12 @@ def check_interval(**values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a number of steps, at least 1, not {value!r}.")
+
+
+def check_scaler(grad_scaler: Any) -> None:
+    """Refuses what scales no loss."""
+    if grad_scaler is not None and not callable(getattr(grad_scaler, "scale", None)):
+        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, not {type(grad_scaler).__name__}.")
 
 
 def check_groups(layers: Sequence[Named], optimizers: Sequence[Optimizer]) -> None:

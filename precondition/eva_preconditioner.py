@@ -36,6 +36,7 @@ class RankOnePreconditioner(Registered):
         kl_clip: float | None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        _checks.check_scaler(grad_scaler)
         self.settings = Settings(damping, factor_decay, kl_clip)
         self._scaler = grad_scaler
         self._running: Running | None = None  # while it serves a model

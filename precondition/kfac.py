@@ -40,6 +40,7 @@ class KroneckerFactored(Registered):
     ) -> None:
         _checks.check_positive(damping=damping, **({} if kl_clip is None else {"kl_clip": kl_clip}))
         _checks.check_decay(factor_decay)
+        _checks.check_scaler(grad_scaler)
         _checks.check_interval(update_every=update_every, inverse_every=inverse_every)
         if solver not in SOLVERS:
             raise ValueError(f'solver must be "cholesky" or "eigen", not {solver!r}.')

@@ -27,7 +27,7 @@ class Layers(nn.Module):
         self.last = nn.Linear(10, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        words = self.words((x[:, :2].abs() * 2).long().clamp(max=4)).flatten(1)
+        words = self.words(x[:, :2].nan_to_num().abs().mul(2).clamp(max=4).long()).flatten(1)
         x = torch.tanh(self.grouped(torch.tanh(self.first(x.view(-1, 1, 4, 4)))))
         x = torch.tanh(self.wide(self.norm(self.line(x.flatten(2)).flatten(1))))
         return self.last(torch.relu_(self.twice(x)) + words)

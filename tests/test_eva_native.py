@@ -101,6 +101,13 @@ def messages(net, run, with_rows=True, scaler=None):
     return [means.message() for means in both]
 
 
+def with_a_pass_in_eval_mode(net, x, y):
+    net.eval()
+    whole(net, x * 2, y)
+    net.train()
+    whole(net, x, y)
+
+
 def frozen(net, x, y):
     net.twice.requires_grad_(False)
     whole(net, x, y)
@@ -112,7 +119,17 @@ def twice(net, x, y):
 
 @pytest.mark.parametrize(
     "run",
-    [whole, in_two, twice, with_other_passes, after_a_dropped_batch, recomputed(False), recomputed(True), frozen],
+    [
+        whole,
+        in_two,
+        twice,
+        with_other_passes,
+        after_a_dropped_batch,
+        recomputed(False),
+        recomputed(True),
+        frozen,
+        with_a_pass_in_eval_mode,
+    ],
 )
 def test_means_count_what_counts(run):
     for with_rows in (True, False):

@@ -216,3 +216,9 @@ def test_losses_on_digits(pool2):
 def test_arguments_that_cannot_be(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         precondition.KFAC(**options)
+
+
+@pytest.mark.parametrize("kind", [precondition.KFAC, precondition.DPKFAC, precondition.Eva])
+def test_what_scales_no_loss(kind):
+    with pytest.raises(TypeError, match=r"grad_scaler must be a torch\.amp\.GradScaler, not int"):
+        kind(grad_scaler=3)

@@ -192,7 +192,7 @@ def test_kfac_sends_its_factors_too(pool2):
     upper = sum(
         layer.blocks * n * (n + 1) // 2
         for net in [preconditioning.build()]
-        for layer in find_layers(net, set(net.parameters()))
+        for layer in find_layers(net, set(net.parameters()), embeddings=True)
         for n in layer.sizes
     )
     own = sum(each[3] for each in told)

@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
         "--lr", type=listed(number), help="learning rates, such as 0.02,0.05; each method's best counts"
     )
     parser.add_argument(
-        "--tuned", type=Path, help="JSON of benchmarks.second_order.search: each method at its best rate"
+        "--tuned", type=listed(Path), help="JSON of benchmarks.second_order.search, one or several: the best rates"
     )
     parser.add_argument("--seeds", type=listed(positive), default=[1], help="such as 1,2,3: all is measured with each")
     parser.add_argument("--rounds", type=positive, default=8, help="in each of which every method is timed")
@@ -50,14 +50,12 @@ def at_rates(given: argparse.Namespace, workload: str) -> list[str]:
     if given.tuned is None:
         return list(given.methods)
     try:
-        rates = best_rates(load([given.tuned])[0].cells, workload)
+        rates = best_rates([cell for source in load(given.tuned) for cell in source.cells], workload)
     except SourceError as error:
         fail(str(error))
     missing = [name for name in given.methods if "@" not in name and method_of(name) not in rates]
     if missing:
-        fail(
-            f"{given.tuned} has no learning rate of {', '.join(missing)} on {workload}: search for it, or give NAME@LR."
-        )
+        fail(f"--tuned has no learning rate of {', '.join(missing)} on {workload}: search for it, or give NAME@LR.")
     return [name if "@" in name else f"{name}@{rates[method_of(name)]:g}" for name in given.methods]
 
 

@@ -154,7 +154,7 @@ def main() -> None:
         for workload in given.workloads
         for method in given.methods
     }
-    show(cells.main(cells.Benchmark("second_order_memory", measure, run_cell, show_one), given, loads), terminal())
+    show(cells.main(cells.Benchmark("second_order.memory", measure, run_cell, show_one), given, loads), terminal())
 
 
 if __name__ == "__main__":

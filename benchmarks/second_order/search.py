@@ -129,7 +129,7 @@ def experiments(given: argparse.Namespace) -> dict[str, Experiment]:
 
 def main() -> None:
     given = arguments()
-    search = cells.Benchmark("second_order_search", measure, partial(run_cell, work=measure), show)
+    search = cells.Benchmark("second_order.search", measure, partial(run_cell, work=measure), show)
     cells.main(search, given, experiments(given))
 
 
