@@ -8,7 +8,8 @@ from typing import Any
 FORMS = (
     "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, fp8, int8, int4, int3, int2, "
     "exact, safe, fast; RANK is a whole number, a fraction of the smaller side, or how many times fewer elements are "
-    "sent, such as 4x; more options may follow: power:8:start=100:exempt=head+bytes, int3:scale=element"
+    "sent, such as 4x; more options may follow: power:8:start=100:exempt=head+bytes, int3:scale=element, "
+    "int3:start=100:first=int8"
 )
 
 # Names that earlier versions wrote into results of the collectives, as they begin in JSON.
@@ -44,6 +45,12 @@ class CompressorName:
         start = dict(map(_read_more, self.more)).get("start_step", 0)
         return start if isinstance(start, int) else None
 
+    @property
+    def bits_at_first(self) -> float:
+        """Of an element, in these steps."""
+        first = dict(map(_read_more, self.more)).get("start_dtype")
+        return 32.0 if first is None else _BITS_AT_FIRST[first]
+
     def make(self, **more: Any) -> Any:
         """A new compressor, with `more` of its options. Raises ImportError where this library is not built."""
         import torch
@@ -51,6 +58,8 @@ class CompressorName:
         import compress  # here, since torch's own strategies can be measured where it is not built
 
         more = dict(map(_read_more, self.more)) | more
+        if "start_dtype" in more:
+            more["start_dtype"] = getattr(torch, _DENSE[more["start_dtype"]])
         match self.kind:
             case "acp":
                 return compress.ACPSGD(rank=_rank(self.option), **more)
@@ -131,12 +140,16 @@ _DENSE = {
     **{name: name for name in ("int8", "int4", "int3", "int2")},
 }  # fmt: skip
 
+# What the steps before start= may be sent in, and bits of an element then, its share of a scale among them.
+_BITS_AT_FIRST = {"bf16": 16.0, "fp16": 16.0, "fp8": 8 + 8 / 128, "int8": 8 + 8 / 128}
+
 # What any compressor takes, by the word before "=": its option, and what reads the value.
 _MORE: dict[str, tuple[str, Callable[[str], Any]]] = {
     "start": ("start_step", lambda text: text if text == "warmup" else int(text)),
     "exempt": ("exempt", lambda text: text.split("+")),
     "feedback": ("error_feedback", _one_of({"yes": True, "no": False})),
     "scale": ("scale", _one_of({"block": "block", "element": "element"})),
+    "first": ("start_dtype", _one_of({name: name for name in _BITS_AT_FIRST})),
 }
 
 # By kind: whether a word is an option of it.

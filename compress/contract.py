@@ -151,6 +151,10 @@ class Contract:
         codec = self.native(group)
         return [] if codec is None else [(0, codec)]
 
+    def before_start(self, group: Group) -> _C.Codec:
+        """The native codec of the steps before ``start_step``."""
+        return _C.DenseCodec(group.device, group.rank, group.world)
+
     def compresses(self, group: Group) -> bool:
         """Whether the group is worth compressing, and of a type that can be."""
         return group.dtype in COMPRESSIBLE and self.ratio(group) >= self.min_compression_ratio

@@ -30,9 +30,12 @@ class Dense(Compressor):
     root of the running mean of the squares of its past results (weights of 1/16), but not far below its block's mean.
     An element that is small beside its neighbours is then rounded as finely as they are. Steps are coarser there, so
     that less is sent late. Every rank computes the scales from the results, so they cost no bytes; they cost 4 bytes of
-    memory an element on every rank, which are saved. Behind dense steps (``start_step``) the means begin with the
+    memory an element on every rank, which are saved. Behind the steps before ``start_step`` the means begin with the
     squares of the last one's results; without, or where these were not finite, all elements of a block are equal at
     first. A compressed step whose gradients are not finite changes no scale.
+
+    The steps before ``start_step`` are sent in float32, or in ``start_dtype``: training is most easily disturbed at
+    first, and 8 bits do so less than 3 and send less than 32.
 
     Without error feedback, values beyond float16's range (65504) count as not finite; with it, they are sent in parts.
     In 8 bits, so do values beyond 2^126, and in fewer, beyond 2^100.
@@ -41,6 +44,7 @@ class Dense(Compressor):
         dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float8_e4m3fn``, ``torch.int8``, ``torch.int4``,
             ``torch.int3`` or ``torch.int2``.
         scale: ``"block"``, or in 4 bits and fewer ``"element"``.
+        start_dtype: of the steps before ``start_step``, any that ``dtype`` may be; None: float32.
         error_feedback: keeps what rounding lost, at both roundings. None: in 8 bits and fewer.
         Others: see :class:`compress.Compressor`.
 
@@ -55,10 +59,15 @@ class Dense(Compressor):
         dtype: torch.dtype = torch.bfloat16,
         *,
         scale: Literal["block", "element"] = "block",
+        start_dtype: torch.dtype | None = None,
         error_feedback: bool | None = None,
         **options: Any,
     ) -> None:
         self.dtype, self.format = dtype, format_of(dtype)
+        self.start_dtype = start_dtype
+        self.first = None if start_dtype is None else format_of(start_dtype, "start_dtype")
+        if self.first is not None and options.get("start_step", 0) == 0:
+            raise ValueError("start_dtype is of the steps before start_step, which is 0: give start_step, too.")
         if scale not in ("block", "element"):
             raise ValueError(f'scale must be "block" or "element", not {scale!r}.')
         if scale == "element" and not self.format.scales_elements:
@@ -73,23 +82,35 @@ class Dense(Compressor):
         return 32 / self.format.bits
 
     def options(self) -> dict[str, Any]:
-        own = {} if self.scale == "block" else {"scale": self.scale}  # earlier states say nothing of it
+        own: dict[str, Any] = {} if self.scale == "block" else {"scale": self.scale}  # earlier states say nothing of these
+        own |= {} if self.first is None else {"start_dtype": str(self.start_dtype)}
         return {"dtype": str(self.dtype), **own}
 
     def ratio(self, group: Group) -> float:
         return group.numel / (group.world * self.format.row_words(self.shard_numel(group)))
 
     def shard_numel(self, group: Group) -> int:
-        """Whole 32-bit words, of the scales too."""
-        return self.format.shard_numel(-(-group.numel // group.world))
+        """Whole 32-bit words, of the scales too; the same in all steps, since owners keep an error feedback."""
+        share = -(-group.numel // group.world)
+        return max(each.shard_numel(share) for each in (self.format, self.first) if each is not None)
+
+    def before_start(self, group: Group) -> _C.Codec:
+        if self.first is None:
+            return super().before_start(group)
+        return self.first.codec(self._seed_of(group), **self._arguments(group))
 
     def native(self, group: Group) -> _C.Codec:
-        seed = zlib.crc32(repr((self.seed, group.names)).encode())
-        arguments = {"shard": self.shard_numel(group), **self.codec_arguments(group)}
+        arguments = self._arguments(group)
         if self.scale == "element":
             arguments["squares"] = self.squares.allocate(group.members, group.device)
             group.feedback.append(arguments["squares"])  # so that a step with non-finite gradients leaves it alone
-        return self.format.codec(seed, **arguments)
+        return self.format.codec(self._seed_of(group), **arguments)
+
+    def _arguments(self, group: Group) -> dict[str, Any]:
+        return {"shard": self.shard_numel(group), **self.codec_arguments(group)}
+
+    def _seed_of(self, group: Group) -> int:
+        return zlib.crc32(repr((self.seed, group.names)).encode())
 
     def named_state(self) -> dict[str, Any]:
         return self.squares.state()

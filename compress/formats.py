@@ -94,13 +94,13 @@ FORMATS: dict[torch.dtype, Format] = {
 }
 
 
-def format_of(dtype: torch.dtype) -> Format:
-    """The format that is called so.
+def format_of(dtype: torch.dtype, option: str = "dtype") -> Format:
+    """The format that is called so, by the option that names it.
 
     Raises:
         ValueError: there is none.
     """
     if dtype not in FORMATS:
         *first, last = map(str, FORMATS)
-        raise ValueError(f"dtype must be {', '.join(first)} or {last}, not {dtype!r}.")
+        raise ValueError(f"{option} must be {', '.join(first)} or {last}, not {dtype!r}.")
     return FORMATS[dtype]

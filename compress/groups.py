@@ -51,11 +51,13 @@ def make_group(
 
 
 def _give_codec(compressor: Contract, group: Group) -> None:
-    group.codec = _C.DenseCodec(group.device, group.rank, group.world)
-    if _is_compressed(compressor, group):
-        compressor.prepare(group)
-        codecs = compressor.natives(group) or [(0, GeneratedCodec(compressor, group).native())]
-        group.codec = _C.StagedCodec(group.device, compressor.start.native, group.codec, codecs)
+    if not _is_compressed(compressor, group):
+        group.codec = _C.DenseCodec(group.device, group.rank, group.world)
+        return
+    compressor.prepare(group)
+    codecs = compressor.natives(group) or [(0, GeneratedCodec(compressor, group).native())]
+    first = compressor.before_start(group)
+    group.codec = _C.StagedCodec(group.device, compressor.start.native, first, codecs)
 
 
 def _is_compressed(compressor: Contract, group: Group) -> bool:
@@ -68,8 +70,8 @@ def _reader_of(compressor: Contract, group: Group) -> _C.Codec | None:
     if compressor.exchange != "owners" or not _is_compressed(compressor, group):
         return None
     codecs = compressor.natives(group)
-    dense = _C.DenseCodec(group.device, group.rank, group.world)
-    return _C.StagedCodec(group.device, compressor.start.native, dense, codecs) if codecs else None
+    first = compressor.before_start(group)
+    return _C.StagedCodec(group.device, compressor.start.native, first, codecs) if codecs else None
 
 
 def step_alone(compressor: Contract, group: Group) -> Steps:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import training
 from compressing import SHAPES, Prescribed, attach, backward, everyones, gradients
-from owners_golden import FewBits
+from owners_golden import EightBits, FewBits
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compress
@@ -27,9 +27,9 @@ def same_everywhere(one) -> dict[str, torch.Tensor]:
     return named
 
 
-def resumed(rank: int, world: int) -> None:
+def resumed(rank: int, world: int, options: dict) -> None:
     """A run that goes on from any step has the same results, bit for bit."""
-    original = compressor()
+    original = compressor(**options)
     model, states, results = attach(original), [], []
     for step in range(6):
         states.append(original.state_dict(gather=True))
@@ -37,7 +37,7 @@ def resumed(rank: int, world: int) -> None:
     named = same_everywhere(original)
     assert named.keys() == SHAPES.keys() and all(mean.max() > 0 for mean in named.values())
     for begin in (1, 3):
-        again = compressor()
+        again = compressor(**options)
         again.load_state_dict(states[begin])
         model = attach(again)
         for step in range(begin, 6):
@@ -47,11 +47,12 @@ def resumed(rank: int, world: int) -> None:
         compress.Dense(torch.int3).load_state_dict(states[3])
     states[3]["ranks"][rank]["named"]["first"] = torch.zeros(1).double()
     with pytest.raises(ValueError, match="the mean squares of first must be a flat float32 tensor"):
-        compressor().load_state_dict(states[3])
+        compressor(**options).load_state_dict(states[3])
 
 
-def test_a_saved_state_goes_on(pool2):
-    pool2.run(resumed)
+@pytest.mark.parametrize("options", [{}, {"start_step": 2, "start_dtype": torch.int8}], ids=["", "start"])
+def test_a_saved_state_goes_on(pool2, options):
+    pool2.run(resumed, options)
 
 
 def saved(rank: int, world: int) -> dict:
@@ -135,13 +136,13 @@ def test_under_the_schedule(pool2):
 PLACED = {"matrix": (150, 200), "vector": (30_000,), "other": (90, 300), "last": (26_000,)}
 
 
-def between_nodes(rank: int, world: int, dense: int) -> None:
+def between_nodes(rank: int, world: int, dense: int, options: dict) -> None:
     """Two nodes of two: each place rounds its members, and all ranks of a node read them with the same scales, which
-    are of the last dense step, where there are some."""
-    one = compressor(nonfinite="skip", start_step=dense)
+    are of the last step before they begin, where there are some."""
+    one = compressor(nonfinite="skip", start_step=dense, **options)
     model = DDP(Prescribed(PLACED), bucket_cap_mb=100, find_unused_parameters=True)
     compress.register(model, one, hierarchy=2)
-    golden = None
+    golden = first = None
     for step in range(5):
         spoiled = step == 3
         grads = gradients(rank, step, PLACED)
@@ -155,27 +156,36 @@ def between_nodes(rank: int, world: int, dense: int) -> None:
             assert not have
             if step == dense - 1:
                 golden.squares = torch.cat([squares[name] for name in group.inner.names])
-                assert golden.squares.any() == ("other" not in group.inner.names)
+                learns = not options and "other" not in group.inner.names  # the group's compressed steps are undone
+                assert golden.squares.any() == learns
             continue
         result = torch.cat([have[name].flatten() for name in group.inner.names])
-        golden = golden or FewBits(group.inner.numel, one.shard_numel(group.inner), 2, 3, scales=True)
-        if step < dense:
-            if step == dense - 1:
-                golden.squares = reference_levels.first_squares(result)
+        if golden is None:
+            arguments = group.inner.numel, one.shard_numel(group.inner), 2
+            golden, first = FewBits(*arguments, 3, scales=True), EightBits(*arguments, torch.int8)
+            golden.errors, golden.owned = first.errors, first.owned
+        if step == dense - 1:
+            golden.squares = reference_levels.first_squares(result)
+        if step < dense and not options:
             continue
         everyone = [gradients(r, step, PLACED) for r in range(world)]
         means = [
             torch.cat([((everyone[r][name] + everyone[r + 1][name]) / 2).flatten() for name in group.inner.names])
             for r in (0, 2)
         ]
-        assert torch.equal(result, golden.step(means)), step
+        assert torch.equal(result, (first if step < dense else golden).step(means)), step
         for other in everyones(have):
             assert all(torch.equal(other[name], have[name]) for name in PLACED), "replicas differ"
 
 
 @pytest.mark.parametrize("dense", [0, 2, 4])  # with 4, the last dense step is the one that is skipped
 def test_between_nodes(pool4, dense):
-    pool4.run(between_nodes, dense)
+    pool4.run(between_nodes, dense, {})
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_between_nodes_behind_steps_in_eight_bits(pool4, steps):
+    pool4.run(between_nodes, steps, {"start_dtype": torch.int8})
 
 
 def test_what_is_refused():
@@ -190,6 +200,9 @@ def test_the_benchmarks_spell_it():
     (one,) = parse_strategies("dear+int3:scale=element:exempt=*.bias")
     made = one.compressor.make()
     assert (made.dtype, made.scale, made.exempt.patterns) == (torch.int3, "element", ("*.bias",))
-    for wrong in ("int3:scale=row", "int3:feedback=maybe"):
+    (one,) = parse_strategies("int3:start=100:first=int8")
+    assert (one.compressor.dense_steps, one.compressor.bits_at_first) == (100, 8.0625)
+    assert (one.compressor.make().start_step, one.compressor.make().start_dtype) == (100, torch.int8)
+    for wrong in ("int3:scale=row", "int3:feedback=maybe", "int3:first=int4"):
         with pytest.raises(StrategyError):
             parse_strategies(wrong)

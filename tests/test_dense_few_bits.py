@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from compressing import Prescribed, attach, backward, everyones, gradients
+from compressing import SHAPES, Prescribed, attach, backward, everyones, gradients
+from owners_golden import EightBits
 from owners_golden import FewBits as Golden
 from test_dense_eight_bits import LARGE
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compress
 from compress import reference_levels
@@ -35,6 +37,44 @@ def as_said(rank: int, world: int, scale: str) -> None:
         for other in everyones(have):
             assert all(torch.equal(other[name], have[name]) for name in have), "replicas differ"
     assert compressed >= 6
+
+
+def started(rank: int, world: int, scale: str) -> None:
+    """The first steps are in eight bits, and what they have left unsent goes out in three."""
+    compressor = compress.Dense(torch.int3, scale=scale, start_step=3, start_dtype=torch.int8)
+    model = DDP(Prescribed(SHAPES), bucket_cap_mb=100, find_unused_parameters=True)
+    compress.register(model, compressor)
+    first = golden = None
+    for step in range(6):
+        grads = [gradients(r, step) for r in range(world)]
+        have = backward(model, grads[rank])
+        (group,) = compressor.groups.values()
+        if first is None:
+            numel, shard = group.numel, compressor.shard_numel(group)
+            first, golden = (
+                EightBits(numel, shard, world, torch.int8),
+                Golden(numel, shard, world, 3, scale == "element"),
+            )
+            golden.errors, golden.owned = first.errors, first.owned
+        flat = [torch.cat([one[name].flatten() for name in group.names]) for one in grads]
+        result = torch.cat([have[name].flatten() for name in group.names])
+        assert torch.equal(result, (first if step < 3 else golden).step(flat)), step
+        if step == 2 and scale == "element":
+            golden.squares = reference_levels.first_squares(result)
+
+
+@pytest.mark.parametrize("scale", ["block", "element"])
+def test_first_steps_in_eight_bits(pool2, scale):
+    pool2.run(started, scale)
+
+
+def test_a_start_in_other_bits_needs_steps():
+    with pytest.raises(ValueError, match="start_dtype is of the steps before start_step, which is 0"):
+        compress.Dense(torch.int3, start_dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"start_dtype must be torch\.bfloat16, .* not torch\.int64"):
+        compress.Dense(torch.int3, start_step=2, start_dtype=torch.int64)
+    made = compress.Dense(torch.int3, start_step="warmup", start_dtype=torch.int8)
+    assert made.options() == {"dtype": "torch.int3", "start_dtype": "torch.int8"}
 
 
 @pytest.mark.parametrize("scale", ["block", "element"])

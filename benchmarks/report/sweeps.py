@@ -45,12 +45,12 @@ class Sweep:
 
     def fewer(self, one: Best) -> float | None:
         """How many times fewer bytes than dense gradients in 16 bits, over the whole training: the dense steps with
-        which a compressor begins are of 32."""
-        begins = _dense_steps(one.strategy)
+        which a compressor begins are of 32, or as it says."""
+        begins, bits = _at_first(one.strategy)
         if self.dense is None or not one.bytes_per_step or begins is None:
             return None
         dense, share = self.dense.bytes_per_step, min(1.0, begins / self.steps)
-        return dense / 2 / (share * dense + (1 - share) * one.bytes_per_step)
+        return dense / 2 / (share * dense * bits / 32 + (1 - share) * one.bytes_per_step)
 
     def above(self, one: Best) -> float | None:
         """Its mean loss over dense's, of the seeds that both were trained with."""
@@ -68,9 +68,12 @@ class Sweep:
         return steps_to(one.curve, within * self.dense.loss)
 
 
-def _dense_steps(strategy: str) -> int | None:
+def _at_first(strategy: str) -> tuple[int | None, float]:
+    """With how many steps it begins before it compresses, and bits of an element then."""
     found = parse_strategy(strategy)
-    return found.compressor.dense_steps if isinstance(found, Compressed) else 0
+    if not isinstance(found, Compressed):
+        return 0, 32.0
+    return found.compressor.dense_steps, found.compressor.bits_at_first
 
 
 def sweeps(sources: Iterable[Source]) -> list[Sweep]:
