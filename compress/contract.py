@@ -140,16 +140,10 @@ class Contract:
         """The exchanges of a compressed step, by :attr:`exchange`; override it for any other sequence."""
         return patterns.steps(self, group)
 
-    def native(self, group: Group) -> _C.Codec | None:
-        """The native codec of a group, which then does what encode, merge and decode would do; None where there is
-        none."""
-        return None
-
     def natives(self, group: Group) -> list[tuple[int, _C.Codec]]:
-        """The native codecs of a group and the steps from which they count, the first from step 0; empty where there
-        are none."""
-        codec = self.native(group)
-        return [] if codec is None else [(0, codec)]
+        """The native codecs of a group, which then do what encode, merge and decode would do, and the steps from which
+        they count, the first from step 0; empty where there are none."""
+        return []
 
     def before_start(self, group: Group) -> _C.Codec:
         """The native codec of the steps before ``start_step``."""

@@ -82,7 +82,9 @@ class Dense(Compressor):
         return 32 / self.format.bits
 
     def options(self) -> dict[str, Any]:
-        own: dict[str, Any] = {} if self.scale == "block" else {"scale": self.scale}  # earlier states say nothing of these
+        own: dict[str, Any] = (
+            {} if self.scale == "block" else {"scale": self.scale}
+        )  # earlier states say nothing of these
         own |= {} if self.first is None else {"start_dtype": str(self.start_dtype)}
         return {"dtype": str(self.dtype), **own}
 
@@ -99,12 +101,12 @@ class Dense(Compressor):
             return super().before_start(group)
         return self.first.codec(self._seed_of(group), **self._arguments(group))
 
-    def native(self, group: Group) -> _C.Codec:
+    def natives(self, group: Group) -> list[tuple[int, _C.Codec]]:
         arguments = self._arguments(group)
         if self.scale == "element":
             arguments["squares"] = self.squares.allocate(group.members, group.device)
             group.feedback.append(arguments["squares"])  # so that a step with non-finite gradients leaves it alone
-        return self.format.codec(self._seed_of(group), **arguments)
+        return [(0, self.format.codec(self._seed_of(group), **arguments))]
 
     def _arguments(self, group: Group) -> dict[str, Any]:
         return {"shard": self.shard_numel(group), **self.codec_arguments(group)}

@@ -49,8 +49,9 @@ class SignSGD(Compressor):
     def ratio(self, group: Group) -> float:
         return group.numel / (group.world * self._words(group))
 
-    def native(self, group: Group) -> _C.Codec:
-        return _C.SignCodec(words=self._words(group), scaled=self.vote == "mean", **self.codec_arguments(group))
+    def natives(self, group: Group) -> list[tuple[int, _C.Codec]]:
+        arguments = self.codec_arguments(group)
+        return [(0, _C.SignCodec(words=self._words(group), scaled=self.vote == "mean", **arguments))]
 
     def _words(self, group: Group) -> int:
         """int32 words that say one owner's shard."""
