@@ -64,7 +64,8 @@ def _adds_no_code(kind: type) -> bool:
 def refusal_of_own_step(optimizer: optim.Optimizer) -> str | None:
     """Why an optimizer's step cannot be called on some parameters at a time, as far as can be seen before; None where
     nothing is."""
-    if has_own_step(optimizer) and any(not isinstance(key, torch.Tensor) for key in optimizer.state):
+    attached = getattr(optimizer, _ddp.ENGINE, None) is not None  # its state is this library's then
+    if not attached and has_own_step(optimizer) and any(not isinstance(key, torch.Tensor) for key in optimizer.state):
         return _sentence(optimizer, "keeps state of something else than its parameters, and it is called ")
     return None
 
