@@ -13,15 +13,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from dear import _C
 from dear._objects import all_gather_object
-from dear.collectives import (
-    align_lanes,
-    are_spent,
-    choose_algorithm,
-    group_timeout,
-    make_lane,
-    new_peers,
-    spend,
-)
+from dear.collectives import choose_algorithm, group_timeout, make_lane
 
 # What a check raises. The exceptions themselves do not travel: they may hold anything.
 _KINDS = (TypeError, ValueError, RuntimeError)
@@ -81,20 +73,10 @@ def everyones(group: dist.ProcessGroup, mine: Any, label: str, lane: _C.Lane | N
     if lane is not None and not isinstance(lane, _C.NativeLane):
         return all_gather_object(lane, mine, label)
     if _has_gloo(group):
-        return _exchange_anew(group, mine, label)
+        # A new one for each call: where a lane of before has failed, ranks do not hear of it at the same time.
+        own = make_lane(group, "agreement", "ring", group_timeout(group, _HOST))
+        return all_gather_object(own, mine, label)
     return _exchange_by_backend(group, mine, label)
-
-
-def _exchange_anew(group: dist.ProcessGroup, mine: Any, label: str) -> list[Any]:
-    """As :func:`everyones`, by a lane of its own: where lanes of before have failed, ranks do not hear of it at the
-    same time. All hear of it here, so that no next lane shares with one to which that news may still come."""
-    timeout = group_timeout(group, _HOST)
-    align_lanes(group, timeout)
-    lane = make_lane(group, "agreement", "ring", timeout, peers=new_peers(group))
-    everyone = all_gather_object(lane, (are_spent(group), mine), label)
-    if any(spent for spent, _ in everyone):
-        spend(group)
-    return [theirs for _, theirs in everyone]
 
 
 def _has_gloo(group: dist.ProcessGroup) -> bool:

@@ -1,13 +1,12 @@
-"""A name that all ranks have in common, and that nobody has had before: of keys in a store that outlives its readers.
+"""Which generation of a job's processes this one belongs to, where a store outlives the processes.
 
 torchrun's agent serves the store, and starts all workers anew when one has died. The dead ones' addresses are still in
-the store then, and a new worker that reads them calls somebody who is no longer there. So each generation of processes
-has keys of its own. And a rank whose call of ``dear.attach()`` has failed, since another one did not make it, has left
-keys that the other would read in its next call. So each such call has keys of its own, too.
+the store then, and a new worker that reads them calls somebody who is no longer there. So each generation has keys of
+its own.
 
 Note [Generations]
-A count of restarts is no name for a generation: each agent counts its own, as each rank counts its own calls. Nor is a
-number of arrivals, since a worker may die before it arrives. So rank 0 draws the name, and the others ask for it:
+A count of restarts is no name for a generation: each agent counts its own. Nor is a number of arrivals, since a worker
+may die before it arrives. So rank 0 draws the name, and the others ask for it:
  1. Each rank writes a random word under its rank, where an earlier generation's may stand.
  2. Rank 0 reads these words, and answers each under the word itself. What it answers to a dead one nobody reads.
  3. Whoever has its answer says so under the generation's name. Rank 0 goes on when all have.
@@ -24,19 +23,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-__all__ = ["Missing", "agree_on_generation", "store_outlives_us"]
+__all__ = ["agree_on_generation", "store_outlives_us"]
 
-_PAUSES = 0.001, 0.02  # seconds between two looks, at first and in the end
+_PAUSE = 0.02  # seconds between two looks
 _ROOT = "dear/generation"
-
-
-class Missing(RuntimeError):
-    """Ranks have not come in time, as the text says: ``ranks``."""
-
-    def __init__(self, ranks: list[int], timeout: timedelta) -> None:
-        who = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
-        super().__init__(f"{who} not come within {timeout.total_seconds():g} s")
-        self.ranks = ranks
 
 
 def store_outlives_us(env: Mapping[str, str]) -> bool:
@@ -48,23 +38,23 @@ def agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout: 
     """A name that all processes of this generation have in common, and no other generation has. Collective.
 
     Raises:
-        Missing: ranks have not come within ``timeout``.
+        RuntimeError: a rank has not come within ``timeout``; the sentence names it.
     """
-    wait = _Wait(timeout)
+    deadline = time.monotonic() + timeout.total_seconds()
     if rank == 0:
-        return _lead(store, world_size, wait)
+        return _lead(store, world_size, deadline, timeout)
     word = uuid.uuid4().hex
     store.set(f"{_ROOT}/word/{rank}", word)
     answer = f"{_ROOT}/answer/{word}"
     while not store.check([answer]):
-        wait.pause([0])
+        _pause(deadline, timeout, [0])
     name = store.get(answer).decode()
     store.delete_key(answer)
     store.set(f"{_ROOT}/{name}/{rank}", "here")
     return name
 
 
-def _lead(store: dist.Store, world_size: int, wait: _Wait) -> str:
+def _lead(store: dist.Store, world_size: int, deadline: float, timeout: timedelta) -> str:
     name = uuid.uuid4().hex
     answered: set[bytes] = set()
     missing = list(range(1, world_size))
@@ -77,23 +67,15 @@ def _lead(store: dist.Store, world_size: int, wait: _Wait) -> str:
                 store.set(f"{_ROOT}/answer/{word.decode()}", name)
         missing = [rank for rank in missing if not store.check([f"{_ROOT}/{name}/{rank}"])]
         if missing:
-            wait.pause(missing)
-    for rank in range(1, world_size):
-        store.delete_key(f"{_ROOT}/{name}/{rank}")
+            _pause(deadline, timeout, missing)
     return name
 
 
-class _Wait:
-    """Looks again and again, less and less often, until a deadline."""
-
-    def __init__(self, timeout: timedelta) -> None:
-        self._timeout = timeout
-        self._deadline = time.monotonic() + timeout.total_seconds()
-        self._pause, self._longest = _PAUSES
-
-    def pause(self, missing: list[int]) -> None:
-        """Waits for these ranks a while."""
-        if time.monotonic() >= self._deadline:
-            raise Missing(missing, self._timeout)
-        time.sleep(self._pause)
-        self._pause = min(2 * self._pause, self._longest)
+def _pause(deadline: float, timeout: timedelta, missing: list[int]) -> None:
+    if time.monotonic() >= deadline:
+        who = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
+        raise RuntimeError(
+            f"The process group could not be made, since {who} not come within {timeout.total_seconds():g} s: look for "
+            "what those processes print, or pass a longer timeout to dear.init_process_group()."
+        )
+    time.sleep(_PAUSE)

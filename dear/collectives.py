@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Literal
 
@@ -27,13 +27,11 @@ from torch.distributed import distributed_c10d as c10d
 
 from dear import _C
 from dear._address import listening_address
-from dear._generation import Missing, agree_on_generation
 
 Algorithm = Literal["ring", "native"]
 _REDUCTIONS = {"sum": _C.Reduction.sum, "avg": _C.Reduction.average}
-_ring_numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[str]] = weakref.WeakKeyDictionary()
+_ring_numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = weakref.WeakKeyDictionary()
 _peers: weakref.WeakKeyDictionary[dist.ProcessGroup, _C.Peers] = weakref.WeakKeyDictionary()
-_spent: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 _shared_lanes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, _C.Lane]] = weakref.WeakKeyDictionary()
 
 
@@ -94,13 +92,11 @@ def make_lane(
     *,
     all_to_all: bool = False,
     ranks: Sequence[int] = (),
-    peers: _C.Peers | None = None,
 ) -> _C.Lane:
     """A new lane over the ranks of ``group``; every rank of it must make the same call in the same order.
 
     With ``all_to_all`` a lane for all-to-alls, which are not for a ring: instead of it, connections to every rank. With
     ``ranks`` a lane over these alone, which this rank is one of; every rank of the group makes the call with its own.
-    With ``peers`` it hears of no failure but its own, and nobody hears of that.
     """
     if algorithm == "native":
         members = dist.get_process_group_ranks(group)
@@ -109,64 +105,29 @@ def make_lane(
             use_local_synchronization=True, group_desc=f"dear {name}",
         )  # fmt: skip
         return _C.NativeLane(own)
-    number = next(_ring_numbers.setdefault(group, map(str, itertools.count())))
+    number = next(_ring_numbers.setdefault(group, itertools.count()))
     store = c10d._get_process_group_store(group)
     make = _C.MeshLane if all_to_all else _C.RingLane
-    return make(peers or _peers_of(group), store, f"{name}/{number}", timeout, list(ranks))
-
-
-def align_lanes(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """From here on :func:`make_lane` is as if it was called for the first time: what a rank has tried before, and
-    others have not, counts no more. Collective.
-
-    Raises:
-        RuntimeError: a rank has not come within ``timeout``; the sentence names it.
-    """
-    store = c10d._get_process_group_store(group)
-    try:
-        name = agree_on_generation(store, group.rank(), group.size(), timeout)
-    except Missing as missing:
-        who = " and rank ".join(map(str, missing.ranks))
-        milliseconds = round(1000 * timeout.total_seconds())
-        raise RuntimeError(
-            f"Rank {who} did not join communication lane agreement within {milliseconds} ms, as rank {group.rank()} "
-            "saw it: check that every rank of the process group makes the same call."
-        ) from None
-    _ring_numbers[group] = (f"{name[:8]}/{number}" for number in itertools.count())
+    return make(_peers_of(group), store, f"{name}/{number}", timeout, list(ranks))
 
 
 def _peers_of(group: dist.ProcessGroup) -> _C.Peers:
     """What the lanes over this group's ranks share; anew after a failure, of which the lanes of before have heard."""
-    if group not in _peers or are_spent(group):
-        _spent.discard(group)
-        _peers[group] = new_peers(group)
-    return _peers[group]
-
-
-def are_spent(group: dist.ProcessGroup) -> bool:
-    """Whether the next lane must not share with those of before, since news of a failure has come on them, or may."""
-    return group in _spent or (group in _peers and _peers[group].failed)
-
-
-def spend(group: dist.ProcessGroup) -> None:
-    """The lanes of before have failed, or have been left, here or on another rank."""
-    _spent.add(group)
-
-
-def new_peers(group: dist.ProcessGroup) -> _C.Peers:
-    """What lanes share that have nothing to do with others."""
-    checksum = os.environ.get("DEAR_CHECKSUM", "1")
-    if checksum not in ("0", "1"):
-        raise ValueError(f'DEAR_CHECKSUM must be "1" (the default) or "0", not "{checksum}": correct or unset it.')
-    secret = os.environ.get("DEAR_SHARED_KEY", "")
-    return _C.Peers(
-        group.rank(),
-        group.size(),
-        listening_address(os.environ),
-        checksum=checksum == "1",
-        key=hashlib.sha256(b"dear lanes\0" + secret.encode()).digest()[:16] if secret else b"",
-        recorder=os.environ.get("DEAR_FLIGHT_RECORDER", ""),
-    )
+    peers = _peers.get(group)
+    if peers is None or peers.failed:
+        checksum = os.environ.get("DEAR_CHECKSUM", "1")
+        if checksum not in ("0", "1"):
+            raise ValueError(f'DEAR_CHECKSUM must be "1" (the default) or "0", not "{checksum}": correct or unset it.')
+        secret = os.environ.get("DEAR_SHARED_KEY", "")
+        peers = _peers[group] = _C.Peers(
+            group.rank(),
+            group.size(),
+            listening_address(os.environ),
+            checksum=checksum == "1",
+            key=hashlib.sha256(b"dear lanes\0" + secret.encode()).digest()[:16] if secret else b"",
+            recorder=os.environ.get("DEAR_FLIGHT_RECORDER", ""),
+        )
+    return peers
 
 
 def _backend_of(group: dist.ProcessGroup) -> str:

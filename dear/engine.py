@@ -24,7 +24,6 @@ from dear._hooks import Hooks
 from dear._replicas import check_replicas
 from dear._summary import Summary
 from dear._update import Update
-from dear.collectives import spend
 from dear.compression import Compressor
 from dear.preconditioning import Preconditioner
 
@@ -333,7 +332,6 @@ class Engine:
             self._attached.scheduler.abort(
                 f"Rank {self._attached.rank} left the engine's context with {kind.__name__}."
             )
-            spend(self.process_group)
             self._release()
 
     def _release(self) -> None:

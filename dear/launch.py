@@ -20,7 +20,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from dear._address import listening_address
-from dear._generation import Missing, agree_on_generation, store_outlives_us
+from dear._generation import agree_on_generation, store_outlives_us
 
 __all__ = ["Job", "detect", "expand_nodelist", "init_process_group"]
 
@@ -94,13 +94,7 @@ def init_process_group(backend: str | None = None, timeout: timedelta | float | 
 def _own_store(timeout: timedelta) -> dict[str, Any]:
     """The elastic agent's store, with keys of this generation's own."""
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    try:
-        name = agree_on_generation(store, rank, world_size, timeout)
-    except Missing as missing:
-        raise RuntimeError(
-            f"The process group could not be made, since {missing}: look for what those processes print, or pass a "
-            "longer timeout to dear.init_process_group()."
-        ) from None
+    name = agree_on_generation(store, rank, world_size, timeout)
     return {"store": dist.PrefixStore(f"generation/{name}", store), "rank": rank, "world_size": world_size}
 
 

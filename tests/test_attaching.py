@@ -1,7 +1,6 @@
 """What ``dear.attach()`` is given: wrappers of optimizers, replicas that differ already, a model that grows later."""
 
 from collections import OrderedDict
-from datetime import timedelta
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from holding import SMALL
 from machine.case import Case
 from silence import check, check_told, pieces, told
 from torch import nn, optim
-from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compress
@@ -153,52 +151,6 @@ def grown(rank, world, update):
 @both_modes
 def test_a_module_that_comes_later_is_left_alone(pool2, update):
     check_told(pool2, grown, update)
-
-
-@told
-def one_rank_alone(rank, world):
-    """Rank 0 calls what rank 1 does not; later both do."""
-    model, opt = training.build("Mlp", training.SGD, {})
-    store = distributed_c10d._get_default_store()
-    if rank == 0:
-        with pytest.raises(RuntimeError, match=r"^Rank 1 did not join communication lane .* within \d+ ms"):
-            dear.attach(model, opt, **SMALL)
-        store.set("tried", "")
-    store.wait(["tried"], timedelta(seconds=60))
-    engine = dear.attach(model, opt, update="sharded", **SMALL)
-    losses = [training.plain_step(model, opt, rank, step) for step in range(STEPS)]
-    assert losses == training.train(rank, "Mlp", steps=STEPS)[0]
-    engine.detach()
-
-
-def test_a_call_that_one_rank_has_made_alone_is_no_hindrance_later(pool2):
-    told = pool2.run(one_rank_alone, group_timeout=3.0)
-    assert not any(told), told
-
-
-class Mistake(Exception):
-    """Raised by a script."""
-
-
-def attached_again(rank, world):
-    """A rank leaves training by an error, the others hear of it, and all begin again in the same processes."""
-    for attempt in range(3):
-        model, opt = training.build("Mlp", training.SGD, {})
-        engine = dear.attach(model, opt, **SMALL)
-        with pytest.raises((Mistake, RuntimeError)), engine:
-            for step in range(STEPS):
-                if (rank, step) == (attempt % world, 2):
-                    raise Mistake
-                training.plain_step(model, opt, rank, step)
-            raise AssertionError("It should have heard of the other's.")
-    model, opt = training.build("Mlp", training.SGD, {})
-    with dear.attach(model, opt, **SMALL):
-        losses = [training.plain_step(model, opt, rank, step) for step in range(STEPS)]
-    assert losses == training.train(rank, "Mlp", steps=STEPS)[0]
-
-
-def test_training_begins_again_in_processes_that_have_failed(pool2):
-    check_told(pool2, attached_again)
 
 
 def test_a_first_pass_after_detach_that_teaches_nothing_is_refused(pool2):

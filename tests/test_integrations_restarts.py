@@ -100,6 +100,6 @@ def test_those_who_died_before_they_had_a_name_do_not_matter():
 
 def test_who_is_missing_is_named():
     store = dist.HashStore()
-    assert "rank 2 has not come within 0.3 s" in generation(store, [0, 1], 3, 0.3)[0]
-    assert "ranks 1, 2, 3 have not come" in generation(store, [0], 4, 0.3)[0]
-    assert "rank 0 has not come" in generation(store, [1], 2, 0.3)[1]
+    assert "since rank 2 has not come within 0.3 s" in generation(store, [0, 1], 3, 0.3)[0]
+    assert "since ranks 1, 2, 3 have not come" in generation(store, [0], 4, 0.3)[0]
+    assert "since rank 0 has not come" in generation(store, [1], 2, 0.3)[1]
