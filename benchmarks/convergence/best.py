@@ -40,13 +40,16 @@ class Best:
 
 
 def best(cells: Sequence[dict[str, Any]]) -> list[Best]:
-    """One for each strategy and optimizer that finished, in the order of the cells."""
+    """One for each strategy and optimizer that finished, in the order of the cells. Of a seed that was trained with
+    twice, the first run counts: repetitions on one machine are equal to the bit, and no more evidence."""
     runs: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
     for cell in cells:
         if not cell["failure"] and cell["held_out"] and math.isfinite(cell["held_out"][-1][1]):
             experiment = cell["plan"]
             rates = runs.setdefault((experiment["optimizer"], experiment["strategy"]), {})
-            rates.setdefault(experiment["learning_rate"], []).append(cell)
+            own = rates.setdefault(experiment["learning_rate"], [])
+            if all(experiment["seed"] != other["plan"]["seed"] for other in own):
+                own.append(cell)
     found = [_at_best_rate(optimizer, strategy, rates) for (optimizer, strategy), rates in runs.items()]
     goals = {one.optimizer: one.loss for one in found if one.strategy == DENSE}
     return [_with_goal(one, goals.get(one.optimizer)) for one in found]
