@@ -62,6 +62,7 @@ __all__: list[str] = [
     "eva_correction",
     "fingerprint",
     "finite_message",
+    "from_triangles",
     "has_aliases",
     "levelled_words",
     "mean_of_windows",
@@ -80,6 +81,7 @@ __all__: list[str] = [
     "topk_slot_numel",
     "topk_workspace_numel",
     "update_means",
+    "write_triangles",
 ]
 
 class Phase:
@@ -607,6 +609,11 @@ def finite_message(
     flags: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
     parts: collections.abc.Sequence[torch.Tensor],
 ) -> torch.Tensor: ...
+def from_triangles(
+    triangles: torch.Tensor,
+    blocks: typing.SupportsInt | typing.SupportsIndex,
+    n: typing.SupportsInt | typing.SupportsIndex,
+) -> torch.Tensor: ...
 def has_aliases(tensors: collections.abc.Sequence[torch.Tensor]) -> bool: ...
 def levelled_words(
     shard: typing.SupportsInt | typing.SupportsIndex, bits: typing.SupportsInt | typing.SupportsIndex
@@ -663,6 +670,7 @@ def update_means(
     first_row: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
     decay: typing.SupportsFloat | typing.SupportsIndex,
 ) -> None: ...
+def write_triangles(matrices: torch.Tensor, triangles: torch.Tensor) -> None: ...
 
 BLOCK: int = 4096
 SCALE_UNIT: int = 512

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dear import _C
 from precondition._layers import Layer
 
 
@@ -138,22 +139,33 @@ def message_size(layer: Layer) -> int:
 
 def pack(inputs: Tensor, outputs: Tensor, counts: Tensor, message: Tensor) -> None:
     """Writes symmetric factors to a message."""
-    upper = []
+    at = 0
     for factor in (inputs, outputs):
-        rows, columns = torch.triu_indices(*factor.shape[1:], device=factor.device)
-        upper.append(factor[:, rows, columns].reshape(-1))
-    message.copy_(torch.cat([*upper, counts.view(1)]))
+        blocks, n, _ = factor.shape
+        upper = message[at : at + blocks * n * (n + 1) // 2]
+        at += upper.numel()
+        if message.is_cpu:
+            _C.write_triangles(factor.to(message.dtype), upper)
+        else:
+            rows, columns = torch.triu_indices(n, n, device=factor.device)
+            upper.copy_(factor[:, rows, columns].view(-1))
+    message[-1:].copy_(counts)
 
 
 def unpack(layer: Layer, message: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The mean factors of those ranks that count, from the mean of all ranks' messages, and the mean count."""
     message = message.to(factor_dtype(layer))
-    counts, at, pair = message[-1], 0, []
+    counts = message[-1]
+    message = torch.where(counts > 0, message / counts, 0.0)
+    at, pair = 0, []
     for n in layer.sizes:
-        rows, columns = torch.triu_indices(n, n, device=message.device)
-        upper = message[at : at + layer.blocks * len(rows)].view(layer.blocks, -1)
+        upper = message[at : at + layer.blocks * n * (n + 1) // 2]
         at += upper.numel()
-        factor = message.new_empty(layer.blocks, n, n)
-        factor[:, rows, columns] = factor[:, columns, rows] = torch.where(counts > 0, upper / counts, 0.0)
+        if message.is_cpu:
+            factor = _C.from_triangles(upper, layer.blocks, n)
+        else:
+            rows, columns = torch.triu_indices(n, n, device=message.device)
+            factor = message.new_empty(layer.blocks, n, n)
+            factor[:, rows, columns] = factor[:, columns, rows] = upper.view(layer.blocks, -1)
         pair.append(factor)
     return pair[0], pair[1], counts
