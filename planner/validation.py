@@ -20,7 +20,7 @@ from . import models
 from .codecs import codec
 from .lab import FITTED_ON, GLOO, Lab
 from .profile import Profile
-from .rounds import Rounds
+from .rounds import FLOOR, Rounds
 from .schedules import default_cap
 from .simulate import Method, step
 
@@ -65,9 +65,12 @@ class Summary:
     repeats: float | None
 
 
+UNTIMED = ("int8", "fp8", "int4", "int3", "int2")  # codecs of whose encoding the lab has no breakdown
+
+
 def method_of(name: str, profile: Profile) -> Method | None:
     """The benchmarks' strategy of that name; None for one that the planner does not know."""
-    kind, *options = name.split(":")
+    kind, *options = (word for word in name.split(":") if "=" not in word)  # which changes no more than a few bytes
     if kind in ("ddp+powersgd", "none", "auto", "planned"):
         return None
 
@@ -101,6 +104,8 @@ def points(results: Path = RESULTS) -> Iterator[Point]:
             optimizer, workers = cell["plan"]["optimizer"], cell["workers"]
             if optimizer not in ("sgd", "adamw") or cell.get("node_size"):  # the lab's links are a worker's own
                 continue
+            if all(one["name"] != FLOOR for one in cell["strategies"]):  # the profile of the step
+                continue
             workload = cell["plan"].get("workload") or "gpt"
             model, rounds = models.built_in(workload), Rounds.of(cell)
             floor = rounds.floor - lab.barrier(workers)  # which nothing else has
@@ -108,7 +113,7 @@ def points(results: Path = RESULTS) -> Iterator[Point]:
             profile = model.profile(floor - update, update)
             for name in rounds.excess:
                 method = method_of(name, profile)
-                if method is None or method.codec.name in ("int8", "fp8"):  # whose encoding no breakdown has
+                if method is None or method.codec.name in UNTIMED:
                     continue
                 network = lab.network(cell["rate"], workers, **({"methods": GLOO} if name == "fsdp2" else {}))
                 predicted = step(profile, network, lab.machine(workers), method).seconds

@@ -124,7 +124,7 @@ def overview(evidence: Evidence, wanted: Callable[[Cell], bool]) -> str:
     rows = []
     for runs in by_setting(cell for cell in evidence.cells if wanted(cell)):
         shown = evidence.chosen[runs[0].setting, runs[0].rate]
-        if took(shown, HALF) is None:
+        if took(shown, HALF) is None or took(shown, DEAR) is None:
             continue
         ours = _fastest_compressor(shown)
         times = [took(shown, one) for one in (DDP, HALF, DEAR)]

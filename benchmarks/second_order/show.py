@@ -22,10 +22,10 @@ def kind_of(name: str) -> str:
 
 
 def slowest(one: dict[str, Any], part: str) -> float | None:
-    """Milliseconds a step of the rank that takes longest for one of PARTS; None where nobody looked. Of a file that
-    knows no update, rank 0's wall time, which is all that it has."""
+    """Milliseconds a step of the rank that takes longest for one of PARTS; None where nobody looked, or nothing was
+    seen, as of packages of others. Of a file that knows no update, rank 0's wall time, which is all that it has."""
     found = (one["breakdown"] or {}).get(part)
-    return max(found) if isinstance(found, list) and found else found or None
+    return (max(found, default=None) if isinstance(found, list) else found) or None
 
 
 def rows(cell: dict[str, Any]) -> list[Row]:
