@@ -35,6 +35,11 @@ def check_matched(patterns: Mapping[str, Iterable[str]], names: Iterable[str]) -
                 )
 
 
+def vectors(name: str, param: Tensor) -> bool:
+    """Selects what has one dimension or none: biases, and weights of norms."""
+    return param.dim() < 2
+
+
 class Selected:
     """Parameters selected by name: what ``exempt=`` takes."""
 

@@ -38,8 +38,9 @@ class Compressor(Contract):
         error_feedback: adds what was not sent to the next step's gradient.
         start_step: the first so many steps are dense. ``"warmup"``, under :func:`dear.attach` only: until the learning
             rate of no parameter group rises any more from one step to the next, as a scheduler's warm-up ends, and one
-            step beyond. Low-rank compressors learn their factors from the last dense result, and
-            :class:`compress.Dense` its scales of elements.
+            step beyond. While none has fallen and one is below its scheduler's base (``"initial_lr"``), the warm-up
+            goes on, since schedulers may be stepped once an epoch. Low-rank compressors learn their factors from the
+            last dense result, and :class:`compress.Dense` its scales of elements.
         exempt: parameters that are sent exactly, never compressed: names as ``model.module.named_parameters()`` has
             them, names of modules, or patterns such as ``"*.bias"``; or a callable of name and parameter. A name that
             matches nothing is refused. Under DDP's own ``register_comm_hook`` names are as

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from compress.choices import vectors
 from compress.compressor import Compressor
 from compress.formats import format_of
 from compress.group import Group
@@ -24,7 +25,8 @@ class Dense(Compressor):
 
     In 4, 3 or 2 bits an element is one of 15, 7 or 3 levels, evenly spaced around 0, and blocks of 128 share a step of
     16 bits: 3.9, 5.1 or 7.5 times fewer bytes than 16 bits. The step is chosen for a small error; what lies beyond the
-    outermost levels is sent in parts, with error feedback, which is the default here too; without, it is lost.
+    outermost levels is sent in parts, with error feedback, which is the default here too; without, it is lost. Where
+    ``exempt`` is not given, vectors are: biases and weights of norms, few as they are, do not bear so few bits.
 
     There, ``scale="element"`` divides each element by a scale of its own before it is rounded: a power of two near the
     root of the running mean of the squares of its past results (weights of 1/16), but not far below its block's mean.
@@ -46,6 +48,8 @@ class Dense(Compressor):
         scale: ``"block"``, or in 4 bits and fewer ``"element"``.
         start_dtype: of the steps before ``start_step``, any that ``dtype`` may be; None: float32.
         error_feedback: keeps what rounding lost, at both roundings. None: in 8 bits and fewer.
+        exempt: as in :class:`compress.Compressor`, but in 4 bits and fewer all vectors where it is not given; ``()``:
+            none.
         Others: see :class:`compress.Compressor`.
 
     Source of scaled blocks: Open Compute Project, "Microscaling Formats (MX) Specification", 2023.
@@ -75,6 +79,8 @@ class Dense(Compressor):
         self.scale, self.squares = scale, Squares()
         if error_feedback is None:
             error_feedback = self.format.error_feedback
+        if self.format.exempts_vectors:
+            options.setdefault("exempt", vectors)
         super().__init__(error_feedback=error_feedback, **options)
 
     @property

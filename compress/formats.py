@@ -23,6 +23,8 @@ class Format(ABC):
     error_feedback = True
     #: Whether elements may have scales of their own: its codec takes their mean squares.
     scales_elements = False
+    #: Whether vectors are exempt, where :class:`compress.Dense` is not told.
+    exempts_vectors = False
 
     @abstractmethod
     def shard_numel(self, share: int) -> int:
@@ -69,6 +71,7 @@ class FewBits(Format):
     """A level, and a step for each block."""
 
     scales_elements = True
+    exempts_vectors = True
 
     def shard_numel(self, share: int) -> int:
         return ops.quantize_shard_numel(share)

@@ -56,11 +56,11 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
     states = check_loaded(compressor, state, ranks.rank(), ranks.size())
     mine, feedback = merge_states(states, ranks.rank(), ranks.size())
     compressor.load_named_state(mine["named"])  # which may refuse it
+    if mine["world_size"] == ranks.size():
+        compressor.load_own_state(mine["own"])  # the same
     compressor.feedback = feedback
     compressor.seed = mine["seed"]
     compressor.start.load(mine["start"])
-    if mine["world_size"] == ranks.size():
-        compressor.load_own_state(mine["own"])
     compressor.initial_step = mine["step"]
     if compressor.binding is not None:
         compressor.binding.forget_groups(mine["step"])
@@ -130,10 +130,10 @@ def check_form(state: State) -> None:
     """
     kinds = {
         "options": dict, "step": int, "start": dict, "seed": int, "rank": int, "world_size": int, "layout": list,
-        "exempt": list, "errors": dict, "owned": dict, "named": dict,
+        "exempt": list, "errors": dict, "owned": dict, "named": dict, "own": object,
     }  # fmt: skip
     for part, kind in kinds.items():
-        if not isinstance(state.get(part), kind):
+        if part not in state or not isinstance(state[part], kind):
             found = f"a {type(state[part]).__name__}" if part in state else "missing"
             raise ValueError(
                 f'The compressor\'s state is damaged: "{part}" must be a {kind.__name__} and is {found}; load what '

@@ -101,7 +101,7 @@ class ScheduleBinding(Binding):
         start, optimizer = self.compressor.start, self._optimizer()
         if optimizer is None:
             return
-        ends = start.ends([float(group["lr"]) for group in optimizer.param_groups])
+        ends = start.ends(optimizer.param_groups)
         remedy = "give every rank the same learning rates"
         agree(self.compressor.ranks(), lambda: {"the end of the learning rate's warm-up": ends}, remedy)
         if ends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dear import _C
@@ -14,7 +15,8 @@ class Start:
     """The first compressed step of a compressor; ``native`` is what its codecs ask.
 
     ``"warmup"``: while the learning rate of some parameter group is higher than at the step before, the warm-up goes
-    on. The first step that ends it is followed by one more dense one, from which the codecs learn.
+    on; also while one stays at less than a scheduler's base (``"initial_lr"``) and none falls, since schedulers may be
+    stepped once an epoch. The first step that ends it is followed by one more dense one, from which the codecs learn.
     """
 
     def __init__(self, given: Any) -> None:
@@ -29,10 +31,15 @@ class Start:
         """Whether it is a number by now."""
         return self.native.step != NEVER
 
-    def ends(self, rates: list[float]) -> bool:
-        """Whether a step with these learning rates is the first that did not raise any."""
+    def ends(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether a step of an optimizer with these parameter groups is the first behind the warm-up."""
+        rates = [float(group["lr"]) for group in groups]
         before, self._rates = self._rates, rates
-        return before is not None and not any(now > then for now, then in zip(rates, before, strict=False))
+        if before is None or any(now > then for now, then in zip(rates, before, strict=False)):
+            return False
+        falls = any(now < then for now, then in zip(rates, before, strict=False))
+        below = any(rate < group.get("initial_lr", rate) for rate, group in zip(rates, groups, strict=True))
+        return falls or not below
 
     def set(self, step: int) -> None:
         """Compression begins with that step."""

@@ -95,6 +95,15 @@ class TopK(Compressor):
         return self._thresholds | kept
 
     def load_own_state(self, state: dict[tuple[str, ...], list[float]]) -> None:
+        sound = isinstance(state, dict) and all(
+            isinstance(names, tuple) and isinstance(own, list) and all(isinstance(each, float) for each in own)
+            for names, own in state.items()
+        )
+        if not sound:
+            raise ValueError(
+                'The compressor\'s state is damaged: "own" must map names of parameters to thresholds; load what '
+                "state_dict() returned."
+            )
         self._thresholds = dict(state)
 
     def _stretch(self, k: int) -> int:

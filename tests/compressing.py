@@ -102,7 +102,7 @@ KINDS = {
     "sign": lambda **o: compress.SignSGD(**o),
     "bf16": lambda **o: compress.Dense(torch.bfloat16, error_feedback=True, **o),
     "int8": lambda **o: compress.Dense(torch.int8, **({"min_compression_ratio": 0.2} | o)),
-    "int3": lambda **o: compress.Dense(torch.int3, **({"min_compression_ratio": 0.2} | o)),
+    "int3": lambda **o: compress.Dense(torch.int3, **({"min_compression_ratio": 0.2, "exempt": ()} | o)),
     # Not cut alike before and after DDP rebuilds the buckets of SHAPES.
     "parts": lambda **o: dense_in_parts(12_000, **o),
 }

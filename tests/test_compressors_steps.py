@@ -82,8 +82,13 @@ def test_the_switch_from_dense_is_no_jump(pool2, kind):
 
 def after_the_warmup(rank: int, world: int, schedule: str, resume_at: int | None) -> None:
     """Compression begins two steps after the learning rate has risen for the last time, also in a resumed run."""
-    lambdas = {"linear": lambda t: min(1.0, (t + 1) / 5), "constant": lambda t: 1.0}
-    first = {"linear": 7, "constant": 3}[schedule]  # steps 0 to 4 rise, step 5 does not, step 6 is learned from
+    lambdas = {
+        "linear": lambda t: min(1.0, (t + 1) / 5), "constant": lambda t: 1.0, "by epoch": lambda t: min(1.0, t / 2),
+        "falls": lambda t: max(0.2, 0.5 - t / 10),
+    }  # fmt: skip
+    # linear: steps 0 to 4 rise, step 5 does not, step 6 is learned from; by epoch: steps 3 and 6 rise
+    first = {"linear": 7, "constant": 3, "by epoch": 9, "falls": 3}[schedule]
+    epoch = 3 if schedule == "by epoch" else 1  # steps
 
     def make() -> tuple[DDP, compress.PowerSGD, torch.optim.Optimizer, dear.Engine]:
         compressor = compress.PowerSGD(rank=2, start_step="warmup")
@@ -107,7 +112,8 @@ def after_the_warmup(rank: int, world: int, schedule: str, resume_at: int | None
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas[schedule], last_epoch=step - 1)
         model({name: grad.to(place()) for name, grad in gradients(rank, step).items()}).backward()
         optimizer.step()
-        scheduler.step()
+        if (step + 1) % epoch == 0:
+            scheduler.step()
         optimizer.zero_grad()
         compressed.append(compressor.stats()["error_norm"] > 0)
     assert compressed == [step >= first for step in range(10)], compressed
@@ -119,8 +125,13 @@ def test_compression_begins_after_the_warmup(pool2, resume_at):
     pool2.run(after_the_warmup, "linear", resume_at)
 
 
-def test_a_constant_learning_rate_has_no_warmup(pool2):
-    pool2.run(after_the_warmup, "constant", None)
+def test_a_warmup_by_epoch_lasts_until_its_end(pool2):
+    pool2.run(after_the_warmup, "by epoch", None)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "falls"])
+def test_a_learning_rate_that_never_rises_has_no_warmup(pool2, schedule):
+    pool2.run(after_the_warmup, schedule, None)
 
 
 def without_an_optimizer(rank: int, world: int) -> None:

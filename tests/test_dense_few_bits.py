@@ -14,7 +14,7 @@ from compress import reference_levels
 
 def as_said(rank: int, world: int, scale: str) -> None:
     """Each rank rounds, the owner averages in float32 and rounds again; both keep what that lost."""
-    compressor = compress.Dense(torch.int3, scale=scale, start_step=2)  # by then DDP has laid its buckets
+    compressor = compress.Dense(torch.int3, scale=scale, start_step=2, exempt=())  # by then DDP has laid its buckets
     model = attach(compressor)
     golden: dict[tuple[str, ...], Golden] = {}
     compressed = 0
@@ -41,7 +41,7 @@ def as_said(rank: int, world: int, scale: str) -> None:
 
 def started(rank: int, world: int, scale: str) -> None:
     """The first steps are in eight bits, and what they have left unsent goes out in three."""
-    compressor = compress.Dense(torch.int3, scale=scale, start_step=3, start_dtype=torch.int8)
+    compressor = compress.Dense(torch.int3, scale=scale, start_step=3, start_dtype=torch.int8, exempt=())
     model = DDP(Prescribed(SHAPES), bucket_cap_mb=100, find_unused_parameters=True)
     compress.register(model, compressor)
     first = golden = None
@@ -82,11 +82,28 @@ def test_against_the_golden_model(pool3, scale):
     pool3.run(as_said, scale)
 
 
+def spared(rank: int, world: int) -> None:
+    """Vectors are sent as they are, where exempt is not given, and nothing is where it names nothing."""
+    mean = {name: sum(gradients(r, 0)[name] for r in range(world)) / world for name in SHAPES}
+    for options, exact in (({}, {"vector", "bias"}), ({"exempt": "first"}, {"first"}), ({"exempt": ()}, set())):
+        compressor = compress.Dense(torch.int3, min_compression_ratio=0.2, **options)
+        have = backward(attach(compressor), gradients(rank, 0))
+        assert {name for name in SHAPES if torch.equal(have[name], mean[name])} == exact
+        assert compressor.state_dict()["exempt"] == sorted(exact)
+    in_8_bits = compress.Dense(torch.int8, min_compression_ratio=0.2)
+    backward(attach(in_8_bits), gradients(rank, 0))
+    assert in_8_bits.state_dict()["exempt"] == []
+
+
+def test_vectors_are_exempt(pool2):
+    pool2.run(spared)
+
+
 def bytes_sent(rank: int, world: int) -> None:
     """To 16 bits as the bits of an element to 16, and less than 5% more for the steps, padding included."""
     sent = {}
     for dtype in (torch.bfloat16, torch.int4, torch.int3, torch.int2):
-        compressor = compress.Dense(dtype)
+        compressor = compress.Dense(dtype, exempt=())
         model = attach(compressor, net=Prescribed(LARGE), bucket_cap_mb=25)
         for step in range(3):
             backward(model, gradients(rank, step, LARGE))

@@ -28,7 +28,7 @@ KINDS = {
     "int8": lambda: compress.Dense(torch.int8, min_compression_ratio=0.2),
     "bf16": lambda: compress.Dense(torch.bfloat16, error_feedback=True),
     "power": lambda: compress.PowerSGD(rank=3, factor_dtype=torch.float32),
-    "int3": lambda: compress.Dense(torch.int3, min_compression_ratio=0.2),
+    "int3": lambda: compress.Dense(torch.int3, min_compression_ratio=0.2, exempt=()),
 }
 
 
