@@ -137,8 +137,8 @@ def levels_encode(
     """``payload`` [owners, levels_payload_numel(shard, bits)] = ``grad + error`` [n], in 2, 3 or 4 ``bits``.
 
     ``error`` becomes what that lost. Owner s holds elements [s * shard, (s + 1) * shard). Levels are -k to k, k =
-    2^(bits - 1) - 1, times the step of their block; what is beyond is cut off. Rows of the payload may lie apart. What
-    is beyond 2^100 counts as not finite; without ``error`` (None) that is sent as 0.
+    2^(bits - 1) - 1, in 3 bits 0, ±1, ±2 and ±4, times the step of their block; what is beyond is cut off. Rows of the
+    payload may lie apart. What is beyond 2^100 counts as not finite; without ``error`` (None) that is sent as 0.
 
     ``squares`` [n] float32, running means of the squares of past results: each element is divided by a scale of its
     own first, a power of two near the root of its mean, and multiplied by it when it is decoded. 2^100 is then of what

@@ -15,9 +15,9 @@ LARGEST = 2.0**100
 #: A block whose largest element is smaller sends nothing.
 SMALLEST = 2.0**-100
 #: By bits: the step, to the sum of squares by the sum of the magnitudes.
-FACTORS = {2: 0.98, 3: 0.5625, 4: 0.3125}
+FACTORS = {2: 0.98, 3: 0.4375, 4: 0.3125}
 #: The same where elements have scales of their own.
-SCALED_FACTORS = {2: 0.98, 3: 1.125, 4: 0.625}
+SCALED_FACTORS = {2: 0.98, 3: 0.5, 4: 0.625}
 
 
 #: No element's scale is below its block's mean by more than this.
@@ -29,7 +29,7 @@ LARGEST_RESULT, SMALLEST_SQUARE = 2.0**60, 2.0**-100
 
 
 class Levelled(NamedTuple):
-    """``levels`` [n] int64, whole numbers from -k to k, and ``steps`` [blocks] float32."""
+    """``levels`` [n] int64, in steps: from -k to k, in 3 bits 0, ±1, ±2 and ±4; and ``steps`` [blocks] float32."""
 
     levels: Tensor
     steps: Tensor
@@ -45,8 +45,13 @@ def _each(of_blocks: Tensor, numel: int) -> Tensor:
 
 
 def limit(bits: int) -> int:
-    """k: of the outermost level."""
+    """k: how many levels there are on each side of 0."""
     return 2 ** (bits - 1) - 1
+
+
+def reach(bits: int) -> int:
+    """The outermost level, in steps."""
+    return 4 if bits == 3 else limit(bits)
 
 
 def steps_of(values: Tensor, bits: int, scaled: bool = False) -> Tensor:
@@ -65,7 +70,7 @@ def steps_of(values: Tensor, bits: int, scaled: bool = False) -> Tensor:
     total, squares = whole.sum(1), whole.square().sum(1)
     total = torch.where(sends, total, 1)
     fine = squares.float() / total.float() * torch.tensor(factor) * unit
-    step = torch.minimum(fine, largest / limit(bits))
+    step = torch.minimum(fine, largest / reach(bits))
     upper = (step.view(torch.int32) + 0x8000 & ~0xFFFF).view(torch.float32)  # rounded to 16 bits
     return torch.where(sends, upper, 0.0)
 
@@ -75,7 +80,10 @@ def quantize(values: Tensor, bits: int, scaled: bool = False) -> Levelled:
     steps = steps_of(values, bits, scaled)
     inverse = torch.where(steps > 0, 1.0 / steps, 0.0)
     quotients = values * _each(inverse, values.numel())
-    return Levelled(quotients.clamp(-limit(bits), limit(bits)).round().long(), steps)
+    if bits != 3:
+        return Levelled(quotients.clamp(-limit(bits), limit(bits)).round().long(), steps)
+    nearest = quotients.clamp(-2, 2).round()
+    return Levelled(torch.where(quotients.abs() >= 3, 4 * quotients.sign(), nearest).long(), steps)
 
 
 def encode(grad: Tensor, error: Tensor | None, bits: int, scales: Tensor | None = None) -> tuple[Levelled, Tensor, int]:
@@ -129,11 +137,11 @@ def learned(squares: Tensor, results: Tensor) -> Tensor:
 
 
 def row(said: Levelled, bits: int, shard: int) -> Tensor:
-    """An owner's row of a shard, int32: a code is level + k. Its lower 2 bits (of 4: all) are one field of each block
+    """An owner's row of a shard, int32: a code is the level's number + k. Its lower 2 bits (of 4: all) are one field of each block
     of elements, a third bit another; element i of a block is in word i % (4 f) of a field of f bits, at place i / (4 f)
     of the word. Behind the fields of all blocks are the upper halves of the steps."""
     codes = torch.full((shard,), limit(bits))
-    codes[: said.levels.numel()] += said.levels
+    codes[: said.levels.numel()] += said.levels.clamp(-limit(bits), limit(bits))
     steps = torch.zeros(shard // STEP_BLOCK)
     steps[: said.steps.numel()] = said.steps
     words = []

@@ -90,7 +90,7 @@ def test_a_small_element_is_rounded_as_finely_as_its_neighbours() -> None:
     for scales, most in ((reference_levels.scales_of(deviation**2), 0.1), (None, 1.0)):
         _, left, _ = reference_levels.encode(grad, None, 3, scales)
         lost = [(left[of].square().sum() / grad[of].square().sum()).item() for of in (small, ~small)]
-        assert lost[0] < most and (scales is not None or lost[0] > 0.9) and lost[1] < 0.1
+        assert lost[0] < most and (scales is not None or lost[0] > 0.8) and lost[1] < 0.1
 
 
 def test_what_has_no_results_yet_counts_as_a_small_one() -> None:

@@ -9,7 +9,10 @@
 
 namespace dear::compress {
 
+// Levels on each side of 0, and the outermost of them, in steps. In 3 bits they are 0, 1, 2 and 4: with the
+// outermost one twice as far out a step can be half as coarse, so that less is lost and no more is cut off.
 DEAR_HOST_DEVICE constexpr int level_limit(int bits) { return (1 << (bits - 1)) - 1; }
+DEAR_HOST_DEVICE constexpr int level_reach(int bits) { return bits == 3 ? 4 : level_limit(bits); }
 
 // A part of a code: so many bits of it, from `shift` on. Its words begin at `words` of those of its block.
 struct Field {
@@ -51,15 +54,15 @@ DEAR_HOST_DEVICE inline int32_t magnitude_of(float value, float factor) {
 // the others. Where elements have scales of their own, the step is coarser: what is cut off comes several
 // steps late, and what is rounded one, so that losing least at once is not best at large learning rates.
 DEAR_HOST_DEVICE constexpr float level_factor(int bits, bool scaled) {
-  if (scaled) return bits == 2 ? 0.98f : bits == 3 ? 1.125f : 0.625f;
-  return bits == 2 ? 0.98f : bits == 3 ? 0.5625f : 0.3125f;
+  if (scaled) return bits == 2 ? 0.98f : bits == 3 ? 0.5f : 0.625f;
+  return bits == 2 ? 0.98f : bits == 3 ? 0.4375f : 0.3125f;
 }
 template <int kBits>
 DEAR_HOST_DEVICE inline float level_step(uint32_t largest_bits, int32_t sum, int32_t squares, float factor) {
   if (!levelled(largest_bits)) return 0.0f;
   const float unit = float_of(((largest_bits >> 23) - (kMagnitudeBits - 1)) << 23);
   const float fine = static_cast<float>(squares) / static_cast<float>(sum) * factor * unit;
-  const float coarse = float_of(largest_bits) / static_cast<float>(level_limit(kBits));
+  const float coarse = float_of(largest_bits) / static_cast<float>(level_reach(kBits));
   const float step = fine < coarse ? fine : coarse;
   return float_of((bits_of(step) + 0x8000u) & 0xffff0000u);
 }
@@ -76,16 +79,21 @@ struct Levelled {
 // processors, and rounded once there. No element is more than 64 steps, so that it fits.
 template <int kBits>
 DEAR_HOST_DEVICE inline Levelled level_of(float value, float inverse) {
+  const float quotient = value * inverse;
   const int32_t limit = level_limit(kBits);
-  int32_t level = static_cast<int32_t>(rintf(value * inverse));
-  level = level > limit ? limit : level;
-  level = level < -limit ? -limit : level;
-  return {static_cast<uint32_t>(level + limit), static_cast<float>(level)};
+  const int32_t nearest = kBits == 3 ? limit - 1 : limit;  // of the levels that are a step apart
+  int32_t level = static_cast<int32_t>(rintf(quotient));
+  level = level > nearest ? nearest : level;
+  level = level < -nearest ? -nearest : level;
+  const int32_t outermost = kBits == 3 ? (quotient >= 3 ? 1 : 0) - (quotient <= -3 ? 1 : 0) : 0;
+  return {static_cast<uint32_t>(level + outermost + limit), static_cast<float>(level + 2 * outermost)};
 }
 
 template <int kBits>
 DEAR_HOST_DEVICE inline float level_value(uint32_t code) {
-  return static_cast<float>(static_cast<int32_t>(code) - level_limit(kBits));
+  const int32_t level = static_cast<int32_t>(code) - level_limit(kBits);
+  const int32_t outermost = kBits == 3 ? (level == 3 ? 1 : 0) - (level == -3 ? 1 : 0) : 0;
+  return static_cast<float>(level + outermost);
 }
 
 }  // namespace dear::compress
