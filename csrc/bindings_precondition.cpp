@@ -100,7 +100,8 @@ void bind_precondition(py::module_& m) {
       .def("message", &MeanCapture::message, NoGil(), py::arg("scale"))
       .def("forget", &MeanCapture::forget, NoGil());
   m.def("finite_message", &precondition::finite_message, NoGil(), py::arg("flags"), py::arg("parts"));
-  m.def("write_triangles", &precondition::write_triangles, NoGil(), py::arg("matrices"), py::arg("triangles"));
+  m.def("write_triangles", &precondition::write_triangles, NoGil(), py::arg("matrices"),
+        py::arg("triangles"));
   m.def("from_triangles", &precondition::from_triangles, NoGil(), py::arg("triangles"), py::arg("blocks"),
         py::arg("n"));
   m.def(

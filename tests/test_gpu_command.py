@@ -190,6 +190,13 @@ def test_a_test_is_run_once_and_its_failure_is_a_result(tmp_path: Path) -> None:
     assert outcomes.read(noted)["test_some.py::test_good"]["outcome"] == "passed"
 
 
+def test_where_no_test_ends_there_is_no_result(tmp_path: Path) -> None:
+    for status in (1, 5):  # an interpreter without pytest, and a pytest that finds none
+        ended = f"raise SystemExit({status})"
+        assert "failed" in call(tmp_path, [Task("tests", ("-c", ended, "pytest"), results="noted.jsonl")])["tests"]
+    assert not (tmp_path / "gpu.json").exists()
+
+
 # MPS
 
 CONTROL = """#!{python}

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from .. import cuda
@@ -15,6 +16,7 @@ from ..records import ROOT
 
 FOLDER = ROOT / "out" / "gpu-build"
 NVCC = Path("/usr/local/cuda/bin")  # where NVIDIA's installers put it, often without a word on the PATH
+PACKAGES = ("pytest", "hypothesis", "numpy")  # without which the tests behind the build cannot run
 TOOLS = {"cmake": "pip install cmake", "ninja": "pip install ninja", "nvcc": "install CUDA's compiler"}
 TRIAL = """
 import torch
@@ -46,6 +48,9 @@ def main() -> None:
     for tool, remedy in TOOLS.items():
         if shutil.which(tool, path=env["PATH"]) is None:
             fail(f"{tool} is not on the PATH, and the build needs it: {remedy}.")
+    for package in PACKAGES:
+        if find_spec(package) is None:
+            fail(f"The package {package} is not installed, and the tests need it: pip install {package}.")
     for command in commands():
         if subprocess.run(command, env=env, cwd=ROOT).returncode:
             fail(f"The build for a GPU of compute capability {capability} ended at: {' '.join(command[:3])}.")

@@ -77,7 +77,7 @@ class Call:
 
         env = {**task.env, **({outcomes.FILE: str(results)} if task.tests else {})}
         ended = run(task.command(self.folder, self.resume), log, follow, self._say, limit, env)
-        if why := unfinished(task, ended):
+        if why := unfinished(task, ended, results):
             raise Unfinished(why)
         return {
             "plan": asdict(Experiment(list(task.arguments))),
@@ -90,10 +90,11 @@ class Call:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def unfinished(task: Task, ended: Ended) -> str:
-    """Why a task has no result yet; empty where it has one."""
+def unfinished(task: Task, ended: Ended, results: Path) -> str:
+    """Why a task has no result yet; empty where it has one. Of tests at least one must have ended, in this call or an
+    earlier one: an interpreter that has no pytest ends with the status of failed tests."""
     if ended.cut:
         return "interrupted when its time was over"
-    if ended.status in (RESULTS_OF_TESTS if task.tests else (0,)):
+    if ended.status in (RESULTS_OF_TESTS if task.tests else (0,)) and (not task.tests or outcomes.read(results)):
         return ""
     return f"failed: {ended.reason} (all it said: {ended.log.name})"

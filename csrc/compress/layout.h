@@ -57,17 +57,17 @@ constexpr float kLargestQuantized = 0x1p126f;
 
 // Note [Few bits on the wire]
 // In 2, 3 or 4 bits an element is one of k = 2^(bits - 1) - 1 levels on each side of 0, times the step of its
-// block of kScaleBlock elements. They are a step apart, but in 3 bits the outermost ones two: 0, 1, 2 and 4. The step is a float32 of which only the upper 16 bits are not zero: so its
-// product with a level is exact, and every processor gives the same bits. It is smaller than what would reach
-// the block's largest element: with so few levels a finer step loses less, and what is cut off stays in the
-// error feedback (level_step).
+// block of kScaleBlock elements. They are a step apart, but in 3 bits the outermost two: 0, 1, 2 and 4. The
+// step is a float32 of which only the upper 16 bits are not zero: so its product with a level is exact, and
+// every processor gives the same bits. It is smaller than what would reach the block's largest element: with
+// so few levels a finer step loses less, and what is cut off stays in the error feedback (level_step).
 //
-// A code, the level's number + k, is one field of 2 or 4 bits, or one of 2 and one of 1. A field of f bits makes 4 f words
-// of a block's elements: the word of element i is i % (4 f), and its place there i / (4 f), so that
-// neighbours go to the same place of neighbouring words, as vector instructions want it. An owner's row holds
-// the fields of each block, block after block, and then the steps' upper halves. A shard is a multiple of
-// kScaleUnit. Elements beyond kLargestLevelled are dropped and counted; a block whose largest element is
-// below kSmallestLevelled sends nothing, and stays in the error feedback.
+// A code, the level's number + k, is one field of 2 or 4 bits, or one of 2 and one of 1. A field of f bits
+// makes 4 f words of a block's elements: the word of element i is i % (4 f), and its place there i / (4 f),
+// so that neighbours go to the same place of neighbouring words, as vector instructions want it. An owner's
+// row holds the fields of each block, block after block, and then the steps' upper halves. A shard is a
+// multiple of kScaleUnit. Elements beyond kLargestLevelled are dropped and counted; a block whose largest
+// element is below kSmallestLevelled sends nothing, and stays in the error feedback.
 constexpr int64_t levelled_words(int64_t shard, int64_t bits) {
   return shard * bits / 32 + shard / kScaleBlock / 2;
 }

@@ -7,14 +7,15 @@
 namespace dear::precondition {
 namespace {
 
-constexpr int64_t TILE = 32;  // rows and columns that are mirrored at a time, so that both sides stay in the cache
+constexpr int64_t kTile =
+    32;  // rows and columns that are mirrored at a time, so that both sides stay in the cache
 
 template <typename T>
 void mirror(T* matrix, int64_t n) {
-  for (int64_t top = 0; top < n; top += TILE) {
-    for (int64_t left = top; left < n; left += TILE) {
-      for (int64_t row = top; row < std::min(top + TILE, n); ++row) {
-        for (int64_t column = std::max(left, row + 1); column < std::min(left + TILE, n); ++column) {
+  for (int64_t top = 0; top < n; top += kTile) {
+    for (int64_t left = top; left < n; left += kTile) {
+      for (int64_t row = top; row < std::min(top + kTile, n); ++row) {
+        for (int64_t column = std::max(left, row + 1); column < std::min(left + kTile, n); ++column) {
           matrix[column * n + row] = matrix[row * n + column];
         }
       }
@@ -42,9 +43,9 @@ void write_triangles(const at::Tensor& matrices, const at::Tensor& triangles) {
 }
 
 at::Tensor from_triangles(const at::Tensor& triangles, int64_t blocks, int64_t n) {
-  TORCH_CHECK_VALUE(triangles.is_cpu() && triangles.is_contiguous() &&
-                        triangles.numel() == blocks * n * (n + 1) / 2,
-                    "triangles must be packed host memory of that many matrices.");
+  TORCH_CHECK_VALUE(
+      triangles.is_cpu() && triangles.is_contiguous() && triangles.numel() == blocks * n * (n + 1) / 2,
+      "triangles must be packed host memory of that many matrices.");
   at::Tensor matrices = at::empty({blocks, n, n}, triangles.options());
   AT_DISPATCH_FLOATING_TYPES(triangles.scalar_type(), "from_triangles", [&] {
     const auto* from = triangles.const_data_ptr<scalar_t>();
