@@ -15,10 +15,36 @@ def seeded(cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return groups(cells)
 
 
+#: How many times faster than SGD a second-order method is meant to be.
+AIM = 1.5
+
+Run = tuple[float | None, float | None, int | None, float | None]  # seconds to the loss, times faster, steps, held-out
+
+
 def losses_table(cells: Sequence[dict[str, Any]]) -> str:
     """A row for each method of cells that differ in their seed alone: how soon it is at SGD's lowest loss, and what of
     held-out examples after as many steps. Each seed's goal is its own."""
-    found: dict[str, list[tuple[float | None, float | None, int | None, float | None]]] = {}
+    head = ["method @ rate", "steps to SGD's loss", "s to it", "times faster than SGD on DDP", "held-out loss"]
+    forms = {2: ".0f", 0: ".2f", 1: ".2f", 3: ".4f"}
+    shown = []
+    for name, seeds in _by_method(cells).items():
+        columns = list(zip(*seeds, strict=True))
+        shown.append([f"`{name}`", *(_spread(columns[index], form, len(cells)) for index, form in forms.items())])
+    return table(head, shown)
+
+
+def reached(cells: Sequence[dict[str, Any]]) -> str:
+    """A sentence: which second-order methods are AIM times faster, in the mean over seeds that all get there."""
+    fast = []
+    for name, seeds in _by_method(cells).items():
+        ratios = [ratio for _, ratio, _, _ in seeds if ratio is not None]
+        if not name.startswith("sgd/") and len(ratios) == len(cells) and sum(ratios) / len(ratios) >= AIM:
+            fast.append(f"`{name}`")
+    return f"{AIM:g} times faster, with every seed there, is what is aimed at: {', '.join(fast) or 'none'} is so."
+
+
+def _by_method(cells: Sequence[dict[str, Any]]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
     for cell in cells:
         goal, own = goal_of(cell), {row.name: row for row in rows(cell)}
         plain = next((row.seconds_to_loss for row in own.values() if kind_of(row.name) == "sgd/ddp"), None)
@@ -30,13 +56,7 @@ def losses_table(cells: Sequence[dict[str, Any]]) -> str:
             ratio = plain / seconds if plain and seconds else None
             steps = first_at(trailing_mean(one["losses"]), goal)
             found.setdefault(one["name"], []).append((seconds, ratio, steps, row.loss))
-    head = ["method @ rate", "steps to SGD's loss", "s to it", "times faster than SGD on DDP", "held-out loss"]
-    forms = {2: ".0f", 0: ".2f", 1: ".2f", 3: ".4f"}
-    shown = []
-    for name, seeds in found.items():
-        columns = list(zip(*seeds, strict=True))
-        shown.append([f"`{name}`", *(_spread(columns[index], form, len(cells)) for index, form in forms.items())])
-    return table(head, shown)
+    return found
 
 
 def _spread(values: Sequence[float | None], form: str, seeds: int) -> str:
