@@ -137,9 +137,9 @@ def learned(squares: Tensor, results: Tensor) -> Tensor:
 
 
 def row(said: Levelled, bits: int, shard: int) -> Tensor:
-    """An owner's row of a shard, int32: a code is the level's number + k. Its lower 2 bits (of 4: all) are one field of each block
-    of elements, a third bit another; element i of a block is in word i % (4 f) of a field of f bits, at place i / (4 f)
-    of the word. Behind the fields of all blocks are the upper halves of the steps."""
+    """An owner's row of a shard, int32: a code is the level's number + k. Its lower 2 bits (of 4: all) are one field of
+    each block of elements, a third bit another; element i of a block is in word i % (4 f) of a field of f bits, at
+    place i / (4 f) of the word. Behind the fields of all blocks are the upper halves of the steps."""
     codes = torch.full((shard,), limit(bits))
     codes[: said.levels.numel()] += said.levels.clamp(-limit(bits), limit(bits))
     steps = torch.zeros(shard // STEP_BLOCK)

@@ -173,15 +173,23 @@ def presets(rank: int, world: int) -> None:
     """Bytes of a large matrix are what the preset says, against 16 bits; options of one's own count."""
     shapes = {"square": (256, 256), "wide": (128, 512)}
     dense = 2 * (world - 1) * 2 * sum(torch.Size(shape).numel() for shape in shapes.values()) // world
-    for name, fewer in (("exact", 0.99), ("safe", 3.9), ("fast", 15.5)):
-        compressor = compress.preset(name)
+    for name, fewer, options in (
+        ("exact", 0.99, {}), ("safe", 1.9, {}), ("safe", 4.9, {"start_step": 0}), ("fast", 15.5, {}),
+    ):  # fmt: skip
+        compressor = compress.preset(name, **options)
         model = attach(compressor, net=Prescribed(shapes))
         backward(model, gradients(rank, 0, shapes))
         sent = compressor.stats()["bytes_sent"]
         assert sent * fewer < dense, (name, sent, dense)
-    spared = compress.preset("safe", exempt="square", rank=3)
+    spared = compress.preset("fast", exempt="square", rank=3)
     backward(attach(spared, net=Prescribed(shapes)), gradients(rank, 0, shapes))
     assert ranks_of(spared) == {"wide": 3}
+
+
+def test_what_the_safe_preset_begins_with():
+    assert compress.preset("safe").start_step == 1000 and compress.preset("safe").start_dtype == torch.int8
+    assert compress.preset("safe", start_step="warmup").start_dtype == torch.int8
+    assert compress.preset("safe", start_step=0).start_dtype is None
 
 
 def test_presets_send_as_few_bytes_as_they_say(pool2):

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from benchmarks.spelling import split_name
 from compress.presets import PRESETS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -53,7 +54,8 @@ def test_presets():
     """What the page on compression says of presets is what the results say of their strategies."""
     rows = defaultdict(dict)
     losses = (DOCS / "results" / "losses.md").read_text()
-    for training, body in re.findall(r"^### (\S+, \S+), 3000 steps\n(.*?)(?=^#)", losses, re.MULTILINE | re.DOTALL):
+    title = r"^### (\S+, \S+), 3000 steps(?:, up to \d+ held-out examples)?\n(.*?)(?=^#)"
+    for training, body in re.findall(title, losses, re.MULTILINE | re.DOTALL):
         for line in re.findall(r"^\| (.*) \|$", body, re.MULTILINE):
             name, _, seeds, _, _, to_dense, fewer, *_ = line.split(" | ")
             if seeds == "3":
@@ -62,4 +64,7 @@ def test_presets():
     found = re.findall(r"^\| \*(\w+)\* \| (\S+, \S+) \| ([+-][\d.]+%) \| ([\d.]+×) \|$", page, re.MULTILINE)
     assert len(found) > 4
     for preset, training, to_dense, fewer in found:
-        assert rows[training][f"power:{PRESETS[preset]().rank}"] == (to_dense, fewer), (preset, training)
+        name = {"safe": "int3:scale=element:start=150:first=int8", "fast": "power:0.03125"}[preset]
+        trained, said = split_name(name.split(":"))[0].make(), PRESETS[preset]()
+        assert (type(trained), trained.options()) == (type(said), said.options())
+        assert rows[training][name] == (to_dense, fewer), (preset, training)

@@ -25,6 +25,7 @@ def trainings(results: Path) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
                 experiment.get("workload") or "gpt",
                 experiment["steps"],
                 experiment.get("schedule"),
+                experiment.get("held_out_examples"),
                 cell["workers"],
             )
             found[same].append(cell)

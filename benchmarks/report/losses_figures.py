@@ -29,7 +29,7 @@ def at_best_rates(sweeps: Sequence[Sweep], about: Sequence[str], path: Path) -> 
             steps, losses = zip(*one.curve[1:], strict=True)  # the first look is far above all others
             axes.plot(steps, losses, label=f"{one.strategy}, {one.learning_rate:g}", **styles[one.strategy])
         axes.set(
-            title=f"{sweep.workload}, {sweep.optimizer}, {sweep.steps} steps",
+            title=sweep.title,
             xlabel="steps",
             ylabel="held-out loss (nats)",
         )

@@ -9,7 +9,7 @@ from ..losses import DENSE
 from ..network.rates import bits, show_rate
 from ..records import Source
 from ..stats import paired_ratio, round_times
-from ..training.strategies import Compressed, parse_strategy
+from ..training.strategies import Compressed, StrategyError, parse_strategy
 from ..training.summary import Row
 from . import comparison
 from .comparison import Cell
@@ -31,13 +31,19 @@ def is_sweep(source: Source) -> bool:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was found of one workload and number of steps under one optimizer."""
+    """What was found of one workload and number of steps under one optimizer, with one set of held-out examples."""
 
     workload: str
     about: str
     steps: int
     optimizer: str
     rows: tuple[Best, ...]
+    examples: int = 0  # held out, at most; 0 where all sweeps have the same
+
+    @property
+    def title(self) -> str:
+        examples = f", up to {self.examples} held-out examples" if self.examples else ""
+        return f"{self.workload}, {self.optimizer}, {self.steps} steps{examples}"
 
     @property
     def dense(self) -> Best | None:
@@ -77,21 +83,23 @@ def _at_first(strategy: str) -> tuple[int | None, float]:
 
 
 def sweeps(sources: Iterable[Source]) -> list[Sweep]:
-    """One for each workload, number of steps and optimizer; files of one workload count together."""
-    cells: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    """One for each workload, number of steps, held-out examples and optimizer; files of one such count together."""
+    cells: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
+    fewest: dict[str, int] = {}  # examples, by workload
     for source in sources:
         for cell in source.cells:
             experiment = cell["plan"]
-            cells.setdefault(
-                (experiment["workload"], cell.get("about", experiment["workload"]), experiment["steps"]), []
-            ).append(cell)
+            workload, examples = experiment["workload"], experiment.get("held_out_examples", 0)
+            fewest[workload] = min(examples, fewest.get(workload, examples))
+            cells.setdefault((workload, cell.get("about", workload), experiment["steps"], examples), []).append(cell)
     found = []
-    for (workload, about, steps), own in sorted(cells.items(), key=lambda item: item[0]):
+    for (workload, about, steps, examples), own in sorted(cells.items(), key=lambda item: item[0]):
         rows = best(own)
+        more = 0 if examples == fewest[workload] else examples
         for optimizer in sorted({one.optimizer for one in rows}):
             chosen = [one for one in rows if one.optimizer == optimizer]
             chosen.sort(key=lambda one: (-len(one.held_out), -one.bytes_per_step, one.strategy))
-            found.append(Sweep(workload, about, steps, optimizer, tuple(chosen)))
+            found.append(Sweep(workload, about, steps, optimizer, tuple(chosen), more))
     return found
 
 
@@ -153,13 +161,25 @@ def time_table(cells: Sequence[Cell], sweep: Sweep, strategy: str) -> str:
 
 def _measured(cell: Cell, strategy: str, rival: Row) -> Step | None:
     """Of the strategies that train like it, the one with the shortest step; the pairs of rounds give the gain."""
-    trained = [{"plan": {"strategy": strategy}}]
-    own = [row for row in cell.finished if comparison.trains_like(row.name, trained) == strategy]
+    own = [row for row in cell.finished if _later_steps(row.name) == _later_steps(strategy)]
     if not own:
         return None
     best_one = min(own, key=comparison.median)
     gain = paired_ratio(*(round_times(cell.strategy(row.name)) for row in (best_one, rival)))
     return Step(f"{best_one.median:.0f} ({best_one.name})", gain)
+
+
+def _later_steps(name: str) -> tuple[Any, ...] | None:
+    """The compressor of a strategy, without how it begins and which few parameters it leaves out: its steps take as
+    long. None where there is none, or the name is of another version."""
+    try:
+        strategy = parse_strategy(name)
+    except StrategyError:
+        return None
+    if not isinstance(strategy, Compressed):
+        return None
+    kept = [word for word in strategy.compressor.more if word.partition("=")[0] not in ("start", "first", "exempt")]
+    return strategy.compressor.kind, strategy.compressor.option, *kept
 
 
 def _predicted(cell: Cell, fewer: float | None, rivals: Sequence[Row]) -> Step | None:
