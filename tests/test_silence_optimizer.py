@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from silence import BOTH, EVERY, WARM, check, silence
+from silence import BOTH, EVERY, IN_SHARDS, WARM, check, silence
 
 TAIL = "\n\nopt.zero_grad()\n\nfor step in range(4, 7): train(step)"
 ADAM = {"optimizer": ("AdamW", {"lr": 0.01})}
@@ -78,7 +78,7 @@ CASES = [
         for name, code in STATES.items()
         for test in silence(f"state {name}", "attach()\n\nfor step in range(3): train(step)\n\nsaved = copy.deepcopy("
                             "optimizer_state()); kept = [opt.state[p] for p in params if p in opt.state]\n\nahead(3)"
-                            f"\n\n{code}{TAIL}", BOTH, True, **ADAM)
+                            f"\n\n{code}{TAIL}", BOTH, IN_SHARDS, **ADAM)
     ],
     *[
         test
