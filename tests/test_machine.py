@@ -1,9 +1,11 @@
 """A sample of the state machine (see tests/machine): drawn programs, under plain DDP and under the library."""
 
 import torch
+from machine.case import Case, Result
 from machine.compare import Rounding, compare, leaves
 from machine.generate import generate
-from machine.search import Search
+from machine.search import Search, run, verdict
+from silence import WARM, pieces
 
 SEEDS = range(1, 101)
 
@@ -14,6 +16,38 @@ def test_whatever_is_drawn_trains_as_plain_ddp_or_is_refused(pool2):
     found.over(SEEDS, generate, shrinks=10)
     assert found.counts["equal"] > len(SEEDS) / 4, f"most of these programs show nothing: {dict(found.counts)}"
     assert not said, "\n".join(said)
+
+
+def test_replicas_may_be_said_to_differ_only_where_those_of_plain_ddp_do(pool2):
+    program = f"{WARM}\n\ndetach()\n\nwith torch.no_grad(): params[0].add_(rank)\n\nattach()"
+    case = Case("sharded", program=pieces(program))
+    (outcome,) = run(pool2, [case])
+    assert outcome.kind == "refused", outcome
+    assert "Ranks 0 and 1 disagree on the values of" in outcome.text
+
+    def said(*values: str) -> list[Result]:
+        text, where = "ValueError: Ranks 0 and 1 disagree on the values of it.", "/dear/attaching.py"
+        return [Result("error", 4, text, where, (each,)) for each in values]
+
+    assert verdict(case, said("a", "b")).kind == "refused"
+    assert verdict(case, said("a", "a")).failed
+
+
+def attaches_twice(case: Case) -> bool:
+    attached = False
+    for piece in case.program:
+        if case.how == "register" or piece.code == "attach()":
+            if attached and piece.code.endswith("attach()"):
+                return True
+        elif piece.code == "detach()":
+            attached = False
+        attached |= piece.code.endswith("attach()")
+    return False
+
+
+def test_few_programs_attach_while_attached():
+    twice = sum(attaches_twice(generate(seed)) for seed in range(2000))
+    assert 0 < twice < 20, twice
 
 
 def test_a_text_of_numbers_is_compared_as_these_are():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 #: How the library is put under the model. "compressed" and "register" use a compressor that stays dense. There is
 #: "owned", too, with an optimizer that wants parameters whole.
@@ -62,12 +62,23 @@ def _default(field: Any) -> Any:
     )
 
 
+class Result(NamedTuple):
+    """What became of a case on one rank."""
+
+    kind: str
+    piece: int  # at which it ended
+    text: str = ""
+    where: str = ""  # an error was raised
+    values: tuple[str, ...] = ()  # digests of plain DDP's parameters before and after the piece of an error
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a case on all ranks together.
 
     kind: "equal"; "refused" (one clear error); "invalid" (plain DDP itself fails at the first piece); or a failure:
-        "difference", "unclear error", "misleading error", "one-sided error", "hang", "crash".
+        "difference", "unclear error", "misleading error", "one-sided error", "false error" (replicas that plain DDP
+        keeps equal are said to differ), "hang", "crash".
     """
 
     kind: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import models
@@ -143,6 +143,7 @@ LAYOUT = {
     "net.to(memory_format=torch.channels_last)": "channels_last",
     "opt.add_param_group({{'params': params[-1:]}})": "add_param_group",
 }
+SECOND = 0.05  # of the attachments while one is there
 EXTRAS = [  # how often, relative to each other
     (READS, 8), (WRITES, 6), (STATE, 5), (AVERAGES, 5), (FORWARDS, 5), (HYPER, 3), (ENGINE, 2), (FREEZING, 1),
     (LAYOUT, 1),
@@ -217,7 +218,21 @@ def generate(seed: int, without: Collection[str] = (), how: str | None = None) -
     names.held = {1: len(names.names), 2: len(names.names) // 2, 0: len(names.names) - 1}[groups]
     pieces = list(program(rng, names))
     kept = [piece for piece in pieces if piece.label not in without]
+    kept = list(attached_once(rng, kept, how))
     return Case(how, model, optimizer, groups, ddp, attach if how != "register" else {}, tuple(kept))
+
+
+def attached_once(rng: random.Random, pieces: Collection[Piece], how: str) -> Iterator[Piece]:
+    """Most of the second attachments left out: they are refused, and nothing behind them would be seen."""
+    attached = False
+    for piece in pieces:
+        attaches = piece.code in ("attach()", "detach(); attach()")
+        # A hook that compress.register() has put under a model stays there: detach() is of an engine.
+        stays = attached and (how == "register" or piece.code == "attach()")
+        if attaches and stays and rng.random() >= SECOND:
+            continue
+        yield piece
+        attached = attaches or (attached and (how == "register" or piece.code != "detach()"))
 
 
 def program(rng: random.Random, names: Names) -> Any:

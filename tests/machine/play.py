@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import hashlib
 import io
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -32,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 import compress
 import dear
 from machine import ahead, more_models
-from machine.case import Case
+from machine.case import Case, Result
 from machine.compare import Rounding, compare, leaves
 from machine.modes import counting, counting_functions
 
@@ -66,6 +67,7 @@ class Run:
         self.exact = True
         self.may_round = False  # in some setting
         self.notes: list[tuple[int, Any]] = []
+        self.values: list[str] = []  # a digest of all parameters before each piece, and at the end; plain DDP's only
         self.piece = -1
         torch.manual_seed(rank)  # what the model draws in training
 
@@ -234,8 +236,10 @@ class Run:
         scope = self.scope()
         try:
             for self.piece in range(pieces):
+                self._digest()
                 exec(compile(self.case.program[self.piece].code, "<program>", "exec"), scope)
             self.piece = pieces
+            self._digest()
             self._finish()
         except Exception as error:
             return error
@@ -251,6 +255,11 @@ class Run:
         loss.backward()
         self.opt.step(lambda: loss.detach())
         self.note_all(self.opt.state_dict()["state"])
+
+    def _digest(self) -> None:
+        if self.plain:
+            parts = [param.detach().contiguous().flatten().view(torch.uint8).numpy() for param in self.params]
+            self.values.append(hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest())
 
     def note_all(self, state: Any) -> None:
         """Everything training has made."""
@@ -290,6 +299,7 @@ class Plain:
     valid: int  # how many of its pieces plain DDP can run; 0: the program is none
     why: str = ""  # it can run no more
     rounding: Rounding | None = None  # where a sum may be taken in another order
+    values: Sequence[str] = ()  # digests of this rank's parameters
 
 
 def under_plain_ddp(case: Case, rank: int) -> Plain:
@@ -320,14 +330,14 @@ def _play_plain(case: Case, rank: int) -> Plain:
         twin = Run(case, rank, plain=True, double=True)
         twin.play(valid)
         rounding = Rounding(run.notes, twin.notes)
-    return Plain(run.notes, valid, why, rounding)
+    return Plain(run.notes, valid, why, rounding, run.values)
 
 
-def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
-    """One case on this rank: kind, the piece at which it ended, a sentence, where the error was raised."""
+def play(rank: int, case: Case, number: int = 0) -> Result:
+    """One case on this rank."""
     want = under_plain_ddp(case, rank)
     if want.valid == 0:
-        return "invalid", 0, want.why, ""
+        return Result("invalid", 0, want.why)
     have = Run(case, rank, plain=False, number=number)
     try:
         raised = have.play(want.valid)
@@ -339,25 +349,25 @@ def play(rank: int, case: Case, number: int = 0) -> tuple[str, int, str, str]:
     finally:
         torch.set_default_dtype(torch.float32)
     if different:
-        return "difference", different[0], different[1], ""
+        return Result("difference", *different)
     if raised is None:
-        return "equal", want.valid, "", ""
+        return Result("equal", want.valid)
     where = "".join(traceback.format_exception(raised)[-8:])
-    return "error", have.piece, _text(raised), where
+    return Result("error", have.piece, _text(raised), where, tuple(want.values[have.piece : have.piece + 2]))
 
 
 def _text(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {error}"[:600]
 
 
-def play_all(rank: int, world: int, cases: list[Case]) -> list[tuple[str, int, str, str]]:
+def play_all(rank: int, world: int, cases: list[Case]) -> list[Result]:
     """Cases one after another, up to and with the first that is not equal: then the group is to be left."""
     store = c10d._get_default_store()
     results = []
     for index, case in enumerate(cases):
         result = play(rank, case, index)
         results.append(result)
-        store.set(f"case/{index}/{rank}", "equal" if result[0] == "equal" else "other")
+        store.set(f"case/{index}/{rank}", "equal" if result.kind == "equal" else "other")
         others = [f"case/{index}/{peer}" for peer in range(world)]
         store.wait(others, PATIENCE)
         if any(store.get(key) != b"equal" for key in others):

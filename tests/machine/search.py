@@ -10,7 +10,7 @@ from typing import Any
 
 from workers import WorkerDied, WorkerPool, WorkerTimeout
 
-from machine.case import Case, Outcome
+from machine.case import Case, Outcome, Result
 from machine.play import play_all
 
 BATCH = 25
@@ -20,21 +20,22 @@ LEAKS = (
     "inference tensor", "During a grad (vjp", "NameError", "KeyError: <", "AssertionError", "index out of range",
 )  # fmt: skip
 OWN_WORDS = re.compile(r"fusion group|engine\.|dear\.|compress\.")  # raised in native code, under backward()
+DISAGREE = re.compile(r"Ranks \d+ and \d+ disagree on the values of ")
 PEER = re.compile(r"Rank \d .*(connection|did not|left the engine|stalled|ended|closed)|Connection|timed out|Timed out")
 
 
-def verdict(case: Case, results: list[tuple[str, int, str, str]]) -> Outcome:
+def verdict(case: Case, results: list[Result]) -> Outcome:
     """What all ranks' results mean."""
-    for kind, piece, text, _ in results:
-        if kind == "difference":
-            return Outcome("difference", text, _code(case, piece))
-    if all(kind == "invalid" for kind, *_ in results):
-        return Outcome("invalid", results[0][2])
-    errors = [(piece, text, where) for kind, piece, text, where in results if kind == "error"]
+    for result in results:
+        if result.kind == "difference":
+            return Outcome("difference", result.text, _code(case, result.piece))
+    if all(result.kind == "invalid" for result in results):
+        return Outcome("invalid", results[0].text)
+    errors = [result for result in results if result.kind == "error"]
     if not errors:
         return Outcome("equal")
-    own = [error for error in errors if not PEER.search(error[1])] or errors
-    piece, text, where = own[0]
+    own = [error for error in errors if not PEER.search(error.text)] or errors
+    _, piece, text, where, _ = own[0]
     at = _code(case, piece)
     if not (clear(text) and (raised_here(where) or OWN_WORDS.search(text))):
         return Outcome("unclear error", text + "\n" + where, at)
@@ -42,6 +43,8 @@ def verdict(case: Case, results: list[tuple[str, int, str, str]]) -> Outcome:
         return Outcome("one-sided error", text, at)
     if "no_sync" in text and not any("no_sync" in each.code for each in case.program):
         return Outcome("misleading error", text, at)
+    if DISAGREE.search(text) and len({error.values for error in errors}) == 1:
+        return Outcome("false error", text, at)
     return Outcome("refused", text, at)
 
 
