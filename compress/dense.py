@@ -23,10 +23,11 @@ class Dense(Compressor):
     those of 16 bits, and 0.8% more. With error feedback, which is the default there, what rounding lost is sent later.
     Without, both roundings are stochastic: right in the mean, from a seed, so that a resumed run draws the same.
 
-    In 4, 3 or 2 bits an element is one of 15, 7 or 3 levels, evenly spaced around 0, and blocks of 128 share a step of
-    16 bits: 3.9, 5.1 or 7.5 times fewer bytes than 16 bits. The step is chosen for a small error; what lies beyond the
-    outermost levels is sent in parts, with error feedback, which is the default here too; without, it is lost. Where
-    ``exempt`` is not given, vectors are: biases and weights of norms, few as they are, do not bear so few bits.
+    In 4, 3 or 2 bits an element is one of 15, 7 or 3 levels around 0, a step apart (in 3 bits the outermost two steps),
+    and blocks of 128 share a step of 16 bits: 3.9, 5.1 or 7.5 times fewer bytes than 16 bits. The step is chosen for a
+    small error; what lies beyond the outermost levels is sent in parts, with error feedback, which is the default here
+    too; without, it is lost. Where ``exempt`` is not given, vectors are: biases and weights of norms, few as they are,
+    do not bear so few bits.
 
     There, ``scale="element"`` divides each element by a scale of its own before it is rounded: a power of two near the
     root of the running mean of the squares of its past results (weights of 1/16), but not far below its block's mean.

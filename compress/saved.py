@@ -130,15 +130,17 @@ def check_form(state: State) -> None:
     """
     kinds = {
         "options": dict, "step": int, "start": dict, "seed": int, "rank": int, "world_size": int, "layout": list,
-        "exempt": list, "errors": dict, "owned": dict, "named": dict, "own": object,
+        "exempt": list, "errors": dict, "owned": dict, "named": dict,
     }  # fmt: skip
     for part, kind in kinds.items():
-        if part not in state or not isinstance(state[part], kind):
+        if not isinstance(state.get(part), kind):
             found = f"a {type(state[part]).__name__}" if part in state else "missing"
             raise ValueError(
                 f'The compressor\'s state is damaged: "{part}" must be a {kind.__name__} and is {found}; load what '
                 "state_dict() returned."
             )
+    if "own" not in state:  # of whatever type
+        raise ValueError('The compressor\'s state is damaged: "own" is missing; load what state_dict() returned.')
     owned = {name: value[-1] if isinstance(value, tuple) else value for name, value in state["owned"].items()}
     for name, error in [*state["errors"].items(), *owned.items()]:
         if not isinstance(error, Tensor) or error.dtype != torch.float32 or error.dim() != 1:

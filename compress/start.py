@@ -35,9 +35,10 @@ class Start:
         """Whether a step of an optimizer with these parameter groups is the first behind the warm-up."""
         rates = [float(group["lr"]) for group in groups]
         before, self._rates = self._rates, rates
-        if before is None or any(now > then for now, then in zip(rates, before, strict=False)):
+        changes = [now - then for now, then in zip(rates, before or [], strict=False)]
+        if before is None or any(change > 0 for change in changes):
             return False
-        falls = any(now < then for now, then in zip(rates, before, strict=False))
+        falls = any(change < 0 for change in changes)
         below = any(rate < group.get("initial_lr", rate) for rate, group in zip(rates, groups, strict=True))
         return falls or not below
 

@@ -134,21 +134,24 @@ def widest(layers: Iterable[Layer]) -> torch.dtype:
 
 def message_size(layer: Layer) -> int:
     """Elements of a layer's factors in a message."""
-    return sum(layer.blocks * n * (n + 1) // 2 for n in layer.sizes) + 1
+    return sum(_sizes(layer.blocks, layer.sizes)) + 1
+
+
+def _sizes(blocks: int, sides: Iterable[int]) -> list[int]:
+    """Elements of the upper triangles of factors with these sides."""
+    return [blocks * n * (n + 1) // 2 for n in sides]
 
 
 def pack(inputs: Tensor, outputs: Tensor, counts: Tensor, message: Tensor) -> None:
     """Writes symmetric factors to a message."""
-    at = 0
-    for factor in (inputs, outputs):
-        blocks, n, _ = factor.shape
-        upper = message[at : at + blocks * n * (n + 1) // 2]
-        at += upper.numel()
+    pair = inputs, outputs
+    uppers = message[:-1].split(_sizes(len(inputs), [factor.shape[1] for factor in pair]))
+    for factor, upper in zip(pair, uppers, strict=True):
         if message.is_cpu:
             _C.write_triangles(factor.to(message.dtype), upper)
         else:
-            rows, columns = torch.triu_indices(n, n, device=factor.device)
-            upper.copy_(factor[:, rows, columns].view(-1))
+            rows, columns = torch.triu_indices(*factor.shape[1:], device=factor.device)
+            upper.copy_(factor[:, rows, columns].reshape(-1))
     message[-1:].copy_(counts)
 
 
@@ -156,16 +159,16 @@ def unpack(layer: Layer, message: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The mean factors of those ranks that count, from the mean of all ranks' messages, and the mean count."""
     message = message.to(factor_dtype(layer))
     counts = message[-1]
-    message = torch.where(counts > 0, message / counts, 0.0)
-    at, pair = 0, []
-    for n in layer.sizes:
-        upper = message[at : at + layer.blocks * n * (n + 1) // 2]
-        at += upper.numel()
-        if message.is_cpu:
-            factor = _C.from_triangles(upper, layer.blocks, n)
-        else:
-            rows, columns = torch.triu_indices(n, n, device=message.device)
-            factor = message.new_empty(layer.blocks, n, n)
-            factor[:, rows, columns] = factor[:, columns, rows] = upper.view(layer.blocks, -1)
-        pair.append(factor)
-    return pair[0], pair[1], counts
+    means = torch.where(counts > 0, message[:-1] / counts, 0.0)
+    uppers = means.split(_sizes(layer.blocks, layer.sizes))
+    inputs, outputs = (_symmetric(upper, layer.blocks, n) for upper, n in zip(uppers, layer.sizes, strict=True))
+    return inputs, outputs, counts
+
+
+def _symmetric(upper: Tensor, blocks: int, n: int) -> Tensor:
+    if upper.is_cpu:
+        return _C.from_triangles(upper, blocks, n)
+    rows, columns = torch.triu_indices(n, n, device=upper.device)
+    factor = upper.new_empty(blocks, n, n)
+    factor[:, rows, columns] = factor[:, columns, rows] = upper.view(blocks, -1)
+    return factor

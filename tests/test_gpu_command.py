@@ -120,6 +120,17 @@ def test_the_build_is_for_one_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "compute capability 9.0 ended at: cmake --build" in capsys.readouterr().err
 
 
+def test_a_package_that_tests_need_is_asked_for_before_the_build(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda tool, path: tool)
+    monkeypatch.setattr(build, "find_spec", lambda name: None if name == "hypothesis" else name)
+    monkeypatch.setattr(cuda, "query", lambda: {"compute_capability": "9.0"})
+    with pytest.raises(SystemExit):
+        build.main()
+    assert "hypothesis is not installed, and the tests need it: pip install hypothesis" in capsys.readouterr().err
+
+
 def test_without_a_gpu_one_sentence_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

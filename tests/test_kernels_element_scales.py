@@ -85,12 +85,12 @@ def test_scales_are_powers_of_two_in_a_range() -> None:
 def test_a_small_element_is_rounded_as_finely_as_its_neighbours() -> None:
     """All lose the same part, where without scales the small ones lose nearly all."""
     n, small = 1 << 14, torch.arange(1 << 14) % 2 == 0
-    deviation = torch.where(small, 1 / 8, 1.0)
+    deviation = torch.where(small, 1 / 16, 1.0)  # as small as scales still reach
     grad = gradient("normal", n) * deviation
     for scales, most in ((reference_levels.scales_of(deviation**2), 0.1), (None, 1.0)):
         _, left, _ = reference_levels.encode(grad, None, 3, scales)
         lost = [(left[of].square().sum() / grad[of].square().sum()).item() for of in (small, ~small)]
-        assert lost[0] < most and (scales is not None or lost[0] > 0.8) and lost[1] < 0.1
+        assert lost[0] < most and (scales is not None or lost[0] > 0.9) and lost[1] < 0.1
 
 
 def test_what_has_no_results_yet_counts_as_a_small_one() -> None:
