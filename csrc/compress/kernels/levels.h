@@ -9,8 +9,8 @@
 
 namespace dear::compress {
 
-// Levels on each side of 0, and the outermost of them, in steps. In 3 bits they are 0, 1, 2 and 4: most elements
-// are small, and finer steps for them are worth a wider gap between the outer two.
+// Levels on each side of 0, and the outermost of them, in steps. In 3 bits they are 0, 1, 2 and 4: most
+// elements are small, and finer steps for them are worth a wider gap between the outer two.
 DEAR_HOST_DEVICE constexpr int level_limit(int bits) { return (1 << (bits - 1)) - 1; }
 DEAR_HOST_DEVICE constexpr int level_reach(int bits) { return bits == 3 ? 4 : level_limit(bits); }
 
