@@ -1,5 +1,6 @@
 #include "precondition/capture.h"
 
+#include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -106,7 +107,7 @@ struct MeanCapture::State {
 
   // A pass counts.
   void add(size_t index, const Sum& input, const at::Tensor& grad) {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const CapturedLayer& layer = layers[index];
     const int task = torch::autograd::get_current_graph_task_id();
     const at::Tensor output = with_rows() ? sum_of_outputs(layer, grad, dtype) : at::Tensor();
@@ -164,7 +165,7 @@ void MeanCapture::see(size_t layer, const at::Tensor& x, const at::Tensor& outpu
   }
   Sum input;
   {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     input = sum_of_inputs(own, x, state_->dtype);
   }
   auto accumulator = torch::autograd::impl::grad_accumulator(own.weight);
