@@ -11,6 +11,8 @@ import compress
 import dear
 
 CYCLES = 2_000_000_000  # about a second: far more than the host takes for the steps below
+# In its first ten steps DDP times itself, for which its forward pass waits for the device.
+FIRST_STEPS = 12
 
 
 def model_of(width: int = 64) -> DDP:
@@ -28,7 +30,7 @@ def several_wait(rank: int, world: int) -> None:
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda._sleep(CYCLES // 10)  # the exchange begins after all have waited
-        work = dear.all_reduce(source.clone(), algorithm="native")
+        work = dear.all_reduce(source.clone(), op="avg", algorithm="native")
         seen = []
         for stream in streams:
             with torch.cuda.stream(stream):
@@ -51,7 +53,7 @@ def runs_ahead(rank: int, world: int) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
 
-            for _ in range(4):
+            for _ in range(FIRST_STEPS):
                 step()
             torch.cuda.synchronize()
             dist.barrier()
@@ -82,21 +84,23 @@ def one_read_a_step(rank: int, world: int) -> None:
 
 
 def capture_is_refused(rank: int, world: int) -> None:
+    """A whole step in a CUDA graph, as it would be captured: on a stream of its own, behind first steps there."""
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(8, 64, device=place())
     with dear.attach(model, optimizer, update="replicated"):
-        for _ in range(3):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        torch.cuda.synchronize()
-        loss = model(x).square().mean()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            for _ in range(FIRST_STEPS):
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            model(x)  # so that nothing of the last step is left to be waited for
+            torch.cuda.synchronize()
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 with pytest.raises(RuntimeError, match="A CUDA graph is being captured"):
-                    loss.backward()
+                    model(x).square().mean().backward()
             finally:
                 graph.capture_end()

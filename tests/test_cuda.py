@@ -55,7 +55,7 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     *((test_compressors_golden.flat_kinds, (kind,)) for kind in ("topk", "sign", "majority")),
     *((test_compressors_golden.sixteen_bits, (dtype, None)) for dtype in (torch.bfloat16, torch.float16)),
     *((test_dense_eight_bits.as_said, (dtype,)) for dtype in (torch.int8, torch.float8_e4m3fn)),
-    (test_dense_few_bits.as_said, ()),
+    *((test_dense_few_bits.as_said, (scale,)) for scale in ("block", "element")),
     (on_streams.several_wait, ()),
     (on_streams.runs_ahead, ()),
     (on_streams.one_read_a_step, ()),
