@@ -12,19 +12,17 @@ there already are taken care of here. In the file an experiment stands under its
 """
 
 import argparse
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from . import progress, records
+from . import records
 from .command import fail, listed, positive, rate, terminal, worker_count
 from .launch import Measure, WorkersFailed
 from .network.lab import KINDS, Lab, Loopback, open_lab
@@ -32,12 +30,10 @@ from .network.namespaces import NetworkUnavailable
 from .network.nodes import NodesLab
 from .network.rates import UNLIMITED
 from .progress import Part, Report
+from .store import Differs, Store
+from .store import ended_by_a_sentence as ended
 from .worker import Worker, launched
 
-# What a second try adds to an experiment when a candidate took its worker down: a finding, and no other experiment.
-FOUND = "excluded"
-# What must be the same for two cells to stand in one file.
-SAME = ("benchmark", "schema", "commit", "machine", "versions")
 # Starts the workers of one cell, given its experiment: launch.run_workers(...).
 RunCell = Callable[[Lab | Loopback, Any, Report], dict[str, Any]]
 AS_LAUNCHED = "as launched"  # by torchrun, mpirun or srun: the network is whatever connects the processes
@@ -54,101 +50,6 @@ class Benchmark:
     measure: Measure  # a worker's part of one cell; "plan" is in it
     run_cell: RunCell
     show: Callable[[dict[str, Any], Console], None]  # prints one cell
-
-
-class Differs(ValueError):
-    """The file that is to be resumed holds something else; the message says what, and what to do."""
-
-
-@dataclass
-class Store:
-    """The cells of one run, in a file where `path` is given. Rank 0 has one, or the process that starts the workers.
-
-    A cell is what a benchmark measured, its "plan", and what tells it from the others of the file.
-    """
-
-    payload: dict[str, Any]
-    path: Path | None = None
-    resumed: list[dict[str, Any]] = field(default_factory=list)  # cells found in the file
-
-    @classmethod
-    def open(cls, header: dict[str, Any], path: Path | None, resume: bool) -> "Store":
-        """Begins with no cell, or, to `resume`, with those of the file, if there is one.
-
-        Raises Differs if the file is of another benchmark, commit, machine or version, or none was named to resume.
-        """
-        store = cls(header | {"cells": []}, path)
-        if resume and path is None:
-            raise Differs("There is nothing to resume without a file: name it with --json.")
-        if not resume or path is None or not path.exists():
-            return store
-        try:
-            before = json.loads(path.read_text())
-            store.resumed = before["cells"]
-            found = {name: before[name] for name in SAME}
-        except (ValueError, KeyError, TypeError) as error:
-            raise Differs(
-                f"{path} holds no results of a benchmark, so it cannot be resumed: name another file with --json."
-            ) from error
-        for name in SAME:
-            if found[name] != header[name]:
-                raise Differs(
-                    f"{path} was measured with another {name} ({difference(found[name], header[name])}), so it cannot "
-                    "be resumed: leave out --resume to begin anew, or name another file with --json."
-                )
-        store.payload["cells"] = list(store.resumed)
-        return store
-
-    def find(self, where: Mapping[str, Any], experiment: Any) -> dict[str, Any] | None:
-        """The cell that was resumed for this, if there is one. Raises Differs if it had another experiment.
-
-        where: what tells the cell from the others of the file; what is "" there, the cell does not have.
-        """
-        for cell in self.resumed:
-            if any(cell.get(name, "") != value for name, value in where.items()):
-                continue
-            then, now = ({k: v for k, v in one.items() if k != FOUND} for one in (cell["plan"], asdict(experiment)))
-            if then != now:
-                known = ", ".join(f"{name} {value}" for name, value in where.items() if value != "")
-                raise Differs(
-                    f"{self.path} holds {known}, with another experiment ({difference(then, now)}), so it cannot be "
-                    "resumed: give the same options, or name another file with --json."
-                )
-            return cell
-        return None
-
-    def obtain(
-        self,
-        where: Mapping[str, Any],
-        experiment: Any,
-        part: Part,
-        title: str,
-        measure: Callable[[Report], dict[str, Any]],
-        console: Console,
-    ) -> dict[str, Any]:
-        """The cell that the file holds already, or else one measured now, with `where` in it, and stored."""
-        cell = self.find(where, experiment)
-        if cell is not None:
-            progress.resumed(console, f"{part}: {title}", part)
-            return cell
-        with progress.bar(console, f"{part}: {title}", part) as report:
-            cell = {name: value for name, value in where.items() if value != ""} | measure(report)
-        self.payload["cells"].append(cell)
-        self.write()
-        return cell
-
-    def write(self) -> None:
-        """Writes the file, after each cell: an interrupt loses only the cell it interrupts."""
-        if self.path:
-            records.write(self.path, self.payload)
-
-
-def difference(then: Any, now: Any, name: str = "") -> str:
-    """The first difference of two values of JSON, for people: "rounds: 4 then, 8 now"; empty if they are equal."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        found = (difference(then.get(k), now.get(k), f"{name}.{k}".strip(".")) for k in sorted(then.keys() | now))
-        return next(filter(None, found), "")
-    return "" if then == now else f"{name}: {then} then, {now} now".removeprefix(": ")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -185,17 +86,9 @@ def main(benchmark: Benchmark, given: argparse.Namespace, experiments: Mapping[s
         return (_as_launched if launched() else _on_a_network)(benchmark, given, experiments)
 
 
-@contextmanager
-def ended_by_a_sentence(path: Path | None) -> Iterator[None]:
+def ended_by_a_sentence(path: Path | None) -> AbstractContextManager[None]:
     """What ends a benchmark early, an interrupt among it, is said in one sentence on stderr, and ends the program."""
-    try:
-        yield
-    except (Differs, NetworkUnavailable, WorkersFailed) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        stored = f"; finished cells are in {path}, and --resume goes on from there" if path else ""
-        print(f"Interrupted{stored}.", file=sys.stderr)
-        raise SystemExit(130) from None
+    return ended(path, NetworkUnavailable, WorkersFailed)
 
 
 def _open(benchmark: Benchmark, given: argparse.Namespace) -> Store:
@@ -207,7 +100,7 @@ def _on_a_network(
     benchmark: Benchmark, given: argparse.Namespace, experiments: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Starts the workers of every cell on the network asked for."""
-    console, store, begun = terminal(), _open(benchmark, given), time.monotonic()
+    console, kept, begun = terminal(), _open(benchmark, given), time.monotonic()
     cells: list[dict[str, Any]] = []
     for workers in given.workers:
         with open_network(workers, given) as lab:
@@ -221,11 +114,11 @@ def _on_a_network(
                 for name, experiment in experiments.items()
             ]
             for where, experiment in todo:
-                store.find(where, experiment)  # what cannot be resumed is said before hours are spent on the others
+                kept.find(where, experiment)  # what cannot be resumed is said before hours are spent on the others
             for where, experiment in todo:
                 title = ", ".join(filter(None, [f"{workers} workers", where["rate"], where["variant"]]))
                 measure = partial(run_at, lab, where["rate"], benchmark.run_cell, experiment)
-                cell = store.obtain(where, experiment, Part(len(cells) + 1, total), title, measure, console)
+                cell = kept.obtain(where, experiment, Part(len(cells) + 1, total), title, measure, console)
                 benchmark.show(cell, console)
                 cells.append(cell)
     console.print(f"Cells: {len(cells)}, in {(time.monotonic() - begun) / 60:.1f} min.", highlight=False)

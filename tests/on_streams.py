@@ -85,13 +85,12 @@ def one_read_a_step(rank: int, world: int) -> None:
 
 def capture_is_refused(rank: int, world: int) -> None:
     """A whole step in a CUDA graph, as it would be captured: on a stream of its own, behind first steps there."""
-    model = model_of()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.randn(8, 64, device=place())
-    with dear.attach(model, optimizer, update="replicated"):
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # on which DDP adds up gradients, too, as it was wrapped there
+        model = model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = torch.randn(8, 64, device=place())
+        with dear.attach(model, optimizer, update="replicated"):
             for _ in range(FIRST_STEPS):
                 model(x).square().mean().backward()
                 optimizer.step()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import cells, progress, records
+from benchmarks import cells, progress, records, store
 from benchmarks.worker import launched
 
 
@@ -128,9 +128,9 @@ def test_who_started_us(monkeypatch: pytest.MonkeyPatch, environment: dict[str, 
 
 
 def test_a_difference_is_named_by_its_place() -> None:
-    assert cells.difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == "a.c: 2 then, 3 now"
-    assert cells.difference("x", "y") == "x then, y now"
-    assert cells.difference({"a": [1]}, {"a": [1]}) == ""
+    assert store.difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == "a.c: 2 then, 3 now"
+    assert store.difference("x", "y") == "x then, y now"
+    assert store.difference({"a": [1]}, {"a": [1]}) == ""
 
 
 def test_progress_without_a_terminal_says_what_remains() -> None:

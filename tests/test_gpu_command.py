@@ -19,10 +19,10 @@ import pytest
 from rich.console import Console
 
 from benchmarks import cuda, records
-from benchmarks.cells import Store
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import build, claims, measure, mps, outcomes
 from benchmarks.gpu.tasks import Task, tasks
+from benchmarks.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -310,3 +310,22 @@ def test_the_rehearsal_is_interrupted_and_goes_on_to_the_end(tmp_path: Path) -> 
     await_none(mark)
     training = json.loads((tmp_path / "training-resnet50.json").read_text())
     assert [one["failure"] for one in training["cells"][0]["strategies"]] == [None] * 4
+
+
+NOTHING_BUILT = """
+import sys
+
+class Unbuilt:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("dear", "compress", "precondition"):
+            raise ImportError(f"{name} is not built")
+
+sys.meta_path.insert(0, Unbuilt())
+import benchmarks.gpu.__main__
+import benchmarks.gpu.build
+"""
+
+
+def test_it_starts_where_nothing_is_built_yet() -> None:
+    done = subprocess.run([sys.executable, "-c", NOTHING_BUILT], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr

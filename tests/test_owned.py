@@ -15,6 +15,7 @@ import dear
 SMALL = {"bucket_cap_mb": 0.002, "update": "owned"}
 BOTH = ("ring", "native")
 ADAFACTOR = (optim.Adafactor, {"lr": 0.01})
+FACTORED = (owning.Factored, {"lr": 0.05})
 
 
 def all_models(rank, world, optimizer, exact):
@@ -29,9 +30,8 @@ def test_models_bit_for_bit(pool2, optimizer):
 
 def test_models_to_rounding(pool3, pool4):
     # Adafactor divides gradients by their size, and so makes much of the rounding of those that are almost zero.
-    whole = (owning.Factored, {"lr": 0.05})
-    pool3.run(all_models, whole, False)
-    pool4.run(all_models, whole, False)
+    pool3.run(all_models, FACTORED, False)
+    pool4.run(all_models, FACTORED, False)
     pool4.run(all_models, training.SGD, False)
 
 
@@ -46,8 +46,9 @@ OPTIMIZERS = [
 
 def optimizers(rank, world, algorithms):
     for optimizer in OPTIMIZERS:
+        model = training.model_for_sums() if optimizer is ADAFACTOR else "Mlp"
         for algorithm in algorithms:
-            training.compare(rank, world, "Mlp", optimizer, attach={**SMALL, "algorithm": algorithm})
+            training.compare(rank, world, model, optimizer, attach={**SMALL, "algorithm": algorithm})
 
 
 def test_optimizers(pool2):
@@ -88,7 +89,7 @@ def wide_to_rounding(rank, world):
     models.Wide = Wide
     for algorithm in BOTH:
         attach = {"update": "owned", "bucket_cap_mb": 0.3, "algorithm": algorithm}
-        for optimizer in ((owning.Factored, {"lr": 0.05}), (owning.WholeAdamW, {"lr": 0.01}), training.SGD):
+        for optimizer in (FACTORED, (owning.WholeAdamW, {"lr": 0.01}), training.SGD):
             training.compare(rank, world, "Wide", optimizer, attach=attach, exact=False)
 
 

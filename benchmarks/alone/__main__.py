@@ -10,6 +10,7 @@ from functools import partial
 from .. import cells, records
 from ..command import Parser, filled, positive, terminal
 from ..progress import Part
+from ..store import Store
 from ..training.experiment import strategy_names
 from ..training.strategies import FORMS
 from ..training.trainer import OPTIMIZERS
@@ -40,7 +41,7 @@ def main() -> None:
     given, console = arguments(), terminal()
     experiment = filled(Experiment, given)
     with cells.ended_by_a_sentence(given.json):
-        store = cells.Store.open(records.header("alone", asdict(experiment)), given.json, given.resume)
+        store = Store.open(records.header("alone", asdict(experiment)), given.json, given.resume)
         cell = store.obtain({}, experiment, Part(1, 1), "a single rank", partial(measure, experiment), console)
     show(cell, console)
 

@@ -11,6 +11,7 @@ from functools import partial
 from .. import cells, records
 from ..command import Parser, fail, number, terminal
 from ..network.rates import UNLIMITED, bits
+from ..store import Store
 from ..training.experiment import experiment_options
 from .measure import FLOOR, parts, run
 from .show import show
@@ -38,7 +39,7 @@ def main() -> None:
     counted = parts(given)
     header = records.header("bandwidth", {"workers": given.workers, "rates": given.rates, "limit": given.limit})
     with cells.ended_by_a_sentence(given.json):
-        store = cells.Store.open(header, given.json, given.resume)
+        store = Store.open(header, given.json, given.resume)
         store.payload["needed"] = []
         for workers in given.workers:
             with cells.open_network(workers, given) as lab:

@@ -17,6 +17,7 @@ from ..network.lab import Lab, Loopback
 from ..network.rates import bits, show_rate
 from ..progress import Part
 from ..stats import paired_ratio, round_times
+from ..store import Store
 from ..training.experiment import experiment_of
 from ..training.measure import run_cell
 
@@ -97,7 +98,7 @@ def parts(given: argparse.Namespace) -> Iterator[Part]:
 
 
 def run(
-    given: argparse.Namespace, lab: Lab | Loopback, store: cells.Store, counted: Iterator[Part], console: Console
+    given: argparse.Namespace, lab: Lab | Loopback, store: Store, counted: Iterator[Part], console: Console
 ) -> list[Needed]:
     """The search for one number of workers; every rung is stored as soon as it was measured."""
 

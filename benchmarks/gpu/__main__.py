@@ -15,8 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .. import cells, cuda, records
+from .. import cuda, records
 from ..command import Parser, fail, number, terminal
+from ..store import Store, ended_by_a_sentence
 from . import mps
 from .measure import Call
 from .show import show
@@ -37,7 +38,7 @@ def main() -> None:
     if not given.dry_run and not cuda.query():
         fail("nvidia-smi names no GPU here: run this where there is one, or rehearse it with --dry-run.")
     given.out.mkdir(parents=True, exist_ok=True)
-    with cells.ended_by_a_sentence(given.out / "gpu.json"):
+    with ended_by_a_sentence(given.out / "gpu.json"):
         about = nullcontext("MPS is not used in a rehearsal.") if given.dry_run else mps.started()
         with about as sentence:
             console.print(sentence, highlight=False)
@@ -55,7 +56,7 @@ def run(given: argparse.Namespace, console: Console) -> dict[str, str]:
     """All tasks, as far as the time goes; what became of each."""
     path = given.out / "gpu.json"
     header = records.header("gpu", {"dry_run": given.dry_run}, "cpu" if given.dry_run else "cuda")
-    store = cells.Store.open(header, path, given.resume)
+    store = Store.open(header, path, given.resume)
     return Call(tasks(given.dry_run), given.minutes, given.out, store, given.resume and path.exists(), console).run()
 
 

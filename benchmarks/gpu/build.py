@@ -24,6 +24,10 @@ from compress import ops
 error = torch.zeros(4, device="cuda")
 ops.error_correct(torch.ones(4, device="cuda"), error)
 assert error.sum().item() == 4
+try:
+    ops.error_correct(torch.ones(4, device="cuda"), torch.zeros(3, device="cuda"))
+except ValueError as refusal:
+    assert "3" in str(refusal)  # numbers in native sentences: with two C++ libraries in the process they crash
 """
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..cells import Store
 from ..matrix.measure import Ended, run
 from ..progress import Part, Report, Step
+from ..store import Store
 from . import outcomes
 from .tasks import Task
 

@@ -15,6 +15,7 @@ from compress import ops
 from .. import cells, records
 from ..command import Parser, fail, listed, number, one_of, positive, terminal
 from ..progress import Part
+from ..store import Store
 from .cases import FAMILIES
 from .measure import Experiment, measure_family
 from .show import show
@@ -54,9 +55,7 @@ def main() -> None:
     if experiment.device == "cuda":
         need_gpu()
     with cells.ended_by_a_sentence(given.json):
-        store = cells.Store.open(
-            records.header("kernels", asdict(experiment), experiment.device), given.json, given.resume
-        )
+        store = Store.open(records.header("kernels", asdict(experiment), experiment.device), given.json, given.resume)
         families = given.families or list(FAMILIES)
         for index, family in enumerate(families, 1):
             part, measure = Part(index, len(families)), partial(measure_family, family, experiment)

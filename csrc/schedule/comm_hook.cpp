@@ -1,6 +1,9 @@
 #include "schedule/comm_hook.h"
 
 #include <c10/core/impl/VirtualGuardImpl.h>
+#ifdef DEAR_WITH_CUDA
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#endif
 
 #include <type_traits>
 #include <utility>
@@ -16,23 +19,32 @@ struct HookState {
   HoldsGil holds_gil;
 };
 
-// Not every torch can say it of any device.
+// Whether a graph is being captured on the current stream of the device. Not every torch can say it of any
+// device; of CUDA all can, to whoever is built with it.
 template <typename Guard, typename = void>
 struct Captures {
-  static bool stream(const Guard&, at::Device) { return false; }
+  static bool on(const Guard&, at::Device) { return false; }
 };
 template <typename Guard>
 struct Captures<Guard, std::void_t<decltype(&Guard::isStreamCapturing)>> {
-  static bool stream(const Guard& guard, at::Device device) {
+  static bool on(const Guard& guard, at::Device device) {
     return guard.isStreamCapturing(guard.getStream(device));
   }
 };
 
+bool is_capturing(at::Device device) {
+#ifdef DEAR_WITH_CUDA
+  if (device.is_cuda())
+    return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+#endif
+  using Guard = c10::impl::VirtualGuardImpl;
+  return Captures<Guard>::on(Guard(device.type()), device);
+}
+
 // What a graph replays has no host in it: no queue, no lane's order, no look at what has changed.
 void refuse_capture(const at::Tensor& buffer) {
   if (buffer.is_cpu()) return;
-  const c10::impl::VirtualGuardImpl guard(buffer.device().type());
-  TORCH_CHECK(!Captures<c10::impl::VirtualGuardImpl>::stream(guard, buffer.device()),
+  TORCH_CHECK(!is_capturing(buffer.device()),
               "A CUDA graph is being captured around a backward pass whose gradients this library exchanges, "
               "which no graph can hold: leave the step uncaptured, or capture parts of the model alone, with "
               "torch.cuda.make_graphed_callables.");

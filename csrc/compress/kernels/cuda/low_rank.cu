@@ -1,4 +1,8 @@
+#include <algorithm>
+#include <climits>
+
 #include "compress/kernels/cuda/low_rank.cuh"
+#include "compress/kernels/cuda/low_rank.h"
 
 namespace dear::compress::cuda {
 
@@ -9,6 +13,11 @@ namespace {
 constexpr int kTileRows = kThreads / 32 * 4;
 constexpr int kTileColumns = 32 * 4;
 constexpr int kTileRank = 8;
+
+// Up to this rank a thread has its rows of Q in registers.
+constexpr int kThinRank = 8;
+constexpr int kDecodeRows = 8;                            // of a warp
+constexpr int kDecodeTile = kThreads / 32 * kDecodeRows;  // of a thread block
 
 // See Note [Overflow in low-rank factors].
 __global__ __launch_bounds__(kThreads) void limit_kernel(float* factor, int64_t n, int32_t* dropped) {
@@ -132,6 +141,55 @@ __global__ __launch_bounds__(kThreads) void subtract_kernel(BatchShape batch, co
   if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
 }
 
+// Of few columns: a thread keeps its four rows of Q in registers, and a warp goes down kDecodeRows rows of P,
+// which are the same for all of its lanes.
+template <bool kFast, int kRank, typename T>
+__device__ __forceinline__ void decode_rows(const BatchShape& batch, const float* p, const float* q,
+                                            T* matrix, int first, int column) {
+  const int columns = static_cast<int>(batch.columns);
+  const int rows = static_cast<int>(batch.rows);
+  const bool whole = batch.rank == kRank && vector_aligned(p) && vector_aligned(q);
+  float own[4][kRank];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) factor_row<kRank>(q, columns, batch.rank, column + j, whole, own[j]);
+#pragma unroll 4
+  for (int i = 0; i < kDecodeRows; ++i) {
+    const int row = first + i * (kThreads / 32);
+    float left[kRank];
+    factor_row<kRank>(p, rows, batch.rank, row, whole, left);
+    float sums[4] = {};
+#pragma unroll
+    for (int k = 0; k < kRank; ++k) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[j] += left[k] * own[j][k];
+    }
+    T* to = matrix + row * batch.columns;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[j] = held(sums[j], to);
+    store_group<kFast>(sums, to, column, row < rows ? columns : 0);
+  }
+}
+
+template <typename T, int kRank>
+__global__ __launch_bounds__(kThreads) void thin_decode_kernel(BatchShape batch, const float* p,
+                                                               const float* q, const int64_t* starts, T* out,
+                                                               int64_t numel) {
+  const int64_t across = ceil_div(batch.columns, kTileColumns);
+  const int64_t tiles = across * ceil_div(batch.rows, kDecodeTile);
+  const int64_t matrix = blockIdx.x / tiles;
+  const int tile = static_cast<int>(blockIdx.x % tiles);
+  const int row = static_cast<int>(tile / across) * kDecodeTile + threadIdx.x / 32;
+  const int column = static_cast<int>(tile % across) * kTileColumns + threadIdx.x % 32 * 4;
+  T* own = out + start_of(starts, matrix, batch.numel(), numel);
+  p += matrix * batch.rows * batch.rank;
+  q += matrix * batch.columns * batch.rank;
+  if (batch.columns % 4 == 0 && vector_aligned(own)) {
+    decode_rows<true, kRank>(batch, p, q, own, row, column);
+  } else {
+    decode_rows<false, kRank>(batch, p, q, own, row, column);
+  }
+}
+
 template <typename T>
 __global__ __launch_bounds__(kThreads) void decode_kernel(BatchShape batch, const float* p, const float* q,
                                                           const int64_t* starts, T* out, int64_t numel) {
@@ -181,8 +239,18 @@ void low_rank_decode(const BatchShape& batch, const float* p, const float* q, co
   if (tile_count(batch) == 0) return;
   dispatch(type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    decode_kernel<T>
-        <<<tile_count(batch), kThreads, 0, stream>>>(batch, p, q, starts, static_cast<T*>(out), numel);
+    T* target = static_cast<T*>(out);
+    if (batch.rank > kThinRank || std::max(batch.rows, batch.columns) > INT_MAX - kThreads) {
+      decode_kernel<T><<<tile_count(batch), kThreads, 0, stream>>>(batch, p, q, starts, target, numel);
+      return;
+    }
+    const auto grid = static_cast<unsigned>(batch.count * ceil_div(batch.rows, kDecodeTile) *
+                                            ceil_div(batch.columns, kTileColumns));
+    if (batch.rank <= 4) {
+      thin_decode_kernel<T, 4><<<grid, kThreads, 0, stream>>>(batch, p, q, starts, target, numel);
+    } else {
+      thin_decode_kernel<T, kThinRank><<<grid, kThreads, 0, stream>>>(batch, p, q, starts, target, numel);
+    }
   });
 }
 

@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <climits>
+
 #include "compress/kernels/cuda/low_rank.cuh"
 #include "compress/kernels/cuda/low_rank_sweep.h"
 
@@ -6,44 +9,37 @@ namespace dear::compress::cuda {
 namespace {
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kStripe = 32 * 4;        // columns that a warp has at once: four of each lane
-constexpr int kRows = 2;               // rows that a warp has at once: more would not fit the registers
+constexpr int kStripe = 32 * 4;        // columns that a warp has at once in rows_kernel: four of each lane
+constexpr int kNarrow = 8 * 4;         // and in columns_kernel: there eight lanes share a row
+constexpr int kRows = 2;               // rows that a lane has at once in columns_kernel
 constexpr int kMostRank = 8;           // whose sums fit the registers
-constexpr int kMostRankOfColumns = 4;  // where the fixed factor is not in shared memory
+constexpr int kMostRankOfColumns = 4;  // where both factors are there, too
 
-// Four elements of kRows rows of a matrix, in registers: loaded, corrected and stored.
+// Whether all groups of the matrix may be moved as one.
 template <typename T>
-struct OwnRows {
-  float kept[kRows][4];
+__device__ __forceinline__ bool moves_groups(const BatchShape& batch, const float* error, const T* grad) {
+  return batch.columns % 4 == 0 && vector_aligned(error) && vector_aligned(grad);
+}
 
-  // Of the memory of the error, and what is to be added to it; 0 where there is nothing.
-  __device__ __forceinline__ void load(const BatchShape& batch, const float* error, const T* grad,
-                                       int64_t row, int64_t column, float (&added)[kRows][4]) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t n = row + i < batch.rows ? batch.columns : 0;
-      const float* from = error + (row + i) * batch.columns;
-      const T* own = grad + (row + i) * batch.columns;
-      load_four(from, column, n, vector_aligned(from), kept[i]);
-      load_four(own, column, grad == nullptr ? 0 : n, vector_aligned(own), added[i]);
-    }
+// Four elements of a row: of the memory of the error, and what is to be added to them; 0 where there is
+// nothing.
+struct Group {
+  float kept[4];
+  float added[4];
+
+  template <bool kFast, typename T>
+  __device__ __forceinline__ void load(const BatchShape& batch, const float* error, const T* grad, int row,
+                                       int column) {
+    const int n = row < batch.rows ? static_cast<int>(batch.columns) : 0;
+    const int64_t begin = row * batch.columns;
+    load_group<kFast>(error + begin, column, n, kept);
+    load_group<kFast>(grad + begin, column, grad == nullptr ? 0 : n, added);
   }
-  __device__ __forceinline__ void store(const BatchShape& batch, float* error, int64_t row,
-                                        int64_t column) const {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (row + i >= batch.rows) break;
-      float* to = error + (row + i) * batch.columns;
-      store_four(kept[i], to, column, batch.columns, vector_aligned(to));
-    }
+  template <bool kFast>
+  __device__ __forceinline__ void store(const BatchShape& batch, float* error, int row, int column) const {
+    if (row < batch.rows) store_group<kFast>(kept, error + row * batch.columns, column, batch.columns);
   }
 };
-
-// An element of a factor [length, rank]; 0 outside it.
-__device__ __forceinline__ float factor_at(const float* factor, int64_t length, int64_t rank, int64_t index,
-                                           int64_t k) {
-  return index < length && k < rank ? factor[index * rank + k] : 0.0f;
-}
 
 // See Note [Overflow in low-rank factors].
 __device__ __forceinline__ float limited(float value, int& lost) {
@@ -52,66 +48,127 @@ __device__ __forceinline__ float limited(float value, int& lost) {
   return 0.0f;
 }
 
-// P = C Q: a warp takes kRows rows from the first column to the last.
-template <typename T, int kRank>
-__global__ __launch_bounds__(kThreads, 2) void rows_kernel(BatchShape batch, Sweep sweep, const T* grad,
-                                                           const float* fixed, float* factor) {
-  __shared__ float q[kRank][kStripe];
-  __shared__ float pending_q[kRank][kStripe];
-  const int64_t blocks = ceil_div(batch.rows, kWarps * kRows);
-  const int64_t matrix = blockIdx.x / blocks;
-  const int64_t row = (blockIdx.x % blocks * kWarps + threadIdx.x / 32) * kRows;
+// Rows that a lane has at once in rows_kernel: more would not fit the registers.
+template <int kRank>
+constexpr int kRowsAtOnce = kRank <= 4 ? 2 : 1;
+
+// A stripe of a factor on its way to shared memory, in which all threads bring their part.
+template <int kRank>
+struct FactorStripe {
+  static constexpr int kPitch = kStripe + 8;  // so that the 32 stores of a warp meet 32 banks
+  static constexpr int kOwn = kRank * kStripe / kThreads;
+  using Shared = float[kRank][kPitch];
+  float own[kOwn];
+
+  __device__ __forceinline__ void load(const float* factor, int64_t length, int64_t rank, int first) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int at = i * kThreads + threadIdx.x;
+      own[i] = factor_at(factor, length, rank, first + at / kRank, at % kRank);
+    }
+  }
+  __device__ __forceinline__ void store(Shared& to) const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int at = i * kThreads + threadIdx.x;
+      to[at % kRank][at / kRank] = own[i];
+    }
+  }
+};
+
+// What one thread block of a sweep works on.
+template <typename T>
+struct Place {
+  const T* grad;
+  float* error;
+  const float* fixed;
+  const float* held_p;  // null where nothing is pending
+  const float* held_q;
+};
+
+template <typename T>
+__device__ __forceinline__ Place<T> place_of(const BatchShape& batch, const Sweep& sweep, const T* grad,
+                                             const float* fixed, int64_t fixed_length, int64_t matrix) {
+  Place<T> place{grad, sweep.error + matrix * batch.numel(), fixed + matrix * fixed_length * batch.rank,
+                 nullptr, nullptr};
+  if (grad != nullptr) place.grad += start_of(sweep.starts, matrix, batch.numel(), sweep.numel);
+  if (sweep.pending_p != nullptr) {
+    place.held_p = sweep.pending_p + matrix * batch.rows * batch.rank;
+    place.held_q = sweep.pending_q + matrix * batch.columns * batch.rank;
+  }
+  return place;
+}
+
+// P = C Q: a warp takes a row or two from the first column to the last. What comes next is on its way while a
+// stripe is worked on, and the fixed factor alternates between two buffers, so one barrier a stripe is
+// enough.
+template <bool kFast, typename T, int kRank>
+__device__ __forceinline__ int sweep_rows(const BatchShape& batch, const Place<T>& place, int row,
+                                          typename FactorStripe<kRank>::Shared (&q)[2],
+                                          typename FactorStripe<kRank>::Shared (&pending_q)[2],
+                                          float* factor) {
+  using Factor = FactorStripe<kRank>;
+  constexpr int kRows = kRowsAtOnce<kRank>;
   const int lane = threadIdx.x % 32;
-  const bool pending = sweep.pending_p != nullptr;
-  const T* own = grad;
-  if (grad != nullptr) own += start_of(sweep.starts, matrix, batch.numel(), sweep.numel);
-  float* error = sweep.error + matrix * batch.numel();
-  fixed += matrix * batch.columns * batch.rank;
-  const float* held_q = pending ? sweep.pending_q + matrix * batch.columns * batch.rank : nullptr;
+  const int columns = static_cast<int>(batch.columns);
+  const bool pending = place.held_p != nullptr;
   float p[kRows][kRank] = {};
   if (pending) {
-    const float* held_p = sweep.pending_p + matrix * batch.rows * batch.rank;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int k = 0; k < kRank; ++k) p[i][k] = factor_at(held_p, batch.rows, batch.rank, row + i, k);
+      for (int k = 0; k < kRank; ++k) p[i][k] = factor_at(place.held_p, batch.rows, batch.rank, row + i, k);
     }
   }
+  Group next[kRows];
+  Factor next_q;
+  Factor next_pending_q;
+  const auto fetch = [&](int stripe) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      next[i].template load<kFast>(batch, place.error, place.grad, row + i, stripe + lane * 4);
+    next_q.load(place.fixed, columns, batch.rank, stripe);
+    if (pending) next_pending_q.load(place.held_q, columns, batch.rank, stripe);
+  };
+  fetch(0);
   float sums[kRows][kRank] = {};
   int lost = 0;
-  for (int64_t stripe = 0; stripe < batch.columns; stripe += kStripe) {
-    __syncthreads();  // the readers of the previous stripe are done
-    for (int i = threadIdx.x; i < kRank * kStripe; i += kThreads) {
-      const int64_t column = stripe + i / kRank;
-      q[i % kRank][i / kRank] = factor_at(fixed, batch.columns, batch.rank, column, i % kRank);
-      if (pending) {
-        pending_q[i % kRank][i / kRank] = factor_at(held_q, batch.columns, batch.rank, column, i % kRank);
-      }
-    }
-    __syncthreads();
-    const int64_t column = stripe + lane * 4;
-    OwnRows<T> own_rows;
-    float added[kRows][4];
-    own_rows.load(batch, error, own, row, column, added);
+  int buffer = 0;
+  for (int stripe = 0; stripe < columns; stripe += kStripe) {
+    next_q.store(q[buffer]);
+    if (pending) next_pending_q.store(pending_q[buffer]);
+    Group own[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) own[i] = next[i];
+    __syncthreads();  // behind which nobody reads the other buffer any more
+    fetch(stripe + kStripe);
+    const int column = stripe + lane * 4;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       float products[4] = {};
       if (pending) {
 #pragma unroll
         for (int k = 0; k < kRank; ++k) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) products[j] += p[i][k] * pending_q[k][lane * 4 + j];
+          const float4 four = *reinterpret_cast<const float4*>(&pending_q[buffer][k][lane * 4]);
+          products[0] += p[i][k] * four.x;
+          products[1] += p[i][k] * four.y;
+          products[2] += p[i][k] * four.z;
+          products[3] += p[i][k] * four.w;
         }
-        lost += take_out(products, column, batch.columns, own_rows.kept[i]);
+        lost += take_out(products, column, columns, own[i].kept);
       }
-      lost += correct_four(added[i], own_rows.kept[i], own_rows.kept[i], kLargestElement);
+      lost += correct_four(own[i].added, own[i].kept, own[i].kept, kLargestElement);
 #pragma unroll
       for (int k = 0; k < kRank; ++k) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i][k] += own_rows.kept[i][j] * q[k][lane * 4 + j];
+        const float4 four = *reinterpret_cast<const float4*>(&q[buffer][k][lane * 4]);
+        sums[i][k] += own[i].kept[0] * four.x;
+        sums[i][k] += own[i].kept[1] * four.y;
+        sums[i][k] += own[i].kept[2] * four.z;
+        sums[i][k] += own[i].kept[3] * four.w;
       }
+      own[i].template store<kFast>(batch, place.error, row + i, column);
     }
-    own_rows.store(batch, error, row, column);
+    buffer ^= 1;
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
@@ -121,99 +178,125 @@ __global__ __launch_bounds__(kThreads, 2) void rows_kernel(BatchShape batch, Swe
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
       if (lane != 0 || row + i >= batch.rows || k >= batch.rank) continue;
-      factor[(matrix * batch.rows + row + i) * batch.rank + k] = limited(sum, lost);
+      factor[(row + i) * batch.rank + k] = limited(sum, lost);
     }
   }
+  return lost;
+}
+
+template <typename T, int kRank>
+__global__ __launch_bounds__(kThreads, 2) void rows_kernel(BatchShape batch, Sweep sweep, const T* grad,
+                                                           const float* fixed, float* factor) {
+  __shared__ alignas(16) typename FactorStripe<kRank>::Shared q[2];
+  __shared__ alignas(16) typename FactorStripe<kRank>::Shared pending_q[2];
+  constexpr int kRows = kRowsAtOnce<kRank>;
+  const int64_t blocks = ceil_div(batch.rows, kWarps * kRows);
+  const int64_t matrix = blockIdx.x / blocks;
+  const int row = static_cast<int>(blockIdx.x % blocks * kWarps + threadIdx.x / 32) * kRows;
+  const Place<T> place = place_of(batch, sweep, grad, fixed, batch.columns, matrix);
+  factor += matrix * batch.rows * batch.rank;
+  const int lost = moves_groups(batch, place.error, place.grad)
+                       ? sweep_rows<true, T, kRank>(batch, place, row, q, pending_q, factor)
+                       : sweep_rows<false, T, kRank>(batch, place, row, q, pending_q, factor);
   if (lost != 0 && sweep.dropped != nullptr) atomicAdd(sweep.dropped, lost);
 }
 
-// Q = C^T P: a thread block takes a stripe of columns from the first row to the last.
-template <typename T, int kRank>
-__global__ __launch_bounds__(kThreads, 2) void columns_kernel(BatchShape batch, Sweep sweep, const T* grad,
-                                                              const float* fixed, float* factor) {
-  __shared__ float parts[kWarps / 2][kRank][kStripe];
-  __shared__ float q[kRank][kStripe];
-  const int64_t stripes = ceil_div(batch.columns, kStripe);
-  const int64_t matrix = blockIdx.x / stripes;
+// Q = C^T P: a thread block takes a narrow stripe of columns from the first row to the last; eight lanes
+// share a row, so a warp has four times kRows of them at once.
+template <bool kFast, typename T, int kRank>
+__device__ __forceinline__ int sweep_columns(const BatchShape& batch, const Place<T>& place, int stripe,
+                                             float* factor) {
+  __shared__ float parts[kWarps][kRank][kNarrow];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int64_t stripe = blockIdx.x % stripes * kStripe;
-  const int64_t column = stripe + lane * 4;
-  const bool pending = sweep.pending_p != nullptr;
-  const T* own = grad;
-  if (grad != nullptr) own += start_of(sweep.starts, matrix, batch.numel(), sweep.numel);
-  float* error = sweep.error + matrix * batch.numel();
-  fixed += matrix * batch.rows * batch.rank;
-  const float* held_p = pending ? sweep.pending_p + matrix * batch.rows * batch.rank : nullptr;
+  const int column = stripe + lane % 8 * 4;
+  const int rows = static_cast<int>(batch.rows);
+  const bool pending = place.held_p != nullptr;
+  const bool whole =
+      batch.rank == kRank && kRank % 4 == 0 && vector_aligned(place.fixed) && vector_aligned(place.held_p);
+  float q[4][kRank] = {};
   if (pending) {
-    const float* held_q = sweep.pending_q + matrix * batch.columns * batch.rank;
-    for (int i = threadIdx.x; i < kRank * kStripe; i += kThreads) {
-      q[i % kRank][i / kRank] = factor_at(held_q, batch.columns, batch.rank, stripe + i / kRank, i % kRank);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int k = 0; k < kRank; ++k)
+        q[j][k] = factor_at(place.held_q, batch.columns, batch.rank, column + j, k);
     }
-    __syncthreads();
   }
   float sums[kRank][4] = {};
   int lost = 0;
-  for (int64_t row = warp * kRows; row < batch.rows; row += kWarps * kRows) {
-    OwnRows<T> own_rows;
-    float added[kRows][4];
-    own_rows.load(batch, error, own, row, column, added);
+  for (int first = warp * 4 + lane / 8; first < rows; first += kWarps * 4 * kRows) {
+    Group own[kRows];
+    float p[kRows][kRank];
+    float f[kRows][kRank];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = first + i * kWarps * 4;
+      own[i].template load<kFast>(batch, place.error, place.grad, row, column);
+      factor_row<kRank>(place.fixed, rows, batch.rank, row, whole, f[i]);
+      if (pending) factor_row<kRank>(place.held_p, rows, batch.rank, row, whole, p[i]);
+    }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (pending) {
         float products[4] = {};
 #pragma unroll
         for (int k = 0; k < kRank; ++k) {
-          const float p = factor_at(held_p, batch.rows, batch.rank, row + i, k);  // the same in every lane
 #pragma unroll
-          for (int j = 0; j < 4; ++j) products[j] += p * q[k][lane * 4 + j];
+          for (int j = 0; j < 4; ++j) products[j] += p[i][k] * q[j][k];
         }
-        lost += take_out(products, column, batch.columns, own_rows.kept[i]);
+        lost += take_out(products, column, batch.columns, own[i].kept);
       }
-      lost += correct_four(added[i], own_rows.kept[i], own_rows.kept[i], kLargestElement);
-#pragma unroll
-      for (int k = 0; k < kRank; ++k) {
-        const float f = factor_at(fixed, batch.rows, batch.rank, row + i, k);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[k][j] += own_rows.kept[i][j] * f;
-      }
-    }
-    own_rows.store(batch, error, row, column);
-  }
-  // Half of the warps hand their sums to the other half, until one has all.
-  for (int half = kWarps / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (warp >= half && warp < 2 * half) {
+      lost += correct_four(own[i].added, own[i].kept, own[i].kept, kLargestElement);
 #pragma unroll
       for (int k = 0; k < kRank; ++k) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) parts[warp - half][k][lane * 4 + j] = sums[k][j];
+        for (int j = 0; j < 4; ++j) sums[k][j] += own[i].kept[j] * f[i][k];
       }
-    }
-    __syncthreads();
-    if (warp < half) {
-#pragma unroll
-      for (int k = 0; k < kRank; ++k) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[k][j] += parts[warp][k][lane * 4 + j];
-      }
+      own[i].template store<kFast>(batch, place.error, first + i * kWarps * 4, column);
     }
   }
-  if (warp == 0) {
+#pragma unroll
+  for (int k = 0; k < kRank; ++k) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int k = 0; k < kRank; ++k) {
-        if (column + j >= batch.columns || k >= batch.rank) continue;
-        factor[(matrix * batch.columns + column + j) * batch.rank + k] = limited(sums[k][j], lost);
-      }
+      float sum = sums[k][j];
+      sum += __shfl_xor_sync(kAllLanes, sum, 8);
+      sum += __shfl_xor_sync(kAllLanes, sum, 16);
+      if (lane < 8) parts[warp][k][lane * 4 + j] = sum;
     }
   }
+  __syncthreads();
+  const int k = threadIdx.x / kNarrow;
+  const int64_t own_column = stripe + threadIdx.x % kNarrow;
+  if (k < kRank && k < batch.rank && own_column < batch.columns) {
+    float sum = 0;
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) sum += parts[other][k][threadIdx.x % kNarrow];
+    factor[own_column * batch.rank + k] = limited(sum, lost);
+  }
+  return lost;
+}
+
+template <typename T, int kRank>
+__global__ __launch_bounds__(kThreads, 2) void columns_kernel(BatchShape batch, Sweep sweep, const T* grad,
+                                                              const float* fixed, float* factor) {
+  static_assert(kRank * kNarrow <= kThreads, "each sum of a stripe has a thread that writes it");
+  const int64_t stripes = ceil_div(batch.columns, kNarrow);
+  const int64_t matrix = blockIdx.x / stripes;
+  const int stripe = static_cast<int>(blockIdx.x % stripes) * kNarrow;
+  const Place<T> place = place_of(batch, sweep, grad, fixed, batch.rows, matrix);
+  factor += matrix * batch.columns * batch.rank;
+  const int lost = moves_groups(batch, place.error, place.grad)
+                       ? sweep_columns<true, T, kRank>(batch, place, stripe, factor)
+                       : sweep_columns<false, T, kRank>(batch, place, stripe, factor);
   if (lost != 0 && sweep.dropped != nullptr) atomicAdd(sweep.dropped, lost);
 }
 
 int64_t blocks_of(const BatchShape& batch, bool transposed) {
-  return batch.count * (transposed ? ceil_div(batch.columns, kStripe) : ceil_div(batch.rows, kWarps * kRows));
+  if (transposed) return batch.count * ceil_div(batch.columns, kNarrow);
+  return batch.count *
+         ceil_div(batch.rows, kWarps * (batch.rank <= 4 ? kRowsAtOnce<4> : kRowsAtOnce<kMostRank>));
 }
 
 template <int kRank, bool kTransposed>
@@ -235,6 +318,7 @@ void launch(const BatchShape& batch, const Sweep& sweep, const float* fixed, flo
 
 bool sweeps_at_once(const BatchShape& batch, bool transposed) {
   if (batch.rank > (transposed ? kMostRankOfColumns : kMostRank) || batch.numel() == 0) return false;
+  if (std::max(batch.rows, batch.columns) > INT_MAX - kThreads) return false;  // places in a matrix are ints
   int device = 0;
   int processors = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||

@@ -1,22 +1,9 @@
-#include "compress/kernels/cuda/common.cuh"
+#include "compress/kernels/cuda/orthogonalize.cuh"
 #include "compress/kernels/cuda/orthogonalize.h"
 
 namespace dear::compress::cuda {
 
 namespace {
-
-// The tolerances of ../cpu/orthogonalize.cpp; here the inverse is not rounded, so one pass is enough for
-// longer.
-constexpr double kMinPivot = 1e-11;
-constexpr double kOnePass = 1e7;
-constexpr int kMaxPasses = 3;
-constexpr double kDependent = 1e-6;
-
-// What a matrix still needs; kept in the workspace, hence a double.
-constexpr double kDone = 0;
-constexpr double kApplyOnce = 1;
-constexpr double kApplyAgain = 2;
-constexpr double kFallback = 3;
 
 // Floats of the tile of rows that a thread block holds in shared memory: 32 KiB.
 constexpr int kTileFloats = 8192;
@@ -325,6 +312,12 @@ void orthogonalize(float* matrices, int64_t batch, int64_t rows, int64_t columns
                         workspace};
   const auto matrix_grid = static_cast<unsigned>(batch);
   const auto part_grid = static_cast<unsigned>(batch * problem.parts);
+  if (columns <= kThinRank && rows <= kThinRows) {
+    orthogonalize_thin(matrices, batch, rows, columns,
+                       workspace + batch * (problem.parts + 1) * problem.stride * problem.stride, stream);
+    gram_schmidt_kernel<<<matrix_grid, kThreads, 0, stream>>>(problem);
+    return;
+  }
   start_kernel<<<static_cast<unsigned>(ceil_div(batch, kThreads)), kThreads, 0, stream>>>(problem);
   for (int pass = 0; pass < kMaxPasses; ++pass) {
     gram_kernel<<<part_grid, kThreads, 0, stream>>>(problem);

@@ -134,18 +134,24 @@ __global__ __launch_bounds__(kThreads) void mark_kernel(const T* grad, float* er
   const uint32_t limit = magnitude_bits(*threshold);
   const bool grad_aligned = vector_aligned(grad);
   const bool error_aligned = vector_aligned(error);
+  // All loads come before the first store, behind which the compiler moves none: they may be of the same
+  // memory.
+  float kept[kGroups][4];
+  float own[kGroups][4] = {};
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    load_four(error, start + group_offset(group), n, error_aligned, kept[group]);
+    if (grad != nullptr) load_four(grad, start + group_offset(group), n, grad_aligned, own[group]);
+  }
   int lost = 0;
   int above_or_equal = 0;
   int equal = 0;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int64_t offset = start + group_offset(group);
-    float values[4];
-    load_four(error, offset, n, error_aligned, values);
+    float (&values)[4] = kept[group];
     if (grad != nullptr) {
-      float own[4];
-      load_four(grad, offset, n, grad_aligned, own);
-      lost += correct_four(own, values, values);
+      lost += correct_four(own[group], values, values);
       store_four(values, error, offset, n, error_aligned);
     }
     uint32_t nibble = 0;
@@ -178,23 +184,29 @@ __global__ __launch_bounds__(kScanThreads) void scan_kernel(int64_t blocks, cons
                                                             int64_t shard_blocks, int64_t owners,
                                                             int64_t capacity, int32_t* counts,
                                                             int32_t* payload, int32_t* stats) {
-  int ties_left = ties == nullptr ? 0 : *ties;
-  int before = 0;
-  for (int64_t base = 0; base < blocks; base += kScanThreads) {
-    const int64_t block = base + threadIdx.x;
-    const int above = block < blocks ? counts[2 * block] : 0;
-    const int equal = block < blocks ? counts[2 * block + 1] : 0;
-    int all_equal;
-    const int equal_before = block_exclusive_scan<kScanThreads>(equal, &all_equal);
-    const int taken_ties = min(equal, max(0, ties_left - equal_before));
-    int all_taken;
-    const int taken_before = block_exclusive_scan<kScanThreads>(above + taken_ties, &all_taken);
-    if (block < blocks) {
-      counts[2 * block] = before + taken_before;
-      counts[2 * block + 1] = taken_ties == equal ? -1 : taken_ties;
-    }
-    ties_left = max(0, ties_left - all_equal);
-    before += all_taken;
+  // Each thread has blocks that lie side by side: two scans over the thread block are enough for all of them.
+  const int64_t share = ceil_div(blocks, int64_t{kScanThreads});
+  const int64_t first_own = threadIdx.x * share;
+  const int64_t last_own = min(first_own + share, blocks);
+  int above = 0;
+  int equal = 0;
+  for (int64_t block = first_own; block < last_own; ++block) {
+    above += counts[2 * block];
+    equal += counts[2 * block + 1];
+  }
+  int all_equal;
+  const int equal_before = block_exclusive_scan<kScanThreads>(equal, &all_equal);
+  int ties_left = max(0, (ties == nullptr ? 0 : *ties) - equal_before);
+  int before;
+  int position = block_exclusive_scan<kScanThreads>(above + min(equal, ties_left), &before);
+  for (int64_t block = first_own; block < last_own; ++block) {
+    const int own_equal = counts[2 * block + 1];
+    const int taken_ties = min(own_equal, ties_left);
+    const int taken = counts[2 * block] + taken_ties;
+    counts[2 * block] = position;
+    counts[2 * block + 1] = taken_ties == own_equal ? -1 : taken_ties;
+    ties_left -= taken_ties;
+    position += taken;
   }
   __syncthreads();
   for (int64_t owner = threadIdx.x; owner < owners; owner += kScanThreads) {

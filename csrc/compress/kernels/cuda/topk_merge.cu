@@ -26,16 +26,32 @@ __device__ int64_t lower_bound(const int32_t* indices, int64_t count, int64_t in
   return low;
 }
 
-// Calls visit(index, value) for the entries of a slot with first <= index < last, whatever the slot holds.
+constexpr int kWarps = kThreads / 32;
+constexpr int kListsAtOnce = kWarps / 2;
+
+// Calls visit(index, value) for the entries of up to kListsAtOnce slots with first <= index < last, whatever
+// they hold, one slot after another. Each warp searches one end of one slot, all at the same time. All
+// threads must call it.
 template <typename Visit>
-__device__ void for_entries(const int32_t* slot, int64_t capacity, int64_t first, int64_t last,
+__device__ void for_entries(const int32_t* slots, int lists, int64_t capacity, int64_t first, int64_t last,
                             const Visit& visit) {
-  const int32_t* indices = slot + kSlotHeader;
-  const int64_t count = slot_count(slot, capacity);
-  const int64_t end = lower_bound(indices, count, last);
-  for (int64_t entry = lower_bound(indices, count, first) + threadIdx.x; entry < end; entry += blockDim.x) {
-    const int64_t index = indices[entry];
-    if (index >= first && index < last) visit(index, __int_as_float(indices[capacity + entry]));
+  __shared__ int64_t ends[kWarps];
+  const int warp = threadIdx.x / 32;
+  __syncthreads();  // the previous call's readers are done, and so are stores to what is visited
+  if (warp < 2 * lists) {
+    const int32_t* slot = slots + warp / 2 * slot_words(capacity);
+    const int64_t end =
+        lower_bound(slot + kSlotHeader, slot_count(slot, capacity), warp % 2 == 0 ? first : last);
+    if (threadIdx.x % 32 == 0) ends[warp] = end;
+  }
+  __syncthreads();
+  for (int list = 0; list < lists; ++list) {
+    const int32_t* indices = slots + list * slot_words(capacity) + kSlotHeader;
+    for (int64_t entry = ends[2 * list] + threadIdx.x; entry < ends[2 * list + 1]; entry += kThreads) {
+      const int64_t index = indices[entry];
+      if (index >= first && index < last) visit(index, __int_as_float(indices[capacity + entry]));
+    }
+    if (list + 1 < lists) __syncthreads();
   }
 }
 
@@ -44,9 +60,10 @@ __global__ __launch_bounds__(kThreads) void accumulate_kernel(const int32_t* pay
                                                               int64_t n, int32_t* dropped) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlock;
   const int64_t last = min(first + kBlock, n);
-  for (int64_t list = 0; list < lists; ++list) {
+  for (int64_t list = 0; list < lists; list += kListsAtOnce) {
+    const int now = static_cast<int>(min(lists - list, int64_t{kListsAtOnce}));
     // Indices are unique within a list, and lists are kept apart: every sum runs in list order.
-    for_entries(payloads + list * slot_words(capacity), capacity, first, last,
+    for_entries(payloads + list * slot_words(capacity), now, capacity, first, last,
                 [&](int64_t index, float value) {
                   // Not fused: rounded twice, as on a CPU.
                   const float sum = __fadd_rn(dense[index], __fmul_rn(alpha, value));
@@ -56,7 +73,6 @@ __global__ __launch_bounds__(kThreads) void accumulate_kernel(const int32_t* pay
                     atomicAdd(dropped, 1);
                   }
                 });
-    __syncthreads();
   }
 }
 
@@ -70,11 +86,11 @@ __global__ __launch_bounds__(kThreads) void scatter_kernel(const int32_t* payloa
 #pragma unroll
   for (int group = 0; group < kGroups; ++group)
     store_four(zeros, out, start + group_offset(group), n, aligned);
-  __syncthreads();
   const int64_t owner = owners == 1 ? 0 : start / shard_numel;
   const int64_t base = owner * shard_numel;
   T* shard = out + base;
-  for_entries(payloads + owner * slot_words(capacity), capacity, start - base, min(start + kBlock, n) - base,
+  for_entries(payloads + owner * slot_words(capacity), 1, capacity, start - base,
+              min(start + kBlock, n) - base,
               [&](int64_t index, float value) { from_float(held(alpha * value, out), &shard[index]); });
 }
 
