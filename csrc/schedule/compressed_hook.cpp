@@ -84,7 +84,8 @@ void CompressedHook::start(size_t index, const Bucket& bucket, const Future& fut
     pipeline_->abort("Rank " + std::to_string(pipeline_->rank()) + " failed to compress a gradient.");
     std::rethrow_exception(error);
   }
-  for (const auto& exchange : exchanges) exchange->start_last(done);
+  for (const auto& exchange : exchanges) exchange->start_last();
+  for (const auto& exchange : exchanges) exchange->start_decoding(done);
 }
 
 void CompressedHook::note(std::exception_ptr error) {

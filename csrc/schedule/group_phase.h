@@ -9,6 +9,8 @@ class GroupPhase {
  public:
   virtual ~GroupPhase() = default;
   virtual void start() = 0;
+  // Behind the start of all groups that are started together: what is to be done with the result.
+  virtual void follow_up() {}
   virtual void wait() = 0;
   virtual bool done() = 0;
   virtual Phase phase() const = 0;
@@ -68,7 +70,10 @@ class SecondPhase : public GroupPhase {
  public:
   explicit SecondPhase(TwoPhaseExchanges exchanges) : exchanges_(std::move(exchanges)) {}
   void start() override {
-    for (const auto& exchange : exchanges_) exchange->start_last({});
+    for (const auto& exchange : exchanges_) exchange->start_last();
+  }
+  void follow_up() override {
+    for (const auto& exchange : exchanges_) exchange->start_decoding({});
   }
   void wait() override {
     for (const auto& exchange : exchanges_) exchange->wait();

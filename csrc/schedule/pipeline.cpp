@@ -1,5 +1,6 @@
 #include "schedule/pipeline.h"
 
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <pthread.h>
 
 namespace dear {
@@ -31,6 +32,14 @@ Lane& Pipeline::lane(Phase phase, size_t stage) const {
   }
   TORCH_CHECK(stage < lanes_.size(), "A compressor announced ", lanes_.size(), " exchanges and makes more.");
   return *lanes_[stage];
+}
+
+c10::Stream Pipeline::next_stream() {
+  if (streams_.size() < kStreams) {
+    const c10::impl::VirtualGuardImpl guard(device_.type());
+    streams_.push_back(guard.getStreamFromGlobalPool(device_, /*isHighPriority=*/true));
+  }
+  return streams_[groups_++ % kStreams];
 }
 
 void Pipeline::begin_step() {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <c10/core/Stream.h>
+
 #include <atomic>
 #include <deque>
 #include <thread>
@@ -19,7 +21,15 @@ namespace dear {
 // collectives are started inside future callbacks. What is computed between two exchanges is computed on
 // the thread of the second one's lane, when the lane reaches it (Note [Deferred exchanges]).
 //
-// On a GPU nothing waits: everything is queued, in order, on a stream of the pipeline's own.
+// On a GPU nothing waits: everything is queued, in order, on streams of the pipeline's own.
+//
+// Note [Few streams]
+// What is queued on a stream waits there for exchanges, most of a step long. A GPU has few queues for its
+// streams (CUDA_DEVICE_MAX_CONNECTIONS, 8 where nothing is said), and streams that share one wait for each
+// other: with a stream for each group, the training stream stood still until the last of them had been
+// decoded. So groups take turns on kStreams streams: enough for one to be encoded, one exchanged and one
+// decoded. They are of high priority, which has queues of its own, and whose short kernels exchanges wait
+// for.
 //
 // Threads: exchanges are submitted by one thread, the one that runs backward or the training thread.
 class Pipeline {
@@ -32,6 +42,8 @@ class Pipeline {
   ~Pipeline();
 
   Lane& lane(Phase phase, size_t stage) const;
+  // On a GPU, the stream of the group that is made next; see Note [Few streams].
+  c10::Stream next_stream();
   size_t stages() const { return lanes_.size(); }
   at::Device device() const { return device_; }
   int rank() const { return rank_; }
@@ -73,6 +85,9 @@ class Pipeline {
   std::vector<std::shared_ptr<Lane>> all_to_alls_;
   const at::Device device_;
   const int rank_;
+  static constexpr size_t kStreams = 3;
+  std::vector<c10::Stream> streams_;
+  size_t groups_ = 0;  // that have been given a stream
   bool released_ = false;
   int64_t steps_ = 0;
   Counts at_begin_;

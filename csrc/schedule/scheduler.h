@@ -146,6 +146,7 @@ class Scheduler {
   bool same_layout(size_t index, const Bucket& bucket) const;
   bool untouched(const Group& group) const;
   void meet(const at::Device& device);
+  const std::shared_ptr<Lane>& lane_of(Phase phase, size_t group) const;
   void make_dense(Group& group);
   Gather make_gather(const Group& group, size_t portion, const std::string& label);
   void make_compressed(Group& group);

@@ -27,8 +27,7 @@ TwoPhaseExchange::TwoPhaseExchange(std::shared_ptr<Pipeline> pipeline, std::shar
   const at::Device device = pipeline_->device();
   dropped_ = at::zeros({1}, at::TensorOptions().device(device).dtype(at::kInt));
   if (!device.is_cpu()) {
-    const c10::impl::VirtualGuardImpl guard(device.type());
-    stream_ = guard.getStreamFromGlobalPool(device);
+    stream_ = pipeline_->next_stream();
     ready_.emplace(device.type());
     encoded_.emplace(device.type());
     event_.emplace(device.type());
@@ -120,8 +119,11 @@ void TwoPhaseExchange::start() {
   });
 }
 
-void TwoPhaseExchange::start_last(std::function<void(std::exception_ptr)> done) {
+void TwoPhaseExchange::start_last() {
   on_stream([this] { submit(stages_ - 1, stages_ == 1 ? std::move(pending_) : deferred(stages_ - 1)); });
+}
+
+void TwoPhaseExchange::start_decoding(std::function<void(std::exception_ptr)> done) {
   {
     std::lock_guard<std::mutex> lock(sync_->mutex);
     in_flight_ = true;

@@ -19,7 +19,8 @@ struct Run {
 //
 // The first phase is everything before the last exchange, the second phase that exchange and the decoding.
 //
-// Threads: start(), start_last() and the waits as Pipeline says; `done` is called on the decoding thread.
+// Threads: start(), start_last(), start_decoding() and the waits as Pipeline says; `done` is called on the
+// decoding thread.
 class TwoPhaseExchange {
  public:
   // `keeps`: what a step with non-finite gradients must leave as it was; copied at each step where
@@ -43,8 +44,11 @@ class TwoPhaseExchange {
 
   // Encodes and queues the first phase.
   void start();
-  // Queues the second phase. `done` hears of its end, and of what went wrong; it may be empty.
-  void start_last(std::function<void(std::exception_ptr)> done);
+  // Queue the second phase: its exchange, and then the decoding. `done` hears of its end, and of what went
+  // wrong; it may be empty. Of groups whose second phases are queued together all exchanges come first, since
+  // what a stream is to decode holds up what is queued there behind it.
+  void start_last();
+  void start_decoding(std::function<void(std::exception_ptr)> done);
 
   // Block until that phase has ended (on a GPU: until the current stream is ordered behind it); rethrow.
   void wait_first();
