@@ -66,4 +66,4 @@ class FlatParameters:
             with ordinary(StepContext(self._layout.full[0].device, grad=False)):
                 for place in places:
                     if id(place) in copied:
-                        unguarded(place.param).copy_(place.view(self._layout.full[place.bucket]))
+                        unguarded([place.param])[0].copy_(place.view(self._layout.full[place.bucket]))

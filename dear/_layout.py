@@ -24,15 +24,16 @@ class Place:
     start: int
     stop: int
     stride: tuple[int, ...]
+    shape: torch.Size  # the parameter's: asking one that is pending costs ten times as much
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """The parameter-shaped view of the bucket's flat buffer."""
-        return flat.as_strided(self.param.size(), self.stride, flat.storage_offset() + self.start)
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.start)
 
     def flatten(self, value: torch.Tensor) -> torch.Tensor:
         """A parameter-shaped tensor as the flat run of elements it would be in the buffer."""
         flat = torch.empty(self.stop - self.start, dtype=value.dtype, device=value.device)
-        flat.as_strided(self.param.size(), self.stride).copy_(value)
+        flat.as_strided(self.shape, self.stride).copy_(value)
         return flat
 
 
@@ -63,7 +64,7 @@ class Segment:
         """The same in this rank's chunk."""
         if self.whole:
             place = self.places[0]
-            return shard.as_strided(place.param.size(), place.stride, shard.storage_offset() + self.at)
+            return shard.as_strided(place.shape, place.stride, shard.storage_offset() + self.at)
         return shard[self.at : self.at + self.stop - self.start]
 
     def part(self, place: Place, value: torch.Tensor) -> torch.Tensor:
@@ -213,7 +214,7 @@ def read_places(buckets: list[_C.Bucket], params: Iterable[torch.nn.Parameter]) 
     for index, bucket in enumerate(buckets):
         for param, grad in zip(bucket.params, bucket.grads, strict=True):
             start = int(grad.storage_offset() - bucket.buffer.storage_offset())
-            places.append(Place(known[id(param)], index, start, start + param.numel(), stride_in_bucket(param)))
+            places.append(Place(known[id(param)], index, start, start + param.numel(), stride_in_bucket(param), param.size()))
     return places
 
 

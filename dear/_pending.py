@@ -150,10 +150,10 @@ def can_be_pending(param: Param) -> bool:
     return True
 
 
-def unguarded(param: Param) -> torch.Tensor:
-    """The memory of a parameter, pending or not, as a plain tensor: for those who finish it, and drop this then."""
+def unguarded(params: Iterable[Param]) -> list[torch.Tensor]:
+    """The memory of parameters, pending or not, as plain tensors: for those who finish them, and drop these then."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
-        return torch.Tensor.detach(param)
+        return [torch.Tensor.detach(param) for param in params]
 
 
 class Barrier:

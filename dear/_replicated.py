@@ -43,6 +43,7 @@ class ReplicatedUpdate(Update):
         self._own_step = has_own_step(attached.user.optimizer)
         self._to_update: set[int] = set()  # fusion groups whose update is still to come
         self._groups: Groups = []  # of the optimizer, as they were at step()
+        self._group_of: dict[int, int] = {}  # of them, by the id of the parameter
         self._attributes: dict[str, Any] = {}  # likewise
         self._context = StepContext(attached.device)
         self._shown: Shown = []  # plain averages that stood in .grad since the last forward pass
@@ -129,6 +130,7 @@ class ReplicatedUpdate(Update):
             attached.user.is_first_update = False
             return
         self._groups, self._attributes = attached.user.groups(), attached.user.attributes()
+        self._group_of = {id(p): number for number, group in enumerate(self._groups) for p in group["params"]}
         self._context = StepContext.here(attached.device)
         self._to_update = set(attached.order)
         attached.barrier.close(attached.order)
@@ -175,29 +177,34 @@ class ReplicatedUpdate(Update):
 
         The optimizer gets plain tensors of one memory with the parameters, which are pending for everybody else."""
         user, view = self.attached.user, self._view
-        groups: Groups = []
-        updated: dict[Param, torch.Tensor] = {}
-        for group in self._groups:
-            params = [param for param in group["params"] if param in grads]
-            if params:
-                updated |= {param: unguarded(param) for param in params}
-                groups.append({**group, "params": [updated[param] for param in params]})
-        if not groups:
+        # By the optimizer's group: looking through all its members in every fusion group would cost more than updates.
+        members: dict[int, list[Param]] = {}
+        for param in grads:
+            if (number := self._group_of.get(id(param))) is not None:
+                members.setdefault(number, []).append(param)
+        if not members:
             return
+        groups: Groups = []
+        updated: list[tuple[Param, torch.Tensor]] = []
+        for number in sorted(members):
+            memories = unguarded(members[number])
+            groups.append({**self._groups[number], "params": memories})
+            updated += zip(members[number], memories, strict=True)
         with view.unsettled():
             state: dict[torch.Tensor, Any] = defaultdict(dict)
-            for param, memory in updated.items():
+            for param, memory in updated:
                 memory.grad = grads[param]
                 if param in view:
                     state[memory] = view[param]
             with user.with_attributes(self._attributes):
                 user.run(groups, state)
-            for param, memory in updated.items():
+            for param, memory in updated:
                 if memory in state:
                     view[param] = state[memory]
-        for param in updated:
-            if isinstance(param.grad, PendingGrad):
-                self._show(param, grads[param])
+        with torch._C.DisableTorchFunctionSubclass():  # .grad is asked of parameters that are pending yet
+            for param, _ in updated:
+                if isinstance(param.grad, PendingGrad):
+                    self._show(param, grads[param])
 
     # --- gradients ---
 
