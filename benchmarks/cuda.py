@@ -50,7 +50,8 @@ def mps_runs() -> bool:
 def settings() -> dict[str, Any]:
     """What must be the same for two cells to stand in one result."""
     nccl = {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}
-    return {name: value for name, value in query().items() if name not in _MOVING} | {"mps": mps_runs(), "nccl": nccl}
+    steady = {name: value for name, value in query().items() if name not in _MOVING}
+    return steady | {"mps": mps_runs(), "nccl": nccl, "connections": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")}
 
 
 def clocks() -> dict[str, str]:

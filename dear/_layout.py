@@ -214,7 +214,9 @@ def read_places(buckets: list[_C.Bucket], params: Iterable[torch.nn.Parameter]) 
     for index, bucket in enumerate(buckets):
         for param, grad in zip(bucket.params, bucket.grads, strict=True):
             start = int(grad.storage_offset() - bucket.buffer.storage_offset())
-            places.append(Place(known[id(param)], index, start, start + param.numel(), stride_in_bucket(param), param.size()))
+            places.append(
+                Place(known[id(param)], index, start, start + param.numel(), stride_in_bucket(param), param.size())
+            )
     return places
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from ..records import ROOT
 
@@ -13,6 +14,8 @@ PACKAGE = __name__.split(".")[0]  # as it is imported here: from a checkout or i
 # Every rank is a host of its own to NCCL (NCCL_HOSTID, set for each worker), connected by sockets.
 SOCKETS = {"NCCL_NET": "Socket", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 ONE_RANK = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")  # a job of a single rank
+# Queues for a process's streams, enough that none waits in that of another: Note [Few streams] in pipeline.h.
+QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 STRATEGIES = "none,ddp:25,ddp:4,ddp+fp16:25,dear,bf16:25,dear+bf16,int8:25,dear+int8,dear+acp:4"
 
 
@@ -26,6 +29,7 @@ class Task:
     share: float = 1.0  # of all the time of a call: then it is interrupted, and goes on in the next call
     results: str = ""  # the file that it writes into the output folder
     env: Mapping[str, str] = field(default_factory=dict)
+    traces: bool = False  # it writes traces, too
     every_call: bool = False  # also if an earlier call has done it; nothing else can run where it fails
 
     @property
@@ -38,6 +42,8 @@ class Task:
         more: list[str] = []
         if self.results and not self.tests:
             more = ["--json", str(folder / self.results), *(["--resume"] if resume else [])]
+        if self.traces:
+            more += ["--traces", str(folder / self.name)]
         return [sys.executable, *self.arguments, *more]
 
 
@@ -69,10 +75,12 @@ def _benchmarks(dry_run: bool) -> list[Task]:
             _benchmark("kernels", "kernels", "--device cpu --numel 4096 --rounds 1 --threads 1"),
             _benchmark("training-resnet50", "training", f"{digits} --strategies none,ddp:25,dear,dear+acp:4"),
             _benchmark("alone-bert-base", "training", f"{digits} --strategies ddp:25,dear", by=ONE_RANK),
+            _benchmark("traces-bert-base", "training", f"{digits} --strategies ddp:25,dear", traces=True),
             _benchmark("kernels-step", "kernels", "--device cpu --numel 4096 --rounds 1 --families 'ACP-SGD step'"),
         ]
     training = f"--backend nccl --device cuda --rates 10gbit --rounds 4 --strategies {STRATEGIES}"
     four = f"{training} --workers 4 --batch 32"
+    few = "--backend nccl --device cuda --rates 10gbit --rounds 2 --workload bert-base --strategies"
     alone = "--backend nccl --device cuda --rounds 8 --strategies ddp:25,dear"
     step = "--families 'ACP-SGD step' --numel 335544320 --rounds 5"
     rare = "--families top-k --density 0.001 --rounds 5 --numel"
@@ -81,6 +89,8 @@ def _benchmarks(dry_run: bool) -> list[Task]:
         _benchmark("training-resnet50", "training", f"{training} --workload resnet50", 1.5),
         _benchmark("training-bert-base", "training", f"{training} --workload bert-base", 2),
         _benchmark("alone-bert-base", "training", f"{alone} --workload bert-base", 0.7, by=ONE_RANK),
+        _benchmark("traces-bert-base", "training", f"{few} ddp:4,dear,bf16:25,dear+bf16", 0.8, traces=True),
+        _benchmark("queues-bert-base", "training", f"{few} none,ddp:4,dear,dear+bf16,dear+int8", 0.8, env=QUEUES),
         _benchmark("kernels-large", "kernels", "--device cuda --numel 134217728 --rounds 5", 0.5),
         _benchmark("kernels-step", "kernels", f"--device cuda {step}", 0.5),
         _benchmark("kernels-rare", "kernels", f"--device cuda {rare} 16777216", 0.2),
@@ -94,8 +104,16 @@ def _benchmarks(dry_run: bool) -> list[Task]:
 
 
 def _benchmark(
-    name: str, module: str, arguments: str, minutes: float = 0, share: float = 1, by: tuple[str, ...] = ()
+    name: str,
+    module: str,
+    arguments: str,
+    minutes: float = 0,
+    share: float = 1,
+    by: tuple[str, ...] = (),
+    env: Mapping[str, str] = MappingProxyType({}),
+    traces: bool = False,
 ) -> Task:
     """by: what starts it, if it is not this command."""
     command = (*by, "-m", f"{PACKAGE}.{module}", *shlex.split(arguments))
-    return Task(name, command, minutes, share, f"{name}.json", SOCKETS if module == "training" else {})
+    sockets = SOCKETS if module == "training" else {}
+    return Task(name, command, minutes, share, f"{name}.json", {**sockets, **env}, traces)

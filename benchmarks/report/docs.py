@@ -1,13 +1,15 @@
 """The results pages and README's table: every number on them comes from the raw JSON by a template in pages/."""
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .. import losses, records
 from ..command import show_size
 from ..demo import show as demo
-from ..gpu import claims
+from ..gpu import claims, outcomes
 from ..kernels.show import PLAIN
 from ..records import Source, SourceError, load
 from ..stats import is_plain_ddp
@@ -30,6 +32,7 @@ class Facts:
     """What the templates ask for. `apart`: results that are no part of the map, by the folder that they are in."""
 
     def __init__(self, results: Path) -> None:
+        self.results = results
         if not any(results.glob("*.json")):
             raise SourceError(f"{results} holds no results: name a folder of what --json wrote with --results.")
         self.evidence = Evidence.of(load(results.glob("*.json")))
@@ -96,6 +99,13 @@ class Facts:
         kernels = [one for one in kernels if one["median_s"] and one.get("plain_median_s")]
         slow = [one["name"] for one in kernels if one["plain_median_s"] < one["median_s"]]
         return "; ".join(slow) or "none"
+
+    def first_gpu_tests(self) -> dict[str, dict[str, Any]]:
+        """What became of the tests of the first run over NCCL, by task."""
+        folder = self.results / "gpu-first"
+        cells = json.loads((folder / "gpu.json").read_text())["cells"]
+        kernels = next(cell for cell in cells if cell["task"] == "tests-kernels")
+        return {"kernels": kernels, "nccl": outcomes.summary(folder / "tests-nccl.jsonl")}
 
     @property
     def methods(self) -> list[str]:

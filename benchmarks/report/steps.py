@@ -41,9 +41,9 @@ class Took:
         return number(self.ms) + (f" ({self.ratio:.2f}×)" if self.ratio is not None else "")
 
 
-def took(cell: Cell, kinds: Sequence[str]) -> Took | None:
-    """The fastest strategy of these kinds in a run; None where none was measured."""
-    rows = [row for row in cell.finished if kind(row.name) in kinds]
+def took(cell: Cell, kinds: Sequence[str], name: str = "") -> Took | None:
+    """The fastest strategy of these kinds in a run, or the one of that name; None where none was measured."""
+    rows = [row for row in cell.finished if kind(row.name) in kinds and name in ("", row.name)]
     best = min(rows, key=median, default=None)
     return None if best is None else Took(best.name, median(best), None if best.is_best_ddp else best.speedup)
 
@@ -88,6 +88,17 @@ def all_runs(cells: Iterable[Cell], methods: Sequence[str]) -> str:
             apart = [_spread(times) for times in zip(*found, strict=True)]
             rows.append(["", "*from – to*", f"*{extent(cell.floor for cell in runs)}*", *apart])
     return table(["link", "run", "compute floor", *methods], rows)
+
+
+def every_strategy(cells: Iterable[Cell]) -> str:
+    """A row for each strategy, a column for each run: ms per step, and how many times as fast as the best DDP."""
+    runs = in_order(cells)
+    names = dict.fromkeys(row.name for cell in runs for row in cell.finished)
+    rows = [
+        [f"`{name}`", *("" if (one := took(cell, (kind(name),), name)) is None else str(one) for cell in runs)]
+        for name in names
+    ]
+    return table(["strategy", *(f"{cell.setting.workload}, {where(cell)}" for cell in runs)], rows)
 
 
 def _spread(times: Sequence[Took | None]) -> str:

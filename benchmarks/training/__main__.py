@@ -7,6 +7,7 @@ becomes one worker, and what is measured is the network as it is.
 """
 
 import argparse
+from pathlib import Path
 
 from .. import cells
 from ..command import Parser, listed, positive, terminal
@@ -23,12 +24,17 @@ def arguments() -> argparse.Namespace:
     experiment_options(parser, strategies=STRATEGIES, rounds=8, warmup=2, steps=6)
     parser.add_argument("--seeds", type=listed(positive), default=[1], help="such as 1,2,3: all is measured with each")
     parser.add_argument("--breakdown", action="store_true", help="then profile a few steps of each: what took how long")
+    parser.add_argument("--traces", type=Path, help="folder for a trace of a few steps of each, by torch's profiler")
     return parser.parse_args()
 
 
 def experiments(given: argparse.Namespace) -> dict[str, Experiment]:
     """One for each seed, by name; a single one needs none."""
-    return {f"seed {seed}" if len(given.seeds) > 1 else "": experiment_of(given, seed=seed) for seed in given.seeds}
+    traces = str(given.traces or "")
+    return {
+        f"seed {seed}" if len(given.seeds) > 1 else "": experiment_of(given, seed=seed, traces=traces)
+        for seed in given.seeds
+    }
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ class Experiment:
     backend: str = "gloo"
     device: str = "cpu"
     breakdown: bool = False
+    traces: str = ""  # the folder for them
     excluded: dict[str, str] = field(default_factory=dict)  # strategy: why it is not run
 
 

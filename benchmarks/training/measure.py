@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from .. import records
 from ..allocator import keep_freed_memory
@@ -22,6 +25,7 @@ from .trainer import Trainer, optimizer_factory
 from .workloads import WORKLOADS, MissingPackage, parts
 
 TRIAL_STEPS = 3  # DDP rebuilds its buckets in the second step and torch's PowerSGD starts in the third
+TRACED_STEPS = 3
 HELD_OUT_BATCH = 32
 SECONDS_PER_STEP = 20  # far more than any step takes: a cell that needs longer is stuck
 
@@ -96,6 +100,8 @@ class Measurement:
         self.evaluate()  # before the profile, whose steps train on
         if self.experiment.breakdown:
             self._each("profiling", self._profile, breakdown.STEPS)
+        if self.experiment.traces:
+            self._each("tracing", self._trace)
         return self.finish()
 
     def build(self) -> None:
@@ -270,6 +276,28 @@ class Measurement:
         candidate.breakdown, failure = self.worker.attempt(profile)
         if failure:
             candidate.breakdown = {"failure": failure}
+
+    def _trace(self, candidate: Candidate) -> None:
+        """Rank 0 writes what host and device did in a few steps, for chrome://tracing or ui.perfetto.dev."""
+        trainer = candidate.running
+        if trainer is None:
+            return
+        batch = self.next_batch(candidate)
+
+        def steps() -> None:
+            trainer.step(*batch)  # fills the pipeline
+            profiler = torch.profiler.profile() if self.worker.rank == 0 else None
+            with profiler or nullcontext():
+                for _ in range(TRACED_STEPS):
+                    trainer.step(*batch)
+                trainer.synchronize()
+                self.worker.synchronize()
+            if profiler is not None:
+                name = candidate.strategy.name.replace(":", "-")
+                Path(self.experiment.traces).mkdir(parents=True, exist_ok=True)
+                profiler.export_chrome_trace(f"{self.experiment.traces}/{name}.json.gz")
+
+        _, candidate.failure = self.worker.attempt(steps)
 
     def _account(self, candidate: Candidate) -> dict[str, Any]:
         losses = [sum(step) / len(step) for step in zip(*self.worker.gather(candidate.losses), strict=False)]

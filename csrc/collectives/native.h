@@ -25,9 +25,12 @@ namespace dear {
 // - From NCCL 2.26 on, NCCL_LAUNCH_ORDER_IMPLICIT=1 makes the order of launches that of execution, across
 //   communicators of a device: then the first point is enough by itself. (Left to whoever runs the job: it
 //   costs an event a launch, and before CUDA 12.3 NCCL serialises with it.)
-// - Without it, streams may start in another order. But a collective here takes few of the processors
-//   (NCCL's channels: at most 64 thread blocks a communicator), and no kernel of ours waits for another rank,
-//   so both find room: a GPU's other work ends by itself.
+// - Without it, streams may start in another order, and streams that share a hardware queue wait for each
+//   other. But a queue only ever makes what was launched later wait for what was launched earlier; so does the
+//   order in a stream, and what a collective waits for on other ranks stands at its own place in the one
+//   order. Nothing waits for what comes after it, so there is no circle.
+// - What waits must have room beside what it waits for: a collective here takes few of the processors (NCCL's
+//   channels: at most 64 thread blocks a communicator), and no kernel of ours waits for another rank.
 class NativeLane : public Lane {
  public:
   explicit NativeLane(c10::intrusive_ptr<c10d::ProcessGroup> group);

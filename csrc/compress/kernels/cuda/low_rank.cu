@@ -16,7 +16,7 @@ constexpr int kTileRank = 8;
 
 // Up to this rank a thread has its rows of Q in registers.
 constexpr int kThinRank = 8;
-constexpr int kDecodeRows = 32;                           // of a warp: so many that it hides its first loads
+constexpr int kDecodeRows = 8;                            // of a warp
 constexpr int kDecodeTile = kThreads / 32 * kDecodeRows;  // of a thread block
 
 // See Note [Overflow in low-rank factors].
