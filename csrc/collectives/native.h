@@ -26,8 +26,8 @@ namespace dear {
 //   communicators of a device: then the first point is enough by itself. (Left to whoever runs the job: it
 //   costs an event a launch, and before CUDA 12.3 NCCL serialises with it.)
 // - Without it, streams may start in another order, and streams that share a hardware queue wait for each
-//   other. But a queue only ever makes what was launched later wait for what was launched earlier; so does the
-//   order in a stream, and what a collective waits for on other ranks stands at its own place in the one
+//   other. But a queue only ever makes what was launched later wait for what was launched earlier; so does
+//   the order in a stream, and what a collective waits for on other ranks stands at its own place in the one
 //   order. Nothing waits for what comes after it, so there is no circle.
 // - What waits must have room beside what it waits for: a collective here takes few of the processors (NCCL's
 //   channels: at most 64 thread blocks a communicator), and no kernel of ours waits for another rank.

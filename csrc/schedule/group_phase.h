@@ -73,7 +73,7 @@ class SecondPhase : public GroupPhase {
     for (const auto& exchange : exchanges_) exchange->start_last();
   }
   void follow_up() override {
-    for (const auto& exchange : exchanges_) exchange->start_decoding({});
+    for (const auto& exchange : exchanges_) exchange->decode_when_awaited();
   }
   void wait() override {
     for (const auto& exchange : exchanges_) exchange->wait();

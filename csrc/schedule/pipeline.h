@@ -25,11 +25,12 @@ namespace dear {
 //
 // Note [Few streams]
 // What is queued on a stream waits there for exchanges, most of a step long. A GPU has few queues for its
-// streams (CUDA_DEVICE_MAX_CONNECTIONS, 8 where nothing is said), and streams that share one wait for each
-// other: with a stream for each group, the training stream stood still until the last of them had been
-// decoded. So groups take turns on kStreams streams: enough for one to be encoded, one exchanged and one
-// decoded. They are of high priority, which has queues of its own, and whose short kernels exchanges wait
-// for.
+// streams (CUDA_DEVICE_MAX_CONNECTIONS, 8 where nothing is said, fewer under MPS), and streams that share one
+// wait for each other: with a stream for each group, on which its decoding was queued as soon as its last
+// exchange was, the training stream stood still until the last group had been decoded. So groups take turns
+// on kStreams streams: enough for one to be encoded, one exchanged and one decoded. They are of high
+// priority, since exchanges wait for their short kernels. And under DeAR decoding is queued when somebody
+// waits for the group, who waits for its exchange in any case.
 //
 // Threads: exchanges are submitted by one thread, the one that runs backward or the training thread.
 class Pipeline {

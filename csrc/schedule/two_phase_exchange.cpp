@@ -150,6 +150,12 @@ void TwoPhaseExchange::start_decoding(std::function<void(std::exception_ptr)> do
   finish(error, done);
 }
 
+void TwoPhaseExchange::decode_when_awaited() {
+  if (!stream_) return start_decoding({});
+  std::lock_guard<std::mutex> lock(sync_->mutex);
+  undecoded_ = true;
+}
+
 void TwoPhaseExchange::decode() {
   last()->wait();
   TORCH_CHECK(!advance(stages_), "A compressor announced ", stages_, " exchanges and makes more.");
@@ -232,6 +238,12 @@ bool TwoPhaseExchange::first_done() {
 }
 
 void TwoPhaseExchange::wait() {
+  bool decodes = false;
+  {
+    std::lock_guard<std::mutex> lock(sync_->mutex);
+    decodes = std::exchange(undecoded_, false);
+  }
+  if (decodes) start_decoding({});
   wait_ended();
   {
     std::lock_guard<std::mutex> lock(sync_->mutex);

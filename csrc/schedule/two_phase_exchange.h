@@ -49,6 +49,9 @@ class TwoPhaseExchange {
   // what a stream is to decode holds up what is queued there behind it.
   void start_last();
   void start_decoding(std::function<void(std::exception_ptr)> done);
+  // The same for who waits for each group by itself. On a GPU nothing is queued before wait(): see Note [Few
+  // streams].
+  void decode_when_awaited();
 
   // Block until that phase has ended (on a GPU: until the current stream is ordered behind it); rethrow.
   void wait_first();
@@ -144,6 +147,7 @@ class TwoPhaseExchange {
   HomeProcess home_;
   HomeOnly<Sync> sync_;  // see Note [Forked children]
   bool in_flight_ = false;
+  bool undecoded_ = false;  // the exchange is queued, and wait() decodes what it brings
   std::exception_ptr error_;
 };
 
