@@ -107,6 +107,12 @@ class Facts:
         kernels = next(cell for cell in cells if cell["task"] == "tests-kernels")
         return {"kernels": kernels, "nccl": outcomes.summary(folder / "tests-nccl.jsonl")}
 
+    def one_pass(self) -> str:
+        """How many times as fast low rank in one pass is as the passes apart, on the host."""
+        cells = [cell for source in self.of("kernels") for cell in source.cells]
+        kernels = [one for cell in cells for one in cell["kernels"] if one["name"].endswith("in one pass")]
+        return extent((one["plain_median_s"] / one["median_s"] for one in kernels), ".2f", " times")
+
     @property
     def methods(self) -> list[str]:
         return [name for name in steps.METHODS if name not in ("FSDP2", "torch's PowerSGD hook, rank 4")]
