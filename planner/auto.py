@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -122,7 +122,7 @@ class Auto:
         """Whether the plan can be followed here: it is the one that counts then. Else one warning says why not."""
         ground = steering.ground
         updates = {compresses: steering.updates(compresses) for compresses in (False, True)}
-        why = plans.refusal(plan, ground.group.size(), _elements(ground.model), updates)
+        why = plans.refusal(plan, ground.group.size(), _elements(ground.model), updates, losses.within(self.loss))
         if why is not None:
             self._warn(steering, f"The plan is left aside, since {why}; another one is chosen.")
             return False
@@ -175,8 +175,10 @@ class Auto:
         steering, begun = self._steers, self._now
         start = steering.steps
         yield from _steps(WARM_UP)
-        everyone = yield from self._profiled()
-        listed, why = self._shortlist(everyone, begun)
+        everyone, why = yield from self._profiled()
+        listed: list[Predicted] = []
+        if not why:
+            listed, why = self._shortlist(everyone, begun)
         if not listed:
             self._warn(steering, f"Nothing is chosen, and training goes on as it did, since {why}.")
             return
@@ -202,8 +204,8 @@ class Auto:
         search = _search()(_mib(self._steers), best.mib, best.seconds, hints) if self._decides else None
         yield from trials.refine(search, left)
 
-    def _profiled(self) -> Generator[None, None, list[Profile]]:
-        """A few steps; returns every rank's profile."""
+    def _profiled(self) -> Generator[None, None, tuple[list[Profile], str]]:
+        """A few steps; returns every rank's profile, or what went wrong on one of them."""
         steering, instruments = self._steers, self._instruments
         ground, engine = steering.ground, steering.engine
         watch = instruments.stopwatch(ground.model, ground.device)
@@ -217,10 +219,25 @@ class Auto:
         finally:
             watch.remove()
         events, self._traces = engine.stop_trace(), False
-        mine = measured_profile(
-            watch, (instruments.clock() - begun) / PROFILED, events, PROFILED, engine.update, ground.group.size()
-        )
-        return steering.everyones(mine, "the profiles of the model")
+        seconds = (instruments.clock() - begun) / PROFILED
+
+        def profile() -> Profile:
+            return measured_profile(watch, seconds, events, PROFILED, engine.update, ground.group.size())
+
+        return self._everyones(profile, "the profile of the model")
+
+    def _everyones(self, measure: Callable[[], Any], what: str) -> tuple[list[Any], str]:
+        """What each rank measures by itself; or nothing, and the first rank that could not, and why. Collective: a rank
+        that has failed still answers the others."""
+        try:
+            mine, wrong = measure(), ""
+        except Exception as error:
+            mine, wrong = None, f"{type(error).__name__}: {error}".split("\n")[0]
+        everyone = self._steers.everyones((mine, wrong), what)
+        failed = next((rank for rank, (_, why) in enumerate(everyone) if why), None)
+        if failed is not None:
+            return [], f"rank {failed} could not measure {what} ({everyone[failed][1]})"
+        return [found for found, _ in everyone], ""
 
     def _shortlist(self, everyone: list[Profile], begun: tuple[Way, float]) -> tuple[list[Predicted], str]:
         """What to try, and what decides; nothing, and why. Collective."""
@@ -234,6 +251,9 @@ class Auto:
             del lanes
         except ValueError as error:  # the same on every rank
             return [], str(error).rstrip(".")
+        _, wrong = self._everyones(lambda: self._instruments.memory(ground.device), "its memory")
+        if wrong:
+            return [], wrong
         machine = self._instruments.machine(ground.group, ground.device)
         shapes = [shape for layer in everyone[ground.group.rank()].layers for shape in layer.shapes]
         with suppress(Exception):  # on this rank alone: what cannot be timed stays predicted
@@ -324,12 +344,13 @@ def _fraction(loss: Any) -> float:
 def _line(best: Trial, begun: Trial, compared: Sequence[Trial], listed: list[Predicted], steps: int, why: str) -> str:
     """What was chosen, what it gained, and why."""
     plain = next((one.seconds for one in compared if one.way.update == PLAIN != best.way.update), NEVER)
+    first = next((one.seconds for one in compared if one.setting == begun.setting), begun.seconds)
     rival = f", with plain DDP {_ms(plain)}" if plain < NEVER else ""
     foreseen = next((one for one in listed if one.way == best.way), None)
     said = f", {_ms(foreseen.seconds)} predicted" if foreseen is not None else ""
     return (
         f"auto chose {best.way}, {best.mib:.3g} MiB at a time, after {steps} steps: {_ms(best.seconds)} a step measured"
-        f"{said}; as it began {_ms(begun.seconds)}{rival}; {why}."
+        f"{said}; as it began {_ms(first)}{rival}; {why}."
     )
 
 

@@ -17,6 +17,7 @@ failures: {mtbf: 30d, spares: 2}  # and checkpoint: 30s, restart: 5min, repair: 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -194,6 +195,9 @@ def _by_node(found: Mapping[str, Any], key: str) -> list[Any]:
 def _number(found: Mapping[str, Any], key: str, whole: bool = False, least: int = 1) -> float:
     """least: that a whole one may be."""
     value = found[key]
+    if isinstance(value, str) and not whole:  # YAML takes 1e-3 for text
+        with contextlib.suppress(ValueError):
+            value = float(value)
     kind: Any = int if whole else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < math.inf or (whole and value < least):
         raise ClusterError(f"{key} must be a {'whole ' if whole else ''}number, not {value!r}.")
@@ -214,7 +218,7 @@ def _lines(entry: Any) -> dict[str, AlphaBeta]:
         if not isinstance(line, dict) or set(line) != {"alpha", "beta"}:
             raise ClusterError(f"collectives: {phase} must have alpha and beta, in seconds and seconds per byte.")
         lines[phase] = AlphaBeta(_number(line, "alpha"), _number(line, "beta"))
-        if lines[phase].beta > 1e-3 or lines[phase].alpha > LONGEST:
+        if lines[phase].beta > 1e-3 or lines[phase].alpha > LONGEST or lines[phase] == AlphaBeta(0, 0):
             raise ClusterError(f"collectives: {phase} takes {lines[phase]}, which no network does: check the units.")
     if "all_reduce" not in lines and not {"reduce_scatter", "all_gather"} <= set(lines):
         raise ClusterError("collectives must have all_reduce, or both reduce_scatter and all_gather.")

@@ -31,6 +31,8 @@ HOOK = 1e-4  # seconds of a bucket: a wake-up of a lane's thread and one of the 
 class Instruments:
     """The machine's own."""
 
+    _bandwidth = 0.0  # bytes a second
+
     def clock(self) -> float:
         """Seconds, rising."""
         return time.perf_counter()
@@ -56,9 +58,13 @@ class Instruments:
                     raise
         raise AssertionError("An attempt returns or raises.")
 
+    def memory(self, device: torch.device) -> None:
+        """Measures this rank's memory, for machine()."""
+        self._bandwidth = memory_bandwidth(device)
+
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Machine:
         """What exchanges and codecs cost this rank. Collective."""
-        costs = codec_costs(memory_bandwidth(device))
+        costs = codec_costs(self._bandwidth or memory_bandwidth(device))
         if device.type != "cpu":
             return Machine(costs=costs)
         full = torch.zeros(SIZES[-1] // 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from . import codecs
@@ -24,10 +24,13 @@ def made(way: Way, mib: float, seconds: float, workers: int, elements: int) -> d
     }
 
 
-def refusal(plan: Any, workers: int, elements: int, updates: Mapping[bool, list[str]]) -> str | None:
+def refusal(
+    plan: Any, workers: int, elements: int, updates: Mapping[bool, list[str]], methods: Collection[str]
+) -> str | None:
     """Why a plan that was given cannot be followed here; None where it can.
 
-    updates: the strategies that serve the optimizer, by whether gradients are compressed.
+    updates: the strategies that serve the optimizer, by whether gradients are compressed. methods: of compression, that
+    lose no more than is allowed.
     """
     if not isinstance(plan, Mapping) or plan.get("version") != VERSION:
         return f"it is no plan of version {VERSION}, as engine.plan gives it"
@@ -44,6 +47,8 @@ def refusal(plan: Any, workers: int, elements: int, updates: Mapping[bool, list[
             codecs.compressor(str(method))
         except ValueError as error:
             return f"its compressor cannot be made ({str(error).rstrip('.')})"
+        if method not in methods:
+            return f"its compressor, {method}, may lose more than is allowed: pass a larger loss to compress.auto()"
     known = updates[method is not None]
     if update not in known:
         return f"its update {update!r} does not serve here, where {', '.join(known) or 'none'} would"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 
 from .models import Block, Model
 
@@ -17,11 +19,13 @@ def imported(name: str) -> Model:
     import torch
 
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # as with python -m, also where the command was started by its own name
+        sys.path.insert(0, os.getcwd())
     try:
         make = getattr(importlib.import_module(module), attribute)
         with torch.device("meta"):
             net = make()
-    except Exception as error:  # whatever a stranger's code raises
+    except (Exception, SystemExit) as error:  # whatever a stranger's code raises: a script reads its command line, say
         raise ValueError(f"Model {name} cannot be imported and made ({type(error).__name__}: {error}).") from error
     if not isinstance(net, torch.nn.Module):
         raise ValueError(f"Model {name} makes a {type(net).__name__}, which is no torch.nn.Module.")

@@ -155,6 +155,7 @@ def test_a_saved_plan_is_followed_at_once(pool2):
         ({"workers": 64}, "64 workers"),
         ({"update": "sideways"}, "'sideways' does not serve here"),
         ({"compressor": "zip"}, "its compressor cannot be made"),
+        ({"compressor": "sign", "update": "replicated"}, "sign, may lose more than is allowed"),
         ({"bucket_cap_mb": -1}, "must be a number of MiB"),
         ({"version": 0}, "no plan of version 1"),
     ],
@@ -171,6 +172,8 @@ def test_a_plan_that_lies_is_left_aside(pool2, lie, why):
         ({"wrong": ["The times of all_reduce follow no line."] * 2}, "follow no line"),
         ({"skipped": [0, 1]}, "rank 1 has measured other layers"),
         ({"seconds": [0.01, float("inf")]}, "measured inf s of computing"),
+        ({"fails": ["", "memory"]}, "rank 1 could not measure its memory (MemoryError: no room for the copy)"),
+        ({"fails": ["", "layers"]}, "rank 1 could not measure the profile of the model (OSError: the clock broke)"),
     ],
 )
 def test_what_cannot_be_measured_leaves_training_as_it_was(pool2, more, why):

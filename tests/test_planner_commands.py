@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dear
+from dear.cost_model import AlphaBeta
 from planner import cluster, profile, timeline, tracing
 from planner.__main__ import main
 from planner.cluster import ClusterError, described
@@ -168,7 +170,9 @@ def test_a_profile_that_is_none_is_refused(text: str, tmp_path: Path, capsys: py
         ({"straggler": float("nan")}, "straggler must be a number"),
         ({"device": {"name": "mine"}}, "device must be a name, or have exactly"),
         ({"collectives": {"gossip": {}}}, "collectives must name some of"),
-        ({"collectives": {"all_gather": {"alpha": 0, "beta": 0}}}, "must have all_reduce, or both"),
+        ({"collectives": {"all_gather": {"alpha": 1e-4, "beta": 0}}}, "must have all_reduce, or both"),
+        ({"collectives": {"all_reduce": {"alpha": 0, "beta": 0}}}, "which no network does"),
+        ({"collectives": {"all_reduce": {"alpha": "fast", "beta": 0}}}, "alpha must be a number, not 'fast'"),
         ({"collectives": {"all_reduce": {"alpha": 1, "beta": 8}}}, "which no network does"),
         ({"collectives": {"all_reduce": {"alpha": -1, "beta": 0}}}, "alpha must be a number, not -1"),
         ({"compressors": ["bf16"]}, "compressors must be a mapping"),
@@ -182,6 +186,27 @@ def test_a_cluster_that_lies_is_refused(changes: dict[str, Any], says: str) -> N
     assert described(GOOD).workers == 4
     with pytest.raises(ClusterError, match=says):
         described(GOOD | changes)
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
+    found = described(GOOD | {"collectives": {"all_reduce": {"alpha": "1e-3", "beta": "1e-9"}}})
+    assert found.collectives["all_reduce"] == AlphaBeta(1e-3, 1e-9)
+
+
+def test_a_model_is_found_beside_the_command_and_one_that_exits_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("import torch\ndef make(): return torch.nn.Linear(4, 4)\n")
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit('--data is required')\n")
+    code = "import sys; sys.path.remove(''); from planner.user_model import imported; print(imported(sys.argv[1]).name)"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    for name, says in (("beside:make", "beside:make"), ("exits:make", "cannot be imported and made (SystemExit")):
+        command = [sys.executable, "-c", code, name]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        assert says in done.stdout + done.stderr
+
+
+def test_where_nothing_fits_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--model", "llama-70b", *OPTIONS])
+    assert "No way fits: the least needs" in capsys.readouterr().out
 
 
 def test_the_slowest_link_counts(tmp_path: Path) -> None:

@@ -71,6 +71,14 @@ def run(given: argparse.Namespace) -> None:
         f"{1e3 * model.compute:.4g} ms. Ways in italics lose something of each gradient: see Compression and loss.",
         highlight=False,
     )
+    if not any(choice.fits for choice in found):
+        least = min(choice.memory for choice in found) / (1 << 30)
+        console.print(
+            f"No way fits: the least needs {least:.1f} GiB of a device, and {cluster.device.name} has "
+            f"{cluster.device.memory / (1 << 30):.4g}. Every rank holds the whole model here: take larger devices, a "
+            "pipeline, or FSDP.",
+            highlight=False,
+        )
     payload = {
         "label": LABEL,
         "model": model.name,

@@ -66,7 +66,7 @@ __device__ double invert_thin(const double* gram, int rank, double (&inverse)[kR
 // short that launches would take longer. Leaves kFallback where Gram-Schmidt must finish.
 template <int kRank>
 __global__ __launch_bounds__(kThinThreads<kRank>, 1) void thin_kernel(float* matrices, int rows, int rank,
-                                                                   double* status) {
+                                                                      double* status) {
   constexpr int kThreadsHere = kThinThreads<kRank>;
   constexpr int kEntries = kRank * (kRank + 1) / 2;  // of the upper triangle, row by row
   __shared__ double partial[kThreadsHere / 32][kEntries];
