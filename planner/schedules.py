@@ -59,6 +59,11 @@ class Schedule(ABC):
                 task = worker.exchange("all_gather", f"all-gather {number}", f"second {index}", bytes_, [task], merge)
         return task, rounds[-1]
 
+    @property
+    def updates(self) -> float:
+        """The share of a whole update that each rank makes."""
+        return 1.0
+
     def second_phase(self, number: int, group: Group, after: Task, bytes_: float) -> Task:
         """The last all-gather of a compressed group, and decoding."""
         merge = self.cost.merge * group.bytes / len(self.codec.rounds(group.pieces))
@@ -122,6 +127,10 @@ class Sharded(Schedule):
 
     imbalance: ClassVar[float] = 1.0  # of the busiest rank's update, to an even share
 
+    @property
+    def updates(self) -> float:
+        return self.imbalance / self.worker.network.workers
+
     def step(self) -> Task:
         worker = self.worker
         worker.forward(self.gates)
@@ -131,7 +140,7 @@ class Sharded(Schedule):
             reduced.append(
                 worker.exchange("reduce_scatter", f"reduce-scatter {number}", "reduce-scatter", group.bytes, [ready])
             )
-        share = worker.profile.update / worker.profile.bytes * self.imbalance / worker.network.workers
+        share = worker.profile.update / worker.profile.bytes * self.updates
         updates = [
             worker.compute("update", share * group.bytes, [task])
             for group, task in zip(self.groups, reduced, strict=True)
@@ -200,6 +209,10 @@ class FSDP2(Schedule):
         super().__init__(worker, codec, cap)
         self._updated: list[Task] = []
 
+    @property
+    def updates(self) -> float:
+        return 1 / self.worker.network.workers
+
     def step(self) -> Task:
         worker = self.worker
         lane = COMPUTE if worker.machine.synchronous else "all-gather"
@@ -219,7 +232,7 @@ class FSDP2(Schedule):
             last = ready
             ends.append(worker.exchange("reduce_scatter", f"reduce-scatter {number}", lane, group.bytes, [ready]))
         worker.compute("wait", 0.0, ends)
-        self._updated = [worker.compute("update", worker.profile.update / worker.network.workers)]
+        self._updated = [worker.compute("update", worker.profile.update * self.updates)]
         assert last is not None
         return last
 

@@ -48,7 +48,8 @@ def step(profile: Profile, network: Network, machine: Machine, method: Method) -
     marks = [schedule.step() for _ in range(STEPS)]
     worker.simulation.run()
     seconds = marks[-1].end - marks[-2].end
-    computing = profile.compute * machine.slowest(network.workers)
+    own = profile.forward + profile.backward + profile.update * schedule.updates
+    computing = own * machine.slowest(network.workers)
     sent = sum(_sent(network, method, schedule.codec.rounds(group.pieces)) for group in schedule.groups)
     return Step(seconds, seconds - computing, sent, worker.simulation.events)
 

@@ -1,6 +1,6 @@
 """A timeline of a few training steps in Chrome's trace format, which Perfetto reads, too.
 
-    tracer = planner.tracing.Tracer(engine, "trace.json")     # after dear.attach()
+    tracer = planner.tracing.Tracer(engine, model, "trace.json")  # after dear.attach()
     ...                                                       # train: it stops by itself after a few steps
 
 Compute is shown by the model's top-level parts, lanes by exchange, waits and updates as the engine notes them.

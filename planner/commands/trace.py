@@ -59,7 +59,13 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"{given.script} made too few training steps: lower --skip or --steps.")
     tracer = tracers[0]
     if tracer.rank == 0:
-        write_json(given.json, {"steps": given.steps, "ms_per_step": busy(tracer.spans, given.steps)})
+        lanes = busy(tracer.spans, given.steps)
+        if not lanes.keys() - {"compute"}:
+            print(
+                'No exchange is in the trace: there is one rank alone, or plain DDP, or compressor="auto" was choosing '
+                "(--skip 62 begins behind that)."
+            )
+        write_json(given.json, {"steps": given.steps, "ms_per_step": lanes})
         if given.picture is not None:
             draw(tracer.spans, given.picture)
             print(f"The picture is {given.picture}.")
