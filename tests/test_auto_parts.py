@@ -135,8 +135,8 @@ def boundaries_until_changed(times):
 
 def test_a_change_counts_after_a_minute():
     assert boundaries_until_changed([1.0] * 500) is None
-    assert boundaries_until_changed([1.0] * 30 + [1.4] * 500) is None, "less than by half"
-    for changed in (2.0, 0.5):
+    assert boundaries_until_changed([1.0] * 30 + [1.2] * 500) is None, "as a machine's load may do"
+    for changed in (2.0, 1.41, 0.75, 0.5):  # 1.41: measured, as the link of four workers was cut to half
         taken = boundaries_until_changed([1.0] * 30 + [changed] * 500)
         assert 30 + 4 * 15 <= taken <= 30 + 5 * 15
     pauses = [1.0] * 14 + [100.0]
