@@ -305,7 +305,7 @@ def test_the_rehearsal_is_interrupted_and_goes_on_to_the_end(tmp_path: Path) -> 
     second = rehearse(tmp_path, "--resume", mark=mark)
     said = second.communicate(timeout=200)[0]
     assert second.returncode == 0, said
-    rest = ["training-resnet50", "alone-bert-base", "kernels-step"]
+    rest = ["training-resnet50", "alone-bert-base", "traces-bert-base", "kernels-step"]
     assert said.count(": resumed") == 3 and stored(tmp_path) == [*before[1:], "build", *rest]
     await_none(mark)
     training = json.loads((tmp_path / "training-resnet50.json").read_text())
