@@ -28,7 +28,7 @@ def test_other_threads_wait_until_a_parameter_is_finished(read):
         reader.start()
         reader.join(LOOK)
         assert not seen, "the reader did not wait"
-        unguarded(param).fill_(1)
+        unguarded([param])[0].fill_(1)
 
     barrier = Barrier()
     barrier.finish = finish
@@ -70,7 +70,7 @@ def test_what_fails_stays_pending():
     def finish(group):
         if fails.pop():
             raise RuntimeError("not yet")
-        unguarded(param).fill_(1)
+        unguarded([param])[0].fill_(1)
 
     barrier = Barrier()
     barrier.finish = finish
