@@ -44,7 +44,7 @@ def test_many_threads_finish_a_parameter_once():
     finished = []
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(50)]
     barrier = Barrier()
-    barrier.finish = lambda group: (finished.append(group), unguarded(params[group]).fill_(group))
+    barrier.finish = lambda group: (finished.append(group), unguarded([params[group]])[0].fill_(group))
     barrier.set_groups([param] for param in params)
     for _ in range(20):
         finished.clear()
