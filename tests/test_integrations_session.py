@@ -55,7 +55,7 @@ def trained_twice(rank, world, given):
     results = []
     for interrupted in (False, True):
         instruments = Prescribed(SLOW, lambda setting: 1.0)
-        session = Session({"compressor": Auto(plan=POWER, instruments=instruments) if given else "auto"})
+        session = Session({"compressor": Auto(0.05, POWER if given else None, instruments=instruments)})
         model, opt = training.build("Mlp", ADAMW, {})
         if not given:
             session.load({"bucket_order": [], "auto": {"plan": POWER}}, "The checkpoint")
@@ -73,7 +73,7 @@ def trained_twice(rank, world, given):
     same(results[1], results[0])
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["an object", "auto"])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "loaded"])
 def test_a_second_training_goes_on_with_the_plan(pool2, given):
     pool2.run(trained_twice, given)
 
