@@ -107,10 +107,12 @@ def _set(context: StepContext) -> None:
 
 @contextlib.contextmanager
 def _on_stream(context: StepContext, caller: StepContext) -> Iterator[None]:
-    """On ``context``'s stream, with the caller's ordered behind it."""
+    """On ``context``'s stream: behind the caller's, which has waited for what is worked on, and before what the caller
+    does next."""
     if context.stream is None or context.stream == caller.stream:
         yield
         return
+    context.stream.wait_stream(caller.stream)
     with context.stream:
         yield
     caller.stream.wait_stream(context.stream)

@@ -1,10 +1,13 @@
 """What is true of a device's streams alone: cases for tests/test_cuda.py, called as the ranks of an NCCL group."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
 from place import place
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compress
@@ -103,3 +106,36 @@ def capture_is_refused(rank: int, world: int) -> None:
                     model(x).square().mean().backward()
             finally:
                 graph.capture_end()
+
+
+def read_elsewhere(rank: int, world: int) -> None:
+    """Who reads a parameter first, on a stream or in a mode of its own, finds what it would find anywhere."""
+
+    def reads_beside(model: DDP) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            model.module[0].weight.clone()
+
+    def reads_with_fakes(model: DDP) -> None:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.module(torch.empty(4, 64, device=place()))
+
+    def trained(read: Callable[[DDP], None], make: Callable[[], compress.Compressor | None]) -> list[torch.Tensor]:
+        model = model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        torch.manual_seed(rank)
+        x = torch.randn(8, 64, device=place())
+        with dear.attach(model, optimizer, compressor=make(), update="replicated", bucket_cap_mb=0.01):
+            for _ in range(6):
+                model(x).square().mean().backward()
+                torch.cuda._sleep(CYCLES // 50)  # what is read is still on its way
+                optimizer.step()
+                read(model)
+                optimizer.zero_grad()
+        return [param.detach().clone() for param in model.parameters()]
+
+    kinds = (lambda: None, lambda: compress.ACPSGD(rank=4), lambda: compress.Dense(torch.bfloat16))
+    for make in kinds:
+        expected = trained(lambda model: None, make)
+        for read in (reads_beside, reads_with_fakes):
+            for found, right in zip(trained(read, make), expected, strict=True):
+                assert torch.equal(found, right), f"{read.__name__} changes the training under {make()}"

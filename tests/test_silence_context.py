@@ -67,6 +67,15 @@ CASES = [
         for test in silence(f"Adafactor, {name}", f"{WARM}\n\nahead(3)\n\n{code(CONTEXTS[name])}{TAIL}",
                             ("replicated",), **ADAFACTOR)
     ],
+    # What a backend's own collective brings is divided and taken from its buffers by whoever waits.
+    *[
+        test
+        for name, context in CONTEXTS.items() if name not in COUNTED
+        for test in silence(f"context {name} by the backend",
+                            f"{WARM}\n\nkept = x(9)\n\n{STEP}\n\n{code(context)}{TAIL}",
+                            ("sharded", "replicated", "compressed", "owned"), may_refuse=name in MAY_REFUSE,
+                            attach={"algorithm": "native"}, **ADAM)
+    ],
     *silence("trained under autocast", "attach()\n\nfor step in range(5):\n"
              "    with torch.autocast('cpu', torch.bfloat16): loss = forward(step)\n"
              "    loss.backward(); opt.step(); opt.zero_grad()", EVERY, **ADAM),

@@ -16,6 +16,7 @@
 #include "collectives/backend_wait.h"
 #include "collectives/shard.h"
 #include "collectives/staging.h"
+#include "collectives/submitter.h"
 
 namespace dear {
 namespace {
@@ -84,6 +85,7 @@ class NativeExchange : public Exchange {
 
   void issue(c10d::ProcessGroup& group) {
     start_ns_ = now_ns();
+    submitter_.remember();
     pack();
     Tensors out;
     Tensors in;
@@ -138,8 +140,10 @@ class NativeExchange : public Exchange {
       } else {
         for (const auto& work : works_) work->wait();
       }
-      for (size_t i = 0; i < parts_.size() && !built_; ++i) settle(parts_[i], buffers_[i]);
-      if (!built_) unpack();
+      submitter_.run([this] {
+        for (size_t i = 0; i < parts_.size() && !built_; ++i) settle(parts_[i], buffers_[i]);
+        if (!built_) unpack();
+      });
       note_settled();
     } catch (const std::exception& error) {
       forget();
@@ -278,6 +282,7 @@ class NativeExchange : public Exchange {
   std::optional<c10::Event> settled_;
   bool nccl_ = false;
   bool on_host_ = false;
+  Submitter submitter_;
   std::vector<Buffers> buffers_;
   std::vector<c10::intrusive_ptr<c10d::Work>> works_;
   std::optional<BackendWait> backend_;  // of host tensors, once somebody has waited or asked

@@ -195,9 +195,10 @@ Scheduler::Gather Scheduler::make_gather(const Group& group, size_t portion, con
 // NCCL needs about a millisecond over sockets to begin a collective and to end it, in which the link idles:
 // over 10 Gbit/s, a tenth of a fusion group's time. The two lanes are hardly ever busy at the same time
 // (all-gathers begin where the reduce-scatters end). So on a GPU every second group moves each half on the
-// other half's lane: one group begins while the one before it ends.
+// other half's lane: one group begins while the one before it ends. Not where ranks meet at the end of the
+// backward pass: the training stream would wait there for the reduce-scatters on that lane.
 const std::shared_ptr<Lane>& Scheduler::lane_of(Phase phase, size_t group) const {
-  const bool takes_turns = !buckets_.front().buffer.is_cpu() &&
+  const bool takes_turns = !meets_ && !buckets_.front().buffer.is_cpu() &&
                            dynamic_cast<NativeLane*>(reduce_lane_.get()) &&
                            dynamic_cast<NativeLane*>(gather_lane_.get());
   const bool other = takes_turns && group % 2 == 1;

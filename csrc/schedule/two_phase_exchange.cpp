@@ -44,9 +44,15 @@ TwoPhaseExchange::~TwoPhaseExchange() {
   };
   bool aborted = false;
   while (in_flight()) {
-    if (!aborted && std::chrono::steady_clock::now() > deadline) {
+    const auto now = std::chrono::steady_clock::now();
+    if (!aborted && now > deadline) {
       pipeline_->abort("The compressor was dropped while an exchange was in flight.");
       aborted = true;
+    }
+    // A collective of the device's goes on until the backend gives up, which may be in many minutes.
+    if (stream_ && now > deadline + std::chrono::seconds(1)) {
+      outlive();
+      return;
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
@@ -55,6 +61,14 @@ TwoPhaseExchange::~TwoPhaseExchange() {
     follow();
   } catch (const std::exception&) {
   }
+}
+
+// What a device may still write to is kept until the process ends.
+void TwoPhaseExchange::outlive() {
+  using Kept = std::tuple<std::shared_ptr<compress::Codec>, std::vector<std::shared_ptr<Exchange>>,
+                          std::vector<at::Tensor>>;
+  static auto* const kept = new std::vector<Kept>;  // never destroyed: the device's runtime may end before it
+  kept->emplace_back(codec_, queued_, std::vector<at::Tensor>{own_, source_, target_});
 }
 
 void TwoPhaseExchange::bind(const at::Tensor& source, const at::Tensor& target, int64_t begin, int64_t numel,
@@ -152,6 +166,7 @@ void TwoPhaseExchange::start_decoding(std::function<void(std::exception_ptr)> do
 
 void TwoPhaseExchange::decode_when_awaited() {
   if (!stream_) return start_decoding({});
+  submitter_.remember();
   std::lock_guard<std::mutex> lock(sync_->mutex);
   undecoded_ = true;
 }
@@ -238,12 +253,14 @@ bool TwoPhaseExchange::first_done() {
 }
 
 void TwoPhaseExchange::wait() {
+  home_.check("A compressor");
   bool decodes = false;
   {
     std::lock_guard<std::mutex> lock(sync_->mutex);
     decodes = std::exchange(undecoded_, false);
+    if (decodes) in_flight_ = true;  // at once, or another thread would find it ended
   }
-  if (decodes) start_decoding({});
+  if (decodes) submitter_.run([this] { start_decoding({}); });
   wait_ended();
   {
     std::lock_guard<std::mutex> lock(sync_->mutex);

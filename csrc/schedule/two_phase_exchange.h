@@ -3,6 +3,7 @@
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
 
+#include "collectives/submitter.h"
 #include "compress/codec.h"
 #include "schedule/pipeline.h"
 
@@ -106,6 +107,7 @@ class TwoPhaseExchange {
   void submit(size_t stage, const std::shared_ptr<Exchange>& exchange);
   void finish(std::exception_ptr error, const std::function<void(std::exception_ptr)>& done);
   void decode();
+  void outlive();
   template <typename Work>
   void on_stream(Work work);
   // Orders the caller's current stream behind the event.
@@ -148,6 +150,7 @@ class TwoPhaseExchange {
   HomeOnly<Sync> sync_;  // see Note [Forked children]
   bool in_flight_ = false;
   bool undecoded_ = false;  // the exchange is queued, and wait() decodes what it brings
+  Submitter submitter_;     // of what wait() decodes
   std::exception_ptr error_;
 };
 
