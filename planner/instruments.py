@@ -27,6 +27,7 @@ from .stopwatch import Stopwatch
 SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 22)  # bytes of the whole tensor
 REPEATS, ATTEMPTS = 5, 2
 BUDGET = 2.0  # seconds of the network's probe
+PART = 1 << 26  # bytes that are reserved at once
 COPY = 1 << 24  # bytes, more than caches hold
 
 
@@ -63,6 +64,24 @@ class Instruments:
     def memory(self, device: torch.device) -> None:
         """Measures this rank's memory, for machine()."""
         self._bandwidth = memory_bandwidth(device)
+
+    def in_steps(self, device: torch.device) -> int:
+        """Bytes of this rank that steps take beyond what stands between two of them, as for activations: at the most so
+        far. On the host nobody counts."""
+        if device.type == "cpu":
+            return 0
+        return max(0, torch.accelerator.max_memory_allocated(device) - torch.accelerator.memory_allocated(device))
+
+    def reserve(self, device: torch.device, size: int) -> None:
+        """Takes so many bytes for a moment, in parts as a model's.
+
+        Raises:
+            RuntimeError, MemoryError: what the allocator raises where there are not so many.
+        """
+        parts = [
+            torch.empty(min(PART, size - start), dtype=torch.uint8, device=device) for start in range(0, size, PART)
+        ]
+        del parts
 
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Machine:
         """What exchanges and codecs cost this rank. Collective."""
