@@ -25,6 +25,7 @@ from .deciding import PLAIN, Predicted, Way, predicted, reason, shortlist, sizes
 from .instruments import Instruments
 from .profile import Profile
 from .profiling import measured_profile, slowest
+from .room import Room, ran_out, sentence, told
 from .trials import NEVER, Trial, Trials, fastest
 from .watching import changed
 
@@ -182,7 +183,19 @@ class Auto:
         if not listed:
             self._warn(steering, f"Nothing is chosen, and training goes on as it did, since {why}.")
             return
-        trials = Trials(steering, self._instruments.clock, self._go, lambda sentence: self._warn(steering, sentence))
+        with told(lambda: None if self._now == begun else self._now[0]):
+            yield from self._compared(listed, begun, start, why)
+
+    def _compared(self, listed: list[Predicted], begun: tuple[Way, float], start: int, why: str) -> Iterator[None]:
+        """The trials, since that step, and what they choose."""
+        steering, room = self._steers, Room(self._steers, self._instruments)
+
+        def go(way: Way, mib: float) -> None:
+            if (way, mib) != self._now and (way != self._now[0] or way.method is not None or way.update == PLAIN):
+                room.check(way)
+            self._go(way, mib)
+
+        trials = Trials(steering, self._instruments.clock, go, lambda said: self._warn(steering, said))
         yield from trials.attempt(*begun)
         for one in listed[1:]:
             yield from trials.attempt(one.way, one.mib)
@@ -277,6 +290,7 @@ class Auto:
 
         Raises:
             ValueError: the compressor cannot serve this model; the same on every rank, and nothing has been changed.
+            RuntimeError: this rank has run out of memory, and cannot go back.
         """
         steering, (before, size) = self._steers, self._now
         if (way, mib) == (before, size):
@@ -288,7 +302,12 @@ class Auto:
             self._unsent[before.method] = at_work.state_dict(gather=False)
         if setting.compressor is not None and way.method in self._unsent:
             setting.compressor.load_state_dict(self._unsent[way.method])
-        steering.switch(setting)
+        try:
+            steering.switch(setting)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            raise RuntimeError(sentence(way)) from error
         self._now = way, mib
 
     def _watch(self) -> Iterator[None]:

@@ -6,10 +6,13 @@ device: a100                      # or {name: mine, tflops: 50, memory_gib: 16, 
 link: {latency: 30us, bandwidth: 10Gbit}        # of a node; a list, where they differ: the slowest counts
 inner: {latency: 5us, bandwidth: 600Gbit}       # between devices of a node; without it the network is flat
 algorithm: ring                   # or tree
-collectives:                      # measured, in seconds and seconds per byte; in place of link, inner and algorithm
+collectives:                      # measured, in seconds and seconds per byte; then links are a pipeline's alone
   all_reduce: {alpha: 1.0e-3, beta: 1.0e-9}
+measured_workers: 32              # among whom the collectives were measured; of no others do they say anything
 compressors:                      # measured, in seconds per byte of gradient, by name; others by memory bandwidth
   bf16: {encode: 1.0e-10, merge: 2.0e-10, decode: 1.0e-10}
+host: {cores: 1.0, exchange_cpu: 3.0e-10}       # where gradients are host tensors: a worker's cores, seconds of a core
+                                  # for each byte that it sends, and hook: 0.1ms that each bucket costs
 straggler: 1.1                    # how many times as long the slowest device computes
 jitter: 0.02                      # standard deviation of computing, as a share of it
 failures: {mtbf: 30d, spares: 2}  # and checkpoint: 30s, restart: 5min, repair: 1d, every: 20min; planner/failures.py
@@ -18,11 +21,10 @@ failures: {mtbf: 30d, spares: 2}  # and checkpoint: 30s, restart: 5min, repair: 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ from . import collectives_file
 from .codecs import Cost, codec
 from .devices import GIB, Device, device
 from .failures import Failures
-from .machine import Machine
+from .machine import Host, Machine
 from .network import ALGORITHMS, PHASES, Network, flat, measured, slowest, two_level
+from .reading import parsed
 from .shares import typical
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -43,7 +46,7 @@ MOST = 1 << 20  # workers
 LONGEST = 60.0  # seconds: more is no latency
 KEYS = (
     "nodes", "devices_per_node", "device", "link", "inner", "algorithm", "collectives", "compressors", "straggler",
-    "jitter", "label", "failures",
+    "jitter", "label", "failures", "measured_workers", "host",
 )  # fmt: skip
 
 
@@ -55,7 +58,9 @@ class ClusterError(ValueError):
 class Cluster:
     """nodes: with ``devices_per_node`` workers each. collectives: measured lines by phase, in place of the links.
     compressors: measured costs by name, in place of those by the device's memory bandwidth. device: of every node, or
-    what stands for ``mixed`` ones. mixed, links: by node, where they differ; ``link`` is the slowest."""
+    what stands for ``mixed`` ones. mixed, links: by node, where they differ; ``link`` is the slowest. inner: between
+    devices of a node, where ``link`` is between nodes. measured_workers: among whom the collectives were measured, None
+    where nobody says. host: None where exchanges take no core of those who compute."""
 
     nodes: int
     devices_per_node: int = 1
@@ -70,6 +75,8 @@ class Cluster:
     mixed: tuple[Device, ...] = ()
     links: tuple[AlphaBeta, ...] = ()
     failures: Failures | None = None
+    measured_workers: int | None = None
+    host: Host | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 2:
@@ -78,6 +85,16 @@ class Cluster:
             raise ClusterError(f"nodes times devices_per_node is {self.workers}: no more than {MOST} are predicted.")
         if self.link is None and not self.collectives:
             raise ClusterError("link is missing: give its latency and bandwidth, or measured collectives.")
+        if self.inner is not None and self.devices_per_node < 2:
+            raise ClusterError(
+                "inner is between devices of a node, which has one: leave it out, or set devices_per_node."
+            )
+        if self.inner is not None and self.link is None:
+            raise ClusterError("inner is given, and link, between nodes, is not: give both, or leave inner out.")
+        if self.mixed and len(self.mixed) != self.nodes:
+            raise ClusterError(f"device lists {len(self.mixed)} entries for {self.nodes} nodes: list one for each.")
+        if self.collectives and self.measured_workers not in (None, self.workers):
+            raise ClusterError(self._other_workers())
         if self.algorithm not in ALGORITHMS:
             raise ClusterError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {self.algorithm!r}.")
         if self.straggler < 1 or not 0 <= self.jitter < 1:
@@ -101,7 +118,29 @@ class Cluster:
         return flat(self.link, self.workers, self.algorithm)
 
     def machine(self) -> Machine:
-        return Machine(costs={**self.device.costs(), **self.compressors}, straggler=self.straggler, jitter=self.jitter)
+        costs = {**self.device.costs(), **self.compressors}
+        made = Machine(costs=costs, straggler=self.straggler, jitter=self.jitter)
+        if self.host is None:
+            return made
+        return replace(made, **asdict(self.host), synchronous=True)  # FSDP2's collectives are gloo's then
+
+    def _other_workers(self) -> str:
+        """Why measured collectives say nothing here, and the link that would explain them."""
+        assert self.measured_workers is not None
+        others = self.measured_workers - 1
+        half = measured(self.measured_workers, self.collectives).phases["reduce_scatter"][0].line
+        remedy = ""
+        if half.beta > 0:
+            bits = 8 * others / (half.beta * self.measured_workers)
+            remedy = (
+                ", or put link: {latency: "
+                f"{1e6 * half.alpha / others:.1f}us, bandwidth: {bits / 1e6:.1f}Mbit}} in place of collectives, to "
+                "which they come on a ring"
+            )
+        return (
+            f"nodes times devices_per_node is {self.workers}, and the collectives were measured among "
+            f"{self.measured_workers} workers: probe {self.workers}{remedy}."
+        )
 
 
 def seconds(text: str) -> float:
@@ -132,12 +171,9 @@ def read(path: Path, cell: int | None = None) -> Cluster:
 
     Raises ClusterError, of one sentence that names the file.
     """
-    import yaml
-
     try:
-        text = path.read_text()
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        found = parsed(path.read_text(), is_json=path.suffix == ".json")
+    except (OSError, ValueError) as error:
         why = " ".join(str(error).split())
         raise ClusterError(f"{path} cannot be read as a cluster ({why}): see python -m dear plan --help.") from error
     try:
@@ -158,7 +194,9 @@ def described(found: Any) -> Cluster:
     if unknown:
         raise ClusterError(f"{unknown[0]!r} is no entry of a cluster: known are {', '.join(KEYS)}.")
     given: dict[str, Any] = {
-        key: _number(found, key, whole=True) for key in ("nodes", "devices_per_node") if key in found
+        key: _number(found, key, whole=True, least=least)
+        for key, least in (("nodes", 1), ("devices_per_node", 1), ("measured_workers", 2))
+        if key in found
     }
     if "nodes" not in given:
         raise ClusterError("nodes is missing: say how many there are.")
@@ -175,9 +213,13 @@ def described(found: Any) -> Cluster:
             if key == "link" and len(links) > 1:
                 given["links"] = tuple(links)
     if "collectives" in found:
+        if "algorithm" in found:
+            raise ClusterError("algorithm is of links, and collectives were measured with theirs: leave algorithm out.")
         given["collectives"] = _lines(found["collectives"])
     if "compressors" in found:
         given["compressors"] = _costs(found["compressors"])
+    if "host" in found:
+        given["host"] = _host(found["host"])
     if "failures" in found:
         given["failures"] = _failures(found["failures"])
     return Cluster(**given)
@@ -239,6 +281,16 @@ def _costs(entry: Any) -> dict[str, Cost]:
         made[str(name)] = Cost(*(_number(cost, stage) for stage in ("encode", "merge", "decode")))
         if max(made[str(name)].encode, made[str(name)].merge, made[str(name)].decode) > 1e-3:
             raise ClusterError(f"compressors: {name} takes {made[str(name)]}, which no machine does: check the units.")
+    return made
+
+
+def _host(entry: Any) -> Host:
+    if not isinstance(entry, dict) or not {"cores", "exchange_cpu"} <= set(entry) <= {"cores", "exchange_cpu", "hook"}:
+        raise ClusterError(f"host must have cores and exchange_cpu, and may have a hook; it has {entry!r}.")
+    hook = {"hook": seconds(entry["hook"])} if "hook" in entry else {}
+    made = Host(_number(entry, "cores"), _number(entry, "exchange_cpu"), **hook)
+    if not made.cores or made.exchange_cpu > 1e-3:
+        raise ClusterError(f"host is {made}, which no machine is: cores are above 0, exchange_cpu is seconds per byte.")
     return made
 
 

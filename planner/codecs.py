@@ -41,6 +41,11 @@ class Codec(ABC):
         """Bytes of each round, of which each is an all-to-all and an all-gather. An average over steps."""
 
     @property
+    def keeps_error(self) -> bool:
+        """Whether what ``code`` says has error feedback, a number for each parameter."""
+        return True
+
+    @property
     def shrinks(self) -> float:
         """About how many times smaller gradients become, as far as it is known beforehand."""
         return 1.0
@@ -54,6 +59,10 @@ class Dense(Codec):
 
     def rounds(self, pieces: Sequence[Piece]) -> tuple[float, ...]:
         return (self.share * sum(piece.bytes for piece in pieces),)
+
+    @property
+    def keeps_error(self) -> bool:
+        return self.share < 0.5  # in 16 bits where it is asked for alone
 
     @property
     def shrinks(self) -> float:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import statistics
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +18,7 @@ from dear import _C
 from .codec_timing import measured_costs
 from .codecs import Cost
 from .devices import PASSES
-from .machine import Machine
+from .machine import HOOK, Machine
 from .network import Network, measured
 from .probing import fitted, measure
 from .profile import Shape
@@ -24,8 +27,8 @@ from .stopwatch import Stopwatch
 SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 22)  # bytes of the whole tensor
 REPEATS, ATTEMPTS = 5, 2
 BUDGET = 2.0  # seconds of the network's probe
+PART = 1 << 26  # bytes that are reserved at once
 COPY = 1 << 24  # bytes, more than caches hold
-HOOK = 1e-4  # seconds of a bucket: a wake-up of a lane's thread and one of the thread that computes
 
 
 class Instruments:
@@ -62,18 +65,30 @@ class Instruments:
         """Measures this rank's memory, for machine()."""
         self._bandwidth = memory_bandwidth(device)
 
+    def in_steps(self, device: torch.device) -> int:
+        """Bytes of this rank that steps take beyond what stands between two of them, as for activations: at the most so
+        far. On the host nobody counts."""
+        if device.type == "cpu":
+            return 0
+        return max(0, torch.accelerator.max_memory_allocated(device) - torch.accelerator.memory_allocated(device))
+
+    def reserve(self, device: torch.device, size: int) -> None:
+        """Takes so many bytes for a moment, in parts as a model's.
+
+        Raises:
+            RuntimeError, MemoryError: what the allocator raises where there are not so many.
+        """
+        parts = [
+            torch.empty(min(PART, size - start), dtype=torch.uint8, device=device) for start in range(0, size, PART)
+        ]
+        del parts
+
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Machine:
         """What exchanges and codecs cost this rank. Collective."""
         costs = codec_costs(self._bandwidth or memory_bandwidth(device))
         if device.type != "cpu":
             return Machine(costs=costs)
-        full = torch.zeros(SIZES[-1] // 4)
-        dist.barrier(group)
-        begun = time.process_time()
-        dist.all_reduce(full, group=group)
-        sent = 2 * (group.size() - 1) / group.size() * SIZES[-1]
-        busy = (time.process_time() - begun) / sent
-        return Machine(cores=cores(), exchange_cpu=busy, hook=HOOK, costs=costs)
+        return Machine(cores=cores(group), exchange_cpu=exchange_cpu(group), hook=HOOK, costs=costs)
 
     def codecs(
         self, group: dist.ProcessGroup, device: torch.device, names: Sequence[str], shapes: Sequence[Shape]
@@ -83,10 +98,33 @@ class Instruments:
         return measured_costs(names, group, shapes) if device.type == "cpu" else {}
 
 
-def cores() -> float:
-    """Of this machine, for each of its ranks."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return mine / max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+def cores(group: dist.ProcessGroup) -> float:
+    """That this rank has, of a core that several ranks of the host may run on its part; whatever the launcher says, and
+    wherever it has bound them. Collective."""
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, (socket.gethostname(), mine), group=group)
+    return share_of_cores(everyone, group.rank())
+
+
+def share_of_cores(everyone: Sequence[tuple[str, set[int]]], rank: int) -> float:
+    """everyone: by rank, its host and the cores that it may run on."""
+    host, mine = everyone[rank]
+    return sum(1 / sum(there == host and core in theirs for there, theirs in everyone) for core in mine)
+
+
+def exchange_cpu(group: dist.ProcessGroup, repeats: int = 1) -> float:
+    """Seconds of a core for each byte that this rank sends of host tensors, receiving included: the median over so many
+    all-reduces. Collective."""
+    full = torch.zeros(SIZES[-1] // 4)
+    sent = 2 * (group.size() - 1) / group.size() * SIZES[-1]
+    busy = []
+    for _ in range(repeats):
+        dist.barrier(group)
+        begun = time.process_time()
+        dist.all_reduce(full, group=group)
+        busy.append((time.process_time() - begun) / sent)
+    return statistics.median(busy)
 
 
 def memory_bandwidth(device: torch.device, repeats: int = 3) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 from dear.cost_model import AlphaBeta
 
 from .codecs import Cost
-from .machine import Machine
+from .machine import HOOK, Machine
 from .network import LINK, Network, measured
 
 HEADERS = 1.044  # bytes on the wire to bytes of payload, at frames of 1500 bytes
@@ -30,7 +30,6 @@ OURS = {"all_reduce": "all_reduce", "reduce_scatter": "ring-rs", "all_gather": "
 GLOO = {"all_reduce": "all_reduce", "reduce_scatter": "native-rs", "all_gather": "native-ag"}
 BROKEN_DOWN = {"bf16:4": "bf16", "acp:4": "acp", "power:4": "power", "topk:0.01": "topk", "sign": "sign"}
 BURST_BYTES, BURST_SECONDS = 72 * 1024, 256e-6  # that the lab's token buckets hold, whichever is more
-HOOK = 1e-4  # seconds: a wake-up of a lane's thread and one of the thread that computes
 UPDATES = {"sgd": 3, "adamw": 7}  # numbers that an update reads and writes for each element
 
 

@@ -8,6 +8,18 @@ from statistics import NormalDist
 
 from .codecs import FREE, Codec, Cost
 
+HOOK = 1e-4  # seconds of a bucket: a wake-up of a lane's thread and one of the thread that computes
+
+
+@dataclass(frozen=True)
+class Host:
+    """Of a worker whose gradients are host tensors, so that exchanging takes what computing needs; as
+    :class:`Machine` has them."""
+
+    cores: float
+    exchange_cpu: float
+    hook: float = HOOK
+
 
 @dataclass(frozen=True)
 class Machine:

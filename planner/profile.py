@@ -13,6 +13,8 @@ from typing import Any
 
 from dear import _fusion
 
+from .reading import parsed
+
 Shape = tuple[int, ...]
 
 
@@ -155,7 +157,7 @@ def even(name: str, layers: int, elements: int, forward: float, backward: float,
 def read(path: Path) -> Profile:
     """A profile that :func:`write` wrote. Raises ValueError, of one sentence."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = parsed(path.read_text(), is_json=True)
         layers = tuple(
             Layer(one["name"], tuple(map(_shape, one["shapes"])), float(one["forward"]), float(one["backward"]))
             for one in found.pop("layers")

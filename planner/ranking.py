@@ -14,18 +14,21 @@ from .simulate import Method, Step, step
 MIB = float(1 << 20)
 CAPS = tuple(MIB * size for size in (1, 4, 16, 25, 64))
 BASELINE = "ddp+fp16"
-LOSSY = ("power", "acp", "topk", "sign", "int8", "fp8", "int4", "int3", "int2")
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of training as the table names it. exact: no gradient loses more than rounding to 16 bits."""
+    """A way of training as the table names it."""
 
     name: str
     schedule: str
     codec: Codec = EXACT
-    exact: bool = True
     tuned: bool = True  # over sizes of fusion groups
+
+    @property
+    def exact(self) -> bool:
+        """Gradients go as they are, as with ``compressor="auto"`` where no loss is allowed: 16 bits are not."""
+        return self.codec is EXACT
 
     def code(self, cap: float | None) -> str:
         size = "" if cap is None else f", bucket_cap_mb={cap / MIB:g}"
@@ -51,15 +54,15 @@ def ways(compressors: Sequence[str] = ("bf16", "power:4", "power:8", "acp:4", "t
         Way("dear:replicated", "replicated"),
     ]
     for name in compressors:
-        exact = name.partition(":")[0] not in LOSSY
-        found += [Way(f"dear+{name}", "replicated", codec(name), exact), Way(name, "hook", codec(name), exact)]
+        found += [Way(f"dear+{name}", "replicated", codec(name)), Way(name, "hook", codec(name))]
     return found
 
 
 @dataclass(frozen=True)
 class Choice:
     """Predicted. cap: of the fusion groups, None where there is none. speedup: over DDP with 16 bits at its best size.
-    memory: bytes of the fullest worker. fits: in every device. rate: examples a second, while nothing fails."""
+    memory: bytes of the fullest worker. fits: in every device. exact: see :class:`Way`. rate: examples a second, while
+    nothing fails."""
 
     name: str
     step: Step
@@ -117,7 +120,7 @@ def memory_bytes(way: Way, profile: Profile, workers: int, state: float = 2.0) -
     feedback of one worker."""
     own = 1 / workers
     parameters = gradients = 1.0
-    error = 1.0 if not way.exact else 0.0
+    error = 1.0 if way.codec.keeps_error else 0.0
     if way.schedule == "fsdp2":
         parameters, gradients, state = 1.0 + own, own, state * own
     elif way.schedule in ("sharded", "owned"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
+
 from dear._assembly import Setting
 from dear.cost_model import AlphaBeta
 from planner.codecs import Cost
@@ -44,6 +46,7 @@ class Prescribed(Instruments):
     probes: int = 0
     skipped: int = 0  # layers that this rank does not see
     fails: str = ""  # where this rank's own measuring fails: "memory" or "layers"
+    room: float = math.inf  # bytes that may be reserved
     now: float = 0.0
     asked: list[Setting] = field(default_factory=list)  # settings in which steps were made
 
@@ -59,6 +62,10 @@ class Prescribed(Instruments):
     def memory(self, device):
         if self.fails == "memory":
             raise MemoryError("no room for the copy")
+
+    def reserve(self, device, size):
+        if size > self.room:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.\nSee the manual.")
 
     def network(self, group, device, phases, lanes) -> Network:
         self.probes -= 1

@@ -58,7 +58,9 @@ def raised_by_python(source: str) -> list[str]:
 
 def of_library() -> list[str]:
     """Everything that ``dear``, ``compress``, ``precondition``, the native module and ``auto`` can say."""
-    found = [text for name in ("auto", "trials") for text in of_python((ROOT / "planner" / f"{name}.py").read_text())]
+    found = []
+    for name in ("auto", "room", "trials"):
+        found += of_python((ROOT / "planner" / f"{name}.py").read_text())
     for folder in ("dear", "compress", "precondition"):
         for path in sorted((ROOT / folder).glob("**/*.py")):
             found += of_python(path.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([*PLAN, *OPTIONS, "--device", "abacus"], "Device 'abacus' is not known"),
         ([*PLAN[:-1], "zip", *OPTIONS], "Compressor 'zip' is not known"),
         ([*PLAN, "--cluster", "nowhere.yaml"], "nowhere.yaml cannot be read as a cluster"),
-        ([*PLAN, "--cluster", "x.yaml", *OPTIONS], "leave --workers and --bandwidth out"),
+        ([*PLAN, "--cluster", "x.yaml", *OPTIONS], "leave --workers, --bandwidth and --latency out"),
         (["trace", "nowhere.py"], "There is no script nowhere.py"),
         (["dance"], "invalid choice: 'dance'"),
         ([*PLAN, "--workers", "4", "--bandwidth", "-10Gbit"], "'-10Gbit' is not a bandwidth"),
@@ -358,6 +359,19 @@ def test_info_is_fit_for_a_bug_report(capsys: pytest.CaptureFixture[str]) -> Non
     found = json.loads(capsys.readouterr().out)
     assert found["torch"] == torch.__version__ and "gloo" in found["backends"]
     assert found == info.collected() and not any("/" in str(value) for value in found["packages"])
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", project.read_text(), re.DOTALL)
+    assert extras is not None
+    brought = set()
+    for extra, packages in re.findall(r"^(\w+) = \[(.*)\]$", extras[1], re.MULTILINE):
+        if extra not in ("rivals", "docs", "dev"):  # of this project's own benchmarks and pages
+            brought |= {re.split(r"[\[><=]", package)[0] for package in re.findall(r'"([^"]+)"', packages)}
+    assert "bayesian-optimization" in brought and brought <= set(info.PACKAGES), "each extra's packages are listed"
+
+
+def test_info_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package-as-this"))
+    assert info.collected()["packages"] == [f"torch {torch.__version__}", "no-such-package-as-this not installed"]
 
 
 @pytest.mark.slow

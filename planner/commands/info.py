@@ -17,7 +17,11 @@ from dear import _address, _built, _version
 
 from ..writing import HERE, check_json, json_option, write_json
 
-PACKAGES = ("numpy", "mpi4py", "lightning", "accelerate", "transformers", "rich", "matplotlib", "pyyaml")
+#: What the library needs, and what its extras "plan", "auto", "mpi", "bench" and "frameworks" bring.
+PACKAGES = (
+    "numpy", "matplotlib", "pyyaml", "rich", "bayesian-optimization", "mpi4py", "jinja2", "pandas", "scikit-learn",
+    "lightning", "accelerate", "transformers", "peft", "ray", "torchft",
+)  # fmt: skip
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +60,7 @@ def collected() -> dict[str, Any]:
         "kernels": f"CPU, {torch.backends.cpu.get_cpu_capability()}" + (" and CUDA" if built.get("CUDA") else ""),
         "checksums": "off" if os.environ.get("DEAR_CHECKSUM") == "0" else "on",
         "shared key": "set" if os.environ.get("DEAR_SHARED_KEY") else "not set",
-        "packages": [f"{name} {version}" for name in PACKAGES if (version := _version_of(name))],
+        "packages": [f"{name} {_version_of(name)}" for name in PACKAGES],
     }
 
 
@@ -75,8 +79,8 @@ def _available(backend: str) -> bool:
     return bool(getattr(dist, f"is_{backend}_available", lambda: False)()) and sys.platform != "win32"
 
 
-def _version_of(package: str) -> str | None:
+def _version_of(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return "not installed"

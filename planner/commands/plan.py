@@ -39,9 +39,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cell", type=int, help="of a file of the collectives benchmark that has several, from 1")
     parser.add_argument("--workers", type=int, help="in place of a file: so many nodes of one device")
     parser.add_argument("--bandwidth", help="of a node's link, such as 10Gbit")
-    parser.add_argument("--latency", default="30us", help="of a link (30us)")
+    parser.add_argument("--latency", help="of a link (30us)")
     parser.add_argument("--device", help="such as a100 (which it is by default)")
     parser.add_argument("--batch", type=int, default=32, help="examples of one worker and step (32)")
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="SHAPE",
+        help="of one example, such as 3x224x224 or 128:int64: counts activations of MODULE:CALLABLE; again for each",
+    )  # fmt: skip
     parser.add_argument("--handed", type=float, help="numbers that a layer hands on for one example, for a pipeline")
     parser.add_argument("--step-ms", type=float, help="forward and backward of one worker by itself, if you know it")
     parser.add_argument("--compressors", default="bf16,power:4,power:8,acp:4,topk:0.01,sign", help="to compare")
@@ -52,25 +56,30 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     check_json(given.json)
+    cluster = _cluster(given)
     if given.sweep:
         check_writable("--picture", given.picture)
         check_picture(given.picture)
-    cluster = _cluster(given)
+        check_sweep(given.sweep, cluster)
     model, activations, handed = _profile(given, cluster)
     batch = Batch.even(cluster, given.batch, activations)
     console = Console() if Console().is_terminal else Console(width=170)
     console.quiet = given.json == HERE
     chosen = ways([name.strip() for name in given.compressors.split(",") if name.strip()])
     found = rank(model, cluster, chosen, batch)
+    if given.handed and cluster.link is None:
+        raise ClusterError("--handed is for a pipeline, and this cluster has measured collectives alone: add its link.")
     if handed and cluster.link is not None:
         cut = pipelined(model, cluster, batch, handed, found[0].speedup * found[0].step.seconds)
         found = in_order([*found, *([cut] if cut else [])])
-    console.print(_table(model, cluster, found))
+    console.print(_table(model, cluster, found, counted=activations > 0))
     console.print(
         f"Speed-ups are over DDP with torch's 16-bit hook at its best bucket size. Computing takes "
         f"{1e3 * model.compute:.4g} ms. Ways in italics lose something of each gradient: see Compression and loss.",
         highlight=False,
     )
+    if not activations:
+        console.print(f"Activations are not counted: {_counts_activations(given)}.", highlight=False)
     if not any(choice.fits for choice in found):
         least = min(choice.memory for choice in found) / (1 << 30)
         console.print(
@@ -85,6 +94,7 @@ def run(given: argparse.Namespace) -> None:
         "workers": cluster.workers,
         "compute_seconds": model.compute,
         "batch_by_worker": batch.shares,
+        "activation_bytes_by_example": activations or None,
         "choices": [dataclasses.asdict(choice) for choice in found],
     }
     if cluster.mixed:
@@ -98,7 +108,7 @@ def run(given: argparse.Namespace) -> None:
             "useful": cluster.failures.useful(cluster.workers),
         }
     if given.sweep:
-        swept = sweep(given.sweep, model, cluster)
+        swept = sweep(given.sweep, model, cluster, given.batch)
         draw(swept, given.sweep, model, given.picture)
         payload["sweep"] = {"over": given.sweep, "speedups": swept}
         console.print(f"{LABEL}: the sweep over {given.sweep} is in {given.picture}.", highlight=False)
@@ -107,17 +117,16 @@ def run(given: argparse.Namespace) -> None:
 
 def _cluster(given: argparse.Namespace) -> Cluster:
     if given.cluster is not None:
-        if given.workers is not None or given.bandwidth is not None:
-            raise ClusterError("--cluster says it all: leave --workers and --bandwidth out.")
+        if (given.workers, given.bandwidth, given.latency) != (None, None, None):
+            raise ClusterError("--cluster says it all: leave --workers, --bandwidth and --latency out.")
         found = clusters.read(given.cluster, given.cell)
         return dataclasses.replace(found, device=device(given.device), mixed=()) if given.device else found
     if given.cell is not None:
         raise ClusterError("--cell is of a file that the collectives benchmark wrote: name it by --cluster.")
     if given.workers is None or given.bandwidth is None:
         raise ClusterError("Nothing says what the cluster is: give --cluster, or --workers and --bandwidth.")
-    return Cluster(
-        given.workers, device=device(given.device or "a100"), link=clusters.link(given.latency, given.bandwidth)
-    )
+    link = clusters.link(given.latency or "30us", given.bandwidth)
+    return Cluster(given.workers, device=device(given.device or "a100"), link=link)
 
 
 def _profile(given: argparse.Namespace, cluster: Cluster) -> tuple[profile.Profile, float, float]:
@@ -128,26 +137,39 @@ def _profile(given: argparse.Namespace, cluster: Cluster) -> tuple[profile.Profi
     handed = given.handed or 0.0
     if not 0 <= handed < math.inf:
         raise ValueError("--handed must be 0 or more, and finite.")
+    if given.input and (given.model.endswith(".json") or ":" not in given.model):
+        raise ValueError("--input is of a model of your own, as MODULE:CALLABLE: leave it out.")
     if given.model.endswith(".json"):
+        if given.step_ms is not None:
+            raise ValueError("--step-ms is what a profile says by itself: leave it out.")
         return profile.read(Path(given.model)), 0.0, handed
-    model = imported(given.model) if ":" in given.model else models.built_in(given.model)
+    own = ":" in given.model
+    model = imported(given.model, given.input, given.batch) if own else models.built_in(given.model)
     if given.step_ms is not None:
         compute = given.step_ms / 1e3
-    elif model.operations:
+    elif own:  # whose blocks have numbers of parameters for operations
+        raise ValueError(f"How long {given.model} computes is not known: give --step-ms.")
+    else:
         each = (1 + models.BACKWARD) * model.operations / (cluster.device.operations * cluster.device.sustained)
         compute = given.batch * each
-    else:
-        raise ValueError(f"How long {given.model} computes is not known: give --step-ms.")
     update = model.parameters * models.UPDATE_BYTES / cluster.device.bandwidth
     return model.profile(compute, update), model.activations, handed or model.handed
 
 
-def _table(model: profile.Profile, cluster: Cluster, found: Sequence[Choice]) -> Table:
+def _counts_activations(given: argparse.Namespace) -> str:
+    if ":" in given.model:
+        return "give the shape of one example as --input to count them"
+    return "leave them their room, or name the model as MODULE:CALLABLE with --input"
+
+
+def _table(model: profile.Profile, cluster: Cluster, found: Sequence[Choice], counted: bool) -> Table:
+    """counted: activations are, in the memory."""
     title = (
         f"{LABEL} · {model.name}, {model.elements / 1e6:.4g} M parameters · {cluster.workers} × {cluster.device.name}"
     )
     made = Table(title=title)
-    for name in ("way", "step ms", f"× {BASELINE}", "exposed ms", "examples/s", "GiB", "the line of code"):
+    memory = "GiB" if counted else "GiB, activations not counted"
+    for name in ("way", "step ms", f"× {BASELINE}", "exposed ms", "examples/s", memory, "the line of code"):
         made.add_column(name, justify="left" if name in ("way", "the line of code") else "right", no_wrap=name == "way")
     for each in found:
         memory = f"{each.memory / (1 << 30):.1f}" + ("" if each.fits else ", does not fit")
@@ -180,13 +202,34 @@ def _expected(failures: Failures, workers: int, best: Choice) -> str:
     )
 
 
-def sweep(over: str, model: profile.Profile, cluster: Cluster) -> dict[str, list[tuple[float, float]]]:
+def check_sweep(over: str, cluster: Cluster) -> None:
+    """Raises ClusterError where what is swept over would change nothing, or is not the only one that must change."""
+    if cluster.collectives or cluster.link is None:
+        raise ClusterError(
+            "--sweep changes the links, and this cluster has measured collectives, which hold for it alone: describe "
+            "its link in their place."
+        )
+    if over == "workers" and cluster.mixed:
+        raise ClusterError(
+            "--sweep workers changes how many nodes there are, and device lists one for each: name one by --device, or "
+            "sweep over bandwidth."
+        )
+    if over == "bandwidth" and cluster.nodes == 1 and cluster.inner is not None:
+        raise ClusterError(
+            "--sweep bandwidth changes the link between nodes, and one node alone has none: sweep over workers, or "
+            "describe more nodes."
+        )
+
+
+def sweep(over: str, model: profile.Profile, cluster: Cluster, batch: int) -> dict[str, list[tuple[float, float]]]:
     """Speed-ups over tuned 16-bit DDP, by way: pairs of a bandwidth in bit/s or a number of workers, and it.
 
-    Raises ClusterError where the cluster has measured collectives, which hold for it alone.
+    batch: examples of each worker, on average; unequal devices share them out as without a sweep.
+
+    Raises ClusterError where the cluster cannot be swept over so.
     """
-    if cluster.link is None:
-        raise ClusterError("A sweep changes the links, and this cluster has measured collectives: describe its link.")
+    check_sweep(over, cluster)
+    assert cluster.link is not None
     if over == "bandwidth":
         points = [(8 * clusters.bytes_a_second(text), clusters.link("1us", text).beta) for text in BANDWIDTHS]
         tried = [
@@ -194,14 +237,14 @@ def sweep(over: str, model: profile.Profile, cluster: Cluster) -> dict[str, list
         ]
     else:
         tried = [
-            (float(count), dataclasses.replace(cluster, nodes=count))
+            (float(count), dataclasses.replace(cluster, nodes=count, links=()))
             for count in WORKERS
             if count * cluster.devices_per_node > 1
         ]
     chosen = [way for way in ways() if way.name in SHOWN]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in SHOWN}
     for at, other in tried:
-        for choice in rank(model, other, chosen, caps=SWEEP_CAPS):
+        for choice in rank(model, other, chosen, Batch.even(other, batch, 0.0), SWEEP_CAPS):
             found[choice.name].append((at, choice.speedup))
     return found
 

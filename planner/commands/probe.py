@@ -23,6 +23,8 @@ from .. import probing
 from ..codec_timing import measured_costs
 from ..codecs import Cost
 from ..devices import device
+from ..instruments import cores, exchange_cpu
+from ..machine import Host
 from ..network import PHASES
 from ..probing import Measured, fitted
 from ..writing import HERE, check_json, check_writable, json_option, write_json
@@ -59,11 +61,11 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"The probe could not begin ({why}): {HOW_TO_START}.") from error
     try:
         measured = measure(given.seconds)
-        costs = compressors()
+        costs, shared = compressors(), host()
         if dist.get_rank() == 0:
             lines = fitted(measured)
-            write(given.out, dist.get_world_size(), lines, given.device, costs)
-            write_json(given.json, account(dist.get_world_size(), measured, lines, costs))
+            write(given.out, dist.get_world_size(), lines, given.device, costs, shared)
+            write_json(given.json, account(dist.get_world_size(), measured, lines, costs, shared))
             if given.json != HERE:
                 print(f"The cluster file is {given.out}: python -m dear plan --cluster {given.out} --model NAME")
     except RuntimeError as error:
@@ -101,23 +103,48 @@ def compressors() -> dict[str, Cost]:
     return {} if dist.get_backend() == "nccl" else measured_costs(COMPRESSORS, group, SHAPES)
 
 
+def host() -> Host | None:
+    """What exchanging takes of the cores that compute, on the rank that has the least; None where gradients are no host
+    tensors. Collective."""
+    group = dist.group.WORLD
+    assert group is not None
+    if dist.get_backend() == "nccl":
+        return None
+    most = torch.tensor([exchange_cpu(group, REPEATS), 1 / cores(group)], dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    busy, workers_a_core = most.tolist()
+    return Host(1 / workers_a_core, busy)
+
+
 def write(
-    path: Path, workers: int, lines: dict[str, AlphaBeta], named: str, costs: Mapping[str, Cost] | None = None
+    path: Path,
+    workers: int,
+    lines: dict[str, AlphaBeta],
+    named: str,
+    costs: Mapping[str, Cost] | None = None,
+    shared: Host | None = None,
 ) -> None:
     import yaml
 
     collectives = {phase: {"alpha": float(line.alpha), "beta": float(line.beta)} for phase, line in lines.items()}
-    described = {"nodes": workers, "device": named, "collectives": collectives}
+    described = {"nodes": workers, "measured_workers": workers, "device": named, "collectives": collectives}
     if costs:
         described["compressors"] = {name: asdict(cost) for name, cost in costs.items()}
+    if shared is not None:  # the hook is no measurement
+        described["host"] = {"cores": shared.cores, "exchange_cpu": shared.exchange_cpu}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# Measured by python -m dear probe; seconds, and seconds per byte.\n{yaml.safe_dump(described)}")
 
 
 def account(
-    workers: int, measured: Measured, lines: Mapping[str, AlphaBeta], costs: Mapping[str, Cost]
+    workers: int,
+    measured: Measured,
+    lines: Mapping[str, AlphaBeta],
+    costs: Mapping[str, Cost],
+    shared: Host | None = None,
 ) -> dict[str, Any]:
-    """All that was measured: seconds of the slowest rank by size, the line through them, and compressors."""
+    """All that was measured: seconds of the slowest rank by size, the line through them, compressors, and what
+    exchanges take of the host."""
     collectives = {
         phase: {
             "bytes": sizes,
@@ -128,4 +155,10 @@ def account(
         for phase, (sizes, seconds) in measured.items()
     }
     compressors = {name: asdict(cost) for name, cost in costs.items()}
-    return {"label": "measured", "workers": workers, "collectives": collectives, "compressors": compressors}
+    return {
+        "label": "measured",
+        "workers": workers,
+        "collectives": collectives,
+        "compressors": compressors,
+        "host": asdict(shared) if shared is not None else None,
+    }
