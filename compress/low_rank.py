@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from compress import saved
 from compress.choices import Assigned
 from compress.compressor import Compressor
 from compress.contract import COMPRESSIBLE
@@ -72,12 +73,26 @@ class LowRank(Compressor):
         super().__init__(min_compression_ratio=min_compression_ratio, **options)
         if factor_dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"factor_dtype must be torch.bfloat16 or torch.float32, not {factor_dtype!r}.")
-        self.rank, self.factor_dtype = rank, factor_dtype
-        self.stages: Stepwise[Rank] = Stepwise(rank, "rank", check_rank)
+        self.factor_dtype = factor_dtype
+        self.rank = rank
         self.rank_of = Assigned(rank_of, "rank_of", lambda one: check_rank(one, "rank_of"))
         self.patterns["rank_of"] = self.rank_of.patterns
         self._own: dict[str, Rank] = {}  # what rank_of says, by name
         self._factors: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by name and stage: P, Q; views of the batches
+
+    @property
+    def rank(self) -> Rank | Sequence[tuple[int, Rank]]:
+        """As it was given. It may be assigned between two backward passes, on every rank alike: the next one counts."""
+        return self._rank
+
+    @rank.setter
+    def rank(self, rank: Rank | Sequence[tuple[int, Rank]]) -> None:
+        stages: Stepwise[Rank] = Stepwise(rank, "rank", check_rank)
+
+        def apply() -> None:
+            self._rank, self.stages = rank, stages
+
+        saved.change(self, apply)
 
     def options(self) -> dict[str, Any]:
         said = {"rank": self.stages.said, "rank_of": self.rank_of.by_pattern}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,17 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
         compressor.binding.forget_groups(mine["step"])
     compressor.groups.clear()
     compressor.loaded = mine
+
+
+def change(compressor: Contract, apply: Callable[[], None]) -> None:
+    """Changes options by ``apply`` between two steps: what the compressor has learned and owes goes on."""
+    if compressor.binding is None and not compressor.groups and compressor.loaded is None:  # nothing yet
+        apply()
+        return
+    state = save(compressor, gather=False)
+    apply()
+    state["options"] = compressor.options() | {"error_feedback": compressor.error_feedback}
+    load(compressor, state)
 
 
 def nodes_of(compressor: Contract) -> list[list[int]] | None:

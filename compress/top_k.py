@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from compress import ops
+from compress import ops, saved
 from compress.compressor import Compressor
 from compress.group import Group, compressed_here
 from compress.stepwise import Stepwise
@@ -52,13 +52,28 @@ class TopK(Compressor):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.stages: Stepwise[float] = Stepwise(density, "density", _check_density)
+        self._thresholds: dict[tuple[str, ...], list[float]] = {}  # loaded, by group; one for each density
+        self.density = density
         if selection not in ("exact", "threshold"):
             raise ValueError(f'selection must be "exact" or "threshold", not {selection!r}.')
         if not 1 <= slack < math.inf:
             raise ValueError(f"slack must be 1 or more, and finite, not {slack!r}.")
-        self.density, self.selection, self.slack = density, selection, float(slack)
-        self._thresholds: dict[tuple[str, ...], list[float]] = {}  # loaded, by group; one for each density
+        self.selection, self.slack = selection, float(slack)
+
+    @property
+    def density(self) -> float | Sequence[tuple[int, float]]:
+        """As it was given. It may be assigned between two backward passes, on every rank alike: the next one counts."""
+        return self._density
+
+    @density.setter
+    def density(self, density: float | Sequence[tuple[int, float]]) -> None:
+        stages: Stepwise[float] = Stepwise(density, "density", _check_density)
+
+        def apply() -> None:
+            self._density, self.stages = density, stages
+
+        saved.change(self, apply)
+        self._thresholds.clear()  # they were found for other densities
 
     def options(self) -> dict[str, Any]:
         return {"density": self.stages.said, "selection": self.selection, "slack": self.slack}

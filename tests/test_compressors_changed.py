@@ -1,0 +1,109 @@
+"""A rank or a density that is assigned between two steps counts from the next one, as if a list had said so before."""
+
+import pytest
+import torch
+from compressing import SHAPES, Prescribed, attach, backward, gradients, kept
+from place import place
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import compress
+import dear
+
+VALUES = {"acp": (8, 2, 5), "power": (8, 2, 5), "topk": (0.2, 0.02, 0.1), "threshold": (0.9, 0.5, 0.8)}
+OPTION = {"acp": "rank", "power": "rank", "topk": "density", "threshold": "density"}
+EVERY = 3  # steps: an even number of ACP-SGD's would hide which factor is whose turn
+
+
+def make(kind, value):
+    if kind in ("acp", "power"):
+        return {"acp": compress.ACPSGD, "power": compress.PowerSGD}[kind](rank=value)
+    more = {"selection": "threshold", "min_compression_ratio": 0.1} if kind == "threshold" else {}
+    return compress.TopK(density=value, **more)
+
+
+def listed(kind):
+    return [(EVERY * index, value) for index, value in enumerate(VALUES[kind])]
+
+
+def under_the_hook(compressor):
+    model = attach(compressor)
+    return lambda rank, step: backward(model, gradients(rank, step))
+
+
+def under_the_schedule(compressor):
+    model = DDP(Prescribed().to(place()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = dear.attach(model, optimizer, compressor=compressor)
+
+    def step(rank, step, between=lambda: None):
+        optimizer.zero_grad()
+        model({name: grad.to(place()) for name, grad in gradients(rank, step).items()}).backward()
+        between()
+        optimizer.step()
+        engine.synchronize()
+        return {name: param.grad.clone() for name, param in model.module.named_parameters()}
+
+    return step
+
+
+def assigned(rank, world, kind, use):
+    planned, changed = make(kind, listed(kind)), make(kind, VALUES[kind][0])
+    expected, found = use(planned), use(changed)
+    for step in range(3 * EVERY):
+        if step % EVERY == 0:
+            setattr(changed, OPTION[kind], VALUES[kind][step // EVERY])
+        right, have = expected(rank, step), found(rank, step)
+        for name in SHAPES:
+            assert torch.equal(have[name], right[name]), (kind, step, name)
+        assert changed.stats()["bytes_sent"] == planned.stats()["bytes_sent"], step
+    owed = kept(planned)
+    assert owed and all(torch.equal(error, owed[name]) for name, error in kept(changed).items())
+
+
+@pytest.mark.parametrize("use", [under_the_hook, under_the_schedule])
+@pytest.mark.parametrize("kind", VALUES)
+def test_an_assigned_value_counts_from_the_next_step(pool2, kind, use):
+    pool2.run(assigned, kind, use)
+
+
+def between_backward_and_step(rank, world):
+    """As where the norm of the gradient decides."""
+    planned, changed = (make("power", value) for value in (listed("power"), VALUES["power"][0]))
+    expected, found = under_the_schedule(planned), under_the_schedule(changed)
+    for step in range(2 * EVERY):
+        changes = step == EVERY - 1
+        right = expected(rank, step)
+        have = found(rank, step, lambda: setattr(changed, "rank", VALUES["power"][1]) if changes else None)  # noqa: B023
+        assert all(torch.equal(have[name], right[name]) for name in SHAPES), step
+
+
+def test_a_value_may_be_assigned_between_backward_and_step(pool2):
+    pool2.run(between_backward_and_step)
+
+
+def refused(rank, world):
+    compressor = compress.PowerSGD(rank=4)
+    model = attach(compressor)
+    backward(model, gradients(rank, 0))
+    with pytest.raises(ValueError, match="rank must be"):
+        compressor.rank = 0
+    assert compressor.rank == 4
+    before = backward(model, gradients(rank, 1))
+    assert all(torch.isfinite(grad).all() for grad in before.values())
+
+
+def test_a_value_that_cannot_be_leaves_the_one_that_was(pool2):
+    pool2.run(refused)
+
+
+def unequal(rank, world):
+    compressor = compress.PowerSGD(rank=4)
+    model = attach(compressor)
+    backward(model, gradients(rank, 0))
+    compressor.rank = 4 + rank
+    with pytest.raises(ValueError, match=r"disagree on the compressor's rank \(4 and 5\)"):
+        backward(model, gradients(rank, 1))
+
+
+def test_ranks_that_disagree_are_told(pool2):
+    pool2.run(unequal)
