@@ -8,8 +8,8 @@ from typing import Any
 FORMS = (
     "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, fp8, int8, int4, int3, int2, "
     "exact, safe, fast; RANK is a whole number, a fraction of the smaller side, or how many times fewer elements are "
-    "sent, such as 4x; more options may follow: power:8:start=100:exempt=head+bytes, int3:scale=element, "
-    "int3:start=100:first=int8"
+    "sent, such as 4x; more options may follow: power:8:start=100:exempt=head+bytes, power:8:factors=int8, "
+    "int3:scale=element, int3:start=100:first=int8"
 )
 
 # Names that earlier versions wrote into results of the collectives, as they begin in JSON.
@@ -58,8 +58,9 @@ class CompressorName:
         import compress  # here, since torch's own strategies can be measured where it is not built
 
         more = dict(map(_read_more, self.more)) | more
-        if "start_dtype" in more:
-            more["start_dtype"] = getattr(torch, _DENSE[more["start_dtype"]])
+        for option in ("start_dtype", "factor_dtype"):
+            if option in more:
+                more[option] = getattr(torch, _DENSE.get(more[option], more[option]))
         match self.kind:
             case "acp":
                 return compress.ACPSGD(rank=_rank(self.option), **more)
@@ -150,6 +151,7 @@ _MORE: dict[str, tuple[str, Callable[[str], Any]]] = {
     "feedback": ("error_feedback", _one_of({"yes": True, "no": False})),
     "scale": ("scale", _one_of({"block": "block", "element": "element"})),
     "first": ("start_dtype", _one_of({name: name for name in _BITS_AT_FIRST})),
+    "factors": ("factor_dtype", _one_of({name: name for name in ("bf16", "int8", "float32")})),
 }
 
 # By kind: whether a word is an option of it.

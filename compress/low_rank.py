@@ -20,6 +20,10 @@ from compress.stepwise import Stepwise
 from dear import _C
 
 
+#: Of an element of a factor, without its share of a scale, by the type in which factors may travel.
+FACTOR_BITS = {torch.bfloat16: 16, torch.float32: 32, torch.int8: 8}
+
+
 @dataclass
 class Batch:
     """All matrices of one shape and rank in a group: B of [n, m], and their factors."""
@@ -52,9 +56,9 @@ class LowRank(Compressor):
             dense under any of them does so throughout. Smaller compresses more.
         rank_of: the rank by parameter, which counts in place of ``rank``: a dict from names, modules' names or patterns
             to ranks, or a callable of name and parameter that returns a rank, or None for ``rank``.
-        factor_dtype: of the factors on the wire. In ``torch.bfloat16`` they take half the bytes of ``torch.float32``;
-            owners sum them in float32, and what rounding loses stays in the error feedback. What travels dense is
-            float32 in either case.
+        factor_dtype: of the factors on the wire. In ``torch.bfloat16`` they take half the bytes of ``torch.float32``, in
+            ``torch.int8`` (with a scale for each 128 elements) a quarter; owners sum them in float32, and what rounding
+            loses stays in the error feedback. What travels dense is float32 in any case.
     """
 
     carries_exempt: ClassVar[bool] = True
@@ -71,8 +75,8 @@ class LowRank(Compressor):
         **options: Any,
     ) -> None:
         super().__init__(min_compression_ratio=min_compression_ratio, **options)
-        if factor_dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"factor_dtype must be torch.bfloat16 or torch.float32, not {factor_dtype!r}.")
+        if factor_dtype not in FACTOR_BITS:
+            raise ValueError(f"factor_dtype must be torch.bfloat16, torch.float32 or torch.int8, not {factor_dtype!r}.")
         self.factor_dtype = factor_dtype
         self.rank = rank
         self.rank_of = Assigned(rank_of, "rank_of", lambda one: check_rank(one, "rank_of"))
@@ -131,7 +135,7 @@ class LowRank(Compressor):
 
     def _sent(self, member: Member, rank: int) -> float:
         """The same in words of 32 bits."""
-        return self.cost(member.rows, member.columns, rank) / (2 if self._rounds else 1)
+        return self.cost(member.rows, member.columns, rank) * FACTOR_BITS[self.factor_dtype] / 32
 
     def ratio(self, group: Group) -> float:
         sent = 0.0

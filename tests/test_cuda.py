@@ -53,6 +53,7 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     *((test_schedule.hook_calls, (mode,)) for mode in MODES),
     *((test_state.resumed, (mode, test_state.ADAM, 3)) for mode in MODES),
     *((test_compressors_golden.low_rank, case) for case in itertools.product(("acp", "power"), (True, False))),
+    *((test_compressors_golden.rounded, (kind, torch.int8, 0.25, 0.6, 0.05)) for kind in ("acp", "power")),
     *((test_compressors_golden.flat_kinds, (kind,)) for kind in ("topk", "sign", "majority")),
     *((test_compressors_golden.sixteen_bits, (dtype, None)) for dtype in (torch.bfloat16, torch.float16)),
     *((test_dense_eight_bits.as_said, (dtype,)) for dtype in (torch.int8, torch.float8_e4m3fn)),

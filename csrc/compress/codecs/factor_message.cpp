@@ -2,7 +2,6 @@
 
 #include "collectives/shard.h"
 #include "compress/layout.h"
-#include "compress/ops/dense.h"
 
 namespace dear::compress {
 
@@ -46,44 +45,43 @@ ExactFactors::ExactFactors(const std::vector<at::Tensor>& like, int64_t dense_nu
 }
 
 RoundedFactors::RoundedFactors(const std::vector<at::Tensor>& like, int64_t dense_numel, int64_t rank,
-                               int64_t world, at::ScalarType type)
+                               int64_t world, std::unique_ptr<const FactorWire> wire)
     : FactorMessage(like, dense_numel),
       rank_(rank),
       world_(world),
-      type_(type),
-      factor_shard_(ceil_div(factor_numel_, 2 * world) * 2),  // whole words
+      wire_(std::move(wire)),
+      factor_shard_(wire_->shard_numel(ceil_div(factor_numel_, world))),
+      factor_words_(wire_->words(factor_shard_)),
       dense_shard_(ceil_div(dense_numel, world)) {
   const auto ints = flat_.options().dtype(at::kInt);
+  values_ = flat_.narrow(0, 0, factor_numel_);
   said_ = at::zeros({factor_numel_}, flat_.options());
   shares_ = views(said_, like);
-  lost_ = at::zeros({factor_shard_}, flat_.options());
+  const int64_t begin = std::min(rank * factor_shard_, factor_numel_);
+  own_ = said_.narrow(0, begin, std::min(factor_shard_, factor_numel_ - begin));
+  lost_ = at::zeros_like(own_);
   dropped_ = at::zeros({1}, ints);
   for (at::Tensor* rows : {&sent_, &received_, &gathered_}) {
-    *rows = at::zeros({world_, factor_shard_ / 2 + dense_shard_ + 1}, ints);
+    *rows = at::zeros({world_, factor_words_ + dense_shard_ + 1}, ints);
   }
 }
 
 at::Tensor RoundedFactors::factors_of(const at::Tensor& rows) const {
-  return rows.narrow(-1, 0, factor_shard_ / 2).view(type_);
+  return rows.narrow(-1, 0, factor_words_);
 }
 
 at::Tensor RoundedFactors::dense_of(const at::Tensor& rows) const {
-  return rows.narrow(-1, factor_shard_ / 2, dense_shard_).view(at::kFloat);
+  return rows.narrow(-1, factor_words_, dense_shard_).view(at::kFloat);
 }
 
 at::Tensor RoundedFactors::flag_of(const at::Tensor& rows) const {
-  return rows.narrow(-1, factor_shard_ / 2 + dense_shard_, 1);
+  return rows.narrow(-1, factor_words_ + dense_shard_, 1);
 }
 
 Message RoundedFactors::send() {
-  const at::Tensor rounded = factors_of(sent_), exact = dense_of(sent_);
-  by_owner(flat_.narrow(0, 0, factor_numel_), factor_shard_, world_,
-           [&](int64_t owner, const at::Tensor& values, int64_t size) {
-             ops::dense_round(values, std::nullopt, rounded.select(0, owner).narrow(0, 0, size), dropped_);
-           });
-  by_owner(said_, factor_shard_, world_, [&](int64_t owner, at::Tensor said, int64_t size) {
-    said.copy_(rounded.select(0, owner).narrow(0, 0, size));
-  });
+  const at::Tensor exact = dense_of(sent_);
+  wire_->encode(values_, factor_shard_, factors_of(sent_), dropped_);
+  wire_->decode(factors_of(sent_), factor_shard_, said_);
   by_owner(dense, dense_shard_, world_, [&](int64_t owner, const at::Tensor& values, int64_t size) {
     exact.select(0, owner).narrow(0, 0, size).copy_(values);
   });
@@ -93,11 +91,8 @@ Message RoundedFactors::send() {
 
 Message RoundedFactors::forward() {
   const at::Tensor mine = gathered_.select(0, rank_);
-  lost_.zero_();
-  ops::dense_average(factors_of(received_), lost_, factors_of(mine), dropped_);
-  by_owner(said_, factor_shard_, world_, [&](int64_t owner, at::Tensor said, int64_t size) {
-    if (owner == rank_) said.sub_(lost_.narrow(0, 0, size), static_cast<double>(world_));
-  });
+  wire_->average(factors_of(received_), factor_shard_, factors_of(mine), lost_, dropped_);
+  own_.sub_(lost_, static_cast<double>(world_));
   // No sum may overflow where the mean does not; see average_scale().
   const double scale = average_scale(world_);
   const at::Tensor mean = dense_of(mine), exact = dense_of(received_);
@@ -110,11 +105,8 @@ Message RoundedFactors::forward() {
 }
 
 void RoundedFactors::receive() {
-  const at::Tensor rounded = factors_of(gathered_), exact = dense_of(gathered_);
-  by_owner(flat_.narrow(0, 0, factor_numel_), factor_shard_, world_,
-           [&](int64_t owner, at::Tensor values, int64_t size) {
-             values.copy_(rounded.select(0, owner).narrow(0, 0, size));
-           });
+  const at::Tensor exact = dense_of(gathered_);
+  wire_->decode(factors_of(gathered_), factor_shard_, values_);
   by_owner(dense, dense_shard_, world_, [&](int64_t owner, at::Tensor values, int64_t size) {
     values.copy_(exact.select(0, owner).narrow(0, 0, size));
   });

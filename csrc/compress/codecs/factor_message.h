@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "compress/codec.h"
+#include "compress/codecs/factor_wire.h"
 
 namespace dear::compress {
 
@@ -46,7 +47,7 @@ class ExactFactors : public FactorMessage {
   at::Tensor shard_;
 };
 
-// Factors in 16 bits, the rest in float32: each owner sums its shard in float32, and rounds the mean once.
+// Factors in fewer bits, the rest in float32: each owner sums its shard in float32, and rounds the mean once.
 //
 // Note [Rounded factors]
 // A rank's factor is rounded as it is sent, and its owner rounds the mean again. Both are within the error
@@ -56,7 +57,7 @@ class ExactFactors : public FactorMessage {
 class RoundedFactors : public FactorMessage {
  public:
   RoundedFactors(const std::vector<at::Tensor>& like, int64_t dense_numel, int64_t rank, int64_t world,
-                 at::ScalarType type);
+                 std::unique_ptr<const FactorWire> wire);
   Message send() override;
   Message forward() override;
   void receive() override;
@@ -64,17 +65,20 @@ class RoundedFactors : public FactorMessage {
 
  private:
   // A row: a shard of the factors, a shard of the dense members, how many elements were dropped.
-  at::Tensor factors_of(const at::Tensor& rows) const;  // [..., shard], rounded
+  at::Tensor factors_of(const at::Tensor& rows) const;  // [..., words]
   at::Tensor dense_of(const at::Tensor& rows) const;    // [..., shard], float32
   at::Tensor flag_of(const at::Tensor& rows) const;     // [..., 1]
 
   const int64_t rank_;
   const int64_t world_;
-  const at::ScalarType type_;
+  const std::unique_ptr<const FactorWire> wire_;
   const int64_t factor_shard_;  // elements
+  const int64_t factor_words_;
   const int64_t dense_shard_;
+  at::Tensor values_;   // [factors] of `flat_`
   at::Tensor said_;     // [factors]: the shares
-  at::Tensor lost_;     // [shard]: what rounding the mean lost
+  at::Tensor own_;      // of `said_`: what this rank owns
+  at::Tensor lost_;     // [owned]: what rounding the mean lost
   at::Tensor dropped_;  // of rounding: never anything, since factors are limited
   at::Tensor sent_;     // [ranks, words] int32, as the other two
   at::Tensor received_;

@@ -30,7 +30,7 @@ LowRankCodec::LowRankCodec(at::Device device, int64_t rank, int64_t world, std::
 std::unique_ptr<FactorMessage> LowRankCodec::make_message(const std::vector<at::Tensor>& like,
                                                           bool with_dense) const {
   const int64_t numel = with_dense ? dense_numel_ : 0;
-  if (wire_) return std::make_unique<RoundedFactors>(like, numel, rank_, world_, *wire_);
+  if (wire_) return std::make_unique<RoundedFactors>(like, numel, rank_, world_, FactorWire::make(*wire_));
   return std::make_unique<ExactFactors>(like, numel, rank_, world_);
 }
 

@@ -30,8 +30,8 @@ class LowRankCodec : public Codec {
 
  protected:
   // `segments`: int64 [count, 3], of each dense member where it begins in the gradient, how many elements it
-  // has, and where it begins in the dense part of a message. `wire`: the type of 16 bits in which factors
-  // travel; none for float32.
+  // has, and where it begins in the dense part of a message. `wire`: the type in which factors travel (see
+  // FactorWire); none for float32.
   LowRankCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
                at::Tensor segments, int64_t dense_numel, std::optional<at::ScalarType> wire);
 
@@ -45,7 +45,7 @@ class LowRankCodec : public Codec {
   // what the last such call made of E.
   void project(size_t batch, const at::Tensor& fixed, const at::Tensor& factor, bool transposed,
                bool corrects);
-  // Whether factors travel in 16 bits.
+  // Whether factors travel in fewer bits than 32.
   bool rounds() const { return wire_.has_value(); }
   // The factors of this step, one of them `own` of this rank and the other one fixed, are what E does not say
   // any more: they are taken out of it in the next step. To be called when all batches are projected; where
