@@ -37,13 +37,12 @@ BackendWork all_gather_by_name(Group& group, Tensors& out, Tensors& in) {
   }
 }
 
-// One call for each chunk, as one operation where the backend can. Host backends cannot, and a group that is
-// made in Python has no backend to ask.
+// One call for each chunk, as one operation where the backend can.
 template <typename Call>
 std::vector<BackendWork> call_each(c10d::ProcessGroup& group, std::vector<OwnedChunk>& chunks, Call call) {
   std::vector<BackendWork> works;
   const c10::DeviceType device = chunks.front().chunk.device().type();
-  const bool together = device != c10::kCPU && group.getBackend(device)->supportsCoalescing();
+  const bool together = group.getBackend(device)->supportsCoalescing();
   if (together) group.startCoalescing(device);
   try {
     for (OwnedChunk& each : chunks) {

@@ -327,14 +327,22 @@ NativeLane::NativeLane(c10::intrusive_ptr<c10d::ProcessGroup> group) : group_(st
 std::shared_ptr<Exchange> NativeLane::make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,
                                                     std::string label) {
   if (std::any_of(parts.begin(), parts.end(), is_uneven)) {
-    const bool pads = padding_share(parts, world()) <= kMostPadding;
-    Staging staging(std::move(parts), phase, rank(), world(), std::numeric_limits<int64_t>::max(),
-                    pads ? Chunks::kPadded : Chunks::kAligned);
+    const Chunks layout = chunks_of(phase, parts);
+    Staging staging(std::move(parts), phase, rank(), world(), std::numeric_limits<int64_t>::max(), layout);
     return std::make_shared<StagedExchange>(phase, reduction, std::move(staging), std::move(label), rank(),
                                             world());
   }
   return std::make_shared<NativeExchange>(phase, reduction, std::move(parts), std::move(label), rank(),
                                           world());
+}
+
+// Padded or grouped, whichever is fewer bytes; see Note [Staging].
+Chunks NativeLane::chunks_of(Phase phase, const std::vector<Part>& parts) const {
+  if (padding_share(parts, world()) > kMostPadding) return Chunks::kAligned;
+  const c10::DeviceType device = parts.front().full.device().type();
+  const bool doubles =
+      phase == Phase::kReduceScatter && world() > 1 && group_->getBackend(device)->getBackendName() == "gloo";
+  return doubles ? Chunks::kAligned : Chunks::kPadded;
 }
 
 void NativeLane::submit(const std::shared_ptr<Exchange>& exchange) {

@@ -27,13 +27,15 @@ double padding_share(const std::vector<Part>& parts, int world);
 // - Grouped: a reduce to each owner, or a broadcast from each, of chunks as long as they are. The ranks
 //   together send (P-1) N elements, which are those of an all-reduce's half, and the busiest link of a ring
 //   carries N - M, M being the shortest chunk. NCCL makes one operation of them, others one each.
-// With equal chunks both carry (P-1)/P N. Padding costs bytes where chunks are not: grouped calls are taken
-// where it would add more than 2% to the sum of all chunks. (A GPT with Muon, by its fusion groups: 11% with
-// 4 ranks, 52% with 8.) All ranks know all chunks, so all decide alike, once, when the exchange is made. gloo
-// sends more than a ring either way: its reduce-scatter is an all-reduce, twice the bytes, and its reduce a
-// reduce-scatter and a gather, 1 + 1/P times. So where it is grouped, it gains besides. A grouped reduce
-// leaves partial sums in other ranks' chunks (gloo's does). Nobody reads them: of a reduce-scatter's staging
-// buffer, unpack() takes the rank's own chunk alone, and pack() writes all of it.
+// With equal chunks both carry (P-1)/P N. Grouped calls are taken where they are fewer bytes:
+// - Where padding would add more than 2% to the sum of all chunks. (Padding all of a GPT with Muon would add
+//   11% with 4 ranks and 52% with 8.)
+// - Where gloo reduces. Its reduce-scatter is an all-reduce, twice a ring's bytes; its reduce is a
+//   reduce-scatter and a gather, 1 + 1/P times a ring's.
+// All ranks know all chunks and have the same backend, so they decide alike, once, when the exchange is made.
+//
+// A grouped reduce may leave partial sums in other ranks' chunks (gloo's does). Nobody reads them: of a
+// reduce-scatter's staging buffer, unpack() takes the rank's own chunk alone, and pack() writes all of it.
 class Staging {
  public:
   // Stages the ranges of less than `below` bytes of those parts whose chunks are uneven.
