@@ -87,6 +87,7 @@ void bind_collectives(py::module_& m) {
   py::class_<Exchange, std::shared_ptr<Exchange>>(m, "Exchange")
       .def("wait", &Exchange::wait, NoGil())
       .def("done", &Exchange::done)
+      .def("bytes_sent", &Exchange::bytes_sent, py::arg("world"))
       .def_property_readonly("start_ns", &Exchange::start_ns)
       .def_property_readonly("end_ns", &Exchange::end_ns)
       .def_property_readonly("label", &Exchange::label);

@@ -22,6 +22,7 @@ import test_dense_eight_bits
 import test_dense_few_bits
 import test_owned
 import test_owned_lists
+import test_owned_native
 import test_parity
 import test_schedule
 import test_scheduled_feedback
@@ -46,6 +47,7 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (test_owned.all_models, (test_owned.training.SGD, True)),
     (test_owned.all_models, (test_owned.FACTORED, False)),
     *((function, (("native",),)) for function in (test_owned.optimizers, test_owned.wide, test_owned_lists.parity)),
+    *((test_owned_native.halves, (sizes,)) for sizes in ([3000, 999], [0, 300], [3000, 2994])),
     (test_parity.clip, ()),
     (test_parity.scaler, ()),
     *((test_stale_reads.state_reads, (mode,)) for mode in MODES),
@@ -82,6 +84,7 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
 #: The same, with four ranks.
 CASES_OF_FOUR: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     *((test_cuda_forms.two_levels, (mode,)) for mode in (*MODES, "owned")),
+    *((test_owned_native.halves, (sizes,)) for sizes in ([3000, 999, 0, 6], [1200, 1200, 1200, 1194])),
 ]
 
 

@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
-#include <type_traits>
 #include <utility>
 
 #include "collectives/accumulate.h"
+#include "collectives/backend_calls.h"
 #include "collectives/backend_wait.h"
 #include "collectives/shard.h"
 #include "collectives/staging.h"
@@ -21,44 +21,13 @@
 namespace dear {
 namespace {
 
-using Work = c10::intrusive_ptr<c10d::Work>;
 using Tensors = std::vector<at::Tensor>;
 
-// torch renamed these between 2.11 and 2.13; either name is called where it exists.
-template <typename Group, typename = void>
-struct HasSingle : std::false_type {};
-template <typename Group>
-struct HasSingle<Group, std::void_t<decltype(&Group::reduce_scatter_single)>> : std::true_type {};
+constexpr double kMostPadding = 0.02;  // of what an exchange moves; see Note [Staging]
 
-template <typename Group>
-Work call_reduce_scatter(Group& group, Tensors& out, Tensors& in, const c10d::ReduceScatterOptions& options) {
-  if constexpr (HasSingle<Group>::value) {
-    return in.size() == 1 ? group.reduce_scatter_single(out[0], in[0], options)
-                          : group.reduce_scatter_single_coalesced(out, in, options);
-  } else {
-    return in.size() == 1 ? group._reduce_scatter_base(out[0], in[0], options)
-                          : group.reduce_scatter_tensor_coalesced(out, in, options);
-  }
-}
-
-template <typename Group>
-Work call_all_gather(Group& group, Tensors& out, Tensors& in) {
-  if constexpr (HasSingle<Group>::value) {
-    return in.size() == 1 ? group.all_gather_single(out[0], in[0])
-                          : group.all_gather_single_coalesced(out, in);
-  } else {
-    return in.size() == 1 ? group._allgather_base(out[0], in[0])
-                          : group.allgather_into_tensor_coalesced(out, in);
-  }
-}
-
-Work call_all_to_all(c10d::ProcessGroup& group, at::Tensor& out, at::Tensor& in) {
-  std::vector<int64_t> equal;
-  return group.alltoall_base(out, in, equal, equal);
-}
-
-// The backend wants equal chunks. A buffer that does not divide goes through padded staging buffers, made
-// once.
+// The backend's reduce-scatter and all-gather want equal chunks. A buffer that does not divide goes through
+// padded staging buffers, made once. One with owners is a staging buffer already (see Staging), and goes by a
+// reduce to each owner, or a broadcast from each.
 class NativeExchange : public Exchange {
  public:
   NativeExchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label, int rank,
@@ -71,6 +40,9 @@ class NativeExchange : public Exchange {
         check_all_to_all(part, world);
         buffers.full = part.full;
         buffers.shard = part.shard;
+      } else if (is_uneven(part)) {
+        buffers.full = part.full;
+        buffers.chunks = chunks_of(part);
       } else if (shards.chunk() * world == shards.numel && !prescales(part.full)) {
         buffers.full = part.full;
         buffers.shard = phase == Phase::kReduceScatter ? part.shard : mine(part.full);
@@ -87,8 +59,14 @@ class NativeExchange : public Exchange {
     start_ns_ = now_ns();
     submitter_.remember();
     pack();
+    if (parts_.empty()) return;
+    // A group may have several backends, one for each type of device.
+    const c10::Device device = parts_.front().full.device();
+    on_host_ = device.is_cpu();
+    nccl_ = device.is_cuda() && group.getBackend(device.type())->getBackendName() == "nccl";
     Tensors out;
     Tensors in;
+    std::vector<OwnedChunk> chunks;
     for (size_t i = 0; i < parts_.size(); ++i) {
       const Part& part = parts_[i];
       Buffers& buffers = buffers_[i];
@@ -97,30 +75,37 @@ class NativeExchange : public Exchange {
         buffers.shard.copy_(buffers.full);
         continue;
       }
+      if (!buffers.chunks.empty()) {
+        if (prescales(part.full)) buffers.full.mul_(rule(part.full).own_scale);
+        for (OwnedChunk each : buffers.chunks) {
+          each.op = operation(each.chunk);
+          chunks.push_back(std::move(each));
+        }
+        continue;
+      }
       if (buffers.staged) stage(part, buffers);
       const bool gathers = phase_ == Phase::kAllGather;
       in.push_back(gathers ? buffers.shard : buffers.full);
       out.push_back(gathers ? buffers.full : buffers.shard);
     }
-    if (in.empty()) return;
-    // A group may have several backends, one for each type of device.
-    const c10::Device device = in[0].device();
-    on_host_ = device.is_cpu();
-    nccl_ = device.is_cuda() && group.getBackend(device.type())->getBackendName() == "nccl";
-    // NCCL makes one operation of many: one launch, and no pause between them.
-    const bool together = phase_ != Phase::kAllToAll && nccl_ &&
-                          std::all_of(in.begin(), in.end(), [&](const at::Tensor& tensor) {
-                            return tensor.scalar_type() == in[0].scalar_type();
-                          });
-    if (together) {
-      send(group, out, in);
-      return;
+    send_equal(group, out, in);
+    send_owned(group, chunks);
+  }
+
+  // By a ring: what an owner is to get passes through all others, and what it sends ends at the rank before
+  // it.
+  int64_t bytes_sent(int world) const override {
+    int64_t even = 0;
+    int64_t owned = 0;
+    for (const Part& part : parts_) {
+      if (!is_uneven(part)) {
+        even += static_cast<int64_t>(part.full.nbytes());
+        continue;
+      }
+      const int spared = phase_ == Phase::kReduceScatter ? rank_ : (rank_ + 1) % world_;
+      owned += (part.owners->owned() - part.owners->size(spared)) * part.full.element_size();
     }
-    for (size_t i = 0; i < in.size(); ++i) {
-      Tensors one_out{out[i]};
-      Tensors one_in{in[i]};
-      send(group, one_out, one_in);
-    }
+    return even * (world - 1) / world + owned;
   }
 
   void wait() override {
@@ -177,6 +162,7 @@ class NativeExchange : public Exchange {
     at::Tensor full;
     at::Tensor shard;
     bool staged = false;
+    std::vector<OwnedChunk> chunks = {};  // where they have owners
   };
 
   BackendWait& backend() {
@@ -204,6 +190,40 @@ class NativeExchange : public Exchange {
     }
   }
 
+  static std::vector<OwnedChunk> chunks_of(const Part& part) {
+    std::vector<OwnedChunk> chunks;
+    for (int owner = 0; owner < part.owners->world(); ++owner) {
+      for (const Range& range : part.owners->ranges(owner))
+        chunks.push_back({part.full.narrow(0, range.begin, range.size()), owner});
+    }
+    return chunks;
+  }
+
+  void send_equal(c10d::ProcessGroup& group, Tensors& out, Tensors& in) {
+    if (in.empty()) return;
+    // NCCL makes one operation of many: one launch, and no pause between them.
+    const bool together = phase_ != Phase::kAllToAll && nccl_ &&
+                          std::all_of(in.begin(), in.end(), [&](const at::Tensor& tensor) {
+                            return tensor.scalar_type() == in[0].scalar_type();
+                          });
+    if (together) {
+      send(group, out, in);
+      return;
+    }
+    for (size_t i = 0; i < in.size(); ++i) {
+      Tensors one_out{out[i]};
+      Tensors one_in{in[i]};
+      send(group, one_out, one_in);
+    }
+  }
+
+  void send_owned(c10d::ProcessGroup& group, std::vector<OwnedChunk>& chunks) {
+    if (chunks.empty()) return;
+    const auto works =
+        phase_ == Phase::kAllGather ? call_broadcasts(group, chunks) : call_reduces(group, chunks);
+    works_.insert(works_.end(), works.begin(), works.end());
+  }
+
   // Tensors of one type; of several only with NCCL.
   void send(c10d::ProcessGroup& group, Tensors& out, Tensors& in) {
     if (phase_ == Phase::kAllToAll) {
@@ -211,10 +231,12 @@ class NativeExchange : public Exchange {
     } else if (phase_ == Phase::kAllGather) {
       works_.push_back(call_all_gather(group, out, in));
     } else {
-      c10d::ReduceScatterOptions options;
-      if (averages_itself(in[0])) options.reduceOp = c10d::ReduceOp::AVG;
-      works_.push_back(call_reduce_scatter(group, out, in, options));
+      works_.push_back(call_reduce_scatter(group, out, in, operation(in[0])));
     }
+  }
+
+  c10d::ReduceOp::RedOpType operation(const at::Tensor& tensor) const {
+    return averages_itself(tensor) ? c10d::ReduceOp::AVG : c10d::ReduceOp::SUM;
   }
 
   // The sum is divided when it has arrived, by every backend alike. NCCL could average, but it scales what
@@ -284,7 +306,7 @@ class NativeExchange : public Exchange {
   bool on_host_ = false;
   Submitter submitter_;
   std::vector<Buffers> buffers_;
-  std::vector<c10::intrusive_ptr<c10d::Work>> works_;
+  std::vector<BackendWork> works_;
   std::optional<BackendWait> backend_;  // of host tensors, once somebody has waited or asked
 };
 
@@ -310,13 +332,22 @@ NativeLane::NativeLane(c10::intrusive_ptr<c10d::ProcessGroup> group) : group_(st
 std::shared_ptr<Exchange> NativeLane::make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,
                                                     std::string label) {
   if (std::any_of(parts.begin(), parts.end(), is_uneven)) {
-    Staging staging(std::move(parts), phase, rank(), world(), std::numeric_limits<int64_t>::max(),
-                    /*pad=*/true);
+    const Chunks layout = chunks_of(phase, parts);
+    Staging staging(std::move(parts), phase, rank(), world(), std::numeric_limits<int64_t>::max(), layout);
     return std::make_shared<StagedExchange>(phase, reduction, std::move(staging), std::move(label), rank(),
                                             world());
   }
   return std::make_shared<NativeExchange>(phase, reduction, std::move(parts), std::move(label), rank(),
                                           world());
+}
+
+// Padded or grouped, whichever is fewer bytes; see Note [Staging].
+Chunks NativeLane::chunks_of(Phase phase, const std::vector<Part>& parts) const {
+  if (padding_share(parts, world()) > kMostPadding) return Chunks::kAligned;
+  const c10::DeviceType device = parts.front().full.device().type();
+  const bool doubles =
+      phase == Phase::kReduceScatter && world() > 1 && group_->getBackend(device)->getBackendName() == "gloo";
+  return doubles ? Chunks::kAligned : Chunks::kPadded;
 }
 
 void NativeLane::submit(const std::shared_ptr<Exchange>& exchange) {

@@ -4,6 +4,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "collectives/exchange.h"
+#include "collectives/staging.h"
 
 namespace dear {
 
@@ -43,6 +44,9 @@ class NativeLane : public Lane {
   int world() const override { return group_->getSize(); }
 
  private:
+  // How the chunks of these parts, some uneven, are staged: equally on all ranks.
+  Chunks chunks_of(Phase phase, const std::vector<Part>& parts) const;
+
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
   std::string abort_reason_;
 };

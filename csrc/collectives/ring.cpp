@@ -59,7 +59,7 @@ std::shared_ptr<Exchange> RingLane::make_exchange(Phase phase, Reduction reducti
                 " was given: use the native collectives of that device's backend.");
     if (phase == Phase::kReduceScatter) check_summable(part.full.scalar_type());
   }
-  Staging staging(std::move(parts), phase, rank_, world_, kShortRange, /*pad=*/false);
+  Staging staging(std::move(parts), phase, rank_, world_, kShortRange, Chunks::kPacked);
   return std::make_shared<RingExchange>(phase, reduction, std::move(staging), std::move(label), rank_,
                                         world_);
 }
