@@ -19,7 +19,6 @@ from compress.ranks import Rank, check_rank, rank_for
 from compress.stepwise import Stepwise
 from dear import _C
 
-
 #: Of an element of a factor, without its share of a scale, by the type in which factors may travel.
 FACTOR_BITS = {torch.bfloat16: 16, torch.float32: 32, torch.int8: 8}
 
@@ -56,9 +55,9 @@ class LowRank(Compressor):
             dense under any of them does so throughout. Smaller compresses more.
         rank_of: the rank by parameter, which counts in place of ``rank``: a dict from names, modules' names or patterns
             to ranks, or a callable of name and parameter that returns a rank, or None for ``rank``.
-        factor_dtype: of the factors on the wire. In ``torch.bfloat16`` they take half the bytes of ``torch.float32``, in
-            ``torch.int8`` (with a scale for each 128 elements) a quarter; owners sum them in float32, and what rounding
-            loses stays in the error feedback. What travels dense is float32 in any case.
+        factor_dtype: of the factors on the wire. In ``torch.bfloat16`` they take half the bytes of ``torch.float32``,
+            in ``torch.int8`` (with a scale for each 128 elements) a quarter; owners sum them in float32, and what
+            rounding loses stays in the error feedback. What travels dense is float32 in any case.
     """
 
     carries_exempt: ClassVar[bool] = True
