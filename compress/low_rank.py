@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compress import saved
+from compress import ops, saved
 from compress.choices import Assigned
 from compress.compressor import Compressor
 from compress.contract import COMPRESSIBLE
@@ -137,11 +137,21 @@ class LowRank(Compressor):
         return self.cost(member.rows, member.columns, rank) * FACTOR_BITS[self.factor_dtype] / 32
 
     def ratio(self, group: Group) -> float:
-        sent = 0.0
+        rows = columns = dense = 0
         for member in group.members:
-            ranks = self._ranks_of(member)
-            sent += self._sent(member, max(ranks)) if ranks else member.numel
-        return group.numel / sent
+            if ranks := self._ranks_of(member):
+                rows, columns = rows + member.rows * max(ranks), columns + member.columns * max(ranks)
+            else:
+                dense += member.numel
+        each = self.cost(1, 0, 1)  # of the two messages, how many are sent in a step
+        return group.numel / (each * (self._words(rows, group.world) + self._words(columns, group.world)) + dense)
+
+    def _words(self, elements: int, world: int) -> float:
+        """Of 32 bits, in a message of so many elements of factors."""
+        if self.factor_dtype != torch.int8:
+            return elements * FACTOR_BITS[self.factor_dtype] / 32
+        shard = ops.quantize_shard_numel(-(-elements // world))  # so large that few factors are padded much
+        return world * ops.quantize_payload_numel(shard)
 
     def compresses(self, group: Group) -> bool:
         return group.dtype in COMPRESSIBLE and any(self._ranks_of(member) for member in group.members)
