@@ -102,11 +102,14 @@ sanitize: $(VENV)/.installed  ## the native code under AddressSanitizer and UBSa
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/sanitize -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -DDEAR_SANITIZE=address,undefined -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/out/sanitize/dear"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/sanitize
-	cp -r dear/*.py dear/integrations out/sanitize/dear/ && cp -r compress precondition benchmarks out/sanitize/
+	cp -r dear/*.py dear/integrations out/sanitize/dear/ && cp -r compress precondition planner benchmarks out/sanitize/
 	cd out/sanitize && LD_PRELOAD="$(ASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH="$(CURDIR)/out/sanitize" \
 	  "$(CURDIR)/$(BIN)/python" -m pytest -p no:cacheprovider ../../tests/test_collectives.py ../../tests/test_all_to_all.py \
 	  ../../tests/test_wire.py ../../tests/test_wire_failures.py ../../tests/test_parity.py \
 	  ../../tests/test_compressors_golden.py ../../tests/test_compressed_schedule.py ../../tests/test_kernels_*.py \
+	  ../../tests/test_owned_collectives.py ../../tests/test_owned_native.py ../../tests/test_two_levels*.py \
+	  ../../tests/test_precondition*.py ../../tests/test_eva_native.py ../../tests/test_pending.py \
+	  ../../tests/test_silence_context.py ../../tests/test_leaving.py ../../tests/test_faults.py \
 	  --deselect tests/test_kernels_sign.py::test_average
 
 # The documentation, into out/site. A warning is an error.
