@@ -42,13 +42,18 @@ class CompressorName:
     @property
     def dense_steps(self) -> int | None:
         """With which it begins; None where that is the optimizer's to say."""
-        start = dict(map(_read_more, self.more)).get("start_step", 0)
+        start = dict(map(_read_more, self.more)).get("start_step", 1000 if self.kind in ("safe", "fast") else 0)
         return start if isinstance(start, int) else None
 
     @property
     def bits_at_first(self) -> float:
         """Of an element, in these steps."""
-        first = dict(map(_read_more, self.more)).get("start_dtype")
+        first, steps = dict(map(_read_more, self.more)).get("start_dtype"), self.dense_steps
+        if self.kind == "fast" and steps:  # a few dense ones, and then half of the elements in factors of 8 bits
+            dense = min(20, steps)
+            return (32 * dense + _BITS_AT_FIRST["int8"] / 2 * (steps - dense)) / steps
+        if self.kind == "safe":
+            first = first or "int8"
         return 32.0 if first is None else _BITS_AT_FIRST[first]
 
     def make(self, **more: Any) -> Any:

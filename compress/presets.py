@@ -19,11 +19,22 @@ def _safe(**more: Any) -> Compressor:
     return Dense(torch.int3, **options)  # type: ignore[attr-defined] # not in the stubs
 
 
+#: Dense steps of "fast", in which training is disturbed most easily: all of the warm-up would take longest.
+FAST_DENSE = 20
+
+
+def _fast(**more: Any) -> Compressor:
+    options = {"rank": "8x", "factor_dtype": torch.int8, "start_step": 1000, **more}
+    start = options["start_step"]
+    if "rank" not in more and type(start) is int and start > 0:
+        options |= {"rank": [(0, "2x"), (start, "8x")], "start_step": min(FAST_DENSE, start)}
+    return PowerSGD(**options)
+
+
 PRESETS: dict[str, Callable[..., Compressor]] = {
     "exact": lambda **more: Dense(torch.bfloat16, **{"error_feedback": True, **more}),
     "safe": _safe,
-    # Without dense steps at first, the first compressed ones can throw training off for good.
-    "fast": lambda **more: PowerSGD(**{"rank": "8x", "factor_dtype": torch.int8, "start_step": 20, **more}),
+    "fast": _fast,
 }
 
 
@@ -34,8 +45,9 @@ def preset(name: Literal["exact", "safe", "fast"], **options: Any) -> Compressor
     - ``"safe"``: every element of a matrix in 3 bits, each with a scale of its own, and vectors exactly: 5 times fewer
       bytes than 16 bits. The first ``start_step`` steps, 1,000 where nothing is said, are in 8 bits: give the length
       of the learning rate's warm-up, or under :func:`dear.attach` ``"warmup"``.
-    - ``"fast"``: Power-SGD with factors in 8 bits and an eighth of the elements: of a matrix 15 times fewer bytes than
-      16 bits, or more; the first 20 steps are dense. For the slowest links.
+    - ``"fast"``: Power-SGD with factors in 8 bits, which have an eighth of a matrix's elements: 15 times fewer bytes than
+      16 bits. The first ``start_step`` steps, 1,000 where nothing is said, send more: 20 are dense, and then factors
+      have half of the elements. With ``"warmup"`` all of these are dense. For the slowest links.
 
     Args:
         name: one of these.

@@ -181,7 +181,7 @@ def presets(rank: int, world: int) -> None:
         backward(model, gradients(rank, 0, shapes))
         sent = compressor.stats()["bytes_sent"]
         assert sent * fewer < dense, (name, sent, dense)
-    spared = compress.preset("fast", exempt="square", rank=3)
+    spared = compress.preset("fast", exempt="square", rank=3, start_step=0)
     backward(attach(spared, net=Prescribed(shapes)), gradients(rank, 0, shapes))
     assert ranks_of(spared) == {"wide": 3}
 
@@ -190,6 +190,18 @@ def test_what_the_safe_preset_begins_with():
     assert compress.preset("safe").start_step == 1000 and compress.preset("safe").start_dtype == torch.int8
     assert compress.preset("safe", start_step="warmup").start_dtype == torch.int8
     assert compress.preset("safe", start_step=0).start_dtype is None
+
+
+def test_what_the_fast_preset_begins_with():
+    for start, steps in ((None, 1000), (150, 150)):
+        given = {} if start is None else {"start_step": start}
+        fast = compress.preset("fast", **given)
+        assert fast.rank == [(0, "2x"), (steps, "8x")] and fast.start_step == 20
+    assert compress.preset("fast", start_step=0).rank == "8x" and compress.preset("fast", start_step=5).start_step == 5
+    warmed = compress.preset("fast", start_step="warmup")
+    assert warmed.rank == "8x" and warmed.start_step == "warmup"
+    own = compress.preset("fast", rank=4, start_step=20)
+    assert own.rank == 4 and own.start_step == 20
 
 
 def test_presets_send_as_few_bytes_as_they_say(pool2):

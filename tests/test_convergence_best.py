@@ -78,7 +78,7 @@ def test_courses_are_all_combinations(monkeypatch):
 def test_fractions_and_presets_are_spelled():
     named = {one.name: one.compressor.make() for one in parse_strategies("power:0.125,acp:8,safe,dear+fast:2")}
     assert named["power:0.125"].rank == 0.125 and named["acp:8"].rank == 8
-    assert named["safe"].dtype == torch.int3 and named["dear+fast:2"].rank == "8x"
+    assert named["safe"].dtype == torch.int3 and named["dear+fast:2"].rank == [(0, "2x"), (1000, "8x")]
     for wrong in ("power:1.0", "acp:0", "safe:a"):
         with pytest.raises(StrategyError):
             parse_strategies(wrong)

@@ -64,7 +64,7 @@ def test_presets():
     found = re.findall(r"^\| \*(\w+)\* \| (\S+, \S+) \| ([+-][\d.]+%) \| ([\d.]+×) \|$", page, re.MULTILINE)
     assert len(found) > 4
     for preset, training, to_dense, fewer in found:
-        name = {"safe": "int3:scale=element:start=150:first=int8", "fast": "power:8x:factors=int8:start=20"}[preset]
-        trained, said = split_name(name.split(":"))[0].make(), PRESETS[preset]()
+        name = {"safe": "int3:scale=element:start=150:first=int8", "fast": "fast:start=150"}[preset]
+        trained, said = split_name(name.split(":"))[0].make(), PRESETS[preset](start_step=150)
         assert (type(trained), trained.options()) == (type(said), said.options())
         assert rows[training][name] == (to_dense, fewer), (preset, training)
