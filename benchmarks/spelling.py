@@ -50,7 +50,9 @@ class CompressorName:
         """Of an element, in these steps."""
         first, steps = dict(map(_read_more, self.more)).get("start_dtype"), self.dense_steps
         if self.kind == "fast" and steps:  # a few dense ones, and then half of the elements in factors of 8 bits
-            dense = min(20, steps)
+            from compress.presets import FAST_DENSE
+
+            dense = min(FAST_DENSE, steps)
             return (32 * dense + _BITS_AT_FIRST["int8"] / 2 * (steps - dense)) / steps
         if self.kind == "safe":
             first = first or "int8"
