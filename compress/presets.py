@@ -46,8 +46,8 @@ def preset(name: Literal["exact", "safe", "fast"], **options: Any) -> Compressor
       bytes than 16 bits. The first ``start_step`` steps, 1,000 where nothing is said, are in 8 bits: give the length
       of the learning rate's warm-up, or under :func:`dear.attach` ``"warmup"``.
     - ``"fast"``: Power-SGD with factors in 8 bits, which have an eighth of a matrix's elements: 15 times fewer bytes
-      than 16 bits. The first ``start_step`` steps, 1,000 where nothing is said, send more: 20 are dense, and then factors
-      have half of the elements. With ``"warmup"`` all of these are dense. For the slowest links.
+      than 16 bits. The first ``start_step`` steps, 1,000 where nothing is said, send more: 20 are dense, and in the
+      others factors have half of the elements. With ``"warmup"`` all are dense. For the slowest links.
 
     Args:
         name: one of these.
