@@ -68,6 +68,9 @@ class Binding:
     def synchronize(self) -> None:
         """Waits until nothing is in flight."""
 
+    def finish_step(self) -> None:
+        """Does what a step that has been exchanged still leaves to be done; nothing is in flight. Collective."""
+
     def everyones(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's, by rank. Collective; nothing is in flight."""
         return all_gather_object(self._lane, state, "the compressor's state", self._device)

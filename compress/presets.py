@@ -56,7 +56,7 @@ def preset(name: Literal["exact", "safe", "fast"], **options: Any) -> Compressor
     Raises:
         ValueError: no preset has that name.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         names = ", ".join(f'"{one}"' for one in PRESETS)
         raise ValueError(f"preset must be one of {names}, not {name!r}.")
     return PRESETS[name](**options)

@@ -54,6 +54,8 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
     if compressor.binding is not None:
         compressor.binding.synchronize()
     states = check_loaded(compressor, state, ranks.rank(), ranks.size())
+    if compressor.binding is not None:
+        compressor.binding.finish_step()
     mine, feedback = merge_states(states, ranks.rank(), ranks.size())
     compressor.load_named_state(mine["named"])  # which may refuse it
     if mine["world_size"] == ranks.size():
@@ -73,6 +75,9 @@ def change(compressor: Contract, apply: Callable[[], None]) -> None:
     if compressor.binding is None and not compressor.groups and compressor.loaded is None:  # nothing yet
         apply()
         return
+    if compressor.binding is not None:
+        compressor.binding.synchronize()
+        compressor.binding.finish_step()
     state = save(compressor, gather=False)
     apply()
     state["options"] = compressor.options() | {"error_feedback": compressor.error_feedback}

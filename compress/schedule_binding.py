@@ -46,6 +46,11 @@ class ScheduleBinding(Binding):
     def synchronize(self) -> None:
         self._synchronize()
 
+    def finish_step(self) -> None:
+        self.validate()
+        for bucket in tuple(self._to_keep):
+            self.arrived(bucket)
+
     def forget_groups(self, step: int) -> None:
         super().forget_groups(step)
         self._scheduler.forget_layout()

@@ -20,7 +20,7 @@ class Start:
     """
 
     def __init__(self, given: Any) -> None:
-        if given != "warmup" and (type(given) is not int or given < 0):
+        if given != "warmup" and (type(given) is not int or not 0 <= given < NEVER):
             raise ValueError(f'start_step must be the number of dense steps, 0 or more, or "warmup", not {given!r}.')
         self.given = given
         self.native = _C.StartStep(NEVER if given == "warmup" else given)

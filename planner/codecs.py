@@ -90,7 +90,7 @@ class LowRank(Codec):
 
     rank: Rank = 4
     both: bool = True
-    factor_bytes: int = 2
+    factor_bytes: float = 2.0
 
     def rounds(self, pieces: Sequence[Piece]) -> tuple[float, ...]:
         left = right = dense = 0.0
@@ -117,12 +117,13 @@ class LowRank(Codec):
 
 EXACT = Dense("dense", "")
 SCALE_BITS, SCALED_TOGETHER = 16, 128  # of gradients in 4 bits and fewer: a scale for each block
+PRESET = 'compress.preset("{}")'
 HALF = Dense("bf16", "compress.Dense(torch.bfloat16)", 0.5)
 
 
 def codec(name: str) -> Codec:
-    """The compressor that the benchmarks call so: dense, bf16, fp16, int8, fp8, int4, int3, int2, sign, topk:0.01,
-    power:4, acp:4.
+    """The compressor that the benchmarks call so: dense, bf16, fp16, int8, fp8, int4, int3, int2, sign, exact, safe,
+    fast, topk:0.01, power:4, acp:4.
 
     Raises ValueError.
     """
@@ -143,6 +144,12 @@ def codec(name: str) -> Codec:
                 return Dense(name, "compress.SignSGD()", 1 / 32)
             case "topk" if 0 < float(option) <= 1:
                 return TopK(name, f"compress.TopK(density={option})", float(option))
+            case "exact":
+                return Dense(name, PRESET.format(name), 0.5)
+            case "safe":  # once it has begun, as the next
+                return Dense(name, PRESET.format(name), (3 + SCALE_BITS / SCALED_TOGETHER) / 32)
+            case "fast":
+                return LowRank(name, PRESET.format(name), "8x", factor_bytes=1 + 1 / SCALED_TOGETHER)
             case "power" | "acp":
                 kind_name = {"power": "PowerSGD", "acp": "ACPSGD"}[kind]
                 rank = _rank(option)
@@ -150,8 +157,8 @@ def codec(name: str) -> Codec:
     except ValueError:
         pass
     raise ValueError(
-        f"Compressor {name!r} is not known: name dense, bf16, fp16, int8, fp8, int4, int3, int2, sign, topk:DENSITY, "
-        "power:RANK or acp:RANK."
+        f"Compressor {name!r} is not known: name dense, bf16, fp16, int8, fp8, int4, int3, int2, sign, exact, safe, "
+        "fast, topk:DENSITY, power:RANK or acp:RANK."
     )
 
 
@@ -180,6 +187,8 @@ def compressor(name: str) -> Any:
             return compress.TopK(density=float(option))
         case "sign":
             return compress.SignSGD()
+        case "exact" | "safe" | "fast":
+            return compress.preset(kind, start_step=0)
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}.get(kind, kind)
     if kind == EXACT.name:
         raise ValueError(f"{name!r} names no compressor: gradients go as they are.")

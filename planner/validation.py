@@ -65,7 +65,7 @@ class Summary:
     repeats: float | None
 
 
-UNTIMED = ("int8", "fp8", "int4", "int3", "int2")  # codecs of whose encoding the lab has no breakdown
+UNTIMED = ("int8", "fp8", "int4", "int3", "int2", "fast")  # codecs of whose encoding the lab has no breakdown
 
 
 def method_of(name: str, profile: Profile) -> Method | None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressing import SHAPES, Prescribed, attach, backward, gradients, kept
+from compressing import SEVERAL_BUCKETS, SHAPES, Prescribed, Sometimes, attach, backward, gradients, kept
 from place import place
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -107,3 +107,102 @@ def unequal(rank, world):
 
 def test_ranks_that_disagree_are_told(pool2):
     pool2.run(unequal)
+
+
+class Spoilt(Prescribed):
+    """With one element of one gradient NaN, where that is asked for."""
+
+    def forward(self, grads, spoil=False):
+        return super().forward(grads) + (self.bias[0] * float("nan") if spoil else 0.0)
+
+
+def under_way(rank, world, how, policy):
+    """What is left to be done of a step is not lost where something is assigned, or loaded, before step()."""
+    compressor = compress.PowerSGD(rank=4, nonfinite=policy)
+    model = DDP(Spoilt().to(place()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = dear.attach(model, optimizer, compressor=compressor)
+
+    def backward_of(step, spoil):
+        optimizer.zero_grad()
+        model({name: grad.to(place()) for name, grad in gradients(rank, step).items()}, spoil).backward()
+
+    def interfere():
+        if how == "assigned":
+            compressor.rank = 6
+        else:
+            compressor.load_state_dict(compressor.state_dict())
+
+    for step in range(2):
+        backward_of(step, spoil=False)
+        optimizer.step()
+    engine.synchronize()
+    before = {name: param.detach().clone() for name, param in model.module.named_parameters()}
+    backward_of(2, spoil=rank == 1)
+    if policy == "raise":
+        with pytest.raises(RuntimeError, match="is not finite"):
+            interfere()
+        return
+    interfere()
+    optimizer.step()
+    engine.synchronize()
+    for name, param in model.module.named_parameters():
+        if policy == "skip":
+            assert torch.equal(param, before[name]), name
+        else:
+            assert param.isnan().all(), name  # they are one bucket
+    engine.detach()
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise", "propagate"])
+@pytest.mark.parametrize("how", ["assigned", "loaded"])
+def test_a_gradient_that_is_not_finite_is_seen_all_the_same(pool2, how, policy):
+    pool2.run(under_way, how, policy)
+
+
+def unused_under_way(rank, world):
+    """What a step compressed for parameters that no rank has used goes back to the error feedback."""
+    compressor = compress.PowerSGD(rank=2)
+    model = DDP(Sometimes().to(place()), find_unused_parameters=True, **SEVERAL_BUCKETS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = dear.attach(model, optimizer, compressor=compressor)
+    used = [name for name in SHAPES if name != "second"]
+    for step in range(4):
+        names = used if step == 2 else list(SHAPES)
+        owed = kept(compressor).get("second")
+        optimizer.zero_grad()
+        model({name: gradients(rank, step)[name].to(place()) for name in names}).backward()
+        if step == 2:
+            compressor.rank = 3
+        optimizer.step()
+        engine.synchronize()
+        if step == 2:
+            torch.testing.assert_close(kept(compressor)["second"], owed, rtol=0, atol=1e-5)  # it is in float32
+    engine.detach()
+
+
+def test_results_for_unused_parameters_are_kept(pool2):
+    pool2.run(unused_under_way)
+
+
+def warmed_up(rank, world):
+    """The end of a warm-up is seen, however often something is assigned."""
+    compressor = compress.PowerSGD(rank=2, start_step="warmup")
+    model = DDP(Prescribed().to(place()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 3))
+    engine = dear.attach(model, optimizer, compressor=compressor)
+    compressed = []
+    for step in range(8):
+        optimizer.zero_grad()
+        model({name: grad.to(place()) for name, grad in gradients(rank, step).items()}).backward()
+        compressor.rank = 2 + step % 2
+        optimizer.step()
+        scheduler.step()
+        compressed.append(compressor.stats()["error_norm"] > 0)
+    assert compressed == [step >= 5 for step in range(8)], compressed
+    engine.detach()
+
+
+def test_a_warmup_ends(pool2):
+    pool2.run(warmed_up)
