@@ -206,3 +206,35 @@ def warmed_up(rank, world):
 
 def test_a_warmup_ends(pool2):
     pool2.run(warmed_up)
+
+
+def read_once(rank, world):
+    """What would change nothing is refused, and only then; a subclass's own attributes are its own business."""
+
+    class Own(compress.TopK):
+        def __init__(self, hot: float, **options: object) -> None:
+            super().__init__(**options)
+            self.hot = hot
+
+    for made, names in (
+        (compress.PowerSGD(), ("factor_dtype", "rank_of", "exempt", "nonfinite", "start_step", "error_feedback")),
+        (compress.Dense(torch.int8), ("dtype", "scale", "start_dtype", "min_compression_ratio")),
+        (compress.SignSGD(), ("vote",)),
+        (Own(1.0), ("selection", "slack", "nonfinite")),
+    ):
+        for name in names:
+            setattr(made, name, getattr(made, name))  # before it is in use
+        model = attach(made)
+        backward(model, gradients(rank, 0))
+        for name in names:
+            with pytest.raises(AttributeError, match=f"{name} is read as a compressor begins to work"):
+                setattr(made, name, getattr(made, name))
+        if isinstance(made, Own):
+            made.hot = 2.0
+            made.density = 0.02
+        made.part_numel = 10_000
+        backward(model, gradients(rank, 1))
+
+
+def test_options_that_are_read_once_cannot_be_assigned_later(pool2):
+    pool2.run(read_once)
