@@ -68,8 +68,11 @@ class Binding:
     def synchronize(self) -> None:
         """Waits until nothing is in flight."""
 
-    def finish_step(self) -> None:
-        """Does what a step that has been exchanged still leaves to be done; nothing is in flight. Collective."""
+    def finish_step(self, raises: bool = True) -> None:
+        """Does what a step that has been exchanged still leaves to be done; nothing is in flight. Collective.
+
+        raises: False leaves a step out whose gradients are not finite, also where that would be an error.
+        """
 
     def everyones(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's, by rank. Collective; nothing is in flight."""

@@ -64,13 +64,14 @@ class Compressor(Contract):
         """What must be saved to go on: the step, the error feedback by parameter name, and the subclass's state.
 
         Error feedback differs by rank. Without ``gather`` this is the state of this rank alone, and each rank must
-        save its own. With ``gather`` every rank must call it, and gets the states of all, ``{"ranks": [...]}``.
-        Tensors are copies, flat in memory order.
+        save its own. With ``gather`` every rank must call it, and gets the states of all, ``{"ranks": [...]}``. Both
+        between two steps. Tensors are copies, flat in memory order.
         """
         return saved.save(self, gather)
 
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
-        """Takes one rank's state, or all ranks' (as gathered, or as a list), between two steps.
+        """Takes one rank's state, or all ranks' (as gathered, or as a list), between two steps. Between ``backward()``
+        and ``step()``, a step whose gradients are not finite is left out, whatever ``nonfinite`` says.
 
         At the world size it was saved at, training goes on bit for bit: each rank takes its own. At another, which
         needs all ranks' states, old rank i's error feedback, its owner's error included, is added to new rank

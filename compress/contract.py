@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import zlib
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +16,7 @@ from compress.choices import Selected, Selection
 from compress.exchange import Steps
 from compress.feedback import Feedback
 from compress.group import Group
+from compress.read_once import ReadOnce
 from compress.start import Start
 from dear import _C
 
@@ -25,7 +24,7 @@ NonFinite = Literal["raise", "skip", "propagate"]
 COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Contract:
+class Contract(ReadOnce):
     """The part of :class:`compress.Compressor` that its subclasses define. See there for the arguments."""
 
     exchange: ClassVar[Literal["sum", "owners", "gather"]] = "sum"
@@ -66,14 +65,6 @@ class Contract:
         self.measure_first = False  # measure() was called before there was a binding
         self.initial_step = 0  # without a binding, which counts them
         self.loaded: dict[str, Any] | None = None  # what load_state_dict() was given and no group has taken yet
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("binding") is not None and name in _read_once(type(self)):  # type: ignore[arg-type]
-            raise AttributeError(
-                f"{name} is read as a compressor begins to work, and assigning it later changes nothing: make another "
-                f"compressor with {name}=, and attach with that one."
-            )
-        super().__setattr__(name, value)
 
     # --- the contract: what a subclass says ---
 
@@ -211,17 +202,3 @@ class Contract:
                 raise RuntimeError("The default process group is not initialised: call init_process_group() first.")
             return c10d._get_default_group()
         return self.process_group
-
-
-@cache
-def _read_once(kind: type) -> frozenset[str]:
-    """The options of this package's own in a class of compressors, but for those that may be assigned."""
-    own = [base.__init__ for base in kind.__mro__ if base.__module__.startswith("compress.")]  # type: ignore[misc]
-    names = {
-        name
-        for init in own
-        for name, parameter in inspect.signature(init).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
-    given = {"self", "seed", "process_group"}  # the last two are what the first rank, and attach, say
-    return frozenset(name for name in names - given if not isinstance(getattr(kind, name, None), property))

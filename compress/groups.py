@@ -61,7 +61,11 @@ def _give_codec(compressor: Contract, group: Group) -> None:
 
 
 def _is_compressed(compressor: Contract, group: Group) -> bool:
-    return not compressor.exempted.issuperset(group.names) and compressor.compresses(group)
+    """What has error feedback goes on as it began, also where an option that was assigned makes it less worth it: else
+    nobody would send what it is owed."""
+    if compressor.exempted.issuperset(group.names):
+        return False
+    return compressor.compresses(group) or not compressor.feedback.errors.keys().isdisjoint(group.names)
 
 
 def _reader_of(compressor: Contract, group: Group) -> _C.Codec | None:

@@ -130,7 +130,8 @@ class LowRank(Compressor):
         each = self.cost(member.rows, member.columns, 1)
         ranks = tuple(rank_for(rank, member.rows, member.columns, self.auto, each) for rank in wanted)
         worth = member.numel >= self.min_compression_ratio * self._sent(member, max(ranks))
-        return ranks if member.columns > 1 and member.name not in self.exempted and worth else ()
+        begun = member.name in self.feedback.errors  # and is owed what was not sent yet
+        return ranks if member.columns > 1 and member.name not in self.exempted and (worth or begun) else ()
 
     def _sent(self, member: Member, rank: int) -> float:
         """The same in words of 32 bits."""

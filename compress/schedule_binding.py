@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.binding import Binding
 from compress.bound import Bound
-from compress.contract import Contract
+from compress.contract import Contract, NonFinite
 from compress.outcome import keep_unused, treat_nonfinite
 from compress.two_levels import TwoLevels
 from dear import _C, _ddp
@@ -46,8 +46,9 @@ class ScheduleBinding(Binding):
     def synchronize(self) -> None:
         self._synchronize()
 
-    def finish_step(self) -> None:
-        self.validate()
+    def finish_step(self, raises: bool = True) -> None:
+        policy = self.compressor.nonfinite
+        self._validate("skip" if policy == "raise" and not raises else policy)
         for bucket in tuple(self._to_keep):
             self.arrived(bucket)
 
@@ -85,6 +86,9 @@ class ScheduleBinding(Binding):
 
     def validate(self) -> None:
         """Waits, once a step, until every rank has ended its backward pass. See :class:`dear.compression.Binding`."""
+        self._validate(self.compressor.nonfinite)
+
+    def _validate(self, policy: NonFinite) -> None:
         step = self.pipeline.steps
         if self._validated == step:
             return
@@ -95,7 +99,7 @@ class ScheduleBinding(Binding):
             self._validated = step
             self._to_keep.clear()
             bounds = [bound for bounds in self.bounds.values() for bound in bounds]
-            treat_nonfinite(self.compressor.nonfinite, bounds, self._params, _spoil_results)
+            treat_nonfinite(policy, bounds, self._params, _spoil_results)
         else:
             self._compare()
             self._validated = step

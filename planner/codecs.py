@@ -56,13 +56,14 @@ class Dense(Codec):
     """Every element. share: of the gradient's bytes."""
 
     share: float = 1.0
+    feedback: bool | None = None  # whether it has error feedback; None: as its format has where nobody says
 
     def rounds(self, pieces: Sequence[Piece]) -> tuple[float, ...]:
         return (self.share * sum(piece.bytes for piece in pieces),)
 
     @property
     def keeps_error(self) -> bool:
-        return self.share < 0.5  # in 16 bits where it is asked for alone
+        return self.share < 0.5 if self.feedback is None else self.feedback
 
     @property
     def shrinks(self) -> float:
@@ -145,7 +146,7 @@ def codec(name: str) -> Codec:
             case "topk" if 0 < float(option) <= 1:
                 return TopK(name, f"compress.TopK(density={option})", float(option))
             case "exact":
-                return Dense(name, PRESET.format(name), 0.5)
+                return Dense(name, PRESET.format(name), 0.5, feedback=True)
             case "safe":  # once it has begun, as the next
                 return Dense(name, PRESET.format(name), (3 + SCALE_BITS / SCALED_TOGETHER) / 32)
             case "fast":

@@ -36,6 +36,7 @@ class Room:
         """At a step boundary, before the first trial."""
         self._steering, self._instruments = steering, instruments
         self._in_steps = instruments.in_steps(steering.ground.device)
+        self._fitted: set[Way] = set()  # in this search
 
     def check(self, way: Way) -> None:
         """See Note [Out of memory]. Collective.
@@ -44,18 +45,19 @@ class Room:
             ValueError: a rank has no room for it; on every rank.
         """
         steering = self._steering
+        if way in self._fitted:
+            return
         try:
             building, staying = needs(steering, way)
             self._instruments.reserve(steering.ground.device, max(building, staying + self._in_steps))
             wrong = ""
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
+        except Exception as error:  # whatever it is, the others wait to hear of it
             wrong = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
         everyone = steering.everyones(wrong, "whether there is room for a setting")
         failed = next((rank for rank, why in enumerate(everyone) if why), None)
         if failed is not None:
             raise ValueError(f"rank {failed} has no room for it: {everyone[failed]}")
+        self._fitted.add(way)
 
 
 def needs(steering: Steering, way: Way) -> tuple[int, int]:

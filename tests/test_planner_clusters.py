@@ -253,5 +253,20 @@ def test_exact_is_what_goes_as_it_is_and_error_feedback_counts_where_it_is() -> 
     assert {name for name, way in found.items() if way.exact} == {
         "ddp", "fsdp2", "dear", "dear:owned", "dear:replicated"
     }  # fmt: skip
-    for name in ("bf16", "fp16", "int8", "fp8", "int4", "int3", "int2", "sign", "topk:0.01", "power:4", "acp:4"):
+    for name in (
+        "bf16",
+        "fp16",
+        "int8",
+        "fp8",
+        "int4",
+        "int3",
+        "int2",
+        "sign",
+        "topk:0.01",
+        "power:4",
+        "acp:4",
+        "exact",
+        "safe",
+        "fast",
+    ):
         assert codec(name).keeps_error == compressor(name).error_feedback, name

@@ -31,7 +31,7 @@ class RingTransfer {
         forwards_(exchange.phase() == Phase::kAllGather),
         averages_(exchange.reduction() == Reduction::kAverage) {
     if (!forwards_) {
-      const size_t need = (pieces.slots + 1) * static_cast<size_t>(pieces.largest_piece);
+      const size_t need = (pieces.slots + 1) * slot_bytes(pieces);
       if (scratch_.slots.size() < need) scratch_.slots.resize(need);
     }
     if (scratch_.checks.size() < pieces.inbound.size()) scratch_.checks.resize(pieces.inbound.size());
@@ -57,9 +57,13 @@ class RingTransfer {
  private:
   // --- sending ---
 
-  char* slot(const Piece& received) {
-    return scratch_.slots.data() + received.slot * static_cast<size_t>(pieces_.largest_piece);
+  // A slot may hold elements of any type, and a piece any number of bytes.
+  static size_t slot_bytes(const RingPieces& pieces) {
+    constexpr size_t kAligned = 64;
+    return (static_cast<size_t>(pieces.largest_piece) + kAligned - 1) / kAligned * kAligned;
   }
+
+  char* slot(const Piece& received) { return scratch_.slots.data() + received.slot * slot_bytes(pieces_); }
 
   bool next_piece_ready() const {
     return sent_ < pieces_.outbound.size() &&

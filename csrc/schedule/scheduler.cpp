@@ -112,12 +112,14 @@ void Scheduler::adopt_layout(std::vector<BucketBuffers> buffers, std::vector<Two
   buffers_ = std::move(buffers);
   exchanges_ = std::move(exchanges);
   placeholders_ = std::move(placeholders);
+  forgotten_ = false;
   regroup(sizes, std::move(gather_order));
   submit_all();
 }
 
 void Scheduler::regroup(const std::vector<size_t>& sizes, std::vector<size_t> gather_order) {
   synchronize();
+  if (forgotten_) return;  // its exchanges are of what is no more; the next layout brings others
   groups_.clear();
   group_of_bucket_.clear();
   for (const size_t size : sizes) {
@@ -146,6 +148,7 @@ void Scheduler::forget_layout() {
   synchronize();
   groups_.clear();
   gather_order_.clear();
+  forgotten_ = true;
 }
 
 void Scheduler::make_dense(Group& group) {

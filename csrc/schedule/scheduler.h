@@ -176,6 +176,7 @@ class Scheduler {
   std::vector<size_t> group_of_bucket_;
   std::vector<size_t> gather_order_;
   bool layout_is_new_ = false;
+  bool forgotten_ = false;  // the layout, until there is another one
   bool has_gradients_ = false;
   int64_t passes_ = 0;
   int gathering_ = 0;
