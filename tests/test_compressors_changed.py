@@ -270,7 +270,7 @@ def test_an_assigned_rank_counts_beside_a_new_parameter_group(pool2):
 def more_than_it_is_worth(rank, world, option):
     """What has error feedback goes on being compressed, so that it gets what it is owed."""
     make, few, many = {
-        "rank": (lambda value: compress.PowerSGD(rank=value), 2, 18),  # of the matrix of 20 rows 900 columns
+        "rank": (lambda value: compress.PowerSGD(rank=value), 2, 20),  # of a matrix of 20 rows and 900 columns
         "density": (lambda value: compress.TopK(density=value), 0.02, 0.9),
     }[option]
     compressor = make(few)
