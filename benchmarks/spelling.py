@@ -42,7 +42,12 @@ class CompressorName:
     @property
     def dense_steps(self) -> int | None:
         """With which it begins; None where that is the optimizer's to say."""
-        start = dict(map(_read_more, self.more)).get("start_step", 1000 if self.kind in ("safe", "fast") else 0)
+        start = dict(map(_read_more, self.more)).get("start_step")
+        if start is None and self.kind in ("safe", "fast"):
+            from compress.presets import START
+
+            return START
+        start = start or 0
         return start if isinstance(start, int) else None
 
     @property

@@ -13,18 +13,20 @@ from compress.power_sgd import PowerSGD
 
 
 def _safe(**more: Any) -> Compressor:
-    options = {"scale": "element", "start_step": 1000, **more}
+    options = {"scale": "element", "start_step": START, **more}
     if options["start_step"] != 0:
         options.setdefault("start_dtype", torch.int8)
     return Dense(torch.int3, **options)  # type: ignore[attr-defined] # not in the stubs
 
 
+#: Steps before "safe" and "fast" send as little as they will, where nobody says.
+START = 1000
 #: Dense steps of "fast", in which training is disturbed most easily: all of the warm-up would take longest.
 FAST_DENSE = 20
 
 
 def _fast(**more: Any) -> Compressor:
-    options = {"rank": "8x", "factor_dtype": torch.int8, "start_step": 1000, **more}
+    options = {"rank": "8x", "factor_dtype": torch.int8, "start_step": START, **more}
     start = options["start_step"]
     if "rank" not in more and type(start) is int and start > 0:
         options |= {"rank": [(0, "2x"), (start, "8x")], "start_step": min(FAST_DENSE, start)}
