@@ -116,9 +116,8 @@ class Spoilt(Prescribed):
         return super().forward(grads) + (self.bias[0] * float("nan") if spoil else 0.0)
 
 
-def under_way(rank, world, how, policy):
-    """What is left to be done of a step is not lost where something is assigned, or loaded, before step()."""
-    compressor = compress.PowerSGD(rank=4, nonfinite=policy)
+def spoilt_under_the_schedule(compressor, rank):
+    """The model, its optimizer and engine, and a backward pass of this rank."""
     model = DDP(Spoilt().to(place()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = dear.attach(model, optimizer, compressor=compressor)
@@ -126,6 +125,14 @@ def under_way(rank, world, how, policy):
     def backward_of(step, spoil):
         optimizer.zero_grad()
         model({name: grad.to(place()) for name, grad in gradients(rank, step).items()}, spoil).backward()
+
+    return model, optimizer, engine, backward_of
+
+
+def under_way(rank, world, how, policy):
+    """What is left to be done of a step is not lost where something is assigned, or loaded, before step()."""
+    compressor = compress.PowerSGD(rank=4, nonfinite=policy)
+    model, optimizer, engine, backward_of = spoilt_under_the_schedule(compressor, rank)
 
     def interfere():
         if how == "assigned":
@@ -298,13 +305,7 @@ def test_what_is_owed_is_sent_where_compressing_gains_nothing(pool2, option):
 def loaded_after_nan(rank, world):
     """Whoever goes back to a state that was good goes on from there."""
     compressor = compress.PowerSGD(rank=4)
-    model = DDP(Spoilt().to(place()))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine = dear.attach(model, optimizer, compressor=compressor)
-
-    def backward_of(step, spoil):
-        optimizer.zero_grad()
-        model({name: grad.to(place()) for name, grad in gradients(rank, step).items()}, spoil).backward()
+    model, optimizer, engine, backward_of = spoilt_under_the_schedule(compressor, rank)
 
     backward_of(0, spoil=False)
     optimizer.step()
