@@ -9,7 +9,7 @@ from ..losses import DENSE
 from ..network.rates import bits, show_rate
 from ..records import Source
 from ..stats import paired_ratio, round_times
-from ..training.strategies import Compressed, StrategyError, parse_strategy
+from ..training.strategies import Compressed, StrategyError, Tried, parse_strategy
 from ..training.summary import Row
 from . import comparison
 from .comparison import Cell
@@ -77,6 +77,8 @@ class Sweep:
 def _at_first(strategy: str) -> tuple[int | None, float]:
     """With how many steps it begins before it compresses, and bits of an element then."""
     found = parse_strategy(strategy)
+    if isinstance(found, Tried):
+        return found.method.start, 32.0
     if not isinstance(found, Compressed):
         return 0, 32.0
     return found.compressor.dense_steps, found.compressor.bits_at_first

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import spelling
+from .. import spelling, tried
 from ..spelling import CompressorName
 from .trainer import InStep, OptimizerFactory, Trainer, listed
 from .workloads import repeated_blocks
@@ -20,7 +20,8 @@ from .workloads import repeated_blocks
 ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in one bucket
 FORMS = (
     "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, dear[:sharded|owned|replicated|auto[:MIB]], "
-    "auto, planned:sharded|owned|replicated|ddp:MIB, COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], where COMPRESSOR is one "
+    "auto, planned:sharded|owned|replicated|ddp:MIB, COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], "
+    f"{tried.FORMS}; COMPRESSOR is one "
     f"of: {spelling.FORMS}; @node behind dear or a compressor: in two levels, inside nodes and between them, and "
     "@RANKS says how many ranks a node has"
 )
@@ -254,6 +255,24 @@ class DearCompressed(Compressed):
         return Trainer(model, own, engine, compressor)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tried(DDP):
+    """DDP with a method that was tried for its loss and is not offered, in one bucket."""
+
+    options: ClassVar[tuple[Option, ...]] = ()
+    same_as = None
+
+    bucket_cap_mb: float | None = ONE_BUCKET_MIB
+    method: tried.Name
+
+    def hook(self, model: DistributedDataParallel, group: dist.ProcessGroup) -> Any:
+        from ..tried.hook import Hook
+
+        hook = Hook(self.method, group)
+        model.register_comm_hook(hook, Hook.of_bucket)
+        return hook
+
+
 # By the first word of a name. Compressors, which have a word each, are in spelling.py.
 KINDS: dict[str, type[Strategy]] = {
     "none": Floor,
@@ -286,6 +305,8 @@ def parse_strategy(name: str) -> Strategy:
         fixed: dict[str, Any] = {}
         if kind in KINDS:
             build = KINDS[kind]
+        elif kind == "tried":
+            build, fixed["method"], words = Tried, tried.Name.read(words), []
         else:
             fixed["compressor"], words = spelling.split_name([kind.removeprefix("dear+"), *words])
             build = DearCompressed if kind.startswith("dear+") else Compressed
