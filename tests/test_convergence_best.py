@@ -137,6 +137,17 @@ def test_methods_are_compared_over_the_seeds_that_both_have():
     assert lines[4].endswith("| +10.0% | 10.0× |  |  |")
 
 
+def test_methods_that_are_not_offered_have_a_table_of_their_own():
+    tried = cell("tried:acp:8:start=10", 0.1, 1, [[10, 3.0], [20, 1.9], [30, 1.65]], bytes_per_step=100)
+    found = sweep_of([*CELLS, tried])
+    assert [one.strategy for one in found.rows] == ["ddp", "acp:4"]
+    (one,) = found.tried
+    assert found.fewer(one) == pytest.approx(500 / (1000 / 3 + 100 * 2 / 3))  # the dense steps are counted
+    assert sweeps.tried_table(found).splitlines()[2:] == [
+        "| tried:acp:8:start=10 | 0.1 | 1 | 1.650 |  | +10.0% | 5.0× |"
+    ]
+
+
 def test_times_are_combined_from_steps_and_bytes():
     steps = {name: ms for name, ms in reported.STEPS.items() if name != "acp:4"}
     payload = reported.training(rate="500mbit", steps=steps)

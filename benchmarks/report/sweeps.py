@@ -31,7 +31,10 @@ def is_sweep(source: Source) -> bool:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was found of one workload and number of steps under one optimizer, with one set of held-out examples."""
+    """What was found of one workload and number of steps under one optimizer, with one set of held-out examples.
+
+    tried: methods that are not offered, which are not among the rows.
+    """
 
     workload: str
     about: str
@@ -39,6 +42,7 @@ class Sweep:
     optimizer: str
     rows: tuple[Best, ...]
     examples: int = 0  # held out, at most; 0 where all sweeps have the same
+    tried: tuple[Best, ...] = ()
 
     @property
     def title(self) -> str:
@@ -101,8 +105,14 @@ def sweeps(sources: Iterable[Source]) -> list[Sweep]:
         for optimizer in sorted({one.optimizer for one in rows}):
             chosen = [one for one in rows if one.optimizer == optimizer]
             chosen.sort(key=lambda one: (-len(one.held_out), -one.bytes_per_step, one.strategy))
-            found.append(Sweep(workload, about, steps, optimizer, tuple(chosen), more))
+            offered, tried = (tuple(one for one in chosen if is_tried(one) == wanted) for wanted in (False, True))
+            found.append(Sweep(workload, about, steps, optimizer, offered, more, tried))
     return found
+
+
+def is_tried(one: Best) -> bool:
+    """Whether the library does not offer it."""
+    return isinstance(parse_strategy(one.strategy), Tried)
 
 
 def loss_table(sweep: Sweep) -> str:
@@ -121,6 +131,20 @@ def loss_table(sweep: Sweep) -> str:
     head = ["strategy", "learning rate", "seeds", "held-out loss", "range", "to dense", "fewer bytes than 16 bits",
             "step at dense's loss", "step within 0.5%"]  # fmt: skip
     return table(head, rows)
+
+
+def tried_table(sweep: Sweep) -> str:
+    """Methods that are not offered, against dense: those that send most first."""
+    rows = []
+    for one in sweep.tried:
+        above, dense = sweep.above(one), sweep.dense
+        assert dense is not None
+        rows.append([
+            one.strategy, f"{one.learning_rate:g}", str(len(one.held_out)), f"{one.loss:.3f}",
+            f"{min(one.held_out):.3f}–{max(one.held_out):.3f}" if len(one.held_out) > 1 else "",
+            f"{100 * (above - 1):+.1f}%" if above else "", f"{dense.bytes_per_step / 2 / one.bytes_per_step:.1f}×",
+        ])  # fmt: skip
+    return table(["method", "learning rate", "seeds", "held-out loss", "range", "to dense", "fewer bytes"], rows)
 
 
 def _step(found: float | None) -> str:
