@@ -205,6 +205,15 @@ def test_dense_steps_are_exact_and_vectors_always(pool2):
     assert sent == int(32 * (2 * ranks + 5) / 8)  # 2 (P-1)/P is 1
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_momentum_in_place_of_the_gradient_makes_the_momentum_of_the_result(pool2, start):
+    (found, _), _ = pool2.run(trained, f"power:2:momentum=0.9:start={start}", 5)
+    momentum = sum(0.9 ** (4 - step) * found[step]["wide"] for step in range(5))
+    assert torch.linalg.matrix_rank(momentum, rtol=1e-3) == 2  # what was sent last, and nothing else
+    (plain, _), _ = pool2.run(trained, f"power:2:start={start}", 5)
+    assert torch.allclose(found[0]["wide"], plain[0]["wide"]) and not torch.allclose(found[4]["wide"], plain[4]["wide"])
+
+
 def test_a_matrix_that_would_not_shrink_is_sent_as_it_is(pool2):
     (found, _), _ = pool2.run(trained, "power:6", 1)
     mean = mean_of([gradients(0, rank) for rank in range(2)])
@@ -222,7 +231,8 @@ def test_methods_are_strategies():
 @pytest.mark.parametrize(
     "name",
     ["tried", "tried:power", "tried:cubes:4", "tried:power:0", "tried:power:x", "tried:power:4:q=5", "tried:acp:4:q=8",
-     "tried:power:4:unit=row", "tried:power:4:start=-1", "tried:power:4:vectors=7", "tried:power:4:lead"],
+     "tried:power:4:unit=row", "tried:power:4:start=-1", "tried:acp:4:momentum=1", "tried:power:4:vectors=7",
+     "tried:power:4:lead"],
 )  # fmt: skip
 def test_other_names_are_refused(name):
     with pytest.raises(StrategyError, match=r"is not known: the forms are .*tried:power"):

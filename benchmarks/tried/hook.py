@@ -45,9 +45,10 @@ class Hook:
         if matrix is None or self.step <= self.name.start:
             bits = self.name.vectors if matrix is None else 32
             self.bits += ON_THE_WIRE[bits] * gradient.numel()
-            gradient.copy_((yield Message(gradient.clone(), bits)).result)
+            own = gradient.clone()
+            gradient.copy_((yield Message(own, bits)).result)
             if matrix is not None:
-                matrix.method.learn(matrix.view(gradient))
+                matrix.learn(own, gradient)
         else:
             self.bits += matrix.bits
             gradient.copy_((yield from matrix.exchange(gradient)))
@@ -76,6 +77,8 @@ class Matrix:
         self.method: Method = name.method(rows, columns, rank, name.options)
         self.bits = name.method.bits(rows, columns, rank, name.options)
         self.error = torch.zeros(rows, columns)
+        self.decay = name.momentum
+        self.momentum, self.result = torch.zeros(rows, columns), torch.zeros(rows, columns)  # own, and of all ranks
 
     @classmethod
     def of(cls, parameter: Tensor, name: Name) -> "Matrix | None":
@@ -88,13 +91,26 @@ class Matrix:
         matrix = gradient.reshape(gradient.shape[0], -1)
         return matrix.T if self.flipped else matrix
 
+    def learn(self, own: Tensor, mean: Tensor) -> None:
+        """From a step that was sent exactly."""
+        self.method.learn(self.view(mean))
+        self.momentum = self.decay * self.momentum + self.view(own)
+        self.result = self.decay * self.result + self.view(mean)
+
     def exchange(self, gradient: Tensor) -> Generator[Message, Answer, Tensor]:
-        """Returns what becomes of the gradient."""
-        matrix = self.view(gradient) + self.error
+        """Returns what becomes of the gradient.
+
+        With a decay of 0 the method is sent the gradient. Else it is sent this rank's momentum, and what is returned is
+        the gradient that makes the result of an optimizer's momentum of the same decay.
+        """
+        self.momentum = self.decay * self.momentum + self.view(gradient)
+        matrix = self.momentum + self.error
         steps: Exchange = self.method.exchange(matrix)
         result, own = yield from steps
         self.error = matrix - own
-        return (result.T if self.flipped else result).reshape(gradient.shape)
+        before, self.result = self.result, result
+        found = result - self.decay * before
+        return (found.T if self.flipped else found).reshape(gradient.shape)
 
 
 def answered(messages: Sequence[Message], group: dist.ProcessGroup) -> list[Answer]:

@@ -17,8 +17,9 @@ METHODS: dict[str, type[Method]] = {
     "local": one_message.Local,
 }
 FORMS = f"tried:{'|'.join(METHODS)}:RANK[:OPTION=VALUE], RANK a whole number or a fraction of the smaller side"
-#: Options of all methods, beside their own: steps that are sent exactly, and bits of what stays dense.
-COMMON = {"start": 0, "vectors": 32}
+#: Options of all methods, beside their own: steps that are sent exactly, bits of what stays dense, and the decay of the
+#: momentum that is compressed in place of the gradient.
+COMMON = {"start": 0, "vectors": 32, "momentum": 0.0}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Name:
     options: Any
     start: int
     vectors: int
+    momentum: float
 
     @classmethod
     def read(cls, words: Sequence[str]) -> "Name":
@@ -39,10 +41,11 @@ class Name:
         defaults: dict[str, Any] = {field.name: field.default for field in fields(method.choices)} | COMMON
         given = dict(word.split("=") for word in more)
         values = defaults | {name: type(defaults[name])(value) for name, value in given.items()}
-        start, vectors = values.pop("start"), values.pop("vectors")
-        if not float(rank) > 0 or start < 0 or vectors not in ON_THE_WIRE:
+        common = {name: values.pop(name) for name in COMMON}
+        found = cls(method, float(rank), method.choices(**values), **common)
+        if not found.rank > 0 or found.start < 0 or found.vectors not in ON_THE_WIRE or not 0 <= found.momentum < 1:
             raise ValueError(words)
-        return cls(method, float(rank), method.choices(**values), start, vectors)
+        return found
 
     def rank_of(self, rows: int, columns: int) -> int:
         """Of a matrix: at least 1, at most the smaller side."""
