@@ -15,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "nystrom": one_message.Nystrom,
     "average": one_message.Average,
     "local": one_message.Local,
+    "owner": one_message.Owner,
 }
 FORMS = f"tried:{'|'.join(METHODS)}:RANK[:OPTION=VALUE], RANK a whole number or a fraction of the smaller side"
 #: Options of all methods, beside their own: steps that are sent exactly, bits of what stays dense, and the decay of the

@@ -90,7 +90,7 @@ class Nystrom(Sketch):
 
 @dataclass(frozen=True)
 class Iterated:
-    """iterations: of the subspace, on a rank's own matrix."""
+    """iterations: of a subspace, on a matrix that a rank has for itself."""
 
     iterations: int = 1
 
@@ -110,15 +110,40 @@ class Local(Method):
         return 32 * rank * (rows + columns)
 
     def exchange(self, matrix: Tensor) -> Exchange:
-        for _ in range(self.options.iterations):
-            left = orthonormal(matrix @ self.right)
-            self.right = matrix.T @ left
-        own = left @ self.right.T
+        own, self.right = self._approximated(matrix, self.right)
         answer = yield Message(own)
         return answer.result, own
 
     def learn(self, mean: Tensor) -> None:
-        self.right = mean.T @ orthonormal(mean @ self.right)
+        _, self.right = self._approximated(mean, self.right)
+
+    def _approximated(self, matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """By subspace iteration from the right factor; and the new one."""
+        for _ in range(self.options.iterations):
+            left = orthonormal(matrix @ right)
+            right = matrix.T @ left
+        return left @ right.T, right
+
+
+class Owner(Local):
+    """Every rank approximates its own matrix and sends both factors to the matrix's owner, who approximates their mean
+    in the same way, and sends that to all. What either leaves out is kept there. Each sends as many bytes as Power-SGD
+    of that rank does, whatever the number of workers."""
+
+    def __init__(self, rows: int, columns: int, rank: int, options: Iterated) -> None:
+        super().__init__(rows, columns, rank, options)
+        self.owners_right, self.owners_error = self.right, torch.zeros(rows, columns)  # here every rank computes it
+
+    def exchange(self, matrix: Tensor) -> Exchange:
+        mean, own = yield from super().exchange(matrix)
+        mean = mean + self.owners_error
+        result, self.owners_right = self._approximated(mean, self.owners_right)
+        self.owners_error = mean - result
+        return result, own
+
+    def learn(self, mean: Tensor) -> None:
+        super().learn(mean)
+        self.owners_right = self.right
 
 
 @dataclass(frozen=True)
