@@ -298,6 +298,8 @@ def test_convergence_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
     assert dense["compressor"] == {"kept": True}
     assert dense["losses"][0] == acp["losses"][0] and len(acp["losses"]) == 3
     assert [step for step, _ in acp["held_out"]] == [2, 3]
+    ((step, share),) = acp["accuracy"]
+    assert step == 3 and 0 < share < 1
     assert acp["compressor"]["bytes_sent"] * 4 < acp["compressor"]["dense_bytes"]
     done = run(*common, "ddp", "--lr", "0.1")  # another learning rate is another cell
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,11 @@
 """Inside a worker: trains one strategy with one seed, and looks at the held-out loss now and then."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from ..launch import run_or_tell
 from ..network.lab import Lab, Loopback
@@ -42,6 +45,7 @@ def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[
     workload, group = WORKLOADS[course.workload], worker.group()
     own: list[float] = []
     looks: list[tuple[int, int, float]] = []  # steps done, examples of this rank's share, their mean loss
+    right: list[tuple[int, int, float]] = []  # after the last step, the share of them that is right
 
     def build() -> Trainer:
         net = workload.build_seeded(course.seed).to(worker.device)
@@ -57,9 +61,14 @@ def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[
             return
         inputs, targets = (each[worker.rank :: worker.world].to(worker.device) for each in held_out)
         trainer.synchronize()
-        pieces = zip(inputs.split(AT_ONCE), targets.split(AT_ONCE), strict=True)
-        total = sum(trainer.evaluate(*piece) * len(piece[0]) for piece in pieces)
-        looks.append((step, len(inputs), total / len(inputs)))
+        pieces = list(zip(inputs.split(AT_ONCE), targets.split(AT_ONCE), strict=True))
+
+        def mean(measured: Callable[[Tensor, Tensor], float]) -> float:
+            return sum(measured(*piece) * len(piece[0]) for piece in pieces) / len(inputs)
+
+        looks.append((step, len(inputs), mean(trainer.evaluate)))
+        if step == course.steps:
+            right.append((step, len(inputs), mean(trainer.accuracy)))
 
     def train() -> dict[str, Any]:
         trainer = build()
@@ -87,6 +96,7 @@ def measure(worker: Worker, experiment: dict[str, Any], report: Report) -> dict[
         "failure": failure,
         "losses": _means(worker.gather(own), course.mean_over),
         "held_out": [_together(shares) for shares in zip(*worker.gather(looks), strict=False)],  # [step, loss]
+        "accuracy": [_together(shares) for shares in zip(*worker.gather(right), strict=False)],  # [step, share]
         "bytes_per_step": (account or {}).get("bytes_sent", 0),  # of the last step, by rank 0
         "compressor": account or {},  # rank 0's, of the last step
     }
@@ -99,8 +109,8 @@ def _means(of_ranks: list[list[float]], over: int) -> list[float]:
 
 
 def _together(shares: tuple[tuple[int, int, float], ...]) -> list[float]:
-    """One look, over all ranks' shares: the step and the mean loss."""
-    return [shares[0][0], round(sum(count * loss for _, count, loss in shares) / sum(c for _, c, _ in shares), 6)]
+    """One look, over all ranks' shares: the step and the mean."""
+    return [shares[0][0], round(sum(count * each for _, count, each in shares) / sum(c for _, c, _ in shares), 6)]
 
 
 def run_cell(lab: Lab | Loopback, course: Course, report: Report) -> dict[str, Any]:
