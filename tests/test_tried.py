@@ -45,9 +45,9 @@ def alone(method, matrices):
     return results, errors
 
 
-def made(kind, rank=RANK, **options):
+def made(kind, rank=RANK, world=2, **options):
     method = METHODS[kind]
-    return method(ROWS, COLUMNS, rank, method.choices(**options))
+    return method(ROWS, COLUMNS, rank, world, method.choices(**options))
 
 
 def matrix_of_rank(rank, seed=5):
@@ -136,6 +136,11 @@ def test_a_basis_older_than_the_step_misses_what_the_step_brings(kind, rank, lea
     results, _ = alone(method, [lasting + one for one in new])
     shares = [float((result * one).sum() / one.norm() ** 2) for result, one in zip(results, new, strict=True)]
     assert least < sum(shares) / len(shares) < most
+
+
+def test_what_all_gather_has_fewer_columns_where_more_gather():
+    assert [made("local", 8, world).right.shape[1] for world in (2, 4, 16, 64)] == [8, 4, 1, 1]
+    assert made("owner", 8, 64).right.shape[1] == 8
 
 
 def test_pairs_of_factors_take_turns():

@@ -40,7 +40,7 @@ class Hook:
     def _exchange(self, parameter: Tensor, gradient: Tensor) -> Generator[Message, Answer, None]:
         """Of one gradient, which becomes the result."""
         if parameter not in self.matrices:
-            self.matrices[parameter] = Matrix.of(parameter, self.name)
+            self.matrices[parameter] = Matrix.of(parameter, self.name, self.group.size())
         matrix = self.matrices[parameter]
         if matrix is None or self.step <= self.name.start:
             bits = self.name.vectors if matrix is None else 32
@@ -70,21 +70,21 @@ class Hook:
 class Matrix:
     """A parameter that is compressed, seen as [n, m], n <= m."""
 
-    def __init__(self, rows: int, columns: int, name: Name) -> None:
+    def __init__(self, rows: int, columns: int, name: Name, world: int) -> None:
         self.flipped = rows > columns
         rows, columns = min(rows, columns), max(rows, columns)
         rank = name.rank_of(rows, columns)
-        self.method: Method = name.method(rows, columns, rank, name.options)
+        self.method: Method = name.method(rows, columns, rank, world, name.options)
         self.bits = name.method.bits(rows, columns, rank, name.options)
         self.error = torch.zeros(rows, columns)
         self.decay = name.momentum
         self.momentum, self.result = torch.zeros(rows, columns), torch.zeros(rows, columns)  # own, and of all ranks
 
     @classmethod
-    def of(cls, parameter: Tensor, name: Name) -> "Matrix | None":
+    def of(cls, parameter: Tensor, name: Name, world: int) -> "Matrix | None":
         if parameter.dim() < 2:
             return None
-        found = cls(parameter.shape[0], parameter.numel() // parameter.shape[0], name)
+        found = cls(parameter.shape[0], parameter.numel() // parameter.shape[0], name, world)
         return found if SHRINKS * found.bits <= 32 * parameter.numel() else None
 
     def view(self, gradient: Tensor) -> Tensor:

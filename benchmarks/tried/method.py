@@ -29,14 +29,16 @@ class Method(ABC):
         rows: n.
         columns: m.
         rank: columns of each factor, at most n.
+        world: ranks.
         options: one of the class's ``choices``.
     """
 
     #: What may be chosen, each with a default: a frozen dataclass of numbers and words.
     choices: ClassVar[type] = NoChoices
 
-    def __init__(self, rows: int, columns: int, rank: int, options: Any) -> None:
+    def __init__(self, rows: int, columns: int, rank: int, world: int, options: Any) -> None:
         self.rows, self.columns, self.rank, self.options = rows, columns, rank, options
+        self.world = world
 
     @abstractmethod
     def exchange(self, matrix: Tensor) -> Exchange:

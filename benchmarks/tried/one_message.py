@@ -22,8 +22,8 @@ class ACP(Method):
 
     choices: ClassVar[type] = Pairs
 
-    def __init__(self, rows: int, columns: int, rank: int, options: Pairs) -> None:
-        super().__init__(rows, columns, rank, options)
+    def __init__(self, rows: int, columns: int, rank: int, world: int, options: Pairs) -> None:
+        super().__init__(rows, columns, rank, world, options)
         self.bases = [random_basis(columns, rank, seed) for seed in range(options.pairs)]  # of either side, in turn
         self.steps = 0
 
@@ -47,8 +47,8 @@ class ACP(Method):
 class Sketch(Method):
     """Rows and columns at once, on bases from the step before: M is taken for L Lᵀ M + M R Rᵀ - L Lᵀ M R Rᵀ."""
 
-    def __init__(self, rows: int, columns: int, rank: int, options: Any) -> None:
-        super().__init__(rows, columns, rank, options)
+    def __init__(self, rows: int, columns: int, rank: int, world: int, options: Any) -> None:
+        super().__init__(rows, columns, rank, world, options)
         self.left, self.right = random_basis(rows, rank), random_basis(columns, rank)
 
     @staticmethod
@@ -96,14 +96,18 @@ class Iterated:
 
 
 class Local(Method):
-    """Every rank approximates its own matrix and sends both factors: one message, gathered by all. Of two workers, each
-    sends as many bytes as Power-SGD of that rank does; more gather more."""
+    """Every rank approximates its own matrix and sends both factors: one message, gathered by all. It has as many
+    columns as Power-SGD's bytes of that rank allow: the same of two workers, half of four."""
 
     choices: ClassVar[type] = Iterated
 
-    def __init__(self, rows: int, columns: int, rank: int, options: Iterated) -> None:
-        super().__init__(rows, columns, rank, options)
-        self.right = random_basis(columns, rank)
+    def __init__(self, rows: int, columns: int, rank: int, world: int, options: Iterated) -> None:
+        super().__init__(rows, columns, self._columns(rank, world), world, options)
+        self.right = random_basis(columns, self.rank)
+
+    @staticmethod
+    def _columns(rank: int, world: int) -> int:
+        return max(1, 2 * rank // world)
 
     @staticmethod
     def bits(rows: int, columns: int, rank: int, options: Iterated) -> float:
@@ -130,8 +134,12 @@ class Owner(Local):
     in the same way, and sends that to all. What either leaves out is kept there. Each sends as many bytes as Power-SGD
     of that rank does, whatever the number of workers."""
 
-    def __init__(self, rows: int, columns: int, rank: int, options: Iterated) -> None:
-        super().__init__(rows, columns, rank, options)
+    @staticmethod
+    def _columns(rank: int, world: int) -> int:
+        return rank
+
+    def __init__(self, rows: int, columns: int, rank: int, world: int, options: Iterated) -> None:
+        super().__init__(rows, columns, rank, world, options)
         self.owners_right, self.owners_error = self.right, torch.zeros(rows, columns)  # here every rank computes it
 
     def exchange(self, matrix: Tensor) -> Exchange:
@@ -161,8 +169,8 @@ class Average(Method):
 
     choices: ClassVar[type] = Averaged
 
-    def __init__(self, rows: int, columns: int, rank: int, options: Averaged) -> None:
-        super().__init__(rows, columns, min(columns, rank * (rows + columns) // rows), options)
+    def __init__(self, rows: int, columns: int, rank: int, world: int, options: Averaged) -> None:
+        super().__init__(rows, columns, min(columns, rank * (rows + columns) // rows), world, options)
         self.average = torch.zeros(rows, columns)
         self.fixed, self.next = random_basis(columns, columns), 0
         self.leading = random_basis(columns, rank)

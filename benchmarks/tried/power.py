@@ -42,8 +42,8 @@ class Power(Method):
 
     choices: ClassVar[type] = Choices
 
-    def __init__(self, rows: int, columns: int, rank: int, options: Choices) -> None:
-        super().__init__(rows, columns, rank, options)
+    def __init__(self, rows: int, columns: int, rank: int, world: int, options: Choices) -> None:
+        super().__init__(rows, columns, rank, world, options)
         self.right = random_basis(columns, rank)
         self.squares: dict[str, Tensor] = {}  # their running means, by factor
 
