@@ -101,5 +101,5 @@ def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditio
     algorithm = choose_algorithm(group, device, None)
     timeout = group_timeout(group, device)
     lanes = [make_lane(group, f"preconditioner {name}", algorithm, timeout) for name in ("reduce", "gather")]
-    site = Site(model.module, params, optimizers, group, device, PLAIN, *lanes)
+    site = Site(model.module, params, optimizers, group, device, PLAIN, *lanes, algorithm)
     preconditioner.plain = Plain(params, preconditioner.bind_to_schedule(site))  # type: ignore[attr-defined]

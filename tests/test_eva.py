@@ -111,6 +111,7 @@ def as_golden(rank, world, kind, ways):
 
 
 WAYS = (None, {}, {"update": "owned"}, {"update": "sharded", "algorithm": "native"})
+TWO_LEVELS = ({"hierarchy": 2}, {"hierarchy": 2, "algorithm": "native"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,3 +119,8 @@ def test_the_golden_models_result(pool1, pool2, pool3, kind):
     pool1.run(as_golden, kind, (None, {}))
     pool2.run(as_golden, kind, WAYS)
     pool3.run(as_golden, kind, (None, {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_two_levels(pool4, kind):
+    pool4.run(as_golden, kind, TWO_LEVELS)
