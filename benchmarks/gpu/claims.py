@@ -44,7 +44,7 @@ CLAIMS = (
     Claim("sparse lists merged and decoded, beside plain torch", ("kernels", "kernels-large")),
     Claim("a step of ACP-SGD on BERT-Large's matrices, beside its least bytes and plain torch", ("kernels-step",)),
     Claim(
-        "the exact k-th largest, beside torch.topk",
+        "the exact k-th largest, beside torch.topk and CUB",
         ("kernels", "kernels-rare", "kernels-large", "kernels-top-k-large", "kernels-rare-large"),
     ),
     Claim("DeAR over NCCL beside tuned DDP, in 32 and in 16 bits", TRAINING),

@@ -70,7 +70,7 @@ def _tests(dry_run: bool) -> list[Task]:
     return [
         task("two-levels", 0.3, "tests/test_cuda_two_levels.py"),
         task("second-order", 0.2, "tests/test_cuda_second_order.py"),
-        task("kernels", 0.2, *only, *kernels),
+        task("kernels", 0.2, *only, *kernels, "tests/test_cub.py"),
         task("nccl", 0.3, "tests/test_cuda.py"),
     ]
 
