@@ -14,7 +14,10 @@
 #include <cub/device/device_topk.cuh>
 #include <cuda/std/functional>
 #else
+#include <thrust/iterator/counting_iterator.h>
+
 #include <cub/device/device_radix_sort.cuh>
+#include <cub/device/device_transform.cuh>
 #endif
 
 namespace {
@@ -63,21 +66,13 @@ int dear_cub_threshold(void* workspace, size_t* bytes, const float* grad, const 
 
 #else
 
-namespace {
-
-__global__ void write_magnitudes(Magnitude magnitude, float* keys, unsigned int n) {
-  const unsigned int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < n) keys[i] = magnitude(i);
-}
-
-}  // namespace
-
 int dear_cub_threshold(void* workspace, size_t* bytes, const float* grad, const float* error, float* keys,
                        float* out, unsigned int n, unsigned int k, cudaStream_t stream) {
-  constexpr unsigned int kThreads = 256;
   if (workspace != nullptr) {
-    write_magnitudes<<<(n - 1) / kThreads + 1, kThreads, 0, stream> > >(Magnitude{grad, error}, keys, n);
-    if (const cudaError_t code = cudaGetLastError()) return code;
+    const auto indices = thrust::make_counting_iterator(0u);
+    const cudaError_t code =
+        cub::DeviceTransform::Transform(indices, keys, n, Magnitude{grad, error}, stream);
+    if (code != cudaSuccess) return code;
   }
   float* sorted = keys + n;
   cudaError_t code =
