@@ -7,7 +7,7 @@ NVCC   ?= nvcc
 TORCH  ?= 2.13.0
 # How many tests run at a time.
 JOBS   ?= 2
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check torch-check sanitize tsan chaos machine results bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
@@ -58,7 +58,7 @@ lint: $(VENV)/.installed  ## what must hold of every source: ruff, mypy, clang-f
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE) benchmarks/kernels/*.cu
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	@if ls dear/_C*.so >/dev/null 2>&1; then mkdir -p out && bash tools/stubs.sh $(BIN)/python out/_C.pyi && \
 	  diff -u dear/_C.pyi out/_C.pyi || { echo "dear/_C.pyi is not that of the built module: run make stubs."; exit 1; }; \
 	else echo "The native module is not built: its stub dear/_C.pyi was not compared with it."; fi
@@ -66,7 +66,7 @@ lint: $(VENV)/.installed  ## what must hold of every source: ruff, mypy, clang-f
 format: $(VENV)/.installed  ## formats every source
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE) benchmarks/kernels/*.cu
+	$(BIN)/clang-format -i $(NATIVE)
 
 # The types of the compiled module, for mypy and editors.
 stubs: build  ## writes dear/_C.pyi, the types of the compiled module
