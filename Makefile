@@ -7,7 +7,7 @@ NVCC   ?= nvcc
 TORCH  ?= 2.13.0
 # How many tests run at a time.
 JOBS   ?= 2
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check torch-check sanitize tsan chaos machine results bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')

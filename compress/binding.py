@@ -51,6 +51,8 @@ class Binding:
         self.compressor = compressor
         self.pipeline = _C.Pipeline(made.by_stage, made.all_to_alls, device, ranks.rank())  # type: ignore[arg-type]  # None
         self._lane, self._device = made.everyone, device
+        # A backend's lane may move no host tensors, of one level or of two, and names nobody who is missing.
+        self._tells = made.everyone if chosen == "ring" else None
         self.pipeline.steps = compressor.initial_step
         self._measure = compressor.measure_first
         compressor.measure_first = False
@@ -120,7 +122,7 @@ class Binding:
             check_parameters(compressor, sizes)
             return facts(compressor) | chosen | {"the parameters of a bucket": sizes, "seed": compressor.seed}
 
-        compressor.seed = agree(compressor.ranks(), look, REMEDY, ("seed",), self._lane)["seed"]
+        compressor.seed = agree(compressor.ranks(), look, REMEDY, ("seed",), self._tells)["seed"]
         begins: dict[str, int] = {}
         shapes, offset = {}, source.storage_offset()
         for name, grad in zip(names, grads, strict=True):

@@ -36,7 +36,7 @@ def agree(
         look: checks what this rank was given, changes nothing, and says what it means to do. It must not communicate.
         remedy: what to do about a disagreement.
         free: names of what may differ.
-        lane: moves all-gathers among these ranks, where there is one already.
+        lane: a ring's, among these ranks, where there is one already.
 
     Raises:
         TypeError, ValueError, RuntimeError: ``look`` has raised it on some rank. Every rank raises that of the first
@@ -70,7 +70,7 @@ def everyones(group: dist.ProcessGroup, mine: Any, label: str, lane: _C.Lane | N
     Raises:
         RuntimeError: a peer has died or stalled, or does not make this call; the sentence names the rank and ``label``.
     """
-    if lane is not None and not isinstance(lane, _C.NativeLane):
+    if lane is not None:
         return all_gather_object(lane, mine, label)
     if _has_gloo(group):
         # A new one for each call: where a lane of before has failed, ranks do not hear of it at the same time.

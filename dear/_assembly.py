@@ -115,7 +115,7 @@ class Ground:
             attached.preconditioning = self.preconditioner.bind_to_schedule(
                 preconditioning.Site(
                     self.model.module, attached.params, optimizers, self.group, self.device, strategy.kind, reduce_lane,
-                    gather_lane,
+                    gather_lane, self.algorithm,
                 )
             )  # fmt: skip
         update = strategy(attached)

@@ -19,7 +19,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from dear import _C
 from dear._address import listening_address
+from dear._nccl import lane_options
 
 Algorithm = Literal["ring", "native"]
 _REDUCTIONS = {"sum": _C.Reduction.sum, "avg": _C.Reduction.average}
@@ -102,7 +103,7 @@ def make_lane(
         members, backend = dist.get_process_group_ranks(group), _backend_of(group)
         own = dist.new_group(
             [members[rank] for rank in ranks] if ranks else members, backend=backend, timeout=timeout,
-            pg_options=_options_of(backend, timeout), use_local_synchronization=True, group_desc=f"dear {name}",
+            pg_options=lane_options(group, backend, timeout), use_local_synchronization=True, group_desc=f"dear {name}",
         )  # fmt: skip
         return _C.NativeLane(own)
     number = next(_ring_numbers.setdefault(group, itertools.count()))
@@ -134,16 +135,6 @@ def _backend_of(group: dist.ProcessGroup) -> str:
     """What makes another group of the same kind; left out, `new_group` would take the default group's."""
     name = dist.get_backend(group)
     return dist.get_backend_config(group) if name == dist.Backend.UNDEFINED else name
-
-
-def _options_of(backend: str, timeout: timedelta) -> Any:
-    """NCCL's kernels get on streams of high priority: what they move is waited for, and a GPU has queues of their own
-    for such streams, in which nothing of the training stream waits behind them (Note [Few streams], pipeline.h)."""
-    if backend != dist.Backend.NCCL:
-        return None
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options._timeout = timeout
-    return options
 
 
 def _lane(

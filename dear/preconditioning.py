@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C
+from dear.collectives import Algorithm
 
 Param = torch.nn.Parameter
 
@@ -49,6 +50,7 @@ class Site:
     update: str  # the strategy's name
     reduce_lane: _C.Lane  # the schedule's own: exchanges of the preconditioner's go behind the gradients of a pass
     gather_lane: _C.Lane
+    algorithm: Algorithm  # of the lanes
 
 
 class Binding(Protocol):

@@ -100,6 +100,6 @@ def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditio
     device = params[0].device
     algorithm = choose_algorithm(group, device, None)
     timeout = group_timeout(group, device)
-    lanes = [make_lane(group, f"preconditioner {name}", algorithm, timeout) for name in ("reduce", "gather")]
-    site = Site(model.module, params, optimizers, group, device, PLAIN, *lanes)
+    reduce, gather = (make_lane(group, f"preconditioner {name}", algorithm, timeout) for name in ("reduce", "gather"))
+    site = Site(model.module, params, optimizers, group, device, PLAIN, reduce, gather, algorithm)
     preconditioner.plain = Plain(params, preconditioner.bind_to_schedule(site))  # type: ignore[attr-defined]

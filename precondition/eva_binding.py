@@ -39,7 +39,7 @@ class RankOneBinding:
         # The rectangles of the last step's runs, which hold their memory, and of this one's: most often the same.
         self._former: dict[tuple[Any, ...], list[Rectangle]] = {}
         self._parts: dict[tuple[Any, ...], list[Rectangle]] = {}
-        self._exchanges = Exchanges(site.gather_lane)
+        self._exchanges = Exchanges(site.gather_lane, site.algorithm)
         self._message: Average | None = None  # of the last backward pass
         self._step: RankOneStep | None = None
         if means is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dear import _C
-from dear.collectives import shard_range
+from dear.collectives import Algorithm, shard_range
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ class Average:
 class Exchanges:
     """What is exchanged with the other ranks. Every call is collective."""
 
-    def __init__(self, lane: _C.Lane) -> None:
+    def __init__(self, lane: _C.Lane, algorithm: Algorithm) -> None:
         self._lane = lane
+        # A ring ends one exchange before it begins the next. A backend settles what it has moved when it is waited for.
+        self._in_order = algorithm == "ring"
         self.bytes_sent = 0  #: by this rank
 
     def average(self, message: Tensor) -> Average:
@@ -38,7 +40,7 @@ class Exchanges:
         following = shard_range(len(message), lane.world, (lane.rank + 1) % lane.world)
         parts = [(message, message[begin:end])]
         first = lane.submit(_C.Phase.reduce_scatter, _C.Reduction.average, parts, label)
-        if isinstance(lane, _C.NativeLane):
+        if not self._in_order:
             first.wait()  # of the current stream: the second half reads what the first one wrote
         # Round the ring go all chunks but this rank's own, and then all but the next rank's.
         sent = 2 * len(message) - (end - begin) - (following[1] - following[0])

@@ -41,3 +41,17 @@ def pool4() -> Iterator[WorkerPool]:
     """Four warm worker processes."""
     with WorkerPool(4) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def gpu2() -> Iterator[WorkerPool]:
+    """Two warm workers on one GPU, with a cuBLAS that computes the same each time."""
+    with WorkerPool(2, env={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def gpu4() -> Iterator[WorkerPool]:
+    """Four."""
+    with WorkerPool(4, env={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}) as pool:
+        yield pool

@@ -1,4 +1,4 @@
-"""How people train on GPUs: under autocast with a GradScaler, channels last, compiled, between nodes and inside them.
+"""How people train on GPUs: under autocast with a GradScaler, channels last, compiled.
 
 Each is compared with plain DDP: here on the host, and in test_cuda.py on a GPU.
 """
@@ -95,13 +95,6 @@ def equal(want: Any, have: Any) -> None:
             assert torch.equal(own[name], value), name
 
 
-def two_levels(rank: int, world: int, mode: str) -> None:
-    """Two nodes of two ranks, to rounding."""
-    attach = {**SMALL, "update": mode, "hierarchy": 2}
-    training.compare(rank, world, "Mlp", attach=attach, exact=False)
-
-
-#: For two ranks.
 FORMS = {"autocast": autocast, "channels last": channels_last, "compiled": compiled}
 
 

@@ -7,6 +7,7 @@ import torch
 import training
 from compressing import SHAPES, Prescribed, attach, backward, everyones, gradients
 from owners_golden import EightBits, FewBits
+from place import place
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compress
@@ -21,7 +22,7 @@ def compressor(**options):
 
 def same_everywhere(one) -> dict[str, torch.Tensor]:
     """The mean squares, after a look at those of all ranks."""
-    named = one.state_dict()["named"]
+    named = {name: mean.cpu() for name, mean in one.state_dict()["named"].items()}
     for other in everyones(named):
         assert other.keys() == named.keys() and all(torch.equal(other[name], named[name]) for name in named)
     return named
@@ -140,7 +141,7 @@ def between_nodes(rank: int, world: int, dense: int, options: dict) -> None:
     """Two nodes of two: each place rounds its members, and all ranks of a node read them with the same scales, which
     are of the last step before they begin, where there are some."""
     one = compressor(nonfinite="skip", start_step=dense, **options)
-    model = DDP(Prescribed(PLACED), bucket_cap_mb=100, find_unused_parameters=True)
+    model = DDP(Prescribed(PLACED).to(place()), bucket_cap_mb=100, find_unused_parameters=True)
     compress.register(model, one, hierarchy=2)
     golden = first = None
     for step in range(5):

@@ -5,6 +5,7 @@ import torch
 from compressing import SHAPES, Prescribed, attach, backward, everyones, gradients
 from owners_golden import EightBits
 from owners_golden import FewBits as Golden
+from place import place
 from test_dense_eight_bits import LARGE
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -42,7 +43,7 @@ def as_said(rank: int, world: int, scale: str) -> None:
 def started(rank: int, world: int, scale: str) -> None:
     """The first steps are in eight bits, and what they have left unsent goes out in three."""
     compressor = compress.Dense(torch.int3, scale=scale, start_step=3, start_dtype=torch.int8, exempt=())
-    model = DDP(Prescribed(SHAPES), bucket_cap_mb=100, find_unused_parameters=True)
+    model = DDP(Prescribed(SHAPES).to(place()), bucket_cap_mb=100, find_unused_parameters=True)
     compress.register(model, compressor)
     first = golden = None
     for step in range(6):

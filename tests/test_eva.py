@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from place import place
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -74,7 +75,7 @@ def golden(kind, world, steps, options, split=1):
 
 def train(rank, kind, options, attach, steps=4, split=1):
     """The same on every rank, by plain DDP, or by the schedule where ``attach`` is given."""
-    net = build()
+    net = build().to(place())
     model = DDP(net, bucket_cap_mb=0.001)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     preconditioner = KINDS[kind](**options)
@@ -84,7 +85,7 @@ def train(rank, kind, options, attach, steps=4, split=1):
     else:
         engine = dear.attach(model, optimizer, preconditioner=preconditioner, bucket_cap_mb=0.001, **attach)
     for step in range(steps):
-        x, y = data(rank, step)
+        x, y = (each.to(place()) for each in data(rank, step))
         pieces = list(zip(x.chunk(split), y.chunk(split), strict=True))
         for index, (piece, target) in enumerate(pieces):
             with contextlib.nullcontext() if index + 1 == len(pieces) else model.no_sync():
@@ -100,7 +101,7 @@ def train(rank, kind, options, attach, steps=4, split=1):
 
 def same(have, want):
     for one, other in zip(have, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-8, atol=1e-10)
 
 
 def as_golden(rank, world, kind, ways):
@@ -111,6 +112,7 @@ def as_golden(rank, world, kind, ways):
 
 
 WAYS = (None, {}, {"update": "owned"}, {"update": "sharded", "algorithm": "native"})
+TWO_LEVELS = ({"hierarchy": 2}, {"hierarchy": 2, "algorithm": "native"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,3 +120,8 @@ def test_the_golden_models_result(pool1, pool2, pool3, kind):
     pool1.run(as_golden, kind, (None, {}))
     pool2.run(as_golden, kind, WAYS)
     pool3.run(as_golden, kind, (None, {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_two_levels(pool4, kind):
+    pool4.run(as_golden, kind, TWO_LEVELS)

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from place import place
 from test_eva import KINDS, OPTIONS, build, data
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -18,14 +19,14 @@ from precondition import FOOF, Eva
 
 
 def attached(kind, **options):
-    model = DDP(build(), bucket_cap_mb=0.001)
+    model = DDP(build().to(place()), bucket_cap_mb=0.001)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     engine = dear.attach(model, optimizer, preconditioner=KINDS[kind](**OPTIONS[1]), bucket_cap_mb=0.001, **options)
     return model, optimizer, engine
 
 
 def step(model, optimizer, rank, number, drop=False):
-    x, y = data(rank, number)
+    x, y = (each.to(place()) for each in data(rank, number))
     F.mse_loss(model(x), y).backward()
     if not drop:
         optimizer.step()
@@ -88,7 +89,7 @@ class Branches(nn.Module):
 def unused(rank, world):
     """A layer counts on the ranks that use it; what is not finite on any rank is never learnt."""
     torch.manual_seed(0)
-    model = DDP(Branches(), find_unused_parameters=True)
+    model = DDP(Branches().to(place()), find_unused_parameters=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     eva = Eva(factor_decay=0.0)
     precondition.register(model, optimizer, eva)
@@ -97,18 +98,19 @@ def unused(rank, world):
         optimizer.zero_grad()
         model(x, which).sum().backward()
         eva.step()
-        return eva.state_dict()["layers"]
+        layers = eva.state_dict()["layers"]
+        return {name: {kind: mean.cpu() for kind, mean in means.items()} for name, means in layers.items()}
 
-    x = torch.full((2, 4), 3.0 + rank)
+    x = torch.full((2, 4), 3.0 + rank, device=place())
     assert learn(False, x).keys() == {"first"}
     known = learn(rank == 1, x)
     torch.testing.assert_close(known["first"]["a"], torch.full((1, 4), 3.0))
     torch.testing.assert_close(known["second"]["a"], torch.full((1, 4), 4.0))
     torch.testing.assert_close(known["second"]["b"], torch.full((3,), 2.0 / world))  # as the averaged gradient
-    after = learn(False, torch.full((2, 4), torch.inf if rank else 5.0))
+    after = learn(False, torch.full((2, 4), torch.inf if rank else 5.0, device=place()))
     torch.testing.assert_close(after["first"]["a"], torch.full((1, 4), 5.0))
     torch.testing.assert_close(after["second"]["a"], known["second"]["a"])
-    after = learn(False, torch.full((2, 4), torch.nan))
+    after = learn(False, torch.full((2, 4), torch.nan, device=place()))
     assert all(value.isfinite().all() for layer in after.values() for value in layer.values())
     for param in model.parameters():
         param.grad = None

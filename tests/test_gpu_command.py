@@ -25,6 +25,7 @@ from benchmarks.gpu.tasks import Task, tasks
 from benchmarks.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = ["tests-two-levels", "tests-second-order", "tests-kernels", "tests-nccl"]  # those never run on a GPU are first
 
 
 def call(folder: Path, some: list[Task], minutes: float = 5, resume: bool = False) -> dict[str, str]:
@@ -64,8 +65,8 @@ def await_none(mark: str) -> None:
 
 def test_worth_decides_the_order() -> None:
     names = [task.name for task in tasks(dry_run=False)]
-    first = ["build", "tests-kernels", "tests-nccl", "kernels", "training-resnet50", "training-bert-base"]
-    assert names[:6] == first and len(set(names)) == len(names)
+    first = ["build", *TESTS, "kernels", "training-resnet50", "training-bert-base"]
+    assert names[:8] == first and len(set(names)) == len(names)
     rehearsed = [task.name for task in tasks(dry_run=True)]
     assert rehearsed == [name for name in names if name in rehearsed]
 
@@ -301,12 +302,12 @@ def test_the_rehearsal_is_interrupted_and_goes_on_to_the_end(tmp_path: Path) -> 
     assert first.returncode == 130 and "--resume goes on from there" in " ".join(said.split())
     await_none(mark)
     before = stored(tmp_path)
-    assert before == ["build", "tests-kernels", "tests-nccl", "kernels"]
+    assert before == ["build", *TESTS, "kernels"]
     second = rehearse(tmp_path, "--resume", mark=mark)
     said = second.communicate(timeout=200)[0]
     assert second.returncode == 0, said
     rest = ["training-resnet50", "alone-bert-base", "traces-bert-base", "kernels-step"]
-    assert said.count(": resumed") == 3 and stored(tmp_path) == [*before[1:], "build", *rest]
+    assert said.count(": resumed") == 5 and stored(tmp_path) == [*before[1:], "build", *rest]
     await_none(mark)
     training = json.loads((tmp_path / "training-resnet50.json").read_text())
     assert [one["failure"] for one in training["cells"][0]["strategies"]] == [None] * 4

@@ -89,6 +89,15 @@ def test_golden(request, world, kind):
     pool.run(equal_to_golden, kind, "eigen", OWNED)
 
 
+IN_TWO_LEVELS = {**OWNED, "hierarchy": 2, "algorithm": "native"}
+
+
+@pytest.mark.parametrize("kind", ["KFAC", "DPKFAC"])
+def test_in_two_levels(pool4, kind):
+    for attach in ({**OWNED, "hierarchy": 2}, IN_TWO_LEVELS):
+        pool4.run(equal_to_golden, kind, "cholesky", attach)
+
+
 def scaled(rank, world, scaler):
     """A loss that was multiplied, as GradScaler does, changes nothing but rounding."""
 

@@ -3,10 +3,12 @@
 import copy
 import os
 import signal
+from unittest import mock
 
 import pytest
 import torch
 import training
+from place import place
 from torch.distributed import distributed_c10d as c10d
 from workers import WorkerDied, run_workers
 
@@ -24,12 +26,12 @@ SMALL = {"bucket_cap_mb": 0.002}  # several fusion groups even in these models
 
 def levelled(nodes, algorithm="ring"):
     group = c10d._get_default_group()
-    timeout = group_timeout(group, torch.device("cpu"))
+    timeout = group_timeout(group, place())
     return make_lane_by_levels(group, "test", algorithm, timeout, Nodes(nodes, group.rank()))
 
 
 def whole_numbers(rank, length, dtype):
-    return torch.randint(0, 8, (length,), generator=torch.Generator().manual_seed(rank)).to(dtype)
+    return torch.randint(0, 8, (length,), generator=torch.Generator().manual_seed(rank)).to(place(), dtype)
 
 
 def owned_by(bounds, full, rank):
@@ -45,7 +47,7 @@ def halves_are_exact(rank, world, nodes, algorithm):
         for length, bounds, owners in cases:
             everyone = [whole_numbers(r, length, dtype) for r in range(world)]
             total, mine = torch.stack(everyone).sum(0).to(dtype), everyone[rank].clone()
-            shard = torch.empty(len(owned_by(bounds, mine, rank)), dtype=dtype)
+            shard = total.new_empty(len(owned_by(bounds, mine, rank)))
             lane.submit(_C.Phase.reduce_scatter, _C.Reduction.sum, [(mine, shard)], "a sum", owners).wait()
             assert torch.equal(shard, owned_by(bounds, total, rank)), (dtype, length)
             assert torch.equal(mine, everyone[rank]), "the input was changed"
@@ -95,16 +97,31 @@ def test_means_and_bytes(pool4):
     pool4.run(means_and_bytes)
 
 
-def trains_alike(rank, world, update):
+def trains_alike(rank, world, update, algorithm):
     for model in ("Mlp", "Tied", "Unused"):
         ddp = {"find_unused_parameters": True} if model == "Unused" else {}
-        attach = {**SMALL, "update": update, "hierarchy": SIZE}
+        attach = {**SMALL, "update": update, "hierarchy": SIZE, "algorithm": algorithm}
         training.compare(rank, world, model, ddp=ddp, attach=attach, exact=False)
 
 
+@pytest.mark.parametrize("algorithm", ["ring", "native"])
 @pytest.mark.parametrize("update", ["sharded", "owned", "replicated"])
-def test_training_is_that_of_plain_ddp_to_rounding(pool4, update):
-    pool4.run(trains_alike, update)
+def test_training_is_that_of_plain_ddp_to_rounding(pool4, update, algorithm):
+    pool4.run(trains_alike, update, algorithm)
+
+
+def in_nodes_of_the_launcher(rank, world):
+    """With the nodes that torchrun would tell of, training is that of nodes of so many ranks, bit for bit."""
+    with mock.patch.dict(os.environ, {"LOCAL_RANK": str(rank % SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}):
+        losses, found = training.train(rank, "Mlp", attach={**SMALL, "hierarchy": "node"})
+    want_losses, want = training.train(rank, "Mlp", attach={**SMALL, "hierarchy": SIZE})
+    assert losses == want_losses and all(torch.equal(found[name], value) for name, value in want.items())
+    _, one_level = training.train(rank, "Mlp", attach=SMALL)
+    assert any(not torch.equal(found[name], value) for name, value in one_level.items()), "it was one level"
+
+
+def test_nodes_of_the_launcher(pool4):
+    pool4.run(in_nodes_of_the_launcher)
 
 
 def resumes(rank, world, update):

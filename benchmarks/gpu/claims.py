@@ -23,8 +23,12 @@ TRAINING = ("training-resnet50", "training-bert-base", "training-resnet50-4w", "
 CLAIMS = (
     Claim("the kernels give the host's bits, or differ from them as each test says", ("tests-kernels",)),
     Claim(
-        "exactness, error feedback, clipping and resuming over NCCL; autocast, channels last and torch.compile; "
-        "two levels",
+        "two levels over NCCL: dense, compressed between nodes, and preconditioned",
+        ("tests-two-levels",),
+    ),
+    Claim("preconditioners and Muon over NCCL train as their golden models and plain DDP", ("tests-second-order",)),
+    Claim(
+        "exactness, error feedback, clipping and resuming over NCCL; autocast, channels last and torch.compile",
         ("tests-nccl",),
     ),
     Claim(
@@ -40,7 +44,7 @@ CLAIMS = (
     Claim("sparse lists merged and decoded, beside plain torch", ("kernels", "kernels-large")),
     Claim("a step of ACP-SGD on BERT-Large's matrices, beside its least bytes and plain torch", ("kernels-step",)),
     Claim(
-        "the exact k-th largest, beside torch.topk",
+        "the exact k-th largest, beside torch.topk and CUB",
         ("kernels", "kernels-rare", "kernels-large", "kernels-top-k-large", "kernels-rare-large"),
     ),
     Claim("DeAR over NCCL beside tuned DDP, in 32 and in 16 bits", TRAINING),

@@ -56,15 +56,22 @@ def tasks(dry_run: bool) -> list[Task]:
 
 
 def _tests(dry_run: bool) -> list[Task]:
-    """The kernels' tests, then the host's tests with CUDA tensors."""
+    """The host's tests with CUDA tensors, and the kernels' tests: first what has never run on a GPU, then what has run
+    there in part."""
     kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_kernels_*.py"))
     only = ("-k", "cuda")
     if dry_run:
         kernels, only = ["tests/test_kernels_ops.py"], ("-k", "cpu and opcheck and dense")
     pytest = ("-m", "pytest", "-p", f"{PACKAGE}.gpu.outcomes", "-p", "no:cacheprovider")
+
+    def task(name: str, share: float, *arguments: str) -> Task:
+        return Task(f"tests-{name}", (*pytest, *arguments), share=share, results=f"tests-{name}.jsonl")
+
     return [
-        Task("tests-kernels", (*pytest, *only, *kernels), share=0.25, results="tests-kernels.jsonl"),
-        Task("tests-nccl", (*pytest, "tests/test_cuda.py"), share=0.35, results="tests-nccl.jsonl"),
+        task("two-levels", 0.3, "tests/test_cuda_two_levels.py"),
+        task("second-order", 0.2, "tests/test_cuda_second_order.py"),
+        task("kernels", 0.2, *only, *kernels, "tests/test_cub.py"),
+        task("nccl", 0.3, "tests/test_cuda.py"),
     ]
 
 

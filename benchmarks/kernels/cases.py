@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compress import ops
 
+from . import cub
 from .case import Case
 from .low_rank_cases import acp_step_cases, low_rank_cases, low_rank_pass_cases, orthogonalize_case
 
@@ -88,6 +89,10 @@ def topk_cases(grad: Tensor, density: float) -> list[Case]:
         indices, values = (slots[:, 1 : 1 + capacity].long() % n).flatten(), slots[:, 1 + capacity :].flatten()
         return out.zero_().index_copy_(0, indices, values.view(torch.float32).to(out.dtype))
 
+    def exact() -> None:
+        ops.topk_threshold(grad, before, k, threshold, ties, scratch)
+
+    beside_cub = f"top-k exact threshold beside CUB, density {density:g}"
     return [
         Case(
             f"top-k by threshold, error feedback, density {density:g}",
@@ -99,9 +104,10 @@ def topk_cases(grad: Tensor, density: float) -> list[Case]:
         Case(
             f"top-k exact threshold, density {density:g}",
             n * 8,  # once; by radix selection they are read three times
-            lambda: ops.topk_threshold(grad, before, k, threshold, ties, scratch),
+            exact,
             lambda: (before + grad).abs().topk(k).values[-1],
         ),
+        *([cub.threshold_case(beside_cub, exact, grad, before, k)] if grad.is_cuda else []),
         Case(
             f"top-k merge of {owners} lists, density {density:g}",
             k * (8 + 8),
