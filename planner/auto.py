@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -21,7 +22,7 @@ from dear._assembly import Setting
 from dear.choosing import Steering
 
 from . import codecs, plans
-from .deciding import PLAIN, Predicted, Way, predicted, reason, shortlist, sizes, ways
+from .deciding import PLAIN, Predicted, Way, layout, predicted, reason, shortlist, sizes, ways
 from .instruments import Instruments
 from .profile import Profile
 from .profiling import measured_profile, slowest
@@ -184,9 +185,11 @@ class Auto:
             self._warn(steering, f"Nothing is chosen, and training goes on as it did, since {why}.")
             return
         with told(lambda: None if self._now == begun else self._now[0]):
-            yield from self._compared(listed, begun, start, why)
+            yield from self._compared(slowest(everyone), listed, begun, start, why)
 
-    def _compared(self, listed: list[Predicted], begun: tuple[Way, float], start: int, why: str) -> Iterator[None]:
+    def _compared(
+        self, profile: Profile, listed: list[Predicted], begun: tuple[Way, float], start: int, why: str
+    ) -> Iterator[None]:
         """The trials, since that step, and what they choose."""
         steering, room = self._steers, Room(self._steers, self._instruments)
 
@@ -197,10 +200,12 @@ class Auto:
 
         trials = Trials(steering, self._instruments.clock, go, lambda said: self._warn(steering, said))
         yield from trials.attempt(*begun)
-        for one in listed[1:]:
-            yield from trials.attempt(one.way, one.mib)
+        for one in listed:
+            # The way that training began with, too: nothing says that it began with a good size.
+            if one.way != begun[0] or layout(profile, *begun) != layout(profile, one.way, one.mib):
+                yield from trials.attempt(one.way, one.mib)
         if steering.tunes_cap:
-            yield from self._refine(trials, listed, MOST - (steering.steps - start))
+            yield from self._refine(trials, profile, MOST - (steering.steps - start))
         finalists = trials.finalists()
         compared = (yield from trials.finale(finalists)) if len(finalists) > 1 else finalists
         best = fastest(compared)
@@ -210,11 +215,12 @@ class Auto:
         self.plan = plans.made(best.way, best.mib, best.seconds, ground.group.size(), _elements(ground.model))
         self._say(_line(best, trials.made[0], compared, listed, steering.steps - start, why))
 
-    def _refine(self, trials: Trials, listed: list[Predicted], left: int) -> Iterator[None]:
+    def _refine(self, trials: Trials, profile: Profile, left: int) -> Iterator[None]:
         """Other sizes of the best way, in so many steps, the last comparison's among them."""
-        best = trials.best
-        hints = [one.mib for one in listed if one.way == best.way]
-        search = _search()(_mib(self._steers), best.mib, best.seconds, hints) if self._decides else None
+        search = None
+        if self._decides:
+            way = trials.best.way
+            search = _search()(_mib(self._steers), trials.sizes(way), partial(layout, profile, way))
         yield from trials.refine(search, left)
 
     def _profiled(self) -> Generator[None, None, tuple[list[Profile], str]]:

@@ -9,6 +9,7 @@ from .codecs import EXACT, Codec, codec
 from .machine import Machine
 from .network import Network
 from .profile import Profile
+from .schedules import SCHEDULES
 from .simulate import Method, step
 
 MIB = float(1 << 20)
@@ -56,6 +57,11 @@ def sizes(profile: Profile) -> list[float]:
     model = profile.bytes / MIB
     found = {share * model for share in SHARES} | set(SIZES)
     return sorted(size for size in found if min(1.0, model / FINEST) <= size <= model)
+
+
+def layout(profile: Profile, way: Way, mib: float) -> tuple[int, ...]:
+    """Bytes of the groups in which gradients travel. Sizes with the same ones are the same setting."""
+    return tuple(group.bytes for group in SCHEDULES[way.update].cut(profile, way.codec, mib * MIB))
 
 
 def predicted(

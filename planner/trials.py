@@ -36,7 +36,7 @@ class Ranks(Protocol):
 
 
 class Search(Protocol):
-    def ask(self) -> float: ...
+    def ask(self) -> float | None: ...
 
     def tell(self, size: float, seconds: float) -> None: ...
 
@@ -69,6 +69,11 @@ class Trials:
     def best(self) -> Trial:
         return fastest(self.made)
 
+    def sizes(self, way: Way) -> list[tuple[float, float]]:
+        """MiB and seconds of its trials, the fastest first."""
+        own = [(one.mib, one.seconds) for one in self.made if one.way == way and one.seconds < NEVER]
+        return sorted(own, key=lambda one: one[1])
+
     def attempt(self, way: Way, mib: float, timed: int = TIMED) -> Generator[None, None, Trial]:
         """A trial, kept on every rank alike."""
         trial = Trial(way, mib, (yield from self._measured(way, mib, timed)))
@@ -83,6 +88,8 @@ class Trials:
         left -= finale_steps(ways if len(ways) > 1 else [way, way])
         for _ in range(left // (untimed(way) + TIMED)):
             mib = self._ranks.tell(search.ask() if search else None, "the size to try")
+            if mib is None:
+                return
             trial = yield from self.attempt(way, mib)
             if search is not None:
                 search.tell(mib, trial.seconds)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import training
 from auto_instruments import FAST, SLOW
+from bayes_opt import BayesianOptimization
 
 import dear
 from compress import losses
@@ -111,15 +112,57 @@ def test_the_search_finds_a_size(best):
     def takes(size: float) -> float:
         return 1.0 + 0.05 * abs(math.log2(size / best))
 
-    search = Search(41.6, 2.6, takes(2.6), [10.4])
-    seen = [2.6]
-    for _ in range(6):
+    search = Search(41.6, [(2.6, takes(2.6)), (10.4, takes(10.4))], float)
+    seen = [2.6, 10.4]
+    for _ in range(5):
         seen.append(search.ask())
         search.tell(seen[-1], takes(seen[-1]))
     assert min(map(takes, seen)) < 1.04, seen
     ordered = sorted(seen)
     assert all(b / a >= 1.09 for a, b in pairwise(ordered)), "no size is tried twice"
     assert all(search.low <= size <= search.high for size in seen)
+
+
+def test_the_search_asks_for_no_groups_that_were_tried():
+    """Three tensors make four kinds of groups, whatever the size."""
+
+    def groups(size: float) -> int:
+        return sum(size >= edge for edge in (0.07, 0.25, 0.6))
+
+    search, asked = Search(0.7, [(0.7, 2.0)], groups), [0.7]
+    while (size := search.ask()) is not None:
+        asked.append(size)
+        search.tell(size, 1.0 + abs(size - 0.3))
+    assert sorted(map(groups, asked)) == [0, 1, 2, 3]
+
+
+def test_groups_are_told_apart_as_the_engine_makes_them():
+    layers = [profile.Layer("first", ((100,),), 0.1, 0.2), profile.Layer("last", ((300,), (50,)), 0.1, 0.2)]
+    model = profile.Profile("model", tuple(layers))
+    whole = model.bytes / MIB
+    for way in (Way("sharded"), Way("ddp")):
+        assert deciding.layout(model, way, whole) == deciding.layout(model, way, 2 * whole) == (1800,)
+        assert deciding.layout(model, way, 1000 / MIB) == deciding.layout(model, way, 1390 / MIB) == (1400, 400)
+        assert deciding.layout(model, way, 100 / MIB) == (200, 1200, 400)
+
+
+def test_the_search_wakes_no_threads_that_would_spin(monkeypatch):
+    from threadpoolctl import threadpool_info
+
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    search, inside, suggest, before = Search(40.0, [(2.0, 1.0)], float), [], BayesianOptimization.suggest, threads()
+
+    def looked_at(self):
+        inside.extend(threads())
+        return suggest(self)
+
+    monkeypatch.setattr(BayesianOptimization, "suggest", looked_at)
+    for _ in range(3):
+        search.tell(search.ask(), 1.0)
+    assert inside and set(inside) == {1}
+    assert threads() == before, "the user's own work goes on as it was"
 
 
 def boundaries_until_changed(times):
