@@ -206,8 +206,7 @@ class Auto:
                 yield from trials.attempt(one.way, one.mib)
         if steering.tunes_cap:
             yield from self._refine(trials, profile, MOST - (steering.steps - start))
-        finalists = trials.finalists()
-        compared = (yield from trials.finale(finalists)) if len(finalists) > 1 else finalists
+        compared = yield from trials.finale(trials.finalists(), MOST - (steering.steps - start))
         best = fastest(compared)
         self._go(best.way, best.mib)
         steering.settled()

@@ -1,10 +1,15 @@
 """Trials: a few timed steps of each setting while training goes on, and which of the settings is the fastest.
 
 Note [Pairs]
-The load of a machine changes while settings are tried, and falls on one of them. So each way, at its best size, has two
-trials more, in which the ways alternate, always in the same order. In each of the three passes the ratio of two ways'
-times counts, and of the three ratios the median. A load that comes, or goes, spoils one pass; one that passes by spoils
-one, or two in opposite directions.
+The load of a machine changes while settings are tried, and falls on one of them. So each way, at its best size, is
+tried again in passes, in which the ways alternate. A pass goes through them in the other direction than the one before
+it, so that a load which grows all the time favours none. In each pass, of which the trials are the first, the ratio of
+two ways' times counts, and of all ratios the median. A load that comes, or goes, spoils one pass; one that passes by
+spoils one, or two in opposite directions.
+
+Passes go on as long as there are steps, since a step of a few milliseconds may take half as long again as the next. A
+way that was clearly slower in each of two passes or more takes part in no other: a change of load has spoilt one of
+them at the most.
 """
 
 from __future__ import annotations
@@ -20,7 +25,8 @@ from compress import losses
 from .deciding import PLAIN, Way
 
 TIMED = 3  # steps of a trial, behind those that are not timed: see untimed()
-PASSES, PAIRED = 2, 2  # of the last comparison, and timed steps of each way in one
+PASSES, PAIRED = 2, 2  # of the last comparison, at the least, and timed steps of each way in one
+CLEARLY = 1.1  # times as long
 NEVER = 1e9  # seconds, of what could not be tried
 LEVEL = 1.01  # what is this close to the fastest is as fast
 
@@ -64,6 +70,7 @@ class Trials:
         self.made: list[Trial] = []
         self._ranks, self._clock, self._go, self._warn = ranks, clock, go, warn
         self._last: Setting | None = None  # that was tried
+        self._steps = 0
 
     @property
     def best(self) -> Trial:
@@ -103,18 +110,21 @@ class Trials:
         sizes = [one for one in rest if one.way == self.best.way and one.mib != self.best.mib]
         return [self.best, *(others or sizes[:1])]
 
-    def finale(self, finalists: Sequence[Trial]) -> Generator[None, None, list[Trial]]:
-        """Compares these in turn; what each takes by that, as a multiple of what the first one does. See
-        Note [Pairs]."""
+    def finale(self, finalists: Sequence[Trial], left: int) -> Generator[None, None, list[Trial]]:
+        """Compares these in turn, in so many steps; what each takes by that, as a multiple of what the first one does.
+        See Note [Pairs]."""
         took = {one.setting: [one.seconds] for one in finalists}
-        for one in [*finalists] * PASSES:
-            took[one.setting].append((yield from self._measured(one.way, one.mib, PAIRED)))
         first = took[finalists[0].setting]
+        until, racing = self._steps + left, list(finalists)
+        while len(racing) > 1 and self._steps + self._pass_steps(racing) <= until:
+            for one in racing:
+                took[one.setting].append((yield from self._measured(one.way, one.mib, PAIRED)))
+            racing = [one for one in reversed(racing) if not _clearly_slower(took[one.setting], first)]
         seconds = statistics.median(first)
-        return [
-            Trial(way, mib, seconds * statistics.median(own / base for own, base in zip(times, first, strict=True)))
-            for (way, mib), times in took.items()
-        ]
+        return [Trial(way, mib, seconds * statistics.median(_ratios(own, first))) for (way, mib), own in took.items()]
+
+    def _pass_steps(self, racing: Sequence[Trial]) -> int:
+        return sum(PAIRED + (untimed(one.way) if one.setting != self._last else 0) for one in racing)
 
     def _measured(self, way: Way, mib: float, timed: int) -> Generator[None, None, float]:
         """Seconds of a step: the slowest rank's in each, the median over them."""
@@ -123,9 +133,11 @@ class Trials:
         except ValueError as error:
             self._warn(f"{way} is not tried ({str(error).rstrip('.')}).")
             return NEVER
-        for _ in range(untimed(way) if self._last != (way, mib) else 0):
+        new = untimed(way) if self._last != (way, mib) else 0
+        for _ in range(new):
             yield
         self._last = way, mib
+        self._steps += new + timed
         times, last = [], self._clock()
         for _ in range(timed):
             yield
@@ -147,8 +159,17 @@ def untimed(way: Way) -> int:
 
 
 def finale_steps(ways: Sequence[Way]) -> int:
-    """That the comparison of these takes."""
+    """That the comparison of these takes at the most, in as few passes as there may be."""
     return PASSES * sum(untimed(way) + PAIRED for way in ways)
+
+
+def _ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
+    """By pass, as long as both were in it."""
+    return [own / other for own, other in zip(times, others, strict=False)]
+
+
+def _clearly_slower(times: Sequence[float], others: Sequence[float]) -> bool:
+    return len(times) > 1 and min(_ratios(times, others)) > CLEARLY
 
 
 def fastest(trials: Sequence[Trial]) -> Trial:
