@@ -15,7 +15,8 @@ from bayes_opt import BayesianOptimization
 import dear
 from compress import losses
 from dear import choosing
-from planner import codec_timing, deciding, profile, profiling, watching
+from dear.cost_model import AlphaBeta
+from planner import codec_timing, deciding, probing, profile, profiling, watching
 from planner.codecs import codec, compressor
 from planner.deciding import MIB, Way
 from planner.devices import PASSES
@@ -221,6 +222,27 @@ def test_this_machine_can_be_measured(pool2):
     assert network.phases == other.phases, "the same lines on every rank"
     assert 0 < network.seconds("all_reduce", 1 << 20) < 60
     assert machine.cores and machine.exchange_cpu > 0 and machine.cost(codec("power:4")).encode > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rate"),
+    [
+        ([0.29e-3, 6.97e-3, 85.21e-3, 350.5e-3], 12e6),  # an all-reduce of two workers at 100 Mbit/s
+        ([0.07e-3, 1.1e-3, 39.99e-3, 172.4e-3], 24.4e6),  # a reduce-scatter there
+        ([0.08e-3, 0.24e-3, 8.07e-3, 34.72e-3], 121e6),  # at 500 Mbit/s
+        ([0.17e-3, 0.25e-3, 4.18e-3, 17.61e-3], 238e6),  # at 1 Gbit/s
+    ],
+)
+def test_what_a_token_bucket_lets_through_at_once_does_not_say_the_rate(seconds, rate):
+    sizes = [1 << power for power in (14, 17, 20, 22)]
+    line = probing.fitted({"all_reduce": (sizes, seconds)})["all_reduce"]
+    assert 1 / line.beta == pytest.approx(rate, rel=0.06)
+    assert line.alpha == seconds[0], "what a small message costs"
+    with pytest.raises(ValueError, match="follow no line"):  # two sizes that stalled are no bursts
+        probing.fitted({"all_reduce": (sizes, [1e-4, 4e-4, 0.203, 0.212])})
+    steady = AlphaBeta(1e-4, 1e-9)
+    found = probing.fitted({"all_reduce": (sizes, [steady.seconds(size) for size in sizes])})["all_reduce"]
+    assert (found.alpha, found.beta) == pytest.approx((1e-4, 1e-9))
 
 
 NAMES = ("bf16", "fp16", "int8", "fp8", "int4", "int3", "int2", "sign", "topk:0.01", "power:4", "power:4.5x", "acp:4")
