@@ -3,6 +3,10 @@ leaves the fastest in place; then watches, and chooses again where the step has 
 
 Every rank runs the same course, a step boundary after the other; what a rank has measured goes to all of them, rank 0
 decides, and tells. So no rank can differ, and none waits for another that does something else.
+
+Note [Starts]
+Some presets send more in their first steps, far more than all trials have. A trial is of what they send later. What is
+settled on begins with its start, and does not begin with it again where training has been through it.
 """
 
 from __future__ import annotations
@@ -69,6 +73,8 @@ class Auto:
         self._searches = self._traces = False  # chooses now; has the engine trace steps
         self._unsent: dict[str, dict[str, Any]] = {}  # by method: the state of compressors that were tried
         self._now: tuple[Way, float] = Way(""), 0.0  # what is trained with, and its size in MiB
+        self._steady = False  # what is trained with has no start, though it is a preset's: see Note [Starts]
+        self._began: str | None = None  # the method that is in its start, or behind it
 
     # --- what dear.attach calls ---
 
@@ -88,12 +94,14 @@ class Auto:
         given, self._given, self.plan = self._given, None, None
         if given is None or not self._follows(steering, given):
             return None
-        return _setting(*self._planned(steering))
+        way, mib = self._planned(steering)
+        return _setting(way, mib, steady=False)
 
     def begin(self, steering: Steering) -> None:
         self._steering = steering
         method = None if self.plan is None else self.plan["compressor"]
         self._now = Way(steering.setting.update, method), steering.setting.bucket_cap_mb
+        self._began, self._steady = method, False
         self._course = self._run()
         next(self._course)
 
@@ -108,7 +116,7 @@ class Auto:
         if not self._follows(steering, state.get("plan")):
             return False
         self._leave_course()
-        self._go(*self._planned(steering))
+        self._go(*self._planned(steering), settles=True)
         self._course = self._run()
         next(self._course)
         return True
@@ -208,7 +216,7 @@ class Auto:
             yield from self._refine(trials, profile, MOST - (steering.steps - start))
         compared = yield from trials.finale(trials.finalists(), MOST - (steering.steps - start))
         best = fastest(compared)
-        self._go(best.way, best.mib)
+        self._go(best.way, best.mib, settles=True)
         steering.settled()
         ground = steering.ground
         self.plan = plans.made(best.way, best.mib, best.seconds, ground.group.size(), _elements(ground.model))
@@ -290,22 +298,24 @@ class Auto:
                 found = [], f"the prediction failed ({type(error).__name__}: {error})"
         return steering.tell(found, "what is worth trying")  # type: ignore[no-any-return]
 
-    def _go(self, way: Way, mib: float) -> None:
-        """Trains so from now on. Collective.
+    def _go(self, way: Way, mib: float, settles: bool = False) -> None:
+        """Trains so from now on. settles: for good, with the start that a preset has. Collective.
 
         Raises:
             ValueError: the compressor cannot serve this model; the same on every rank, and nothing has been changed.
             RuntimeError: this rank has run out of memory, and cannot go back.
         """
         steering, (before, size) = self._steers, self._now
-        if (way, mib) == (before, size):
+        is_new = way.codec.start > 0 and way.method != self._began  # see Note [Starts]
+        steady = is_new and not settles
+        if (way, mib, steady) == (before, size, self._steady):
             return
-        setting, at_work = _setting(way, mib), steering.engine.compressor
+        setting, at_work = _setting(way, mib, steady), steering.engine.compressor
         if at_work is not None and before.method is not None:
             # What it has not sent yet is not lost, if it comes back.
             steering.engine.synchronize()
             self._unsent[before.method] = at_work.state_dict(gather=False)
-        if setting.compressor is not None and way.method in self._unsent:
+        if setting.compressor is not None and way.method in self._unsent and steady == is_new:
             setting.compressor.load_state_dict(self._unsent[way.method])
         try:
             steering.switch(setting)
@@ -313,10 +323,15 @@ class Auto:
             if not ran_out(error):
                 raise
             raise RuntimeError(sentence(way)) from error
-        self._now = way, mib
+        self._now, self._steady = (way, mib), steady
+        if settles:
+            self._began = way.method
 
     def _watch(self) -> Iterator[None]:
-        """Ends when steps have taken another time for a minute, on the slowest rank."""
+        """Ends when steps have taken another time for a minute, on the slowest rank; a start is not looked at."""
+        compressor: Any = self._steers.engine.compressor
+        while compressor is not None and compressor.step < self._now[0].codec.start:
+            yield
         yield from changed(self._instruments.clock, self._steers.everyones)
 
     # --- telling ---
@@ -342,8 +357,8 @@ def _steps(count: int) -> Iterator[None]:
         yield
 
 
-def _setting(way: Way, mib: float) -> Setting:
-    return Setting(way.update, mib, None if way.method is None else codecs.compressor(way.method))
+def _setting(way: Way, mib: float, steady: bool) -> Setting:
+    return Setting(way.update, mib, None if way.method is None else codecs.compressor(way.method, steady))
 
 
 def _elements(model: DDP) -> int:
@@ -372,6 +387,8 @@ def _line(best: Trial, begun: Trial, compared: Sequence[Trial], listed: list[Pre
     rival = f", with plain DDP {_ms(plain)}" if plain < NEVER else ""
     foreseen = next((one for one in listed if one.way == best.way), None)
     said = f", {_ms(foreseen.seconds)} predicted" if foreseen is not None else ""
+    start = best.way.codec.start
+    said += f", once the {start:,} steps are over in which it sends more" if start else ""
     return (
         f"auto chose {best.way}, {best.mib:.3g} MiB at a time, after {steps} steps: {_ms(best.seconds)} a step measured"
         f"{said}; as it began {_ms(first)}{rival}; {why}."

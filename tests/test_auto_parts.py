@@ -12,6 +12,7 @@ import training
 from auto_instruments import FAST, SLOW
 from bayes_opt import BayesianOptimization
 
+import compress
 import dear
 from compress import losses
 from dear import choosing
@@ -193,6 +194,7 @@ def test_losses_are_those_of_the_stored_runs():
     assert json.loads(losses.TABLE.read_text()) == table.table(), "run python -m benchmarks.convergence.table"
     assert losses.within(0.0) == [] and losses.above(None) == 0.0
     assert losses.within(0.001) == ["bf16", "int8"]
+    assert {"safe", "fast"} <= set(losses.within(0.04)) - set(losses.within(0.03)), "presets, by their worst training"
     assert "power:4.5x" in losses.within(0.03) and "power:4.5x" not in losses.within(0.01)
 
 
@@ -201,6 +203,15 @@ def test_every_method_of_the_table_can_be_made_and_simulated(name):
     piece = Piece(0, (256, 512), 4 * 256 * 512)
     assert 0 < sum(codec(name).rounds([piece])) < piece.bytes
     assert hasattr(compressor(name), "bind_to_schedule")
+
+
+@pytest.mark.parametrize("name", ["safe", "fast"])
+def test_a_preset_is_tried_as_it_is_in_the_end_and_made_with_its_start(name):
+    assert compressor(name).start.given == 0 and compressor(name).options() != {}
+    made, preset = compressor(name, steady=False), compress.preset(name)
+    assert made.options() == preset.options() and made.start.given == preset.start.given > 0
+    assert codec(name).start == compress.presets.START and codec("int8").start == 0
+    assert PASSES[name] != PASSES["sign"]
 
 
 def test_a_low_rank_that_follows_the_matrix_sends_what_it_says():
