@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -26,12 +26,13 @@ from dear._assembly import Setting
 from dear.choosing import Steering
 
 from . import codecs, plans
-from .deciding import PLAIN, Predicted, Way, layout, predicted, reason, shortlist, sizes, ways
+from .deciding import PLAIN, Predicted, Way, layout, predicted, reason, shortlist, simulated, sizes, ways
 from .instruments import Instruments
 from .profile import Profile
 from .profiling import measured_profile, slowest
 from .room import Room, ran_out, sentence, told
-from .trials import NEVER, Trial, Trials, fastest
+from .telling import line
+from .trials import Trials, fastest
 from .watching import changed
 
 WARM_UP = 2  # steps before anything is measured
@@ -75,6 +76,7 @@ class Auto:
         self._now: tuple[Way, float] = Way(""), 0.0  # what is trained with, and its size in MiB
         self._steady = False  # what is trained with has no start, though it is a preset's: see Note [Starts]
         self._began: str | None = None  # the method that is in its start, or behind it
+        self._foreseen: Callable[[Way, float], float] | None = None  # what is predicted, on rank 0
 
     # --- what dear.attach calls ---
 
@@ -206,7 +208,7 @@ class Auto:
                 room.check(way)
             self._go(way, mib)
 
-        trials = Trials(steering, self._instruments.clock, go, lambda said: self._warn(steering, said))
+        trials = Trials(steering, self._instruments.clock, go, lambda said: self._warn(steering, said), self._foreseen)
         yield from trials.attempt(*begun)
         for one in listed:
             # The way that training began with, too: nothing says that it began with a good size.
@@ -220,7 +222,7 @@ class Auto:
         steering.settled()
         ground = steering.ground
         self.plan = plans.made(best.way, best.mib, best.seconds, ground.group.size(), _elements(ground.model))
-        self._say(_line(best, trials.made[0], compared, listed, steering.steps - start, why))
+        self._say(line(best, trials.made[0], compared, listed, steering.steps - start, why))
 
     def _refine(self, trials: Trials, profile: Profile, left: int) -> Iterator[None]:
         """Other sizes of the best way, in so many steps, the last comparison's among them."""
@@ -292,7 +294,8 @@ class Auto:
                 now, mib = begun
                 chosen = ways(steering.updates(compresses=False), compressing, methods)
                 caps = sizes(profile) if steering.tunes_cap else [mib]
-                best = predicted(profile, network, machine, list(dict.fromkeys([now, *chosen])), caps)
+                self._foreseen = partial(simulated, profile, network, machine)
+                best = predicted(self._foreseen, list(dict.fromkeys([now, *chosen])), caps)
                 found = shortlist(best, now, TRIED), reason(profile, network)
             except Exception as error:  # the other ranks wait for what is decided
                 found = [], f"the prediction failed ({type(error).__name__}: {error})"
@@ -378,22 +381,3 @@ def _fraction(loss: Any) -> float:
     if not 0 <= found < 1:
         raise ValueError(f'loss must be a fraction from 0, such as 0.03, or "3%", not {loss!r}.')
     return found
-
-
-def _line(best: Trial, begun: Trial, compared: Sequence[Trial], listed: list[Predicted], steps: int, why: str) -> str:
-    """What was chosen, what it gained, and why."""
-    plain = next((one.seconds for one in compared if one.way.update == PLAIN != best.way.update), NEVER)
-    first = next((one.seconds for one in compared if one.setting == begun.setting), begun.seconds)
-    rival = f", with plain DDP {_ms(plain)}" if plain < NEVER else ""
-    foreseen = next((one for one in listed if one.way == best.way), None)
-    said = f", {_ms(foreseen.seconds)} predicted" if foreseen is not None else ""
-    start = best.way.codec.start
-    said += f", once the {start:,} steps are over in which it sends more" if start else ""
-    return (
-        f"auto chose {best.way}, {best.mib:.3g} MiB at a time, after {steps} steps: {_ms(best.seconds)} a step measured"
-        f"{said}; as it began {_ms(first)}{rival}; {why}."
-    )
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"

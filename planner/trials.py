@@ -27,6 +27,8 @@ from .deciding import PLAIN, Way
 TIMED = 3  # steps of a trial, behind those that are not timed: see untimed()
 PASSES, PAIRED = 2, 2  # of the last comparison, at the least, and timed steps of each way in one
 CLEARLY = 1.1  # times as long
+FORESEEN = 0.05  # standard deviation of what is predicted of one size beside another, as a share
+MEDIAN = 0.4  # standard deviation of the median of three normal deviations, as a share of their expected range
 NEVER = 1e9  # seconds, of what could not be tried
 LEVEL = 1.01  # what is this close to the fastest is as fast
 
@@ -64,13 +66,20 @@ class Trials:
     """Of one search. What yields waits for the next step boundary with each yield, on every rank alike."""
 
     def __init__(
-        self, ranks: Ranks, clock: Callable[[], float], go: Callable[[Way, float], None], warn: Callable[[str], None]
+        self,
+        ranks: Ranks,
+        clock: Callable[[], float],
+        go: Callable[[Way, float], None],
+        warn: Callable[[str], None],
+        foreseen: Callable[[Way, float], float] | None = None,
     ) -> None:
-        """go: trains with a setting from now on, or raises ValueError where it cannot serve."""
+        """go: trains with a setting from now on, or raises ValueError where it cannot serve. foreseen: seconds that are
+        predicted of one; on rank 0."""
         self.made: list[Trial] = []
         self._ranks, self._clock, self._go, self._warn = ranks, clock, go, warn
         self._last: Setting | None = None  # that was tried
         self._steps = 0
+        self._foreseen, self._spreads = foreseen, list[float]()  # by trial: the range of its times, as a share
 
     @property
     def best(self) -> Trial:
@@ -91,8 +100,8 @@ class Trials:
         """Other sizes of the best way, in what the last comparison leaves of so many steps. search: on rank 0, which
         decides."""
         way = self.best.way
-        ways = [one.way for one in self.finalists()]
-        left -= finale_steps(ways if len(ways) > 1 else [way, way])
+        ways = {one.way for one in self.made if one.seconds < NEVER}
+        left -= finale_steps([*ways] if len(ways) > 1 else [way, way])
         for _ in range(left // (untimed(way) + TIMED)):
             mib = self._ranks.tell(search.ask() if search else None, "the size to try")
             if mib is None:
@@ -103,12 +112,27 @@ class Trials:
 
     def finalists(self) -> list[Trial]:
         """Who is compared in the end, the best first: each way at its best size, plain DDP among them, since nothing
-        may be slower than it. Where there is one way alone, two sizes of it."""
-        rest = sorted((one for one in self.made if one.seconds < NEVER), key=lambda one: one.seconds)
-        ways = {one.way: one for one in reversed(rest)}
-        others = [one for one in ways.values() if one.way != self.best.way]
-        sizes = [one for one in rest if one.way == self.best.way and one.mib != self.best.mib]
-        return [self.best, *(others or sizes[:1])]
+        may be slower than it. Where there is one way alone, two sizes of it. Rank 0 decides.
+
+        The size is that of the shortest time, measured and predicted: a geometric mean, in which each has the weight
+        that its variance leaves it. Where steps vary little, the measured time counts alone.
+        """
+        rest = sorted((one for one in self.made if one.seconds < NEVER), key=self._score)
+        ways: dict[Way, Trial] = {}
+        for one in rest:
+            ways.setdefault(one.way, one)
+        found = sorted(ways.values(), key=lambda one: one.seconds)
+        found += [one for one in rest if one.mib != found[0].mib][:1] if len(found) == 1 else []
+        chosen: list[Trial] = self._ranks.tell(found, "who is compared")
+        return chosen
+
+    def _score(self, one: Trial) -> float:
+        """Comparable within a way: what is predicted may be off by a factor, for all of its sizes alike."""
+        if self._foreseen is None:
+            return one.seconds
+        noise = MEDIAN * statistics.median(self._spreads) / FORESEEN
+        weight = 1 / (1 + noise**2)
+        return float(one.seconds**weight * self._foreseen(one.way, one.mib) ** (1 - weight))
 
     def finale(self, finalists: Sequence[Trial], left: int) -> Generator[None, None, list[Trial]]:
         """Compares these in turn, in so many steps; what each takes by that, as a multiple of what the first one does.
@@ -145,8 +169,10 @@ class Trials:
             times.append(now - last)
             last = now
         everyone = self._ranks.everyones(times, "the times of a trial")
-        seconds = statistics.median(max(step) for step in zip(*everyone, strict=True))
+        slowest = [max(step) for step in zip(*everyone, strict=True)]
+        seconds = statistics.median(slowest)
         if math.isfinite(seconds) and seconds > 0:
+            self._spreads.append((max(slowest) - min(slowest)) / seconds)
             return seconds
         self._warn(f"{way} took {seconds} s a step by some rank's clock, and is not chosen.")
         return NEVER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -101,9 +102,10 @@ def test_what_is_listed():
     updates = ["sharded", "owned", "replicated", "ddp"]
     ways = deciding.ways(updates, ["replicated"], ["power:4"])
     assert Way("owned") not in ways and Way("owned") in deciding.ways(updates[1:], [], [])
-    slow = deciding.predicted(model, flat(SLOW, 2), Machine(), ways, deciding.sizes(model))
+    takes, caps = partial(deciding.simulated, model), deciding.sizes(model)
+    slow = deciding.predicted(partial(takes, flat(SLOW, 2), Machine()), ways, caps)
     assert slow[0].way == Way("replicated", "power:4"), "where nothing moves, what sends least is the fastest"
-    quick = deciding.predicted(model, flat(FAST, 2), Machine(hook=0.1), ways, deciding.sizes(model))
+    quick = deciding.predicted(partial(takes, flat(FAST, 2), Machine(hook=0.1)), ways, caps)
     assert quick[0].mib == pytest.approx(model.bytes / MIB), "where each message costs, one group is best"
     listed = deciding.shortlist(slow, Way("sharded"), 3)
     assert [one.way for one in listed] == [Way("sharded"), Way("ddp"), Way("replicated", "power:4")]

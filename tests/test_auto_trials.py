@@ -123,10 +123,21 @@ def test_what_was_clearly_slower_twice_leaves_its_steps_to_the_others():
     made, seen, go = machine.step, [], machine.go
     search._go = lambda way, mib: seen.append(way) or go(way, mib)
     found = machine.run(search.finale(search.finalists(), 40))
-    assert seen[:6] == [BEGUN, DDP, OTHER, OTHER, BEGUN, BEGUN], "in the other direction each time"
+    assert seen[:6] == [BEGUN, OTHER, DDP, OTHER, BEGUN, BEGUN], "in the other direction each time"
     assert seen.count(DDP) == 1 and seen.count(BEGUN) == seen.count(OTHER) > 5
     assert {one.way: one.seconds for one in found} == pytest.approx(factor), "what left is told of, too"
     assert 36 <= machine.step - made <= 40, "as long as there are steps for another pass"
+
+
+@pytest.mark.parametrize(("varies", "size"), [(0.0, 2.0), (0.01, 2.0), (0.4, 8.0)])
+def test_where_steps_vary_what_is_predicted_of_sizes_counts(varies, size):
+    """A size of 2 MiB is measured as a tenth faster than one of 8 MiB, of which the opposite is predicted."""
+    measured, foreseen = {2.0: 1.0, 8.0: 1.1}, {2.0: 3.3, 8.0: 3.0}
+    machine = Machine(lambda way, mib: measured[mib], lambda step: 1 + varies * (step % 2))
+    search = Trials(Alone(), lambda: machine.now, machine.go, print, lambda way, mib: foreseen[mib])
+    for way, mib in [(BEGUN, 2.0), (BEGUN, 8.0), (DDP, 8.0)]:
+        machine.run(search.attempt(way, mib))
+    assert [one.setting for one in search.finalists() if one.way == BEGUN] == [(BEGUN, size)]
 
 
 def test_what_cannot_serve_is_no_finalist():
