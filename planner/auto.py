@@ -227,9 +227,10 @@ class Auto:
     def _refine(self, trials: Trials, profile: Profile, left: int) -> Iterator[None]:
         """Other sizes of the best way, in so many steps, the last comparison's among them."""
         search = None
-        if self._decides:
+        if self._foreseen is not None:  # rank 0
             way = trials.best.way
-            search = _search()(_mib(self._steers), trials.sizes(way), partial(layout, profile, way))
+            groups, foreseen = partial(layout, profile, way), partial(self._foreseen, way)
+            search = _search()(_mib(self._steers), trials.sizes(way), groups, foreseen)
         yield from trials.refine(search, left)
 
     def _profiled(self) -> Generator[None, None, tuple[list[Profile], str]]:

@@ -23,6 +23,9 @@ LARGEST = 100.0  # MiB
 XI = 0.1
 NOISE = 0.05  # of the times' variance: trials are short
 NEAR = 1.1  # sizes that differ by less are one
+# Times as long as what was tried, predicted: more than most predictions are off (planner.validation), and they err less
+# about one size beside another.
+WORSE = 1.15
 
 
 class Quick(ExpectedImprovement):
@@ -36,19 +39,24 @@ class Search:
     """Asks for sizes in MiB, is told seconds. Only rank 0 has one: what it asks for depends on libraries.
 
     Groups are made of whole gradients, so many sizes make the same groups, most of all of a small model. Each size that
-    is asked for makes others than all that were tried.
+    is asked for makes others than all that were tried, and none is predicted to take much longer than those.
     """
 
     def __init__(
-        self, model_mib: float, tried: Sequence[tuple[float, float]], layout: Callable[[float], Hashable]
+        self,
+        model_mib: float,
+        tried: Sequence[tuple[float, float]],
+        layout: Callable[[float], Hashable],
+        foreseen: Callable[[float], float],
     ) -> None:
         """model_mib: of all gradients. tried: sizes and seconds that were measured before, the fastest first. layout:
-        which groups a size makes."""
+        which groups a size makes. foreseen: seconds that are predicted of one."""
         self.high = min(LARGEST, model_mib)
         self.low = min(1.0, self.high / 16)
         size, self._first = tried[0]
         self._hints = [size / 4, size * 4]  # which say where it falls
-        self._layout = layout
+        self._layout, self._foreseen = layout, foreseen
+        self._bearable = WORSE * min(foreseen(size) for size, _ in tried)
         self._seen: list[float] = []
         self._made: set[Hashable] = set()  # the layouts of these
         bounds: Any = {"size": (math.log2(self.low), math.log2(self.high))}
@@ -64,14 +72,14 @@ class Search:
         """The size to try next; None where no other one is left."""
         while self._hints:
             size = self._hints.pop(0)
-            if self.low <= size <= self.high and self._is_new(size):
+            if self.low <= size <= self.high and self._is_new(size) and self._may_win(size):
                 return size
         left = [size for size in self._grid() if self._is_new(size)]
         if not left:
             return None
         with threadpool_limits(1, user_api="blas"):  # see Note [Threads that wait]
             wanted = float(self._search.suggest()["size"])
-        return min(left, key=lambda size: abs(math.log2(size) - wanted))
+        return next(filter(self._may_win, sorted(left, key=lambda size: abs(math.log2(size) - wanted))), None)
 
     def tell(self, size: float, seconds: float) -> None:
         size = min(max(size, self.low), self.high)  # what is larger than the model is one group
@@ -82,6 +90,9 @@ class Search:
     def _is_new(self, size: float) -> bool:
         far = all(max(size / seen, seen / size) >= NEAR for seen in self._seen)
         return far and self._layout(size) not in self._made
+
+    def _may_win(self, size: float) -> bool:
+        return self._foreseen(size) <= self._bearable
 
     def _grid(self) -> list[float]:
         """Sizes of which each is about NEAR times the one before, from the lowest to the highest."""

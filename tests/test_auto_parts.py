@@ -111,12 +111,17 @@ def test_what_is_listed():
     assert [one.way for one in listed] == [Way("sharded"), Way("ddp"), Way("replicated", "power:4")]
 
 
+def alike(size: float) -> float:
+    """What is predicted of any size."""
+    return 1.0
+
+
 @pytest.mark.parametrize("best", [0.7, 6.0, 33.0])
 def test_the_search_finds_a_size(best):
     def takes(size: float) -> float:
         return 1.0 + 0.05 * abs(math.log2(size / best))
 
-    search = Search(41.6, [(2.6, takes(2.6)), (10.4, takes(10.4))], float)
+    search = Search(41.6, [(2.6, takes(2.6)), (10.4, takes(10.4))], float, alike)
     seen = [2.6, 10.4]
     for _ in range(5):
         seen.append(search.ask())
@@ -133,11 +138,19 @@ def test_the_search_asks_for_no_groups_that_were_tried():
     def groups(size: float) -> int:
         return sum(size >= edge for edge in (0.07, 0.25, 0.6))
 
-    search, asked = Search(0.7, [(0.7, 2.0)], groups), [0.7]
+    search, asked = Search(0.7, [(0.7, 2.0)], groups, alike), [0.7]
     while (size := search.ask()) is not None:
         asked.append(size)
         search.tell(size, 1.0 + abs(size - 0.3))
     assert sorted(map(groups, asked)) == [0, 1, 2, 3]
+
+
+def test_the_search_asks_for_nothing_that_is_predicted_to_take_much_longer():
+    search, asked = Search(40.0, [(2.0, 1.0)], float, lambda size: 1.0 if 1 < size < 6 else 1.2), []
+    while (size := search.ask()) is not None:
+        asked.append(size)
+        search.tell(size, 0.9 if size > 5 else 1.0)
+    assert len(asked) > 5 and all(1 < size < 6 for size in asked)
 
 
 def test_groups_are_told_apart_as_the_engine_makes_them():
@@ -156,7 +169,12 @@ def test_the_search_wakes_no_threads_that_would_spin(monkeypatch):
     def threads() -> list[int]:
         return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
 
-    search, inside, suggest, before = Search(40.0, [(2.0, 1.0)], float), [], BayesianOptimization.suggest, threads()
+    search, inside, suggest, before = (
+        Search(40.0, [(2.0, 1.0)], float, alike),
+        [],
+        BayesianOptimization.suggest,
+        threads(),
+    )
 
     def looked_at(self):
         inside.extend(threads())
