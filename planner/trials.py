@@ -148,7 +148,12 @@ class Trials:
         return [Trial(way, mib, seconds * statistics.median(_ratios(own, first))) for (way, mib), own in took.items()]
 
     def _pass_steps(self, racing: Sequence[Trial]) -> int:
-        return sum(PAIRED + (untimed(one.way) if one.setting != self._last else 0) for one in racing)
+        return sum(PAIRED + self._untimed(one.setting) for one in racing)
+
+    def _untimed(self, setting: Setting) -> int:
+        """One also where nothing changes: while ranks exchanged times, what was in flight has arrived, and the first
+        step waits for less."""
+        return untimed(setting[0]) if setting != self._last else 1
 
     def _measured(self, way: Way, mib: float, timed: int) -> Generator[None, None, float]:
         """Seconds of a step: the slowest rank's in each, the median over them."""
@@ -157,11 +162,11 @@ class Trials:
         except ValueError as error:
             self._warn(f"{way} is not tried ({str(error).rstrip('.')}).")
             return NEVER
-        new = untimed(way) if self._last != (way, mib) else 0
-        for _ in range(new):
+        before = self._untimed((way, mib))
+        for _ in range(before):
             yield
         self._last = way, mib
-        self._steps += new + timed
+        self._steps += before + timed
         times, last = [], self._clock()
         for _ in range(timed):
             yield

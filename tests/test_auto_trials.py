@@ -126,7 +126,30 @@ def test_what_was_clearly_slower_twice_leaves_its_steps_to_the_others():
     assert seen[:6] == [BEGUN, OTHER, DDP, OTHER, BEGUN, BEGUN], "in the other direction each time"
     assert seen.count(DDP) == 1 and seen.count(BEGUN) == seen.count(OTHER) > 5
     assert {one.way: one.seconds for one in found} == pytest.approx(factor), "what left is told of, too"
-    assert 36 <= machine.step - made <= 40, "as long as there are steps for another pass"
+    assert 35 <= machine.step - made <= 40, "as long as there are steps for another pass"
+
+
+def test_the_first_step_behind_an_exchange_of_times_is_not_timed():
+    """What an engine has in flight arrives meanwhile, so that step is short."""
+    arrived, timed = [], []
+
+    class Ranks(Alone):
+        def everyones(self, value, label):
+            arrived.append(label)
+            timed.extend(value)
+            return [value]
+
+    def takes(way, mib):
+        short = bool(arrived)
+        arrived.clear()
+        return 0.1 if short else 1.0
+
+    machine = Machine(takes, lambda step: 1.0)
+    search = Trials(Ranks(), lambda: machine.now, machine.go, print)
+    for way in (BEGUN, DDP, OTHER):
+        machine.run(search.attempt(way, 8.0))
+    machine.run(search.finale(search.finalists(), 40))
+    assert len(timed) > 20 and timed == pytest.approx([1.0] * len(timed))
 
 
 @pytest.mark.parametrize(("varies", "size"), [(0.0, 2.0), (0.01, 2.0), (0.4, 8.0)])
