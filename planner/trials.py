@@ -26,6 +26,9 @@ from .deciding import PLAIN, Way
 
 TIMED = 3  # steps of a trial, behind those that are not timed: see untimed()
 PASSES, PAIRED = 2, 2  # of the last comparison, at the least, and timed steps of each way in one
+SETTLED = (
+    2  # steps before those: the second takes 2 ms longer, which is much of a short one, and a trial's median hides
+)
 CLEARLY = 1.1  # times as long
 FORESEEN = 0.05  # standard deviation of what is predicted of one size beside another, as a share
 MEDIAN = 0.4  # standard deviation of the median of three normal deviations, as a share of their expected range
@@ -92,7 +95,7 @@ class Trials:
 
     def attempt(self, way: Way, mib: float, timed: int = TIMED) -> Generator[None, None, Trial]:
         """A trial, kept on every rank alike."""
-        trial = Trial(way, mib, (yield from self._measured(way, mib, timed)))
+        trial = Trial(way, mib, (yield from self._measured(way, mib, untimed(way), timed)))
         self.made.append(trial)
         return trial
 
@@ -101,7 +104,7 @@ class Trials:
         decides."""
         way = self.best.way
         ways = {one.way for one in self.made if one.seconds < NEVER}
-        left -= finale_steps([*ways] if len(ways) > 1 else [way, way])
+        left -= finale_steps(max(2, len(ways)))
         for _ in range(left // (untimed(way) + TIMED)):
             mib = self._ranks.tell(search.ask() if search else None, "the size to try")
             if mib is None:
@@ -142,27 +145,27 @@ class Trials:
         until, racing = self._steps + left, list(finalists)
         while len(racing) > 1 and self._steps + self._pass_steps(racing) <= until:
             for one in racing:
-                took[one.setting].append((yield from self._measured(one.way, one.mib, PAIRED)))
+                took[one.setting].append((yield from self._measured(one.way, one.mib, SETTLED, PAIRED)))
             racing = [one for one in reversed(racing) if not _clearly_slower(took[one.setting], first)]
         seconds = statistics.median(first)
         return [Trial(way, mib, seconds * statistics.median(_ratios(own, first))) for (way, mib), own in took.items()]
 
     def _pass_steps(self, racing: Sequence[Trial]) -> int:
-        return sum(PAIRED + self._untimed(one.setting) for one in racing)
+        return sum(PAIRED + self._untimed(one.setting, SETTLED) for one in racing)
 
-    def _untimed(self, setting: Setting) -> int:
-        """One also where nothing changes: while ranks exchanged times, what was in flight has arrived, and the first
-        step waits for less."""
-        return untimed(setting[0]) if setting != self._last else 1
+    def _untimed(self, setting: Setting, new: int) -> int:
+        """new: where the setting changes. One also where it stays: while ranks exchanged times, what was in flight has
+        arrived, and the first step waits for less."""
+        return new if setting != self._last else 1
 
-    def _measured(self, way: Way, mib: float, timed: int) -> Generator[None, None, float]:
+    def _measured(self, way: Way, mib: float, new: int, timed: int) -> Generator[None, None, float]:
         """Seconds of a step: the slowest rank's in each, the median over them."""
         try:
             self._go(way, mib)
         except ValueError as error:
             self._warn(f"{way} is not tried ({str(error).rstrip('.')}).")
             return NEVER
-        before = self._untimed((way, mib))
+        before = self._untimed((way, mib), new)
         for _ in range(before):
             yield
         self._last = way, mib
@@ -189,9 +192,9 @@ def untimed(way: Way) -> int:
     return 1 if way.method is None and way.update != PLAIN else 2
 
 
-def finale_steps(ways: Sequence[Way]) -> int:
-    """That the comparison of these takes at the most, in as few passes as there may be."""
-    return PASSES * sum(untimed(way) + PAIRED for way in ways)
+def finale_steps(finalists: int) -> int:
+    """That the comparison of so many takes at the most, in as few passes as there may be."""
+    return PASSES * finalists * (SETTLED + PAIRED)
 
 
 def _ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
