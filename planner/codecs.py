@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import compress
+from compress.presets import START
 from compress.ranks import Rank, rank_for
 
 from .profile import Piece
@@ -39,6 +40,11 @@ class Codec(ABC):
     @abstractmethod
     def rounds(self, pieces: Sequence[Piece]) -> tuple[float, ...]:
         """Bytes of each round, of which each is an all-to-all and an all-gather. An average over steps."""
+
+    @property
+    def start(self) -> int:
+        """Steps in the beginning, in which what ``code`` says sends more than ``rounds``."""
+        return START if self.name in STARTING else 0
 
     @property
     def keeps_error(self) -> bool:
@@ -119,6 +125,7 @@ class LowRank(Codec):
 EXACT = Dense("dense", "")
 SCALE_BITS, SCALED_TOGETHER = 16, 128  # of gradients in 4 bits and fewer: a scale for each block
 PRESET = 'compress.preset("{}")'
+STARTING = ("safe", "fast")  # presets that send more in the first steps
 HALF = Dense("bf16", "compress.Dense(torch.bfloat16)", 0.5)
 
 
@@ -175,8 +182,9 @@ def _rank(option: str) -> Rank:
     return rank
 
 
-def compressor(name: str) -> Any:
-    """A new one, of the name that :func:`codec` takes. Raises ValueError."""
+def compressor(name: str, steady: bool = True) -> Any:
+    """A new one, of the name that :func:`codec` takes. steady: a preset sends from its first step on what it will send
+    in the end. Raises ValueError."""
     codec(name)
     kind, _, option = name.partition(":")
     match kind:
@@ -189,7 +197,7 @@ def compressor(name: str) -> Any:
         case "sign":
             return compress.SignSGD()
         case "exact" | "safe" | "fast":
-            return compress.preset(kind, start_step=0)
+            return compress.preset(kind, **({"start_step": 0} if steady else {}))
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}.get(kind, kind)
     if kind == EXACT.name:
         raise ValueError(f"{name!r} names no compressor: gradients go as they are.")

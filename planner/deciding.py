@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .codecs import EXACT, Codec, codec
 from .machine import Machine
 from .network import Network
 from .profile import Profile
+from .schedules import SCHEDULES
 from .simulate import Method, step
 
 MIB = float(1 << 20)
@@ -58,16 +59,21 @@ def sizes(profile: Profile) -> list[float]:
     return sorted(size for size in found if min(1.0, model / FINEST) <= size <= model)
 
 
-def predicted(
-    profile: Profile, network: Network, machine: Machine, chosen: Sequence[Way], caps: Sequence[float]
-) -> list[Predicted]:
-    """Each way at its best size, the fastest first."""
+def layout(profile: Profile, way: Way, mib: float) -> tuple[int, ...]:
+    """Bytes of the groups in which gradients travel. Sizes with the same ones are the same setting."""
+    return tuple(group.bytes for group in SCHEDULES[way.update].cut(profile, way.codec, mib * MIB))
+
+
+def simulated(profile: Profile, network: Network, machine: Machine, way: Way, mib: float) -> float:
+    """Seconds of a step."""
+    return step(profile, network, machine, Method(way.update, way.codec, mib * MIB)).seconds
+
+
+def predicted(foreseen: Callable[[Way, float], float], chosen: Sequence[Way], caps: Sequence[float]) -> list[Predicted]:
+    """Each way at its best size, the fastest first. foreseen: seconds of a step, by way and size."""
     best = []
     for way in chosen:
-        tried = [
-            Predicted(way, mib, step(profile, network, machine, Method(way.update, way.codec, mib * MIB)).seconds)
-            for mib in caps
-        ]
+        tried = [Predicted(way, mib, foreseen(way, mib)) for mib in caps]
         best.append(min(tried, key=lambda one: one.seconds))
     return sorted(best, key=lambda one: one.seconds)
 

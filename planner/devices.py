@@ -25,6 +25,7 @@ PASSES = {
     "power": Cost(encode=3.0, merge=1.0, decode=1.0),
     "acp": Cost(encode=3.0, merge=0.0, decode=1.0),
 }
+PASSES |= {"exact": PASSES["bf16"], "safe": PASSES["int3"], "fast": PASSES["power"]}  # presets
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from dear.cost_model import AlphaBeta
 
 #: Where a fitted line is off by this factor at two sizes, there is no line.
 TOLERANCE = 4.0
+LARGE = 1.25  # by what it may be off at the two largest sizes, where smaller ones passed in a burst
 
 Measured = dict[str, tuple[list[int], list[float]]]
 
@@ -96,11 +98,37 @@ def _slowest(group: dist.ProcessGroup, seconds: list[float], device: torch.devic
 
 
 def fitted(measured: Measured) -> dict[str, AlphaBeta]:
-    """A line for each phase. Raises ValueError where times follow none, as when a link stalls."""
-    lines = {}
-    for phase, (sizes, seconds) in measured.items():
-        line = lines[phase] = cost_model.fit(sizes, seconds)
-        ratios = [line.seconds(size) / each for size, each in zip(sizes, seconds, strict=True)]
-        if sum(max(ratio, 1 / ratio) > TOLERANCE for ratio in ratios if ratio) + ratios.count(0) >= 2:
-            raise ValueError(f"The times of {phase} follow no line over its sizes: probe again on a quiet network.")
-    return lines
+    """A line for each phase. Raises ValueError where times follow none, as when a link stalls.
+
+    Note [Bursts]
+    A link that a token bucket limits lets some 100 KiB through at once after a pause, so small messages pass at the
+    speed of the host. A line through all sizes follows these, and promises several times the rate. So where it misses
+    the largest sizes, and smaller ones took less than the line through the larger ones says, that line counts. What the
+    smallest message took, which waits for no token, is then its alpha.
+    """
+    return {phase: _line(phase, sizes, seconds) for phase, (sizes, seconds) in measured.items()}
+
+
+def _line(phase: str, sizes: Sequence[int], seconds: Sequence[float]) -> AlphaBeta:
+    whole = cost_model.fit(sizes, seconds)
+    follows = sum(miss > TOLERANCE for miss in _misses(whole, sizes, seconds)) < 2
+    if follows and _meets_largest(whole, sizes, seconds):
+        return whole
+    for start in range(1, len(sizes) - 1):  # see Note [Bursts]
+        line = AlphaBeta(seconds[0], cost_model.fit(sizes[start:], seconds[start:]).beta)
+        smaller = zip(sizes[:start], seconds[:start], strict=True)
+        if all(took < line.seconds(size) for size, took in smaller) and _meets_largest(line, sizes, seconds):
+            return line
+    if not follows:
+        raise ValueError(f"The times of {phase} follow no line over its sizes: probe again on a quiet network.")
+    return whole
+
+
+def _misses(line: AlphaBeta, sizes: Sequence[int], seconds: Sequence[float]) -> list[float]:
+    """By which factor it is off at each size."""
+    ratios = [line.seconds(size) / each for size, each in zip(sizes, seconds, strict=True)]
+    return [max(ratio, 1 / ratio) if ratio else math.inf for ratio in ratios]
+
+
+def _meets_largest(line: AlphaBeta, sizes: Sequence[int], seconds: Sequence[float]) -> bool:
+    return max(_misses(line, sizes, seconds)[-2:]) <= LARGE

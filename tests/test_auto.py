@@ -35,6 +35,12 @@ def compression_is_faster(setting):
     return 1.0 if setting.compressor is not None else 2.0
 
 
+def small_groups_are_faster(setting):
+    """Above all of the way that training begins with, whose first groups are large."""
+    large, small = {"sharded": (3.0, 1.0), "ddp": (2.0, 1.9)}.get(setting.update, (2.2, 1.2))
+    return large if setting.bucket_cap_mb > 0.012 else small
+
+
 def nothing_differs(setting):
     return 1.0
 
@@ -98,6 +104,12 @@ def test_where_the_network_is_slow_the_fastest_dense_way_stays(pool2):
     assert json.loads(json.dumps(plan)) == plan
     (sentence,) = said
     assert sentence.startswith("auto chose DeAR, sharded") and "with plain DDP 3e+03 ms" in sentence
+
+
+def test_the_way_that_training_begins_with_is_tried_at_a_better_size(pool2):
+    for plan, _, asked in pool2.run(chosen, SLOW, small_groups_are_faster):
+        assert asked[0] == ("sharded", 1.0, False), "groups that are one"
+        assert plan["update"] == "sharded" and plan["bucket_cap_mb"] < 0.012
 
 
 def test_where_ddp_hides_its_exchange_decoupling_is_turned_off(pool2):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 import training
 from auto_instruments import FAST, SLOW
+from bayes_opt import BayesianOptimization
 
+import compress
 import dear
 from compress import losses
 from dear import choosing
-from planner import codec_timing, deciding, profile, profiling, watching
+from dear.cost_model import AlphaBeta
+from planner import codec_timing, deciding, probing, profile, profiling, watching
 from planner.codecs import codec, compressor
 from planner.deciding import MIB, Way
 from planner.devices import PASSES
@@ -98,12 +102,18 @@ def test_what_is_listed():
     updates = ["sharded", "owned", "replicated", "ddp"]
     ways = deciding.ways(updates, ["replicated"], ["power:4"])
     assert Way("owned") not in ways and Way("owned") in deciding.ways(updates[1:], [], [])
-    slow = deciding.predicted(model, flat(SLOW, 2), Machine(), ways, deciding.sizes(model))
+    takes, caps = partial(deciding.simulated, model), deciding.sizes(model)
+    slow = deciding.predicted(partial(takes, flat(SLOW, 2), Machine()), ways, caps)
     assert slow[0].way == Way("replicated", "power:4"), "where nothing moves, what sends least is the fastest"
-    quick = deciding.predicted(model, flat(FAST, 2), Machine(hook=0.1), ways, deciding.sizes(model))
+    quick = deciding.predicted(partial(takes, flat(FAST, 2), Machine(hook=0.1)), ways, caps)
     assert quick[0].mib == pytest.approx(model.bytes / MIB), "where each message costs, one group is best"
     listed = deciding.shortlist(slow, Way("sharded"), 3)
     assert [one.way for one in listed] == [Way("sharded"), Way("ddp"), Way("replicated", "power:4")]
+
+
+def alike(size: float) -> float:
+    """What is predicted of any size."""
+    return 1.0
 
 
 @pytest.mark.parametrize("best", [0.7, 6.0, 33.0])
@@ -111,15 +121,70 @@ def test_the_search_finds_a_size(best):
     def takes(size: float) -> float:
         return 1.0 + 0.05 * abs(math.log2(size / best))
 
-    search = Search(41.6, 2.6, takes(2.6), [10.4])
-    seen = [2.6]
-    for _ in range(6):
+    search = Search(41.6, [(2.6, takes(2.6)), (10.4, takes(10.4))], float, alike)
+    seen = [2.6, 10.4]
+    for _ in range(5):
         seen.append(search.ask())
         search.tell(seen[-1], takes(seen[-1]))
     assert min(map(takes, seen)) < 1.04, seen
     ordered = sorted(seen)
     assert all(b / a >= 1.09 for a, b in pairwise(ordered)), "no size is tried twice"
     assert all(search.low <= size <= search.high for size in seen)
+
+
+def test_the_search_asks_for_no_groups_that_were_tried():
+    """Three tensors make four kinds of groups, whatever the size."""
+
+    def groups(size: float) -> int:
+        return sum(size >= edge for edge in (0.07, 0.25, 0.6))
+
+    search, asked = Search(0.7, [(0.7, 2.0)], groups, alike), [0.7]
+    while (size := search.ask()) is not None:
+        asked.append(size)
+        search.tell(size, 1.0 + abs(size - 0.3))
+    assert sorted(map(groups, asked)) == [0, 1, 2, 3]
+
+
+def test_the_search_asks_for_nothing_that_is_predicted_to_take_much_longer():
+    search, asked = Search(40.0, [(2.0, 1.0)], float, lambda size: 1.0 if 1 < size < 6 else 1.2), []
+    while (size := search.ask()) is not None:
+        asked.append(size)
+        search.tell(size, 0.9 if size > 5 else 1.0)
+    assert len(asked) > 5 and all(1 < size < 6 for size in asked)
+
+
+def test_groups_are_told_apart_as_the_engine_makes_them():
+    layers = [profile.Layer("first", ((100,),), 0.1, 0.2), profile.Layer("last", ((300,), (50,)), 0.1, 0.2)]
+    model = profile.Profile("model", tuple(layers))
+    whole = model.bytes / MIB
+    for way in (Way("sharded"), Way("ddp")):
+        assert deciding.layout(model, way, whole) == deciding.layout(model, way, 2 * whole) == (1800,)
+        assert deciding.layout(model, way, 1000 / MIB) == deciding.layout(model, way, 1390 / MIB) == (1400, 400)
+        assert deciding.layout(model, way, 100 / MIB) == (200, 1200, 400)
+
+
+def test_the_search_wakes_no_threads_that_would_spin(monkeypatch):
+    from threadpoolctl import threadpool_info
+
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    search, inside, suggest, before = (
+        Search(40.0, [(2.0, 1.0)], float, alike),
+        [],
+        BayesianOptimization.suggest,
+        threads(),
+    )
+
+    def looked_at(self):
+        inside.extend(threads())
+        return suggest(self)
+
+    monkeypatch.setattr(BayesianOptimization, "suggest", looked_at)
+    for _ in range(3):
+        search.tell(search.ask(), 1.0)
+    assert inside and set(inside) == {1}
+    assert threads() == before, "the user's own work goes on as it was"
 
 
 def boundaries_until_changed(times):
@@ -149,6 +214,7 @@ def test_losses_are_those_of_the_stored_runs():
     assert json.loads(losses.TABLE.read_text()) == table.table(), "run python -m benchmarks.convergence.table"
     assert losses.within(0.0) == [] and losses.above(None) == 0.0
     assert losses.within(0.001) == ["bf16", "int8"]
+    assert {"safe", "fast"} <= set(losses.within(0.04)) - set(losses.within(0.03)), "presets, by their worst training"
     assert "power:4.5x" in losses.within(0.03) and "power:4.5x" not in losses.within(0.01)
 
 
@@ -157,6 +223,15 @@ def test_every_method_of_the_table_can_be_made_and_simulated(name):
     piece = Piece(0, (256, 512), 4 * 256 * 512)
     assert 0 < sum(codec(name).rounds([piece])) < piece.bytes
     assert hasattr(compressor(name), "bind_to_schedule")
+
+
+@pytest.mark.parametrize("name", ["safe", "fast"])
+def test_a_preset_is_tried_as_it_is_in_the_end_and_made_with_its_start(name):
+    assert compressor(name).start.given == 0 and compressor(name).options() != {}
+    made, preset = compressor(name, steady=False), compress.preset(name)
+    assert made.options() == preset.options() and made.start.given == preset.start.given > 0
+    assert codec(name).start == compress.presets.START and codec("int8").start == 0
+    assert PASSES[name] != PASSES["sign"]
 
 
 def test_a_low_rank_that_follows_the_matrix_sends_what_it_says():
@@ -178,6 +253,27 @@ def test_this_machine_can_be_measured(pool2):
     assert network.phases == other.phases, "the same lines on every rank"
     assert 0 < network.seconds("all_reduce", 1 << 20) < 60
     assert machine.cores and machine.exchange_cpu > 0 and machine.cost(codec("power:4")).encode > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rate"),
+    [
+        ([0.29e-3, 6.97e-3, 85.21e-3, 350.5e-3], 12e6),  # an all-reduce of two workers at 100 Mbit/s
+        ([0.07e-3, 1.1e-3, 39.99e-3, 172.4e-3], 24.4e6),  # a reduce-scatter there
+        ([0.08e-3, 0.24e-3, 8.07e-3, 34.72e-3], 121e6),  # at 500 Mbit/s
+        ([0.17e-3, 0.25e-3, 4.18e-3, 17.61e-3], 238e6),  # at 1 Gbit/s
+    ],
+)
+def test_what_a_token_bucket_lets_through_at_once_does_not_say_the_rate(seconds, rate):
+    sizes = [1 << power for power in (14, 17, 20, 22)]
+    line = probing.fitted({"all_reduce": (sizes, seconds)})["all_reduce"]
+    assert 1 / line.beta == pytest.approx(rate, rel=0.06)
+    assert line.alpha == seconds[0], "what a small message costs"
+    with pytest.raises(ValueError, match="follow no line"):  # two sizes that stalled are no bursts
+        probing.fitted({"all_reduce": (sizes, [1e-4, 4e-4, 0.203, 0.212])})
+    steady = AlphaBeta(1e-4, 1e-9)
+    found = probing.fitted({"all_reduce": (sizes, [steady.seconds(size) for size in sizes])})["all_reduce"]
+    assert (found.alpha, found.beta) == pytest.approx((1e-4, 1e-9))
 
 
 NAMES = ("bf16", "fp16", "int8", "fp8", "int4", "int3", "int2", "sign", "topk:0.01", "power:4", "power:4.5x", "acp:4")

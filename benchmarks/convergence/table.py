@@ -13,6 +13,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 TABLE = Path(__file__).resolve().parent.parent.parent / "compress" / "losses.json"
 SEEDS = 3  # of a method and of dense, at least
 PLAIN = ("power", "acp", "topk", "sign", "bf16", "fp16", "int8", "fp8")  # methods that have a name of their own
+#: Presets, as stored runs spell them, with a start of their warm-up's length.
+PRESETS = {"int3:scale=element:start=150:first=int8": "safe", "fast:start=150": "fast"}
 
 
 def trainings(results: Path) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
@@ -39,11 +41,17 @@ def table(results: Path = RESULTS) -> dict[str, Any]:
         found = [one for one in best(_once(cells)) if len(one.held_out) >= SEEDS]
         dense = {one.optimizer: one.loss for one in found if one.strategy == DENSE}
         for one in found:
-            kind, *options = one.strategy.split(":")
-            if one.optimizer in dense and kind in PLAIN and len(options) < 2:
-                ratios[one.strategy].append(one.loss / dense[one.optimizer] - 1)
+            method = _method(one.strategy)
+            if one.optimizer in dense and method is not None:
+                ratios[method].append(one.loss / dense[one.optimizer] - 1)
     methods = {name: {"above": round(max(each), 4), "trainings": len(each)} for name, each in sorted(ratios.items())}
     return {"made by": "python -m benchmarks.convergence.table", "methods": methods}
+
+
+def _method(strategy: str) -> str | None:
+    """Its name in the table; None for what has none there."""
+    kind, *options = strategy.split(":")
+    return strategy if kind in PLAIN and len(options) < 2 else PRESETS.get(strategy)
 
 
 def _once(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:

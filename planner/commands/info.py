@@ -19,8 +19,8 @@ from ..writing import HERE, check_json, json_option, write_json
 
 #: What the library needs, and what its extras "plan", "auto", "mpi", "bench" and "frameworks" bring.
 PACKAGES = (
-    "numpy", "matplotlib", "pyyaml", "rich", "bayesian-optimization", "mpi4py", "jinja2", "pandas", "scikit-learn",
-    "lightning", "accelerate", "transformers", "peft", "ray", "torchft",
+    "numpy", "matplotlib", "pyyaml", "rich", "bayesian-optimization", "threadpoolctl", "mpi4py", "jinja2", "pandas",
+    "scikit-learn", "lightning", "accelerate", "transformers", "peft", "ray", "torchft",
 )  # fmt: skip
 
 
