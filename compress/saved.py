@@ -28,7 +28,8 @@ def save(compressor: Contract, gather: bool) -> State:
         layout = compressor.loaded["layout"]
     state = {
         "compressor": type(compressor).__name__,
-        "options": compressor.options() | {"error_feedback": compressor.error_feedback},
+        "options": options_of(compressor),
+        "made_with": compressor.made_with or options_of(compressor),
         "step": compressor.step,
         "start": compressor.start.state(),
         "seed": compressor.seed,
@@ -56,6 +57,7 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
     states = check_loaded(compressor, state, ranks.rank(), ranks.size())
     if compressor.binding is not None:
         compressor.binding.finish_step(raises=False)  # the state may be why it is loaded
+    take_assigned(compressor, states[0])
     mine, feedback = merge_states(states, ranks.rank(), ranks.size())
     compressor.load_named_state(mine["named"])  # which may refuse it
     if mine["world_size"] == ranks.size():
@@ -80,8 +82,22 @@ def change(compressor: Contract, apply: Callable[[], None]) -> None:
         compressor.binding.finish_step()
     state = save(compressor, gather=False)
     apply()
-    state["options"] = compressor.options() | {"error_feedback": compressor.error_feedback}
+    state["options"] = options_of(compressor)
     load(compressor, state)
+
+
+def options_of(compressor: Contract) -> dict[str, Any]:
+    """What must be as it was where a state is loaded."""
+    return compressor.options() | {"error_feedback": compressor.error_feedback}
+
+
+def take_assigned(compressor: Contract, state: State) -> None:
+    """What was assigned after the compressor of that state was made, and before it was saved."""
+    mine, made_with = options_of(compressor), state.get("made_with", state["options"])
+    for name, value in state["options"].items():
+        if value != mine[name]:
+            setattr(compressor, name, value)
+    compressor.made_with = None if made_with == state["options"] else made_with
 
 
 def nodes_of(compressor: Contract) -> list[list[int]] | None:
@@ -117,12 +133,18 @@ def check_loaded(compressor: Contract, state: State | Sequence[State], rank: int
     kind = type(compressor).__name__
     if not states or not all(isinstance(one, dict) and "compressor" in one for one in states):
         raise ValueError("This is not a compressor's state: pass what its state_dict() returned.")
-    options = compressor.options() | {"error_feedback": compressor.error_feedback}
+    options = options_of(compressor)
+    made_with = compressor.made_with or options
     for one in states:
         check_form(one)
         if one["compressor"] != kind:
             raise ValueError(f"This is the state of {one['compressor']}, not of {kind}: load it into the same kind.")
-        if one["options"] != options:
+        if one["options"] != states[0]["options"]:
+            raise ValueError(
+                f"The ranks of this state were saved with other options ({states[0]['options']} and {one['options']}): "
+                "assign them on every rank alike before saving."
+            )
+        if one["options"] != options and one.get("made_with", one["options"]) != made_with:
             raise ValueError(f"This state was saved with the options {one['options']}, not {options}: use the same.")
     old = states[0]["world_size"]
     if len(states) == 1 and old != 1:

@@ -1,5 +1,7 @@
 """A rank or a density that is assigned between two steps counts from the next one, as if a list had said so before."""
 
+import copy
+
 import pytest
 import torch
 from compressing import SEVERAL_BUCKETS, SHAPES, Prescribed, Sometimes, attach, backward, gradients, kept
@@ -327,3 +329,52 @@ def loaded_after_nan(rank, world):
 
 def test_a_good_state_can_be_loaded_after_one_that_was_not(pool2):
     pool2.run(loaded_after_nan)
+
+
+# --- and saved ---
+
+
+def resumed(rank, world, kind, use):
+    first, _, last = VALUES[kind]
+    saved, again = make(kind, first), make(kind, first)
+    through = use(saved)
+    for step in range(2 * EVERY):
+        if step == EVERY:
+            setattr(saved, OPTION[kind], last)
+        through(rank, step)
+    state = copy.deepcopy(saved.state_dict(gather=True))
+    assert state["ranks"][0]["made_with"][OPTION[kind]] == first
+    on = use(again)
+    for step in range(2):  # which the state undoes
+        on(rank, step)
+    again.load_state_dict(state)
+    assert getattr(again, OPTION[kind]) == last
+    for step in range(2 * EVERY, 3 * EVERY):
+        right, have = through(rank, step), on(rank, step)
+        assert all(torch.equal(have[name], right[name]) for name in SHAPES), step
+    assert again.state_dict()["options"] == state["ranks"][rank]["options"]
+    assert again.state_dict()["made_with"] == state["ranks"][rank]["made_with"]  # so it resumes again
+    as_it_is = make(kind, last)
+    as_it_is.load_state_dict(state)  # by a script that says the new value from the start
+    with pytest.raises(ValueError, match="was saved with the options .* use the same"):
+        make(kind, VALUES[kind][1]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("use", [under_the_hook, under_the_schedule])
+@pytest.mark.parametrize("kind", VALUES)
+def test_the_same_script_goes_on_with_what_was_assigned(pool2, kind, use):
+    pool2.run(resumed, kind, use)
+
+
+def assigned_on_one_rank(rank, world):
+    compressor = compress.PowerSGD(rank=2)
+    under_the_hook(compressor)(rank, 0)
+    if rank == 0:
+        compressor.rank = 4
+    state = compressor.state_dict(gather=True)
+    with pytest.raises(ValueError, match="ranks of this state were saved with other options .* on every rank alike"):
+        compress.PowerSGD(rank=2).load_state_dict(state)
+
+
+def test_a_state_of_ranks_that_disagree_is_refused(pool2):
+    pool2.run(assigned_on_one_rank)
