@@ -356,7 +356,7 @@ def resumed(rank, world, kind, use):
     assert again.state_dict()["made_with"] == state["ranks"][rank]["made_with"]  # so it resumes again
     as_it_is = make(kind, last)
     as_it_is.load_state_dict(state)  # by a script that says the new value from the start
-    with pytest.raises(ValueError, match="was saved with the options .* use the same"):
+    with pytest.raises(ValueError, match=r"was saved with the options .* use the same"):
         make(kind, VALUES[kind][1]).load_state_dict(state)
 
 
@@ -372,7 +372,7 @@ def assigned_on_one_rank(rank, world):
     if rank == 0:
         compressor.rank = 4
     state = compressor.state_dict(gather=True)
-    with pytest.raises(ValueError, match="ranks of this state were saved with other options .* on every rank alike"):
+    with pytest.raises(ValueError, match=r"ranks of this state were saved with other options .* on every rank alike"):
         compress.PowerSGD(rank=2).load_state_dict(state)
 
 
