@@ -165,7 +165,8 @@ def pictures(results: Path, folder: Path) -> None:
     bars.step_parts(four, origin(four), folder / "compression.png")
     two = [cell for cell in steps.in_order(shown) if cell.setting.workers == 2 and bars.profiled(cell)]
     bars.by_phase(two, origin(two), folder / "phases.png")
-    losses_figures.at_best_rates(facts.sweeps(), records.provenance(facts.evidence.swept()), folder / "losses.png")
+    compared = [sweep for sweep in facts.sweeps() if sweep.compares]
+    losses_figures.at_best_rates(compared, records.provenance(facts.evidence.swept()), folder / "losses.png")
     with tempfile.TemporaryDirectory() as scratch:
         for source in facts.of("demo"):
             demo.draw(source.payload, Path(scratch))

@@ -17,6 +17,7 @@ from .markdown import table
 
 WITHIN = 1.005  # of dense's final loss: as good as dense, of means over three seeds
 RATES = ("100mbit", "500mbit", "1gbit")
+USUAL = 2  # workers, where a title does not say
 
 
 def is_sweep(source: Source) -> bool:
@@ -31,7 +32,7 @@ def is_sweep(source: Source) -> bool:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was found of one workload and number of steps under one optimizer, with one set of held-out examples.
+    """What was found of one workload, steps and workers under one optimizer, with one set of held-out examples.
 
     tried: methods that are not offered, which are not among the rows.
     """
@@ -43,11 +44,18 @@ class Sweep:
     rows: tuple[Best, ...]
     examples: int = 0  # held out, at most; 0 where all sweeps have the same
     tried: tuple[Best, ...] = ()
+    workers: int = USUAL
 
     @property
     def title(self) -> str:
         examples = f", up to {self.examples} held-out examples" if self.examples else ""
-        return f"{self.workload}, {self.optimizer}, {self.steps} steps{examples}"
+        workers = f", {self.workers} workers" if self.workers != USUAL else ""
+        return f"{self.workload}, {self.optimizer}, {self.steps} steps{workers}{examples}"
+
+    @property
+    def compares(self) -> bool:
+        """Whether a method that is offered stands beside dense."""
+        return len(self.rows) > 1
 
     @property
     def dense(self) -> Best | None:
@@ -89,24 +97,26 @@ def _at_first(strategy: str) -> tuple[int | None, float]:
 
 
 def sweeps(sources: Iterable[Source]) -> list[Sweep]:
-    """One for each workload, number of steps, held-out examples and optimizer; files of one such count together."""
-    cells: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
+    """One for each workload, number of steps, held-out examples, workers and optimizer; files of one such count
+    together."""
+    cells: dict[tuple[str, str, int, int, int], list[dict[str, Any]]] = {}
     fewest: dict[str, int] = {}  # examples, by workload
     for source in sources:
         for cell in source.cells:
             experiment = cell["plan"]
             workload, examples = experiment["workload"], experiment.get("held_out_examples", 0)
             fewest[workload] = min(examples, fewest.get(workload, examples))
-            cells.setdefault((workload, cell.get("about", workload), experiment["steps"], examples), []).append(cell)
+            same = (workload, cell.get("about", workload), experiment["steps"], examples, cell["workers"])
+            cells.setdefault(same, []).append(cell)
     found = []
-    for (workload, about, steps, examples), own in sorted(cells.items(), key=lambda item: item[0]):
+    for (workload, about, steps, examples, workers), own in sorted(cells.items(), key=lambda item: item[0]):
         rows = best(own)
         more = 0 if examples == fewest[workload] else examples
         for optimizer in sorted({one.optimizer for one in rows}):
             chosen = [one for one in rows if one.optimizer == optimizer]
             chosen.sort(key=lambda one: (-len(one.held_out), -one.bytes_per_step, one.strategy))
             offered, tried = (tuple(one for one in chosen if is_tried(one) == wanted) for wanted in (False, True))
-            found.append(Sweep(workload, about, steps, optimizer, offered, more, tried))
+            found.append(Sweep(workload, about, steps, optimizer, offered, more, tried, workers))
     return found
 
 
