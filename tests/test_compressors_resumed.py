@@ -31,7 +31,7 @@ def resumed(rank: int, world: int, kind: str, which: str) -> None:
 
 
 @pytest.mark.parametrize("which", OPTIONS)
-@pytest.mark.parametrize("kind", ["ACPSGD", "PowerSGD"])
+@pytest.mark.parametrize("kind", ["ACPSGD", "PowerSGD", "LocalPowerSGD"])
 def test_the_factors_that_count_are_saved(pool2, kind, which):
     pool2.run(resumed, kind, which)
 
