@@ -151,6 +151,19 @@ def test_factors_recover_from_nothing(pool2):
     pool2.run(without_a_gradient)
 
 
+def large(rank: int, world: int) -> None:
+    """Means are finite where their sums would not be."""
+    compressor = compress.LocalPowerSGD(rank=2)
+    model = attach(compressor, net=Prescribed({"matrix": (60, 50), "vector": (100,)}), **ONE_BUCKET)
+    have = backward(model, {"matrix": torch.full((60, 50), 2.0**89), "vector": torch.full((100,), 3e38)})
+    torch.testing.assert_close(have["vector"], torch.full((100,), 3e38))
+    torch.testing.assert_close(have["matrix"], torch.full((60, 50), 2.0**89), rtol=0.02, atol=0)
+
+
+def test_no_mean_overflows(pool3):
+    pool3.run(large)
+
+
 def states(rank: int, world: int) -> dict:
     compressor = KINDS["local"]()
     model = attach(compressor)

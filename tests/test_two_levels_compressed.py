@@ -212,12 +212,12 @@ def test_a_resumed_run_is_the_run_that_would_have_been(pool4, kind):
     pool4.run(scheduled, kind)
 
 
-def not_finite(rank, world, kind):
+def not_finite(rank, world, kind, shapes):
     """Each rank raises, also where the gradient that is not finite is of another node and place."""
     compressor = compressing.KINDS[kind]()
-    model = attach(compressor)
+    model = attach(compressor, shapes)
     for step in range(3):
-        grads = gradients(rank, step, SHAPES)
+        grads = gradients(rank, step, shapes)
         if step == 1 and rank == 3:
             grads["matrix"][0, 0] = torch.inf
         if step != 1:
@@ -230,7 +230,8 @@ def not_finite(rank, world, kind):
 
 @pytest.mark.parametrize("kind", ["topk", "acp", "power", "local"])
 def test_a_gradient_that_is_not_finite_is_seen_by_all(pool4, kind):
-    pool4.run(not_finite, kind)
+    pool4.run(not_finite, kind, SHAPES)
+    pool4.run(not_finite, kind, MATRICES)
 
 
 def refused(rank, world):
