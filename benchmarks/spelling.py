@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FORMS = (
-    "acp:RANK, power:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, fp8, int8, int4, int3, int2, "
+    "acp:RANK, power:RANK, local:RANK, topk:DENSITY, sign, sign:majority, bf16, fp16, fp8, int8, int4, int3, int2, "
     "exact, safe, fast; RANK is a whole number, a fraction of the smaller side, or how many times fewer elements are "
     "sent, such as 4x; more options may follow: power:8:start=100:exempt=head+bytes, power:8:factors=int8, "
     "int3:scale=element, int3:start=100:first=int8"
@@ -33,6 +33,7 @@ class CompressorName:
         named = {
             "acp": "ACP-SGD rank",
             "power": "Power-SGD rank",
+            "local": "local Power-SGD rank",
             "nystrom": "Nyström-SGD rank",
             "topk": "Top-k",
             "sign": "EF-SignSGD",
@@ -78,6 +79,8 @@ class CompressorName:
                 return compress.ACPSGD(rank=_rank(self.option), **more)
             case "power":
                 return compress.PowerSGD(rank=_rank(self.option), **more)
+            case "local":
+                return compress.LocalPowerSGD(rank=_rank(self.option), **more)
             case "exact" | "safe" | "fast":
                 return compress.preset(self.kind, **more)
             case "topk":
@@ -100,7 +103,7 @@ def split_name(parts: Sequence[str]) -> tuple[CompressorName, list[str]]:
     accepts = _OPTIONS[kind]
     if rest and accepts(rest[0]):
         return CompressorName(kind, rest[0], more), rest[1:]
-    if kind in ("acp", "power", "topk"):
+    if kind in ("acp", "power", "local", "topk"):
         raise ValueError(f"{':'.join(parts)!r} has no option that {kind} takes")
     return CompressorName(kind, None, more), rest
 
@@ -170,6 +173,7 @@ _MORE: dict[str, tuple[str, Callable[[str], Any]]] = {
 _OPTIONS: dict[str, Callable[[str], bool]] = {
     "acp": _whole_or_share,
     "power": _whole_or_share,
+    "local": _whole_or_share,
     "topk": _share,
     "sign": "majority".__eq__,
     **dict.fromkeys(_DENSE, lambda _: False),

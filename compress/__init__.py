@@ -6,6 +6,7 @@ from compress.comm_hook import comm_hook, register
 from compress.compressor import Compressor
 from compress.dense import Dense
 from compress.group import Group
+from compress.local_power_sgd import LocalPowerSGD
 from compress.power_sgd import PowerSGD
 from compress.presets import preset
 from compress.sign_sgd import SignSGD
@@ -16,6 +17,7 @@ __all__ = [
     "Compressor",
     "Dense",
     "Group",
+    "LocalPowerSGD",
     "PowerSGD",
     "SignSGD",
     "TopK",

@@ -18,13 +18,14 @@ from compress.feedback import Feedback
 from compress.group import Group
 from compress.read_once import ReadOnce
 from compress.start import Start
+from compress.stateful import Stateful
 from dear import _C
 
 NonFinite = Literal["raise", "skip", "propagate"]
 COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Contract(ReadOnce):
+class Contract(Stateful, ReadOnce):
     """The part of :class:`compress.Compressor` that its subclasses define. See there for the arguments."""
 
     exchange: ClassVar[Literal["sum", "owners", "gather"]] = "sum"
@@ -111,20 +112,6 @@ class Contract(ReadOnce):
     def decode(self, group: Group, payload: Tensor) -> None:
         """Writes ``group.gradient`` [n] from the mean payload (``"sum"``), or from all ranks' rows [ranks, m]."""
         raise NotImplementedError(f"{type(self).__name__} must say what a payload means: define decode().")
-
-    def named_state(self) -> dict[str, Any]:
-        """State by parameter name that is equal on all ranks, to be saved."""
-        return {}
-
-    def load_named_state(self, state: dict[str, Any]) -> None:
-        """Takes what :meth:`named_state` gave."""
-
-    def own_state(self) -> Any:
-        """State of this rank alone, to be saved; it is lost on resuming at another world size."""
-        return {}
-
-    def load_own_state(self, state: Any) -> None:
-        """Takes what :meth:`own_state` gave."""
 
     # --- the contract, for what no ``exchange`` describes ---
 

@@ -70,8 +70,8 @@ def _is_compressed(compressor: Contract, group: Group) -> bool:
 
 def _reader_of(compressor: Contract, group: Group) -> _C.Codec | None:
     """A codec that reads what other ranks make of the group, and keeps nothing; None where there is none: what owners
-    of shards send says all there is to know, factors do not."""
-    if compressor.exchange != "owners" or not _is_compressed(compressor, group):
+    of shards send, or all gather, says all there is to know, a sum of factors does not."""
+    if compressor.exchange == "sum" or not _is_compressed(compressor, group):
         return None
     codecs = compressor.natives(group)
     first = compressor.before_start(group)

@@ -1,4 +1,4 @@
-"""What ACP-SGD and Power-SGD share: matrices of equal shape in batches, their factors, and what stays dense."""
+"""What ACP-SGD and both Power-SGDs share: matrices of equal shape in batches, their factors, and what stays dense."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class LowRank(Compressor):
 
     @property
     def all_to_alls(self) -> tuple[int, ...]:
-        return tuple(range(0, self.exchanges, 2)) if self._rounds else ()
+        return tuple(range(0, self.exchanges - 1, 2)) if self._rounds else ()  # the first of each two
 
     @property
     def _rounds(self) -> bool:
@@ -130,22 +130,31 @@ class LowRank(Compressor):
         each = self.cost(member.rows, member.columns, 1)
         ranks = tuple(rank_for(rank, member.rows, member.columns, self.auto, each) for rank in wanted)
         worth = member.numel >= self.min_compression_ratio * self._sent(member, max(ranks))
-        begun = member.name in self.feedback.errors  # and is owed what was not sent yet
-        return ranks if member.columns > 1 and member.name not in self.exempted and (worth or begun) else ()
+        kept = worth or self._has_begun(member.name)
+        return ranks if member.columns > 1 and member.name not in self.exempted and kept else ()
+
+    def _has_begun(self, name: str) -> bool:
+        """Whether a parameter was compressed, and is owed what was not sent yet."""
+        return name in self.feedback.errors
 
     def _sent(self, member: Member, rank: int) -> float:
         """The same in words of 32 bits."""
         return self.cost(member.rows, member.columns, rank) * FACTOR_BITS[self.factor_dtype] / 32
 
     def ratio(self, group: Group) -> float:
+        rows, columns, dense = self._elements(group)
+        each = self.cost(1, 0, 1)  # of the two messages, how many are sent in a step
+        return group.numel / (each * (self._words(rows, group.world) + self._words(columns, group.world)) + dense)
+
+    def _elements(self, group: Group) -> tuple[int, int, int]:
+        """Of all P, of all Q, and of what stays dense; the most of any step."""
         rows = columns = dense = 0
         for member in group.members:
             if ranks := self._ranks_of(member):
                 rows, columns = rows + member.rows * max(ranks), columns + member.columns * max(ranks)
             else:
                 dense += member.numel
-        each = self.cost(1, 0, 1)  # of the two messages, how many are sent in a step
-        return group.numel / (each * (self._words(rows, group.world) + self._words(columns, group.world)) + dense)
+        return rows, columns, dense
 
     def _words(self, elements: int, world: int) -> float:
         """Of 32 bits, in a message of so many elements of factors."""
@@ -158,22 +167,19 @@ class LowRank(Compressor):
         return group.dtype in COMPRESSIBLE and any(self._ranks_of(member) for member in group.members)
 
     def prepare(self, group: Group) -> None:
+        group.private = self._lay_out(group, self._make_batch)
+
+    def _lay_out(self, group: Group, make_batch: Callable[[Group, list[Member], tuple[int, ...]], Batch]) -> Layout:
         alike: dict[tuple[int, int, tuple[int, ...]], list[Member]] = {}
         for member in group.members:
             if ranks := self._ranks_of(member):
                 alike.setdefault((member.rows, member.columns, ranks), []).append(member)
-        batches = [self._make_batch(group, members, ranks) for (_, _, ranks), members in alike.items()]
-        group.private = Layout(batches, [member for member in group.members if not self._ranks_of(member)])
+        batches = [make_batch(group, members, ranks) for (_, _, ranks), members in alike.items()]
+        return Layout(batches, [member for member in group.members if not self._ranks_of(member)])
 
     def _make_batch(self, group: Group, members: list[Member], ranks: tuple[int, ...]) -> Batch:
         (first, *_), count = members, len(members)
-        factors = [
-            (
-                torch.zeros(count, first.rows, rank, device=group.device),
-                torch.zeros(count, first.columns, rank, device=group.device),
-            )
-            for rank in ranks
-        ]
+        factors = make_factors(group, members, ranks)
         step = self._next_step()
         before, now = self._stage_before(step), self.stages.index(step)
         started = step >= self.start.native.step
@@ -239,13 +245,34 @@ class LowRank(Compressor):
         return state
 
     def load_named_state(self, state: dict[str, Any]) -> None:
-        for name, factors in state.items():
-            if not (isinstance(factors, Sequence) and len(factors) == 2 and all(map(_is_matrix, factors))):
-                raise ValueError(
-                    f"The compressor's state is damaged: the factors of {name} must be two float32 matrices; load what "
-                    "state_dict() returned."
-                )
-        self._factors = {name: [(p.clone(), q.clone())] for name, (p, q) in state.items()}
+        self._factors = checked_factors(state)
+
+
+def make_factors(group: Group, members: list[Member], ranks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Zeros for the factors of members of one shape, by stage; see :class:`Batch`."""
+    (first, *_), count = members, len(members)
+    return [
+        (
+            torch.zeros(count, first.rows, rank, device=group.device),
+            torch.zeros(count, first.columns, rank, device=group.device),
+        )
+        for rank in ranks
+    ]
+
+
+def checked_factors(state: dict[str, Any]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Copies of the factors by name that were saved, each of one stage.
+
+    Raises:
+        ValueError: they are none.
+    """
+    for name, factors in state.items():
+        if not (isinstance(factors, Sequence) and len(factors) == 2 and all(map(_is_matrix, factors))):
+            raise ValueError(
+                f"The compressor's state is damaged: the factors of {name} must be two float32 matrices; load what "
+                "state_dict() returned."
+            )
+    return {name: [(p.clone(), q.clone())] for name, (p, q) in state.items()}
 
 
 def _is_matrix(value: Any) -> bool:

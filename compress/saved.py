@@ -62,6 +62,8 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
     compressor.load_named_state(mine["named"])  # which may refuse it
     if mine["world_size"] == ranks.size():
         compressor.load_own_state(mine["own"])  # the same
+    else:
+        compressor.forget_own_state()
     compressor.feedback = feedback
     compressor.seed = mine["seed"]
     compressor.start.load(mine["start"])

@@ -121,6 +121,9 @@ class TopK(Compressor):
             )
         self._thresholds = dict(state)
 
+    def forget_own_state(self) -> None:
+        self._thresholds.clear()
+
     def _stretch(self, k: int) -> int:
         """One run of so many is sampled; 0 where the sample would be too small."""
         stretch = LARGEST_STRETCH

@@ -2,6 +2,7 @@
 #include "bindings.h"
 #include "compress/codecs/half.h"
 #include "compress/codecs/levelled.h"
+#include "compress/codecs/local_low_rank.h"
 #include "compress/codecs/low_rank.h"
 #include "compress/codecs/quantized.h"
 #include "compress/codecs/sign.h"
@@ -156,6 +157,11 @@ void bind_codecs(py::module_& m) {
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("batches"), py::arg("segments"),
            py::arg("dense_numel"), py::arg("wire"), py::arg("start"));
   py::class_<compress::PowerCodec, Codec, std::shared_ptr<compress::PowerCodec>>(m, "PowerCodec")
+      .def(py::init<at::Device, int64_t, int64_t, std::vector<MatrixBatch>, at::Tensor, int64_t,
+                    std::optional<at::ScalarType>>(),
+           py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("batches"), py::arg("segments"),
+           py::arg("dense_numel"), py::arg("wire"));
+  py::class_<compress::LocalCodec, Codec, std::shared_ptr<compress::LocalCodec>>(m, "LocalCodec")
       .def(py::init<at::Device, int64_t, int64_t, std::vector<MatrixBatch>, at::Tensor, int64_t,
                     std::optional<at::ScalarType>>(),
            py::arg("device"), py::arg("rank"), py::arg("world"), py::arg("batches"), py::arg("segments"),

@@ -26,6 +26,7 @@ __all__: list[str] = [
     "HookCalls",
     "Lane",
     "LevelledCodec",
+    "LocalCodec",
     "MatrixBatch",
     "MeanCapture",
     "MeshLane",
@@ -391,6 +392,18 @@ class AcpCodec(Codec):
     ) -> None: ...
 
 class PowerCodec(Codec):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: typing.SupportsInt | typing.SupportsIndex,
+        world: typing.SupportsInt | typing.SupportsIndex,
+        batches: collections.abc.Sequence[MatrixBatch],
+        segments: torch.Tensor,
+        dense_numel: typing.SupportsInt | typing.SupportsIndex,
+        wire: torch.dtype | None,
+    ) -> None: ...
+
+class LocalCodec(Codec):
     def __init__(
         self,
         device: torch.device,

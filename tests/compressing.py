@@ -97,6 +97,7 @@ def dense_in_parts(part_numel: int, **options: Any) -> compress.Dense:
 KINDS = {
     "acp": lambda **o: compress.ACPSGD(rank=3, **o),
     "power": lambda **o: compress.PowerSGD(rank=3, **o),
+    "local": lambda **o: compress.LocalPowerSGD(rank=3, **o),
     "power8": lambda **o: compress.PowerSGD(rank=3, **({"factor_dtype": torch.int8} | o)),
     "topk": lambda **o: compress.TopK(density=0.05, **o),
     "threshold": lambda **o: compress.TopK(density=0.7, selection="threshold", **({"min_compression_ratio": 0.1} | o)),

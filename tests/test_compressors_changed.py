@@ -11,14 +11,15 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import compress
 import dear
 
-VALUES = {"acp": (8, 2, 5), "power": (8, 2, 5), "topk": (0.2, 0.02, 0.1), "threshold": (0.9, 0.5, 0.8)}
-OPTION = {"acp": "rank", "power": "rank", "topk": "density", "threshold": "density"}
+LOW_RANK = {"acp": compress.ACPSGD, "power": compress.PowerSGD, "local": compress.LocalPowerSGD}
+VALUES = {**dict.fromkeys(LOW_RANK, (8, 2, 5)), "topk": (0.2, 0.02, 0.1), "threshold": (0.9, 0.5, 0.8)}
+OPTION = {**dict.fromkeys(LOW_RANK, "rank"), "topk": "density", "threshold": "density"}
 EVERY = 3  # steps: an even number of ACP-SGD's would hide which factor is whose turn
 
 
 def make(kind, value):
-    if kind in ("acp", "power"):
-        return {"acp": compress.ACPSGD, "power": compress.PowerSGD}[kind](rank=value)
+    if kind in LOW_RANK:
+        return LOW_RANK[kind](rank=value)
     more = {"selection": "threshold", "min_compression_ratio": 0.1} if kind == "threshold" else {}
     return compress.TopK(density=value, **more)
 
@@ -280,6 +281,7 @@ def more_than_it_is_worth(rank, world, option):
     """What has error feedback goes on being compressed, so that it gets what it is owed."""
     make, few, many = {
         "rank": (lambda value: compress.PowerSGD(rank=value), 2, 20),  # of a matrix of 20 rows and 900 columns
+        "own rank": (lambda value: compress.LocalPowerSGD(rank=value), 2, 20),
         "density": (lambda value: compress.TopK(density=value), 0.02, 0.9),
     }[option]
     compressor = make(few)
@@ -288,7 +290,7 @@ def more_than_it_is_worth(rank, world, option):
     norms = []
     for step in range(9):
         if step % 3 == 0:
-            setattr(compressor, option, many if step == 3 else few)
+            setattr(compressor, option.removeprefix("own "), many if step == 3 else few)
         have = backward(model, gradients(rank, step))
         for name in SHAPES:
             given[name] += sum(gradients(r, step)[name].double() for r in range(world)) - world * have[name].double()
@@ -299,7 +301,7 @@ def more_than_it_is_worth(rank, world, option):
     assert norms[5] < 0.5 * norms[2], "what was owed is sent while more is"
 
 
-@pytest.mark.parametrize("option", ["rank", "density"])
+@pytest.mark.parametrize("option", ["rank", "own rank", "density"])
 def test_what_is_owed_is_sent_where_compressing_gains_nothing(pool2, option):
     pool2.run(more_than_it_is_worth, option)
 

@@ -11,13 +11,18 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import compress
 import dear
 
-LOW_RANK = {"acp": compress.ACPSGD, "power": compress.PowerSGD}
-both = pytest.mark.parametrize("kind", LOW_RANK)
+LOW_RANK = {"acp": compress.ACPSGD, "power": compress.PowerSGD, "local": compress.LocalPowerSGD}
+each_low_rank = pytest.mark.parametrize("kind", LOW_RANK)
 
 
 def ranks_of(compressor: compress.Compressor) -> dict[str, int]:
     """By name, the rank under which each parameter is compressed."""
-    return {name: q.shape[1] for name, (_, q) in compressor.named_state().items()}
+    return {name: q.shape[1] for name, (_, q) in factors_of(compressor).items()}
+
+
+def factors_of(compressor: compress.Compressor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """By name; every rank's, or this rank's own."""
+    return compressor.named_state() or compressor.own_state()["factors"]
 
 
 def after_a_step(compressor: compress.Compressor, rank: int, steps: int = 1, **ddp: object) -> dict[str, torch.Tensor]:
@@ -35,7 +40,7 @@ def ranks_follow(rank: int, world: int, kind: str) -> None:
         assert ranks_of(compressor) == {name: max(1, round(fraction * size)) for name, size in smaller.items()}
     fewer = LOW_RANK[kind](rank="4x", min_compression_ratio=0.5)
     after_a_step(fewer, rank)
-    for p, q in fewer.named_state().values():  # one more column would be too many; the two sides count alike
+    for p, q in factors_of(fewer).values():  # one more column would be too many; the two sides count alike
         numel, each = p.shape[0] * q.shape[0], fewer.cost(p.shape[0], q.shape[0], 1)
         assert 4 * q.shape[1] * each <= numel < 4 * (q.shape[1] + 1) * each
     chosen = LOW_RANK[kind](rank=4, rank_of={"first": 7, "*on*": 0.5, "second": 9}, min_compression_ratio=0.5)
@@ -46,7 +51,7 @@ def ranks_follow(rank: int, world: int, kind: str) -> None:
     assert ranks_of(called) == {"first": 2, "second": 2, "wide": 2, "convolution": 5}
 
 
-@both
+@each_low_rank
 def test_ranks_follow_the_matrix_and_the_name(pool2, kind):
     pool2.run(ranks_follow, kind)
 

@@ -55,7 +55,25 @@ class Power(Acp):
         return p @ self.q.T
 
 
-GOLDEN = {"acp": Acp, "power": Power}
+class Local(Acp):
+    """Power-SGD by each rank alone, whose results are averaged."""
+
+    def __init__(self, world: int, shape: tuple[int, int], q: Tensor) -> None:
+        super().__init__(world, shape, q)
+        self.own = [self.q] * world
+
+    def step(self, grads: list[Tensor]) -> Tensor:
+        results = []
+        for rank, grad in enumerate(grads):
+            m = grad.double() + self.errors[rank]
+            p = orthonormal(m @ self.own[rank])
+            self.own[rank] = m.T @ p
+            results.append(p @ self.own[rank].T)
+            self.errors[rank] = m - results[rank]
+        return torch.stack(results).mean(0)
+
+
+GOLDEN = {"acp": Acp, "power": Power, "local": Local}
 
 
 def low_rank(rank: int, world: int, kind: str, error_feedback: bool) -> None:
@@ -107,6 +125,8 @@ def rounded(rank: int, world: int, kind: str, dtype: torch.dtype, share: float, 
         for name, error in compressing.kept(halves).items():
             assert (given[name].flatten() - error).abs().max() < 2e-4, (name, step)
     vectors = 2 * (world - 1) * 4 * sum(torch.Size(s).numel() for n, s in SHAPES.items() if n not in MATRICES) // world
+    if halves.exchange == "gather":
+        vectors = vectors * world // 2
     sent = [compressor.stats()["bytes_sent"] - vectors for compressor in (halves, whole)]
     assert share * sent[1] <= sent[0] < most * sent[1], sent
 

@@ -31,7 +31,7 @@ def resumed(rank: int, world: int, kind: str, which: str) -> None:
 
 
 @pytest.mark.parametrize("which", OPTIONS)
-@pytest.mark.parametrize("kind", ["ACPSGD", "PowerSGD"])
+@pytest.mark.parametrize("kind", ["ACPSGD", "PowerSGD", "LocalPowerSGD"])
 def test_the_factors_that_count_are_saved(pool2, kind, which):
     pool2.run(resumed, kind, which)
 
@@ -81,3 +81,23 @@ def resumed_at_density(rank: int, world: int) -> None:
 
 def test_the_threshold_of_a_density_is_its_own(pool2):
     pool2.run(resumed_at_density)
+
+
+def thresholds_elsewhere(rank: int, world: int, saved: list[dict] | None) -> dict:
+    """A state of another world size says nothing of this one's thresholds, and none of before stay."""
+    compressor = KINDS["threshold"]()
+    model = attach(compressor)
+    for step in range(2):
+        backward(model, gradients(rank, step))
+    state = compressor.state_dict()
+    assert any(any(one) for one in state["own"].values()), "no threshold was sampled"
+    if saved is not None:
+        compressor.load_state_dict(state)
+        assert compressor.own_state() == state["own"]
+        compressor.load_state_dict(saved)
+        assert compressor.own_state() == {}
+    return state
+
+
+def test_what_is_one_ranks_own_is_lost_at_another_world_size(pool2, pool4):
+    pool2.run(thresholds_elsewhere, pool4.run(thresholds_elsewhere, None))

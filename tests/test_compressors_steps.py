@@ -12,6 +12,7 @@ import dear
 STEPWISE = {
     "acp": lambda **o: compress.ACPSGD(rank=[(0, 8), (3, 2), (6, 5)], **o),
     "power": lambda **o: compress.PowerSGD(rank=[(0, 8), (3, 2), (6, 5)], **o),
+    "local": lambda **o: compress.LocalPowerSGD(rank=[(0, 8), (3, 2), (6, 5)], **o),
     "topk": lambda **o: compress.TopK(density=[(0, 0.2), (3, 0.02), (6, 0.1)], **o),
     "threshold": lambda **o: compress.TopK(
         density=[(0, 0.9), (3, 0.5), (6, 0.8)], selection="threshold", min_compression_ratio=0.1, **o
@@ -59,7 +60,7 @@ def steady(rank: int, step: int) -> dict[str, torch.Tensor]:
 
 def learned_at_the_switch(rank: int, world: int, kind: str) -> None:
     """The first compressed step says what matters, and Adam's second moment sees no bump."""
-    make = {"acp": compress.ACPSGD, "power": compress.PowerSGD}[kind]
+    make = {"acp": compress.ACPSGD, "power": compress.PowerSGD, "local": compress.LocalPowerSGD}[kind]
     start, moments, vnmse = 6, [], []
     compressor = make(rank=4, start_step=start)
     model = attach(compressor, net=Prescribed({"first": (300, 50)}))
@@ -75,7 +76,7 @@ def learned_at_the_switch(rank: int, world: int, kind: str) -> None:
     assert max(moments[start:]) < 1.02 * moments[start - 1], moments
 
 
-@pytest.mark.parametrize("kind", ["acp", "power"])
+@pytest.mark.parametrize("kind", ["acp", "power", "local"])
 def test_the_switch_from_dense_is_no_jump(pool2, kind):
     pool2.run(learned_at_the_switch, kind)
 

@@ -33,7 +33,7 @@ CASES: list[on_gpu.Case] = [
     ),
     *((test_two_levels.resumes, (update,)) for update in ("sharded", "replicated")),
     *((test_two_levels_compressed.scheduled, (kind,)) for kind in ("topk", "sign", "power")),
-    *((test_two_levels_compressed.not_finite, (kind,)) for kind in ("topk", "acp", "power")),
+    *((test_two_levels_compressed.not_finite, (kind, SHAPES)) for kind in ("topk", "acp", "power", "local")),
     (test_two_levels_compressed.later, ()),
 ]
 

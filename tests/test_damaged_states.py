@@ -21,10 +21,22 @@ DAMAGE = {
     "errors": lambda state: state["errors"].update({n: e.long() for n, e in state["errors"].items()}),
     "no own": lambda state: state.pop("own"),
 }
+
+
+def of_own(state):
+    return state["own"]["factors"]
+
+
 OF_KINDS = {
     "acp": {
         "factors": lambda state: state["named"].update(dict.fromkeys(state["named"], "P")),
         "factor": lambda state: state["named"].update({n: (p.double(), q) for n, (p, q) in state["named"].items()}),
+    },
+    "local": {
+        "own": lambda state: state.update(own=3),
+        "no factors": lambda state: state["own"].update(factors=None),
+        "names": lambda state: state["own"].update(compressed="P"),
+        "factor": lambda state: state["own"].update(factors={n: (p, 3) for n, (p, _) in of_own(state).items()}),
     },
     "threshold": {
         "own": lambda state: state.update(own=3),

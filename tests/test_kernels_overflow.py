@@ -158,7 +158,9 @@ def low_rank(kind: str, rank: int, error: Tensor | None) -> _C.Codec:
     )
     options = {"segments": torch.zeros(0, 3, dtype=torch.int64), "dense_numel": 0, "batches": [batch],
                "device": torch.device("cpu"), "rank": rank, "world": WORLD, "wire": None}  # fmt: skip
-    return _C.AcpCodec(start=_C.StartStep(0), **options) if kind == "acp" else _C.PowerCodec(**options)
+    if kind == "acp":
+        return _C.AcpCodec(start=_C.StartStep(0), **options)
+    return _C.LocalCodec(**options) if kind == "local" else _C.PowerCodec(**options)
 
 
 def owner(kind: str, rank: int, error: Tensor | None, owner_error: Tensor | None) -> _C.Codec:
@@ -179,11 +181,11 @@ def owner(kind: str, rank: int, error: Tensor | None, owner_error: Tensor | None
 
 @pytest.mark.parametrize("feedback", [False, True], ids=["plain", "feedback"])
 @pytest.mark.parametrize("value", [1e28, 1e38, 3e38])
-@pytest.mark.parametrize("kind", ["acp", "power", "bf16", "fp16", "int8", "fp8", "int3", "sign", "topk"])
+@pytest.mark.parametrize("kind", ["acp", "power", "local", "bf16", "fp16", "int8", "fp8", "int3", "sign", "topk"])
 def test_no_codec_makes_finite_gradients_infinite(kind: str, value: float, feedback: bool) -> None:
     errors = [torch.zeros(N) if feedback else None for _ in range(WORLD)]
     owner_errors = [torch.zeros(N) if feedback else None for _ in range(WORLD)]
-    if kind in ("acp", "power"):
+    if kind in ("acp", "power", "local"):
         codecs = [low_rank(kind, rank, error) for rank, error in enumerate(errors)]
     else:
         codecs = [owner(kind, *parts) for parts in zip(range(WORLD), errors, owner_errors, strict=True)]
@@ -195,7 +197,7 @@ def test_no_codec_makes_finite_gradients_infinite(kind: str, value: float, feedb
         bad = [bool(codec.nonfinite().ne(0).any()) for codec in codecs]
         assert bad[0] == bad[1]
         assert bad[0] == any(dropped) or kind in ("sign", "topk", "int8", "fp8", "int3")  # whose owners may drop too
-        if kind in ("acp", "power") or (kind == "fp16" and not feedback):
+        if kind in ("acp", "power", "local") or (kind == "fp16" and not feedback):
             assert dropped == ([0, 0] if grads is ordinary else [0, N])
         for error in (*errors, *owner_errors):
             assert error is None or error.isfinite().all()

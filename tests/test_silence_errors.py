@@ -133,6 +133,7 @@ def in_float64(rank, world, kind):
 KINDS = {
     "acp": lambda: compress.ACPSGD(rank=2, min_compression_ratio=0.2),
     "power": lambda: compress.PowerSGD(rank=2, min_compression_ratio=0.2),
+    "local": lambda: compress.LocalPowerSGD(rank=2, min_compression_ratio=0.2),
     "topk": lambda: compress.TopK(density=0.2, min_compression_ratio=0.2),
     "sign": lambda: compress.SignSGD(min_compression_ratio=0.2),
     "bf16": lambda: compress.Dense(),

@@ -24,12 +24,15 @@ SIZE, NODES, STEPS = 2, 2, 6
 SHAPES = {"matrix": (150, 200), "vector": (30_000,), "other": (90, 300), "last": (26_000,)}
 #: Each place has one run of the group.
 RUNS = {"matrix": (150, 200), "vector": (30_000,)}
+#: Each place has something that low-rank compressors compress.
+MATRICES = {"matrix": (150, 200), "other": (90, 300)}
 KINDS = {
     "topk": lambda: compress.TopK(density=0.02, slack=50, min_compression_ratio=0.1),
     "sign": compress.SignSGD,
     "int8": lambda: compress.Dense(torch.int8, min_compression_ratio=0.2),
     "bf16": lambda: compress.Dense(torch.bfloat16, error_feedback=True),
     "power": lambda: compress.PowerSGD(rank=3, factor_dtype=torch.float32),
+    "local": lambda: compress.LocalPowerSGD(rank=3, factor_dtype=torch.float32),
     "int3": lambda: compress.Dense(torch.int3, min_compression_ratio=0.2, exempt=()),
 }
 
@@ -49,7 +52,8 @@ class OneLevel:
         self.kind, self.n = kind, group.numel
         self.shard = compressor.shard_numel(group)
         self.matrices = [member for member in group.members if member.columns > 1]
-        self.q = {m.name: torch.randn(m.columns, 3, generator=compressor.generator(m.name)) for m in self.matrices}
+        q = {m.name: torch.randn(m.columns, 3, generator=compressor.generator(m.name)) for m in self.matrices}
+        self.qs = [dict(q) for _ in range(NODES)]  # by node; Power-SGD has one for all
         self.errors = [torch.zeros(self.n) for _ in range(NODES)]
         self.owner_error = torch.zeros(self.n)
         self.eight = Golden(self.n, self.shard, NODES, torch.int8)
@@ -68,15 +72,18 @@ class OneLevel:
             )
             return sent.float()
         if self.kind == "power":
-            return self.power_step(means)
+            return self.power_step(means, self.errors, self.qs[0])
+        if self.kind == "local":
+            each = zip(means, self.errors, self.qs, strict=True)
+            return torch.stack([self.power_step([mean], [error], q) for mean, error, q in each]).mean(0)
         return (self.three if self.kind == "int3" else self.eight).step(means)
 
-    def power_step(self, means):
+    def power_step(self, means, errors, q):
         result = torch.stack(means).mean(0)
         for m in self.matrices:
             cut, shape = slice(m.start, m.stop), (m.rows, m.columns)
-            ours, errors = ([each[cut].view(shape) for each in one] for one in (means, self.errors))
-            update, self.q[m.name] = reference.power_step(ours, errors, self.q[m.name])
+            ours, owed = ([each[cut].view(shape) for each in one] for one in (means, errors))
+            update, q[m.name] = reference.power_step(ours, owed, q[m.name])
             result[cut] = update.flatten()
         return result
 
@@ -89,7 +96,7 @@ def as_said(rank, world, kind, shapes):
         (group,) = compressor.groups.values()
         places, mine = compressor.levels.places, group.inner.names
         assert sorted(places.values()) == sorted([0, 1] * (len(shapes) // 2)) and len(mine) == len(shapes) // 2
-        if kind != "power":
+        if kind not in ("power", "local"):
             assert set(compressor.feedback.errors) == set(mine), "error feedback exists once in a node"
         golden = golden or OneLevel(kind, compressor, group.inner)
         everyone = [gradients(r, step, shapes) for r in range(world)]
@@ -99,9 +106,9 @@ def as_said(rank, world, kind, shapes):
             means.append(torch.cat([((one[name] + two[name]) / 2).flatten() for name in mine]))
         want = golden.step(means)
         result = torch.cat([have[name].flatten() for name in mine])
-        if kind == "power" and place().type == "cuda":  # which multiplies and orthogonalises in other orders
+        if kind in ("power", "local") and place().type == "cuda":  # which multiplies and orthogonalises in other orders
             torch.testing.assert_close(result, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
-        elif kind in ("sign", "power"):
+        elif kind in ("sign", "power", "local"):
             torch.testing.assert_close(result, want)
         else:
             assert torch.equal(result, want), step
@@ -113,20 +120,22 @@ def as_said(rank, world, kind, shapes):
 def test_against_the_golden_model(pool4, kind):
     pool4.run(as_said, kind, SHAPES)
     pool4.run(as_said, kind, RUNS)
+    pool4.run(as_said, kind, MATRICES)
 
 
 def told_inside(rank, world):
     """Where results can be made of what was sent between nodes, that is what the ranks of a node tell each other."""
-    numel = sum(torch.Size(shape).numel() for shape in SHAPES.values())
     sent = {}
-    for kind in ("topk", "sign", "acp"):
+    for kind in ("topk", "sign", "acp", "local"):
         compressor = compressing.KINDS[kind]()
-        model = attach(compressor)
+        model = attach(compressor, MATRICES)
         for step in range(2):
-            backward(model, gradients(rank, step, SHAPES))
+            backward(model, gradients(rank, step, MATRICES))
         sent[kind] = compressor.stats()["bytes_sent"]
+    numel = sum(torch.Size(shape).numel() for shape in MATRICES.values())
     mean_in_node = 4 * numel // 2  # each rank sends half of its gradient to the other
-    assert mean_in_node < sent["topk"] < 1.3 * mean_in_node and mean_in_node < sent["sign"] < 1.3 * mean_in_node, sent
+    for kind in ("topk", "sign", "local"):
+        assert mean_in_node < sent[kind] < 1.3 * mean_in_node, sent
     assert sent["acp"] > 2 * mean_in_node, sent
 
 
@@ -174,7 +183,7 @@ def conserved(rank, world, kind):
         assert (value.flatten() - left[name]).abs().max() < 2e-4, name
 
 
-@pytest.mark.parametrize("kind", ["topk", "sign", "int8", "acp", "power", "power8", "threshold", "parts"])
+@pytest.mark.parametrize("kind", ["topk", "sign", "int8", "acp", "power", "power8", "local", "threshold", "parts"])
 def test_nothing_is_lost(pool4, kind):
     pool4.run(conserved, kind)
 
@@ -202,17 +211,17 @@ def scheduled(rank, world, kind):
     assert first + second == whole
 
 
-@pytest.mark.parametrize("kind", ["topk", "sign", "power"])
+@pytest.mark.parametrize("kind", ["topk", "sign", "power", "local"])
 def test_a_resumed_run_is_the_run_that_would_have_been(pool4, kind):
     pool4.run(scheduled, kind)
 
 
-def not_finite(rank, world, kind):
+def not_finite(rank, world, kind, shapes):
     """Each rank raises, also where the gradient that is not finite is of another node and place."""
     compressor = compressing.KINDS[kind]()
-    model = attach(compressor)
+    model = attach(compressor, shapes)
     for step in range(3):
-        grads = gradients(rank, step, SHAPES)
+        grads = gradients(rank, step, shapes)
         if step == 1 and rank == 3:
             grads["matrix"][0, 0] = torch.inf
         if step != 1:
@@ -223,9 +232,10 @@ def not_finite(rank, world, kind):
     assert all(error.isfinite().all() for error in compressor.feedback.errors.values())
 
 
-@pytest.mark.parametrize("kind", ["topk", "acp", "power"])
+@pytest.mark.parametrize("kind", ["topk", "acp", "power", "local"])
 def test_a_gradient_that_is_not_finite_is_seen_by_all(pool4, kind):
-    pool4.run(not_finite, kind)
+    pool4.run(not_finite, kind, SHAPES)
+    pool4.run(not_finite, kind, MATRICES)
 
 
 def agreed(rank, world, algorithm):

@@ -28,6 +28,7 @@ PATIENCE = 60.0  # and in one that is not, which must end whatever else the mach
 COMPRESSORS: dict[str, Callable[[], compress.Compressor]] = {
     "acp": lambda: compress.ACPSGD(rank=2),
     "power": lambda: compress.PowerSGD(rank=2),
+    "local": lambda: compress.LocalPowerSGD(rank=2),
     "topk": lambda: compress.TopK(density=0.05),
     "sign": lambda: compress.SignSGD(),
     "bf16": lambda: compress.Dense(),

@@ -6,7 +6,7 @@ import dataclasses
 import random
 
 UPDATES = ("sharded", "owned", "replicated")
-COMPRESSORS = ("acp", "power", "topk", "sign", "bf16", "int8")
+COMPRESSORS = ("acp", "power", "local", "topk", "sign", "bf16", "int8")
 TWO_LEVELS = "two levels"  # sharded, in nodes of two ranks each where the world is four
 MODES = (*UPDATES, TWO_LEVELS, *COMPRESSORS, *(f"{kind} hook" for kind in COMPRESSORS))
 EVENTS = ("kill", "kill", "kill", "stop", "cut", "pause")

@@ -18,7 +18,7 @@ LowRankCodec::LowRankCodec(at::Device device, int64_t rank, int64_t world, std::
       wire_(wire) {
   for (const MatrixBatch& batch : batches_) {
     const int64_t count = batch.p.size(0), rows = batch.p.size(1), columns = batch.q.size(1);
-    corrected_.push_back(batch.error ? *batch.error : at::empty({count, rows, columns}, batch.p.options()));
+    corrected_.push_back(batch.error.value_or(at::Tensor()));
     own_p_.push_back(at::zeros_like(batch.p));
     own_q_.push_back(at::zeros_like(batch.q));
     const int64_t numel = std::max(orthogonalize_workspace_numel(count, rows, batch.p.size(2)),
@@ -73,6 +73,16 @@ void LowRankCodec::orthogonalize(size_t batch, const at::Tensor& factors) const 
   ops::orthogonalize(factors, workspace_[batch].narrow(0, 0, numel));
 }
 
+// Of a codec that only reads, the buffer is never made.
+void LowRankCodec::clear(size_t batch) {
+  const MatrixBatch& own = batches_[batch];
+  at::Tensor& buffer = corrected_[batch];
+  if (!buffer.defined()) {
+    buffer = at::empty({own.p.size(0), own.p.size(1), own.q.size(1)}, own.p.options());
+  }
+  buffer.zero_();
+}
+
 void LowRankCodec::project(size_t batch, const at::Tensor& fixed, const at::Tensor& factor, bool transposed,
                            bool corrects) {
   const MatrixBatch& own = batches_[batch];
@@ -80,7 +90,7 @@ void LowRankCodec::project(size_t batch, const at::Tensor& fixed, const at::Tens
   if (corrects) {
     gradient = gradient_;
     starts = own.starts;
-    if (!own.error) corrected_[batch].zero_();
+    if (!own.error) clear(batch);
     if (pending_ != Pending::kNone) {
       pending_p = pending_ == Pending::kOwnP ? own_p_[batch] : own.p;
       pending_q = pending_ == Pending::kOwnP ? own.q : own_q_[batch];
@@ -105,14 +115,22 @@ void LowRankCodec::settle() {
   pending_ = Pending::kNone;
 }
 
+void LowRankCodec::gather_dense(const at::Tensor& dense) {
+  ops::gather_segments(gradient_, segments_, dense, dropped_);
+}
+
+void LowRankCodec::scatter_dense(const at::Tensor& dense) {
+  ops::scatter_segments(dense, segments_, result_);
+}
+
 void LowRankCodec::put_dense(const FactorMessage& message) {
-  ops::gather_segments(gradient_, segments_, message.dense, dropped_);
+  gather_dense(message.dense);
   message.flag.copy_(dropped_);
 }
 
 void LowRankCodec::write_result(const FactorMessage& message) {
   for (const MatrixBatch& batch : batches_) ops::low_rank_decode(batch.p, batch.q, result_, batch.starts);
-  ops::scatter_segments(message.dense, segments_, result_);
+  scatter_dense(message.dense);
 }
 
 AcpCodec::AcpCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,

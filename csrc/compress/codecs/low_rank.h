@@ -7,8 +7,8 @@
 
 namespace dear::compress {
 
-// All matrices of one shape in a group: B of [n, m], and their factors of rank r. The factors are the same on
-// all ranks, and are kept from step to step.
+// All matrices of one shape in a group: B of [n, m], and their factors of rank r, which are kept from step to
+// step. The factors are the same on all ranks, but those of LocalCodec.
 struct MatrixBatch {
   at::Tensor starts;                // int64 [B]: where each one begins in the gradient
   std::optional<at::Tensor> error;  // [B, n, m] float32, where there is feedback
@@ -51,6 +51,10 @@ class LowRankCodec : public Codec {
   // any more: they are taken out of it in the next step. To be called when all batches are projected; where
   // factors are rounded, with this rank's shares of the mean, once these are known (Note [Rounded factors]).
   void leave_pending(const std::vector<at::Tensor>& own, bool transposed);
+  // This rank's dense members, one after another: float32 [elements].
+  void gather_dense(const at::Tensor& dense);
+  // The dense members' part of the result.
+  void scatter_dense(const at::Tensor& dense);
   void put_dense(const FactorMessage& message);
   // The result: P Q^T of every batch, and the dense members of `message`.
   void write_result(const FactorMessage& message);
@@ -58,12 +62,15 @@ class LowRankCodec : public Codec {
   std::vector<MatrixBatch> batches_;
 
  private:
+  // Zeros in place of the error feedback that there is not.
+  void clear(size_t batch);
+
   const int64_t rank_;
   const int64_t world_;
   at::Tensor segments_;
   const int64_t dense_numel_;
   const std::optional<at::ScalarType> wire_;
-  std::vector<at::Tensor> corrected_;  // C, or a buffer in its place, by batch
+  std::vector<at::Tensor> corrected_;  // C, by batch: the error feedback, or where there is none a buffer
   enum class Pending { kNone, kOwnP, kOwnQ };
   Pending pending_ = Pending::kNone;  // which of the pending factors is this rank's own, in the next
   std::vector<at::Tensor> own_p_;
