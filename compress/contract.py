@@ -48,7 +48,7 @@ class Contract(ReadOnce):
         process_group: dist.ProcessGroup | None = None,
         **unknown: Any,
     ) -> None:
-        kind = type(self)
+        kind: Any = type(self)
         if unknown:
             raise TypeError(
                 f"{kind.__name__} has no option {next(iter(unknown))}: it takes {', '.join(options_of(kind))}."

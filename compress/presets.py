@@ -34,7 +34,7 @@ def _fast(**more: Any) -> Compressor:
     return PowerSGD(**options)
 
 
-PRESETS: dict[str, tuple[type[Compressor], Callable[..., Compressor]]] = {
+PRESETS: dict[str, tuple[Any, Callable[..., Compressor]]] = {
     "exact": (Dense, lambda **more: Dense(torch.bfloat16, **{"error_feedback": True, **more})),
     "safe": (Dense, _safe),
     "fast": (PowerSGD, _fast),
