@@ -121,7 +121,10 @@ def check_loaded(compressor: Contract, state: State | Sequence[State], rank: int
     for one in states:
         check_form(one)
         if one["compressor"] != kind:
-            raise ValueError(f"This is the state of {one['compressor']}, not of {kind}: load it into the same kind.")
+            raise ValueError(
+                f"This is the state of {one['compressor']}, not of {kind}: load it into the same kind, or leave "
+                '"compressor" out of an engine\'s state to start anew.'
+            )
         if one["options"] != options:
             raise ValueError(f"This state was saved with the options {one['options']}, not {options}: use the same.")
     old = states[0]["world_size"]

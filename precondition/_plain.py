@@ -96,8 +96,8 @@ class Reminder:
         self._handle.remove()
 
     def _count(self, model: DDP, inputs: Any) -> None:
-        # Each such pass has a backward pass, whose gradients DDP waits for. The optimizer's steps are not counted: under
-        # dear.attach() a hook of theirs would make the whole update one.
+        # Each such pass has a backward pass, whose gradients DDP waits for. The optimizer's steps are not counted:
+        # under dear.attach() a hook of theirs would make the whole update one.
         if not (model.training and torch.is_grad_enabled() and model.require_backward_grad_sync):
             return
         if self._passes == PATIENCE:
@@ -131,8 +131,7 @@ def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditio
 
     def look() -> dict[str, Any]:
         for one in optimizers:
-            if not isinstance(one, Optimizer):
-                raise TypeError(f"{caller} needs a torch.optim.Optimizer, not {type(one).__name__}.")
+            _ddp.check_optimizer(one, caller)
         preconditioning.check_kind(preconditioner, caller)
         preconditioning.check_free(model)
         return preconditioner.check_new(model, optimizers, caller)
