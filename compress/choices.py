@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -40,6 +41,25 @@ def vectors(name: str, param: Tensor) -> bool:
     return param.dim() < 2
 
 
+def check_called(function: Callable[..., Any], option: str) -> None:
+    """Refuses a callable that cannot be called with a name and a parameter.
+
+    Raises:
+        TypeError: one sentence names the option.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of some that are written in C nobody knows it
+        return
+    try:
+        signature.bind("", None)
+    except TypeError:
+        raise TypeError(
+            f"{option} is called with the name of a parameter and the parameter, and {function!r} does not take two "
+            "arguments: write it as lambda name, param: ..."
+        ) from None
+
+
 class Selected:
     """Parameters selected by name: what ``exempt=`` takes."""
 
@@ -47,6 +67,7 @@ class Selected:
         self._predicate: Predicate | None = None
         self.patterns: tuple[str, ...] = ()
         if callable(given):
+            check_called(given, option)
             self._predicate = given
             return
         patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
@@ -72,10 +93,12 @@ class Assigned:
         if not (given is None or callable(given) or isinstance(given, Mapping)):
             raise ValueError(f"{option} must map names of parameters to values, or be a callable, not {given!r}.")
         self._function = given if callable(given) else None
+        if self._function is not None:
+            check_called(self._function, option)
         self._check = check
         self.by_pattern: dict[str, Any] = {}
         if isinstance(given, Mapping):
-            self.by_pattern = {plain(str(pattern)): check(value) for pattern, value in given.items()}
+            self.by_pattern = {plain(str(name)): self._checked(str(name), value) for name, value in given.items()}
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -84,5 +107,11 @@ class Assigned:
     def __call__(self, name: str, param: Tensor) -> Any:
         if self._function is not None:
             value = self._function(name, param)
-            return None if value is None else self._check(value)
+            return None if value is None else self._checked(name, value)
         return next((value for pattern, value in self.by_pattern.items() if matches(pattern, name)), None)
+
+    def _checked(self, name: str, value: Any) -> Any:
+        try:
+            return self._check(value)
+        except ValueError as error:
+            raise ValueError(f"For {name!r}, {error}") from None

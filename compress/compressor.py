@@ -81,6 +81,11 @@ class Compressor(Contract):
             ValueError: it is not a state of such a compressor, or not enough of it; nothing has been changed. That
                 it is another model's shows at the next step, on every rank.
         """
+        if isinstance(state, dict) and "bucket_order" in state:
+            raise ValueError(
+                "This is an engine's state, of which the compressor's is a part: pass state[\"compressor\"], or use "
+                "engine.load_state_dict()."
+            )
         saved.load(self, state)
 
     def measure(self) -> None:

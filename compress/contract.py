@@ -16,7 +16,7 @@ from compress.choices import Selected, Selection
 from compress.exchange import Steps
 from compress.feedback import Feedback
 from compress.group import Group
-from compress.read_once import ReadOnce
+from compress.read_once import ReadOnce, options_of
 from compress.start import Start
 from compress.stateful import Stateful
 from dear import _C
@@ -47,12 +47,20 @@ class Contract(Stateful, ReadOnce):
         seed: int = 0,
         nonfinite: NonFinite = "raise",
         process_group: dist.ProcessGroup | None = None,
+        **unknown: Any,
     ) -> None:
+        kind: Any = type(self)
+        if unknown:
+            raise TypeError(
+                f"{kind.__name__} has no option {next(iter(unknown))}: it takes {', '.join(options_of(kind))}."
+            )
+        if not isinstance(error_feedback, bool):
+            raise ValueError(f"error_feedback must be True or False, not {error_feedback!r}.")
         if not min_compression_ratio > 0:
             raise ValueError(f"min_compression_ratio must be a positive number, not {min_compression_ratio!r}.")
         if nonfinite not in ("raise", "skip", "propagate"):
             raise ValueError(f'nonfinite must be "raise", "skip" or "propagate", not {nonfinite!r}.')
-        self.error_feedback = bool(error_feedback)
+        self.error_feedback = error_feedback
         self.start_step, self.min_compression_ratio = start_step, float(min_compression_ratio)
         self.start = Start(start_step)
         self.exempt = Selected(exempt, "exempt")

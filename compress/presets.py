@@ -10,6 +10,7 @@ import torch
 from compress.compressor import Compressor
 from compress.dense import Dense
 from compress.power_sgd import PowerSGD
+from compress.read_once import options_of
 
 
 def _safe(**more: Any) -> Compressor:
@@ -33,10 +34,10 @@ def _fast(**more: Any) -> Compressor:
     return PowerSGD(**options)
 
 
-PRESETS: dict[str, Callable[..., Compressor]] = {
-    "exact": lambda **more: Dense(torch.bfloat16, **{"error_feedback": True, **more}),
-    "safe": _safe,
-    "fast": _fast,
+PRESETS: dict[str, tuple[Any, Callable[..., Compressor]]] = {
+    "exact": (Dense, lambda **more: Dense(torch.bfloat16, **{"error_feedback": True, **more})),
+    "safe": (Dense, _safe),
+    "fast": (PowerSGD, _fast),
 }
 
 
@@ -57,8 +58,13 @@ def preset(name: Literal["exact", "safe", "fast"], **options: Any) -> Compressor
 
     Raises:
         ValueError: no preset has that name.
+        TypeError: its compressor has no such option.
     """
     if not isinstance(name, str) or name not in PRESETS:
         names = ", ".join(f'"{one}"' for one in PRESETS)
         raise ValueError(f"preset must be one of {names}, not {name!r}.")
-    return PRESETS[name](**options)
+    kind, make = PRESETS[name]
+    unknown = [option for option in options if option not in options_of(kind)]
+    if unknown:
+        raise TypeError(f'preset("{name}") has no option {unknown[0]}: it takes {", ".join(options_of(kind))}.')
+    return make(**options)

@@ -140,7 +140,10 @@ def check_loaded(compressor: Contract, state: State | Sequence[State], rank: int
     for one in states:
         check_form(one)
         if one["compressor"] != kind:
-            raise ValueError(f"This is the state of {one['compressor']}, not of {kind}: load it into the same kind.")
+            raise ValueError(
+                f"This is the state of {one['compressor']}, not of {kind}: load it into the same kind, or leave "
+                '"compressor" out of an engine\'s state to start anew.'
+            )
         if one["options"] != states[0]["options"]:
             raise ValueError(
                 f"The ranks of this state were saved with other options ({states[0]['options']} and {one['options']}): "

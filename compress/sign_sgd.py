@@ -38,9 +38,9 @@ class SignSGD(Compressor):
     ) -> None:
         if vote not in ("mean", "majority"):
             raise ValueError(f'vote must be "mean" or "majority", not {vote!r}.')
-        if vote == "majority" and error_feedback:
+        if vote == "majority" and error_feedback is True:
             raise ValueError('A majority vote has no size, so it takes no error feedback: use vote="mean" for that.')
-        super().__init__(error_feedback=vote == "mean" and error_feedback is not False, **options)
+        super().__init__(error_feedback=vote == "mean" if error_feedback is None else error_feedback, **options)
         self.vote = vote
 
     def options(self) -> dict[str, Any]:

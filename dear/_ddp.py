@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear import _C
+from dear._compiled import is_wrapper
 from dear._look_again import check_members
 from dear._names import named_modules, named_parameters
 from dear._optimizer import is_initialized
@@ -31,6 +32,11 @@ def check_kind(model: Any, caller: str) -> None:
         TypeError: one sentence that says what it is instead.
         ValueError: its ranks are not those of a group that can be known.
     """
+    if is_wrapper(model) and isinstance(model._orig_mod, DDP):
+        raise TypeError(
+            f"{caller} needs the DistributedDataParallel module itself, which torch.compile has wrapped here: call it "
+            "before torch.compile, or pass the module under it, model._orig_mod."
+        )
     if not isinstance(model, DDP):
         raise TypeError(
             f"{caller} needs a DistributedDataParallel module, not {type(model).__name__}: wrap the model in "
@@ -80,6 +86,19 @@ def check_hookable(model: DDP) -> None:
         )
 
 
+def check_optimizer(optimizer: Any, caller: str) -> None:
+    """Refuses what is no optimizer.
+
+    Raises:
+        TypeError: one sentence says what it is instead.
+    """
+    if isinstance(optimizer, type):
+        name = optimizer.__name__
+        raise TypeError(f"{name} is a class: pass an optimizer made of it, such as {name}(model.parameters(), lr=0.1).")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{caller} needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+
+
 def check(model: DDP, optimizers: Sequence[Any], group: dist.ProcessGroup | None) -> None:
     """Refuses what the schedule cannot work with, before anything is changed.
 
@@ -87,8 +106,7 @@ def check(model: DDP, optimizers: Sequence[Any], group: dist.ProcessGroup | None
         TypeError, ValueError, RuntimeError: one sentence that says what is wrong and what to do.
     """
     for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"dear.attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+        check_optimizer(optimizer, "dear.attach()")
         if not is_initialized(optimizer):
             raise TypeError(
                 f"{type(optimizer).__name__} is a wrapper around an optimizer, which never called Optimizer.__init__()"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from dear._assembly import Timetable
@@ -40,10 +41,20 @@ def check(state: State) -> None:
     """Refuses what is no engine's state, before anything is taken of it.
 
     Raises:
-        KeyError: one sentence.
+        TypeError, KeyError: one sentence.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"An engine's state is a dict, not {type(state).__name__}: pass what engine.state_dict() returned."
+        )
     if "optimizer" not in state and "bucket_order" not in state:
         raise KeyError('An engine\'s state has the key "optimizer": pass what engine.state_dict() returned.')
+
+
+def _owes(state: Any) -> bool:
+    """Whether a compressor's state, of one rank or of all, has error feedback."""
+    states = state.get("ranks", [state]) if isinstance(state, dict) else []
+    return any(isinstance(one, dict) and one.get("errors") for one in states)
 
 
 def load(attached: Attached, schedule: Timetable, state: State, *, compressor: bool) -> None:
@@ -58,6 +69,12 @@ def load(attached: Attached, schedule: Timetable, state: State, *, compressor: b
         warnings.warn(
             "The state has no error feedback of the compressor, so training goes on without what was not sent yet: "
             "save what engine.state_dict() returns.",
+            stacklevel=3,
+        )
+    elif compressor and at_work is None and _owes(state.get("compressor")):
+        warnings.warn(
+            "The state has a compressor's error feedback and the engine has no compressor, so what was not sent yet is "
+            "dropped: attach with the compressor that the state was saved with, to go on with it.",
             stacklevel=3,
         )
     if preconditioner is not None and "preconditioner" in state:

@@ -15,8 +15,9 @@ Param = torch.nn.Parameter
 Grads = dict[Param, torch.Tensor]
 
 WRITTEN_LATE = (
-    "Gradients were written to after the backward pass that reduced them: the last backward pass before "
-    "optimizer.step() must be the one that DDP reduces, which has a forward pass of its own."
+    "Gradients were written to after the backward pass that reduced them, by another backward pass or in place, as "
+    ".grad.zero_() does: the last backward pass before optimizer.step() must be the one that DDP reduces, which has a "
+    'forward pass of its own, and changes like that one need update="replicated".'
 )
 
 
@@ -75,6 +76,18 @@ def look_without_layout(params: Iterable[Param]) -> Found:
         else:
             found.own[param] = param.grad
     return found
+
+
+def check_untouched(scheduler: _C.Scheduler) -> None:
+    """Refuses gradients that were written to since they were reduced.
+
+    Raises:
+        RuntimeError: one sentence says what may have done so.
+    """
+    try:
+        scheduler.check_untouched()
+    except RuntimeError:  # whose sentence does not know of .grad
+        raise RuntimeError(WRITTEN_LATE) from None
 
 
 def unreduced(name: str) -> RuntimeError:

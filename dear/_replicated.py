@@ -98,7 +98,7 @@ class ReplicatedUpdate(Update):
             self._versions = [flat._version for flat in attached.layout.full]
 
     def _check_untouched(self) -> None:
-        self.attached.scheduler.check_untouched()
+        _grads.check_untouched(self.attached.scheduler)
         if self._versions not in (None, [flat._version for flat in self.attached.known_layout.full]):
             raise RuntimeError(_grads.WRITTEN_LATE)
 

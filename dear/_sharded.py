@@ -128,7 +128,7 @@ class ShardedUpdate(Update):
         if found.missing:
             raise _grads.dropped(attached.names[found.missing[0]])
         if attached.scheduler.has_gradients():
-            attached.scheduler.check_untouched()
+            _grads.check_untouched(attached.scheduler)
         pending = attached.pending_groups(optimizer)
         attached.barrier.settle(pending)  # the last step's, if this one follows without a backward pass
         assert self._flat is not None

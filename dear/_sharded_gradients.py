@@ -200,7 +200,7 @@ class ShardedGradients:
         attached, scheduler = self._attached, self._attached.scheduler
         attached.check_reduced()
         if scheduler.has_gradients():
-            scheduler.check_untouched()
+            _grads.check_untouched(scheduler)
         scheduler.synchronize()
         self._forget_earlier()
 

@@ -206,6 +206,7 @@ class _Asked:
             facts = dict(chooser_or_compressor.check_new(self.model, "dear.attach()"))
         if self.preconditioner is not None:
             preconditioning.check_kind(self.preconditioner, "dear.attach()")
+            preconditioning.check_free(self.model)
             facts |= self.preconditioner.check_new(self.model, self.optimizers, "dear.attach()")
         return facts
 

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from dear import _C
 from dear._nodes import Nodes
 
+PRESETS = ("exact", "safe", "fast")  #: of compress.preset(), to name the one that was meant
+
 
 @dataclass(frozen=True)
 class Site:
@@ -100,7 +102,18 @@ def check_kind(thing: Any, caller: str) -> None:
     Raises:
         TypeError: one sentence says what it is instead.
     """
+    if isinstance(thing, str):
+        name = thing if thing in PRESETS else "safe"
+        raise TypeError(
+            f'{caller} needs a compressor, not the string {thing!r}: make one, such as compress.preset("{name}").'
+        )
     if hasattr(thing, "bind_to_schedule"):
+        if hasattr(thing, "teams"):
+            name = getattr(thing, "__name__", type(thing).__name__)
+            raise TypeError(
+                f"{caller} needs a compressor, and {name} is a preconditioner: pass it to dear.attach() as "
+                "preconditioner=, or to precondition.register()."
+            )
         if not isinstance(thing, type):
             return
         name = f"compress.{thing.__name__}" if thing.__module__.startswith("compress.") else thing.__name__

@@ -232,7 +232,7 @@ class Engine:
         size, and where the run was saved in mid-search, the search begins again.
 
         Raises:
-            KeyError: it is not such a dict.
+            TypeError, KeyError: it is not such a dict.
             ValueError: the compressor's state in it is of another kind, or of another model; or it is of another number
                 of optimizers.
         """
@@ -261,7 +261,13 @@ class Engine:
 
         Raises:
             ValueError: a negative number, or ranks were given different ones; on every rank.
+            RuntimeError: the engine is detached.
         """
+        if self._detached:
+            raise RuntimeError(
+                "engine.log_every() counts steps of an engine at work, and this one is detached: call it on the engine "
+                "that dear.attach() returns."
+            )
         self._summary.set_every(self._attached.group, steps)
 
     def start_trace(self) -> None:

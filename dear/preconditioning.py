@@ -16,6 +16,7 @@ from dear import _C
 from dear.collectives import Algorithm
 
 Param = torch.nn.Parameter
+REGISTERED = "_dear_preconditioner"  # the attribute of a module that has one on plain DDP: its class's name
 
 
 @dataclass(frozen=True)
@@ -145,3 +146,17 @@ def check_kind(thing: Any, caller: str) -> None:
             return
         raise TypeError(f"{thing.__name__} is a class; pass an instance, such as precondition.{thing.__name__}().")
     raise TypeError(f"{caller} needs a preconditioner, such as precondition.DPKFAC(), not {type(thing).__name__}.")
+
+
+def check_free(model: DDP) -> None:
+    """Refuses a model for which a preconditioner is registered.
+
+    Raises:
+        ValueError: one sentence names its class.
+    """
+    other = getattr(model, REGISTERED, None)
+    if other is not None:
+        raise ValueError(
+            f"precondition.register() has put a {other} on this model already, which takes one preconditioner: call "
+            "release() on that one first."
+        )

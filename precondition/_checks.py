@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch.nn import Parameter
@@ -17,6 +18,18 @@ class Named(Protocol):
     @property
     def params(self) -> Sequence[Parameter]:
         """They."""
+
+
+def check_known(kind: type, unknown: Mapping[str, Any]) -> None:
+    """Refuses keywords that a class of preconditioners, which its bases' errors would not name, does not take.
+
+    Raises:
+        TypeError: names the first one.
+    """
+    if unknown:
+        parameters = inspect.signature(kind).parameters.values()
+        known = [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        raise TypeError(f"{kind.__name__} has no option {next(iter(unknown))}: it takes {', '.join(known)}.")
 
 
 def check_positive(**values: float) -> None:

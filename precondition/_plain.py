@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch.optim import Optimizer
 
 from dear import _ddp, preconditioning
 from dear._agree import agree
+from dear._compiled import uncompiled
 from dear._optimizer import unwrapped
 from dear.collectives import choose_algorithm, group_timeout, make_lane
 from dear.preconditioning import Binding, Preconditioner, Run, Site
 
 PLAIN = "plain"  # what Site.update says here
+PATIENCE = 20  # backward passes without a step() before somebody is told
 
 
 class Registered:
@@ -40,19 +43,28 @@ class Registered:
     def release(self) -> None:
         """Takes the preconditioner off the model it was registered for; what it has learnt stays in it."""
         if self.plain is not None:
-            self.plain.binding.release()
+            self.plain.release()
             self.plain = None
 
 
 class Plain:
     """A registered preconditioner at work."""
 
-    def __init__(self, params: Sequence[torch.nn.Parameter], binding: Binding) -> None:
-        self._params, self.binding = params, binding
+    def __init__(self, model: DDP, params: Sequence[torch.nn.Parameter], binding: Binding) -> None:
+        self._model, self._params, self.binding = model, params, binding
+        self._reminder = Reminder(model)
+        setattr(model, preconditioning.REGISTERED, type(binding.preconditioner).__name__)
+
+    def release(self) -> None:
+        """See :meth:`Registered.release`."""
+        self._reminder.end()
+        delattr(self._model, preconditioning.REGISTERED)
+        self.binding.release()
 
     @torch.no_grad()
     def step(self) -> None:
         """See :meth:`Registered.step`."""
+        self._reminder.end()
         used = [param for param in self._params if param.grad is not None]
         if not used:
             return
@@ -72,6 +84,33 @@ class Plain:
             given.copy_(grad)
 
 
+class Reminder:
+    """Warns once where many backward passes go by after :func:`register` and nobody calls ``step()``."""
+
+    def __init__(self, model: DDP) -> None:
+        self._passes = 0
+        self._handle = model.register_forward_pre_hook(uncompiled(self._count))
+
+    def end(self) -> None:
+        """Counts no more."""
+        self._handle.remove()
+
+    def _count(self, model: DDP, inputs: Any) -> None:
+        # Each such pass has a backward pass, whose gradients DDP waits for. The optimizer's steps are not counted:
+        # under dear.attach() a hook of theirs would make the whole update one.
+        if not (model.training and torch.is_grad_enabled() and model.require_backward_grad_sync):
+            return
+        if self._passes == PATIENCE:
+            self.end()
+            warnings.warn(
+                f"preconditioner.step() was not called in {PATIENCE} backward passes since precondition.register(), so "
+                "the optimizer uses plain gradients: call it between backward() and optimizer.step(), or "
+                "preconditioner.release().",
+                stacklevel=2,
+            )
+        self._passes += 1
+
+
 def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditioner: Preconditioner) -> None:
     """Puts a preconditioner to work on plain DDP; ``preconditioner.step()`` then changes ``.grad``. Collective.
 
@@ -79,6 +118,8 @@ def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditio
         model: the DDP module.
         optimizer: what updates its parameters, or several: learning rates are read there.
         preconditioner: such as ``precondition.DPKFAC()``; it serves one model.
+
+    Where no ``step()`` comes within 20 backward passes, one warning says so.
 
     Raises:
         TypeError, ValueError, RuntimeError: it cannot serve this model, or ranks disagree; one sentence says why, on
@@ -90,9 +131,9 @@ def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditio
 
     def look() -> dict[str, Any]:
         for one in optimizers:
-            if not isinstance(one, Optimizer):
-                raise TypeError(f"{caller} needs a torch.optim.Optimizer, not {type(one).__name__}.")
+            _ddp.check_optimizer(one, caller)
         preconditioning.check_kind(preconditioner, caller)
+        preconditioning.check_free(model)
         return preconditioner.check_new(model, optimizers, caller)
 
     agree(model.process_group, look, "every rank must call precondition.register() with the same arguments")
@@ -102,4 +143,4 @@ def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditio
     timeout = group_timeout(group, device)
     reduce, gather = (make_lane(group, f"preconditioner {name}", algorithm, timeout) for name in ("reduce", "gather"))
     site = Site(model.module, params, optimizers, group, device, PLAIN, reduce, gather, algorithm)
-    preconditioner.plain = Plain(params, preconditioner.bind_to_schedule(site))  # type: ignore[attr-defined]
+    preconditioner.plain = Plain(model, params, preconditioner.bind_to_schedule(site))  # type: ignore[attr-defined]

@@ -37,7 +37,9 @@ class KroneckerFactored(Registered):
         solver: Literal["cholesky", "eigen"] = "cholesky",
         *,
         grad_scaler: Any = None,
+        **unknown: Any,
     ) -> None:
+        _checks.check_known(type(self), unknown)
         _checks.check_positive(damping=damping, **({} if kl_clip is None else {"kl_clip": kl_clip}))
         _checks.check_decay(factor_decay)
         _checks.check_scaler(grad_scaler)

@@ -90,7 +90,7 @@ def resume(rank: int, world: int, kind: str, named: bool, gather: bool) -> None:
 
 def attach_again(compressor: compress.Compressor, named: bool):
     """The compressor on a fresh DDP module, as after a restart in the same process."""
-    compressor.binding = None
+    vars(compressor)["binding"] = None
     return attach(compressor, named)
 
 

@@ -190,7 +190,8 @@ def misuse(rank: int, world: int) -> None:
         compress.register(compressing.Prescribed(), compress.ACPSGD())
     for named, caller in ((True, r"compress.register\(\)"), (False, "compress.comm_hook")):
         for wrong, match in (
-            ("acp", rf"^{caller} needs a compressor, such as compress.ACPSGD\(\), not str\.$"),
+            ("acp", rf"^{caller} needs a compressor, not the string 'acp': make one, such as compress\.preset\("),
+            (4, rf"^{caller} needs a compressor, such as compress.ACPSGD\(\), not int\.$"),
             (compress.ACPSGD, r"^compress.ACPSGD is a class; pass an instance, such as compress.ACPSGD\(\)\.$"),
             (RandomK, r"^RandomK is a class; pass an instance, such as RandomK\(\)\.$"),
         ):
@@ -226,7 +227,7 @@ def on_one_rank(rank: int, world: int) -> None:
     backward(attach(other), gradients(rank, 0))
     elsewhere.load_state_dict(other.state_dict() | {"layout": [["nowhere"]]})
     for wrong, kind, match in [
-        ("acp", TypeError, r"not str \(on rank 1\)\.$"),
+        (4, TypeError, r"not int \(on rank 1\)\.$"),
         (compress.ACPSGD, TypeError, r"^compress.ACPSGD is a class; .* \(on rank 1\)\.$"),
         (taken, RuntimeError, r"^This compressor serves a model already.* \(on rank 1\)\.$"),
         (elsewhere, ValueError, r"^The state loaded is of another model: it has no .* \(on rank 1\)\.$"),

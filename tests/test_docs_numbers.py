@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.spelling import split_name
-from compress.presets import PRESETS
+from compress.presets import preset as preset_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 CHOOSING = (DOCS / "choosing.md").read_text()
@@ -65,7 +65,7 @@ def test_presets():
     assert len(found) > 4
     for preset, training, to_dense, fewer in found:
         name = {"safe": "int3:scale=element:start=150:first=int8", "fast": "fast:start=150"}[preset]
-        trained, said = split_name(name.split(":"))[0].make(), PRESETS[preset](start_step=150)
+        trained, said = split_name(name.split(":"))[0].make(), preset_of(preset, start_step=150)
         assert (type(trained), trained.options()) == (type(said), said.options())
         assert rows[training][name] == (to_dense, fewer), (preset, training)
     above = [float(to_dense.rstrip("%")) for preset, _, to_dense, _ in found if preset == "fast"]
