@@ -10,6 +10,8 @@ from functools import cache
 from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
+#: Options of which a compressor makes something else at once, or which it checks then.
+_AS_IT_IS_MADE = ("start_step", "exempt", "rank_of", "factor_dtype", "dtype", "scale", "start_dtype")
 
 
 class ReadOnce:
@@ -40,6 +42,11 @@ class ReadOnce:
                 f"{name} of {kind.__name__} is {what}, which cannot be assigned: {_remedy(kind, name)}."
             )
         if name in options_of(kind, _PACKAGE):
+            if name in _AS_IT_IS_MADE and name in self.__dict__ and "start" in self.__dict__:
+                raise AttributeError(
+                    f"{name} is read as a compressor is made, so it cannot be assigned afterwards: make another "
+                    f"compressor with {name}=."
+                )
             if self.__dict__.get("binding") is not None and name not in ("seed", "process_group"):  # as others say
                 raise AttributeError(
                     f"{name} is read as a compressor begins to work, so it cannot be assigned later: make another "

@@ -57,13 +57,21 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
     states = check_loaded(compressor, state, ranks.rank(), ranks.size())
     if compressor.binding is not None:
         compressor.binding.finish_step(raises=False)  # the state may be why it is loaded
-    take_assigned(compressor, states[0])
     mine, feedback = merge_states(states, ranks.rank(), ranks.size())
-    compressor.load_named_state(mine["named"])  # which may refuse it
-    if mine["world_size"] == ranks.size():
-        compressor.load_own_state(mine["own"])  # the same
-    else:
-        compressor.forget_own_state()
+    before, made_with = options_of(compressor), compressor.made_with
+    take_assigned(compressor, states[0]["options"])
+    try:
+        compressor.load_named_state(mine["named"])  # which may refuse it
+        if mine["world_size"] == ranks.size():
+            compressor.load_own_state(mine["own"])  # the same
+        else:
+            compressor.forget_own_state()
+    except ValueError:
+        take_assigned(compressor, before)
+        compressor.made_with = made_with
+        raise
+    made_with = states[0].get("made_with", states[0]["options"])
+    compressor.made_with = None if made_with == states[0]["options"] else made_with
     compressor.feedback = feedback
     compressor.seed = mine["seed"]
     compressor.start.load(mine["start"])
@@ -93,13 +101,12 @@ def options_of(compressor: Contract) -> dict[str, Any]:
     return compressor.options() | {"error_feedback": compressor.error_feedback}
 
 
-def take_assigned(compressor: Contract, state: State) -> None:
-    """What was assigned after the compressor of that state was made, and before it was saved."""
-    mine, made_with = options_of(compressor), state.get("made_with", state["options"])
-    for name, value in state["options"].items():
+def take_assigned(compressor: Contract, options: dict[str, Any]) -> None:
+    """Makes the options these, which differ by what can be assigned."""
+    mine = options_of(compressor)
+    for name, value in options.items():
         if value != mine[name]:
             setattr(compressor, name, value)
-    compressor.made_with = None if made_with == state["options"] else made_with
 
 
 def nodes_of(compressor: Contract) -> list[list[int]] | None:
@@ -231,4 +238,7 @@ def merge_states(states: list[State], rank: int, world: int) -> tuple[State, Fee
         return mine, feedback
     for index in range(rank, old, world):
         feedback.absorb(states[index], old)
+    for state in states:  # what is owed on one rank is compressed on all, so all have an error, if only of zeros
+        for name, error in state["errors"].items():
+            feedback.errors.setdefault(name, torch.zeros_like(error))
     return states[0], feedback

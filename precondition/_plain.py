@@ -97,8 +97,11 @@ class Reminder:
 
     def _count(self, model: DDP, inputs: Any) -> None:
         # Each such pass has a backward pass, whose gradients DDP waits for. The optimizer's steps are not counted:
-        # under dear.attach() a hook of theirs would make the whole update one.
+        # under dear.attach() a hook of theirs would make the whole update one. Where gradients are zeroed in place,
+        # nothing tells a step from accumulation, and nobody is warned.
         if not (model.training and torch.is_grad_enabled() and model.require_backward_grad_sync):
+            return
+        if any(param.grad is not None for param in model.parameters()):  # gradients are added up for one step
             return
         if self._passes == PATIENCE:
             self.end()

@@ -38,7 +38,11 @@ def test_a_name_that_is_no_option_is_refused(name, value, match):
     assert compressor.rank == 4 and compressor.start.native.step == 0
 
 
-@pytest.mark.parametrize("made", [compress.TopK(), compress.Dense(), compress.SignSGD(), compress.ACPSGD()], ids=str)
+@pytest.mark.parametrize(
+    "made",
+    [compress.TopK(), compress.Dense(), compress.SignSGD(), compress.ACPSGD(), compress.LocalPowerSGD()],
+    ids=lambda made: type(made).__name__,
+)
 def test_every_class_of_the_library_refuses_unknown_names(made):
     with refused(AttributeError, f"{type(made).__name__} has no option colour"):
         made.colour = "red"
@@ -86,6 +90,26 @@ def users_own(rank, world):
         with refused(AttributeError, f"{name} of Careful is .*cannot be assigned"):
             setattr(compressor, name, value)
     backward(model, gradients(rank, 2))
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "value"),
+    [
+        (compress.PowerSGD(), "start_step", 500),
+        (compress.PowerSGD(), "exempt", ["head"]),
+        (compress.ACPSGD(), "rank_of", {"head": 2}),
+        (compress.LocalPowerSGD(), "factor_dtype", torch.float16),
+        (compress.Dense(), "dtype", torch.int4),
+        (compress.Dense(torch.int3), "scale", "element"),
+        (compress.Dense(torch.int3), "start_dtype", torch.int8),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_read_as_a_compressor_is_made_cannot_be_assigned_afterwards(made, name, value):
+    before = getattr(made, name)
+    with refused(AttributeError, f"{name} is read as a compressor is made"):
+        setattr(made, name, value)
+    assert getattr(made, name) is before
 
 
 def test_a_users_own_class_keeps_what_it_likes(pool2):

@@ -227,8 +227,8 @@ def read_once(rank, world):
             self.hot = hot
 
     for made, names in (
-        (compress.PowerSGD(), ("factor_dtype", "rank_of", "exempt", "nonfinite", "start_step", "error_feedback")),
-        (compress.Dense(torch.int8), ("dtype", "scale", "start_dtype", "min_compression_ratio")),
+        (compress.PowerSGD(), ("nonfinite", "error_feedback")),
+        (compress.Dense(torch.int8), ("min_compression_ratio",)),
         (compress.SignSGD(), ("vote",)),
         (Own(1.0), ("selection", "slack", "nonfinite")),
     ):

@@ -5,6 +5,7 @@ import torch
 from compressing import KINDS, SHAPES, attach, backward, gradients
 
 import compress
+from compress.saved import merge_states
 
 OPTIONS = {
     "learned and changed": {"rank": [(0, 8), (4, 2)], "start_step": 4},
@@ -101,3 +102,11 @@ def thresholds_elsewhere(rank: int, world: int, saved: list[dict] | None) -> dic
 
 def test_what_is_one_ranks_own_is_lost_at_another_world_size(pool2, pool4):
     pool2.run(thresholds_elsewhere, pool4.run(thresholds_elsewhere, None))
+
+
+def test_ranks_that_are_new_owe_the_same_parameters_as_the_others():
+    """What is owed on one rank goes on being compressed, so a rank that owed nothing would send something else."""
+    states = [{"world_size": 2, "errors": {"weight": torch.ones(3)}, "owned": {}} for _ in range(2)]
+    for rank in range(4):
+        _, feedback = merge_states(states, rank, 4)
+        assert feedback.errors.keys() == {"weight"} and feedback.errors["weight"].sum() == (3 if rank < 2 else 0)
