@@ -13,6 +13,9 @@ _PACKAGE = __name__.partition(".")[0]
 #: Options of which a compressor makes something else at once, or which it checks then.
 _AS_IT_IS_MADE = ("start_step", "exempt", "rank_of", "factor_dtype", "dtype", "scale", "start_dtype")
 
+#: For whoever drives a compressor without a binding, and so counts its steps.
+_FOR_DRIVERS = ("initial_step",)
+
 
 class ReadOnce:
     """Refuses assignments from outside this package: of options that count as a compressor begins to work, of names
@@ -22,7 +25,7 @@ class ReadOnce:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if _by_package():
-            if not name.startswith("_"):
+            if not name.startswith("_") and name not in _FOR_DRIVERS:
                 self.__dict__.setdefault("_internals", set()).add(name)
         elif not name.startswith("_"):
             self._check_assigned(name, value)

@@ -216,7 +216,12 @@ class Auto:
                 yield from trials.attempt(one.way, one.mib)
         if steering.tunes_cap:
             yield from self._refine(trials, profile, MOST - (steering.steps - start))
-        compared = yield from trials.finale(trials.finalists(), MOST - (steering.steps - start))
+        finalists = trials.finalists()
+        if not finalists:
+            self._go(*begun)
+            self._warn(steering, "Nothing is chosen, and training goes on as it did, since no step could be timed.")
+            return
+        compared = yield from trials.finale(finalists, MOST - (steering.steps - start))
         best = fastest(compared)
         self._go(best.way, best.mib, settles=True)
         steering.settled()
@@ -227,8 +232,8 @@ class Auto:
     def _refine(self, trials: Trials, profile: Profile, left: int) -> Iterator[None]:
         """Other sizes of the best way, in so many steps, the last comparison's among them."""
         search = None
-        if self._foreseen is not None:  # rank 0
-            way = trials.best.way
+        way = trials.best.way
+        if self._foreseen is not None and trials.sizes(way):  # rank 0, where its clock has timed anything
             groups, foreseen = partial(layout, profile, way), partial(self._foreseen, way)
             search = _search()(_mib(self._steers), trials.sizes(way), groups, foreseen)
         yield from trials.refine(search, left)

@@ -143,7 +143,7 @@ def test_a_tuner_beside_auto_is_refused(pool2):
 
 def start(plan=None, **attach):
     model, opt = training.build("Mlp", ADAMW, {})
-    auto = Auto(0.05, plan, instruments=Prescribed(SLOW, lambda setting: 1.0))
+    auto = Auto(0.08, plan, instruments=Prescribed(SLOW, lambda setting: 1.0))
     return model, opt, dear.attach(model, opt, compressor=auto, **attach)
 
 

@@ -55,7 +55,7 @@ def trained_twice(rank, world, given):
     results = []
     for interrupted in (False, True):
         instruments = Prescribed(SLOW, lambda setting: 1.0)
-        session = Session({"compressor": Auto(0.05, POWER if given else None, instruments=instruments)})
+        session = Session({"compressor": Auto(0.08, POWER if given else None, instruments=instruments)})
         model, opt = training.build("Mlp", ADAMW, {})
         if not given:
             session.load({"bucket_order": [], "auto": {"plan": POWER}}, "The checkpoint")
