@@ -302,3 +302,20 @@ def apart(rank, world):
 
 def test_replicas_that_differ_are_refused(pool2):
     pool2.run(apart)
+
+
+def stopped_clock(rank, world):
+    model, opt = training.build("Mlp", ADAMW, {})
+    with Heard() as said:
+        engine = dear.attach(model, opt, compressor=Auto(instruments=Prescribed(SLOW, nothing_differs)))
+        began = engine.update
+        for step in range(auto.MOST + 4):
+            training.plain_step(model, opt, rank, step)
+    assert engine.plan is None and engine.update == began
+    engine.detach()
+    return [sentence for sentence in said if "no step could be timed" in sentence]
+
+
+def test_where_no_step_can_be_timed_training_goes_on_as_it_did(pool2):
+    first, second = pool2.run(stopped_clock)
+    assert first and not second
