@@ -70,8 +70,7 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
         take_assigned(compressor, before)
         compressor.made_with = made_with
         raise
-    made_with = states[0].get("made_with", states[0]["options"])
-    compressor.made_with = None if made_with == states[0]["options"] else made_with
+    compressor.made_with = states[0].get("made_with")
     compressor.feedback = feedback
     compressor.seed = mine["seed"]
     compressor.start.load(mine["start"])

@@ -81,7 +81,7 @@ void bind_scheduler(py::module_& m) {
       .def("any_dropped", &Scheduler::any_dropped, NoGil())
       .def("passes", &Scheduler::passes)
       .def("has_gradients", &Scheduler::has_gradients)
-      .def("check_untouched", &Scheduler::check_untouched)
+      .def("untouched", py::overload_cast<>(&Scheduler::untouched, py::const_))
       .def("gradients_used", &Scheduler::gradients_used)
       .def("reduced", &Scheduler::reduced)
       .def("wait_reduced", &Scheduler::wait_reduced, NoGil())

@@ -84,10 +84,8 @@ def check_untouched(scheduler: _C.Scheduler) -> None:
     Raises:
         RuntimeError: one sentence says what may have done so.
     """
-    try:
-        scheduler.check_untouched()
-    except RuntimeError:  # whose sentence does not know of .grad
-        raise RuntimeError(WRITTEN_LATE) from None
+    if not scheduler.untouched():
+        raise RuntimeError(WRITTEN_LATE)
 
 
 def unreduced(name: str) -> RuntimeError:

@@ -233,9 +233,10 @@ class Auto:
         """Other sizes of the best way, in so many steps, the last comparison's among them."""
         search = None
         way = trials.best.way
-        if self._foreseen is not None and trials.sizes(way):  # rank 0, where its clock has timed anything
+        tried = trials.sizes(way)  # empty where no step could be timed
+        if self._foreseen is not None and tried:  # rank 0
             groups, foreseen = partial(layout, profile, way), partial(self._foreseen, way)
-            search = _search()(_mib(self._steers), trials.sizes(way), groups, foreseen)
+            search = _search()(_mib(self._steers), tried, groups, foreseen)
         yield from trials.refine(search, left)
 
     def _profiled(self) -> Generator[None, None, tuple[list[Profile], str]]:

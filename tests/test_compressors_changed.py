@@ -226,11 +226,11 @@ def read_once(rank, world):
             super().__init__(**options)
             self.hot = hot
 
-    for made, names in (
-        (compress.PowerSGD(), ("nonfinite", "error_feedback")),
-        (compress.Dense(torch.int8), ("min_compression_ratio",)),
-        (compress.SignSGD(), ("vote",)),
-        (Own(1.0), ("selection", "slack", "nonfinite")),
+    for made, names, never in (
+        (compress.PowerSGD(), ("nonfinite", "error_feedback"), ("factor_dtype", "rank_of", "exempt", "start_step")),
+        (compress.Dense(torch.int8), ("min_compression_ratio",), ("dtype", "scale", "start_dtype")),
+        (compress.SignSGD(), ("vote",), ()),
+        (Own(1.0), ("selection", "slack", "nonfinite"), ()),
     ):
         for name in names:
             setattr(made, name, getattr(made, name))  # before it is in use
@@ -238,6 +238,9 @@ def read_once(rank, world):
         backward(model, gradients(rank, 0))
         for name in names:
             with pytest.raises(AttributeError, match=f"{name} is read as a compressor begins to work"):
+                setattr(made, name, getattr(made, name))
+        for name in never:
+            with pytest.raises(AttributeError, match=f"{name} is read as a compressor is made"):
                 setattr(made, name, getattr(made, name))
         if isinstance(made, Own):
             made.hot = 2.0

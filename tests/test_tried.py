@@ -132,7 +132,7 @@ def test_a_basis_older_than_the_step_misses_what_the_step_brings(kind, rank, lea
     method = made(kind, rank)
     for _ in range(10):
         method.learn(lasting)
-    new = [matrix_of_rank(1, seed) for seed in range(40)]
+    new = [3 * lasting.norm() * one / one.norm() for one in (matrix_of_rank(1, seed) for seed in range(40))]
     results, _ = alone(method, [lasting + one for one in new])
     shares = [float((result * one).sum() / one.norm() ** 2) for result, one in zip(results, new, strict=True)]
     assert least < sum(shares) / len(shares) < most

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/autograd/engine.h>
 
+#include <algorithm>
 #include <unordered_map>
 
 #include "collectives/native.h"
@@ -329,13 +330,8 @@ bool Scheduler::untouched(const Group& group) const {
   return true;
 }
 
-void Scheduler::check_untouched() const {
-  for (const Group& group : groups_) {
-    TORCH_CHECK(
-        untouched(group),
-        "Gradients were written to after the backward pass that reduced them: the last backward pass before "
-        "optimizer.step() must be the one that DDP reduces, which has a forward pass of its own.");
-  }
+bool Scheduler::untouched() const {
+  return std::all_of(groups_.begin(), groups_.end(), [this](const Group& group) { return untouched(group); });
 }
 
 void Scheduler::wait_gathered(size_t index, size_t portion) {

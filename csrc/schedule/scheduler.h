@@ -106,7 +106,7 @@ class Scheduler {
   // The last one has delivered gradients that no step has used.
   bool has_gradients() const { return has_gradients_; }
   // Throws if gradients were written to after the backward pass that sent them.
-  void check_untouched() const;
+  bool untouched() const;
   void gradients_used() { has_gradients_ = false; }
   bool reduced(size_t group) { return groups_.at(group).reduce->done(); }
   void wait_reduced(size_t group);
