@@ -22,7 +22,7 @@ def elements(model):
 
 
 def auto(plan=None):
-    return Auto(0.05, plan, instruments=Prescribed(SLOW, lambda setting: 1.0))
+    return Auto(0.08, plan, instruments=Prescribed(SLOW, lambda setting: 1.0))
 
 
 def plan_for(name, model):

@@ -16,12 +16,12 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import cuda, records
-from ..command import Parser, fail, number, terminal
+from ..command import Parser, fail, listed, number, one_of, terminal
 from ..store import Store, ended_by_a_sentence
 from . import mps
 from .measure import Call
 from .show import show
-from .tasks import tasks
+from .tasks import Task, tasks
 
 
 def arguments() -> argparse.Namespace:
@@ -29,6 +29,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=partial(number, above=0), default=9.0, help="of this call (default: 9)")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="where results go (default: out/gpu)")
     parser.add_argument("--resume", action="store_true", help="go on where an earlier call stopped")
+    names = [task.name for task in tasks(dry_run=False)]
+    parser.add_argument(
+        "--only", type=listed(one_of(names)), help="these tasks in this order, behind the build: kernels,tests-nccl"
+    )
     parser.add_argument("--dry-run", action="store_true", help="rehearse without a GPU, with tiny sizes")
     return parser.parse_args()
 
@@ -57,7 +61,16 @@ def run(given: argparse.Namespace, console: Console) -> dict[str, str]:
     path = given.out / "gpu.json"
     header = records.header("gpu", {"dry_run": given.dry_run}, "cpu" if given.dry_run else "cuda")
     store = Store.open(header, path, given.resume)
-    return Call(tasks(given.dry_run), given.minutes, given.out, store, given.resume and path.exists(), console).run()
+    return Call(chosen(given), given.minutes, given.out, store, given.resume and path.exists(), console).run()
+
+
+def chosen(given: argparse.Namespace) -> list[Task]:
+    """The tasks of this call: all, or what nothing else can run without and those that were asked for."""
+    every = {task.name: task for task in tasks(given.dry_run)}
+    if given.only is None:
+        return list(every.values())
+    first = [task for task in every.values() if task.every_call]
+    return first + [every[name] for name in given.only if name in every and every[name] not in first]
 
 
 if __name__ == "__main__":
