@@ -97,8 +97,8 @@ class Capture:
             with torch.no_grad():
                 reduced = self._reduce(layer, x)
             return lambda: reduced
-        node: Any = _Keep.apply(self._anchor, x).grad_fn
-        return lambda: node.saved_tensors[0].detach()
+        kept: Any = _Keep.apply(self._anchor, x)  # the node lets go of what it has saved when its output is gone
+        return lambda: kept.grad_fn.saved_tensors[0].detach()
 
 
 def _in_front_of_changes(output: Tensor) -> Tensor:
