@@ -29,9 +29,12 @@ __device__ __forceinline__ bool is_finite(float value) {
   return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
 }
 
+// The bits by which magnitudes are ordered.
+__device__ __forceinline__ uint32_t magnitude_bits(float value) { return __float_as_uint(value) & ~kSignBit; }
+
 // |value| <= limit, false for NaN.
 __device__ __forceinline__ bool within(float value, float limit) {
-  return (__float_as_uint(value) & ~kSignBit) <= __float_as_uint(limit);
+  return magnitude_bits(value) <= __float_as_uint(limit);
 }
 
 __device__ __forceinline__ float to_float(float value) { return value; }
@@ -122,22 +125,22 @@ __device__ __forceinline__ T block_sum(T value) {
 
 // The sum of the values of all threads before this one; *total becomes the sum of all. All threads must call
 // it.
-template <int kBlockThreads>
-__device__ __forceinline__ int block_exclusive_scan(int value, int* total) {
-  __shared__ int partial[kBlockThreads / 32];
+template <int kBlockThreads, typename T>
+__device__ __forceinline__ T block_exclusive_scan(T value, T* total) {
+  __shared__ T partial[kBlockThreads / 32];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  int inclusive = value;
+  T inclusive = value;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, inclusive, distance);
+    const T other = __shfl_up_sync(kAllLanes, inclusive, distance);
     if (lane >= distance) inclusive += other;
   }
   __syncthreads();  // the previous call's readers are done
   if (lane == 31) partial[warp] = inclusive;
   __syncthreads();
-  int before = 0;
-  int sum = 0;
+  T before = 0;
+  T sum = 0;
 #pragma unroll
   for (int other = 0; other < kBlockThreads / 32; ++other) {
     if (other == warp) before = sum;

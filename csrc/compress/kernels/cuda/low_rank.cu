@@ -16,8 +16,9 @@ constexpr int kTileRank = 8;
 
 // Up to this rank a thread has its rows of Q in registers.
 constexpr int kThinRank = 8;
-constexpr int kDecodeRows = 8;                            // of a warp
-constexpr int kDecodeTile = kThreads / 32 * kDecodeRows;  // of a thread block
+constexpr int kWarps = kThreads / 32;
+constexpr int kDecodeRows = 16;  // of a warp
+constexpr int kMostAcross = 4;   // warps side by side
 
 // See Note [Overflow in low-rank factors].
 __global__ __launch_bounds__(kThreads) void limit_kernel(float* factor, int64_t n, int32_t* dropped) {
@@ -141,27 +142,30 @@ __global__ __launch_bounds__(kThreads) void subtract_kernel(BatchShape batch, co
   if (lost != 0 && dropped != nullptr) atomicAdd(dropped, lost);
 }
 
-// Of few columns: a thread keeps its four rows of Q in registers, and a warp goes down kDecodeRows rows of P,
-// which are the same for all of its lanes.
+// How a thread block lies on a matrix whose factors have few columns: `across` warps side by side, each on
+// kTileColumns columns and on kDecodeRows rows, which are kWarps / across apart.
+struct Cover {
+  int across;
+
+  __host__ __device__ int width() const { return across * kTileColumns; }
+  __host__ __device__ int height() const { return kWarps / across * kDecodeRows; }
+};
+
+// A warp's rows of P Q^T, from its rows of P and each thread's four rows of Q.
 template <bool kFast, int kRank, typename T>
-__device__ __forceinline__ void decode_rows(const BatchShape& batch, const float* p, const float* q,
-                                            T* matrix, int first, int column) {
+__device__ __forceinline__ void decode_rows(const BatchShape& batch, const float (*left)[kRank],
+                                            const float (&right)[kRank][4], T* matrix, int first, int column,
+                                            int apart) {
   const int columns = static_cast<int>(batch.columns);
   const int rows = static_cast<int>(batch.rows);
-  const bool whole = batch.rank == kRank && vector_aligned(p) && vector_aligned(q);
-  float own[4][kRank];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) factor_row<kRank>(q, columns, batch.rank, column + j, whole, own[j]);
 #pragma unroll 4
   for (int i = 0; i < kDecodeRows; ++i) {
-    const int row = first + i * (kThreads / 32);
-    float left[kRank];
-    factor_row<kRank>(p, rows, batch.rank, row, whole, left);
+    const int row = first + i * apart;
     float sums[4] = {};
 #pragma unroll
     for (int k = 0; k < kRank; ++k) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] += left[k] * own[j][k];
+      for (int j = 0; j < 4; ++j) sums[j] += left[i * apart][k] * right[k][j];
     }
     T* to = matrix + row * batch.columns;
 #pragma unroll
@@ -170,23 +174,46 @@ __device__ __forceinline__ void decode_rows(const BatchShape& batch, const float
   }
 }
 
+// All of both factors that a thread block needs is there before it writes, and then nothing holds it up.
 template <typename T, int kRank>
-__global__ __launch_bounds__(kThreads) void thin_decode_kernel(BatchShape batch, const float* p,
+__global__ __launch_bounds__(kThreads) void thin_decode_kernel(BatchShape batch, Cover cover, const float* p,
                                                                const float* q, const int64_t* starts, T* out,
                                                                int64_t numel) {
-  const int64_t across = ceil_div(batch.columns, kTileColumns);
-  const int64_t tiles = across * ceil_div(batch.rows, kDecodeTile);
+  __shared__ alignas(16) float left[kWarps * kDecodeRows][kRank];
+  __shared__ alignas(16) float right[kRank][kMostAcross * kTileColumns];
+  const int64_t across = ceil_div(batch.columns, int64_t{cover.width()});
+  const int64_t tiles = across * ceil_div(batch.rows, int64_t{cover.height()});
   const int64_t matrix = blockIdx.x / tiles;
   const int tile = static_cast<int>(blockIdx.x % tiles);
-  const int row = static_cast<int>(tile / across) * kDecodeTile + threadIdx.x / 32;
-  const int column = static_cast<int>(tile % across) * kTileColumns + threadIdx.x % 32 * 4;
-  T* own = out + start_of(starts, matrix, batch.numel(), numel);
+  const int top = static_cast<int>(tile / across) * cover.height();
+  const int begin = static_cast<int>(tile % across) * cover.width();
   p += matrix * batch.rows * batch.rank;
   q += matrix * batch.columns * batch.rank;
+  const bool whole = batch.rank == kRank && vector_aligned(p) && vector_aligned(q);
+  float values[kRank];
+  for (int i = threadIdx.x; i < cover.width(); i += kThreads) {
+    factor_row<kRank>(q, batch.columns, batch.rank, begin + i, whole, values);
+#pragma unroll
+    for (int k = 0; k < kRank; ++k) right[k][i] = values[k];
+  }
+  for (int i = threadIdx.x; i < cover.height(); i += kThreads) {
+    factor_row<kRank>(p, batch.rows, batch.rank, top + i, whole, values);
+#pragma unroll
+    for (int k = 0; k < kRank; ++k) left[i][k] = values[k];
+  }
+  __syncthreads();
+  const int warp = threadIdx.x / 32;
+  const int row = warp / cover.across;
+  const int column = warp % cover.across * kTileColumns + threadIdx.x % 32 * 4;
+  float factors[kRank][4];
+#pragma unroll
+  for (int k = 0; k < kRank; ++k) load_group<true>(right[k], column, kMostAcross * kTileColumns, factors[k]);
+  T* own = out + start_of(starts, matrix, batch.numel(), numel);
+  const int apart = kWarps / cover.across;
   if (batch.columns % 4 == 0 && vector_aligned(own)) {
-    decode_rows<true, kRank>(batch, p, q, own, row, column);
+    decode_rows<true, kRank>(batch, left + row, factors, own, top + row, begin + column, apart);
   } else {
-    decode_rows<false, kRank>(batch, p, q, own, row, column);
+    decode_rows<false, kRank>(batch, left + row, factors, own, top + row, begin + column, apart);
   }
 }
 
@@ -210,6 +237,13 @@ __global__ __launch_bounds__(kThreads) void decode_kernel(BatchShape batch, cons
 unsigned tile_count(const BatchShape& batch) {
   return static_cast<unsigned>(batch.count * ceil_div(batch.rows, kTileRows) *
                                ceil_div(batch.columns, kTileColumns));
+}
+
+// Rows are written as far along as they go: memory likes what lies together.
+Cover cover_of(const BatchShape& batch) {
+  int across = 1;
+  while (across < kMostAcross && across * kTileColumns < batch.columns) across *= 2;
+  return {across};
 }
 
 }  // namespace
@@ -244,12 +278,14 @@ void low_rank_decode(const BatchShape& batch, const float* p, const float* q, co
       decode_kernel<T><<<tile_count(batch), kThreads, 0, stream>>>(batch, p, q, starts, target, numel);
       return;
     }
-    const auto grid = static_cast<unsigned>(batch.count * ceil_div(batch.rows, kDecodeTile) *
-                                            ceil_div(batch.columns, kTileColumns));
+    const Cover cover = cover_of(batch);
+    const auto grid = static_cast<unsigned>(batch.count * ceil_div(batch.rows, int64_t{cover.height()}) *
+                                            ceil_div(batch.columns, int64_t{cover.width()}));
     if (batch.rank <= 4) {
-      thin_decode_kernel<T, 4><<<grid, kThreads, 0, stream>>>(batch, p, q, starts, target, numel);
+      thin_decode_kernel<T, 4><<<grid, kThreads, 0, stream>>>(batch, cover, p, q, starts, target, numel);
     } else {
-      thin_decode_kernel<T, kThinRank><<<grid, kThreads, 0, stream>>>(batch, p, q, starts, target, numel);
+      thin_decode_kernel<T, kThinRank>
+          <<<grid, kThreads, 0, stream>>>(batch, cover, p, q, starts, target, numel);
     }
   });
 }

@@ -12,16 +12,16 @@ namespace dear::compress::cuda {
 
 // Where the parts of the workspace for n elements begin.
 struct TopkWorkspace {
-  int32_t* masks;   // kBlockWords per block: one bit per element at or above the threshold
-  int32_t* counts;  // two per block: first those above and those equal; then where to write, and ties to take
+  uint32_t* masks;      // kBlockWords per block: one bit per element at or above the threshold
+  uint32_t* counts;     // per block: those above the threshold, and those equal to it
   uint32_t* histogram;  // kHistogramBins for each of the three digits
   uint32_t* state;  // 0: the bits found so far, 1: the rank wanted among those that share them, 2: how many
                     // elements the threshold that stands selects
 
   TopkWorkspace(int32_t* base, int64_t n)
-      : masks(base),
-        counts(base + block_count(n) * kBlockWords),
-        histogram(reinterpret_cast<uint32_t*>(counts + 2 * block_count(n))),
+      : masks(reinterpret_cast<uint32_t*>(base)),
+        counts(masks + topk_mask_words(n)),
+        histogram(counts + 2 * block_count(n)),
         state(histogram + 3 * kHistogramBins) {}
 };
 

@@ -76,6 +76,29 @@ __global__ __launch_bounds__(kThreads) void accumulate_kernel(const int32_t* pay
   }
 }
 
+// The same as lower_bound, by all threads of a block. The first look is around where the entry would be if
+// the indices were evenly spread over `length`: seldom are more than two needed.
+__device__ int64_t block_lower_bound(const int32_t* indices, int64_t count, int64_t index, int64_t length) {
+  constexpr int64_t kFirstStep = 16;
+  int64_t low = 0;
+  int64_t high = count;
+  int64_t step = min(kFirstStep, ceil_div(count, int64_t{kThreads}));
+  int64_t base = max(min(count * index / length, count) - kThreads / 2 * step, int64_t{0});
+  while (low < high) {
+    const int64_t place = base + threadIdx.x * step;
+    const int before = __syncthreads_count(place < high && indices[place] < index ? 1 : 0);
+    if (before == 0) {
+      high = base;
+    } else {
+      low = base + (before - 1) * step + 1;
+      high = before == kThreads ? high : min(high, base + before * step);
+    }
+    base = low;
+    step = ceil_div(high - low, int64_t{kThreads});
+  }
+  return low;
+}
+
 template <typename T>
 __global__ __launch_bounds__(kThreads) void scatter_kernel(const int32_t* payloads, int64_t owners,
                                                            int64_t capacity, int64_t shard_numel, float alpha,
@@ -89,9 +112,20 @@ __global__ __launch_bounds__(kThreads) void scatter_kernel(const int32_t* payloa
   const int64_t owner = owners == 1 ? 0 : start / shard_numel;
   const int64_t base = owner * shard_numel;
   T* shard = out + base;
-  for_entries(payloads + owner * slot_words(capacity), 1, capacity, start - base,
-              min(start + kBlock, n) - base,
-              [&](int64_t index, float value) { from_float(held(alpha * value, out), &shard[index]); });
+  const int32_t* slot = payloads + owner * slot_words(capacity);
+  const int32_t* indices = slot + kSlotHeader;
+  const int64_t count = slot_count(slot, capacity);
+  const int64_t first = start - base;
+  const int64_t last = min(start + kBlock, n) - base;
+  int64_t entry = block_lower_bound(indices, count, first, shard_numel) + threadIdx.x;
+  __syncthreads();  // the zeros are written
+  for (; entry < count; entry += kThreads) {
+    const int64_t index = indices[entry];
+    const float value =
+        __int_as_float(indices[capacity + entry]);  // asked for before it is known to be wanted
+    if (index < first || index >= last) break;
+    from_float(held(alpha * value, out), &shard[index]);
+  }
 }
 
 }  // namespace
