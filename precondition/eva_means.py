@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dear import _C
 from precondition._capture import Capture
 from precondition._layers import Layer
-from precondition.eva_parts import Matrix, Vectors
+from precondition.eva_parts import Matrix, Vectors, to_device
 
 
 class Shaped(Protocol):
@@ -131,7 +131,7 @@ class Means:
             sums = [each / scale for each in sums]
         if torch.device(vectors.device).type == "cpu":
             return _C.finite_message(flags, [*means, *sums])
-        message = torch.cat([torch.tensor(flags, dtype=vectors.dtype, device=vectors.device), *means, *sums])
+        message = torch.cat([to_device(flags, vectors.dtype, vectors.device), *means, *sums])
         return message.masked_fill_(~message.sum().isfinite(), 0.0)
 
     def _mean_input(self, layer: Layer, matrix: Matrix) -> Tensor:

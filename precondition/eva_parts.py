@@ -35,9 +35,18 @@ class Matrix:
     bias: bool
 
 
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """These numbers there, in stream order: what a GPU copies from pinned memory, the host need not wait for."""
+    gpu = torch.device(device).type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=gpu).to(device, non_blocking=gpu)
+
+
 class Vectors:
     """Where the rows and columns of each layer stand in the flat vectors (Note [Flat vectors]), and what is done to all
-    layers at once. A *block* is a group of a layer."""
+    layers at once. A *block* is a group of a layer.
+
+    The lengths that sums go by are right, and are not checked ("unsafe"): a GPU would have to be asked, and waited for.
+    """
 
     def __init__(self, matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.matrices, self.dtype, self.device = list(matrices), dtype, device
@@ -79,7 +88,7 @@ class Vectors:
 
     def sum_rows(self, rows: Tensor) -> Tensor:
         """Sums over each block's rows, [blocks]."""
-        return torch.segment_reduce(rows, "sum", lengths=self.block_rows)
+        return torch.segment_reduce(rows, "sum", lengths=self.block_rows, unsafe=True)
 
     def dot_rows(self, rows: Tensor, others: Tensor) -> Tensor:
         """Products of two vectors of rows, by block, [blocks]."""
@@ -89,11 +98,11 @@ class Vectors:
 
     def sum_columns(self, columns: Tensor) -> Tensor:
         """Sums over each block's columns, without the bias's, [blocks]."""
-        return torch.segment_reduce(columns, "sum", lengths=self.block_columns)
+        return torch.segment_reduce(columns, "sum", lengths=self.block_columns, unsafe=True)
 
     def sum_blocks(self, blocks: Tensor) -> Tensor:
         """Sums over each layer's blocks, [layers]."""
-        return torch.segment_reduce(blocks, "sum", lengths=self._blocks_of)
+        return torch.segment_reduce(blocks, "sum", lengths=self._blocks_of, unsafe=True)
 
     def square_norms(self, columns: Tensor) -> Tensor:
         """‖a‖² of each block, with the bias's 1, [blocks]."""
@@ -243,7 +252,7 @@ def squares(parts: Sequence[Rectangle], norms: Sequence[Tensor], vectors: Vector
     sums = vectors.zeros(len(vectors.matrices))
     if not parts:
         return sums
-    layers = torch.tensor([each.layer for each in parts], device=sums.device)
+    layers = to_device([each.layer for each in parts], torch.int64, sums.device)
     return sums.index_add_(0, layers, torch.stack(list(norms)).square_())
 
 

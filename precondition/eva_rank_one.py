@@ -23,7 +23,7 @@ from torch import Tensor
 
 from precondition import _checks, eva_parts
 from precondition.eva_means import Running
-from precondition.eva_parts import Rectangle
+from precondition.eva_parts import Rectangle, to_device
 
 #: Adds up the ranks' shares of a flat tensor.
 Total = Callable[[Tensor], Tensor]
@@ -98,5 +98,5 @@ class RankOneStep(ABC):
             size = (correction.squares.sum() - correction.inner.sum()) * learning_rates[0] ** 2
         else:
             change = correction.squares - vectors.sum_blocks(correction.inner)
-            size = change.dot(torch.tensor([lr**2 for lr in learning_rates], dtype=change.dtype, device=change.device))
+            size = change.dot(to_device([lr**2 for lr in learning_rates], change.dtype, change.device))
         return (settings.kl_clip * settings.damping / size.clamp_(min=tiny)).sqrt_().clamp_(max=1.0)

@@ -33,6 +33,8 @@ def _words_of(argument: Any) -> Iterator[str]:
     elif isinstance(argument, tuple):
         for each in argument:
             yield from _words_of(each)
+    elif isinstance(argument, type):
+        yield argument.__name__
     elif not callable(argument):
         yield str(argument)
 

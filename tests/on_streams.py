@@ -1,6 +1,7 @@
 """What is true of a device's streams alone: cases for tests/test_cuda.py, called as the ranks of an NCCL group."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,12 +44,12 @@ def several_wait(rank: int, world: int) -> None:
             assert torch.equal(one, torch.full_like(one, expected))
 
 
-def runs_ahead(rank: int, world: int) -> None:
+def runs_ahead(rank: int, world: int, make: Callable[[], Any] = lambda: None) -> None:
     """The host of a dense step waits for no device: while the GPU is kept busy, it goes through whole steps."""
     for update in ("sharded", "replicated"):
         model = model_of()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with dear.attach(model, optimizer, update=update):
+        with dear.attach(model, optimizer, update=update, preconditioner=make()):
             x = torch.randn(8, 64, device=place())
 
             def step(model=model, optimizer=optimizer, x=x) -> None:

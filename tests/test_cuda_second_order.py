@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import on_gpu
+import on_streams
 import test_eva
 import test_eva_state
 import test_owned
@@ -12,6 +13,8 @@ import test_precondition_steps
 import test_state
 from test_precondition import OWNED
 from workers import WorkerPool
+
+import precondition
 
 pytestmark = on_gpu.NEEDED
 
@@ -28,6 +31,7 @@ CASES: list[on_gpu.Case] = [
     *((test_eva_state.resumed, (kind, "sharded")) for kind in test_eva.KINDS),
     *((test_precondition.equal_to_golden, (kind, "eigen", OWNED)) for kind in ("KFAC", "DPKFAC")),
     *((test_precondition.in_16_bits, (attach,)) for attach in (None, OWNED)),
+    *((on_streams.runs_ahead, (kind,)) for kind in (precondition.Eva, precondition.FOOF)),
     (test_precondition.on_models, ()),
     (test_eva_state.unused, ()),
     (test_eva_state.dropped, ()),
