@@ -202,6 +202,25 @@ def test_a_test_is_run_once_and_its_failure_is_a_result(tmp_path: Path) -> None:
     assert outcomes.read(noted)["test_some.py::test_good"]["outcome"] == "passed"
 
 
+def test_tests_in_several_processes_are_noted_once(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text("def test_good(): pass\ndef test_wrong(): assert 1 == 2\n")
+    options = ("-c", "/dev/null", "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-p", "benchmarks.gpu.outcomes")
+    arguments = ("-m", "pytest", *options, "-n", "2", str(tmp_path / "test_some.py"))
+    assert call(tmp_path, [Task("tests", arguments, results="noted.jsonl")]) == {"tests": ""}
+    lines = [json.loads(line) for line in (tmp_path / "noted.jsonl").read_text().splitlines()]
+    assert sorted((one["test"], one["why"]) for one in lines) == [
+        ("test_some.py::test_good", ""),
+        ("test_some.py::test_wrong", "assert 1 == 2"),
+    ]
+
+
+def test_only_what_was_asked_for_is_done_behind_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--only", "kernels,tests-nccl,build"])
+    assert [task.name for task in command.chosen(command.arguments())] == ["build", "kernels", "tests-nccl"]
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert command.chosen(command.arguments()) == tasks(dry_run=False)
+
+
 def test_where_no_test_ends_there_is_no_result(tmp_path: Path) -> None:
     for status in (1, 5):  # an interpreter without pytest, and a pytest that finds none
         ended = f"raise SystemExit({status})"
@@ -306,7 +325,7 @@ def test_the_rehearsal_is_interrupted_and_goes_on_to_the_end(tmp_path: Path) -> 
     second = rehearse(tmp_path, "--resume", mark=mark)
     said = second.communicate(timeout=200)[0]
     assert second.returncode == 0, said
-    rest = ["training-resnet50", "alone-bert-base", "traces-bert-base", "kernels-step"]
+    rest = ["training-resnet50", "alone-bert-base", "kernels-step", "traces-bert-base"]
     assert said.count(": resumed") == 5 and stored(tmp_path) == [*before[1:], "build", *rest]
     await_none(mark)
     training = json.loads((tmp_path / "training-resnet50.json").read_text())

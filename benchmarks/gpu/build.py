@@ -16,7 +16,8 @@ from ..records import ROOT
 
 FOLDER = ROOT / "out" / "gpu-build"
 NVCC = Path("/usr/local/cuda/bin")  # where NVIDIA's installers put it, often without a word on the PATH
-PACKAGES = ("pytest", "hypothesis", "numpy")  # without which the tests behind the build cannot run
+# Without which the tests behind the build cannot run, by the module that each has.
+PACKAGES = {"pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis", "numpy": "numpy"}
 TOOLS = {"cmake": "pip install cmake", "ninja": "pip install ninja", "nvcc": "install CUDA's compiler"}
 TRIAL = """
 import torch
@@ -52,8 +53,8 @@ def main() -> None:
     for tool, remedy in TOOLS.items():
         if shutil.which(tool, path=env["PATH"]) is None:
             fail(f"{tool} is not on the PATH, and the build needs it: {remedy}.")
-    for package in PACKAGES:
-        if find_spec(package) is None:
+    for module, package in PACKAGES.items():
+        if find_spec(module) is None:
             fail(f"The package {package} is not installed, and the tests need it: pip install {package}.")
     for command in commands():
         if subprocess.run(command, env=env, cwd=ROOT).returncode:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "DEAR_TEST_OUTCOMES"
+AMONG_SEVERAL = "PYTEST_XDIST_WORKER"  # set in a process that is one of several, and reports to another
 
 _failures: dict[str, str] = {}
 _skipped: set[str] = set()
@@ -52,7 +53,7 @@ def pytest_runtest_logreport(report: Any) -> None:
         _failures.setdefault(test, _reason(report))
     if report.skipped:
         _skipped.add(test)
-    if report.when == "teardown":
+    if report.when == "teardown" and AMONG_SEVERAL not in os.environ:
         outcome = "failed" if test in _failures else "skipped" if test in _skipped else "passed"
         line = json.dumps({"test": test, "outcome": outcome, "why": _failures.get(test, "")})
         with open(os.environ[FILE], "a") as file:

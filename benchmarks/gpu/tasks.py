@@ -5,7 +5,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from ..records import ROOT
 
@@ -13,9 +12,11 @@ PACKAGE = __name__.split(".")[0]  # as it is imported here: from a checkout or i
 
 # Every rank is a host of its own to NCCL (NCCL_HOSTID, set for each worker), connected by sockets.
 SOCKETS = {"NCCL_NET": "Socket", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+AT_ONCE = ("-n", "4", "--dist", "worksteal")  # tests: each keeps the GPU busy for a small part of its time
 ONE_RANK = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")  # a job of a single rank
-# Queues for a process's streams, enough that none waits in that of another: Note [Few streams] in pipeline.h.
-QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+# Queues for a process's streams. A process that has its GPU for itself gets as many where nothing is said; a client of
+# MPS gets fewer, and streams wait in the queues of others: Note [Few streams] in pipeline.h.
+QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
 STRATEGIES = "none,ddp:25,ddp:4,ddp+fp16:25,dear,bf16:25,dear+bf16,int8:25,dear+int8,dear+acp:4"
 
 
@@ -62,7 +63,7 @@ def _tests(dry_run: bool) -> list[Task]:
     only = ("-k", "cuda")
     if dry_run:
         kernels, only = ["tests/test_kernels_ops.py"], ("-k", "cpu and opcheck and dense")
-    pytest = ("-m", "pytest", "-p", f"{PACKAGE}.gpu.outcomes", "-p", "no:cacheprovider")
+    pytest = ("-m", "pytest", "-p", f"{PACKAGE}.gpu.outcomes", "-p", "no:cacheprovider", *AT_ONCE)
 
     def task(name: str, share: float, *arguments: str) -> Task:
         return Task(f"tests-{name}", (*pytest, *arguments), share=share, results=f"tests-{name}.jsonl")
@@ -82,8 +83,8 @@ def _benchmarks(dry_run: bool) -> list[Task]:
             _benchmark("kernels", "kernels", "--device cpu --numel 4096 --rounds 1 --threads 1"),
             _benchmark("training-resnet50", "training", f"{digits} --strategies none,ddp:25,dear,dear+acp:4"),
             _benchmark("alone-bert-base", "training", f"{digits} --strategies ddp:25,dear", by=ONE_RANK),
-            _benchmark("traces-bert-base", "training", f"{digits} --strategies ddp:25,dear", traces=True),
             _benchmark("kernels-step", "kernels", "--device cpu --numel 4096 --rounds 1 --families 'ACP-SGD step'"),
+            _benchmark("traces-bert-base", "training", f"{digits} --strategies ddp:25,dear", traces=True),
         ]
     training = f"--backend nccl --device cuda --rates 10gbit --rounds 4 --strategies {STRATEGIES}"
     four = f"{training} --workers 4 --batch 32"
@@ -96,8 +97,6 @@ def _benchmarks(dry_run: bool) -> list[Task]:
         _benchmark("training-resnet50", "training", f"{training} --workload resnet50", 1.5),
         _benchmark("training-bert-base", "training", f"{training} --workload bert-base", 2),
         _benchmark("alone-bert-base", "training", f"{alone} --workload bert-base", 0.7, by=ONE_RANK),
-        _benchmark("traces-bert-base", "training", f"{few} ddp:4,dear,bf16:25,dear+bf16", 0.8, traces=True),
-        _benchmark("queues-bert-base", "training", f"{few} none,ddp:4,dear,dear+bf16,dear+int8", 0.8, env=QUEUES),
         _benchmark("kernels-large", "kernels", "--device cuda --numel 134217728 --rounds 5", 0.5),
         _benchmark("kernels-step", "kernels", f"--device cuda {step}", 0.5),
         _benchmark("kernels-rare", "kernels", f"--device cuda {rare} 16777216", 0.2),
@@ -107,6 +106,7 @@ def _benchmarks(dry_run: bool) -> list[Task]:
         ),
         _benchmark("training-resnet50-4w", "training", f"{four} --workload resnet50", 2),
         _benchmark("training-bert-base-4w", "training", f"{four} --workload bert-base", 3),
+        _benchmark("traces-bert-base", "training", f"{few} ddp:4,dear,bf16:25,dear+bf16", 1.2, traces=True),
     ]
 
 
@@ -117,10 +117,9 @@ def _benchmark(
     minutes: float = 0,
     share: float = 1,
     by: tuple[str, ...] = (),
-    env: Mapping[str, str] = MappingProxyType({}),
     traces: bool = False,
 ) -> Task:
     """by: what starts it, if it is not this command."""
     command = (*by, "-m", f"{PACKAGE}.{module}", *shlex.split(arguments))
-    sockets = SOCKETS if module == "training" else {}
-    return Task(name, command, minutes, share, f"{name}.json", {**sockets, **env}, traces)
+    env = {**SOCKETS, **QUEUES} if module == "training" else {}
+    return Task(name, command, minutes, share, f"{name}.json", env, traces)
