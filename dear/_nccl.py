@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +18,10 @@ _TAKEN_OVER = (
     "traffic_class",
 )  # fmt: skip
 
+#: The variable that says how many hardware queues CUDA gives to a process's streams, read when CUDA starts.
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+_ENOUGH = 8  # what a process has that says nothing and shares its GPU with none
+
 
 def lane_options(group: dist.ProcessGroup, backend: str, timeout: timedelta) -> Any:
     """The ``pg_options`` of a group of ``backend`` that a lane over the ranks of ``group`` gets; None without NCCL.
@@ -28,10 +34,23 @@ def lane_options(group: dist.ProcessGroup, backend: str, timeout: timedelta) -> 
     backends = {each.rpartition(":")[2] for each in backend.split(",")}  # "nccl", or "cpu:gloo,cuda:nccl"
     if nccl is None or "nccl" not in backends or not backends <= {"nccl", "gloo"}:  # others want options of their own
         return None
+    _warn_of_few_queues()
     options = nccl.Options(is_high_priority_stream=True)
     options._timeout = timeout
     _take_over(_config_of(group), getattr(options, "config", None))
     return options
+
+
+def _warn_of_few_queues() -> None:
+    """Under MPS a process that says nothing has fewer; and some scripts for tensor parallelism ask for a single one."""
+    said = os.environ.get(QUEUES, "")
+    shared = bool(os.environ.get("CUDA_MPS_PIPE_DIRECTORY"))
+    if (said.isdigit() and int(said) < _ENOUGH) or (shared and not said):
+        warnings.warn(
+            f"{QUEUES} is {said or 'not set under MPS'}, so streams of this process share hardware queues, and training "
+            f"stands still behind what waits for an exchange: set it to {_ENOUGH} or more before the process starts.",
+            stacklevel=2,
+        )
 
 
 def _config_of(group: dist.ProcessGroup) -> Any:

@@ -114,6 +114,22 @@ def test_a_torch_without_nccl() -> None:
         assert lane_options(Group(users()), "nccl", TIMEOUT) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("said", "shared", "warns"),
+    [
+        ("", "", None), ("8", "/pipe", None), ("32", "", None), ("auto", "", None),
+        ("1", "", "CUDA_DEVICE_MAX_CONNECTIONS is 1, so"), ("", "/pipe", "is not set under MPS, so"),
+    ],
+)  # fmt: skip
+def test_few_queues_are_told(
+    said: str, shared: str, warns: str | None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", said)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", shared)
+    options_for(Group(users()))
+    assert [warns in str(each.message) for each in recwarn if warns] == [True] * bool(warns) and (warns or not recwarn)
+
+
 @pytest.mark.skipif(not hasattr(dist, "ProcessGroupNCCL"), reason="this torch is built without NCCL")
 def test_torchs_own_objects() -> None:
     theirs = dist.ProcessGroupNCCL.Options()

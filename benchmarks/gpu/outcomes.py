@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 FILE = "DEAR_TEST_OUTCOMES"
-AMONG_SEVERAL = "PYTEST_XDIST_WORKER"  # set in a process that is one of several, and reports to another
 
 _failures: dict[str, str] = {}
 _skipped: set[str] = set()
+_reports_to_another = False  # as one of several processes of pytest-xdist
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
@@ -38,6 +38,11 @@ def summary(path: Path) -> dict[str, Any]:
     return {"passed": counts["passed"], "skipped": counts["skipped"], "failed": failed}
 
 
+def pytest_configure(config: Any) -> None:
+    global _reports_to_another
+    _reports_to_another = hasattr(config, "workerinput")
+
+
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     before = read(Path(os.environ[FILE]))
     known = [item for item in items if item.nodeid in before]
@@ -53,7 +58,7 @@ def pytest_runtest_logreport(report: Any) -> None:
         _failures.setdefault(test, _reason(report))
     if report.skipped:
         _skipped.add(test)
-    if report.when == "teardown" and AMONG_SEVERAL not in os.environ:
+    if report.when == "teardown" and not _reports_to_another:
         outcome = "failed" if test in _failures else "skipped" if test in _skipped else "passed"
         line = json.dumps({"test": test, "outcome": outcome, "why": _failures.get(test, "")})
         with open(os.environ[FILE], "a") as file:

@@ -100,12 +100,12 @@ class Facts:
         slow = [one["name"] for one in kernels if one["plain_median_s"] < one["median_s"]]
         return "; ".join(slow) or "none"
 
-    def first_gpu_tests(self) -> dict[str, dict[str, Any]]:
-        """What became of the tests of the first run over NCCL, by task."""
-        folder = self.results / "gpu-first"
-        cells = json.loads((folder / "gpu.json").read_text())["cells"]
-        kernels = next(cell for cell in cells if cell["task"] == "tests-kernels")
-        return {"kernels": kernels, "nccl": outcomes.summary(folder / "tests-nccl.jsonl")}
+    def gpu_tests(self, folder: str) -> dict[str, dict[str, Any]]:
+        """What became of the tests of a run on a GPU, by task: also of those whose time was over."""
+        files = (self.results / folder).glob("tests-*.jsonl")
+        found = {path.stem: outcomes.summary(path) for path in files}
+        cells = json.loads((self.results / folder / "gpu.json").read_text())["cells"]
+        return {cell["task"]: cell for cell in cells} | found
 
     def one_pass(self) -> str:
         """How many times as fast low rank in one pass is as the passes apart, on the host."""
