@@ -9,7 +9,7 @@ TORCH  ?= 2.13.0
 JOBS   ?= 2
 NATIVE := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check torch-check sanitize tsan chaos machine results bench bench-full report clean
+.PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check torch-check torch-test sanitize tsan chaos machine results bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
 build: $(VENV)/.built  ## the environment (.venv) and the extension in it, editable
@@ -93,6 +93,13 @@ torch-check:  ## compiles against another torch: make torch-check TORCH=2.12.0
 	$(OTHER)/bin/pip install -q torch==$(TORCH) numpy "setuptools>=77" wheel cmake ninja
 	PATH="$(CURDIR)/$(OTHER)/bin:$$PATH" cmake -G Ninja -S . -B $(OTHER)/build -DPython_EXECUTABLE="$(CURDIR)/$(OTHER)/bin/python"
 	PATH="$(CURDIR)/$(OTHER)/bin:$$PATH" cmake --build $(OTHER)/build
+
+# In a clone, with an environment of its own: make torch-test TORCH=2.11.0
+torch-test: CLONE := out/torch-$(TORCH)-tests
+torch-test:  ## the fast tests of the last commit with another torch: make torch-test TORCH=2.11.0
+	rm -rf $(CLONE) && git clone -q . $(CLONE)
+	$(MAKE) -C $(CLONE) build TORCH=$(TORCH)
+	cd $(CLONE) && $(BIN)/python -m pytest tests $(SPREAD)
 
 # The native code under AddressSanitizer and UBSan, with the tests that exercise it most. Leaks are not looked for:
 # the interpreter has its own. Instrumented loops are not vectorised, so test_average's sums round otherwise than its

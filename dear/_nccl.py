@@ -20,7 +20,6 @@ _TAKEN_OVER = (
 
 #: The variable that says how many hardware queues CUDA gives to a process's streams, read when CUDA starts.
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
-_ENOUGH = 8  # what a process has that says nothing and shares its GPU with none
 
 
 def lane_options(group: dist.ProcessGroup, backend: str, timeout: timedelta) -> Any:
@@ -42,13 +41,13 @@ def lane_options(group: dist.ProcessGroup, backend: str, timeout: timedelta) -> 
 
 
 def _warn_of_few_queues() -> None:
-    """Under MPS a process that says nothing has fewer; and some scripts for tensor parallelism ask for a single one."""
+    """A process that says nothing has 8; under MPS fewer. Some scripts for tensor parallelism ask for a single one."""
     said = os.environ.get(QUEUES, "")
     shared = bool(os.environ.get("CUDA_MPS_PIPE_DIRECTORY"))
-    if (said.isdigit() and int(said) < _ENOUGH) or (shared and not said):
+    if (said.isdigit() and int(said) < 8) or (shared and not said):
         warnings.warn(
-            f"{QUEUES} is {said or 'not set under MPS'}, so streams of this process share hardware queues, and training "
-            f"stands still behind what waits for an exchange: set it to {_ENOUGH} or more before the process starts.",
+            f"{QUEUES} is {said or 'not set under MPS'}, so streams of this process share hardware queues, and "
+            "training stands still behind what waits for an exchange: set it to 8 or more before the process starts.",
             stacklevel=2,
         )
 

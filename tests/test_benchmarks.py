@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,7 +71,7 @@ def test_written_json_is_whole_and_keeps_series_on_one_line(tmp_path: Path) -> N
 
 def test_header_names_versions_and_no_place() -> None:
     header = records.header("training", {"workers": [2]})
-    assert header["versions"]["torch"] == torch.__version__
+    assert header["versions"]["torch"] == version("torch")
     assert header["machine"]["cores"] >= 1
     assert str(Path.home()) not in json.dumps(header) and str(ROOT) not in json.dumps(header["machine"])
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -68,7 +69,9 @@ def attach_with_python_reducer():
 def attach_with_mixed_precision():
     from torch.nn.parallel.distributed import _MixedPrecision
 
-    model = DDP(training.models.Mlp(), mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
+    # DDP makes a stream, which a torch that is built for CUDA has none of without a GPU.
+    with mock.patch.object(torch, "Stream", torch.cpu.Stream):
+        model = DDP(training.models.Mlp(), mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
     return model, sgd(model), {}, (ValueError, RuntimeError), "mixed_precision|communication hook already"
 
 
