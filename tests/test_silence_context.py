@@ -1,7 +1,6 @@
 """Deferred work runs in the context of ``step()``, whatever the context in which it is waited for."""
 
 import pytest
-import torch
 from silence import BOTH, EVERY, WARM, check, silence
 
 TAIL = "\n\nopt.zero_grad()\n\nfor step in range(4, 7): train(step)"
@@ -51,7 +50,6 @@ def code(context):
     return context.replace("{}", FORWARD)
 
 
-OLDEST = torch.__version__.startswith("2.11.")
 COUNTED = [name for name in CONTEXTS if name.endswith("counted")]  # which see how plain DDP lays its buckets anew
 CASES = [
     # The first step, whose optimizer state is made then, and a later one.
@@ -90,12 +88,8 @@ CASES = [
              f"opt.step()\n\nforward(8){TAIL}", EVERY, **ADAM),
     *silence("a step under inference mode", f"{WARM}\n\nforward(3).backward()\n\nwith torch.inference_mode(): "
              f"opt.step()\n\nnote(net(x(9))){TAIL}", EVERY, True, **ADAM),
-    *[
-        test
-        for test in silence("float64 by default throughout", "torch.set_default_dtype(torch.float64)\n\n"
-                            f"{WARM}\n\nnote(net.last.weight.clone())", EVERY, model="Double")
-        if not OLDEST  # with it plain DDP ends in an error here
-    ],
+    *silence("float64 by default throughout", "torch.set_default_dtype(torch.float64)\n\n"
+             f"{WARM}\n\nnote(net.last.weight.clone())", EVERY, model="Double"),
     *silence("deterministic throughout", "torch.use_deterministic_algorithms(True)\n\nattach()\n\ntry:\n"
              "    for step in range(4): train(step)\nfinally: torch.use_deterministic_algorithms(False)", EVERY,
              **ADAM),

@@ -150,7 +150,9 @@ class Run:
             self.inexact()
         x, y = self.data(step)
         output = self.model(x)
-        loss = F.mse_loss(output if self.double else output.float(), y)
+        if not self.double:  # torch 2.11 has no backward pass of a loss of two dtypes
+            output, y = output.float(), y.float()
+        loss = F.mse_loss(output, y)
         self.note(loss)
         return loss
 
