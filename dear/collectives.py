@@ -19,7 +19,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -101,7 +101,7 @@ def make_lane(
     """
     if algorithm == "native":
         members, backend = dist.get_process_group_ranks(group), _backend_of(group)
-        own = dist.new_group(
+        own: Any = dist.new_group(  # this rank is in it, which torch 2.15's types leave open
             [members[rank] for rank in ranks] if ranks else members, backend=backend, timeout=timeout,
             pg_options=lane_options(group, backend, timeout), use_local_synchronization=True, group_desc=f"dear {name}",
         )  # fmt: skip
