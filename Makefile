@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NVCC   ?= nvcc
 TORCH  ?= 2.13.0
+# That of the committed dear/_C.pyi: each torch brings a pybind11, and they write some types otherwise.
+STUB_TORCH := 2.13
 # How many tests run at a time.
 JOBS   ?= 2
 NATIVE := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -59,9 +61,12 @@ lint: $(VENV)/.installed  ## what must hold of every source: ruff, mypy, clang-f
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
-	@if ls dear/_C*.so >/dev/null 2>&1; then mkdir -p out && bash tools/stubs.sh $(BIN)/python out/_C.pyi && \
-	  diff -u dear/_C.pyi out/_C.pyi || { echo "dear/_C.pyi is not that of the built module: run make stubs."; exit 1; }; \
-	else echo "The native module is not built: its stub dear/_C.pyi was not compared with it."; fi
+	@if ! ls dear/_C*.so >/dev/null 2>&1; then \
+	  echo "The native module is not built: its stub dear/_C.pyi was not compared with it."; \
+	elif ! grep -qF '"$(STUB_TORCH)"' dear/_build.py; then \
+	  echo "The native module is built for a torch other than $(STUB_TORCH): its stub dear/_C.pyi was not compared with it."; \
+	else mkdir -p out && bash tools/stubs.sh $(BIN)/python out/_C.pyi && \
+	  diff -u dear/_C.pyi out/_C.pyi || { echo "dear/_C.pyi is not that of the built module: run make stubs."; exit 1; }; fi
 
 format: $(VENV)/.installed  ## formats every source
 	$(BIN)/ruff check --fix .
