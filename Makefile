@@ -11,7 +11,7 @@ STUB_TORCH := 2.13
 JOBS   ?= 2
 NATIVE := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check torch-check torch-test sanitize tsan chaos machine results bench bench-full report clean
+.PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check cuda-on-host torch-check torch-test sanitize tsan chaos machine results bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
 build: $(VENV)/.built  ## the environment (.venv) and the extension in it, editable
@@ -105,6 +105,17 @@ torch-test:  ## the fast tests of the last commit with another torch: make torch
 	rm -rf $(CLONE) && git clone -q . $(CLONE)
 	$(MAKE) -C $(CLONE) build TORCH=$(TORCH)
 	cd $(CLONE) && $(BIN)/python -m pytest tests $(SPREAD)
+
+# The CUDA kernels without a GPU or nvcc, as the operators of host tensors: tests/cuda_on_host. Slow, and no proof of
+# what only a GPU does.
+cuda-on-host: OWN = out/cuda-on-host
+cuda-on-host: $(VENV)/.installed  ## the tests of the kernels on the CUDA kernels, emulated on the host
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B $(OWN) -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -DDEAR_CUDA_ON_HOST=ON -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/$(OWN)/dear"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(OWN)
+	cp -r dear/*.py dear/integrations $(OWN)/dear/ && cp -r compress precondition planner benchmarks $(OWN)/
+	cd $(OWN) && PYTHONPATH="$(CURDIR)/$(OWN)" "$(CURDIR)/$(BIN)/python" -m pytest -p no:cacheprovider $(SPREAD) -k cpu \
+	  ../../tests/test_kernels_topk.py ../../tests/test_kernels_lowrank.py ../../tests/test_kernels_projection.py
 
 # The native code under AddressSanitizer and UBSan, with the tests that exercise it most. Leaks are not looked for:
 # the interpreter has its own. Instrumented loops are not vectorised, so test_average's sums round otherwise than its

@@ -7,7 +7,7 @@
 
 #include "compress/kernels/cpu/dense.h"
 #include "compress/ops/operator.h"
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
 #include "compress/kernels/cuda/dense.h"
 #include "compress/ops/launch.h"
 #endif
@@ -38,7 +38,7 @@ struct DenseRound {
     add_count(dropped, cpu::dense_round(grad.const_data_ptr(), grad_type(grad), floats_or_null(error),
                                         grad.numel(), grad_type(out), out.mutable_data_ptr()));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& grad, const OptionalTensor& error, const Tensor& out,
                    const OptionalTensor& dropped) {
     const Launch launch(grad);
@@ -70,7 +70,7 @@ struct DenseAverage {
                                           payloads.stride(0), floats_or_null(error), out.numel(),
                                           out.mutable_data_ptr()));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& payloads, const OptionalTensor& error, const Tensor& out,
                    const OptionalTensor& dropped) {
     const Launch launch(out);

@@ -2,7 +2,7 @@
 
 #include "compress/kernels/cpu/error_feedback.h"
 #include "compress/ops/operator.h"
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
 #include "compress/kernels/cuda/error_feedback.h"
 #include "compress/ops/launch.h"
 #endif
@@ -23,7 +23,7 @@ struct ErrorCorrect {
     add_count(dropped,
               cpu::error_correct(grad.const_data_ptr(), grad_type(grad), floats(error), grad.numel()));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& grad, const Tensor& error, const OptionalTensor& dropped) {
     const Launch launch(grad);
     cuda::error_correct(grad.const_data_ptr(), grad_type(grad), floats(error), grad.numel(),

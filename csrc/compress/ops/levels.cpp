@@ -5,7 +5,7 @@
 #include "compress/kernels/cpu/levels.h"
 #include "compress/ops/operator.h"
 #include "compress/ops/scaled_rows.h"
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
 #include "compress/kernels/cuda/levels.h"
 #include "compress/ops/launch.h"
 #endif
@@ -45,7 +45,7 @@ struct LevelsEncode {
                                           floats_or_null(squares), grad.numel(), rows_of(payload, shard),
                                           static_cast<int>(bits), words(payload)));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& grad, const OptionalTensor& error, int64_t shard, const Tensor& payload,
                    const OptionalTensor& dropped, int64_t bits, const OptionalTensor& squares) {
     const Launch launch(grad);
@@ -76,7 +76,7 @@ struct LevelsAverage {
                                            floats_or_null(error), floats_or_null(squares), numel,
                                            static_cast<int>(bits), words(out)));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& payloads, const OptionalTensor& error, int64_t shard, const Tensor& out,
                    int64_t numel, const OptionalTensor& dropped, int64_t bits,
                    const OptionalTensor& squares) {
@@ -104,7 +104,7 @@ struct LevelsDecode {
                        static_cast<int>(bits), grad_type(out), floats_or_null(squares),
                        out.mutable_data_ptr());
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& payload, int64_t shard, const Tensor& out, int64_t bits,
                    const OptionalTensor& squares) {
     const Launch launch(out);

@@ -5,7 +5,7 @@
 #include "compress/kernels/cpu/low_rank.h"
 #include "compress/kernels/cpu/orthogonalize.h"
 #include "compress/ops/operator.h"
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
 #include <ATen/ops/bmm.h>
 
 #include "compress/kernels/cuda/low_rank.h"
@@ -98,7 +98,7 @@ struct LowRankProject {
                                      factor_or_null(pending_q)};
     add_count(dropped, cpu::low_rank_project(batch, projection, transposed));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const OptionalTensor& grad, const Tensor& error, const Tensor& fixed, const Tensor& factor,
                    const OptionalTensor& starts, bool transposed, bool residual,
                    const OptionalTensor& dropped, const OptionalTensor& pending_p,
@@ -157,7 +157,7 @@ struct LowRankSubtract {
     add_count(dropped, cpu::low_rank_subtract(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(),
                                               floats(error)));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& error, const Tensor& p, const Tensor& q, const OptionalTensor& dropped) {
     const BatchShape batch{error.size(0), error.size(1), error.size(2), p.size(2)};
     const Launch launch(error);
@@ -185,7 +185,7 @@ struct LowRankDecode {
     cpu::low_rank_decode(batch, p.const_data_ptr<float>(), q.const_data_ptr<float>(),
                          starts_within(starts, batch, out.numel()), grad_type(out), out.mutable_data_ptr());
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& p, const Tensor& q, const Tensor& out, const Tensor& starts) {
     const BatchShape batch{p.size(0), p.size(1), q.size(1), p.size(2)};
     const Launch launch(out);
@@ -214,7 +214,7 @@ struct Orthogonalize {
     cpu::orthogonalize(floats(matrices), matrices.size(0), matrices.size(1), matrices.size(2),
                        workspace.mutable_data_ptr<double>());
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& matrices, const Tensor& workspace) {
     // The kernels read it two at once.
     TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(workspace.const_data_ptr()) % (2 * sizeof(double)) == 0,

@@ -2,7 +2,9 @@
 //   schema   what torch is told;
 //   check    what is demanded of the arguments: shapes, types and devices only, never data;
 //   cpu      the kernel on host tensors;
-//   cuda     the kernel on the current stream, where the module is built with CUDA. It never waits.
+//   cuda     the kernel on the current stream, where the module is built with CUDA. It never waits. Tests
+//   build
+//            a module that emulates these on the host, in place of `cpu` (tests/cuda_on_host).
 // The three functions have one signature. define() registers the struct, call() is the way to it from C++.
 #pragma once
 
@@ -36,7 +38,7 @@ struct Entry<Operator, void(Args...)> {
     Operator::check(args...);
     Operator::cpu(args...);
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(Args... args) {
     Operator::check(args...);
     Operator::cuda(args...);
@@ -54,8 +56,12 @@ void define(torch::Library& library) {
   using Own = Entry<Operator>;
   const std::string name = name_of(Operator::schema);
   library.def(Operator::schema);
+#ifdef DEAR_CUDA_ON_HOST
+  library.impl(name.c_str(), torch::dispatch(c10::DispatchKey::CPU, &Own::cuda));
+#else
   library.impl(name.c_str(), torch::dispatch(c10::DispatchKey::CPU, &Own::cpu));
-#ifdef DEAR_WITH_CUDA
+#endif
+#if defined(DEAR_CUDA_KERNELS) && !defined(DEAR_CUDA_ON_HOST)
   library.impl(name.c_str(), torch::dispatch(c10::DispatchKey::CUDA, &Own::cuda));
 #endif
   library.impl(name.c_str(), torch::dispatch(c10::DispatchKey::Meta, &Own::meta));

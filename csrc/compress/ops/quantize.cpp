@@ -3,7 +3,7 @@
 #include "compress/kernels/cpu/quantize.h"
 #include "compress/ops/operator.h"
 #include "compress/ops/scaled_rows.h"
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
 #include "compress/kernels/cuda/quantize.h"
 #include "compress/ops/launch.h"
 #endif
@@ -35,7 +35,7 @@ struct QuantizeEncode {
                                             grad.numel(), rows_of(payload, shard), code_type(floating),
                                             rounding_by(key), words(payload)));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& grad, const OptionalTensor& error, int64_t shard, const Tensor& payload,
                    const OptionalTensor& dropped, bool floating, OptionalKey key) {
     const Launch launch(grad);
@@ -64,7 +64,7 @@ struct QuantizeAverage {
                                              floats_or_null(error), numel, code_type(floating),
                                              rounding_by(key), words(out)));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& payloads, const OptionalTensor& error, int64_t shard, const Tensor& out,
                    int64_t numel, const OptionalTensor& dropped, bool floating, OptionalKey key) {
     const Launch launch(out);
@@ -87,7 +87,7 @@ struct QuantizeDecode {
     cpu::quantize_decode(payload.const_data_ptr<int32_t>(), rows_of(payload, shard), out.numel(),
                          code_type(floating), grad_type(out), out.mutable_data_ptr());
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& payload, int64_t shard, const Tensor& out, bool floating) {
     const Launch launch(out);
     cuda::quantize_decode(payload.const_data_ptr<int32_t>(), rows_of(payload, shard), out.numel(),

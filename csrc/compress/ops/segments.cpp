@@ -4,7 +4,7 @@
 
 #include "compress/kernels/cpu/segments.h"
 #include "compress/ops/operator.h"
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
 #include "compress/kernels/cuda/segments.h"
 #include "compress/ops/launch.h"
 #endif
@@ -47,7 +47,7 @@ struct ScatterSegments {
     cpu::scatter_segments(message.const_data_ptr<float>(), segments_within(table, out, message),
                           table.size(0), grad_type(out), out.mutable_data_ptr());
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& message, const Tensor& table, const Tensor& out) {
     const Launch launch(message);
     cuda::scatter_segments(message.const_data_ptr<float>(), message.numel(), segments_of(table),
@@ -73,7 +73,7 @@ struct GatherSegments {
     add_count(dropped, cpu::gather_segments(source.const_data_ptr(), grad_type(source), segments,
                                             table.size(0), floats(message)));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& source, const Tensor& table, const Tensor& message,
                    const OptionalTensor& dropped) {
     const Launch launch(message);

@@ -4,7 +4,7 @@
 
 #include "compress/kernels/cpu/sign.h"
 #include "compress/ops/operator.h"
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
 #include "compress/kernels/cuda/sign.h"
 #include "compress/ops/launch.h"
 #endif
@@ -47,7 +47,7 @@ struct SignEncode {
     add_count(dropped, cpu::sign_encode(grad.const_data_ptr(), grad_type(grad), floats_or_null(error),
                                         grad.numel(), words(payload), payload.numel() / kSignRecord, scaled));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& grad, const OptionalTensor& error, const Tensor& payload,
                    const OptionalTensor& dropped, bool scaled) {
     const Launch launch(grad);
@@ -77,7 +77,7 @@ struct SignVote {
     cpu::sign_vote(payloads.const_data_ptr<int32_t>(), payloads.size(0), payloads.stride(0),
                    out.numel() / kSignRecord, tie_breaker, words(out));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& payloads, const Tensor& out, int64_t tie_breaker) {
     const Launch launch(out);
     cuda::sign_vote(payloads.const_data_ptr<int32_t>(), payloads.size(0), payloads.stride(0),
@@ -112,7 +112,7 @@ struct SignAverage {
               cpu::sign_average(payloads.const_data_ptr<int32_t>(), payloads.size(0), payloads.stride(0),
                                 out.numel() / kSignRecord, floats_or_null(error), numel, words(out)));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& payloads, const OptionalTensor& error, const Tensor& out, int64_t numel,
                    const OptionalTensor& dropped) {
     const Launch launch(out);
@@ -138,7 +138,7 @@ struct SignDecode {
   static void cpu(const Tensor& payload, const Tensor& out) {
     cpu::sign_decode(payload.const_data_ptr<int32_t>(), out.numel(), grad_type(out), out.mutable_data_ptr());
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& payload, const Tensor& out) {
     const Launch launch(out);
     cuda::sign_decode(payload.const_data_ptr<int32_t>(), out.numel(), grad_type(out), out.mutable_data_ptr(),

@@ -4,7 +4,7 @@
 
 #include "compress/kernels/cpu/topk.h"
 #include "compress/ops/operator.h"
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
 #include "compress/kernels/cuda/topk.h"
 #include "compress/ops/launch.h"
 #endif
@@ -63,7 +63,7 @@ struct TopKThreshold {
     cpu::topk_threshold(data_or_null(grad), type_or_float(grad), error.const_data_ptr<float>(), error.numel(),
                         k, floats(threshold), words(ties));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const OptionalTensor& grad, const Tensor& error, int64_t k, const Tensor& threshold,
                    const Tensor& ties, const Tensor& workspace) {
     const Launch launch(error);
@@ -90,7 +90,7 @@ struct TopKRefresh {
     cpu::topk_refresh(data_or_null(grad), type_or_float(grad), error.const_data_ptr<float>(), error.numel(),
                       k, slack_of(tolerance, k), floats(threshold), words(ties));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const OptionalTensor& grad, const Tensor& error, int64_t k, const Tensor& threshold,
                    const Tensor& ties, const Tensor& workspace, double tolerance) {
     const Launch launch(error);
@@ -131,7 +131,7 @@ struct TopKSelect {
     words(stats)[0] += static_cast<int32_t>(counts.found);
     words(stats)[1] += static_cast<int32_t>(counts.dropped);
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const OptionalTensor& grad, const Tensor& error, const Tensor& threshold,
                    const OptionalTensor& ties, int64_t shard_numel, const Tensor& payload,
                    const Tensor& stats, const Tensor& workspace) {
@@ -160,7 +160,7 @@ struct TopKAccumulate {
                                             capacity_of(payloads), static_cast<float>(alpha), floats(dense),
                                             dense.numel()));
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& payloads, const Tensor& dense, double alpha, const OptionalTensor& dropped) {
     const Launch launch(dense);
     cuda::topk_accumulate(payloads.const_data_ptr<int32_t>(), payloads.size(0), capacity_of(payloads),
@@ -185,7 +185,7 @@ struct TopKDecode {
     cpu::topk_decode(payloads.const_data_ptr<int32_t>(), payloads.size(0), capacity_of(payloads), shard_numel,
                      static_cast<float>(alpha), grad_type(out), out.mutable_data_ptr(), out.numel());
   }
-#ifdef DEAR_WITH_CUDA
+#ifdef DEAR_CUDA_KERNELS
   static void cuda(const Tensor& payloads, const Tensor& out, int64_t shard_numel, double alpha) {
     const Launch launch(out);
     cuda::topk_decode(payloads.const_data_ptr<int32_t>(), payloads.size(0), capacity_of(payloads),

@@ -69,7 +69,7 @@ __global__ __launch_bounds__(kThreads) void mark_kernel(const T* grad, float* er
   above_or_equal = block_sum<kThreads>(above_or_equal);
   equal = ties == nullptr ? 0 : block_sum<kThreads>(equal);
   if (threadIdx.x == 0)
-    counts[blockIdx.x] = static_cast<uint32_t>(above_or_equal - equal | equal << kEqualShift);
+    counts[blockIdx.x] = static_cast<uint32_t>((above_or_equal - equal) | equal << kEqualShift);
 }
 
 // The counts of these blocks. All threads must call it.
