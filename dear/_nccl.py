@@ -18,8 +18,8 @@ _TAKEN_OVER = (
     "traffic_class",
 )  # fmt: skip
 
-#: The variable that says how many hardware queues CUDA gives to a process's streams, read when CUDA starts.
-QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+# The variable that says how many hardware queues CUDA gives to a process's streams, read when CUDA starts.
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def lane_options(group: dist.ProcessGroup, backend: str, timeout: timedelta) -> Any:
@@ -42,11 +42,11 @@ def lane_options(group: dist.ProcessGroup, backend: str, timeout: timedelta) -> 
 
 def _warn_of_few_queues() -> None:
     """A process that says nothing has 8; under MPS fewer. Some scripts for tensor parallelism ask for a single one."""
-    said = os.environ.get(QUEUES, "")
+    said = os.environ.get(_QUEUES, "")
     shared = bool(os.environ.get("CUDA_MPS_PIPE_DIRECTORY"))
     if (said.isdigit() and int(said) < 8) or (shared and not said):
         warnings.warn(
-            f"{QUEUES} is {said or 'not set under MPS'}, so streams of this process share hardware queues, and "
+            f"{_QUEUES} is {said or 'not set under MPS'}, so streams of this process share hardware queues, and "
             "training stands still behind what waits for an exchange: set it to 8 or more before the process starts.",
             stacklevel=2,
         )

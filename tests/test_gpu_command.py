@@ -221,6 +221,15 @@ def test_only_what_was_asked_for_is_done_behind_the_build(monkeypatch: pytest.Mo
     assert command.chosen(command.arguments()) == tasks(dry_run=False)
 
 
+def test_what_a_rehearsal_has_not_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--only", "kernels,kernels-large"])
+    with pytest.raises(SystemExit):
+        command.chosen(command.arguments())
+    assert "--only names kernels-large, which this call does not have" in " ".join(capsys.readouterr().err.split())
+
+
 def test_where_no_test_ends_there_is_no_result(tmp_path: Path) -> None:
     for status in (1, 5):  # an interpreter without pytest, and a pytest that finds none
         ended = f"raise SystemExit({status})"

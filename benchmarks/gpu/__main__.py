@@ -41,12 +41,13 @@ def main() -> None:
     given, console = arguments(), terminal()
     if not given.dry_run and not cuda.query():
         fail("nvidia-smi names no GPU here: run this where there is one, or rehearse it with --dry-run.")
+    some = chosen(given)
     given.out.mkdir(parents=True, exist_ok=True)
     with ended_by_a_sentence(given.out / "gpu.json"):
         about = nullcontext("MPS is not used in a rehearsal.") if given.dry_run else mps.started()
         with about as sentence:
             console.print(sentence, highlight=False)
-            became = run(given, console)
+            became = run(given, some, console)
     show(became, console)
     if any(became.values()):
         typed = [word for word in sys.argv[1:] if word != "--resume"]
@@ -56,21 +57,26 @@ def main() -> None:
     raise SystemExit(1 if any(why.startswith("failed") for why in became.values()) else 0)
 
 
-def run(given: argparse.Namespace, console: Console) -> dict[str, str]:
-    """All tasks, as far as the time goes; what became of each."""
+def run(given: argparse.Namespace, some: list[Task], console: Console) -> dict[str, str]:
+    """These tasks, as far as the time goes; what became of each."""
     path = given.out / "gpu.json"
     header = records.header("gpu", {"dry_run": given.dry_run}, "cpu" if given.dry_run else "cuda")
     store = Store.open(header, path, given.resume)
-    return Call(chosen(given), given.minutes, given.out, store, given.resume and path.exists(), console).run()
+    return Call(some, given.minutes, given.out, store, given.resume and path.exists(), console).run()
 
 
 def chosen(given: argparse.Namespace) -> list[Task]:
-    """The tasks of this call: all, or what nothing else can run without and those that were asked for."""
+    """The tasks of this call: all, or what nothing else can run without and those that were asked for.
+
+    A rehearsal has not all of them, nor has an installed package: what it has not ends the command with a sentence.
+    """
     every = {task.name: task for task in tasks(given.dry_run)}
     if given.only is None:
         return list(every.values())
+    if missing := [name for name in given.only if name not in every]:
+        fail(f"--only names {', '.join(missing)}, which this call does not have: choose from {', '.join(every)}.")
     first = [task for task in every.values() if task.every_call]
-    return first + [every[name] for name in given.only if name in every and every[name] not in first]
+    return first + [every[name] for name in given.only if every[name] not in first]
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Scheduler {
   int64_t passes() const { return passes_; }
   // The last one has delivered gradients that no step has used.
   bool has_gradients() const { return has_gradients_; }
-  // Throws if gradients were written to after the backward pass that sent them.
+  // Nobody has written to gradients after the backward pass that sent them.
   bool untouched() const;
   void gradients_used() { has_gradients_ = false; }
   bool reduced(size_t group) { return groups_.at(group).reduce->done(); }

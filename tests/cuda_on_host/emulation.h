@@ -222,10 +222,6 @@ T __shfl_up_sync(unsigned, T value, int distance) {
   const unsigned from = block.lane() < unsigned(distance) ? block.lane() : block.lane() - distance;
   return block.tell_warp(value, [&](const auto& of) { return of(from); });
 }
-template <typename T>
-T __shfl_sync(unsigned, T value, int from) {
-  return emulated::Block::current().tell_warp(value, [&](const auto& of) { return of(unsigned(from)); });
-}
 inline uint32_t __ballot_sync(unsigned, int own) {
   return emulated::Block::current().tell_warp(own, [](const auto& of) {
     uint32_t set = 0;
