@@ -3,6 +3,7 @@
 
 #include <pybind11/chrono.h>
 
+#include "collectives/at_exit.h"
 #include "collectives/checksum.h"
 #include "collectives/interrupt.h"
 #include "collectives/mesh.h"
@@ -185,4 +186,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   dear::bindings::bind_compress(m);
   dear::bindings::bind_precondition(m);
   dear::bindings::bind_schedule(m);
+  py::module_::import("atexit").attr("register")(py::cpp_function(&dear::stop_threads, NoGil()));
 }

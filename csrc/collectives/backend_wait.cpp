@@ -6,6 +6,7 @@
 #include <mutex>
 #include <thread>
 
+#include "collectives/at_exit.h"
 #include "collectives/interrupt.h"
 
 namespace dear {
@@ -46,8 +47,11 @@ BackendWait::BackendWait(Works works) : state_(std::make_shared<State>()) {
     return;
   }
   std::thread([state = state_, works = std::move(works)]() mutable {
+    AtExit at_exit([] {}, [] {});
     std::exception_ptr error = outcome(works);
-    works.clear();  // who waits is to have the last reference
+    // Who waits is to have the last reference. Behind the interpreter's end they are left.
+    if (!at_exit.cancel([&works] { works.clear(); })) [[maybe_unused]]
+      auto* left = new Works(std::move(works));
     state->end(std::move(error));
   }).detach();
 }

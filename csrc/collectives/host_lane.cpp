@@ -15,6 +15,8 @@ void describe(const Exchange& exchange, uint32_t sequence, ExchangeRecord& recor
   record.start_ns = record.end_ns = 0;
 }
 
+constexpr const char* kShutDown = "The communication lane was shut down while an exchange was in flight.";
+
 // What torch throws has a stack behind it.
 std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
 
@@ -40,11 +42,18 @@ void HostLane::start() {
   // The kernel keeps 15 characters.
   ::pthread_setname_np(shared_->thread.native_handle(), ("dear " + name_).substr(0, 15).c_str());
   peers_->join(this);
+  at_exit_.emplace([this] { abort(kShutDown); }, [this] { join(); });
 }
 
 void HostLane::stop() {
   if (home_.away()) return;
-  abort("The communication lane was shut down while an exchange was in flight.");
+  at_exit_->cancel();
+  abort(kShutDown);
+  join();
+}
+
+void HostLane::join() {
+  if (!shared_->thread.joinable()) return;
   peers_->leave(this);
   {
     std::lock_guard<std::mutex> lock(shared_->mutex);

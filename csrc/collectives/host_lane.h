@@ -6,6 +6,7 @@
 #include <deque>
 #include <thread>
 
+#include "collectives/at_exit.h"
 #include "collectives/exchange.h"
 #include "collectives/members.h"
 #include "collectives/peers.h"
@@ -128,6 +129,7 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   };
 
   void run();
+  void join();
   std::shared_ptr<Exchange> next();
   void move(Exchange& exchange);
   void fail(const Failure& failure, std::exception_ptr error, const std::shared_ptr<Exchange>& current);
@@ -157,6 +159,7 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   int wake_ = -1;  // an eventfd: written to end a poll at once
   std::atomic<bool> told_{false};
   std::vector<PeerProgress> progress_;  // by rank
+  std::optional<AtExit> at_exit_;
 };
 
 }  // namespace dear

@@ -11,11 +11,21 @@ Pipeline::Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::vector<std::sh
   if (!device_.is_cpu()) return;
   decoding_->thread = std::thread([this] { serve(); });
   ::pthread_setname_np(decoding_->thread.native_handle(), "dear decode");
+  at_exit_.emplace([this] { end(); }, [this] { join(); });
 }
 
 Pipeline::~Pipeline() {
   if (home_.away()) return;
+  if (at_exit_) at_exit_->cancel();
+  end();
+  join();
+}
+
+void Pipeline::end() {
   if (!released_) abort("The compressor was dropped while an exchange was in flight.");
+}
+
+void Pipeline::join() {
   {
     std::lock_guard<std::mutex> lock(decoding_->mutex);
     decoding_->stopping = true;
@@ -56,9 +66,13 @@ Pipeline::Counts Pipeline::minus(const Counts& a, const Counts& b) {
 void Pipeline::decode_later(std::function<void()> job) {
   {
     std::lock_guard<std::mutex> lock(decoding_->mutex);
-    decoding_->jobs.push_back(std::move(job));
+    if (!decoding_->stopping) {
+      decoding_->jobs.push_back(std::move(job));
+      decoding_->work.notify_one();
+      return;
+    }
   }
-  decoding_->work.notify_one();
+  job();  // the thread has ended: see Note [Threads at exit]
 }
 
 void Pipeline::abort(const std::string& reason) {

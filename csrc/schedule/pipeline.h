@@ -6,6 +6,7 @@
 #include <deque>
 #include <thread>
 
+#include "collectives/at_exit.h"
 #include "collectives/exchange.h"
 #include "collectives/fork.h"
 
@@ -80,6 +81,8 @@ class Pipeline {
 
  private:
   void serve();
+  void end();
+  void join();
   static Counts minus(const Counts& a, const Counts& b);
 
   std::vector<std::shared_ptr<Lane>> lanes_;
@@ -103,6 +106,7 @@ class Pipeline {
   };
   HomeProcess home_;
   HomeOnly<Decoding> decoding_;  // see Note [Forked children]
+  std::optional<AtExit> at_exit_;
 };
 
 }  // namespace dear
