@@ -173,10 +173,22 @@ def test_a_task_is_ended_when_its_share_is_over_and_others_are_not_begun_too_lat
         script("short", ""),
         script("needs more", "", minutes=60),
     ]
-    became = call(tmp_path, some, minutes=0.2)
+    became = call(tmp_path, some, minutes=0.7)
     assert became["long"] == "interrupted when its time was over" and became["short"] == ""
     assert became["needs more"].startswith("not begun: it takes 60 min, and there were 0.")
     assert stored(tmp_path) == ["short"]
+
+
+def test_what_is_interrupted_ends_within_the_calls_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def run(_command: Any, log: Path, _report: Any, _show: Any, limit: float, _env: Any) -> measure.Ended:
+        given.append(limit)
+        return measure.Ended(0, "", log)
+
+    monkeypatch.setattr(measure, "run", run)
+    call(tmp_path, [script("one", "")], minutes=2)
+    assert 85 < given[0] <= 120 - measure.SECONDS_TO_END
 
 
 def test_a_test_is_run_once_and_its_failure_is_a_result(tmp_path: Path) -> None:

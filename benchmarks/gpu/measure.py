@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..matrix.measure import Ended, run
+from ..matrix.measure import SECONDS_TO_END, Ended, run
 from ..progress import Part, Report, Step
 from ..store import Store
 from . import outcomes
@@ -56,9 +56,9 @@ class Call:
         return became
 
     def _one(self, task: Task, part: Part, left: float) -> str:
-        """left: seconds of the call."""
+        """left: seconds of the call, whose last ones are kept for an interrupted task to end in."""
         where, experiment = {"task": task.name}, Experiment(list(task.arguments))
-        limit = min(left, task.share * self.minutes * 60)
+        limit = min(left - SECONDS_TO_END, task.share * self.minutes * 60)
         if self.store.find(where, experiment) is None and limit <= task.minutes * 60:
             return f"not begun: it takes {task.minutes:g} min, and there were {max(limit, 0) / 60:.1f}"
         try:
