@@ -12,23 +12,18 @@ import contextlib
 import traceback
 import types
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C, _ddp
+from dear._backend_errors import is_of_backend, named
 from dear._compiled import uncompiled
 from dear._objects import all_gather_object
 from dear.collectives import shard_range
 
 __all__ = ["OwnCalls"]
-
-# For the news to come, once DDP's backend has failed. A lane may wait for its peers an eighth longer, at most 10 s.
-_PATIENCE = timedelta(seconds=5)
-_LONGER = timedelta(seconds=10)
 
 
 class OwnCalls:
@@ -107,17 +102,11 @@ class _Arrivals:
 
 
 def _is_of_backend(error: RuntimeError) -> bool:
-    # HACK: gloo raises what any check of torch raises; its file name stands in the text, but not of each timeout.
-    told = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-    return told or any(frame.name == "_sync_buffers" for frame in traceback.extract_tb(error.__traceback__))
+    return is_of_backend(error) or any(
+        frame.name == "_sync_buffers" for frame in traceback.extract_tb(error.__traceback__)
+    )
 
 
 def _named(lane: _C.Lane, error: RuntimeError) -> RuntimeError:
-    found = lane.investigate("broadcast", "DDP's buckets or buffers", _PATIENCE + _LONGER)
-    if found is None:
-        reason = str(error).partition("\n")[0]
-        found = (
-            f"DDP's own broadcast failed in a forward pass of rank {lane.rank}, and no peer is known to have ended: "
-            f"look for one that has stalled ({reason})."
-        )
-    return RuntimeError(found)
+    what = f"DDP's own broadcast failed in a forward pass of rank {lane.rank}"
+    return named(lane, error, "broadcast", "DDP's buckets or buffers", what)

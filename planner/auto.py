@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from compress import losses
 from dear._assembly import Setting
+from dear._backend_errors import naming
 from dear.choosing import Steering
 
 from . import codecs, plans
@@ -280,16 +281,20 @@ class Auto:
         methods = losses.within(self.loss)
         compressing = steering.updates(compresses=True) if methods else []
         phases = [*PHASES, "all_to_all"] if compressing else PHASES
+        lanes = steering.lanes(all_to_all=bool(compressing))
+        what = f"A collective of the backend failed while the network was measured on rank {ground.group.rank()}"
+        blamed = partial(naming, lanes["all_gather"], "all-reduce", "the probe", what)
         try:
-            lanes = steering.lanes(all_to_all=bool(compressing))
-            network = self._instruments.network(ground.group, ground.device, phases, lanes)
-            del lanes
+            with blamed():
+                network = self._instruments.network(ground.group, ground.device, phases, lanes)
         except ValueError as error:  # the same on every rank
             return [], str(error).rstrip(".")
         _, wrong = self._everyones(lambda: self._instruments.memory(ground.device), "its memory")
         if wrong:
             return [], wrong
-        machine = self._instruments.machine(ground.group, ground.device)
+        with blamed():
+            machine = self._instruments.machine(ground.group, ground.device)
+        del lanes, blamed
         shapes = [shape for layer in everyone[ground.group.rank()].layers for shape in layer.shapes]
         with suppress(Exception):  # on this rank alone: what cannot be timed stays predicted
             costs = self._instruments.codecs(ground.group, ground.device, methods if compressing else [], shapes)

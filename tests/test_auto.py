@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import time
 
 import auto_instruments
 import pytest
 import torch
+import torch.distributed as dist
 import training
 from auto_instruments import FAST, SLOW, Prescribed
 from torch import optim
+from workers import run_workers
 
 import compress
 import dear
@@ -192,6 +196,35 @@ def test_what_cannot_be_measured_leaves_training_as_it_was(pool2, more, why):
     (found, said, asked), _ = pool2.run(chosen, FAST, ddp_is_faster, auto.MOST, 0.0, None, more)
     assert found is None and len({update for update, *_ in asked}) == 1
     assert len(said) == 1 and why in said[0] and "goes on as it did" in said[0]
+
+
+class Stalling(Prescribed):
+    """Rank 1 stalls in the probe for longer than the backend waits."""
+
+    def network(self, group, device, phases, lanes):
+        if group.rank() == 1:
+            time.sleep(8)
+        dist.all_reduce(torch.zeros(4), group=group)
+        raise AssertionError("the backend has waited")
+
+
+def stalled(rank, world):
+    model, opt = training.build("Mlp", ADAMW, {})
+    instruments = Stalling(FAST, nothing_differs)
+    engine = dear.attach(model, opt, compressor=Auto(0.0, None, instruments=instruments))
+    with pytest.raises(RuntimeError) as raised:
+        for step in range(auto.MOST):
+            training.plain_step(model, opt, rank, step)
+            instruments.step_ends(engine)
+    return str(raised.value)
+
+
+def test_a_rank_that_stalls_in_the_probe_ends_training_by_a_sentence():
+    waited, _ = run_workers(stalled, 2, group_timeout=3, timeout=60)
+    assert re.fullmatch(
+        r"A collective of the backend failed while the network was measured on rank 0, and no peer is known to have "
+        r"ended: look for one that has stalled \(.*Timed out waiting 3000ms.*\)\.", waited
+    ), waited  # fmt: skip
 
 
 class Turning:
