@@ -42,7 +42,7 @@ class Room:
         """See Note [Out of memory]. Collective.
 
         Raises:
-            ValueError: a rank has no room for it; on every rank.
+            ValueError: a rank has no room for it, or could not find out; on every rank.
         """
         steering = self._steering
         if way in self._fitted:
@@ -52,11 +52,12 @@ class Room:
             self._instruments.reserve(steering.ground.device, max(building, staying + self._in_steps))
             wrong = ""
         except Exception as error:  # whatever it is, the others wait to hear of it
-            wrong = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
+            what = "has no room for it" if ran_out(error) else "could not find out whether it has room for it"
+            wrong = f"{what}: {type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
         everyone = steering.everyones(wrong, "whether there is room for a setting")
         failed = next((rank for rank, why in enumerate(everyone) if why), None)
         if failed is not None:
-            raise ValueError(f"rank {failed} has no room for it: {everyone[failed]}")
+            raise ValueError(f"rank {failed} {everyone[failed]}")
         self._fitted.add(way)
 
 

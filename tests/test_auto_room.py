@@ -33,6 +33,13 @@ def test_what_has_no_room_on_one_rank_is_tried_on_none(pool2):
     assert said[0].endswith("bytes).") and "manual" not in said[0] and said[-1].startswith("auto chose DeAR, sharded")
 
 
+def test_what_fails_otherwise_is_not_called_a_want_of_memory(pool2):
+    _, said, asked = pool2.run(chosen, FAST, ddp_is_faster, auto.MOST + 4, 0.0, None, {"room": [float("inf"), None]})[0]
+    assert {update for update, *_ in asked} == {"sharded"}
+    why = "(rank 1 could not find out whether it has room for it: TypeError: '>' not supported"
+    assert said[0].startswith(f'compressor="auto": plain DDP is not tried {why}')
+
+
 def needed(rank, world):
     """Of AdamW's two numbers for each parameter, in halves on two ranks, by each update strategy and back."""
     model, opt = training.build("Mlp", ADAMW, {})
