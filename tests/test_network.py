@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,16 @@ def until(condition: Callable[[], bool], within: float = 60.0) -> bool:
 # ------------------------------------------------------------------------------------------------- the network
 
 
+def carries(measure: Callable[[], float], least: float, most: float = math.inf) -> bool:
+    """Whether a link carries so many bits a second: on a busy machine a process may wait while bytes do not, or they
+    for it, so in one of several attempts."""
+    return any(least <= measure() <= most for _ in range(10))
+
+
+def streamed(lab: Lab, size: int) -> float:
+    return float(lab.call(stream, size, timeout=100)[0])
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 @needs_lab
@@ -145,9 +157,9 @@ def test_rate_is_enforced_and_can_be_changed() -> None:
             lab.set_rate(rate)
             wanted = parse_rate(rate)
             assert wanted is not None and lab.rate == wanted
-            assert lab.call(stream, size, timeout=100)[0] == pytest.approx(wanted * PAYLOAD, rel=0.1)
+            assert carries(partial(streamed, lab, size), 0.9 * wanted * PAYLOAD, 1.1 * wanted * PAYLOAD)
         lab.set_rate(None)
-        assert lab.call(stream, 100 << 20, timeout=100)[0] > 1.5e9
+        assert carries(partial(streamed, lab, 100 << 20), 1.5e9)
 
 
 @pytest.mark.slow
@@ -155,8 +167,8 @@ def test_rate_is_enforced_and_can_be_changed() -> None:
 @needs_lab
 def test_link_carries_the_rate_both_ways_at_once() -> None:
     with Lab(2, "400mbit") as lab:
-        wanted = (20 << 20) * 8 / (400e6 * PAYLOAD)
-        assert lab.call(both_ways, 20 << 20, timeout=100) == pytest.approx([wanted, wanted], rel=0.1)
+        wanted = pytest.approx([(20 << 20) * 8 / (400e6 * PAYLOAD)] * 2, rel=0.1)
+        assert any(lab.call(both_ways, 20 << 20, timeout=100) == wanted for _ in range(10))
 
 
 @pytest.mark.slow
@@ -164,9 +176,9 @@ def test_link_carries_the_rate_both_ways_at_once() -> None:
 @needs_lab
 def test_two_labs_at_once_do_not_touch_each_other() -> None:
     with Lab(2, "100mbit") as slow, Lab(2, "1gbit") as fast:
-        job = [slow.spawn(r, ["sleep", "30"]) for r in range(2)]
-        assert fast.call(stream, 20 << 20, timeout=100)[0] > 8e8
-        assert slow.call(stream, 4 << 20, timeout=100)[0] < 1.1e8
+        job = [slow.spawn(r, ["sleep", "300"]) for r in range(2)]
+        assert carries(partial(streamed, fast, 20 << 20), 8e8)
+        assert carries(partial(streamed, slow, 4 << 20), 0, 1.1e8)
         assert all(child.process.poll() is None for child in job)
 
 
