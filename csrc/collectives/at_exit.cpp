@@ -52,17 +52,17 @@ AtExit::AtExit(std::function<void()> end, std::function<void()> join) : entry_(s
 
 bool AtExit::cancel(const std::function<void()>& last) {
   if (entry_->home.away()) return false;
+  bool mine = false;
   {
-    Registry& here = registry();
-    const std::lock_guard<std::mutex> lock(here.mutex);
-    auto& entries = here.entries;
-    entries.erase(std::remove(entries.begin(), entries.end(), entry_), entries.end());
+    const std::lock_guard<std::mutex> lock(entry_->mutex);
+    mine = !entry_->stopped;
+    if (mine) last();  // still listed: stop_threads() waits for it
+    entry_->stopped = true;
   }
-  const std::lock_guard<std::mutex> lock(entry_->mutex);
-  if (entry_->stopped) return false;
-  last();
-  entry_->stopped = true;
-  return true;
+  Registry& here = registry();
+  const std::lock_guard<std::mutex> lock(here.mutex);
+  here.entries.erase(std::remove(here.entries.begin(), here.entries.end(), entry_), here.entries.end());
+  return mine;
 }
 
 void stop_threads() {
@@ -74,8 +74,9 @@ void stop_threads() {
     entries = here.entries;
   }
   for (const auto& entry : entries) {
-    const std::lock_guard<std::mutex> lock(entry->mutex);
-    if (!entry->stopped) entry->end();
+    // Not waited for where it is being cancelled: its thread may wait for one that is told next.
+    const std::unique_lock<std::mutex> lock(entry->mutex, std::try_to_lock);
+    if (lock.owns_lock() && !entry->stopped) entry->end();
   }
   for (const auto& entry : entries) {
     const std::lock_guard<std::mutex> lock(entry->mutex);

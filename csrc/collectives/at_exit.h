@@ -25,16 +25,14 @@ class AtExit {
   // `end` lets what the thread is at fail; `join` waits for the thread. Both may run when the owner has
   // stopped nothing yet, on any thread, and never behind cancel().
   AtExit(std::function<void()> end, std::function<void()> join);
-  ~AtExit() { cancel(); }
+  ~AtExit() {
+    cancel([] {});
+  }
   AtExit(const AtExit&) = delete;
   AtExit& operator=(const AtExit&) = delete;
 
-  // Takes it back, having waited for what runs of it.
-  void cancel() {
-    cancel([] {});
-  }
-  // Likewise, and runs `last` before that, unless stop_threads() was here first: it waits for it. Returns
-  // whether `last` was run.
+  // Takes it back, having run `last`, for which stop_threads() waits; or, where that was here first, having
+  // waited for what runs of it. Returns whether `last` was run.
   bool cancel(const std::function<void()>& last);
 
   struct Entry;

@@ -47,9 +47,11 @@ void HostLane::start() {
 
 void HostLane::stop() {
   if (home_.away()) return;
-  at_exit_->cancel();
-  abort(kShutDown);
-  join();
+  const auto leave = [this] {
+    abort(kShutDown);
+    join();
+  };
+  if (!at_exit_->cancel(leave)) leave();
 }
 
 void HostLane::join() {

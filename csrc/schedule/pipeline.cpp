@@ -16,9 +16,11 @@ Pipeline::Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::vector<std::sh
 
 Pipeline::~Pipeline() {
   if (home_.away()) return;
-  if (at_exit_) at_exit_->cancel();
-  end();
-  join();
+  const auto leave = [this] {
+    end();
+    join();
+  };
+  if (!at_exit_ || !at_exit_->cancel(leave)) leave();
 }
 
 void Pipeline::end() {

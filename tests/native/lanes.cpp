@@ -2,11 +2,13 @@
 // Run by `make tsan`. Ends with 0 when results are right and the sanitizer found no race.
 #include <ATen/ATen.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 
+#include "collectives/at_exit.h"
 #include "collectives/mesh.h"
 #include "collectives/ring.h"
 
@@ -172,6 +174,39 @@ void says_for_whom_it_waits(Phase phase, bool comes) {
   });
 }
 
+// At the end of the program: a lane's exchange waits for another lane's, one is being dropped, and who takes
+// itself back meanwhile is waited for. Nothing that comes later is.
+void ends_all_threads() {
+  std::vector<Rank> ranks = make_ranks(std::chrono::seconds(60));
+  const at::Tensor full = at::ones({kWorld * kChunk});
+  const auto reduced =
+      submit(*ranks[0].reduce, Phase::kReduceScatter, {full, at::empty({kChunk})});  // alone in it
+  auto gathered = ranks[0].gather->make_exchange(Phase::kAllGather, Reduction::kSum,
+                                                 {{full, full.narrow(0, 0, kChunk)}}, "group");
+  gathered->defer([reduced]() -> std::shared_ptr<Exchange> {
+    reduced->wait();
+    return nullptr;
+  });
+  ranks[0].gather->submit(gathered);
+  std::atomic<bool> begun{false}, ended{false};
+  std::thread dropping([&] { ranks[1] = Rank(); });
+  std::thread leaving([&] {
+    dear::AtExit at_exit([] {}, [] {});
+    at_exit.cancel([&] {
+      begun = true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(300));
+      ended = true;
+    });
+  });
+  while (!begun) std::this_thread::yield();
+  dear::stop_threads();
+  require(ended, "what was under way was not waited for");
+  require(reduced->done() && gathered->done(), "an exchange is left");
+  dropping.join();
+  leaving.join();
+  require(!dear::AtExit([] {}, [] {}).cancel([] {}), "behind the end something was begun");
+}
+
 }  // namespace
 
 int main() {
@@ -182,5 +217,6 @@ int main() {
     says_for_whom_it_waits<dear::RingLane>(Phase::kReduceScatter, comes);
     says_for_whom_it_waits<dear::MeshLane>(Phase::kAllToAll, comes);
   }
+  ends_all_threads();
   std::puts("ok");
 }
