@@ -51,6 +51,13 @@ def test_each_method_has_its_own_learning_rate():
     assert best.best(CELLS[4:])[0].steps_to_dense is None  # dense was not trained
 
 
+def test_a_seed_that_is_hard_for_all_is_no_methods_loss():
+    hard = [cell("ddp", 0.1, 3, [[10, 9.0], [20, 9.0], [30, 9.0]])]
+    dense, acp = best.best([one for one in CELLS if one["plan"]["learning_rate"] != 0.4] + hard)
+    assert dense.seeds == (1, 2, 3) and acp.over(dense, least=2) == pytest.approx(2.8 / 3.2)
+    assert acp.over(dense, least=3) is None
+
+
 def test_the_table_names_predictions():
     console = Console(width=160, record=True)
     best.show(CELLS, 0.1, ["100mbit", "unlimited"], console)

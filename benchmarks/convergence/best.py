@@ -1,5 +1,7 @@
 """Each method at its own best learning rate: loss by step, by bytes and by predicted time. From raw JSON alone."""
 
+from __future__ import annotations
+
 import math
 import statistics
 from collections.abc import Sequence
@@ -30,6 +32,13 @@ class Best:
     @property
     def loss(self) -> float:
         return statistics.mean(self.held_out)
+
+    def over(self, other: Best, least: int = 1) -> float | None:
+        """Its mean loss over that of ``other``, of the seeds that both were trained with; None where these are fewer
+        than ``least``. Seeds differ by more than methods do."""
+        own, others = (dict(zip(each.seeds, each.held_out, strict=True)) for each in (self, other))
+        both = own.keys() & others.keys()
+        return sum(own[seed] for seed in both) / sum(others[seed] for seed in both) if len(both) >= least else None
 
     def seconds_to_dense(self, compute: float, bits_per_second: float) -> float | None:
         """Predicted: every step takes its compute time and the time that its bytes take, and neither hides the

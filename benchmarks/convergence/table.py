@@ -11,7 +11,7 @@ from .best import best
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TABLE = Path(__file__).resolve().parent.parent.parent / "compress" / "losses.json"
-SEEDS = 3  # of a method and of dense, at least
+SEEDS = 3  # of both a method and dense, at least
 PLAIN = ("power", "acp", "topk", "sign", "bf16", "fp16", "int8", "fp8")  # methods that have a name of their own
 #: Presets, as stored runs spell them, with a start of their warm-up's length.
 PRESETS = {"int3:scale=element:start=150:first=int8": "safe", "fast:start=150": "fast"}
@@ -38,12 +38,13 @@ def table(results: Path = RESULTS) -> dict[str, Any]:
     """By method: how far above dense it ended at worst, and in how many trainings it was compared."""
     ratios: defaultdict[str, list[float]] = defaultdict(list)
     for cells in trainings(results).values():
-        found = [one for one in best(_once(cells)) if len(one.held_out) >= SEEDS]
-        dense = {one.optimizer: one.loss for one in found if one.strategy == DENSE}
+        found = best(_once(cells))
+        dense = {one.optimizer: one for one in found if one.strategy == DENSE}
         for one in found:
             method = _method(one.strategy)
-            if one.optimizer in dense and method is not None:
-                ratios[method].append(one.loss / dense[one.optimizer] - 1)
+            ratio = one.over(dense[one.optimizer], SEEDS) if one.optimizer in dense else None
+            if ratio is not None and method is not None:
+                ratios[method].append(ratio - 1)
     methods = {name: {"above": round(max(each), 4), "trainings": len(each)} for name, each in sorted(ratios.items())}
     return {"made by": "python -m benchmarks.convergence.table", "methods": methods}
 

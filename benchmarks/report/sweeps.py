@@ -72,11 +72,7 @@ class Sweep:
 
     def above(self, one: Best) -> float | None:
         """Its mean loss over dense's, of the seeds that both were trained with."""
-        if self.dense is None:
-            return None
-        own, dense = (dict(zip(each.seeds, each.held_out, strict=True)) for each in (one, self.dense))
-        both = own.keys() & dense.keys()
-        return sum(own[seed] for seed in both) / sum(dense[seed] for seed in both) if both else None
+        return None if self.dense is None else one.over(self.dense)
 
     def reached(self, one: Best, within: float) -> float | None:
         """At which step its curve is down to so many times dense's final loss; None where it never is, or where it was
