@@ -1,7 +1,8 @@
 """What compressors have cost in loss: one table, which ``python -m benchmarks.convergence.table`` makes of stored runs.
 
-A method counts by the worst of its trainings: held-out loss against dense, each at its own best learning rate, means of
-three seeds at least. A preset counts as it was trained, with a start of 150 steps, which is shorter than its own.
+A method counts by the worst of its trainings: held-out loss against dense, each at its own best learning rate, means
+over the seeds that both have, three at least. A preset counts as it was trained, with a start of 150 steps, which is
+shorter than its own.
 """
 
 from __future__ import annotations

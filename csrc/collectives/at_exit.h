@@ -9,10 +9,9 @@ namespace dear {
 // Who drops the last reference to a tensor that Python has seen asks for the interpreter's lock, a thread of
 // ours as well. While the interpreter ends, Python (before 3.14) ends a thread that asks, on the spot, in the
 // middle of a destructor, which C++ answers by "terminate called without an active exception"; or the thread
-// waits for the lock, and who holds it for the thread. Of scripts that ended right behind their last exchange
-// one in some thousands was aborted so. So no thread of ours goes on until then: Python's atexit calls
-// stop_threads(), behind what was registered later than this library was loaded, such as an engine's wait for
-// its last all-gather.
+// waits for the lock, and who holds it for the thread. A script that ended right behind its last exchange was
+// aborted so. So no thread of ours goes on until then: Python's atexit calls stop_threads(), behind what was
+// registered later than this library was loaded, such as an engine's wait for its last all-gather.
 
 // Stops whoever has an AtExit: first all are told to end, since one may wait for another, then all are
 // joined. Whoever has one later counts as stopped. To be called without the GIL. Does nothing in a forked
