@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -21,7 +21,7 @@ def is_of_backend(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-def named(lane: _C.Lane, error: RuntimeError, phase: str, label: str, what: str) -> RuntimeError:
+def _named(lane: _C.Lane, error: RuntimeError, phase: str, label: str, what: str) -> RuntimeError:
     """The error to raise in place of a backend's: who has ended, or one that says ``what`` has failed."""
     found = lane.investigate(phase, label, _PATIENCE + _LONGER)
     if found is None:
@@ -31,11 +31,13 @@ def named(lane: _C.Lane, error: RuntimeError, phase: str, label: str, what: str)
 
 
 @contextlib.contextmanager
-def naming(lane: _C.Lane, phase: str, label: str, what: str) -> Iterator[None]:
-    """Inside, a backend's errors become those of :func:`named`."""
+def naming(
+    lane: _C.Lane, phase: str, label: str, what: str, of_backend: Callable[[RuntimeError], bool] = is_of_backend
+) -> Iterator[None]:
+    """Inside, errors that are ``of_backend`` become those of :func:`_named`."""
     try:
         yield
     except RuntimeError as error:
-        if is_of_backend(error):
-            raise named(lane, error, phase, label, what) from error
+        if of_backend(error):
+            raise _named(lane, error, phase, label, what) from error
         raise

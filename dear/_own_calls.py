@@ -18,7 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C, _ddp
-from dear._backend_errors import is_of_backend, named
+from dear._backend_errors import is_of_backend, naming
 from dear._compiled import uncompiled
 from dear._objects import all_gather_object
 from dear.collectives import shard_range
@@ -43,12 +43,8 @@ class OwnCalls:
         def pre_forward(self: DDP, *inputs: Any, **kwargs: Any) -> Any:
             if arrivals is not None and torch.is_grad_enabled() and _ddp.broadcasts_buffers(self):
                 arrivals.announce()
-            try:
+            with _naming(lane):
                 return type(self)._pre_forward(self, *inputs, **kwargs)
-            except RuntimeError as error:
-                if _is_of_backend(error):
-                    raise _named(lane, error) from error
-                raise
 
         # A method, so that a copy of the module has one of its own.
         model.__dict__["_pre_forward"] = types.MethodType(pre_forward, model)
@@ -67,12 +63,8 @@ class OwnCalls:
     def rebuild(self) -> Iterator[None]:
         """Inside, DDP rebuilds its buckets: whoever does not come, or ends meanwhile, is named."""
         self.before_rebuild()
-        try:
+        with _naming(self._lane):
             yield
-        except RuntimeError as error:
-            if _is_of_backend(error):
-                raise _named(self._lane, error) from error
-            raise
 
     def release(self) -> None:
         """Takes the guard off."""
@@ -107,6 +99,6 @@ def _is_of_backend(error: RuntimeError) -> bool:
     )
 
 
-def _named(lane: _C.Lane, error: RuntimeError) -> RuntimeError:
+def _naming(lane: _C.Lane) -> contextlib.AbstractContextManager[None]:
     what = f"DDP's own broadcast failed in a forward pass of rank {lane.rank}"
-    return named(lane, error, "broadcast", "DDP's buckets or buffers", what)
+    return naming(lane, "broadcast", "DDP's buckets or buffers", what, _is_of_backend)

@@ -42,7 +42,7 @@ void HostLane::start() {
   // The kernel keeps 15 characters.
   ::pthread_setname_np(shared_->thread.native_handle(), ("dear " + name_).substr(0, 15).c_str());
   peers_->join(this);
-  at_exit_.emplace([this] { abort(kShutDown); }, [this] { join(); });
+  at_exit_.emplace([this] { abort(kInterpreterEnds); }, [this] { join(); });
 }
 
 void HostLane::stop() {

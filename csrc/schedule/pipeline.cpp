@@ -11,20 +11,20 @@ Pipeline::Pipeline(std::vector<std::shared_ptr<Lane>> lanes, std::vector<std::sh
   if (!device_.is_cpu()) return;
   decoding_->thread = std::thread([this] { serve(); });
   ::pthread_setname_np(decoding_->thread.native_handle(), "dear decode");
-  at_exit_.emplace([this] { end(); }, [this] { join(); });
+  at_exit_.emplace([this] { end(kInterpreterEnds); }, [this] { join(); });
 }
 
 Pipeline::~Pipeline() {
   if (home_.away()) return;
   const auto leave = [this] {
-    end();
+    end("The compressor was dropped while an exchange was in flight.");
     join();
   };
   if (!at_exit_ || !at_exit_->cancel(leave)) leave();
 }
 
-void Pipeline::end() {
-  if (!released_) abort("The compressor was dropped while an exchange was in flight.");
+void Pipeline::end(const std::string& reason) {
+  if (!released_) abort(reason);
 }
 
 void Pipeline::join() {

@@ -81,7 +81,7 @@ class Pipeline {
 
  private:
   void serve();
-  void end();
+  void end(const std::string& reason);
   void join();
   static Counts minus(const Counts& a, const Counts& b);
 
