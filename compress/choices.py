@@ -60,6 +60,11 @@ def check_called(function: Callable[..., Any], option: str) -> None:
         ) from None
 
 
+def _called(function: Callable[..., Any]) -> str:
+    """A function as a reader knows it, without its address."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 class Selected:
     """Parameters selected by name: what ``exempt=`` takes."""
 
@@ -76,6 +81,9 @@ class Selected:
                 f"{option} must be names of parameters or a callable of name and parameter, not {given!r}."
             )
         self.patterns = tuple(map(plain, patterns))
+
+    def __repr__(self) -> str:
+        return _called(self._predicate) if self._predicate is not None else repr(self.patterns)
 
     def __call__(self, name: str, param: Tensor) -> bool:
         if self._predicate is not None:
@@ -99,6 +107,9 @@ class Assigned:
         self.by_pattern: dict[str, Any] = {}
         if isinstance(given, Mapping):
             self.by_pattern = {plain(str(name)): self._checked(str(name), value) for name, value in given.items()}
+
+    def __repr__(self) -> str:
+        return _called(self._function) if self._function is not None else repr(self.by_pattern or None)
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from compress import checks, saved
 from compress.contract import Contract
 from compress.group import settle_errors
+from compress.read_once import described
 from compress.schedule_binding import ScheduleBinding
 from dear.compression import Site
 
@@ -57,6 +58,10 @@ class Compressor(Contract):
     Gradients of other types than float32, float16 and bfloat16 (that is, float64) travel dense. Not thread-safe.
     One compressor serves one model.
     """
+
+    def __repr__(self) -> str:
+        """The class with its first options, and the others that are not as by default."""
+        return f"{type(self).__name__}({', '.join(described(self))})"
 
     # --- state and statistics ---
 

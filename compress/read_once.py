@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -71,6 +72,20 @@ def _by_package() -> bool:
     while frame.f_code.co_name == "__setattr__" and frame.f_back is not None:  # a subclass's, which passes it on
         frame = frame.f_back
     return str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE
+
+
+def described(compressor: ReadOnce) -> Iterator[str]:
+    """``option=value`` for what may be given by its place, and for each other option that is not as by default."""
+    kind: Any = type(compressor)
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in reversed(kind.__mro__):
+        if "__init__" in vars(base) and base is not object:
+            parameters |= inspect.signature(base.__init__).parameters
+    for name in options_of(kind):
+        parameter = parameters[name]
+        value = getattr(compressor, name, parameter.default)
+        if parameter.kind is not parameter.KEYWORD_ONLY or repr(value) != repr(parameter.default):
+            yield f"{name}={value!r}"
 
 
 @cache

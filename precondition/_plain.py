@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,13 @@ class Registered:
     """What every preconditioner has in common: :meth:`step` on plain DDP."""
 
     plain: Plain | None = None
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """Its options, by name."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options().items())})"
 
     def step(self) -> None:
         """Preconditions ``.grad``, on plain DDP: call it on every rank between ``backward()`` and ``optimizer.step()``,

@@ -50,6 +50,10 @@ class RankOnePreconditioner(Registered):
         """Names in the log what stays the optimizer's."""
         _layers.name_left_out(root, [layer for layer in served if isinstance(layer, _layers.Layer)], trained)
 
+    def options(self) -> dict[str, Any]:
+        """What it was made with."""
+        return asdict(self.settings)
+
     # --- for dear.attach and precondition.register ---
 
     def check_new(self, model: DDP, optimizers: Sequence[Optimizer], caller: str) -> dict[str, Any]:
@@ -64,7 +68,7 @@ class RankOnePreconditioner(Registered):
         self._new_running(layers, torch.device("cpu"))
         if model.process_group.rank() == 0:
             self.name_left_out(model.module, layers, trained)
-        options = {f"the preconditioner's {name}": value for name, value in asdict(self.settings).items()}
+        options = {f"the preconditioner's {name}": value for name, value in self.options().items()}
         names = [layer.name for layer in layers]
         known = sorted(self._loaded)
         return {"the preconditioner": kind, **options, "the preconditioned layers": names, "those with a state": known}
