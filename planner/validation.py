@@ -71,7 +71,10 @@ UNTIMED = ("int8", "fp8", "int4", "int3", "int2", "fast")  # codecs of whose enc
 def method_of(name: str, profile: Profile) -> Method | None:
     """The benchmarks' strategy of that name; None for one that the planner does not know."""
     kind, *options = (word for word in name.split(":") if "=" not in word)  # which changes no more than a few bytes
-    if kind in ("ddp+powersgd", "none", "auto", "planned", "tried") or kind.removeprefix("dear+") == "local":
+    if (
+        kind in ("ddp+powersgd", "fsdp2+bf16", "none", "auto", "planned", "tried")
+        or kind.removeprefix("dear+") == "local"
+    ):
         return None
 
     def cap() -> float | None:

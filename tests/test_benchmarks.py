@@ -245,10 +245,11 @@ def test_strategies_are_parsed() -> None:
 
 def test_payload_counts_what_a_ring_sends() -> None:
     net = gpt(1)
-    dense, half = parse_strategies("ddp:1,ddp+fp16")
+    dense, half, sharded = parse_strategies("ddp:1,ddp+fp16,fsdp2+bf16")
     gradients = 4 * sum(p.numel() for p in net.parameters())
     assert dense.payload_bytes(net, 4) == gradients * 6 // 4
     assert half.payload_bytes(net, 2) == gradients // 2
+    assert sharded.payload_bytes(net, 2) == gradients * 3 // 4  # parameters are gathered in float32
     assert isinstance(optimizer_factory("adamw")(net), torch.optim.AdamW)
 
 

@@ -48,6 +48,7 @@ def everyone(_: comparison.Cell, __: str) -> bool:
         ("ddp:16", comparison.DDP, "ddp"),
         ("fsdp2", comparison.DDP, "fsdp2"),
         ("ddp+fp16:2", comparison.DDP_HALF, "ddp+fp16"),
+        ("fsdp2+bf16", comparison.DDP_HALF, "fsdp2+bf16"),
         ("ddp+powersgd:8", comparison.DDP_POWER, "ddp+powersgd:8"),
         ("dear", comparison.DEAR, "dear"),
         ("dear:replicated:4", comparison.DEAR, "dear:replicated"),
@@ -56,6 +57,12 @@ def everyone(_: comparison.Cell, __: str) -> bool:
         ("acp:8:2", comparison.COMPRESSED, "acp:8"),
         ("dear+topk:0.01", comparison.COMPRESSED, "dear+topk:0.01"),
         ("sign:majority:4", comparison.COMPRESSED, "sign:majority"),
+        ("local:4:4", comparison.COMPRESSED, "local:4"),
+        ("dear+fast:start=0", comparison.COMPRESSED, "dear+fast:start=0"),
+        ("safe", comparison.COMPRESSED, "safe"),
+        ("exact", comparison.HALF, "exact"),
+        ("auto", comparison.DEAR, "auto"),
+        ("planned:ddp:4", comparison.DEAR, "planned:ddp"),
         ("unheard:of", comparison.DDP, "unheard:of"),  # results of another version: a rival, so that it flatters nobody
     ],
 )

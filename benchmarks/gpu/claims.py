@@ -48,6 +48,7 @@ CLAIMS = (
         ("kernels", "kernels-rare", "kernels-large", "kernels-top-k-large", "kernels-rare-large"),
     ),
     Claim("DeAR over NCCL beside tuned DDP, in 32 and in 16 bits", TRAINING),
+    Claim("DeAR over NCCL beside FSDP2, in 32 and in 16 bits", ("fsdp2-bert-base",)),
     Claim("what the streams of a step do, by traces of the device", ("traces-bert-base",)),
     Claim("DeAR with ACP-SGD beside DDP with a 16-bit hook", TRAINING),
     Claim("what attaching costs a single rank, BERT-Base", ("alone-bert-base",)),

@@ -106,6 +106,7 @@ def _benchmarks(dry_run: bool) -> list[Task]:
         ),
         _benchmark("training-resnet50-4w", "training", f"{four} --workload resnet50", 2),
         _benchmark("training-bert-base-4w", "training", f"{four} --workload bert-base", 3),
+        _benchmark("fsdp2-bert-base", "training", f"{few} ddp:4,fsdp2,fsdp2+bf16,dear,dear+bf16", 1.2),
         _benchmark("traces-bert-base", "training", f"{few} ddp:4,dear,bf16:25,dear+bf16", 1.2, traces=True),
     ]
 

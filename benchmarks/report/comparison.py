@@ -16,7 +16,17 @@ from ..network.rates import bits, show_rate
 from ..records import Source
 from ..stats import paired_ratio, round_times
 from ..training import summary
-from ..training.strategies import Compressed, StrategyError, parse_strategy
+from ..training.strategies import (
+    Auto,
+    Compressed,
+    DDPHalf,
+    DDPPowerSGD,
+    Dear,
+    FSDP2Half,
+    Planned,
+    StrategyError,
+    parse_strategy,
+)
 
 FLOOR = "none"
 EMULATED = "emulated network"
@@ -32,31 +42,31 @@ class Family:
 
 
 DDP = Family("torch: float32 (DDP, FSDP2)", "#8a8f98", False)
-DDP_HALF = Family("torch: DDP with a 16-bit hook", "#c9a227", False)
+DDP_HALF = Family("torch: 16 bits (DDP's hooks, FSDP2)", "#c9a227", False)
 DDP_POWER = Family("torch: DDP with its PowerSGD hook", "#c1664f", False)
 DEAR = Family("this library: DeAR, float32", "#2f7fc1", True)
 HALF = Family("this library: 16 bits", "#35a6a0", True)
 COMPRESSED = Family("this library: compressor", "#5b9f4a", True)
 FAMILIES = (DDP, DDP_HALF, DDP_POWER, DEAR, HALF, COMPRESSED)
 
+HALF_KINDS = ("bf16", "fp16", "exact")
+_OF_KIND = (
+    ((Dear, Auto, Planned), DEAR),  # the two choose among exact methods
+    (DDPPowerSGD, DDP_POWER),
+    ((DDPHalf, FSDP2Half), DDP_HALF),
+)
 _EXACT = (DDP, DEAR)  # they train as plain DDP does: nothing is rounded away
 
 
 def family(name: str) -> Family:
     """The family of a strategy, none of which is the compute floor."""
-    kind = name.partition("@")[0].split(":")[0]
-    if kind.startswith("ddp+"):
-        return DDP_POWER if "powersgd" in kind else DDP_HALF
-    if kind in ("dear", "auto", "planned"):  # which choose among exact methods
-        return DEAR
-    method = kind.removeprefix("dear+")
-    if method in ("bf16", "fp16"):
-        return HALF
-    return (
-        COMPRESSED
-        if method in ("acp", "power", "topk", "sign", "int8", "fp8", "int4", "int3", "int2") or method != kind
-        else DDP
-    )
+    try:
+        strategy = parse_strategy(name)
+    except StrategyError:  # results of a version that knew others: a rival, so that it flatters nobody
+        return DDP
+    if isinstance(strategy, Compressed):
+        return HALF if strategy.compressor.kind in HALF_KINDS else COMPRESSED
+    return next((found for kind, found in _OF_KIND if isinstance(strategy, kind)), DDP)
 
 
 def is_exact(name: str) -> bool:

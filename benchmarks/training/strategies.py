@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -19,8 +20,9 @@ from .workloads import repeated_blocks
 
 ONE_BUCKET_MIB = 4096.0  # more than any model here: DDP then puts everything in one bucket
 FORMS = (
-    "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, dear[:sharded|owned|replicated|auto[:MIB]], "
-    "auto, planned:sharded|owned|replicated|ddp:MIB, COMPRESSOR[:MIB], dear+COMPRESSOR[:MIB], "
+    "none, ddp[:MIB], ddp+fp16[:MIB], ddp+powersgd[:RANK], fsdp2, fsdp2+bf16, "
+    "dear[:sharded|owned|replicated|auto[:MIB]], auto, planned:sharded|owned|replicated|ddp:MIB, COMPRESSOR[:MIB], "
+    "dear+COMPRESSOR[:MIB], "
     f"{tried.FORMS}; COMPRESSOR is one "
     f"of: {spelling.FORMS}; @node behind dear or a compressor: in two levels, inside nodes and between them, and "
     "@RANKS says how many ranks a node has"
@@ -155,17 +157,28 @@ class DDPPowerSGD(DDP):
 class FSDP2(Strategy):
     """fully_shard per block and at the root; parameters stay gathered after forward (ZeRO-2 traffic)."""
 
-    same_as = "ddp"
+    same_as: ClassVar[str | None] = "ddp"
+    reduce_dtype: ClassVar[torch.dtype | None] = None
 
     def build(self, net: nn.Module, optimizer: OptimizerFactory, group: dist.ProcessGroup) -> Trainer:
         from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = DeviceMesh.from_group(group, next(net.parameters()).device.type)
-        for block in repeated_blocks(net):
-            fully_shard(block, mesh=mesh, reshard_after_forward=False)
-        fully_shard(net, mesh=mesh, reshard_after_forward=False)
+        policy = MixedPrecisionPolicy(reduce_dtype=self.reduce_dtype)
+        for module in (*repeated_blocks(net), net):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         return Trainer(net, optimizer(net))
+
+
+class FSDP2Half(FSDP2):
+    """FSDP2 that reduces gradients in bfloat16, computes in float32, and gathers parameters in float32."""
+
+    same_as = None
+    reduce_dtype = torch.bfloat16
+
+    def payload_bytes(self, net: nn.Module, world: int) -> int:
+        return super().payload_bytes(net, world) * 3 // 4
 
 
 @dataclass(frozen=True)
@@ -280,6 +293,7 @@ KINDS: dict[str, type[Strategy]] = {
     "ddp+fp16": DDPHalf,
     "ddp+powersgd": DDPPowerSGD,
     "fsdp2": FSDP2,
+    "fsdp2+bf16": FSDP2Half,
     "dear": Dear,
     "auto": Auto,
     "planned": Planned,
