@@ -41,6 +41,7 @@ inline std::shared_ptr<py::function> hold(py::function function) {
   });
 }
 
+void bind_collectives(py::module_& m);
 void bind_compress(py::module_& m);
 void bind_precondition(py::module_& m);
 void bind_schedule(py::module_& m);

@@ -57,7 +57,7 @@ def halves(rank, world, sizes):
         for _ in range(2):  # the staging buffers of a later step hold what the one before has left
             work = exchanged(lane, "reduce_scatter", "average", [(mine, shard)], [owner])
             if place().type == "cpu":  # gloo's own reduce-scatter would send twice as much
-                assert work.bytes_sent(world) == (length - sizes[rank]) * dtype.itemsize
+                assert work.bytes_sent() == (length - sizes[rank]) * dtype.itemsize
     together = [(mine, torch.zeros_like(shard)) for mine, shard, _ in kept]
     exchanged(lane, "reduce_scatter", "average", together, owners)
     for (mine, shard, everyone), (_, again) in zip(kept, together, strict=True):
@@ -120,7 +120,7 @@ class Pretended:
         for (each, shard), owner in zip(pairs, owners, strict=True):
             own = [each[start:stop] for start, stop in owner.ranges(self.rank)]
             assert torch.equal(shard, torch.cat([shard[:0], *own])), "the others gave nothing"
-        return [work.bytes_sent(self.lane.world) for work in works]
+        return [work.bytes_sent() for work in works]
 
     def __enter__(self):
         return self

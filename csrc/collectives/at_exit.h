@@ -15,9 +15,8 @@ namespace dear {
 
 // What is said to who goes on behind that.
 inline constexpr const char* kInterpreterEnds =
-    "Python is ending, and what it runs at exit has stopped the communication lanes: end training before, or "
-    "in a "
-    "function that is registered with atexit after import dear.";
+    "Python is ending, and what it runs at exit has stopped the communication lanes: end training before, "
+    "or in a function that is registered with atexit after import dear.";
 
 // Stops whoever has an AtExit: first all are told to end, since one may wait for another, then all are
 // joined. Whoever has one later counts as stopped. To be called without the GIL. Does nothing in a forked

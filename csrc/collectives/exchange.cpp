@@ -1,5 +1,6 @@
 #include "collectives/exchange.h"
 
+#include "collectives/clock.h"
 #include "collectives/interrupt.h"
 
 namespace dear {
@@ -25,12 +26,6 @@ const char* phase_name(Phase phase) {
   return "exchange";
 }
 
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
 bool is_uneven(const Part& part) { return part.owners && !part.owners->is_even(); }
 
 std::shared_ptr<const Ownership> owners_of(const Part& part, int world) {
@@ -42,8 +37,12 @@ void check_all_to_all(const Part& part, int world) {
               "An all-to-all sends each rank a chunk of the same size.");
 }
 
-Exchange::Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label)
-    : phase_(phase), reduction_(reduction), parts_(std::move(parts)), label_(std::move(label)) {
+Exchange::Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label, int world)
+    : phase_(phase),
+      reduction_(reduction),
+      parts_(std::move(parts)),
+      label_(std::move(label)),
+      world_(world) {
   for (const Part& part : parts_) {
     TORCH_CHECK(part.full.dim() == 1 && part.full.is_contiguous(),
                 "A collective needs flat contiguous tensors, and one of shape ", part.full.sizes(),

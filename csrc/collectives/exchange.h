@@ -2,17 +2,14 @@
 
 #include <ATen/ATen.h>
 
-#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "collectives/failure.h"
 #include "collectives/fork.h"
 #include "collectives/ownership.h"
 
@@ -22,9 +19,6 @@ enum class Phase { kReduceScatter, kAllGather, kAllToAll };
 enum class Reduction { kSum, kAverage };
 
 const char* phase_name(Phase phase);
-
-// Nanoseconds of the monotonic clock, the one Python calls time.perf_counter_ns().
-int64_t now_ns();
 
 // One buffer of an exchange. `full` has every rank's chunk, `shard` is this rank's; both are flat and
 // contiguous. A reduce-scatter reads `full` and writes `shard`; an all-gather writes `full`, where this
@@ -58,7 +52,8 @@ void check_all_to_all(const Part& part, int world);
 // finish() or fail(). A backend lane overrides wait().
 class Exchange {
  public:
-  Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label);
+  // `world`: how many ranks take part.
+  Exchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label, int world);
   virtual ~Exchange() = default;
 
   Phase phase() const { return phase_; }
@@ -85,8 +80,8 @@ class Exchange {
   }
 
   int64_t bytes() const;
-  // What one of `world` ranks sends.
-  virtual int64_t bytes_sent(int world) const { return bytes() * (world - 1) / world; }
+  // What this rank sends.
+  virtual int64_t bytes_sent() const { return bytes() * (world_ - 1) / world_; }
   // What ranks compare to see that they are in the same exchange: of phase, reduction, lengths,
   // types and owners.
   uint32_t signature() const;
@@ -103,6 +98,7 @@ class Exchange {
   Reduction reduction_;
   std::vector<Part> parts_;
   std::string label_;
+  int world_;
   Build build_;
   std::shared_ptr<Exchange> built_;  // of a deferred exchange: what is moved for it
   struct Sync {
@@ -115,25 +111,6 @@ class Exchange {
   std::exception_ptr error_;
   int64_t start_ns_ = 0;
   int64_t end_ns_ = 0;
-};
-
-// A queue of exchanges that run one after another, in the same order on every rank.
-class Lane {
- public:
-  virtual ~Lane() = default;
-  virtual std::shared_ptr<Exchange> make_exchange(Phase phase, Reduction reduction, std::vector<Part> parts,
-                                                  std::string label) = 0;
-  virtual void submit(const std::shared_ptr<Exchange>& exchange) = 0;
-  // Makes every exchange in flight and to come fail with `reason`.
-  virtual void abort(const std::string& reason) = 0;
-  // For a caller to whom a collective that is not ours has failed: who has ended, as far as the lanes of this
-  // process know or hear within `patience`. See Peers::investigate().
-  virtual std::optional<Failure> investigate(const std::string& phase, const std::string& label,
-                                             std::chrono::milliseconds patience) {
-    return std::nullopt;
-  }
-  virtual int rank() const = 0;
-  virtual int world() const = 0;
 };
 
 }  // namespace dear

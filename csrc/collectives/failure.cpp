@@ -63,9 +63,8 @@ std::string alone() {
 std::string lost(int error) { return std::string("lost its connection (") + std::strerror(error) + ")"; }
 std::string corrupt() { return "sent bytes that are not this library's: the stream is corrupt"; }
 std::string damaged() {
-  return "sent bytes that were damaged on the way (their checksum differs: suspect a network card, a switch "
-         "or "
-         "memory)";
+  return "sent bytes that were damaged on the way (their checksum differs: suspect a network card, "
+         "a switch or memory)";
 }
 std::string elsewhere() {
   return "is in another collective, or in one of other sizes or dtypes (every rank must make the same calls "

@@ -4,6 +4,8 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "collectives/clock.h"
+
 namespace dear {
 namespace {
 

@@ -25,7 +25,7 @@ std::shared_ptr<Exchange> MeshLane::make_exchange(Phase phase, Reduction reducti
     TORCH_CHECK(part.full.device().is_cpu(), "The mesh moves host tensors, and one on ", part.full.device(),
                 " was given: use the native collectives of that device's backend.");
   }
-  return std::make_shared<Exchange>(phase, reduction, std::move(parts), std::move(label));
+  return std::make_shared<Exchange>(phase, reduction, std::move(parts), std::move(label), world_);
 }
 
 void MeshLane::transfer(Exchange& exchange, const TransferContext& context) {

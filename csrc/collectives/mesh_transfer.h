@@ -3,8 +3,8 @@
 #include <poll.h>
 
 #include "collectives/frame.h"
-#include "collectives/host_lane.h"
 #include "collectives/links.h"
+#include "collectives/transfer.h"
 
 namespace dear {
 

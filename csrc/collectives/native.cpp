@@ -14,6 +14,7 @@
 #include "collectives/accumulate.h"
 #include "collectives/backend_calls.h"
 #include "collectives/backend_wait.h"
+#include "collectives/clock.h"
 #include "collectives/shard.h"
 #include "collectives/staging.h"
 #include "collectives/submitter.h"
@@ -32,7 +33,7 @@ class NativeExchange : public Exchange {
  public:
   NativeExchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label, int rank,
                  int world)
-      : Exchange(phase, reduction, std::move(parts), std::move(label)), rank_(rank), world_(world) {
+      : Exchange(phase, reduction, std::move(parts), std::move(label), world), rank_(rank) {
     for (const Part& part : parts_) {
       const Shards shards{part.full.numel(), world};
       Buffers buffers;
@@ -94,7 +95,7 @@ class NativeExchange : public Exchange {
 
   // By a ring: what an owner is to get passes through all others, and what it sends ends at the rank before
   // it.
-  int64_t bytes_sent(int world) const override {
+  int64_t bytes_sent() const override {
     int64_t even = 0;
     int64_t owned = 0;
     for (const Part& part : parts_) {
@@ -105,7 +106,7 @@ class NativeExchange : public Exchange {
       const int spared = phase_ == Phase::kReduceScatter ? rank_ : (rank_ + 1) % world_;
       owned += (part.owners->owned() - part.owners->size(spared)) * part.full.element_size();
     }
-    return even * (world - 1) / world + owned;
+    return even * (world_ - 1) / world_ + owned;
   }
 
   void wait() override {
@@ -299,7 +300,6 @@ class NativeExchange : public Exchange {
   }
 
   const int rank_;
-  const int world_;
   std::mutex waiting_;
   std::optional<c10::Event> settled_;
   bool nccl_ = false;

@@ -3,7 +3,7 @@
 #include <atomic>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
-#include "collectives/exchange.h"
+#include "collectives/lane.h"
 #include "collectives/staging.h"
 
 namespace dear {

@@ -5,6 +5,8 @@
 #include <fstream>
 #include <sstream>
 
+#include "collectives/clock.h"
+
 namespace dear {
 namespace {
 
@@ -23,12 +25,6 @@ std::string quoted(const std::string& text) {
     }
   }
   return out + '"';
-}
-
-int64_t now() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
 }
 
 void write(std::ostream& out, const ExchangeRecord& exchange) {
@@ -69,17 +65,17 @@ void write(std::ostream& out, const LaneRecord& lane) {
 
 void PeerProgress::begin() {
   sent = received = 0;
-  moved_ns = now();
+  moved_ns = now_ns();
 }
 
 void PeerProgress::note_sent(int64_t bytes) {
   sent.fetch_add(bytes, std::memory_order_relaxed);
-  moved_ns.store(now(), std::memory_order_relaxed);
+  moved_ns.store(now_ns(), std::memory_order_relaxed);
 }
 
 void PeerProgress::note_received(int64_t bytes) {
   received.fetch_add(bytes, std::memory_order_relaxed);
-  moved_ns.store(now(), std::memory_order_relaxed);
+  moved_ns.store(now_ns(), std::memory_order_relaxed);
 }
 
 void write_record(const std::string& path, int rank, int world, const std::string& error,
@@ -89,7 +85,7 @@ void write_record(const std::string& path, int rank, int world, const std::strin
                            std::chrono::system_clock::now().time_since_epoch())
                            .count();
   out << "{\"rank\": " << rank << ", \"world\": " << world << ", \"error\": " << quoted(error)
-      << ",\n \"unix_ns\": " << unix_ns << ", \"now_ns\": " << now() << ",\n \"lanes\": ";
+      << ",\n \"unix_ns\": " << unix_ns << ", \"now_ns\": " << now_ns() << ",\n \"lanes\": ";
   write_list(out, lanes, [&out](const LaneRecord& lane) {
     out << "\n   ";
     write(out, lane);

@@ -14,12 +14,12 @@ constexpr int64_t kShortRange = 16 << 10;  // bytes; see Note [Staging]
 class RingExchange : public Exchange {
  public:
   RingExchange(Phase phase, Reduction reduction, Staging staging, std::string label, int rank, int world)
-      : Exchange(phase, reduction, staging.parts(), std::move(label)),
+      : Exchange(phase, reduction, staging.parts(), std::move(label), world),
         staging_(std::move(staging)),
         pieces_(make_ring_pieces(*this, rank, world)) {}
   const RingPieces& pieces() const { return pieces_; }
   Staging& staging() { return staging_; }
-  int64_t bytes_sent(int world) const override {
+  int64_t bytes_sent() const override {
     int64_t total = 0;
     for (const Piece& piece : pieces_.outbound) total += piece.bytes;
     return total;

@@ -1,8 +1,8 @@
 #pragma once
 
-#include "collectives/host_lane.h"
 #include "collectives/links.h"
 #include "collectives/ring_pieces.h"
+#include "collectives/transfer.h"
 
 namespace dear {
 

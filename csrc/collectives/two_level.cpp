@@ -48,7 +48,8 @@ class TwoLevelExchange : public Exchange {
  public:
   TwoLevelExchange(Phase phase, Reduction reduction, std::vector<Part> parts, std::string label, Level inside,
                    Level between, const Nodes& nodes)
-      : Exchange(phase, reduction, std::move(parts), std::move(label)),
+      : Exchange(phase, reduction, std::move(parts), std::move(label),
+                 inside.lane->world() * between.lane->world()),
         first_(phase == Phase::kReduceScatter ? inside : between),
         second_(phase == Phase::kReduceScatter ? between : inside) {
     std::vector<Part> first;
@@ -76,14 +77,14 @@ class TwoLevelExchange : public Exchange {
       now_ = static_cast<TwoLevelExchange*>(&built());
       TORCH_CHECK(now_->phase() == phase_ && now_->moves_first_, "A deferred ", phase_name(phase_),
                   " has become another exchange, which two levels cannot move.");
-      *first_.sent += now_->moves_first_->bytes_sent(first_.lane->world());
+      *first_.sent += now_->moves_first_->bytes_sent();
       return now_->moves_first_;
     });
     queue_second_ = second_.lane->make_exchange(phase, reduction, {}, label_);
     queue_second_->defer([this] {
       const std::shared_ptr<Exchange> self = std::move(self_);
       queue_first_->wait();
-      *second_.sent += now_->moves_second_->bytes_sent(second_.lane->world());
+      *second_.sent += now_->moves_second_->bytes_sent();
       return now_->moves_second_;
     });
   }
@@ -107,9 +108,8 @@ class TwoLevelExchange : public Exchange {
   bool done() override { return queue_second_->done(); }
   int64_t start_ns() const override { return queue_first_->start_ns(); }
   int64_t end_ns() const override { return queue_second_->end_ns(); }
-  int64_t bytes_sent(int world) const override {
-    if (!moves_first_) return 0;
-    return moves_first_->bytes_sent(first_.lane->world()) + moves_second_->bytes_sent(second_.lane->world());
+  int64_t bytes_sent() const override {
+    return moves_first_ ? moves_first_->bytes_sent() + moves_second_->bytes_sent() : 0;
   }
 
  private:

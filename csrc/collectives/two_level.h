@@ -3,7 +3,7 @@
 #include <atomic>
 #include <vector>
 
-#include "collectives/exchange.h"
+#include "collectives/lane.h"
 
 namespace dear {
 
@@ -15,10 +15,9 @@ using Nodes = std::vector<std::vector<int>>;
 //
 // Note [Two levels]
 // With L ranks in each of N nodes, a rank's chunk of n elements is n / (L N):
-//   reduce-scatter: inside the node, after which the rank of place l has the node's sum of all chunks whose
-//   owners
-//                   have place l; then between the nodes, among ranks of place l, each of whom keeps its own
-//                   chunk.
+//   reduce-scatter: inside the node, after which the rank of place l has the node's sum of all chunks that
+//                   owners of place l get; then between the nodes, among ranks of place l, each of whom
+//                   keeps its own chunk.
 //   all-gather:     the same in reverse order.
 // So a node's port carries (N - 1) / N of n, each element once, however many ranks the node has.
 //

@@ -7,8 +7,8 @@
 namespace dear::precondition {
 namespace {
 
-constexpr int64_t kTile =
-    32;  // rows and columns that are mirrored at a time, so that both sides stay in the cache
+// Rows and columns that are mirrored at a time, so that both sides stay in the cache.
+constexpr int64_t kTile = 32;
 
 template <typename T>
 void mirror(T* matrix, int64_t n) {

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/engine.h>
 
+#include "collectives/clock.h"
+
 namespace dear {
 
 using Future = c10::intrusive_ptr<c10::ivalue::Future>;
@@ -34,7 +36,10 @@ void CompressedHook::begin() {
   delivered_ = 0;
   bound_ = false;
   measuring_ = std::exchange(measure_next_, false);
-  error_ = nullptr;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    error_ = nullptr;
+  }
   // The first callback comes before the one in which DDP finishes its own work, the second after it.
   auto& engine = torch::autograd::Engine::get_default_engine();
   engine.queue_callback([this, &engine] {

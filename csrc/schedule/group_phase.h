@@ -34,7 +34,7 @@ class DensePhase : public GroupPhase {
   Phase phase() const override { return exchange_->phase(); }
   int64_t start_ns() const override { return exchange_->start_ns(); }
   int64_t end_ns() const override { return exchange_->end_ns(); }
-  int64_t bytes_sent() const override { return exchange_->bytes_sent(lane_->world()); }
+  int64_t bytes_sent() const override { return exchange_->bytes_sent(); }
 
  private:
   const std::shared_ptr<Lane> lane_;

@@ -7,8 +7,8 @@
 #include <thread>
 
 #include "collectives/at_exit.h"
-#include "collectives/exchange.h"
 #include "collectives/fork.h"
+#include "collectives/lane.h"
 
 namespace dear {
 

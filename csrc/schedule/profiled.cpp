@@ -10,6 +10,7 @@
 #include <mutex>
 #include <thread>
 
+#include "collectives/clock.h"
 #include "collectives/exchange.h"
 
 namespace dear {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <unordered_map>
 
+#include "collectives/clock.h"
 #include "collectives/native.h"
 
 namespace dear {

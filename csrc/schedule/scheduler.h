@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "collectives/exchange.h"
+#include "collectives/lane.h"
 #include "schedule/bucket.h"
 #include "schedule/group_phase.h"
 #include "schedule/profiled.h"

@@ -5,6 +5,7 @@
 
 #include <thread>
 
+#include "collectives/clock.h"
 #include "collectives/interrupt.h"
 #include "schedule/profiled.h"
 
@@ -207,17 +208,19 @@ std::shared_ptr<Exchange> TwoPhaseExchange::exchange_for(size_t stage, const Mes
   const void* shard = message.shard.defined() ? message.shard.const_data_ptr() : nullptr;
   const int64_t numel = message.full.numel();
   Lane& lane = pipeline_->lane(message.phase, stage);
-  const int world = lane.world();
-  pipeline_->bytes_sent += static_cast<int64_t>(message.full.nbytes()) * (world - 1) / world;
   auto& known = known_.at(stage);
   for (const Known& one : known) {
-    if (one.full == full && one.shard == shard && one.numel == numel) return one.exchange;
+    if (one.full == full && one.shard == shard && one.numel == numel) {
+      pipeline_->bytes_sent += one.exchange->bytes_sent();
+      return one.exchange;
+    }
   }
   if (known.size() > 4) known.clear();  // a compressor that makes new tensors each step
   const Part part{message.full, message.shard.defined() ? message.shard : message.full.narrow(0, 0, 0),
                   message.owners};
   const auto exchange = lane.make_exchange(message.phase, Reduction::kAverage, {part}, label_);
   known.push_back({full, shard, numel, exchange});
+  pipeline_->bytes_sent += exchange->bytes_sent();
   return exchange;
 }
 

@@ -136,8 +136,8 @@ class TwoPhaseExchange {
   std::vector<std::shared_ptr<Exchange>> queued_;    // of this step, by stage; null where none is yet
   std::shared_ptr<Exchange> pending_;                // the only exchange, until start_last()
 
-  std::optional<c10::Stream>
-      stream_;  // on a GPU, with what orders it behind the caller, and the caller behind it
+  // On a GPU, with what orders it behind the caller, and the caller behind it.
+  std::optional<c10::Stream> stream_;
   std::optional<c10::Event> ready_;
   std::optional<c10::Event> encoded_;
   std::optional<c10::Event> event_;

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "collectives/clock.h"
 #include "schedule/scheduler.h"
 
 namespace dear {

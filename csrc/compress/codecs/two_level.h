@@ -13,8 +13,7 @@ namespace dear::compress {
 //   then:         the stages of `inner`, whose ranks are those of equal place, one in each node; where it has
 //                 fewer than it may have, nothing is sent in the others, since each stage has a lane.
 //   last stage:   all-gather inside the node: of the places' outcomes (Note [Outcomes]), which every rank
-//   then
-//                 reads, or else of their results.
+//                 then reads, or else of their results.
 //
 // So error feedback is of the node's mean, and exists once in a node. What `inner` counts as non-finite is
 // known to the ranks of its place. An outcome says so to the whole node; where results are gathered, the

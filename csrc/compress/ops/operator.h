@@ -2,9 +2,8 @@
 //   schema   what torch is told;
 //   check    what is demanded of the arguments: shapes, types and devices only, never data;
 //   cpu      the kernel on host tensors;
-//   cuda     the kernel on the current stream, where the module is built with CUDA. It never waits. Tests
-//   build
-//            a module that emulates these on the host, in place of `cpu` (tests/cuda_on_host).
+//   cuda     the kernel on the current stream, where the module is built with CUDA. It never waits. (Tests
+//            build a module where it is emulated on the host, in place of `cpu`: tests/cuda_on_host.)
 // The three functions have one signature. define() registers the struct, call() is the way to it from C++.
 #pragma once
 
