@@ -86,7 +86,7 @@ def _timed(group: dist.ProcessGroup, call: Callable[[], object], device: torch.d
     start = time.perf_counter()
     call()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)  # which need not be the current one
     return time.perf_counter() - start
 
 

@@ -1,9 +1,11 @@
 """What is true of a device's streams alone: cases for tests/test_cuda.py, called as the ranks of an NCCL group."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import test_two_levels
 import torch
 import torch.distributed as dist
 from place import place
@@ -13,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compress
 import dear
+from dear import _C
 
 CYCLES = 2_000_000_000  # about a second: far more than the host takes for the steps below
 # In its first ten steps DDP times itself, for which its forward pass waits for the device.
@@ -142,3 +145,61 @@ def read_elsewhere(rank: int, world: int) -> None:
         for read in (reads_beside, reads_with_fakes):
             for found, right in zip(trained(read, make), expected, strict=True):
                 assert torch.equal(found, right), f"{read.__name__} changes the training under {make()}"
+
+
+def touched_elsewhere(rank: int, world: int) -> None:
+    """Training waits for what another stream was the first to touch: averaged gradients, updated parameters."""
+
+    def touch(tensors: Iterable[torch.Tensor]) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for tensor in tensors:
+                tensor.clone()
+
+    def trained(update: str, gradients: bool = False, parameters: bool = False) -> list[torch.Tensor]:
+        model = model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        torch.manual_seed(rank)
+        x = torch.randn(8, 64, device=place())
+        with dear.attach(model, optimizer, update=update, bucket_cap_mb=0.01):
+            for _ in range(6):
+                loss = model(x).square().mean()
+                torch.cuda._sleep(CYCLES // 50)  # what is touched is still on its way
+                loss.backward()
+                if gradients:
+                    touch(param.grad for param in model.parameters())
+                optimizer.step()
+                if parameters:
+                    touch(model.parameters())
+                optimizer.zero_grad()
+        return [param.detach().clone() for param in model.parameters()]
+
+    for update in ("sharded", "owned", "replicated"):
+        expected = trained(update)
+        ways = [{"parameters": True}, *([{"gradients": True}] if update == "replicated" else [])]
+        for way in ways:
+            for found, right in zip(trained(update, **way), expected, strict=True):
+                assert torch.equal(found, right), f"{next(iter(way))} touched elsewhere change update={update!r}"
+
+
+def submitted_beside(rank: int, world: int) -> None:
+    """The stream that submits an exchange of two levels waits for neither. Of four ranks."""
+    lane = test_two_levels.levelled(test_two_levels.CONSECUTIVE, "native")
+    full = torch.ones(world * 1000, device=place())
+    begin, end = dear.shard_range(full.numel(), world, rank)
+    # Late are those whom the other ranks meet in the first level: in their node, or in the other one.
+    for phase, late in ((_C.Phase.reduce_scatter, rank % 2 == 1), (_C.Phase.all_gather, rank >= 2)):
+        part = [(full, full[begin:end])]
+        lane.submit(phase, _C.Reduction.sum, part, "the first of its kind").wait()
+        torch.cuda.synchronize()
+        dist.barrier()
+        if late:
+            torch.cuda._sleep(CYCLES)
+        exchange = lane.submit(phase, _C.Reduction.sum, part, "an exchange that begins late")
+        beside = torch.cuda.Event()
+        beside.record()
+        deadline = time.monotonic() + 0.3
+        while not late and not beside.query() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert late or beside.query(), f"the stream that submits a {phase.name} waits for it"
+        exchange.wait()
+        torch.cuda.synchronize()

@@ -65,6 +65,7 @@ CASES: list[on_gpu.Case] = [
     (on_streams.one_read_a_step, ()),
     (on_streams.capture_is_refused, ()),
     (on_streams.read_elsewhere, ()),
+    (on_streams.touched_elsewhere, ()),
     *((form, (mode,)) for form in test_cuda_forms.FORMS.values() for mode in MODES),
     *((test_compressors_feedback.conserved, (kind, True, True)) for kind in KINDS),
     *((test_compressors_feedback.resume, (kind, True, False)) for kind in KINDS),

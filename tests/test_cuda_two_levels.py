@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import on_gpu
+import on_streams
 import test_dense_element_scales
 import test_eva
 import test_precondition
@@ -22,6 +23,7 @@ CASES: list[on_gpu.Case] = [
     *((test_two_levels.halves_are_exact, (nodes, "native")) for nodes in NODES.values()),
     *((test_two_levels.trains_alike, (update, "native")) for update in ("sharded", "owned", "replicated")),
     (test_two_levels.in_nodes_of_the_launcher, ()),
+    (on_streams.submitted_beside, ()),
     *((test_two_levels_compressed.as_said, (kind, SHAPES)) for kind in test_two_levels_compressed.KINDS),
     *((test_two_levels_compressed.conserved, (kind,)) for kind in ("topk", "sign", "int8", "acp", "power", "power8")),
     (test_dense_element_scales.between_nodes, (0, {})),

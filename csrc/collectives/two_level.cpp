@@ -1,5 +1,8 @@
 #include "collectives/two_level.h"
 
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include <algorithm>
 
 namespace dear {
@@ -96,10 +99,21 @@ class TwoLevelExchange : public Exchange {
     second_.lane->submit(queue_second_);
   }
 
+  // On a GPU: what was queued on this stream, a wait for the first level, comes before whoever waits. The
+  // second level's own wait says nothing of it where this place has nothing to move there.
+  void note_queued(const c10::Stream& stream) {
+    if (!queued_) queued_.emplace(stream.device_type());
+    queued_->record(stream);
+  }
+
   // The second level's failure says why the first one failed, too.
   void wait() override {
     try {
       queue_second_->wait();
+      if (queued_) {
+        const c10::impl::VirtualGuardImpl guard(queued_->device_type());
+        queued_->block(guard.getStream(parts_.front().full.device()));
+      }
     } catch (...) {
       if (queue_second_->done()) self_.reset();  // its turn never comes
       throw;
@@ -121,6 +135,7 @@ class TwoLevelExchange : public Exchange {
   std::shared_ptr<Exchange> queue_second_;
   std::shared_ptr<Exchange> self_;   // until the second level begins
   TwoLevelExchange* now_ = nullptr;  // what is moved: this, or what it was deferred to
+  std::optional<c10::Event> queued_;
 };
 
 }  // namespace
@@ -144,7 +159,19 @@ std::shared_ptr<Exchange> TwoLevelLane::make_exchange(Phase phase, Reduction red
 }
 
 void TwoLevelLane::submit(const std::shared_ptr<Exchange>& exchange) {
-  static_cast<TwoLevelExchange&>(*exchange).submit(exchange);
+  auto& both = static_cast<TwoLevelExchange&>(*exchange);
+  if (exchange->parts().empty() || exchange->parts().front().full.is_cpu()) return both.submit(exchange);
+  const c10::Device device = exchange->parts().front().full.device();
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  if (!stream_) {
+    stream_ = guard.getStreamFromGlobalPool(device, /*isHighPriority=*/true);
+    called_.emplace(device.type());
+  }
+  called_->record(guard.getStream(device));
+  called_->block(*stream_);
+  const c10::StreamGuard on(*stream_);
+  both.submit(exchange);
+  both.note_queued(*stream_);
 }
 
 void TwoLevelLane::abort(const std::string& reason) {

@@ -1,6 +1,10 @@
 #pragma once
 
+#include <c10/core/Event.h>
+#include <c10/core/Stream.h>
+
 #include <atomic>
+#include <optional>
 #include <vector>
 
 #include "collectives/lane.h"
@@ -24,6 +28,11 @@ using Nodes = std::vector<std::vector<int>>;
 // Both levels are deferred exchanges of their lanes, queued at once; the second waits for the first on the
 // thread of its own lane. No order can deadlock: both lanes take exchanges in the order in which they were
 // submitted here, and within each of them the second level waits for the first alone.
+//
+// Under a backend of a GPU's nothing waits on a thread: the second level is queued where it is submitted,
+// behind a wait for the first. On the caller's stream that wait would hold up what the exchange is to go on
+// beside, the backward or the forward pass. So both are submitted on a stream of the lane's own, behind the
+// caller's.
 //
 // A mean is taken level by level, which rounds otherwise than in one: equal to rounding, not bit for bit.
 //
@@ -52,6 +61,8 @@ class TwoLevelLane : public Lane {
   const std::shared_ptr<Lane> inside_;
   const std::shared_ptr<Lane> between_;
   const Nodes nodes_;
+  std::optional<c10::Stream> stream_;  // on a GPU, with what orders it behind the caller
+  std::optional<c10::Event> called_;
   // Counted on the lanes' threads, which may outlive this.
   const std::shared_ptr<std::atomic<int64_t>> sent_inside_ = std::make_shared<std::atomic<int64_t>>(0);
   const std::shared_ptr<std::atomic<int64_t>> sent_between_ = std::make_shared<std::atomic<int64_t>>(0);

@@ -1,6 +1,7 @@
 #include "schedule/parameters.h"
 
 #include <c10/core/StorageImpl.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 
@@ -67,6 +68,10 @@ void move_storage(const at::Tensor& tensor, const at::Tensor& target) {
               "A storage can be moved only to as many contiguous elements of the same type.");
   target.as_strided(tensor.sizes(), tensor.strides(), target.storage_offset()).copy_(tensor.detach());
   c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
+  if (!tensor.is_cpu()) {  // the copy may be on another stream than the one that the old memory goes back to
+    const c10::impl::VirtualGuardImpl guard(tensor.device().type());
+    guard.recordDataPtrOnStream(storage->data_ptr(), guard.getStream(tensor.device()));
+  }
   storage->set_data_ptr(
       c10::DataPtr(target.mutable_data_ptr(), new at::Tensor(target), &drop_tensor, tensor.device()));
 }
