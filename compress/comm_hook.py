@@ -22,7 +22,7 @@ from compress.checks import REMEDY, check_new, facts
 from compress.compressor import Compressor
 from compress.hook_binding import HookBinding
 from compress.two_levels import TwoLevels
-from dear import _ddp
+from dear import _refusals
 from dear._agree import agree
 from dear._nodes import Hierarchy, check_hierarchy, find_nodes
 from dear.compression import check_kind
@@ -91,11 +91,11 @@ def register(model: DDP, compressor: Compressor, *, hierarchy: Hierarchy = None)
         TypeError, ValueError, RuntimeError: this cannot work; one sentence says why, on every rank, and nothing has
             been changed.
     """
-    _ddp.check_kind(model, "compress.register()")
+    _refusals.check_kind(model, "compress.register()")
 
     def look() -> dict[str, Any]:
         known = check_new(compressor, model, "compress.register()")
-        _ddp.check_hookable(model)
+        _refusals.check_hookable(model)
         check_hierarchy(hierarchy)
         return known | {"hierarchy": hierarchy}
 

@@ -124,6 +124,8 @@ void bind_scheduler(py::module_& m) {
         take_buckets(*reducer, scheduler);
       },
       py::arg("reducer"), py::arg("scheduler"), NoGil());
+  m.def("expects_gradients",
+        [](const std::shared_ptr<c10d::Reducer>& reducer) { return expects_gradients(*reducer); });
   m.def("register_scheduler", [](const std::shared_ptr<c10d::Reducer>& reducer,
                                  std::shared_ptr<Scheduler> scheduler, std::shared_ptr<HookCalls> calls) {
     register_scheduler(*reducer, std::move(scheduler), std::move(calls),

@@ -61,6 +61,7 @@ __all__: list[str] = [
     "checksums",
     "dot_by_block",
     "eva_correction",
+    "expects_gradients",
     "fingerprint",
     "finite_message",
     "from_triangles",
@@ -68,7 +69,6 @@ __all__: list[str] = [
     "levelled_words",
     "mean_of_windows",
     "move_storage",
-    "now_ns",
     "orthogonalize_workspace_numel",
     "quantized_words",
     "rebuild_buckets",
@@ -143,7 +143,7 @@ class Reduction:
     def value(self) -> int: ...
 
 class Exchange:
-    def bytes_sent(self, world: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def bytes_sent(self) -> int: ...
     def done(self) -> bool: ...
     def wait(self) -> None: ...
     @property
@@ -618,6 +618,7 @@ def eva_correction(
     damping: typing.SupportsFloat | typing.SupportsIndex,
     kl_clip: typing.SupportsFloat | typing.SupportsIndex | None,
 ) -> tuple[torch.Tensor, float]: ...
+def expects_gradients(arg0: torch._C._distributed_c10d.Reducer) -> bool: ...
 def fingerprint(tensors: collections.abc.Sequence[torch.Tensor]) -> int: ...
 def finite_message(
     flags: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
@@ -639,7 +640,6 @@ def mean_of_windows(
     ],
 ) -> torch.Tensor: ...
 def move_storage(tensor: torch.Tensor, target: torch.Tensor) -> None: ...
-def now_ns() -> int: ...
 def orthogonalize_workspace_numel(
     batch: typing.SupportsInt | typing.SupportsIndex,
     rows: typing.SupportsInt | typing.SupportsIndex,

@@ -119,7 +119,7 @@ class Ground:
                 )
             )  # fmt: skip
         update = strategy(attached)
-        attached.barrier.finish = update.finish
+        attached.barrier.arrive, attached.barrier.finish = update.arrive, update.finish
         return Parts(attached, Schedule(attached, update, setting.bucket_cap_mb), update)
 
     def _attached(self, setting: Setting, scheduler: _C.Scheduler, gather_lane: _C.Lane) -> Attached:

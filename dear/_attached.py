@@ -53,6 +53,7 @@ class Attached:
     # The schedule: how many backward passes had been reduced before the last forward pass whose gradients are to be,
     # and before the last one under no_sync().
     passes_before_forward: int | None = None
+    forward_passes: int = 0  # since then, of those
     passes_before_local: int | None = None
 
     _members: defaultdict[int, Watcher] = field(default_factory=lambda: defaultdict(Watcher))  # by optimizer
@@ -103,6 +104,10 @@ class Attached:
             missed = [param for param in self.params if param.grad is None]
         if having and self.passes_before_local == self.scheduler.passes():
             raise _grads.unreduced(self.names[having[0]])
+        reduced = self.passes_before_forward is not None and self.passes_before_forward < self.scheduler.passes()
+        # Replicated updates do what plain DDP does. Others would mix what is local to the ranks.
+        if having and reduced and self.forward_passes > 1 and self.update != "replicated":
+            raise _grads.second(self.names[having[0]])
         if having and missed and self.passes_before_forward == self.scheduler.passes():
             raise _grads.missed(self.names[missed[0]])
 

@@ -96,6 +96,15 @@ def unreduced(name: str) -> RuntimeError:
     )
 
 
+def second(name: str) -> RuntimeError:
+    """The error for a gradient of a second backward pass, where two forward passes had come before the first one."""
+    return RuntimeError(
+        f"optimizer.step() found a gradient of {name} that was not reduced, since DistributedDataParallel reduces one "
+        "backward pass, however many forward passes came before it: sum the losses and call backward() once, or give "
+        "each backward pass a forward pass of its own."
+    )
+
+
 def missed(name: str) -> RuntimeError:
     """The error for a parameter that a backward pass did not reach, so that DDP waits for it and reduces nothing."""
     return RuntimeError(

@@ -53,6 +53,12 @@ def settle_before_compiled(module: torch.nn.Module, args: Any) -> None:
         settle_all(module)
 
 
+def _hookable(root: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules below ``root``. One that torch.jit made takes no such hooks, and has no parameters: others are
+    refused."""
+    return [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+
 class Hooks:
     """Everything the engine hangs on a model and an optimizer, so that it can all be taken off again."""
 
@@ -79,7 +85,7 @@ class Hooks:
                 )
 
         keep = self._handles.append
-        for module in self._model.modules():
+        for module in _hookable(self._model):
             keep(module.register_load_state_dict_pre_hook(before_load_model))
             self._guard(module)
         for number, optimizer in enumerate(optimizers):
@@ -104,7 +110,7 @@ class Hooks:
         """Puts on what is called around a forward pass; ``after`` is told whether it failed. And has every module wait
         for its parameters."""
         enter(self._model, before, after)
-        for module in self._model.module.modules():
+        for module in _hookable(self._model.module):
             hook = settle_before_compiled if is_wrapper(module) else settle_parameters
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
             stand_in_front(module)
@@ -149,7 +155,7 @@ class Hooks:
         """Removes this engine's hooks and methods from all modules below ``root``; returns what to put back."""
         ours = {handle.id for handle in self._handles}
         taken: list[tuple[Any, Any]] = []
-        for module in root.modules():
+        for module in _hookable(root):
             for name in ("_forward_pre_hooks", "_load_state_dict_pre_hooks"):
                 registry = getattr(module, name)
                 taken.append((registry, {key: registry.pop(key) for key in list(registry) if key in ours}))
@@ -163,7 +169,7 @@ class Hooks:
             handle.remove()
         self._handles = []
         leave(self._model)
-        for module in self._model.modules():
+        for module in _hookable(self._model):
             for name in GUARDED:
                 module.__dict__.pop(name, None)
             step_aside(module)

@@ -35,6 +35,7 @@ class Facts:
         """Takes the model as it is now."""
         self._fingerprint = _C.fingerprint(self._params)
         with torch._C.DisableTorchFunctionSubclass():
+            self._shapes = [param.shape for param in self._params]
             self._strides = [param.stride() for param in self._params]
             self._types = [(param.dtype, param.device) for param in self._params]
         self._accumulators = [_accumulator(param) for param in self._params]
@@ -64,14 +65,20 @@ class Facts:
                 "has built its own reducer with the one before: set it where the model is wrapped, or at least before "
                 "dear.attach() or compress.register()."
             )
-        known = zip(self._params, self._strides, self._types, self._accumulators, strict=True)
-        for param, stride, kind, accumulator in known:
+        known = zip(self._params, self._shapes, self._strides, self._types, self._accumulators, strict=True)
+        for param, shape, stride, kind, accumulator in known:
             if param not in self._reduced:
                 continue
             if (param.dtype, param.device) != kind:
                 raise RuntimeError(
                     f"The parameter {self._names[param]} was changed from {kind[0]} on {kind[1]} to {param.dtype} on "
                     f"{param.device} under DistributedDataParallel: convert the model before it is wrapped."
+                )
+            if param.shape != shape:
+                raise RuntimeError(
+                    f"The parameter {self._names[param]} was given the shape {tuple(param.shape)} in place of "
+                    f"{tuple(shape)} under DistributedDataParallel, whose buckets have the old one: change the model "
+                    "before it is wrapped."
                 )
             if param.stride() != stride:
                 raise RuntimeError(
@@ -82,9 +89,9 @@ class Facts:
             now = _accumulator(param)
             if accumulator is not None and now is not None and now is not accumulator:
                 raise RuntimeError(
-                    f"The parameter {self._names[param]} was converted to another type or device and back, by which it "
-                    "has lost DistributedDataParallel's hook, so its gradient would not be reduced: convert a copy, or "
-                    "wrap the model again."
+                    f"The parameter {self._names[param]} was given another tensor (converted and back, set_(), or a "
+                    "parametrization removed), by which it has lost DistributedDataParallel's hook, so its gradient "
+                    "would not be reduced: change a copy, or wrap the model again."
                 )
 
     def check_members(self, params: Sequence[Param]) -> None:

@@ -21,7 +21,7 @@ class ForwardOrder:
         self.watching = True
         self._params = params
         self._barrier = Barrier()
-        self._barrier.finish = self._note
+        self._barrier.arrive, self._barrier.finish = lambda index: None, self._note
         self._barrier.set_groups([param] for param in params)
         self._barrier.close(range(len(params)))
 

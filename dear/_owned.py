@@ -15,7 +15,7 @@ from torch import optim
 from dear import _C
 from dear._assignment import Assignment, Unit, balanced_group_bytes
 from dear._attached import Attached, Param
-from dear._fused import fused_parameters
+from dear._cuts import kept_apart
 from dear._layout import Layout
 from dear._optimizer import ELEMENTWISE
 from dear._own_steps import has_own_step, refusal_of_own_step
@@ -111,7 +111,7 @@ class _Requirements:
                     self.whole.update(group["params"])
         self._teams = {param: number for number, team in enumerate(teams) for param in team.params}
         self._shared = {team.params[0]: team.cost for team in teams}  # of a team, by its first parameter
-        self.whole.update(fused_parameters(optimizers))
+        self.whole.update(kept_apart(optimizers))
         self._own = set(self.whole)
         self.whole.update(self._teams)
 

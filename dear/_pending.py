@@ -114,6 +114,11 @@ def settle(value: Any) -> None:
     if mark is not None:
         barrier, group = mark
         barrier.settle((group,))
+        if barrier.finishes(group):
+            raise RuntimeError(
+                "A parameter was used while its own update was under way, by a signal's handler or by what the update "
+                "calls: let the handler set a flag, and look at it behind optimizer.step()."
+            )
 
 
 def _settle_among(args: Any, kwargs: Any) -> bool:
@@ -162,8 +167,11 @@ class Barrier:
     Threads: any may touch a pending parameter; one of them finishes it while the others wait.
     """
 
-    #: ``finish(group)`` waits for the group and does what ``step()`` left to do. Its parameters are pending all the
-    #: while, so that other threads wait: it writes to what :func:`unguarded` gives. To be set before a group is closed.
+    #: ``arrive(group)`` waits for what the group needs. A signal's handler may run meanwhile, and finish it: see
+    #: Note [Ctrl-C] in csrc/collectives/interrupt.h.
+    arrive: Callable[[int], None]
+    #: ``finish(group)`` does what ``step()`` left to do. Its parameters are pending all the while, so that other
+    #: threads wait: it writes to what :func:`unguarded` gives. Both are to be set before a group is closed.
     finish: Callable[[int], None]
 
     def __init__(self) -> None:
@@ -209,14 +217,26 @@ class Barrier:
             )
         with self._lock:
             for group in groups:
-                if group in self.pending and group not in self._finishing:
-                    self._finishing.add(group)
-                    try:
-                        self.finish(group)
-                    finally:
-                        self._finishing.remove(group)
-                    self._open(group)
-                    self.pending.remove(group)
+                if self._waits_for(group):
+                    self.arrive(group)
+                    if self._waits_for(group):
+                        self._finishing.add(group)
+                        try:
+                            self.finish(group)
+                            self._open(group)
+                            self.pending.remove(group)
+                        finally:
+                            self._finishing.remove(group)
+
+    def _waits_for(self, group: int) -> bool:
+        return group in self.pending and group not in self._finishing
+
+    def finishes(self, group: int) -> bool:
+        """Whether this thread, for which no other one has it, is finishing the group."""
+        if group not in self._finishing:
+            return False
+        with self._lock:
+            return group in self._finishing
 
     def give_up(self) -> None:
         """Nothing more can be finished: what is pending is left as it is."""

@@ -214,6 +214,8 @@ class Schedule:
             attached.synchronize()
             attached.scheduler.forget_layout()
         if reduces:
+            again = attached.passes_before_forward == attached.scheduler.passes()
+            attached.forward_passes = attached.forward_passes + 1 if again else 1
             attached.passes_before_forward = attached.scheduler.passes()
         else:
             attached.passes_before_local = attached.scheduler.passes()

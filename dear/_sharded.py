@@ -15,8 +15,8 @@ import torch
 from dear import _C, _grads
 from dear._attached import Attached, Param
 from dear._changed_gradients import ChangedGradients
+from dear._cuts import aligned_owners, check_fused, fused_parameters, kept_apart
 from dear._flat_parameters import FlatParameters
-from dear._fused import aligned_owners, check_fused, fused_parameters
 from dear._grads import Found, Grads
 from dear._held_gradients import part_with_held
 from dear._layout import Layout, Segment
@@ -65,12 +65,13 @@ class ShardedUpdate(Update):
     # --- the layout ---
 
     def owners(self, layout: Layout) -> list[_C.Ownership]:
-        if not fused_parameters(user.optimizer for user in self.attached.users):
-            return super().owners(layout)
-        return [
-            aligned_owners(full.numel(), self.attached.world, layout.in_bucket(bucket), full.element_size())
-            for bucket, full in enumerate(layout.full)
-        ]
+        apart = kept_apart(user.optimizer for user in self.attached.users)
+        owners = super().owners(layout)
+        for bucket, full in enumerate(layout.full):
+            places = layout.in_bucket(bucket)
+            if any(place.param in apart for place in places):
+                owners[bucket] = aligned_owners(full.numel(), self.attached.world, places, full.element_size())
+        return owners
 
     def shard_of(self, full: torch.Tensor, owners: _C.Ownership) -> torch.Tensor:
         return full.new_empty(owners.size(self.attached.rank))
@@ -184,12 +185,13 @@ class ShardedUpdate(Update):
                     groups_of = partial(_groups_of, self.attached.users[optimizer], self._fused, segments)
                     self._own_steps.run(optimizer, segments, self._states.values, groups_of)
 
+    def arrive(self, group: int) -> None:
+        index, optimizer = divmod(group, len(self.attached.users))
+        self.attached.scheduler.wait_gathered(index, optimizer)
+
     def finish(self, group: int) -> None:
-        attached = self.attached
-        index, optimizer = divmod(group, len(attached.users))
-        attached.scheduler.wait_gathered(index, optimizer)
         assert self._flat is not None
-        self._flat.copy_out(attached.known_layout.pending[group])
+        self._flat.copy_out(self.attached.known_layout.pending[group])
 
     # --- gradients ---
 

@@ -13,7 +13,7 @@ import torch
 from dear import _ddp, _state
 from dear._attached import Attached, Param, weakly
 from dear._context import StepContext, ordinary
-from dear._fused import fused_parameters
+from dear._cuts import kept_apart
 from dear._layout import Layout, Segment, cut_segments
 from dear._state_parts import LoadedState, StateParts
 from dear._state_views import ShardedState
@@ -60,7 +60,7 @@ class SegmentStates:
         # Where parameters may go unused, each is updated on its own.
         merge = not _ddp.tracks_unused(attached.model)
         whole = self._whole(attached)
-        apart = fused_parameters(user.optimizer for user in attached.users)
+        apart = kept_apart(user.optimizer for user in attached.users)
         here = {place.param for place in layout.places}
         for number in range(len(attached.users)) if numbers is None else numbers:
             optimizer = attached.users[number].optimizer

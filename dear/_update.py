@@ -130,9 +130,13 @@ class Update(ABC):
         return False, None
 
     @abstractmethod
+    def arrive(self, group: int) -> None:
+        """Waits for what one of the barrier's groups needs to be finished."""
+
+    @abstractmethod
     def finish(self, group: int) -> None:
-        """Does what :meth:`step` left to do for one of the barrier's groups, in whatever context; its parameters stand
-        then."""
+        """Once that is there, does what :meth:`step` left to do for the group, in whatever context. Its parameters
+        stand then."""
 
     # --- gradients ---
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
-from dear import _C, _ddp, preconditioning
+from dear import _C, _ddp, _refusals, preconditioning
 from dear._agree import agree
 from dear._assembly import STRATEGIES, Ground, Setting, choose_strategy, usual_cap
 from dear._context import StepContext, ordinary
@@ -94,7 +94,7 @@ def attach(
     Source: Zhang et al., "Decoupling the All-Reduce Primitive for Accelerating Distributed Deep Learning", 2023;
     sharded update: Rajbhandari et al., "ZeRO", 2020, stage 1.
     """
-    _ddp.check_kind(model, "dear.attach()")
+    _refusals.check_kind(model, "dear.attach()")
     optimizers = tuple(map(unwrapped, optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,)))
     asked = _Asked(
         model, optimizers, compressor, preconditioner, update, bucket_cap_mb, overlap_forward, process_group, algorithm,
@@ -157,7 +157,7 @@ class _Asked:
         model = self.model
         if not self.optimizers:
             raise ValueError("optimizer must be an optimizer or several, and an empty list was given.")
-        _ddp.check(model, self.optimizers, self.process_group)
+        _refusals.check(model, self.optimizers, self.process_group)
         check_hierarchy(self.hierarchy)
         chooser, compressor = self._chooser_or_compressor()
         group = self.process_group if self.process_group is not None else model.process_group

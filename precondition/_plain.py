@@ -11,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
-from dear import _ddp, preconditioning
+from dear import _ddp, _refusals, preconditioning
 from dear._agree import agree
 from dear._compiled import uncompiled
 from dear._optimizer import unwrapped
@@ -137,12 +137,12 @@ def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditio
             every rank, and nothing has been changed.
     """
     caller = "precondition.register()"
-    _ddp.check_kind(model, caller)
+    _refusals.check_kind(model, caller)
     optimizers = [unwrapped(one) for one in (optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,))]
 
     def look() -> dict[str, Any]:
         for one in optimizers:
-            _ddp.check_optimizer(one, caller)
+            _refusals.check_optimizer(one, caller)
         preconditioning.check_kind(preconditioner, caller)
         preconditioning.check_free(model)
         return preconditioner.check_new(model, optimizers, caller)

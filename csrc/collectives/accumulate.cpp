@@ -21,26 +21,28 @@ bool is_sum(const AddRule& rule) {
 }
 
 // The three shapes of a rule: a sum, a scaled sum, a scaled sum that is divided. COMPUTE(x) is the value of
-// type F in which x is computed with, STORE(y) what is stored of it.
-#define DEAR_COMBINE(F, COMPUTE, STORE)                                                                 \
-  const F so = static_cast<F>(rule.own_scale);                                                          \
-  const F sr = static_cast<F>(rule.received_scale);                                                     \
-  const F by = static_cast<F>(rule.divisor);                                                            \
-  if (is_sum(rule)) {                                                                                   \
-    for (int64_t i = 0; i < count; ++i) out[i] = STORE(COMPUTE(a[i]) + COMPUTE(b[i]));                  \
-  } else if (by == 1) {                                                                                 \
-    for (int64_t i = 0; i < count; ++i) out[i] = STORE(COMPUTE(a[i]) * sr + COMPUTE(b[i]) * so);        \
-  } else {                                                                                              \
-    for (int64_t i = 0; i < count; ++i) out[i] = STORE((COMPUTE(a[i]) * sr + COMPUTE(b[i]) * so) / by); \
+// type F in which x is computed with, SCALED(x, s) that of x times s, STORE(y) what is stored of it.
+#define DEAR_COMBINE(F, COMPUTE, SCALED, STORE)                                                     \
+  const F so = static_cast<F>(rule.own_scale);                                                      \
+  const F sr = static_cast<F>(rule.received_scale);                                                 \
+  const F by = static_cast<F>(rule.divisor);                                                        \
+  if (is_sum(rule)) {                                                                               \
+    for (int64_t i = 0; i < count; ++i) out[i] = STORE(COMPUTE(a[i]) + COMPUTE(b[i]));              \
+  } else if (by == 1) {                                                                             \
+    for (int64_t i = 0; i < count; ++i) out[i] = STORE(SCALED(a[i], sr) + SCALED(b[i], so));        \
+  } else {                                                                                          \
+    for (int64_t i = 0; i < count; ++i) out[i] = STORE((SCALED(a[i], sr) + SCALED(b[i], so)) / by); \
   }
 
+#define DEAR_TIMES(x, s) ((x) * (s))
 #define DEAR_ADD_FLOATING(NAME, T)                                                               \
   DEAR_MULTIARCH void NAME(T* out, const T* a, const T* b, int64_t count, const AddRule& rule) { \
-    DEAR_COMBINE(T, static_cast<T>, static_cast<T>)                                              \
+    DEAR_COMBINE(T, static_cast<T>, DEAR_TIMES, static_cast<T>)                                  \
   }
 DEAR_ADD_FLOATING(add_double, double)
 DEAR_ADD_FLOATING(add_float, float)
 #undef DEAR_ADD_FLOATING
+#undef DEAR_TIMES
 
 template <typename T>
 inline T add_wrapping(T a, T b) {
@@ -80,10 +82,12 @@ inline uint16_t narrow(float value) {
   return value != value ? static_cast<uint16_t>(0x7fc0) : static_cast<uint16_t>(rounded);
 }
 
+#define DEAR_TIMES(x, s) (widen(x) * (s))
 DEAR_MULTIARCH void add_bfloat16(uint16_t* out, const uint16_t* a, const uint16_t* b, int64_t count,
                                  const AddRule& rule) {
-  DEAR_COMBINE(float, widen, narrow)
+  DEAR_COMBINE(float, widen, DEAR_TIMES, narrow)
 }
+#undef DEAR_TIMES
 
 #ifdef __FLT16_MAX__
 // The compiler's own half type converts eight or sixteen at a time where the machine can.
@@ -92,10 +96,13 @@ using HalfBits = _Float16;
 using HalfBits = c10::Half;
 #endif
 
+// Its subnormal numbers are as large as gradients are, and torch's DDP rounds what it divides.
+#define DEAR_TIMES(x, s) static_cast<float>(static_cast<HalfBits>(static_cast<float>(x) * (s)))
 DEAR_MULTIARCH void add_half(HalfBits* out, const HalfBits* a, const HalfBits* b, int64_t count,
                              const AddRule& rule) {
-  DEAR_COMBINE(float, static_cast<float>, static_cast<HalfBits>)
+  DEAR_COMBINE(float, static_cast<float>, DEAR_TIMES, static_cast<HalfBits>)
 }
+#undef DEAR_TIMES
 #undef DEAR_COMBINE
 
 template <typename T, typename F>

@@ -57,8 +57,9 @@ BackendWait::BackendWait(Works works) : state_(std::make_shared<State>()) {
 }
 
 void BackendWait::await_end() const {
-  std::unique_lock<std::mutex> lock(state_->mutex);
-  wait_interruptibly(state_->changed, lock, [this] { return state_->ended; });
+  const auto state = state_;  // a signal's handler may wait, too, and drop this then
+  std::unique_lock<std::mutex> lock(state->mutex);
+  wait_interruptibly(state->changed, lock, [&state] { return state->ended; });
 }
 
 bool BackendWait::ended() const {

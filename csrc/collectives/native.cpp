@@ -111,14 +111,11 @@ class NativeExchange : public Exchange {
 
   void wait() override {
     home_.check("A collective");
-    const std::lock_guard<std::mutex> alone(waiting_);
-    {
-      std::lock_guard<std::mutex> lock(sync_->mutex);
-      if (error_) std::rethrow_exception(error_);
-      if (!in_flight_) return follow();
-    }
+    const std::lock_guard<std::recursive_mutex> alone(waiting_);
+    if (has_ended()) return follow();
     NativeExchange& moved = built_ ? static_cast<NativeExchange&>(*built_) : *this;
-    moved.await_backend();  // what it throws is Ctrl-C, and no failure: one may wait again
+    moved.await_backend();             // what it throws is Ctrl-C, and no failure: one may wait again
+    if (has_ended()) return follow();  // see Note [Ctrl-C]
     try {
       if (built_) built_->wait();
       if (backend_) {
@@ -143,7 +140,7 @@ class NativeExchange : public Exchange {
   }
 
   bool done() override {
-    const std::unique_lock<std::mutex> alone(waiting_, std::try_to_lock);
+    const std::unique_lock<std::recursive_mutex> alone(waiting_, std::try_to_lock);
     if (!alone.owns_lock()) return false;  // somebody is waiting for it
     if (built_) return built_->done();
     if (on_host_ && !works_.empty()) return backend().ended();
@@ -165,6 +162,13 @@ class NativeExchange : public Exchange {
     bool staged = false;
     std::vector<OwnedChunk> chunks = {};  // where they have owners
   };
+
+  // Rethrows its failure.
+  bool has_ended() {
+    std::lock_guard<std::mutex> lock(sync_->mutex);
+    if (error_) std::rethrow_exception(error_);
+    return !in_flight_;
+  }
 
   BackendWait& backend() {
     if (!backend_) backend_.emplace(works_);
@@ -300,7 +304,7 @@ class NativeExchange : public Exchange {
   }
 
   const int rank_;
-  std::mutex waiting_;
+  std::recursive_mutex waiting_;
   std::optional<c10::Event> settled_;
   bool nccl_ = false;
   bool on_host_ = false;

@@ -104,6 +104,13 @@ void take_buckets(c10d::Reducer& reducer, Scheduler& scheduler) {
   scheduler.replace_incoming(buckets_of(reducer));
 }
 
+bool expects_gradients(const c10d::Reducer& reducer) {
+  struct Opened : c10d::Reducer {  // what is protected, a class of its own may name
+    static bool expects(const c10d::Reducer& reducer) { return reducer.*(&Opened::expect_autograd_hooks_); }
+  };
+  return Opened::expects(reducer);
+}
+
 void register_compressed_hook(c10d::Reducer& reducer, std::shared_ptr<CompressedHook> hook,
                               std::shared_ptr<HookCalls> calls, HoldsGil holds_gil) {
   const auto on_bucket = [hook = std::move(hook)](c10d::GradBucket& bucket) {

@@ -34,6 +34,9 @@ void rebuild_buckets(c10d::Reducer& reducer, CompressedHook& hook);
 // Moves the scheduler's incoming gradients into the buckets of another reducer of the same parameters.
 void take_buckets(c10d::Reducer& reducer, Scheduler& scheduler);
 
+// Whether a forward pass has prepared the reducer for a backward pass, none of which has been reduced since.
+bool expects_gradients(const c10d::Reducer& reducer);
+
 // Registers the hook of a compressor: .grad becomes the aggregate.
 void register_compressed_hook(c10d::Reducer& reducer, std::shared_ptr<CompressedHook> hook,
                               std::shared_ptr<HookCalls> calls, HoldsGil holds_gil);

@@ -343,6 +343,7 @@ void Scheduler::wait_reduced(size_t index) {
   Group& group = groups_.at(index);
   if (!group.reducing) return;
   timed_wait(*group.reduce, index, &waits_.reduce_scatter_ns, [&] { group.reduce->wait(); });
+  if (!group.reducing) return;  // see Note [Ctrl-C]
   group.reducing = false;
   TORCH_CHECK(
       untouched(group), "Gradients of fusion group ", index,
@@ -367,6 +368,7 @@ void Scheduler::wait_gathered(size_t index, size_t portion) {
   if (!gather.moving) return;
   if (gather_gradients_) wait_reduced(index);
   timed_wait(*gather.phase, index, &waits_.all_gather_ns, [&] { gather.phase->wait(); });
+  if (!gather.moving) return;  // see Note [Ctrl-C]
   gather.moving = false;
   --gathering_;
   if (gather_gradients_) return;

@@ -1,0 +1,83 @@
+"""A signal's handler that reads the model while training waits for the network, as one before a preemption does."""
+
+import signal
+import time
+
+import pytest
+import torch
+import training
+from refusing import SMALL, final, same
+
+import dear
+from dear._pending import Barrier, unguarded
+
+
+def saved_while_waiting(rank, world, update, algorithm):
+    want = training.train(rank, "Mlp", steps=6)[1]
+    model, opt = training.build("Mlp", training.SGD, {})
+    saved = []
+
+    def save(*_):
+        saved.append(final(model))
+
+    former = signal.signal(signal.SIGALRM, save)
+    try:
+        with dear.attach(model, opt, update=update, algorithm=algorithm, **SMALL):
+            for step in range(6):
+                loss = training.loss_of(model, rank, step)
+                late = step == 3 and rank == 1
+                if step == 3 and rank == 0:
+                    signal.setitimer(signal.ITIMER_REAL, 0.3)
+                if late and update == "replicated":
+                    time.sleep(1.5)
+                loss.backward()
+                if late:
+                    time.sleep(1.5)
+                opt.step()
+                opt.zero_grad()
+            model.module.state_dict()
+            time.sleep(0.1 if saved or rank else 1)
+            same(final(model), want)
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    if rank == 0:
+        assert len(saved) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "native"])
+@pytest.mark.parametrize("update", ["sharded", "replicated"])
+def test_a_handler_saves_the_model(pool2, update, algorithm):
+    pool2.run(saved_while_waiting, update, algorithm)
+
+
+def barrier_of(param, arrive, finish):
+    barrier = Barrier()
+    barrier.arrive, barrier.finish = arrive, finish
+    barrier.set_groups([[param]])
+    barrier.close([0])
+    return barrier
+
+
+def test_who_reads_while_its_thread_waits_finishes_the_parameter():
+    param = torch.nn.Parameter(torch.zeros(3))
+    finished, read = [], []
+
+    def arrive(group):  # as a handler does that runs in a wait
+        if not read:
+            read.append(0)
+            read.append(param.sum().item())
+
+    def finish(group):
+        finished.append(group)
+        unguarded([param])[0].fill_(1)
+
+    barrier_of(param, arrive, finish)
+    assert param.sum().item() == 3 and read == [0, 3.0] and finished == [0]
+    assert type(param) is torch.nn.Parameter
+
+
+def test_who_reads_in_the_middle_of_an_update_is_told():
+    param = torch.nn.Parameter(torch.zeros(3))
+    barrier_of(param, lambda group: None, lambda group: param.sum())
+    with pytest.raises(RuntimeError, match=r"while its own update was under way.*: let the handler set a flag"):
+        param.sum()
