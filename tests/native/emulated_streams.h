@@ -64,6 +64,12 @@ void on(c10::StreamId id, Work work) {
   work();
 }
 
+// Orders one stream behind what another one has queued.
+inline void follow(c10::StreamId later, c10::StreamId earlier) {
+  const Names& before = books().streams[earlier];
+  books().streams[later].insert(before.begin(), before.end());
+}
+
 // Behind what the next work of that stream comes.
 inline const Names& ahead_of(c10::StreamId id) { return books().streams[id]; }
 inline bool waits_for(c10::StreamId id, const std::string& work) { return ahead_of(id).count(work) > 0; }
@@ -193,11 +199,9 @@ class Group : public c10d::ProcessGroup {
  private:
   // On the group's own stream, behind the caller's.
   c10::intrusive_ptr<c10d::Work> issue() {
-    const Names caller = books().streams[books().current];
-    Names& own = books().streams[stream_];
-    own.insert(caller.begin(), caller.end());
+    follow(stream_, books().current);
     on(stream_, [&] { run(name_ + " " + std::to_string(calls_++)); });
-    return c10::make_intrusive<Work>(own);
+    return c10::make_intrusive<Work>(ahead_of(stream_));
   }
 
   const std::string name_;

@@ -35,10 +35,14 @@ std::shared_ptr<Lane> make_lane(const std::string& name, int world = 2, int rank
   return std::make_shared<dear::NativeLane>(c10::make_intrusive<Group>(name, rank, world));
 }
 
-// Calls `deliver` as DDP calls its hook: inside a backward pass, on a stream that is not its caller's.
+// Calls `deliver` as DDP calls its hook: inside a backward pass, on a stream that is not its caller's, behind
+// which autograd puts the caller's before it runs what was queued for the end.
 void backward(const std::function<void()>& deliver) {
   at::Tensor x = zeros(1).requires_grad_();
-  x.register_hook([&](const at::Tensor&) { on(kBackward, deliver); });
+  x.register_hook([&](const at::Tensor&) {
+    on(kBackward, deliver);
+    follow(kTraining, kBackward);
+  });
   x.sum().backward();
 }
 
@@ -212,8 +216,9 @@ void training_follows_who_waits_elsewhere() {
       }
       wait_elsewhere("gather" + step, [&] { schedule.scheduler.wait_gathered(0, 0); });
       require(came_behind("gather" + step, "reduce" + step), "an all-gather began before its reduce-scatter");
+      require(came_behind("reduce" + step, "gradients" + step),
+              "a bucket was sent before its gradients came");
     }
-    require(came_behind("reduce 1", "gradients 1"), "a bucket was sent before its gradients were there");
   }
 }
 
@@ -344,6 +349,34 @@ void a_future_stands_for_all_groups() {
   }
 }
 
+// The same where gradients are compressed: whoever waits first has a group decoded, and training comes behind
+// it.
+void training_follows_who_waits_elsewhere_for_what_is_compressed() {
+  reset();
+  Compression all;
+  dear::Scheduler scheduler(make_lane("reduce"), make_lane("gather"), /*gather_gradients=*/true);
+  scheduler.set_pipeline(all.pipeline);
+  scheduler.set_backward_ended([&](bool layout_is_new) {
+    const at::Tensor full = all.bucket.variable_data();
+    if (layout_is_new)
+      scheduler.adopt_layout({{full.narrow(0, 0, kNumel), full, nullptr, {}}}, {all.groups}, {}, {1}, {0});
+  });
+  backward([&] {
+    run("gradients 0");
+    scheduler.on_bucket(0, {all.bucket, {}, {}}, true);
+  });
+  for (const std::string group : {"0", "1"})
+    require(!has_run(group + " decode 0"), "a group is decoded before anybody waits for it");
+  on(kReader, [&] { scheduler.wait_gathered(0, 0); });
+  for (const auto waiter : {kReader, kTraining})
+    for (const std::string group : {"0", "1"})
+      require(waits_for(waiter, group + " decode 0"), "training or a reader is not behind a decoding");
+  for (const int64_t group : {0, 1}) comes_in_order(0, group);
+  for (const std::string group : {"0", "1"})
+    require(came_behind("gather 0", group + " encode 0"), "what was dropped was told too early");
+  scheduler.release();
+}
+
 }  // namespace
 
 int main() {
@@ -357,5 +390,6 @@ int main() {
   training_is_where_parameters_were_updated();
   compresses_beside_the_caller();
   a_future_stands_for_all_groups();
+  training_follows_who_waits_elsewhere_for_what_is_compressed();
   std::puts("ok");
 }
