@@ -11,7 +11,7 @@ STUB_TORCH := 2.13
 JOBS   ?= 2
 NATIVE := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check cuda-on-host torch-check torch-test sanitize tsan chaos machine results bench bench-full report clean
+.PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check cuda-on-host torch-check torch-test sanitize tsan streams chaos machine results bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
 build: $(VENV)/.built  ## the environment (.venv) and the extension in it, editable
@@ -144,6 +144,12 @@ tsan: $(VENV)/.installed  ## the lanes under ThreadSanitizer
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/tsan -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_BUILD_TYPE=None
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/tsan --target lanes
 	TSAN_OPTIONS=halt_on_error=0 OMP_NUM_THREADS=1 out/tsan/lanes
+
+# Who waits for whom on a GPU's streams, emulated, by a program of its own.
+streams: $(VENV)/.installed  ## what waits for what on a GPU's streams, emulated
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B out/streams -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_BUILD_TYPE=None
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/streams --target streams
+	out/streams/streams
 
 # Random kills, stops, cuts and resumes; the figures as JSON.
 chaos: build  ## 200 runs in which a worker is killed, stopped or cut off
