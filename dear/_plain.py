@@ -74,10 +74,8 @@ class PlainUpdate(Update):
             return False, None
         return True, self.attached.user.run_all(closure)
 
-    def arrive(self, group: int) -> None:
+    def finish(self, group: int) -> None:
         raise NotImplementedError("Nothing is left for later here.")
-
-    finish = arrive
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
         params = [param for user in self.attached.users for param in user.params]

@@ -162,9 +162,6 @@ class ReplicatedUpdate(Update):
             finish()
         return True, self.attached.user.run_all(finished if closure is not None else None)
 
-    def arrive(self, group: int) -> None:
-        self.attached.scheduler.wait_gathered(group)
-
     def finish(self, group: int) -> None:
         attached = self.attached
         if group not in self._to_update:

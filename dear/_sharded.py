@@ -185,10 +185,6 @@ class ShardedUpdate(Update):
                     groups_of = partial(_groups_of, self.attached.users[optimizer], self._fused, segments)
                     self._own_steps.run(optimizer, segments, self._states.values, groups_of)
 
-    def arrive(self, group: int) -> None:
-        index, optimizer = divmod(group, len(self.attached.users))
-        self.attached.scheduler.wait_gathered(index, optimizer)
-
     def finish(self, group: int) -> None:
         assert self._flat is not None
         self._flat.copy_out(self.attached.known_layout.pending[group])

@@ -129,9 +129,10 @@ class Update(ABC):
         """For strategies that let the optimizer call the closure: whether that was done, and the step's result."""
         return False, None
 
-    @abstractmethod
     def arrive(self, group: int) -> None:
         """Waits for what one of the barrier's groups needs to be finished."""
+        index, optimizer = divmod(group, len(self.attached.users))
+        self.attached.scheduler.wait_gathered(index, optimizer)
 
     @abstractmethod
     def finish(self, group: int) -> None:

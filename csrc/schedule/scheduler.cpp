@@ -1,6 +1,5 @@
 #include "schedule/scheduler.h"
 
-#include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/engine.h>
 
@@ -82,7 +81,7 @@ void Scheduler::meet(const at::Device& device) {
 }
 
 void Scheduler::finish_backward() {
-  note_home();  // backward() has its caller's streams current again
+  home_.note(buckets_.empty() ? incoming_ : buckets_);  // backward() has its caller's streams current again
   if (ended_) ended_(layout_is_new_);
   layout_is_new_ = false;
   for (auto& [param, placeholder] : placeholders_) param.mutable_grad() = placeholder;
@@ -293,21 +292,8 @@ void Scheduler::submit_gather(size_t index, size_t portion) {
   gather.moving = true;
   ++gathering_;
   bytes_sent_ += gather.phase->bytes_sent();
-  if (!gather_gradients_) note_home();  // the optimizer's step
+  if (!gather_gradients_) home_.note(buckets_);  // the optimizer's step
   gather.phase->start();
-}
-
-void Scheduler::note_home() {
-  const std::vector<Bucket>& buckets = buckets_.empty() ? incoming_ : buckets_;
-  if (buckets.empty() || buckets.front().buffer.is_cpu()) return;
-  const at::Device device = buckets.front().buffer.device();
-  home_ = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-}
-
-std::optional<c10::Stream> Scheduler::other_home() const {
-  if (!home_) return std::nullopt;
-  const bool here = c10::impl::VirtualGuardImpl(home_->device_type()).getStream(home_->device()) == *home_;
-  return here ? std::nullopt : home_;
 }
 
 template <typename Wait>
@@ -315,11 +301,7 @@ void Scheduler::timed_wait(const GroupPhase& half, size_t group, int64_t* total,
   const int64_t start = now_ns();
   {
     const ProfiledSpan span("wait, ", phase_name(half.phase()), " of ", kGroup, group);
-    if (const auto home = other_home()) {  // see Note [Waited for elsewhere]
-      const c10::StreamGuard on(*home);
-      wait();
-    }
-    wait();
+    home_.wait_with(wait);
   }
   const int64_t end = now_ns();
   *total += end - start;

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <c10/core/Stream.h>
 
 #include <functional>
 #include <memory>
@@ -13,6 +12,7 @@
 #include "collectives/lane.h"
 #include "schedule/bucket.h"
 #include "schedule/group_phase.h"
+#include "schedule/home_stream.h"
 #include "schedule/profiled.h"
 #include "schedule/trace.h"
 
@@ -40,12 +40,6 @@ using Placeholders = std::vector<std::pair<at::Tensor, at::Tensor>>;
 // Where parameters are gathered, the reduce-scatter does not write into DDP's bucket. So .grad keeps the
 // local gradient, and gradients accumulate as in plain DDP. A write to them that races with the reduction
 // shows in the bucket's version counter, which no exchange touches.
-//
-// Note [Waited for elsewhere]
-// A wait on a GPU orders the stream of whoever waits, once: what was waited for is not pending any more, and
-// nobody waits for it again. So where it is first touched on another stream than that of training (a running
-// mean of the parameters, gradients that are logged), the stream of training waits, too, and first: what it
-// does next reads the same memory, as it may under plain DDP, where such a reader changes nothing for it.
 //
 // Threads: all calls come from the training thread, or from the autograd thread while the training thread
 // waits in backward(). None takes or needs the GIL.
@@ -165,9 +159,6 @@ class Scheduler {
   template <typename Wait>
   void timed_wait(const GroupPhase& half, size_t group, int64_t* total, Wait wait);
   void note_lane(const std::string& lane, const std::string& name, int64_t start_ns, int64_t end_ns);
-  void note_home();
-  // The stream of training, where the caller's is another one.
-  std::optional<c10::Stream> other_home() const;
   void make_finiteness_check();
   void submit_dropped();
 
@@ -197,8 +188,7 @@ class Scheduler {
   at::Tensor dropped_;                        // int32 [ranks]: by each rank
   std::shared_ptr<Exchange> tell_dropped_;
 
-  // On a GPU, the stream that training goes on on: see Note [Waited for elsewhere].
-  std::optional<c10::Stream> home_;
+  HomeStream home_;
 
   WaitTimes waits_;
   int64_t bytes_sent_ = 0;
