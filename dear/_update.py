@@ -1,4 +1,4 @@
-"""Who updates what between the two halves of an exchange: the interface of the strategies, and the choice of one.
+"""Who updates what between the two halves of an exchange: the interface of the strategies.
 
 Note [Update strategies]
 A strategy owns everything that depends on who updates what: what the flat buffers hold, what ``.grad`` shows, the

@@ -38,6 +38,7 @@ from benchmarks.training.strategies import (
 from benchmarks.training.trainer import optimizer_factory
 from benchmarks.training.workloads import WORKLOADS
 from benchmarks.worker import Worker
+from planner import auto
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -241,6 +242,10 @@ def test_strategies_are_parsed() -> None:
     with pytest.raises(StrategyError, match="No strategy"):
         parse_strategies(" , ")
     assert "dear" in FORMS
+
+
+def test_what_is_measured_of_auto_follows_the_planner() -> None:
+    assert parse_strategies("auto")[0].settles == auto.MOST + auto.WARM_UP
 
 
 def test_payload_counts_what_a_ring_sends() -> None:

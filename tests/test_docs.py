@@ -97,6 +97,13 @@ def test_api_has_every_public_name(package):
     assert not missing, f"docs/api/{package.__name__}.md lacks {sorted(missing)}"
 
 
+def test_api_has_every_public_member_of_an_engine():
+    page = (DOCS / "api" / "dear.md").read_text()
+    members = page.partition("::: dear.Engine\n")[2].partition(":::")[0]
+    public = {name for name in vars(dear.Engine) if not name.startswith("_")}
+    assert set(re.findall(r"- (\w+)$", members, re.MULTILINE)) == public
+
+
 def test_navigation_has_every_page():
     config = (ROOT / "mkdocs.yml").read_text()
     listed = set(re.findall(r"[\w/-]+\.md", config[config.index("nav:") : config.index("theme:")]))

@@ -302,6 +302,49 @@ def test_parameters_converted_under_the_engine(pool2):
     pool2.run(converted)
 
 
+def grown(rank, world):
+    model, _, engine = warm(rank, "sharded")
+    name, param = next(iter(model.module.named_parameters()))
+    param.data = torch.cat([param.data, param.data])
+    with refused(RuntimeError, f"The parameter {name} was given the shape"):
+        training.loss_of(model, rank, 3)
+    engine.__exit__(RuntimeError, None, None)
+
+
+def test_parameters_that_have_grown_under_the_engine(pool2):
+    pool2.run(grown)
+
+
+def scripted(rank, world):
+    """A module of torch.jit reads parameters where nothing can wait for them. One without any is served."""
+
+    def trained(attaches):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.jit.script(torch.nn.ReLU()), torch.nn.Linear(8, 2))
+        model = DDP(net)
+        opt = sgd(model)
+        engine = dear.attach(model, opt, **SMALL) if attaches else None
+        for step in range(3):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(2 * step + rank))
+            model(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        if engine is not None:
+            engine.detach()
+        return final(model)
+
+    same(trained(True), trained(False))
+    model = DDP(torch.nn.Sequential(torch.jit.script(torch.nn.Linear(4, 4))))
+    opt = sgd(model)
+    with refused(ValueError, "The module 0 was made by torch.jit"):
+        dear.attach(model, opt)
+    assert not hasattr(model, "_dear_engine") and not hasattr(opt, "_dear_engine")
+
+
+def test_scripted_modules(pool2):
+    pool2.run(scripted)
+
+
 def sparse_by_function(rank, world):
     class Lookup(nn.Module):
         def __init__(self):

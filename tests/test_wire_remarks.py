@@ -62,7 +62,7 @@ def test_who_is_held_up_elsewhere_is_not_blamed():
 def passes_again(kind):
     """Rank 2 comes after all; the next exchanges find none of what was said meanwhile in their way."""
     shared, store = [peers(rank, 3) for rank in range(3)], dist.HashStore()
-    seconds = (20.0, 2.0, 20.0)
+    seconds = (60.0, 10.0, 60.0)
     first, second = (lanes(kind, members, shared, store, seconds) for members in ([1, 2], [0, 1]))
     for made in (first, second):
         for exchange in [submit(lane) for lane in made.values()]:
@@ -75,7 +75,7 @@ def test_exchanges_go_on_behind_remarks(kind):
     first, second = passes_again(kind)
     waiting = submit(first[1])
     held = submit(second[0])  # rank 0 hears that rank 1 waits for rank 2
-    ahead = 0.9  # of a second: more than a quarter of rank 1's patience
+    ahead = 3.0  # seconds: more than a quarter, and far less than all, of rank 1's patience
     time.sleep(ahead)
     assert not waiting.done() and not held.done()
     for exchange in (submit(first[2]), submit(second[1]), waiting, held):

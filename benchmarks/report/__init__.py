@@ -1,1 +1,1 @@
-"""The report: one HTML page and its pictures, from the raw JSON of the benchmarks and nothing else."""
+"""The report: a page and its pictures, from the raw JSON of the benchmarks and nothing else."""

@@ -28,7 +28,7 @@ void check_slots(const Tensor& payloads) {
                     ": size them with topk_slot_numel.");
 }
 
-void check_shards(int64_t numel, int64_t shard_numel, int64_t owners) {
+void check_shards_of(int64_t numel, int64_t shard_numel, int64_t owners) {
   TORCH_CHECK_VALUE(shard_numel >= 1 && (owners == 1 || shard_numel % kBlock == 0), "the shard length is ",
                     shard_numel, ", but with several owners it must be a multiple of ", kBlock,
                     ": round it up.");
@@ -117,7 +117,7 @@ struct TopKSelect {
     check_counter(stats, 2, error, "the statistics");
     check_slots(payload);
     check_same_device(payload, error, "the payload", "the error feedback");
-    check_shards(error.numel(), shard_numel, payload.size(0));
+    check_shards_of(error.numel(), shard_numel, payload.size(0));
     check_workspace(workspace, at::kInt, topk_workspace_numel(error.numel()), error);
   }
   static void cpu(const OptionalTensor& grad, const Tensor& error, const Tensor& threshold,
@@ -179,7 +179,7 @@ struct TopKDecode {
     check_grad(out);
     check_slots(payloads);
     check_same_device(payloads, out, "the payloads", "the gradient");
-    check_shards(out.numel(), shard_numel, payloads.size(0));
+    check_shards_of(out.numel(), shard_numel, payloads.size(0));
   }
   static void cpu(const Tensor& payloads, const Tensor& out, int64_t shard_numel, double alpha) {
     cpu::topk_decode(payloads.const_data_ptr<int32_t>(), payloads.size(0), capacity_of(payloads), shard_numel,
