@@ -31,9 +31,26 @@ from dear._nccl import lane_options
 
 Algorithm = Literal["ring", "native"]
 _REDUCTIONS = {"sum": _C.Reduction.sum, "avg": _C.Reduction.average}
-_ring_numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = weakref.WeakKeyDictionary()
+_lane_names: weakref.WeakKeyDictionary[dist.ProcessGroup, _LaneNames] = weakref.WeakKeyDictionary()
 _peers: weakref.WeakKeyDictionary[dist.ProcessGroup, _C.Peers] = weakref.WeakKeyDictionary()
 _shared_lanes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, _C.Lane]] = weakref.WeakKeyDictionary()
+
+
+class _LaneNames:
+    """Names of lanes over our own connections, which the ranks draw alike: who lags behind in a failure must not meet
+    those who begin anew."""
+
+    def __init__(self) -> None:
+        self._beginning = 0
+        self._numbers = itertools.count()
+
+    def begin_anew(self) -> None:
+        self._beginning += 1
+        self._numbers = itertools.count()
+
+    def draw(self, name: str) -> str:
+        number = next(self._numbers)
+        return f"{name}/{number}" if self._beginning == 0 else f"{name}/{self._beginning}.{number}"
 
 
 class Work:
@@ -106,10 +123,18 @@ def make_lane(
             pg_options=lane_options(group, backend, timeout), use_local_synchronization=True, group_desc=f"dear {name}",
         )  # fmt: skip
         return _C.NativeLane(own)
-    number = next(_ring_numbers.setdefault(group, itertools.count()))
+    key = _lane_names.setdefault(group, _LaneNames()).draw(name)
     store = c10d._get_process_group_store(group)
     make = _C.MeshLane if all_to_all else _C.RingLane
-    return make(_peers_of(group), store, f"{name}/{number}", timeout, list(ranks))
+    return make(_peers_of(group), store, key, timeout, list(ranks))
+
+
+def begin_anew(group: dist.ProcessGroup) -> None:
+    """What comes over this group's ranks meets nothing of before, when an engine was left by an error on all of them:
+    each rank calls this as it leaves."""
+    _peers.pop(group, None)
+    _shared_lanes.pop(group, None)
+    _lane_names.setdefault(group, _LaneNames()).begin_anew()
 
 
 def _peers_of(group: dist.ProcessGroup) -> _C.Peers:

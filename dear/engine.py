@@ -24,6 +24,7 @@ from dear._hooks import Hooks
 from dear._replicas import check_replicas
 from dear._summary import Summary
 from dear._update import Update
+from dear.collectives import begin_anew
 from dear.compression import Compressor
 from dear.preconditioning import Preconditioner
 
@@ -335,10 +336,10 @@ class Engine:
         if kind is None:
             self.detach()
         elif not self._detached:  # the peers may not follow: let go without another collective
-            self._attached.scheduler.abort(
-                f"Rank {self._attached.rank} left the engine's context with {kind.__name__}."
-            )
+            attached = self._attached
+            attached.scheduler.abort(f"Rank {attached.rank} left the engine's context with {kind.__name__}.")
             self._release()
+            begin_anew(attached.group)
 
     def _release(self) -> None:
         self._detached = True
