@@ -102,12 +102,14 @@ class Attached:
             users = self.users if optimizer is None else [self.users[optimizer]]
             having = [param for user in users for param in user.params if param.grad is not None]
             missed = [param for param in self.params if param.grad is None]
+            averaged = {param for param, placeholder in self.placeholders if param.grad is placeholder}
         if having and self.passes_before_local == self.scheduler.passes():
             raise _grads.unreduced(self.names[having[0]])
         reduced = self.passes_before_forward is not None and self.passes_before_forward < self.scheduler.passes()
+        local = next((param for param in having if param not in averaged), None)
         # Replicated updates do what plain DDP does. Others would mix what is local to the ranks.
-        if having and reduced and self.forward_passes > 1 and self.update != "replicated":
-            raise _grads.second(self.names[having[0]])
+        if local is not None and reduced and self.forward_passes > 1 and self.update != "replicated":
+            raise _grads.second(self.names[local])
         if having and missed and self.passes_before_forward == self.scheduler.passes():
             raise _grads.missed(self.names[missed[0]])
 

@@ -89,6 +89,11 @@ def second_backward(rank, world, update):
         (model(x).sum() + model(x).sum()).backward()
         opt.step()
         opt.zero_grad()
+    model(x)
+    (model(x).sum() + model(x).sum()).backward()
+    opt.step()
+    opt.step()  # twice with the same average, as plain DDP may
+    opt.zero_grad()
     first, second = model(x).sum(), model.module.bias.sum() + model(x).detach().sum()
     first.backward()
     opt.step()
