@@ -11,6 +11,9 @@ STUB_TORCH := 2.13
 JOBS   ?= 2
 NATIVE := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# Those of the tests, which the extension is not built of.
+TESTED := $(shell find tests -name '*.cpp' -o -name '*.h')
+
 .PHONY: build test test-rest test-all demo lint format docs help stubs odr-check cuda-check cuda-on-host torch-check torch-test sanitize tsan streams chaos machine results bench bench-full report clean
 CUDA   := $(shell find csrc -name '*.cu')
 
@@ -60,7 +63,7 @@ lint: $(VENV)/.installed  ## what must hold of every source: ruff, mypy, clang-f
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(TESTED)
 	@if ! ls dear/_C*.so >/dev/null 2>&1; then \
 	  echo "The native module is not built: its stub dear/_C.pyi was not compared with it."; \
 	elif ! grep -qF '"$(STUB_TORCH)"' dear/_build.py; then \
@@ -71,7 +74,7 @@ lint: $(VENV)/.installed  ## what must hold of every source: ruff, mypy, clang-f
 format: $(VENV)/.installed  ## formats every source
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(NATIVE) $(TESTED)
 
 # The types of the compiled module, for mypy and editors.
 stubs: build  ## writes dear/_C.pyi, the types of the compiled module
