@@ -25,6 +25,8 @@ from dear._plain import PlainUpdate
 from dear._update import Request
 from dear.engine import Engine
 
+__all__ = ["Chooser", "Setting", "Steering", "auto", "is_chooser"]
+
 GROUP, NAME = "dear.chooser", "auto"
 #: Where no entry point is installed, as in a checkout: the planner's own module, under either name of its package.
 FALLBACK = ("dear_planner.auto", "planner.auto")

@@ -22,9 +22,8 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from compress import losses
-from dear._assembly import Setting
 from dear._backend_errors import naming
-from dear.choosing import Steering
+from dear.choosing import Setting, Steering
 
 from . import codecs, plans
 from .deciding import PLAIN, Predicted, Way, layout, predicted, reason, shortlist, simulated, sizes, ways
