@@ -64,7 +64,7 @@ def test_pre_commit_runs_the_linters_of_make_lint():
     entries = re.findall(r"entry: \.venv/bin/(.+)", config)
     for command in rule("lint"):
         if command.startswith("$(BIN)/"):
-            tool = command.removeprefix("$(BIN)/").replace("$(NATIVE)", "").strip()
+            tool = re.sub(r"\$\((NATIVE|TESTED)\)", "", command.removeprefix("$(BIN)/")).strip()
             assert tool in entries, f"make lint runs {tool}, and .pre-commit-config.yaml does not"
 
 
