@@ -69,7 +69,7 @@ def aligned_owners(numel: int, world: int, places: list[Place], itemsize: int) -
         end = max((end for _, end in even.ranges(rank)), default=bounds[-1])
         if 0 < end < numel:
             place = places[max(bisect.bisect_right(starts, end) - 1, 0)]
-            if place.start <= end < place.stop:
+            if place.start < end < place.stop:
                 whole = place.start + -(-(end - place.start) // run) * run
                 end = place.stop if _is_half(place.param) else min(whole, place.stop)
         bounds.append(max(end, bounds[-1]))

@@ -11,14 +11,19 @@ import dear
 BEFORE = "The forward pass of this backward pass ran before"
 
 
+def refused_then_plain(rank, model, opt, loss, steps):
+    """The open pass, and training that goes on as if it had not been: from step number ``steps`` on."""
+    with refused(RuntimeError, BEFORE):
+        loss.backward()
+    opt.zero_grad()
+    trains_on_like_plain(rank, model, opt, steps)
+
+
 def backward_after_attach(rank, world, update):
     model, opt = training.build("Mlp", training.SGD, {})
     loss = training.loss_of(model, rank, 0)
     engine = dear.attach(model, opt, update=update, **SMALL)
-    with refused(RuntimeError, BEFORE):
-        loss.backward()
-    opt.zero_grad()
-    trains_on_like_plain(rank, model, opt, 0)
+    refused_then_plain(rank, model, opt, loss, 0)
     engine.detach()
 
 
@@ -31,10 +36,7 @@ def backward_after_detach(rank, world, update):
     model, opt, engine = warm(rank, update)
     loss = training.loss_of(model, rank, 3)
     engine.detach()
-    with refused(RuntimeError, BEFORE):
-        loss.backward()
-    opt.zero_grad()
-    trains_on_like_plain(rank, model, opt, 3)
+    refused_then_plain(rank, model, opt, loss, 3)
 
 
 @both_modes
@@ -48,10 +50,7 @@ def backward_after_removal(rank, world):
     training.plain_step(model, opt, rank, 0)
     loss = training.loss_of(model, rank, 1)
     hook.remove()
-    with refused(RuntimeError, BEFORE):
-        loss.backward()
-    opt.zero_grad()
-    trains_on_like_plain(rank, model, opt, 1)
+    refused_then_plain(rank, model, opt, loss, 1)
 
 
 def test_backward_after_removal(pool2):

@@ -8,12 +8,18 @@ import torch
 import training
 from refusing import SMALL, final, same
 
+import compress
 import dear
 from dear._pending import Barrier, unguarded
 
 
-def saved_while_waiting(rank, world, update, algorithm):
-    want = training.train(rank, "Mlp", steps=6)[1]
+def saved_while_waiting(rank, world, update, algorithm, compresses=False):
+    attach = {"update": update, "algorithm": algorithm, **SMALL}
+
+    def compressor():
+        return {"compressor": compress.ACPSGD(rank=2, min_compression_ratio=0.01)} if compresses else {}
+
+    want = training.train(rank, "Mlp", steps=6, attach={**attach, **compressor()} if compresses else None)[1]
     model, opt = training.build("Mlp", training.SGD, {})
     saved = []
 
@@ -22,7 +28,7 @@ def saved_while_waiting(rank, world, update, algorithm):
 
     former = signal.signal(signal.SIGALRM, save)
     try:
-        with dear.attach(model, opt, update=update, algorithm=algorithm, **SMALL):
+        with dear.attach(model, opt, **attach, **compressor()):
             for step in range(6):
                 loss = training.loss_of(model, rank, step)
                 late = step == 3 and rank == 1
@@ -48,6 +54,10 @@ def saved_while_waiting(rank, world, update, algorithm):
 @pytest.mark.parametrize("update", ["sharded", "replicated"])
 def test_a_handler_saves_the_model(pool2, update, algorithm):
     pool2.run(saved_while_waiting, update, algorithm)
+
+
+def test_a_handler_saves_a_model_whose_gradients_are_compressed(pool2):
+    pool2.run(saved_while_waiting, "replicated", "ring", True)
 
 
 def barrier_of(param, arrive, finish):

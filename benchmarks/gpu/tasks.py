@@ -18,7 +18,7 @@ ONE_RANK = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 # MPS gets fewer, and streams wait in the queues of others: Note [Few streams] in pipeline.h.
 QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
 STRATEGIES = "none,ddp:25,ddp:4,ddp+fp16:25,dear,bf16:25,dear+bf16,int8:25,dear+int8,dear+acp:4"
-# All of them stay in memory: of BERT-Base four times ten are more than 80 GB have room for.
+# All of them stay in memory: by an estimate, four times ten of BERT-Base are more than 80 GB have room for.
 OF_FOUR = "none,ddp:25,ddp:4,ddp+fp16:25,dear,dear+bf16,dear+acp:4"
 
 

@@ -49,7 +49,7 @@ HALF = Family("this library: 16 bits", "#35a6a0", True)
 COMPRESSED = Family("this library: compressor", "#5b9f4a", True)
 FAMILIES = (DDP, DDP_HALF, DDP_POWER, DEAR, HALF, COMPRESSED)
 
-HALF_KINDS = ("bf16", "fp16", "exact")
+_HALF_KINDS = ("bf16", "fp16", "exact")
 _OF_KIND = (
     ((Dear, Auto, Planned), DEAR),  # the two choose among exact methods
     (DDPPowerSGD, DDP_POWER),
@@ -65,7 +65,7 @@ def family(name: str) -> Family:
     except StrategyError:  # results of a version that knew others: a rival, so that it flatters nobody
         return DDP
     if isinstance(strategy, Compressed):
-        return HALF if strategy.compressor.kind in HALF_KINDS else COMPRESSED
+        return HALF if strategy.compressor.kind in _HALF_KINDS else COMPRESSED
     return next((found for kind, found in _OF_KIND if isinstance(strategy, kind)), DDP)
 
 
