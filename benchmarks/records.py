@@ -21,6 +21,7 @@ from .spelling import of_today
 
 SCHEMA = 1  # raised when a reader of older files would misread newer ones
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"  # stored, in the repository
 
 
 def header(benchmark: str, settings: dict[str, Any], device: str = "cpu") -> dict[str, Any]:

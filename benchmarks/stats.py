@@ -51,6 +51,8 @@ def taken_meanwhile(cells: Iterable[dict[str, Any]]) -> float | None:
 
 # Strategies of a cell of the training benchmark
 
+FLOOR = "none"  # the strategy that exchanges nothing
+
 
 def finished(strategy: dict[str, Any]) -> bool:
     return not strategy["failure"] and bool(strategy["blocks"])

@@ -5,6 +5,7 @@
 #include "schedule/comm_hook.h"
 #include "schedule/gradients.h"
 #include "schedule/parameters.h"
+#include "schedule/unreduced.h"
 #include "schedule/update_span.h"
 
 namespace dear::bindings {
@@ -17,7 +18,8 @@ void bind_parameters(py::module_& m) {
   m.def("move_storage", &move_storage, py::arg("tensor"), py::arg("target"));
   m.def("has_aliases", &has_aliases, py::arg("tensors"));
   py::class_<GradientWalk>(m, "GradientWalk")
-      .def(py::init<std::vector<std::pair<at::Tensor, at::Tensor>>>(), py::arg("expected"))
+      .def(py::init<std::vector<std::pair<at::Tensor, at::Tensor>>, std::vector<at::Tensor>>(),
+           py::arg("expected"), py::arg("idle"))
       .def("look", [](const GradientWalk& self) {
         GradientWalk::Found found = self.look();
         return std::make_tuple(found.reduced, found.plain, std::move(found.missing), std::move(found.own));
@@ -124,6 +126,11 @@ void bind_scheduler(py::module_& m) {
         take_buckets(*reducer, scheduler);
       },
       py::arg("reducer"), py::arg("scheduler"), NoGil());
+  py::class_<Unreduced>(m, "Unreduced")
+      .def(py::init<const std::vector<at::Tensor>&, const std::shared_ptr<c10d::Reducer>&,
+                    std::shared_ptr<Scheduler>>(),
+           py::arg("params"), py::arg("reducer"), py::arg("scheduler"))
+      .def("has", &Unreduced::has, py::arg("index"));
   m.def("expects_gradients",
         [](const std::shared_ptr<c10d::Reducer>& reducer) { return expects_gradients(*reducer); });
   m.def("register_scheduler", [](const std::shared_ptr<c10d::Reducer>& reducer,

@@ -53,6 +53,7 @@ __all__: list[str] = [
     "TwoLevelCodec",
     "TwoLevelLane",
     "TwoPhaseExchange",
+    "Unreduced",
     "UpdateSpan",
     "add_products",
     "can_move",
@@ -428,7 +429,11 @@ class MeanCapture:
     def see(self, layer: typing.SupportsInt | typing.SupportsIndex, x: torch.Tensor, output: torch.Tensor) -> None: ...
 
 class GradientWalk:
-    def __init__(self, expected: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None: ...
+    def __init__(
+        self,
+        expected: collections.abc.Sequence[tuple[torch.Tensor, torch.Tensor]],
+        idle: collections.abc.Sequence[torch.Tensor],
+    ) -> None: ...
     def look(self) -> tuple[bool, bool, list[int], list[int]]: ...
 
 class PipelineCounts:
@@ -588,6 +593,15 @@ class Scheduler:
         self, group: typing.SupportsInt | typing.SupportsIndex, portion: typing.SupportsInt | typing.SupportsIndex = 0
     ) -> None: ...
     def wait_reduced(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+
+class Unreduced:
+    def __init__(
+        self,
+        params: collections.abc.Sequence[torch.Tensor],
+        reducer: torch._C._distributed_c10d.Reducer,
+        scheduler: Scheduler,
+    ) -> None: ...
+    def has(self, index: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
 
 def add_products(
     views: collections.abc.Sequence[torch.Tensor],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C, _grads
-from dear._grads import Found, Watcher
+from dear._grads import Found, Grads, Watcher
 from dear._layout import Layout
 from dear._optimizer import UserOptimizer
 from dear._pending import Barrier
@@ -49,6 +49,7 @@ class Attached:
     order: list[int] = field(default_factory=list)  # the schedule: fusion groups as the forward pass wants them
     placeholders: Placeholders = field(default_factory=list)  # the schedule: what backward leaves in .grad
     unused: set[Param] = field(default_factory=set)  # the schedule: those no rank used in the last backward pass
+    unreduced: _C.Unreduced | None = None  # the schedule: where gradients stay in shards, which are local
 
     # The schedule: how many backward passes had been reduced before the last forward pass whose gradients are to be,
     # and before the last one under no_sync().
@@ -102,16 +103,34 @@ class Attached:
             users = self.users if optimizer is None else [self.users[optimizer]]
             having = [param for user in users for param in user.params if param.grad is not None]
             missed = [param for param in self.params if param.grad is None]
-            averaged = {param for param, placeholder in self.placeholders if param.grad is placeholder}
         if having and self.passes_before_local == self.scheduler.passes():
             raise _grads.unreduced(self.names[having[0]])
         reduced = self.passes_before_forward is not None and self.passes_before_forward < self.scheduler.passes()
-        local = next((param for param in having if param not in averaged), None)
         # Replicated updates do what plain DDP does. Others would mix what is local to the ranks.
-        if local is not None and reduced and self.forward_passes > 1 and self.update != "replicated":
+        if reduced and self.forward_passes > 1 and (local := self._unreduced(having)) is not None:
             raise _grads.second(self.names[local])
         if having and missed and self.passes_before_forward == self.scheduler.passes():
             raise _grads.missed(self.names[missed[0]])
+
+    def check_own(self, own: Grads) -> None:
+        """Refuses gradients in ``.grad`` that a backward pass has left and nobody has reduced: of what is local to it,
+        each rank would take a part.
+
+        Raises:
+            RuntimeError: names a parameter that has such a gradient.
+        """
+        local = self._unreduced(own)
+        if local is not None:
+            under_no_sync = self.passes_before_local == self.scheduler.passes()
+            raise (_grads.unreduced if under_no_sync else _grads.bypassed)(self.names[local])
+
+    def _unreduced(self, among: Collection[Param]) -> Param | None:
+        """One of these parameters in whose ``.grad`` a backward pass has left what nobody has reduced."""
+        if not among or self.unreduced is None:
+            return None
+        wanted = set(among)
+        has = self.unreduced.has
+        return next((param for number, param in enumerate(self.params) if param in wanted and has(number)), None)
 
     def look_at_grads(self, optimizer: int | None = None) -> Found:
         """What stands in the ``.grad`` of one optimizer's parameters, or of all optimizers', that some rank has used,

@@ -61,7 +61,7 @@ class ChangedGradients:
         groups = self._attached.users[number].optimizer.param_groups
         scaled = getattr(self._attached.users[number].optimizer, "grad_scale", None) is not None
         if self._own[number] or scaled:
-            self._gradients.changed_by_update({param for group in groups for param in group["params"]})
+            self._gradients.changed_otherwise({param for group in groups for param in group["params"]})
             return
         if self._cut is not segments:
             self._cut, self._unseen = segments, self._find_unseen()
@@ -77,7 +77,7 @@ class ChangedGradients:
         changed = {index for index, value in seen.items() if value == _CHANGED}
         changed.update(index for index in unseen if self._told.get((number, index), ({}, False))[1])
         if changed:
-            self._gradients.changed_by_update({param for index in changed for param in groups[index]["params"]})
+            self._gradients.changed_otherwise({param for index in changed for param in groups[index]["params"]})
 
     def _find_unseen(self) -> list[list[int]]:
         attached, layout = self._attached, self._attached.known_layout

@@ -185,6 +185,12 @@ def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:
     return calls
 
 
+def unreduced(model: DDP, params: Sequence[torch.nn.Parameter], scheduler: _C.Scheduler) -> _C.Unreduced:
+    """Watches for gradients of these parameters that the module's reducer, as it is now, does not reduce."""
+    with _thawed(params):
+        return _C.Unreduced(list(params), model.reducer, scheduler)
+
+
 def register_compressed(model: DDP, hook: _C.CompressedHook) -> _C.HookCalls:
     """Makes a compressor's ``hook`` the module's communication hook."""
     calls = _C.HookCalls()

@@ -48,16 +48,20 @@ class Watcher:
     def __init__(self) -> None:
         self._of: tuple[Any, ...] = (None, None, None)
         self._params: list[Param] = []
-        self._walk = _C.GradientWalk([])
+        self._walk = _C.GradientWalk([], [])
 
     def look(self, placeholders: Placeholders, members: list[Param], unused: set[Param]) -> Found:
         """What stands there, against what the last backward pass should have left: ``placeholders``, of those that are
-        ``members`` and not ``unused``. Another selection is another object: none of the three is changed in place."""
+        ``members`` and not ``unused``, and nothing of other members. Another selection is another object: none of the
+        three is changed in place."""
         of = (placeholders, members, unused)
         if any(one is not other for one, other in zip(of, self._of, strict=True)):
             managed = set(members) - unused
             expected = [(param, placeholder) for param, placeholder in placeholders if param in managed]
-            self._of, self._params, self._walk = of, [param for param, _ in expected], _C.GradientWalk(expected)
+            served = [param for param, _ in expected]
+            known = set(served)
+            idle = [param for param in members if param not in known]
+            self._of, self._params, self._walk = of, [*served, *idle], _C.GradientWalk(expected, idle)
         reduced, plain, missing, own = self._walk.look()
         found = Found(reduced, plain, [self._params[index] for index in missing])
         if own:
@@ -93,6 +97,22 @@ def unreduced(name: str) -> RuntimeError:
     return RuntimeError(
         f"optimizer.step() found a gradient of {name} that was not reduced, since every backward pass after the last "
         "step ran under model.no_sync(): run the last backward pass before optimizer.step() outside of it."
+    )
+
+
+def bypassed(name: str) -> RuntimeError:
+    """The error for a gradient of a backward pass whose forward pass DDP did not see."""
+    return RuntimeError(
+        f"optimizer.step() found a gradient of {name} that was not reduced, since the forward pass that it comes from "
+        "did not go through DistributedDataParallel: call the DDP module itself, and not model.module."
+    )
+
+
+def of_frozen(name: str) -> RuntimeError:
+    """The error for a gradient that was set by hand, of a parameter that is in no bucket of DDP's."""
+    return RuntimeError(
+        f"The parameter {name} was frozen when the model was wrapped, or DDP was told to ignore it, and has a gradient "
+        'that was set by hand, which is used with update="replicated" alone.'
     )
 
 

@@ -48,7 +48,7 @@ def part_with_held(attached: Attached, make: Callable[[int], torch.Tensor]) -> N
     for index, count in enumerate(counts):
         param, placeholder = placeholders[index]
         with torch._C.DisableTorchFunctionSubclass():
-            if count <= _ALONE or param.grad is placeholder:
+            if count <= _ALONE or _stands(placeholder, param.grad):
                 continue
         _move_out(placeholder)
         placeholders[index] = (param, make(index))
@@ -57,6 +57,11 @@ def part_with_held(attached: Attached, make: Callable[[int], torch.Tensor]) -> N
         attached.placeholders = placeholders
         if not _ddp.tracks_unused(attached.model):
             attached.scheduler.replace_placeholders(placeholders)
+
+
+def _stands(placeholder: torch.Tensor, grad: torch.Tensor | None) -> bool:
+    """Whether ``.grad`` is the placeholder, or the plain tensor of the same memory that is shown in its place."""
+    return grad is placeholder or (grad is not None and grad.data_ptr() == placeholder.data_ptr())
 
 
 def _move_out(placeholder: torch.Tensor) -> None:

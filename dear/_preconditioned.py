@@ -36,7 +36,7 @@ class Preconditioning:
                 attached.scheduler.wait_reduced(group)
                 binding.precondition(list(_runs(segments, attached)))
             changed = binding.end()
-        self._gradients.changed_by_update(changed)
+        self._gradients.changed_otherwise(changed)
 
 
 def _runs(segments: Sequence[Segment], attached: Attached) -> Iterator[Run]:

@@ -56,6 +56,11 @@ def check_hookable(model: DDP) -> None:
             "This DDP module is attached already, and DDP takes only one communication hook: pass a compressor to "
             "dear.attach(), or call engine.detach() first."
         )
+    if getattr(model, "_delay_all_reduce_params", None):
+        raise ValueError(
+            "With delay_all_reduce_named_params DDP reduces parameters by a hook of its own, which no step waits for: "
+            "leave the option out."
+        )
     if _ddp.has_hook(model):
         raise RuntimeError(
             "This DDP module has a communication hook already, and DDP takes only one: use a module on which "
@@ -141,20 +146,13 @@ def _check_parameters(model: DDP, optimizers: Sequence[Optimizer]) -> None:
                 f"The parameter {names[param]} is a {type(param).__name__}, whose class cannot be changed while its "
                 "update is under way: make it a torch.nn.Parameter."
             )
-    if _is_parallel(model):
+    if any(hasattr(param, "device_mesh") for param in model.module.parameters()):
         raise ValueError(
-            "This model's parameters are DTensors, or parts of them (tensor parallelism), which an update cannot be "
-            "cut into shards of: use plain DDP for it."
+            "This model's parameters are DTensors, which DDP does not reduce either: wrap it with device_mesh=, the "
+            "dimension of the mesh over which data is parallel, and DDP takes their local parts."
         )
     members = [p for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]]
     check_members(members, names, set(trained))
-
-
-def _is_parallel(model: DDP) -> bool:
-    mesh = getattr(model, "_device_mesh", None)
-    if mesh is not None and getattr(mesh, "_get_root_mesh", lambda: mesh)() != mesh:
-        return True
-    return any(hasattr(param, "device_mesh") for param in model.module.parameters())
 
 
 def _check_scripted(model: DDP) -> None:

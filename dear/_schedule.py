@@ -71,9 +71,17 @@ class Schedule:
         self._options = _ddp.ReducerOptions(cap, min(former.first, cap), views=True)
         # See Note [One layout].
         order = _ddp.in_reducer_order(model, attached.params)[::-1] if model.static_graph else None
+        self._rebuild_reducer(order)
+        self._own_calls = OwnCalls(model, attached.gather_lane, attached.device)
+
+    def _rebuild_reducer(self, order: list[Param] | None) -> None:
+        attached = self._attached
+        model, scheduler = attached.model, attached.scheduler
+        attached.unreduced = None
         self._reducer_order = _ddp.rebuild_reducer(model, self._options, attached.params, order)
         self.hook_calls = _ddp.register(model, scheduler)
-        self._own_calls = OwnCalls(model, attached.gather_lane, attached.device)
+        if not self._update.gathers_gradients:
+            attached.unreduced = _ddp.unreduced(model, attached.params, scheduler)
 
     @property
     def group_bytes(self) -> int:
@@ -147,8 +155,7 @@ class Schedule:
         self._position = {attached.params[i]: place for place, i in enumerate(seen)}
         order = self.bucket_order.take(attached.scheduler.incoming())
         if order is not None:
-            self._reducer_order = _ddp.rebuild_reducer(attached.model, self._options, attached.params, order)
-            self.hook_calls = _ddp.register(attached.model, attached.scheduler)
+            self._rebuild_reducer(order)
             _C.take_buckets(attached.model.reducer, attached.scheduler)
 
     def _fuse(self) -> list[int]:
@@ -252,6 +259,7 @@ class Schedule:
         """Takes the hook off the model, which is plain DDP's again."""
         attached = self._attached
         attached.scheduler.clear_backward_ended()
+        attached.unreduced = None
         self._own_calls.release()
         if self._forward is not None:
             self._forward.close()

@@ -121,6 +121,7 @@ class ShardedUpdate(Update):
         attached = self.attached
         user = attached.users[optimizer]
         self._own_steps.begin(optimizer)
+        attached.check_own(found.own)
         if attached.layout is None or (self._states.shows_full and not found.reduced):
             self._states.take_loaded()
             user.run_all(None)
@@ -134,7 +135,7 @@ class ShardedUpdate(Update):
         attached.barrier.settle(pending)  # the last step's, if this one follows without a backward pass
         assert self._flat is not None
         self._flat.copy_in()
-        _take(self.attached, self._states.segments, found.own)
+        _take(self.attached, self._states.segments, self._gradients, found.own)
         self._preconditioning.run(self._states.by_group)
         self._update_as_reduced(optimizer)
         attached.barrier.close(pending)
@@ -198,7 +199,7 @@ class ShardedUpdate(Update):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         attached.scheduler.synchronize()
         found = attached.look_at_grads()
-        _take(self.attached, self._states.segments, found.own)
+        _take(self.attached, self._states.segments, self._gradients, found.own)
         used = (
             [] if found.nothing else [segment for segment in self._states.segments if segment.is_used(attached.unused)]
         )
@@ -268,10 +269,15 @@ def _groups_of(
     return work
 
 
-def _take(attached: Attached, segments: list[Segment], own: Grads) -> None:
+def _take(attached: Attached, segments: list[Segment], gradients: ShardedGradients, own: Grads) -> None:
     """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
     if not own:
         return
+    attached.check_own(own)
+    frozen = own.keys() - set(attached.params)
+    if frozen:
+        raise _grads.of_frozen(attached.names[frozen.pop()])
+    attached.unused = attached.unused - own.keys()
     attached.scheduler.synchronize()
     for segment in segments:
         for place in segment.places:
@@ -281,3 +287,4 @@ def _take(attached: Attached, segments: list[Segment], own: Grads) -> None:
     for param, placeholder in attached.placeholders:
         if param in own:
             param.grad = placeholder
+    gradients.changed_otherwise(own)

@@ -13,7 +13,7 @@ first gradient that is added to is refused, since it carries the dispatch key me
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -103,8 +103,9 @@ class ShardedGradients:
         places = enumerate(self._attached.known_layout.places)
         self._note([index for index, place in places if place.param in used], factor)
 
-    def changed_by_update(self, params: set[torch.nn.Parameter]) -> None:
-        """An update has changed averages of these parameters in place, as torch's foreach SGD with nesterov does."""
+    def changed_otherwise(self, params: Collection[torch.nn.Parameter]) -> None:
+        """Averages of these parameters are no longer those of the local gradients: the user has put others in their
+        place, or an update has changed them, as torch's foreach SGD with nesterov does."""
         places = enumerate(self._attached.known_layout.places)
         self._note((index for index, place in places if place.param in params), None)
 

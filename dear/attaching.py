@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
@@ -112,9 +113,9 @@ def attach(
     ground, setting, steering = decided.ground, decided.setting, decided.steering
     ground = dataclasses.replace(ground, nodes=find_nodes(ground.group, hierarchy))
     with ordinary(StepContext(ground.device, grad=False)):
-        # Each rank's part of the parameters is handed to all, or may be one day.
+        # Each rank's part of the parameters is handed to all, or may be one day, and made with its part of the state.
         if steering is not None or setting.update != ReplicatedUpdate.kind:
-            _check_equal(model)
+            _check_equal(model, optimizers)
         engine = Engine(ground.assemble(setting), overlap_forward=overlap_forward, check_replicas=check_replicas)
         if steering is not None:
             steering.ground = ground
@@ -225,16 +226,26 @@ class _Asked:
         return strategy, usual_cap(strategy, request, self.model, world, ratio)
 
 
-def _check_equal(model: DDP) -> None:
-    """Refuses replicas that differ. Collective.
+def _check_equal(model: DDP, optimizers: Sequence[Optimizer]) -> None:
+    """Refuses replicas that differ, in parameters or in the optimizers' state. Collective.
 
     Raises:
-        ValueError: names a parameter, and the first rank whose values of it are not rank 0's; on every rank.
+        ValueError: names a parameter, and the first rank whose values are not rank 0's; on every rank.
     """
-    names, params = _ddp.parameter_names(model), _ddp.reduced_parameters(model)
+    names: dict[Any, str] = dict(_ddp.parameter_names(model))
+    params = _ddp.reduced_parameters(model)
 
     def sums() -> dict[str, Any]:
-        each = zip(params, _C.checksums(params), strict=True)
-        return {f"the values of the parameter {names[param]}": total for param, total in each}
+        tensors: dict[str, torch.Tensor] = {f"the values of the parameter {names[param]}": param for param in params}
+        facts: dict[str, Any] = {}
+        for optimizer in optimizers:
+            for param, state in optimizer.state.items():
+                for key, value in state.items():
+                    what = f"the optimizer's {key} of {names.get(param)}"
+                    if isinstance(value, torch.Tensor):
+                        tensors[what] = value
+                    elif isinstance(value, (int, float)):
+                        facts[what] = value
+        return dict(zip(tensors, _C.checksums(list(tensors.values())), strict=True)) | facts
 
-    agree(model.process_group, sums, "give every rank the same ones before dear.attach(), as building DDP does")
+    agree(model.process_group, sums, "give every rank the same before dear.attach()")

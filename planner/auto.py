@@ -33,6 +33,7 @@ from .profiling import measured_profile, slowest
 from .room import Room, ran_out, sentence, told
 from .telling import line
 from .trials import Trials, fastest
+from .units import MIB
 from .watching import changed
 
 WARM_UP = 2  # steps before anything is measured
@@ -381,7 +382,7 @@ def _elements(model: DDP) -> int:
 
 def _mib(steering: Steering) -> float:
     model = steering.ground.model.module
-    return sum(param.nbytes for param in model.parameters() if param.requires_grad) / (1 << 20)
+    return sum(param.nbytes for param in model.parameters() if param.requires_grad) / MIB
 
 
 def _fraction(loss: Any) -> float:

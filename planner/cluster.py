@@ -32,12 +32,13 @@ from dear.cost_model import AlphaBeta
 
 from . import collectives_file
 from .codecs import Cost, codec
-from .devices import GIB, Device, device
+from .devices import Device, device
 from .failures import Failures
 from .machine import Host, Machine
 from .network import ALGORITHMS, PHASES, Network, flat, measured, slowest, two_level
 from .reading import parsed
 from .shares import typical
+from .units import GIB
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _LONG = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}

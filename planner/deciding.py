@@ -11,8 +11,8 @@ from .network import Network
 from .profile import Profile
 from .schedules import SCHEDULES
 from .simulate import Method, step
+from .units import MIB
 
-MIB = float(1 << 20)
 PLAIN = "ddp"
 #: Fusion sizes that are simulated, as shares of the model, beside fixed ones in MiB.
 SHARES, SIZES = (1 / 64, 1 / 16, 1 / 4, 1.0), (1.0, 4.0, 25.0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .codecs import Cost
+from .units import GIB
 
 SUSTAINED = 0.4  # of the peak, in forward and backward passes: an assumption; --step-ms takes its place
-GIB = float(1 << 30)
 
 # Passes over a gradient's bytes in device memory: what each kernel must read and write at least. Source: the kernels'
 # own documentation (docs/architecture.md, "A compressed step"), for gradients of 32 bits.

@@ -10,8 +10,8 @@ from .cluster import Cluster
 from .codecs import EXACT, Codec, codec
 from .profile import Profile
 from .simulate import Method, Step, step
+from .units import MIB
 
-MIB = float(1 << 20)
 CAPS = tuple(MIB * size for size in (1, 4, 16, 25, 64))
 BASELINE = "ddp+fp16"
 

@@ -14,10 +14,11 @@ from dear import _fusion
 from .codecs import EXACT, Codec
 from .events import Task
 from .profile import Group, Piece, Profile, buckets, fusion_groups
+from .units import MIB
 from .worker import COMPUTE, DECODE, Gate, Worker
 
-FIRST_BUCKET = float(1 << 20)  # DDP's own, where the user names no size
-DDP_BUCKET = 25 * float(1 << 20)
+FIRST_BUCKET = MIB  # DDP's own, where the user names no size
+DDP_BUCKET = 25 * MIB
 
 
 def default_cap(profile: Profile) -> float:

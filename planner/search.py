@@ -23,8 +23,8 @@ LARGEST = 100.0  # MiB
 XI = 0.1
 NOISE = 0.05  # of the times' variance: trials are short
 NEAR = 1.1  # sizes that differ by less are one
-# Times as long as what was tried, predicted: more than most predictions are off (planner.validation), and they err less
-# about one size beside another.
+# Times as long as what was tried, predicted: more than most predictions are off (benchmarks/predicted), and they err
+# less about one size beside another.
 WORSE = 1.15
 
 

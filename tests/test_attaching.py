@@ -93,6 +93,28 @@ def test_replicas_that_differ_are_refused(pool2):
 
 
 @told
+def states_apart(rank, world, update):
+    """As where one rank alone has loaded its optimizer's checkpoint."""
+    model, opt = training.build("Mlp", (torch.optim.AdamW, {"lr": 0.01}), {})
+    training.plain_step(model, opt, rank, 0)
+    if rank == 1:
+        opt.state[model.module.second.weight]["exp_avg"].add_(1e-3)
+    with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on the optimizer's exp_avg of second\.weight"):
+        dear.attach(model, opt, update=update, **SMALL)
+    if rank == 1:
+        opt.state.clear()
+    with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on the optimizer's step of"):
+        dear.attach(model, opt, update=update, **SMALL)
+    opt.state.clear()
+    dear.attach(model, opt, update=update, **SMALL).detach()
+
+
+@pytest.mark.parametrize("update", ["sharded", "owned"])
+def test_optimizers_whose_state_differs_are_refused(pool2, update):
+    check_told(pool2, states_apart, update)
+
+
+@told
 def first_pass_without_sync(rank, world, update):
     model, opt = training.build("StaticallyUnused", training.SGD, {"static_graph": True})
     training.plain_step(model, opt, rank, 0)

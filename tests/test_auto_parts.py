@@ -20,7 +20,7 @@ from dear import choosing
 from dear.cost_model import AlphaBeta
 from planner import codec_timing, deciding, probing, profile, profiling, watching
 from planner.codecs import codec, compressor
-from planner.deciding import MIB, Way
+from planner.deciding import Way
 from planner.devices import PASSES
 from planner.instruments import Instruments
 from planner.machine import Machine
@@ -28,6 +28,7 @@ from planner.network import flat
 from planner.profile import Piece
 from planner.search import Search
 from planner.stopwatch import Stopwatch
+from planner.units import MIB
 
 
 class Ticks:

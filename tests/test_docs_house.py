@@ -27,6 +27,10 @@ def bare(requirement: str) -> str:
     return re.split(r"[\[<>=!~; ]", requirement.strip("\"'"))[0].lower()
 
 
+#: It imports the planner under the name of its folder, and reads the raw results: it works in the repository alone.
+NOT_INSTALLED = {"dear_benchmarks.predicted"}
+
+
 def test_packages_are_the_folders():
     listed = PROJECT["tool"]["setuptools"]["packages"]
     folders = {"dear", "compress", "precondition"}
@@ -36,7 +40,7 @@ def test_packages_are_the_folders():
     for package in ("dear", "compress", "precondition"):
         for init in (ROOT / package).glob("*/**/__init__.py"):
             folders.add(".".join(init.parent.relative_to(ROOT).parts))
-    assert sorted(listed) == sorted(folders)
+    assert sorted(listed) == sorted(folders - NOT_INSTALLED)
 
 
 def test_packages_are_typed():

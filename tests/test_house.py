@@ -88,7 +88,6 @@ def test_a_circle_is_found(tmp_path):
         ("compress", ("precondition", "planner", "benchmarks")),
         ("precondition", ("compress", "planner", "benchmarks")),
         ("planner", ("benchmarks",)),
-        ("benchmarks", ("planner",)),
     ],
 )
 def test_lower_packages_do_not_know_higher_ones(package, foreign):

@@ -36,12 +36,10 @@ def test_replicas_may_be_said_to_differ_only_where_those_of_plain_ddp_do(pool2):
 def attaches_twice(case: Case) -> bool:
     attached = False
     for piece in case.program:
-        if case.how == "register" or piece.code == "attach()":
-            if attached and piece.code.endswith("attach()"):
-                return True
-        elif piece.code == "detach()":
-            attached = False
-        attached |= piece.code.endswith("attach()")
+        stays = attached and (case.how == "register" or "detach()" not in piece.code)
+        if stays and "attach()" in piece.code:
+            return True
+        attached = stays or "attach()" in piece.code
     return False
 
 

@@ -13,12 +13,12 @@ import torch
 import yaml
 from torch import nn
 
-from planner import cluster, profile
+from planner import cluster, profile, sweep
 from planner.__main__ import main
 from planner.activations import kept_bytes
 from planner.cluster import Cluster, ClusterError, described
 from planner.codecs import Cost, codec, compressor
-from planner.commands import plan, probe
+from planner.commands import probe
 from planner.instruments import share_of_cores
 from planner.machine import HOOK, Host
 from planner.models import built_in
@@ -150,12 +150,12 @@ def test_a_core_that_several_ranks_run_on_is_shared() -> None:
 def test_a_sweep_shares_the_batch_as_the_plan_does() -> None:
     """At the bandwidth that the cluster has, a sweep says what the table says."""
     unequal, model = described(MIXED), built_in("bert-base").profile(0.3)
-    swept = plan.sweep("bandwidth", model, unequal, 32)
+    swept = sweep.sweep("bandwidth", model, unequal, 32)
     at = {way: {round(bits): gain for bits, gain in pairs} for way, pairs in swept.items()}
-    batch = plan.Batch.even(unequal, 32, 0.0)
-    for choice in rank(model, unequal, [way for way in ways() if way.name in plan.SHOWN], batch, plan.SWEEP_CAPS):
+    batch = sweep.Batch.even(unequal, 32, 0.0)
+    for choice in rank(model, unequal, [way for way in ways() if way.name in sweep.SHOWN], batch, sweep.CAPS):
         assert at[choice.name][10**10] == pytest.approx(choice.speedup), choice.name
-    (other,) = (pairs for way, pairs in plan.sweep("bandwidth", model, unequal, 1).items() if way == "dear")
+    (other,) = (pairs for way, pairs in sweep.sweep("bandwidth", model, unequal, 1).items() if way == "dear")
     assert other != swept["dear"], "one example each cannot be shared out evenly"
 
 

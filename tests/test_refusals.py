@@ -75,6 +75,23 @@ def attach_with_mixed_precision():
     return model, sgd(model), {}, (ValueError, RuntimeError), "mixed_precision|communication hook already"
 
 
+def attach_with_delayed_parameters():
+    net = training.models.Mlp()
+    named = list(net.named_parameters())
+    model = DDP(net, delay_all_reduce_named_params=named[-2:], param_to_hook_all_reduce=named[0][1])
+    return model, sgd(model), {}, ValueError, "delay_all_reduce_named_params"
+
+
+def attach_with_dtensors():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    net = nn.Sequential(nn.Linear(4, 4))
+    parallelize_module(net, init_device_mesh("cpu", (dist.get_world_size(),)), {"0": ColwiseParallel()})
+    model = DDP(net, init_sync=False)
+    return model, sgd(model), {}, ValueError, "device_mesh="
+
+
 def attach_with_strangers():
     model = DDP(training.models.Mlp())
     opt = optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(3))], lr=0.05)
@@ -137,6 +154,8 @@ AT_ATTACH = {
     "builtin hook": attach_with_builtin_hook,
     "python reducer": attach_with_python_reducer,
     "mixed precision": attach_with_mixed_precision,
+    "delayed parameters": attach_with_delayed_parameters,
+    "DTensors": attach_with_dtensors,
     "complex": complex_model,
     "sparse embedding": sparse_model,
     "SparseAdam": sparse_optimizer,

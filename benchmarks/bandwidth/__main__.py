@@ -11,9 +11,10 @@ from functools import partial
 from .. import cells, records
 from ..command import Parser, fail, number, terminal
 from ..network.rates import UNLIMITED, bits
+from ..stats import FLOOR
 from ..store import Store
 from ..training.experiment import experiment_options
-from .measure import FLOOR, parts, run
+from .measure import parts, run
 from .show import show
 
 LADDER = ["10gbit", "5gbit", "2500mbit", "1gbit", "500mbit", "250mbit", "125mbit", "62mbit"]

@@ -16,12 +16,10 @@ from ..launch import WorkersFailed
 from ..network.lab import Lab, Loopback
 from ..network.rates import bits, show_rate
 from ..progress import Part
-from ..stats import paired_ratio, round_times
+from ..stats import FLOOR, paired_ratio, round_times
 from ..store import Store
 from ..training.experiment import experiment_of
 from ..training.measure import run_cell
-
-FLOOR = "none"
 
 Measure = Callable[[str, Sequence[str]], dict[str, float | None]]  # step / floor of strategies at a rate; None: failed
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..losses import DENSE
+from ..records import RESULTS
 from .best import best
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 TABLE = Path(__file__).resolve().parent.parent.parent / "compress" / "losses.json"
 SEEDS = 3  # of both a method and dense, at least
 PLAIN = ("power", "acp", "topk", "sign", "bf16", "fp16", "int8", "fp8")  # methods that have a name of their own

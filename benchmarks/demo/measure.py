@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..progress import Report
-from ..stats import best_ddp
+from ..stats import FLOOR, best_ddp
 from ..training.breakdown import ProfilerTrace
 from ..training.experiment import Experiment
 from ..training.gpt import GPT
@@ -46,7 +46,7 @@ def measure(worker: Worker, given: dict[str, Any], report: Report) -> dict[str, 
         raise RuntimeError(f"No bucket size of DDP could be measured: {tuned['strategies'][0]['failure']}")
     experiment = replace(
         tuning,
-        strategies=["none", best["name"], compared.dear],
+        strategies=[FLOOR, best["name"], compared.dear],
         rounds=compared.rounds,
         warmup=ROUND_WARMUP,
         steps=ROUND_STEPS,

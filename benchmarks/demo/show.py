@@ -42,7 +42,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         if row.failure or row.median is None:
             made.add_row(name, "[red]failed[/red]")
             continue
-        alone = row.name == "none"  # its ranks train apart: its loss is that of another training
+        alone = row.name == stats.FLOOR  # its ranks train apart: its loss is that of another training
         cells = (
             value(None if alone else row.speedup, lambda ratio: f"{ratio:.2f}×"),
             f"{sum(strategy['clock_ms']) / 1e3:.1f}",
@@ -63,7 +63,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 def label(name: str) -> str:
     """A strategy's name for people who have not read the list of forms."""
     kind, *rest = name.split(":")
-    if kind == "none":
+    if kind == stats.FLOOR:
         return "no communication (floor)"
     if kind == "ddp":
         return f"DDP (tuned, {rest[0]} MiB buckets)" if rest else "DDP"

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 from ..command import Parser, fail, terminal
-from ..records import SourceError, load
+from ..records import RESULTS, SourceError, load
 from . import docs, files
-
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def main(arguments: list[str] | None = None) -> None:

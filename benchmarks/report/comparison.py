@@ -14,7 +14,7 @@ import numpy as np
 
 from ..network.rates import bits, show_rate
 from ..records import Source
-from ..stats import paired_ratio, round_times
+from ..stats import FLOOR, paired_ratio, round_times
 from ..training import summary
 from ..training.strategies import (
     Auto,
@@ -28,7 +28,6 @@ from ..training.strategies import (
     parse_strategy,
 )
 
-FLOOR = "none"
 EMULATED = "emulated network"
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from .. import tables
 from ..losses import TOLERANCE
 from ..network.rates import show_rate
-from ..stats import SMOOTHED_OVER
+from ..stats import FLOOR, SMOOTHED_OVER
 from ..tables import note, value
 from . import summary
 
@@ -79,7 +79,7 @@ def _row(name: str, by_seed: Sequence[dict[str, summary.Row]]) -> SeedsRow:
         _spread([row.speedup for row in own]),
         _spread([row.seconds_to_loss for row in own]),
         _spread([row.loss for row in own]),
-        None if name == "none" else _spread(ratios),
+        None if name == FLOOR else _spread(ratios),
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import spelling, tried
 from ..spelling import CompressorName
+from ..stats import FLOOR
 from .trainer import InStep, OptimizerFactory, Trainer, listed
 from .workloads import repeated_blocks
 
@@ -288,7 +289,7 @@ class Tried(DDP):
 
 # By the first word of a name. Compressors, which have a word each, are in spelling.py.
 KINDS: dict[str, type[Strategy]] = {
-    "none": Floor,
+    FLOOR: Floor,
     "ddp": DDP,
     "ddp+fp16": DDPHalf,
     "ddp+powersgd": DDPPowerSGD,

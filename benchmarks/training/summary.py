@@ -12,6 +12,7 @@ from .. import tables
 from ..command import show_size
 from ..network.rates import parse_rate, show_rate
 from ..stats import (
+    FLOOR,
     SMOOTHED_OVER,
     best_ddp,
     finished,
@@ -54,7 +55,7 @@ def summarise(cell: dict[str, Any], target: float | None = None, base: dict[str,
     """
     strategies = cell["strategies"]
     best = best_ddp(strategies) if base is None else base
-    floor = next((one for one in strategies if one["name"] == "none" and finished(one)), None)
+    floor = next((one for one in strategies if one["name"] == FLOOR and finished(one)), None)
     target = target_loss(cell) if target is None else target
     bits, of_nodes = parse_rate(cell["rate"]), "node_size" in cell
     return [_row(one, best, floor, bits, target, of_nodes) for one in strategies]
@@ -65,7 +66,7 @@ def target_loss(cell: dict[str, Any]) -> float | None:
 
     The compute floor is left out: its ranks train apart.
     """
-    curves = [one.get("losses") for one in cell["strategies"] if finished(one) and one["name"] != "none"]
+    curves = [one.get("losses") for one in cell["strategies"] if finished(one) and one["name"] != FLOOR]
     return max((min(trailing_mean(curve)) for curve in curves if curve), default=None)
 
 
@@ -108,7 +109,7 @@ def _row(
         computed_communication=communication,
         of_bound=of_bound,
         loss=strategy["held_out_loss"],
-        seconds_to_loss=None if target is None or strategy["name"] == "none" else _seconds_to(target, strategy),
+        seconds_to_loss=None if target is None or strategy["name"] == FLOOR else _seconds_to(target, strategy),
         state_bytes=max(strategy["optimizer_state_bytes"], default=None),
         is_best_ddp=strategy is best,
     )

@@ -5,13 +5,8 @@
 
 #include <type_traits>
 
-// One body, compiled for the instruction sets that matter and chosen when the module is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define DEAR_MULTIARCH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define DEAR_MULTIARCH
-#endif
+#include "float_bits.h"
+#include "isa.h"
 
 namespace dear {
 namespace {
@@ -35,9 +30,9 @@ bool is_sum(const AddRule& rule) {
   }
 
 #define DEAR_TIMES(x, s) ((x) * (s))
-#define DEAR_ADD_FLOATING(NAME, T)                                                               \
-  DEAR_MULTIARCH void NAME(T* out, const T* a, const T* b, int64_t count, const AddRule& rule) { \
-    DEAR_COMBINE(T, static_cast<T>, DEAR_TIMES, static_cast<T>)                                  \
+#define DEAR_ADD_FLOATING(NAME, T)                                                            \
+  DEAR_CLONES void NAME(T* out, const T* a, const T* b, int64_t count, const AddRule& rule) { \
+    DEAR_COMBINE(T, static_cast<T>, DEAR_TIMES, static_cast<T>)                               \
   }
 DEAR_ADD_FLOATING(add_double, double)
 DEAR_ADD_FLOATING(add_float, float)
@@ -50,15 +45,15 @@ inline T add_wrapping(T a, T b) {
   return static_cast<T>(static_cast<U>(a) + static_cast<U>(b));
 }
 
-#define DEAR_ADD(NAME, T)                                                                        \
-  DEAR_MULTIARCH void NAME(T* out, const T* a, const T* b, int64_t count, const AddRule& rule) { \
-    const auto by = static_cast<int>(rule.divisor);                                              \
-    if (by == 1) {                                                                               \
-      for (int64_t i = 0; i < count; ++i) out[i] = add_wrapping<T>(a[i], b[i]);                  \
-    } else {                                                                                     \
-      for (int64_t i = 0; i < count; ++i)                                                        \
-        out[i] = static_cast<T>(add_wrapping<T>(a[i], b[i]) / static_cast<T>(by));               \
-    }                                                                                            \
+#define DEAR_ADD(NAME, T)                                                                     \
+  DEAR_CLONES void NAME(T* out, const T* a, const T* b, int64_t count, const AddRule& rule) { \
+    const auto by = static_cast<int>(rule.divisor);                                           \
+    if (by == 1) {                                                                            \
+      for (int64_t i = 0; i < count; ++i) out[i] = add_wrapping<T>(a[i], b[i]);               \
+    } else {                                                                                  \
+      for (int64_t i = 0; i < count; ++i)                                                     \
+        out[i] = static_cast<T>(add_wrapping<T>(a[i], b[i]) / static_cast<T>(by));            \
+    }                                                                                         \
   }
 DEAR_ADD(add_int64, int64_t)
 DEAR_ADD(add_int32, int32_t)
@@ -67,25 +62,10 @@ DEAR_ADD(add_int8, int8_t)
 DEAR_ADD(add_uint8, uint8_t)
 #undef DEAR_ADD
 
-// bfloat16 by hand on the bits: the compiler vectorises this, and not the class's conversions.
-inline float widen(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &wide, sizeof(value));
-  return value;
-}
-
-inline uint16_t narrow(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return value != value ? static_cast<uint16_t>(0x7fc0) : static_cast<uint16_t>(rounded);
-}
-
-#define DEAR_TIMES(x, s) (widen(x) * (s))
-DEAR_MULTIARCH void add_bfloat16(uint16_t* out, const uint16_t* a, const uint16_t* b, int64_t count,
-                                 const AddRule& rule) {
-  DEAR_COMBINE(float, widen, DEAR_TIMES, narrow)
+#define DEAR_TIMES(x, s) (bfloat16_value(x) * (s))
+DEAR_CLONES void add_bfloat16(uint16_t* out, const uint16_t* a, const uint16_t* b, int64_t count,
+                              const AddRule& rule) {
+  DEAR_COMBINE(float, bfloat16_value, DEAR_TIMES, bfloat16_bits)
 }
 #undef DEAR_TIMES
 
@@ -98,8 +78,8 @@ using HalfBits = c10::Half;
 
 // Its subnormal numbers are as large as gradients are, and torch's DDP rounds what it divides.
 #define DEAR_TIMES(x, s) static_cast<float>(static_cast<HalfBits>(static_cast<float>(x) * (s)))
-DEAR_MULTIARCH void add_half(HalfBits* out, const HalfBits* a, const HalfBits* b, int64_t count,
-                             const AddRule& rule) {
+DEAR_CLONES void add_half(HalfBits* out, const HalfBits* a, const HalfBits* b, int64_t count,
+                          const AddRule& rule) {
   DEAR_COMBINE(float, static_cast<float>, DEAR_TIMES, static_cast<HalfBits>)
 }
 #undef DEAR_TIMES

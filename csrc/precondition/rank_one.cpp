@@ -8,7 +8,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "compress/kernels/cpu/isa.h"
+#include "isa.h"
 
 namespace dear::precondition {
 namespace {

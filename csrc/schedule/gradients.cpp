@@ -24,6 +24,9 @@ GradientWalk::Found GradientWalk::look() const {
       found.own.push_back(i);
     }
   }
+  for (size_t i = 0; i < idle_.size(); ++i) {
+    if (idle_[i].grad().defined()) found.own.push_back(expected_.size() + i);
+  }
   return found;
 }
 

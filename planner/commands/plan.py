@@ -18,16 +18,12 @@ from ..cluster import Cluster, ClusterError
 from ..devices import device
 from ..failures import Failures
 from ..pipelined import pipelined
-from ..ranking import BASELINE, MIB, Choice, in_order, rank, ways
+from ..ranking import BASELINE, Choice, in_order, rank, ways
+from ..sweep import LABEL, check_sweep, draw, sweep
 from ..timeline import check_picture
+from ..units import GIB
 from ..user_model import imported
 from ..writing import HERE, check_json, check_writable, json_option, write_json
-
-LABEL = "PREDICTED, not measured"
-BANDWIDTHS = ("100Mbit", "500Mbit", "1Gbit", "2.5Gbit", "10Gbit", "25Gbit", "100Gbit")
-WORKERS = (2, 4, 8, 16, 32, 64, 128, 256)
-SHOWN = ("ddp", BASELINE, "dear", "dear+bf16", "dear+power:4", "dear+acp:4")
-SWEEP_CAPS = (4 * MIB, 25 * MIB)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -81,10 +77,10 @@ def run(given: argparse.Namespace) -> None:
     if not activations:
         console.print(f"Activations are not counted: {_counts_activations(given)}.", highlight=False)
     if not any(choice.fits for choice in found):
-        least = min(choice.memory for choice in found) / (1 << 30)
+        least = min(choice.memory for choice in found) / GIB
         console.print(
             f"No way fits: the least needs {least:.1f} GiB of a device, and {cluster.device.name} has "
-            f"{cluster.device.memory / (1 << 30):.4g}. Every rank holds the whole model here: take larger devices, a "
+            f"{cluster.device.memory / GIB:.4g}. Every rank holds the whole model here: take larger devices, a "
             "pipeline, or FSDP.",
             highlight=False,
         )
@@ -172,7 +168,7 @@ def _table(model: profile.Profile, cluster: Cluster, found: Sequence[Choice], co
     for name in ("way", "step ms", f"× {BASELINE}", "exposed ms", "examples/s", memory, "the line of code"):
         made.add_column(name, justify="left" if name in ("way", "the line of code") else "right", no_wrap=name == "way")
     for each in found:
-        memory = f"{each.memory / (1 << 30):.1f}" + ("" if each.fits else ", does not fit")
+        memory = f"{each.memory / GIB:.1f}" + ("" if each.fits else ", does not fit")
         step, exposed = f"{1e3 * each.step.seconds:.1f}", f"{1e3 * each.step.exposed:.1f}"
         style = "" if each.exact else "italic"
         made.add_row(
@@ -200,72 +196,3 @@ def _expected(failures: Failures, workers: int, best: Choice) -> str:
         f"every {every / 60:.3g} minutes, {useful:.1%} of the time counts: {best.name} trains {useful * best.rate:.4g} "
         f"examples/s in expectation. For {failures.waits(workers):.1%} of the time it waits for a spare."
     )
-
-
-def check_sweep(over: str, cluster: Cluster) -> None:
-    """Raises ClusterError where what is swept over would change nothing, or is not the only one that must change."""
-    if cluster.collectives or cluster.link is None:
-        raise ClusterError(
-            "--sweep changes the links, and this cluster has measured collectives, which hold for it alone: describe "
-            "its link in their place."
-        )
-    if over == "workers" and cluster.mixed:
-        raise ClusterError(
-            "--sweep workers changes how many nodes there are, and device lists one for each: name one by --device, or "
-            "sweep over bandwidth."
-        )
-    if over == "bandwidth" and cluster.nodes == 1 and cluster.inner is not None:
-        raise ClusterError(
-            "--sweep bandwidth changes the link between nodes, and one node alone has none: sweep over workers, or "
-            "describe more nodes."
-        )
-
-
-def sweep(over: str, model: profile.Profile, cluster: Cluster, batch: int) -> dict[str, list[tuple[float, float]]]:
-    """Speed-ups over tuned 16-bit DDP, by way: pairs of a bandwidth in bit/s or a number of workers, and it.
-
-    batch: examples of each worker, on average; unequal devices share them out as without a sweep.
-
-    Raises ClusterError where the cluster cannot be swept over so.
-    """
-    check_sweep(over, cluster)
-    assert cluster.link is not None
-    if over == "bandwidth":
-        points = [(8 * clusters.bytes_a_second(text), clusters.link("1us", text).beta) for text in BANDWIDTHS]
-        tried = [
-            (at, dataclasses.replace(cluster, link=dataclasses.replace(cluster.link, beta=beta))) for at, beta in points
-        ]
-    else:
-        tried = [
-            (float(count), dataclasses.replace(cluster, nodes=count, links=()))
-            for count in WORKERS
-            if count * cluster.devices_per_node > 1
-        ]
-    chosen = [way for way in ways() if way.name in SHOWN]
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in SHOWN}
-    for at, other in tried:
-        for choice in rank(model, other, chosen, Batch.even(other, batch, 0.0), SWEEP_CAPS):
-            found[choice.name].append((at, choice.speedup))
-    return found
-
-
-def draw(swept: dict[str, list[tuple[float, float]]], over: str, model: profile.Profile, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, pairs in swept.items():
-        axes.plot(*zip(*pairs, strict=True), marker="o", label=name)
-    axes.set_xscale("log", base=10 if over == "bandwidth" else 2)
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("bit/s of a link" if over == "bandwidth" else "nodes")
-    axes.set_ylabel(f"speed-up over {BASELINE}")
-    axes.set_title(f"{LABEL}: {model.name}")
-    axes.grid(alpha=0.25)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -10,6 +10,23 @@ import models
 
 from machine import more_models
 from machine.case import HOWS, Case, Piece
+from machine.vocabulary import (
+    AVERAGES,
+    ENGINE,
+    FORWARDS,
+    FREEZING,
+    GRADS,
+    HOOKS,
+    HYPER,
+    LAYOUT,
+    MORE_GRADS,
+    OWN_OPTIMIZER,
+    READS,
+    STATE,
+    STRUCTURE,
+    WHOLE,
+    WRITES,
+)
 
 MODELS: dict[str, list[dict[str, Any]]] = {  # with the options that DDP needs, or may have
     "Mlp": [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"static_graph": True}],
@@ -40,113 +57,13 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("Adafactor", {"lr": 0.01}),  # replicated only
 ]
 
-P = "{param}"  # an expression that reaches one parameter, by some road
-READS = {
-    "note({p})": "read",
-    "note({p}.data)": "read",
-    "note({p}.sum())": "read",
-    "note({p}.tolist())": "read",
-    "note(repr({p}))": "read",
-    "note(torch.from_numpy({p}.detach().numpy().copy()))": "read numpy",
-    "note(torch.from_dlpack({p}.detach()).clone())": "read dlpack",
-    "note(copy.copy({p}))": "read copy",
-    "note(copy.deepcopy({p}))": "read copy",
-    "note(pickle.loads(pickle.dumps({p})))": "read copy",
-    "note(torch._foreach_norm(params))": "read foreach",
-    "note(torch.stack([each.norm() for each in params]))": "read",
-    "note(parameters_to_vector(params))": "read foreach",
-    "with ThreadPoolExecutor(1) as pool: note(pool.submit({p}.clone).result())": "read in a thread",
-    "note(dict(net.named_parameters()))": "read listing",
-    "note(net.state_dict())": "read state_dict",
-    "note(model.state_dict())": "read state_dict",
-    "note(list(copy.deepcopy(net).parameters()))": "deepcopy model",
-    "note(functional_call(net, dict(zip([name for name, _ in net.named_parameters()], params)), x(9)))": "functional",
-    "file = io.BytesIO(); torch.save(list(params), file); file.seek(0); note(torch.load(file))": "read save",
-}
-WRITES = {
-    "with torch.no_grad(): {p}.clamp_(-0.05, 0.05)": "write",
-    "with torch.no_grad(): {p}.add_(0.01)": "write",
-    "with torch.no_grad(): {p}[0] = 0.1": "write",
-    "{p}.data.clamp_(-0.05, 0.05)": "write .data",
-    "{p}.data.copy_(torch.full_like({p}, 0.02))": "write .data",
-    "{p}.data.zero_()": "write .data",
-    "{p}.data = {p}.data * 0.9": "set .data",
-    "{p}.detach().mul_(0.9)": "write",
-    "{p}.detach().numpy()[...] *= 0.5": "write numpy",
-    "with torch.no_grad(): torch._foreach_mul_(params, 0.9)": "write foreach",
-    "vector_to_parameters(parameters_to_vector(params).detach() * 0.9, params)": "vector_to_parameters",
-    "nn.init.constant_({p}, 0.02)": "write",
-    "with torch.no_grad(): torch.mul({p}, 0.9, out={p})": "write out",
-    "dist.all_reduce({p}.data); {p}.data.div_(2)": "write collective",
-    "net.apply(lambda m: m.weight.data.clamp_(-0.1, 0.1) if isinstance(m, nn.Linear) else None)": "write apply",
-}
-STATE = {
-    "note(optimizer_state()['state'])": "optimizer state",
-    "ostate = copy.deepcopy(optimizer_state())": "optimizer state",
-    "load_optimizer(copy.deepcopy(ostate))": "load optimizer",
-    "saved = copy.deepcopy(net.state_dict())": "read state_dict",
-    "net.load_state_dict(saved)": "load model",
-    "model.load_state_dict({{'module.' + k: v for k, v in saved.items()}})": "load model",
-    "note(copy.deepcopy(opt).state_dict()['state'])": "copy optimizer",
-    "note([sorted(opt.state[p].items()) for p in params[:2] if p in opt.state])": "optimizer.state",
-    "opt.state.clear()": "optimizer.state clear",
-    "note(opt.state_dict()['state'])": "optimizer.state_dict",
-}
-AVERAGES = {
-    "shadow = [p.detach().clone() for p in params]": "ema",
-    "with torch.no_grad(): [s.lerp_(p, 0.5) for s, p in zip(shadow, params)]": "ema",
-    "for i, p in enumerate(params): p.data, shadow[i] = shadow[i], p.data": "ema swap",
-    "slow = [p.detach().clone() for p in params]": "lookahead",
-    "for s, p in zip(slow, params): s.add_(p.data - s, alpha=0.5); p.data.copy_(s)": "lookahead",
-    "swa = AveragedModel(net)": "swa",
-    "swa.update_parameters(net); note(list(swa.module.parameters()))": "swa",
-    "alias = {p}.detach()": "alias",
-    "note(alias)": "alias",
-}
-FORWARDS = {
-    "with torch.no_grad(): note(model(x(9)))": "eval",
-    "with torch.inference_mode(): note(model(x(9)))": "inference_mode",
-    "model.eval(); note(model(x(9))); model.train()": "eval with grad",
-    "with torch.no_grad(): note(net(x(9)))": "eval inner",
-    "note(net(x(9)))": "inner with grad",
-    "with raising({module!r}): model(x(9))": "raise in forward",
-    "with torch.no_grad(), raising({module!r}): model(x(9))": "raise in eval",
-    "model(x(9))": "forward alone",
-}
-HYPER = {
-    "opt.param_groups[0]['lr'] *= 0.5": "lr",
-    "opt.param_groups[-1]['weight_decay'] = 0.1": "lr",
-    "scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)": "scheduler",
-    "scheduler.step()": "scheduler",
-}
-GRADS = {
-    "note({p}.grad)": "read grad",
-    "{p}.grad.mul_(0.5)": "write grad",
-    "{p}.grad = None": "drop grad",
-    "torch.nn.utils.clip_grad_value_(params, 0.01)": "clip value",
-    "clip(1e6, 2.0)": "clip",
-    "clip(0.01, float('inf'))": "clip",
-}
-ENGINE = {
-    "detach()": "detach",
-    "attach()": "detach",
-    "detach(); attach()": "detach",
-    "if run.engine: run.engine.synchronize()": "synchronize",
-    "if run.engine: run.engine.bucket_cap_mb = 0.004": "recap",
-}
-FREEZING = {
-    "{p}.requires_grad_(False)": "freeze",
-    "{p}.requires_grad_(True)": "freeze",
-    "net.requires_grad_(True)": "freeze",
-}
-LAYOUT = {
-    "net.to(memory_format=torch.channels_last)": "channels_last",
-    "opt.add_param_group({{'params': params[-1:]}})": "add_param_group",
-}
+ATTACH: list[dict[str, Any]] = [  # options beside the update
+    {}, {}, {}, {}, {"overlap_forward": False}, {"check_replicas": 1}, {"hierarchy": 2}, {"bucket_cap_mb": 25.0},
+]  # fmt: skip
 SECOND = 0.05  # of the attachments while one is there
 EXTRAS = [  # how often, relative to each other
     (READS, 8), (WRITES, 6), (STATE, 5), (AVERAGES, 5), (FORWARDS, 5), (HYPER, 3), (ENGINE, 2), (FREEZING, 1),
-    (LAYOUT, 1),
+    (LAYOUT, 1), (HOOKS, 2), (STRUCTURE, 4), (OWN_OPTIMIZER, 3), (WHOLE, 6),
 ]  # fmt: skip
 STEPS = {
     "opt.step()": (20, ""),
@@ -213,10 +130,12 @@ def generate(seed: int, without: Collection[str] = (), how: str | None = None) -
         model, ddp = "Mlp", {}
     optimizer = rng.choice(OPTIMIZERS[:-1] if how == "sharded" else OPTIMIZERS)
     groups = rng.choice((1, 1, 2, 0))
-    attach = {} if rng.random() < 0.8 else {"overlap_forward": False}
+    attach = rng.choice(ATTACH)
     names = Names(model, 0, bool(ddp.get("find_unused_parameters")))
     names.held = {1: len(names.names), 2: len(names.names) // 2, 0: len(names.names) - 1}[groups]
     pieces = list(program(rng, names))
+    if ddp.get("gradient_as_bucket_view"):  # the next pass overwrites a gradient that is kept, in plain DDP alone
+        pieces = [piece for piece in pieces if piece.label != "keep grads"]
     kept = [piece for piece in pieces if piece.label not in without]
     kept = list(attached_once(rng, kept, how))
     return Case(how, model, optimizer, groups, ddp, attach if how != "register" else {}, tuple(kept))
@@ -226,13 +145,13 @@ def attached_once(rng: random.Random, pieces: Collection[Piece], how: str) -> It
     """Most of the second attachments left out: they are refused, and nothing behind them would be seen."""
     attached = False
     for piece in pieces:
-        attaches = piece.code in ("attach()", "detach(); attach()")
+        attaches, detaches = "attach()" in piece.code, "detach()" in piece.code
         # A hook that compress.register() has put under a model stays there: detach() is of an engine.
-        stays = attached and (how == "register" or piece.code == "attach()")
+        stays = attached and (how == "register" or not detaches)
         if attaches and stays and rng.random() >= SECOND:
             continue
         yield piece
-        attached = attaches or (attached and (how == "register" or piece.code != "detach()"))
+        attached = attaches or stays
 
 
 def program(rng: random.Random, names: Names) -> Any:
@@ -251,7 +170,7 @@ def program(rng: random.Random, names: Names) -> Any:
         code, label = weighted(rng, PASSES)
         yield Piece(code.format(step=step), label)
         if rng.random() < 0.2:
-            yield one(rng, names, GRADS)
+            yield one(rng, names, rng.choice((GRADS, MORE_GRADS)))
         if rng.random() < 0.1:
             yield one(rng, names, rng.choices([t for t, _ in extras], [w for _, w in extras])[0])
         if rng.random() < 0.03:

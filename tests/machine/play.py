@@ -142,6 +142,8 @@ class Run:
         """Records a value to be compared with plain DDP's."""
         for leaf in leaves(value):
             tensor = isinstance(leaf, torch.Tensor)
+            if tensor and torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+                continue  # inside vmap, where it has no values that could be compared
             self.notes.append((self.piece, leaf.detach().clone() if tensor else leaf))
 
     def forward(self, step: int) -> torch.Tensor:

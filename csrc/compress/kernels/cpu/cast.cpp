@@ -5,7 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "compress/kernels/cpu/isa.h"
+#include "float_bits.h"
+#include "isa.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DEAR_F16C 1
@@ -16,16 +17,11 @@
 namespace dear::compress::cpu {
 
 DEAR_CLONES void bfloat16_to_float(const uint16_t* source, int64_t n, float* target) {
-  for (int64_t i = 0; i < n; ++i) target[i] = bits_float(static_cast<uint32_t>(source[i]) << 16);
+  for (int64_t i = 0; i < n; ++i) target[i] = bfloat16_value(source[i]);
 }
 
 DEAR_CLONES void float_to_bfloat16(const float* source, int64_t n, uint16_t* target) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = float_bits(source[i]);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const bool is_nan = (bits & ~kSignBit) > kInfinity;
-    target[i] = static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
-  }
+  for (int64_t i = 0; i < n; ++i) target[i] = bfloat16_bits(source[i]);
 }
 
 DEAR_CLONES void divide_values(float* values, int64_t n, float divisor) {

@@ -7,9 +7,10 @@
 
 #include "compress/kernels/cpu/cast.h"
 #include "compress/kernels/cpu/error_feedback.h"
-#include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/scaled_rows.h"
 #include "compress/kernels/cpu/streamed.h"
+#include "float_bits.h"
+#include "isa.h"
 
 namespace dear::compress::cpu {
 
@@ -24,12 +25,11 @@ DEAR_CLONES void add_payload(const float* values, float scale, int64_t n, float*
 
 // The same for bfloat16, which is widened on the way; the first payload begins with a total of 0.
 DEAR_CLONES void add_bfloat16(const uint16_t* values, float scale, int64_t n, float* total) {
-  for (int64_t i = 0; i < n; ++i) total[i] += scale * bits_float(static_cast<uint32_t>(values[i]) << 16);
+  for (int64_t i = 0; i < n; ++i) total[i] += scale * bfloat16_value(values[i]);
 }
 
 DEAR_CLONES void first_bfloat16(const uint16_t* values, float scale, int64_t n, float* total) {
-  for (int64_t i = 0; i < n; ++i)
-    total[i] = 0.0f + scale * bits_float(static_cast<uint32_t>(values[i]) << 16);
+  for (int64_t i = 0; i < n; ++i) total[i] = 0.0f + scale * bfloat16_value(values[i]);
 }
 
 // How many 16-bit floats have all bits of the exponent set.

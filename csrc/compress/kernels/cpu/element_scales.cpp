@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/scale_blocks.h"
 #include "compress/kernels/element_scales.h"
+#include "isa.h"
 
 namespace dear::compress::cpu {
 

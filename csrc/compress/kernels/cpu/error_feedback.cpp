@@ -8,7 +8,8 @@
 #include <cmath>
 
 #include "compress/kernels/cpu/cast.h"
-#include "compress/kernels/cpu/isa.h"
+#include "float_bits.h"
+#include "isa.h"
 
 namespace dear::compress::cpu {
 

@@ -2,8 +2,9 @@
 
 #include <algorithm>
 
-#include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/scale_blocks.h"
+#include "float_bits.h"
+#include "isa.h"
 
 namespace dear::compress::cpu {
 
@@ -105,7 +106,7 @@ DEAR_INLINED void add_blocks(const uint32_t* fields, const uint16_t* steps, floa
                              float* total) {
   over_scale_blocks(n, [&](int64_t begin, int64_t length) __attribute__((always_inline)) {
     const int64_t block = begin / kScaleBlock;
-    const float step = bits_float(static_cast<uint32_t>(steps[block]) << 16) * factor;
+    const float step = bfloat16_value(steps[block]) * factor;
     add_block<kBits, kFirst>(fields + block * block_words(kBits), step, length, total + begin);
   });
 }

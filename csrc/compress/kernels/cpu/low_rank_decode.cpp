@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/low_rank.h"
 #include "compress/kernels/cpu/scratch.h"
 #include "compress/kernels/cpu/streamed.h"
+#include "isa.h"
 
 // A fused multiply-add rounds once where two operations round twice, and processors with and without it would
 // decode different gradients.

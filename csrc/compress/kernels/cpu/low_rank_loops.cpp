@@ -2,9 +2,10 @@
 
 #include <algorithm>
 
-#include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/low_rank.h"
 #include "compress/kernels/cpu/tile.h"
+#include "float_bits.h"
+#include "isa.h"
 
 namespace dear::compress::cpu {
 

@@ -8,9 +8,10 @@
 #include <limits>
 #include <vector>
 
-#include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/scratch.h"
 #include "compress/layout.h"
+#include "float_bits.h"
+#include "isa.h"
 
 namespace dear::compress::cpu {
 

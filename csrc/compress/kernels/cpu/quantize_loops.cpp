@@ -2,8 +2,9 @@
 
 #include <algorithm>
 
-#include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/scale_blocks.h"
+#include "float_bits.h"
+#include "isa.h"
 
 namespace dear::compress::cpu {
 

@@ -6,7 +6,8 @@
 #include <atomic>
 
 #include "compress/kernels/cpu/cast.h"
-#include "compress/kernels/cpu/isa.h"
+#include "float_bits.h"
+#include "isa.h"
 
 namespace dear::compress::cpu {
 

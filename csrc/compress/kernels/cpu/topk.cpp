@@ -12,9 +12,10 @@
 
 #include "compress/kernels/cpu/cast.h"
 #include "compress/kernels/cpu/error_feedback.h"
-#include "compress/kernels/cpu/isa.h"
 #include "compress/kernels/cpu/scratch.h"
 #include "compress/kernels/cpu/streamed.h"
+#include "float_bits.h"
+#include "isa.h"
 
 namespace dear::compress::cpu {
 

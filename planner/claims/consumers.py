@@ -6,22 +6,20 @@ from functools import cache
 
 from dear.cost_model import AlphaBeta
 
-from . import models
-from .cluster import link
-from .codecs import codec
-from .devices import device
-from .failures import Failures
-from .machine import Machine
-from .network import flat
-from .pipeline import cut
-from .simulate import Method, step
+from .. import models
+from ..cluster import link
+from ..codecs import codec
+from ..devices import device
+from ..failures import Failures
+from ..machine import Machine
+from ..network import flat
+from ..pipeline import cut
+from .tuned import tuned
 
 MODEL, SMALL, LARGE, COUNT = "bert-large", "rtx3080", "h100", 50
 MICRO, MICRO_BATCHES = 8, 512  # examples of a micro-batch, and how many of them a step has
 BATCH = 32  # of a worker, where training is data-parallel
 TOKENS, WIDTH = 64, 1024
-MIB = float(1 << 20)
-CAPS = tuple(MIB * size for size in (1, 4, 16, 25, 64, 128))
 DAY = 86400.0
 #: Of consumers' devices, assumed.
 LIVES = {"a year": 365 * DAY, "30 days": 30 * DAY, "10 days": 10 * DAY, "a day": DAY}
@@ -84,6 +82,4 @@ def _four() -> float:
 def _parallel(name: str, workers: int, between: AlphaBeta) -> float:
     on, model = device(name), models.built_in(MODEL)
     own = model.profile(BATCH * 3 * model.operations / (on.operations * on.sustained))
-    ways = [Method("ddp", codec("fp16"), cap) for cap in CAPS]
-    network, machine = flat(between, workers), Machine(costs=on.costs())
-    return workers * BATCH / min(step(own, network, machine, way).seconds for way in ways)
+    return workers * BATCH / tuned(own, flat(between, workers), Machine(costs=on.costs()), "ddp", codec("fp16"))

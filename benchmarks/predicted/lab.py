@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dear.cost_model import AlphaBeta
+from planner.codecs import Cost
+from planner.machine import HOOK, Machine
+from planner.network import LINK, Network, measured
 
-from .codecs import Cost
-from .machine import HOOK, Machine
-from .network import LINK, Network, measured
+from ..network.namespaces import BURST_SECONDS, MIN_BURST
+from ..network.rates import bits
+from ..stats import FLOOR, is_plain_ddp, slowest_rank
 
 HEADERS = 1.044  # bytes on the wire to bytes of payload, at frames of 1500 bytes
 LINES = {2: "collectives-2w-2.5gbit.json", 4: "collectives-4w-fast.json"}
@@ -29,18 +31,12 @@ FITTED_ON = (STEPS, BREAKDOWN)  # training steps that constants come from: not t
 OURS = {"all_reduce": "all_reduce", "reduce_scatter": "ring-rs", "all_gather": "ring-ag"}
 GLOO = {"all_reduce": "all_reduce", "reduce_scatter": "native-rs", "all_gather": "native-ag"}
 BROKEN_DOWN = {"bf16:4": "bf16", "acp:4": "acp", "power:4": "power", "topk:0.01": "topk", "sign": "sign"}
-BURST_BYTES, BURST_SECONDS = 72 * 1024, 256e-6  # that the lab's token buckets hold, whichever is more
 UPDATES = {"sgd": 3, "adamw": 7}  # numbers that an update reads and writes for each element
 
 
-def rate_bytes(rate: str) -> float:
-    """Bytes a second of 500mbit, 2.5gbit or unlimited. Raises ValueError."""
-    if rate == "unlimited":
-        return float("inf")
-    found = re.fullmatch(r"([\d.]+)([kmg])(bit|bps|bit/s)", rate.lower())
-    if found is None or float(found[1]) <= 0:
-        raise ValueError(f"{rate!r} is not a rate: write it like 500Mbit or 10Gbit.")
-    return float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]] / 8
+def wire_seconds(size: int, workers: int, rate: str) -> float:
+    """What half an all-reduce of so many bytes takes a link, headers included."""
+    return HEADERS * size * (workers - 1) / workers * 8 / bits(rate)
 
 
 def _read(path: Path) -> Any:
@@ -49,7 +45,7 @@ def _read(path: Path) -> Any:
 
 def slowest_us(method: dict[str, Any]) -> float:
     """The median microseconds of the slowest rank, of a method's account."""
-    return statistics.median(max(ranks) for block in method["blocks"] for ranks in zip(*block["us"], strict=True))
+    return statistics.median(slowest for block in method["blocks"] for slowest in slowest_rank(block["us"]))
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class Lab:
         for cell in _read(results / HALVES)["cells"]:
             size = cell["sizes"][-1]
             for method in size["methods"]:
-                wire = HEADERS * size["bytes"] * (cell["workers"] - 1) / cell["workers"] / rate_bytes("1gbit")
+                wire = wire_seconds(size["bytes"], cell["workers"], cell["rate"])
                 beyond[cell["workers"], method["name"]] = slowest_us(method) / 1e6 / wire
         size = _read(results / MEMORY)["cells"][0]["sizes"][-1]
         whole = next(method for method in size["methods"] if method["name"] == "all_reduce")
@@ -82,14 +78,14 @@ class Lab:
 
     def network(self, rate: str, workers: int, methods: dict[str, str] = OURS) -> Network:
         part = (workers - 1) / workers
-        beta = max(HEADERS / rate_bytes(rate), self.memory)
+        beta = max(HEADERS * 8 / bits(rate), self.memory)
         lines = {}
         for phase, method in methods.items():
             more = (
                 self.beyond[workers, method] if method.startswith("native") else 2.0 if phase == "all_reduce" else 1.0
             )
             lines[phase] = AlphaBeta(self.alphas[workers, method], more * part * beta)
-        burst = 0.0 if rate == "unlimited" else max(BURST_BYTES / rate_bytes(rate), BURST_SECONDS)
+        burst = 0.0 if math.isinf(bits(rate)) else max(8 * MIN_BURST / bits(rate), BURST_SECONDS)  # whichever is more
         return replace(measured(workers, lines), bursts={LINK: burst})
 
     def barrier(self, workers: int) -> float:
@@ -112,11 +108,11 @@ def _cpu(results: Path) -> float:
     def median(name: str, key: str) -> float:
         return statistics.median(value for block in strategies[name] for value in block[key])
 
-    idle = median("none", "cpu_ms_per_step")
+    idle = median(FLOOR, "cpu_ms_per_step")
     return statistics.median(
         (median(name, "cpu_ms_per_step") - idle) / 1e3 / median(name, "sent_bytes_per_step")
         for name in strategies
-        if name.startswith("ddp")
+        if is_plain_ddp(name)
     )
 
 

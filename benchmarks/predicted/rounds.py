@@ -7,7 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-FLOOR = "none"
+from ..stats import FLOOR, finished, slowest_rank
+
 FEWEST = 4  # rounds, of which halves can be compared
 AGREE = 0.75  # of the rounds say who is faster, or the two are not told apart
 
@@ -26,12 +27,9 @@ class Rounds:
     def of(cls, cell: dict[str, Any]) -> Rounds:
         """Of a cell of the training benchmark, without strategies that failed."""
         took = {
-            one["name"]: {
-                block["round"]: statistics.median(max(ranks) for ranks in zip(*block["ms"], strict=True)) / 1e3
-                for block in one["blocks"]
-            }
+            one["name"]: {block["round"]: statistics.median(slowest_rank(block["ms"])) / 1e3 for block in one["blocks"]}
             for one in cell["strategies"]
-            if not one.get("failure")
+            if finished(one)
         }
         floors = took[FLOOR]
         excess = {

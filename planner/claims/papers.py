@@ -1,4 +1,4 @@
-"""Published speeds and speed-ups against predictions, under stated baselines: python -m planner.claims
+"""Speeds and speed-ups that the papers of DeAR and ACP-SGD publish.
 
 Networks are the lines that the authors of DeAR and ACP-SGD published for their clusters, times of one GPU those that
 they published for ResNet-50 and BERT-Base; other models are taken to run at the same share of the GPU's peak.
@@ -12,13 +12,14 @@ from functools import cache
 
 from dear.cost_model import AlphaBeta
 
-from . import consumer, models
-from .codecs import EXACT, Codec, codec
-from .devices import device
-from .machine import Machine
-from .network import Network, measured
-from .profile import Profile
-from .simulate import Method, step
+from .. import models
+from ..codecs import EXACT, Codec, codec
+from ..devices import device
+from ..machine import Machine
+from ..network import measured
+from ..profile import Profile
+from ..simulate import Method, step
+from . import tuned as tuning
 
 ETHERNET = {32: AlphaBeta(4.04e-3, 8.64e-10), 64: AlphaBeta(7.04e-3, 9.64e-10)}  # 10 Gbit/s, all-reduce
 INFINIBAND = {32: AlphaBeta(4.06e-4, 4.91e-10), 64: AlphaBeta(8.06e-4, 5.89e-10)}
@@ -30,8 +31,6 @@ PUBLISHED = (  # of 32 GPUs: network, model, every tensor by itself, merged
     ("10GbE", ETHERNET, "bert-base", 2013, 1926),
     ("100 Gb IB", INFINIBAND, "bert-base", 4099, 4940),
 )
-MIB = float(1 << 20)
-CAPS = tuple(MIB * size for size in (1, 4, 16, 25, 64, 128))
 NEAR = 0.15
 
 
@@ -45,14 +44,18 @@ def profile(name: str) -> Profile:
 
 @cache
 def _seconds(name: str, all_reduce: AlphaBeta, workers: int, schedule: str, sent: Codec, cap: float | None) -> float:
-    machine = Machine(costs=device("rtx2080ti").costs())
-    network: Network = measured(workers, {"all_reduce": all_reduce})
-    return step(profile(name), network, machine, Method(schedule, sent, cap)).seconds
+    network = measured(workers, {"all_reduce": all_reduce})
+    return step(profile(name), network, _machine(), Method(schedule, sent, cap)).seconds
 
 
+@cache
 def tuned(name: str, all_reduce: AlphaBeta, workers: int, schedule: str, sent: Codec = EXACT) -> float:
-    """Seconds of a step at the best of CAPS."""
-    return min(_seconds(name, all_reduce, workers, schedule, sent, cap) for cap in CAPS)
+    """Seconds of a step."""
+    return tuning.tuned(profile(name), measured(workers, {"all_reduce": all_reduce}), _machine(), schedule, sent)
+
+
+def _machine() -> Machine:
+    return Machine(costs=device("rtx2080ti").costs())
 
 
 def throughputs() -> str:
@@ -117,21 +120,3 @@ def acp_gains() -> str:
 
 def _all(names: Sequence[str] | dict[str, int], schedule: str, cap: float | None) -> dict[str, float]:
     return {name: _seconds(name, ETHERNET[32], 32, schedule, EXACT, cap) for name in names}
-
-
-TABLES = {
-    "throughputs": throughputs,
-    "dear": dear_gains,
-    "acp": acp_gains,
-    "consumer": consumer.speeds,
-    "failing": consumer.failing,
-}
-
-
-def main() -> None:
-    print("PREDICTED, not measured\n")
-    print("\n\n".join(make() for make in TABLES.values()))
-
-
-if __name__ == "__main__":
-    main()

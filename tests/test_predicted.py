@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.predicted import show
+from benchmarks.predicted.lab import FITTED_ON, HEADERS, Lab
+from benchmarks.predicted.points import Point, points, summary
+from benchmarks.predicted.rounds import Rounds
+from benchmarks.records import RESULTS
 from benchmarks.training.gpt import GPT
-from planner import models, validation
+from planner import models
 from planner.codecs import codec
-from planner.lab import FITTED_ON, HEADERS, Lab, rate_bytes
-from planner.rounds import Rounds
 from planner.simulate import Method, step
-from planner.validation import Point, summary
 
 PUBLISHED = {
     "resnet50": 25_557_032,
@@ -49,11 +51,11 @@ def test_a_profile_shares_a_step_out_by_operations() -> None:
 
 def test_predictions_are_near_what_was_measured() -> None:
     """Over all that is stored, at 2 and 4 workers and every rate, except where constants come from."""
-    found = list(validation.points())
+    found = list(points())
     assert not {point.file for point in found} & set(FITTED_ON)
     assert {point.workers for point in found} == {2, 4} and {point.workload for point in found} == {"gpt", "digits"}
     total = summary(found)
-    assert total.points > 500 and total.median <= 0.05 and total.p90 <= 0.14, validation.table(found)
+    assert total.points > 500 and total.median <= 0.05 and total.p90 <= 0.14, show.table(found)
 
 
 def test_a_summary_by_hand() -> None:
@@ -78,7 +80,7 @@ def cell_of(took: dict[str, list[float]]) -> dict[str, Any]:
         name: [{"round": number, "ms": [[1e3 * each], [900 * each]]} for number, each in enumerate(own)]
         for name, own in took.items()
     }
-    return {"strategies": [{"name": name, "blocks": own} for name, own in blocks.items()]}
+    return {"strategies": [{"name": name, "failure": None, "blocks": own} for name, own in blocks.items()]}
 
 
 def test_a_strategy_counts_by_what_it_takes_beyond_the_floor_of_its_round() -> None:
@@ -94,16 +96,16 @@ def test_how_unsteady_a_machine_was_is_what_its_floor_says() -> None:
 
     steady, unsteady = point(0, [0.5, 0.54]), point(1, [0.5, 0.6, 0.55])
     assert steady.rounds.swing == pytest.approx(0.08) and unsteady.rounds.swing == pytest.approx(0.2)
-    quiet = [row for row in validation.table([steady, unsteady]).splitlines() if row.startswith("| quiet machine")]
+    quiet = [row for row in show.table([steady, unsteady]).splitlines() if row.startswith("| quiet machine")]
     assert len(quiet) == 2 and all("| 1 | 0.0% | 0.0% |" in row for row in quiet)
-    rows = validation.cells([steady, unsteady]).splitlines()
+    rows = show.cells([steady, unsteady]).splitlines()
     assert rows[2:] == ["| f | 2 | 1gbit | gpt | 1 | +0.0% | 8% |", "| f | 2 | 1gbit | gpt | 1 | +100.0% | 20% |"]
-    assert "quiet" not in validation.table([unsteady])
+    assert "quiet" not in show.table([unsteady])
 
 
 def test_small_messages_pass_a_shaped_link_at_once() -> None:
     """The lab's token bucket: 72 KiB after a pause, at 100 Mbit/s 5.9 ms of the link."""
-    lab = Lab.read(validation.RESULTS)
+    lab = Lab.read(RESULTS)
     network = lab.network("100mbit", 2)
     assert network.bursts == {"link": pytest.approx(72 * 1024 / 12.5e6)}
     assert lab.network("10gbit", 2).bursts == {"link": 256e-6} and lab.network("unlimited", 2).bursts == {"link": 0.0}
@@ -112,9 +114,3 @@ def test_small_messages_pass_a_shaped_link_at_once() -> None:
     plain = step(model, replace(network, bursts={}), lab.machine(2), Method("hook", codec("sign"))).seconds
     sent = 2 * 0.5 * model.bytes / 32 * HEADERS / 12.5e6
     assert plain - shaped == pytest.approx(sent, rel=1e-6), "all of it is in the bucket"
-
-
-def test_rates() -> None:
-    assert rate_bytes("500mbit") == 62.5e6 and rate_bytes("2.5Gbit") == 312.5e6
-    with pytest.raises(ValueError, match="'fast' is not a rate"):
-        rate_bytes("fast")
