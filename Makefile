@@ -135,7 +135,7 @@ sanitize: $(VENV)/.installed  ## the native code under AddressSanitizer and UBSa
 	  ../../tests/test_compressors_golden.py ../../tests/test_compressed_schedule.py ../../tests/test_kernels_*.py \
 	  ../../tests/test_owned_collectives.py ../../tests/test_owned_native.py ../../tests/test_two_levels*.py \
 	  ../../tests/test_precondition*.py ../../tests/test_eva_native.py ../../tests/test_pending.py \
-	  ../../tests/test_silence_context.py ../../tests/test_leaving.py ../../tests/test_faults.py \
+	  ../../tests/test_silence_context.py ../../tests/test_unreduced.py ../../tests/test_leaving.py ../../tests/test_faults.py \
 	  --deselect tests/test_kernels_sign.py::test_average
 
 # The documentation, into out/site. A warning is an error.

@@ -15,7 +15,7 @@ import torch
 
 from dear import _ddp
 from dear._attached import Attached, Param
-from dear._placeholders import PendingGrad
+from dear._placeholders import LocalGrad, PendingGrad
 
 Shown = list[tuple[Param, "weakref.ref[torch.Tensor]"]]
 
@@ -74,6 +74,17 @@ def _move_out(placeholder: torch.Tensor) -> None:
         if own is None:  # the values are nowhere: it is refused from now on
             own = torch.empty(placeholder.shape, dtype=placeholder.dtype, device=placeholder.device)
         placeholder.data = own
+
+
+def hand_over(stood: Iterable[torch.Tensor], average: torch.Tensor) -> None:
+    """Whoever has kept what stood in ``.grad`` keeps what takes its place, which is of other memory."""
+    for kept in stood:
+        if isinstance(kept, LocalGrad):  # whose values are nowhere: it is refused
+            continue
+        if isinstance(kept, PendingGrad):
+            kept.plain, kept.settle = average, _nothing
+        with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+            kept.data = average
 
 
 def _nothing() -> None:

@@ -20,6 +20,7 @@ from dear._context import StepContext, ordinary
 from dear._counters import Counters
 from dear._findings import Findings
 from dear._fusion import MIB, check_cap
+from dear._held_gradients import hand_over
 from dear._hooks import Hooks
 from dear._replicas import check_replicas
 from dear._summary import Summary
@@ -379,9 +380,11 @@ def _show_averages(attached: Attached, update: Update) -> None:
     """``.grad`` is what plain DDP would have left there. Collective."""
     found = attached.look_at_all_grads()
     averages = update.averaged_gradients() if found.reduced else {}
-    for param, _ in attached.placeholders:
-        if param not in found.own and param.grad is not None:
-            param.grad = averages.get(param)
+    for param, placeholder in attached.placeholders:
+        if param not in found.own and (stood := param.grad) is not None:
+            param.grad = average = averages.get(param)
+            if average is not None:
+                hand_over((stood, placeholder), average)
 
 
 def _finish_at_exit(engine: weakref.ref[Engine]) -> None:

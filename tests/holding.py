@@ -5,12 +5,12 @@ from datetime import timedelta
 
 import training
 from torch.distributed import distributed_c10d as c10d
+from training import SMALL
 
 import dear
 
 PATIENCE = timedelta(seconds=100)  # a test in which nobody lets go fails, and does not hang
 HEAD_START = 0.05  # seconds that rank 0 has to go wrong in after it has let go
-SMALL = {"bucket_cap_mb": 0.002}
 WARM = 3  # steps after which DDP's buckets and our groups stay as they are
 
 

@@ -5,10 +5,10 @@ import contextlib
 import pytest
 import torch
 import training
+from training import SMALL
 
 import dear
 
-SMALL = {"bucket_cap_mb": 0.002}
 both_modes = pytest.mark.parametrize("update", ["sharded", "replicated"])
 
 

@@ -12,11 +12,11 @@ import torch
 import training
 from place import place
 from torch import nn
+from training import SMALL
 from workers import WorkerPool
 
 import dear
 
-SMALL = {"bucket_cap_mb": 0.002}  # several fusion groups even in these models
 MODES = ["sharded", "replicated"]
 
 

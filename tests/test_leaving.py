@@ -9,12 +9,12 @@ import pytest
 import torch
 import training
 from interrupting import interrupted
+from training import SMALL
 from workers import WorkerDied, run_workers
 
 import compress
 import dear
 
-SMALL = {"bucket_cap_mb": 0.002}
 HOWS = ["sharded", "replicated", "compressed", "hook"]
 FATAL = 4  # the step in which a rank stands still
 

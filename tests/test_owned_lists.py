@@ -9,10 +9,10 @@ import training
 from holding import hold, release
 from owning import Several
 from torch import nn, optim
+from training import SMALL
 
 import dear
 
-SMALL = {"bucket_cap_mb": 0.002}
 LARGE = {"bucket_cap_mb": 0.3}
 
 

@@ -8,6 +8,7 @@ import torch
 import training
 from place import place
 from torch import optim
+from training import SMALL
 
 MODELS = {
     "Mlp": {},
@@ -21,7 +22,6 @@ MODELS = {
     "Unused": {"find_unused_parameters": True},
     "StaticallyUnused": {"static_graph": True},
 }
-SMALL = {"bucket_cap_mb": 0.002}  # several fusion groups even in these models
 
 
 def all_models(rank, world, update, view, exact):

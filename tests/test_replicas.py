@@ -3,10 +3,9 @@
 import pytest
 import torch
 import training
+from training import SMALL
 
 import dear
-
-SMALL = {"bucket_cap_mb": 0.002}
 
 
 def flipped(rank, world, update, on):

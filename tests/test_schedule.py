@@ -10,11 +10,11 @@ from holding import hold_updates, parameters_of_plain_ddp, release
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from training import SMALL
 
 import dear
 from dear import _fusion
 
-SMALL = {"bucket_cap_mb": 0.002}
 MIB = 1 << 20
 both_modes = pytest.mark.parametrize("update", ["sharded", "replicated"])
 

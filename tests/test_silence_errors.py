@@ -7,11 +7,10 @@ import training
 from silence import check_told, known, told
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from training import SMALL
 
 import compress
 import dear
-
-SMALL = {"bucket_cap_mb": 0.002}
 
 
 def sentence(call):

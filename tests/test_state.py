@@ -9,10 +9,10 @@ import training
 from place import place
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel as DDP
+from training import SMALL
 
 import dear
 
-SMALL = {"bucket_cap_mb": 0.002}
 ADAM = (optim.AdamW, {"lr": 0.01, "amsgrad": True})
 both_modes = pytest.mark.parametrize("update", ["sharded", "replicated"])
 

@@ -10,6 +10,7 @@ import torch
 import training
 from place import place
 from torch.distributed import distributed_c10d as c10d
+from training import SMALL
 from workers import WorkerDied, run_workers
 
 import dear
@@ -21,7 +22,6 @@ SIZE = 2  # ranks in a node
 CONSECUTIVE, ALTERNATING = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
 LENGTHS = [0, 1, 2, 3, 5, 7, 1000, 100_003]
 UNEVEN = [[(0, 5), (900, 1000)], [(5, 6)], [], [(6, 500), (700, 800)]]  # of a thousand, some of which nobody owns
-SMALL = {"bucket_cap_mb": 0.002}  # several fusion groups even in these models
 
 
 def levelled(nodes, algorithm="ring"):

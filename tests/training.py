@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dear
 
+SMALL = {"bucket_cap_mb": 0.002}  # several fusion groups even in these models
 SGD = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01})
 
 

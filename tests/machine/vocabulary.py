@@ -124,7 +124,7 @@ MORE_GRADS = {
     "torch._foreach_mul_([p.grad for p in params if p.grad is not None], 0.5)": "write grads",
     "for p in params: p.grad is None or dist.all_reduce(p.grad)": "reduce grads",
     "{p}.grad = torch.full_like({p}, 0.01)": "set grad",
-    "note(torch.nn.utils.clip_grad_norm_(params, 0.01).round(decimals=4))": "torch clips",
+    "inexact(); note(torch.nn.utils.clip_grad_norm_(params, 0.01).round(decimals=4))": "torch clips",
     "kept = [p.grad for p in params]": "keep grads",
     "note([grad for grad in kept if grad is not None])": "keep grads",
 }
@@ -170,8 +170,8 @@ WHOLE = {
     "opt.zero_grad(); scaler.scale(forward(71)).backward(); scaler.step(opt); scaler.update()": "scaler",
     "opt.zero_grad(); scaler.scale(forward(72)).backward()\n"
     "scaler.unscale_(opt); scaler.step(opt); scaler.update()": "scaler unscales",
-    "opt.zero_grad(); scaler.scale(forward(72)).backward(); scaler.unscale_(opt); clip(0.01, 2.0); scaler.step(opt); "
-    "scaler.update()": "scaler clips",
+    "opt.zero_grad(); scaler.scale(forward(72)).backward(); inexact()\n"
+    "scaler.unscale_(opt); clip(0.01, 2.0); scaler.step(opt); scaler.update()": "scaler clips",
     "opt.zero_grad()\nforward(73).backward()\nshift = [torch.full_like(p, 0.01) for p in params]\n"
     "with torch.no_grad(): [p.add_(s) for p, s in zip(params, shift)]\n"
     "opt.zero_grad()\nforward(73).backward()\n"
