@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from workers import alive
 
 from benchmarks.network import namespaces as ns
 from benchmarks.network.__main__ import main
@@ -101,13 +102,6 @@ def who(rank: int, world_size: int) -> tuple[int, int, str, str]:
 def leave_a_daemon(rank: int, world_size: int) -> int:
     """In a session of its own, so that no signal to the worker's process group reaches it."""
     return subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def namespaces(processes: Iterable[int | str]) -> set[str]:

@@ -8,12 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from workers import RemoteTraceback, WorkerDied, WorkerPool, WorkerTimeout, run_workers
+from workers import RemoteTraceback, WorkerDied, WorkerPool, WorkerTimeout, alive, run_workers
 
 
 def total(rank: int, world_size: int, length: int) -> torch.Tensor:
@@ -61,13 +60,6 @@ def exits_with_three(rank: int, world_size: int) -> None:
     import atexit
 
     atexit.register(os._exit, 3)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def gone(pids: list[int], within: float = 60.0) -> bool:

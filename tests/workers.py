@@ -32,6 +32,7 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import forking
@@ -354,3 +355,11 @@ def _main() -> None:
 
 if __name__ == "__main__":
     _main()
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended: for tests of what is left behind."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -130,7 +130,7 @@ MORE_GRADS = {
 }
 STRUCTURE = {
     "net.share_memory()": "share_memory",
-    "net.float()": "cast to its own",
+    "net.to(params[-1].dtype)": "cast to its own",
     "net.to('cpu')": "cast to its own",
     "model.eval()": "eval",
     "model.train()": "eval",
