@@ -41,6 +41,9 @@ CASES = [
              IN_SHARDS),
     *silence("by hand, in place of what went past DDP",
              f"{WARM}\n\n{INNER}\n\nfor p in params: p.grad = torch.full_like(p, 0.01)\n\n{TAIL}", EVERY),
+    *silence("by hand, where something that went past DDP was zeroed",
+             f"{WARM}\n\n{INNER}\n\nopt.zero_grad()\n\nfor p in params: p.grad = torch.full_like(p, 0.01)\n\n{TAIL}",
+             EVERY),
     *silence("by hand, behind a forward pass that had no backward pass",
              f"{WARM}\n\nforward(3); forward(4).backward(); opt.step(); opt.zero_grad()\n\n"
              f"for p in params: p.grad = torch.full_like(p, 0.01)\n\n{TAIL}", EVERY),

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/utils/lambda_post_hook.h>
 
+#include <optional>
+
 #include "schedule/comm_hook.h"
 
 namespace dear {
@@ -9,17 +11,20 @@ namespace dear {
 // Each element is written by the one thread that accumulates its parameter, and read behind the backward
 // pass.
 struct Unreduced::Noted {
+  // Weak: it keeps no values, and nobody else's tensor gets this one's address.
+  using Grad = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+
   struct One {
     at::Tensor param;
-    const void* grad = nullptr;  // an identity, never followed
-    int64_t pass = 0;            // how many had been reduced then
+    std::optional<Grad> grad;
+    int64_t pass = 0;  // how many had been reduced then
   };
 
   void accumulated(size_t index) {
     const auto alive = reducer.lock();
     if (alive && expects_gradients(*alive)) return;
     One& one = of[index];
-    one.grad = one.param.grad().unsafeGetTensorImpl();
+    one.grad = Grad(one.param.grad().getIntrusivePtr());
     one.pass = scheduler->passes();
   }
 
@@ -33,7 +38,7 @@ Unreduced::Unreduced(const std::vector<at::Tensor>& params, const std::shared_pt
     : noted_(std::make_shared<Noted>()) {
   noted_->reducer = reducer;
   noted_->scheduler = std::move(scheduler);
-  for (const at::Tensor& param : params) noted_->of.push_back({param});
+  for (const at::Tensor& param : params) noted_->of.push_back({param, std::nullopt});
   for (size_t index = 0; index < params.size(); ++index) {
     using torch::autograd::variable_list;
     auto accumulator = torch::autograd::impl::grad_accumulator(params[index]);
@@ -56,7 +61,8 @@ Unreduced::~Unreduced() {
 bool Unreduced::has(size_t index) const {
   const Noted::One& one = noted_->of.at(index);
   const at::Tensor& grad = one.param.grad();
-  return grad.defined() && grad.unsafeGetTensorImpl() == one.grad && one.pass == noted_->scheduler->passes();
+  return one.grad && one.grad->_unsafe_get_target() == grad.unsafeGetTensorImpl() && grad.defined() &&
+         one.pass == noted_->scheduler->passes();
 }
 
 }  // namespace dear
