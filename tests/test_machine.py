@@ -37,9 +37,9 @@ def attaches_twice(case: Case) -> bool:
     attached = False
     for piece in case.program:
         stays = attached and (case.how == "register" or "detach()" not in piece.code)
-        if stays and "attach()" in piece.code:
+        if stays and "attach(" in piece.code:
             return True
-        attached = stays or "attach()" in piece.code
+        attached = stays or "attach(" in piece.code
     return False
 
 

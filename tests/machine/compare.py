@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -37,7 +38,8 @@ class Rounding:
         (mine, rest), (theirs, other) = _numbers(have), _numbers(want)
         if rest != other or mine.shape != theirs.shape:
             return False
-        size = theirs.abs().max().item() if theirs.numel() else 0.0
+        finite = theirs[torch.isfinite(theirs)]
+        size = finite.abs().max().item() if finite.numel() else 0.0
         bound = (PRINTED if other else FLOOR) * (1 + size)
         if self._complete and (twin := _numbers(self._twin[index][1])[0]).shape == theirs.shape:
             apart = (twin - theirs).abs()
@@ -105,6 +107,17 @@ def compare(have: Notes, want: Notes, complete: int | None, rounding: Rounding |
     if complete is not None and len(have) != len(want):
         return complete, f"notes {len(have)} values instead of {len(want)}"
     return None
+
+
+def digest(note: Any) -> str:
+    """A few letters for a noted value, the same for the same bits."""
+    if isinstance(note, torch.Tensor):
+        note = f"{note.dtype} {list(note.shape)}".encode() + _bytes(note)
+    return hashlib.sha256(note if isinstance(note, bytes) else repr(note).encode()).hexdigest()[:12]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def _short(value: Any) -> str:
