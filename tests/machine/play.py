@@ -62,7 +62,8 @@ def _play_plain(case: Case, rank: int) -> Plain:
     if run.may_round:
         twin = Run(case, rank, plain=True, double=True)
         twin.play(valid)
-        rounding = Rounding(run.notes, twin.notes)
+        coarse = next((number for number, piece in enumerate(case.program) if "autocast" in piece.code), None)
+        rounding = Rounding(run.notes, twin.notes, coarse)
     return Plain(run.notes, valid, why, rounding, run.values)
 
 
