@@ -65,7 +65,8 @@ WHOLE = {
     "scaler.scale(forward(95)).backward()\nscaler.unscale_(opt); scaler.unscale_(opt2); clip(0.01, 2.0)\n"
     "scaler.step(opt); scaler.step(opt2); scaler.update()": "scaler of both clips",
     "opt.zero_grad(); opt2.zero_grad()\nforward(96).backward()\n"
-    "torch.nn.utils.clip_grad_norm_(opt.param_groups[0]['params'], 0.01)\nopt.step(); opt2.step()": "torch clips one",
+    "inexact(); torch.nn.utils.clip_grad_norm_(opt.param_groups[0]['params'], 0.01)\n"
+    "opt.step(); opt2.step()": "torch clips one",
     "opt.zero_grad(); opt2.zero_grad()\nforward(96).backward()\nopt.step()\ndetach()\nattach()\n"
     "opt2.step()": "attach between",
     "def closure():\n    opt.zero_grad(); opt2.zero_grad()\n    loss = forward(97)\n    loss.backward()\n"

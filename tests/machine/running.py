@@ -184,6 +184,8 @@ class Run:
         else:
             held = [param for opt in self.opts for group in opt.param_groups for param in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(held, max_norm, norm_type)
+        if norm_type != float("inf") and norm > max_norm:  # of parts on two ranks the norm is rounded otherwise
+            self.inexact()
         self.note(norm.float().round(decimals=4))
 
     def optimizer_state(self) -> dict[str, Any]:
