@@ -55,7 +55,7 @@ class Run:
         self.net = net().double() if double else net()
         self.model = DDP(self.net, **case.ddp)
         self.params = list(self.net.parameters())
-        self.opts = self._optimizers()
+        self.opts = make_optimizers(case, self.params)
         self.opt = self.opts[0]
         self.in_parts = case.how in IN_PARTS
         # More than two ranks' gradients are added in another order, which shows whether or not the library is there.
@@ -65,27 +65,6 @@ class Run:
         self.values: list[str] = []  # a digest of all parameters before each piece, and at the end; plain DDP's only
         self.piece = -1
         torch.manual_seed(rank)  # what the model draws in training
-
-    def _optimizers(self) -> list[optim.Optimizer]:
-        half = len(self.params) // 2
-        params = self.params[:-1] if self.case.groups == 0 else self.params  # the last one is for add_param_group()
-        if self.case.second is not None:
-            halves = (params[:half], params[half:]) if self.case.groups < 2 else (params[::2], params[1::2])
-            return [
-                self._optimizer(*each) for each in zip((self.case.optimizer, self.case.second), halves, strict=True)
-            ]
-        if self.case.groups < 2:
-            return [self._optimizer(self.case.optimizer, params)]
-        lr = self.case.optimizer[1]["lr"]
-        groups = [{"params": self.params[:half], "lr": lr / 2}, {"params": self.params[half:]}]
-        return [self._optimizer(self.case.optimizer, groups)]
-
-    def _optimizer(self, chosen: tuple[str, dict[str, Any]], params: list[Any]) -> optim.Optimizer:
-        kind, options = copy.deepcopy(chosen)
-        make = getattr(optim, kind)
-        if self.case.how == "owned":  # which is for optimizers that want parameters whole
-            make = type(kind, (make,), {"dear_whole": True})
-        return make(params, **options)
 
     # --- what programs call ---
 
@@ -317,6 +296,28 @@ class Run:
         self.note([param.detach() for param in self.params])
         self.note([buffer for _, buffer in sorted(self.net.named_buffers())])
         self.note([[key, value] for index in sorted(state) for key, value in sorted(state[index].items())])
+
+
+def make_optimizers(case: Case, params: list[nn.Parameter]) -> list[optim.Optimizer]:
+    """The optimizer of a case, or both, over a model's parameters."""
+    half = len(params) // 2
+    held = params[:-1] if case.groups == 0 else params  # the last one is for add_param_group()
+    if case.second is not None:
+        halves = (held[:half], held[half:]) if case.groups < 2 else (held[::2], held[1::2])
+        kinds = (case.optimizer, case.second)
+        return [_make_optimizer(case, *each) for each in zip(kinds, halves, strict=True)]
+    if case.groups < 2:
+        return [_make_optimizer(case, case.optimizer, held)]
+    groups = [{"params": params[:half], "lr": case.optimizer[1]["lr"] / 2}, {"params": params[half:]}]
+    return [_make_optimizer(case, case.optimizer, groups)]
+
+
+def _make_optimizer(case: Case, chosen: tuple[str, dict[str, Any]], params: list[Any]) -> optim.Optimizer:
+    kind, options = copy.deepcopy(chosen)
+    make = getattr(optim, kind)
+    if case.how == "owned":  # which is for optimizers that want parameters whole
+        make = type(kind, (make,), {"dear_whole": True})
+    return make(params, **options)
 
 
 def _in_one(states: list[dict[str, Any]]) -> dict[tuple[int, Any], Any]:
