@@ -1,7 +1,7 @@
 """What the tests named test_silence_*.py share: a short program, run with plain DDP and with the library, compared.
 
 The promise: the same training, bit for bit with two workers, or one clear error. A program is as those of
-tests/machine (see play.py there for the names it may use); pieces are separated by empty lines.
+tests/machine (see running.py there for the names it may use); pieces are separated by empty lines.
 """
 
 from __future__ import annotations

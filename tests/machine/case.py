@@ -6,8 +6,9 @@ import dataclasses
 from typing import Any, NamedTuple
 
 #: How the library is put under the model. "compressed" and "register" use a compressor that stays dense. There is
-#: "owned", too, with an optimizer that wants parameters whole.
+#: "owned", too, with an optimizer that wants parameters whole, and "auto", which leaves the choice to the library.
 HOWS = ("sharded", "replicated", "compressed", "register")
+ALL_HOWS = (*HOWS, "owned", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,10 @@ class Case:
     how: str
     model: str = "Mlp"
     optimizer: tuple[str, dict[str, Any]] = ("SGD", {"lr": 0.05})
-    groups: int = 1  # parameter groups of the optimizer
+    groups: int = 1  # parameter groups of the optimizer; 0: one, without the model's last parameter
+    #: Another optimizer. Each has a half of the parameters; with groups=2 each has every other one of them.
+    second: tuple[str, dict[str, Any]] | None = None
+    workers: int = 2
     ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
     attach: dict[str, Any] = dataclasses.field(default_factory=dict)
     program: tuple[Piece, ...] = ()
@@ -70,6 +74,8 @@ class Result(NamedTuple):
     text: str = ""
     where: str = ""  # an error was raised
     values: tuple[str, ...] = ()  # digests of plain DDP's parameters before and after the piece of an error
+    #: Of each value noted, where it may be rounded otherwise: its piece, digests of plain DDP's and of the library's.
+    notes: tuple[tuple[int, str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 FACTOR = 8.0  # by how much two ways to round may differ more than one of them and exact arithmetic
 FLOOR = 1e-5  # of a value's size, and absolute: a few roundings of float32
+COARSE = 2**-8  # the same behind a pass under autocast: what float64 does says nothing of roundings to bfloat16
 PRINTED = 2e-4  # the same of a value in a text, which is printed with four decimals
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf|nan)(?![\w.])")
 LOOKS = re.compile(r"\s+|,? dtype=torch\.\w+")  # how a text is laid out: lines, and what type its numbers have
@@ -25,10 +27,13 @@ class Rounding:
     is nothing but rounding, as that of an attention's key bias, and step by step such a value wanders. So the same
     program is run by plain DDP in float64, too: where float32 and float64 part, rounding decides, and so much more
     may be between two runs in float32.
+
+    coarse: the first piece that computes in bfloat16, if one does.
     """
 
-    def __init__(self, want: Notes, twin: Notes) -> None:
+    def __init__(self, want: Notes, twin: Notes, coarse: int | None = None) -> None:
         self._twin = twin
+        self._coarse = [coarse is not None and piece >= coarse for piece, _ in want]
         pairs = zip(want, twin, strict=False)
         self._complete = len(twin) >= len(want) and all(a[0] == b[0] for a, b in pairs)
 
@@ -37,8 +42,11 @@ class Rounding:
         (mine, rest), (theirs, other) = _numbers(have), _numbers(want)
         if rest != other or mine.shape != theirs.shape:
             return False
-        size = theirs.abs().max().item() if theirs.numel() else 0.0
+        finite = theirs[torch.isfinite(theirs)]
+        size = finite.abs().max().item() if finite.numel() else 0.0
         bound = (PRINTED if other else FLOOR) * (1 + size)
+        if self._coarse[index]:
+            bound = max(bound, COARSE * (1 + size))
         if self._complete and (twin := _numbers(self._twin[index][1])[0]).shape == theirs.shape:
             apart = (twin - theirs).abs()
             if apart.numel() and bool(torch.isfinite(apart).all()):
@@ -105,6 +113,17 @@ def compare(have: Notes, want: Notes, complete: int | None, rounding: Rounding |
     if complete is not None and len(have) != len(want):
         return complete, f"notes {len(have)} values instead of {len(want)}"
     return None
+
+
+def digest(note: Any) -> str:
+    """A few letters for a noted value, the same for the same bits."""
+    if isinstance(note, torch.Tensor):
+        note = f"{note.dtype} {list(note.shape)}".encode() + _bytes(note)
+    return hashlib.sha256(note if isinstance(note, bytes) else repr(note).encode()).hexdigest()[:12]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import models
 
-from machine import more_models
+from machine import more_models, more_uses
 from machine.case import HOWS, Case, Piece
 from machine.vocabulary import (
     AVERAGES,
@@ -61,10 +61,13 @@ ATTACH: list[dict[str, Any]] = [  # options beside the update
     {}, {}, {}, {}, {"overlap_forward": False}, {"check_replicas": 1}, {"hierarchy": 2}, {"bucket_cap_mb": 25.0},
 ]  # fmt: skip
 SECOND = 0.05  # of the attachments while one is there
+WAYS = ("sharded", "owned", "replicated", "auto")
+WAYS_OF_TWO = ("sharded", "owned", "auto")  # of two optimizers; the others take one, and say so
 EXTRAS = [  # how often, relative to each other
     (READS, 8), (WRITES, 6), (STATE, 5), (AVERAGES, 5), (FORWARDS, 5), (HYPER, 3), (ENGINE, 2), (FREEZING, 1),
-    (LAYOUT, 1), (HOOKS, 2), (STRUCTURE, 4), (OWN_OPTIMIZER, 3), (WHOLE, 6),
+    (LAYOUT, 1), (HOOKS, 2), (STRUCTURE, 4), (OWN_OPTIMIZER, 3), (WHOLE, 6), (more_uses.SAVES, 4), (more_uses.ANEW, 3),
 ]  # fmt: skip
+EXTRAS_OF_TWO = [(more_uses.TWO, 6), (more_uses.WHOLE, 8)]
 STEPS = {
     "opt.step()": (20, ""),
     "opt.step(); opt.step()": (1, "step twice"),
@@ -97,11 +100,12 @@ def weighted(rng: random.Random, choices: dict[str, tuple[int, str]]) -> tuple[s
 class Names:
     """How a program can reach the parameters of a model."""
 
-    def __init__(self, model: str, held: int, unused: bool) -> None:
+    def __init__(self, model: str, unused: bool, two: bool = False, workers: int = 2) -> None:
         net = (getattr(models, model, None) or getattr(more_models, model))()
         self.names = [name for name, _ in net.named_parameters()]
         self.modules = [name for name, module in net.named_modules() if name and not list(module.children())]
-        self.held = held  # so many are in the optimizer's first group
+        self.held = 0  # so many are in the optimizer's first group, and the first ones of the model
+        self.two, self.workers, self.ways = two, workers, WAYS_OF_TWO if two else WAYS
         self.unused = unused  # parameters may go unused: otherwise plain DDP reduces nothing beside a frozen one
 
     def param(self, rng: random.Random) -> str:
@@ -117,35 +121,50 @@ class Names:
 
     def fill(self, rng: random.Random, code: str) -> str:
         """The piece with a parameter and a module in its places."""
-        return code.format(p=self.param(rng), module=rng.choice(self.modules))
+        way = rng.choice(self.ways) if "{way" in code else ""
+        return code.format(p=self.param(rng), module=rng.choice(self.modules), way=way)
 
 
-def generate(seed: int, without: Collection[str] = (), how: str | None = None) -> Case:
-    """The case of a seed. ``without``: labels that it must not have; "static_graph" is one."""
+def generate(
+    seed: int, without: Collection[str] = (), how: str | None = None, workers: int = 2, optimizers: int | None = None
+) -> Case:
+    """The case of a seed.
+
+    without: labels that it must not have; "static_graph" is one.
+    workers: more than two are in nodes of two, most often.
+    optimizers: one or two; None leaves that to the seed.
+    """
     rng = random.Random(seed)
-    how = how or rng.choice(HOWS)
+    two = optimizers == 2 or (optimizers is None and how in (None, *WAYS_OF_TWO) and rng.random() < 0.2)
+    how = how or rng.choice(WAYS_OF_TWO if two else (*HOWS, *HOWS, "auto"))
     model = rng.choice(list(MODELS))
     ddp = rng.choice(MODELS[model])
     if "static_graph" in without and "static_graph" in ddp:
         model, ddp = "Mlp", {}
-    optimizer = rng.choice(OPTIMIZERS[:-1] if how == "sharded" else OPTIMIZERS)
+    served = OPTIMIZERS[:-1] if how == "sharded" else OPTIMIZERS
+    optimizer, second = rng.choice(served), rng.choice(served) if two else None
     groups = rng.choice((1, 1, 2, 0))
     attach = rng.choice(ATTACH)
-    names = Names(model, 0, bool(ddp.get("find_unused_parameters")))
-    names.held = {1: len(names.names), 2: len(names.names) // 2, 0: len(names.names) - 1}[groups]
+    if workers > 2:
+        attach = attach | rng.choice(({"hierarchy": 2},) * 7 + ({},))
+    names = Names(model, bool(ddp.get("find_unused_parameters")), two, workers)
+    count = len(names.names)
+    names.held = {1: count // 2 if two else count, 2: 0 if two else count // 2, 0: (count - 1) // (1 + two)}[groups]
     pieces = list(program(rng, names))
     if ddp.get("gradient_as_bucket_view"):  # the next pass overwrites a gradient that is kept, in plain DDP alone
         pieces = [piece for piece in pieces if piece.label != "keep grads"]
     kept = [piece for piece in pieces if piece.label not in without]
     kept = list(attached_once(rng, kept, how))
-    return Case(how, model, optimizer, groups, ddp, attach if how != "register" else {}, tuple(kept))
+    if how == "register":  # which has no other option
+        attach = {name: value for name, value in attach.items() if name == "hierarchy" and workers > 2}
+    return Case(how, model, optimizer, groups, second, workers, ddp, attach, tuple(kept))
 
 
 def attached_once(rng: random.Random, pieces: Collection[Piece], how: str) -> Iterator[Piece]:
     """Most of the second attachments left out: they are refused, and nothing behind them would be seen."""
     attached = False
     for piece in pieces:
-        attaches, detaches = "attach()" in piece.code, "detach()" in piece.code
+        attaches, detaches = "attach(" in piece.code, "detach()" in piece.code
         # A hook that compress.register() has put under a model stays there: detach() is of an engine.
         stays = attached and (how == "register" or not detaches)
         if attaches and stays and rng.random() >= SECOND:
@@ -163,10 +182,14 @@ def program(rng: random.Random, names: Names) -> Any:
     extras = [(table, weight) for table, weight in EXTRAS if table is not FREEZING]
     if names.unused:
         extras.append((FREEZING, 5))
+    if names.two:
+        extras += EXTRAS_OF_TWO
+    by_turns = names.two and rng.random() < 0.2
+    zeros = more_uses.ZEROS if names.two else ZEROS
     for step in range(steps):
         if step == attach_at:
             yield Piece("attach()")
-        yield from lateness(rng)
+        yield from lateness(rng, names.workers)
         code, label = weighted(rng, PASSES)
         yield Piece(code.format(step=step), label)
         if rng.random() < 0.2:
@@ -175,11 +198,15 @@ def program(rng: random.Random, names: Names) -> Any:
             yield one(rng, names, rng.choices([t for t, _ in extras], [w for _, w in extras])[0])
         if rng.random() < 0.03:
             yield Piece("opt.zero_grad()", "zero_grad first")
-        yield from lateness(rng)
-        yield Piece(*weighted(rng, STEPS))
+        yield from lateness(rng, names.workers)
+        if by_turns:
+            yield Piece(more_uses.BY_TURNS[step % 2], "by turns")
+        else:
+            code, label = weighted(rng, more_uses.STEPS if names.two else STEPS)
+            yield Piece(names.fill(rng, code), label)
         if rng.random() < 0.3:
             yield one(rng, names, rng.choices([t for t, _ in extras], [w for _, w in extras])[0])
-        yield Piece(*weighted(rng, ZEROS))
+        yield Piece(*weighted(rng, zeros))
         while rng.random() < 0.5:
             yield one(rng, names, rng.choices([t for t, _ in extras], [w for _, w in extras])[0])
 
@@ -190,7 +217,7 @@ def one(rng: random.Random, names: Names, table: dict[str, str]) -> Piece:
     return Piece(names.fill(rng, code), table[code])
 
 
-def lateness(rng: random.Random) -> Any:
+def lateness(rng: random.Random, workers: int) -> Any:
     """Sometimes one rank comes late."""
     if rng.random() < 0.4:
-        yield Piece(f"late({rng.randrange(2)})")
+        yield Piece(f"late({rng.randrange(workers)})")

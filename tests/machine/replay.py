@@ -10,9 +10,9 @@ from machine.case import Case, Piece
 from machine.search import run
 
 
-def replay(how: str, program: str, delay: float = 0.02, **options: Any) -> None:
+def replay(how: str, program: str, delay: float = 0.02, workers: int = 2, **options: Any) -> None:
     """Prints the verdict on a program."""
-    case = Case(how=how, program=(Piece(program),), delay=delay, **options)
-    with WorkerPool(2) as pool:
+    case = Case(how=how, program=(Piece(program),), delay=delay, workers=workers, **options)
+    with WorkerPool(workers) as pool:
         (outcome,) = run(pool, [case])
     print(f"{outcome.kind}: {outcome.text}" if outcome.text else outcome.kind)

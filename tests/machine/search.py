@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from workers import WorkerDied, WorkerPool, WorkerTimeout
@@ -21,6 +21,7 @@ LEAKS = (
 )  # fmt: skip
 OWN_WORDS = re.compile(r"fusion group|engine\.|dear\.|compress\.")  # raised in native code, under backward()
 DISAGREE = re.compile(r"Ranks \d+ and \d+ disagree on the values of ")
+PARTED = "is not the same on all ranks, as it is under plain DDP"
 PEER = re.compile(r"Rank \d .*(connection|did not|left the engine|stalled|ended|closed)|Connection|timed out|Timed out")
 
 
@@ -33,9 +34,10 @@ def verdict(case: Case, results: list[Result]) -> Outcome:
         return Outcome("invalid", results[0].text)
     errors = [result for result in results if result.kind == "error"]
     if not errors:
-        return Outcome("equal")
+        apart = parted([result.notes for result in results])
+        return Outcome("equal") if apart is None else Outcome("difference", PARTED, _code(case, apart))
     own = [error for error in errors if not PEER.search(error.text)] or errors
-    _, piece, text, where, _ = own[0]
+    _, piece, text, where, *_ = own[0]
     at = _code(case, piece)
     if not (clear(text) and (raised_here(where) or OWN_WORDS.search(text))):
         return Outcome("unclear error", text + "\n" + where, at)
@@ -46,6 +48,15 @@ def verdict(case: Case, results: list[Result]) -> Outcome:
     if DISAGREE.search(text) and len({error.values for error in errors}) == 1:
         return Outcome("false error", text, at)
     return Outcome("refused", text, at)
+
+
+def parted(everyone: Sequence[Sequence[tuple[int, str, str]]]) -> int | None:
+    """The piece at which a value has other bits on one rank than on another, though all ranks have the same under plain
+    DDP."""
+    for of_ranks in zip(*everyone, strict=False):
+        if len({plain for _, plain, _ in of_ranks}) == 1 < len({own for _, _, own in of_ranks}):
+            return of_ranks[0][0]
+    return None
 
 
 def clear(text: str) -> bool:
@@ -187,7 +198,7 @@ class Search:
                     start += size
             size = size if changed and size == 1 else size // 2
         for change in ({"model": "Mlp", "ddp": {}}, {"ddp": {}}, {"optimizer": ("SGD", {"lr": 0.05})}, {"groups": 1},
-                       {"attach": {}}):  # fmt: skip
+                       {"second": None}, {"attach": {}}):  # fmt: skip
             if budget > 0 and any(getattr(best[0], name) != value for name, value in change.items()):
                 attempt(dataclasses.replace(best[0], **change))
         return best
