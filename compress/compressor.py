@@ -63,6 +63,19 @@ class Compressor(Contract):
         """The class with its first options, and the others that are not as by default."""
         return f"{type(self).__name__}({', '.join(described(self))})"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies and pickles, its own and those of a DDP module whose hook it is.
+
+        Raises:
+            RuntimeError: it is at work.
+        """
+        if self.binding is not None:
+            raise RuntimeError(
+                "A compressor at work cannot be copied or pickled, nor can the DDP module that it is under: copy "
+                "model.module, or save state_dict() of both."
+            )
+        return super().__reduce_ex__(protocol)
+
     # --- state and statistics ---
 
     def state_dict(self, gather: bool = False) -> dict[str, Any]:

@@ -36,11 +36,10 @@ class TwoLevels:
         if nodes is None:
             return None
         loads = [0] * len(nodes.inside)
-        places = {}
-        for param, name in _ddp.parameter_names(model).items():
-            if param.requires_grad:
-                places[name] = loads.index(min(loads))
-                loads[places[name]] += param.numel()
+        names, places = _ddp.parameter_names(model), {}
+        for param in _ddp.reduced_parameters(model):  # frozen since or not: they are in DDP's buckets
+            place = places[names[param]] = loads.index(min(loads))
+            loads[place] += param.numel()
         return cls(nodes, places)
 
     def give_codec(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C, _grads
+from dear._changes import Changes
 from dear._grads import Found, Grads, Watcher
 from dear._layout import Layout
 from dear._optimizer import UserOptimizer
@@ -50,6 +51,8 @@ class Attached:
     placeholders: Placeholders = field(default_factory=list)  # the schedule: what backward leaves in .grad
     unused: set[Param] = field(default_factory=set)  # the schedule: those no rank used in the last backward pass
     unreduced: _C.Unreduced | None = None  # the schedule: where gradients stay in shards, which are local
+
+    changes: Changes = field(default_factory=Changes)  # the update: what was done to gradients in shards
 
     # The schedule: how many backward passes had been reduced before the last forward pass whose gradients are to be,
     # and before the last one under no_sync().

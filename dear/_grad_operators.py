@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dear._changes import number
 from dear._placeholders import LocalGrad
 
 
@@ -20,7 +21,9 @@ class Gradients(Protocol):
 
     def norms(self, grads: list[LocalGrad], order: float) -> list[torch.Tensor]: ...
 
-    def change(self, grads: list[LocalGrad], operator: Callable[[list[torch.Tensor]], Any], factor: Any) -> None: ...
+    def change(
+        self, grads: list[LocalGrad], operator: Callable[[list[torch.Tensor]], Any], factor: Any, what: Any
+    ) -> None: ...
 
     def unscale(self, grads: list[LocalGrad], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None: ...
 
@@ -92,11 +95,22 @@ def _factor(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     return 1 / factor if func in _DIVIDING else None
 
 
+def _said(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """A change in words and numbers; None for one that changes nothing."""
+    numbers = [number(value) for value in (*args, *kwargs.values())]
+    if func in _MULTIPLYING | _DIVIDING and numbers == [1]:
+        return None
+    return getattr(func, "__name__", ""), numbers, list(kwargs)
+
+
 def _change_one(gradients: Gradients, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     grad, *rest = args
     if not isinstance(grad, LocalGrad) or not all(map(_is_one_number, [*rest, *kwargs.values()])):
         return NotImplemented
-    gradients.change([grad], lambda parts: [func(part, *rest, **kwargs) for part in parts], _factor(func, rest, kwargs))
+    gradients.change(
+        [grad], lambda parts: [func(part, *rest, **kwargs) for part in parts], _factor(func, rest, kwargs),
+        _said(func, rest, kwargs),
+    )  # fmt: skip
     return grad
 
 
@@ -105,7 +119,8 @@ def _change_each(gradients: Gradients, func: Any, args: list[Any], kwargs: dict[
     if not all(map(_is_one_number, [*rest, *kwargs.values()])):
         return NotImplemented
     local, plain = _split(grads)
-    gradients.change(local, lambda parts: func(parts, *rest, **kwargs), _factor(func, rest, kwargs))
+    factor, what = _factor(func, rest, kwargs), _said(func, rest, kwargs)
+    gradients.change(local, lambda parts: func(parts, *rest, **kwargs), factor, what)
     if plain:
         func(plain, *rest, **kwargs)
     return None

@@ -66,7 +66,8 @@ def unwrapped(optimizer: Any) -> Any:
 def is_initialized(optimizer: optim.Optimizer) -> bool:
     """Whether ``Optimizer.__init__()`` was called: many wrappers are optimizers in name only, and show the groups and
     the state of another as theirs."""
-    return vars(optimizer).keys() >= {"param_groups", "state", "_optimizer_step_pre_hooks"}
+    own = {"param_groups", "state", "_optimizer_step_pre_hooks", "_optimizer_state_dict_pre_hooks"}
+    return vars(optimizer).keys() >= own
 
 
 class UserOptimizer:

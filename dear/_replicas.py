@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,9 +44,11 @@ def check_replicas(attached: Attached, step: int) -> None:
     attached.synchronize()
     options = options_of([user.optimizer for user in attached.users])
     with ordinary(StepContext(attached.device, grad=False)):
-        rows = _gather(attached, [*_C.checksums(attached.params), zlib.crc32(repr(options).encode())])
-        if len({row[-1] for row in rows}) > 1:
+        own = zlib.crc32(repr(options).encode()), attached.changes.total
+        rows = _gather(attached, [*_C.checksums(attached.params), *own])
+        if len({row[-2] for row in rows}) > 1:
             _raise_other_options(attached, options, step)
+        _check_changes([row[-1] for row in rows], step)
     common = Counter(rows).most_common(1)[0][0]  # the first of those that are as common
     others = [rank for rank, row in enumerate(rows) if row != common]
     if not others:
@@ -59,6 +62,17 @@ def check_replicas(attached: Attached, step: int) -> None:
         f"The replicas differ after step {step}: {who} another {attached.names[differing[0]]}{more} than the "
         "rest; load the same checkpoint on every rank, and look for code that changes parameters on some ranks only."
     )
+
+
+def _check_changes(totals: Sequence[int], step: int) -> None:
+    """Refuses ranks whose scripts have changed gradients in shards otherwise (:mod:`dear._changes`)."""
+    for rank, total in enumerate(totals):
+        if total != totals[0]:
+            raise RuntimeError(
+                f"Ranks 0 and {rank} have set, scaled or clamped gradients otherwise up to step {step}, and each its "
+                "own part of the averages: change them alike on every rank, by what all ranks have, or use "
+                'dear.attach(..., update="replicated").'
+            )
 
 
 def _raise_other_options(attached: Attached, options: dict[str, Any], step: int) -> None:

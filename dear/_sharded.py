@@ -24,6 +24,7 @@ from dear._optimizer import ELEMENTWISE, Groups, UserOptimizer
 from dear._own_steps import OwnSteps, has_own_step
 from dear._placeholders import Placeholders
 from dear._preconditioned import Preconditioning
+from dear._replicas import check_replicas
 from dear._sharded_gradients import ShardedGradients
 from dear._sharded_state import SegmentStates
 from dear._state_parts import LoadedState, StateParts
@@ -45,6 +46,7 @@ class ShardedUpdate(Update):
         self._preconditioning = Preconditioning(attached, self._gradients)
         self._own_steps = OwnSteps(attached.users, attached.names)
         self._fused: set[Param] = set()
+        self.steps_before = 0  # steps before there was a layout, each rank's own
 
     @classmethod
     def refusal(cls, request: Request) -> str | None:
@@ -82,6 +84,8 @@ class ShardedUpdate(Update):
         return set()
 
     def adopt(self, layout: Layout) -> Placeholders:
+        if self.steps_before and self.attached.layout is None:  # from now on each rank's part is handed to all
+            check_replicas(self.attached, self.steps_before)
         self._fused = fused_parameters(user.optimizer for user in self.attached.users)
         former = self._states.take_full(layout)
         self._flat = FlatParameters(layout)
@@ -123,6 +127,7 @@ class ShardedUpdate(Update):
         self._own_steps.begin(optimizer)
         attached.check_own(found.own)
         if attached.layout is None or (self._states.shows_full and not found.reduced):
+            self.steps_before += attached.layout is None
             self._states.take_loaded()
             user.run_all(None)
             return
@@ -200,10 +205,8 @@ class ShardedUpdate(Update):
         attached.scheduler.synchronize()
         found = attached.look_at_grads()
         _take(self.attached, self._states.segments, self._gradients, found.own)
-        used = (
-            [] if found.nothing else [segment for segment in self._states.segments if segment.is_used(attached.unused)]
-        )
-        grads = [segment.tensor.grad for segment in used if segment.tensor.grad is not None]
+        used = [segment for segment in self._states.segments if segment.is_used(attached.unused)]
+        grads = [] if found.nothing else _averages_beside(set(found.missing), used)
         each = torch._foreach_norm(grads, norm_type) if grads else [torch.zeros((), device=attached.device)]
         # One type on every rank, whichever gradients are there.
         wide = torch.float64 if any(shard.dtype == torch.float64 for shard in attached.layout.shard) else torch.float32
@@ -218,7 +221,8 @@ class ShardedUpdate(Update):
             coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
             if grads:
                 torch._foreach_mul_(grads, coefficient)
-            self._gradients.scaled(coefficient)
+            scaled = {param for user in attached.users for param in user.params}.difference(found.missing)
+            self._gradients.scaled(scaled, coefficient)
         return total
 
     def averaged_gradients(self) -> Grads:
@@ -288,3 +292,15 @@ def _take(attached: Attached, segments: list[Segment], gradients: ShardedGradien
         if param in own:
             param.grad = placeholder
     gradients.changed_otherwise(own)
+    attached.changes.note_gradients([own[param] for param in attached.params if param in own])
+
+
+def _averages_beside(missing: set[Param], used: list[Segment]) -> list[torch.Tensor]:
+    """This rank's parts of the averages in these segments, but for those of parameters whose ``.grad`` is None, as
+    where one optimizer has zeroed its gradients and another has not."""
+    found = [(segment, segment.tensor.grad) for segment in used if segment.tensor.grad is not None]
+    if not missing:
+        return [grad for _, grad in found]
+    return [
+        segment.slot(place, grad) for segment, grad in found for place in segment.places if place.param not in missing
+    ]

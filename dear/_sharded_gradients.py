@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 
 from dear import _C, _grads
 from dear._attached import Attached, weakly
+from dear._changes import number
 from dear._context import StepContext, ordinary
 from dear._grad_operators import answer
 from dear._grads import Grads
@@ -71,12 +72,17 @@ class ShardedGradients:
             self._norms[order] = known, set()
         return [known[index].to(grad.dtype) for index, grad in zip(at, grads, strict=True)]
 
-    def change(self, grads: Sequence[LocalGrad], operator: Callable[[list[torch.Tensor]], Any], factor: Any) -> None:
+    def change(
+        self, grads: Sequence[LocalGrad], operator: Callable[[list[torch.Tensor]], Any], factor: Any, what: Any
+    ) -> None:
         """Applies an elementwise operator to this rank's parts of these gradients.
 
-        factor: what the operator multiplies by, or None where it does something else.
+        factor: what the operator multiplies by, or None where it does something else. what: it is, in words and
+        numbers; None where it changes nothing.
         """
         at = self._find(grads)
+        if at and what is not None:
+            self._attached.changes.note(what, at[0], at[-1], len(at))
         with ordinary(StepContext(self._attached.device, grad=False)):
             parts = [part for index in at for part in self._parts(index)]
             if parts:
@@ -88,7 +94,7 @@ class ShardedGradients:
         these gradients is not finite. Collective."""
         self.change(
             grads, lambda parts: torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale),
-            inv_scale.clone(),
+            inv_scale.clone(), ("unscale", number(inv_scale)),
         )  # fmt: skip
         with ordinary(StepContext(self._attached.device, grad=False)):
             found = self.gather(found_inf.view(1), "the overflow check of the gradients")
@@ -96,12 +102,11 @@ class ShardedGradients:
 
     # --- what the update strategy tells ---
 
-    def scaled(self, factor: Any) -> None:
-        """All averages that an optimizer uses were multiplied by this."""
+    def scaled(self, params: Collection[torch.nn.Parameter], factor: Any) -> None:
+        """The averages of these parameters were multiplied by this."""
         self._look()
-        used = {param for user in self._attached.users for param in user.params}
         places = enumerate(self._attached.known_layout.places)
-        self._note([index for index, place in places if place.param in used], factor)
+        self._note([index for index, place in places if place.param in params], factor)
 
     def changed_otherwise(self, params: Collection[torch.nn.Parameter]) -> None:
         """Averages of these parameters are no longer those of the local gradients: the user has put others in their

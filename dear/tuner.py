@@ -14,6 +14,7 @@ from dear._findings import TUNER
 from dear._fusion import check_cap
 from dear.engine import Engine
 
+MOST_SKIPPED = 100  # calls in a row: a GradScaler that begins high skips far fewer
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the engine's size, where the user names no sizes
 
 
@@ -73,6 +74,7 @@ class FusionTuner:
         self._times: list[list[float]] = [[] for _ in self.sizes]  # seconds, by size
         self._trials = [index for _ in range(rounds) for index in range(len(self.sizes))]
         self._seen = 0  # steps of this trial
+        self._skipped = 0  # calls in a row that came while gradients waited
         self._last = 0.0  # when the step before ended
         self.best: float | None = None  #: the size in MiB that was left in place, once there is one
         self._due: float | None = None  # a size that was loaded while gradients waited for their step
@@ -92,9 +94,20 @@ class FusionTuner:
     def step(self) -> None:
         """Notes that a step has ended; changes the size after the last of a trial. Once all are done it does nothing.
 
+        A step that was skipped, as GradScaler does, leaves gradients that no update has used: it counts for no trial.
+
         Raises:
-            RuntimeError: gradients are waiting for ``optimizer.step()``.
+            RuntimeError: gradients have waited for ``optimizer.step()`` in too many calls in a row.
         """
+        if self._engine._attached.scheduler.has_gradients():
+            self._skipped, self._last = self._skipped + 1, self._clock()
+            if self._skipped == MOST_SKIPPED:
+                raise RuntimeError(
+                    f"tuner.step() was called {MOST_SKIPPED} times in a row while gradients waited for "
+                    "optimizer.step(): call it behind optimizer.step()."
+                )
+            return
+        self._skipped = 0
         if not self.tuning:
             self._take_due()
             return

@@ -42,6 +42,14 @@ class Hooked(Named):
         self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
 
 
+class HalfMade(optim.Optimizer):
+    """Has the hooks of a step, and holds no optimizer in ``.optimizer``, as some of Lookahead."""
+
+    def __init__(self, base):
+        self.base, self.param_groups, self.state = base, base.param_groups, base.state
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+
+
 class Holder:
     """Holds an optimizer and is none, as Lightning's."""
 
@@ -66,8 +74,10 @@ def wrapped(rank, world, update):
         for key, value in model.module.state_dict().items():
             assert torch.equal(value, want[1][key]), (name, key)
         engine.detach()
-    with pytest.raises(TypeError, match=r"holds none in \.optimizer: pass the optimizer inside\.$"):
-        dear.attach(DDP(nn.Linear(2, 2)), Named(None))
+    net = nn.Linear(2, 2)
+    for empty in (Named(None), HalfMade(optim.SGD(net.parameters(), lr=0.1))):
+        with pytest.raises(TypeError, match=r"holds none in \.optimizer: pass the optimizer inside\.$"):
+            dear.attach(DDP(net), empty)
 
 
 @both_modes

@@ -1,6 +1,8 @@
 """Training through the hook: what DDP and its users do to gradients, and every refusal's sentence."""
 
+import copy
 import os
+import pickle
 import re
 import time
 
@@ -334,3 +336,20 @@ def copies(rank: int, world: int) -> None:
 
 def test_saved_states_are_copies(pool2):
     pool2.run(copies)
+
+
+def copied(rank, world):
+    """By registration, and as DDP's own hook: a copy would have no hook."""
+    hooked = DDP(compressing.Prescribed(SHAPES))
+    compressor = compress.SignSGD()
+    hooked.register_comm_hook(compressor, compress.comm_hook)
+    for model in (attach(compress.SignSGD()), hooked):
+        backward(model, gradients(rank, 0))
+        for copy_of in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(RuntimeError, match="A compressor at work cannot be copied or pickled"):
+                copy_of(model)
+        assert len(list(copy.deepcopy(model.module).parameters())) == len(SHAPES)
+
+
+def test_a_copy_of_the_module_would_have_no_hook(pool2):
+    pool2.run(copied)

@@ -93,6 +93,44 @@ def test_refusals(pool2):
     pool2.run(refused)
 
 
+def skipping(rank, world):
+    """Every third step is skipped, as a GradScaler's, and its gradients are zeroed before or behind the tuner."""
+    for zeroed_first in (True, False):
+        model, opt = training.build("Mlp", SGD, {})
+        engine = dear.attach(model, opt, bucket_cap_mb=0.002)
+        tuner = dear.FusionTuner(engine, SIZES, steps=2, rounds=1)
+        for step in range(20):
+            training.loss_of(model, rank, step).backward()
+            if step % 3 != 2:
+                opt.step()
+            if zeroed_first:
+                opt.zero_grad()
+            tuner.step()
+            opt.zero_grad()
+        assert not tuner.tuning
+        engine.detach()
+
+
+def test_steps_that_are_skipped_do_not_count(pool2):
+    pool2.run(skipping)
+
+
+def before_the_step(rank, world):
+    model, opt = training.build("Mlp", SGD, {})
+    engine = dear.attach(model, opt, bucket_cap_mb=0.002)
+    tuner = dear.FusionTuner(engine, SIZES, steps=2, rounds=1)
+    training.loss_of(model, rank, 0).backward()
+    with pytest.raises(RuntimeError, match=r"100 times in a row .* call it behind optimizer\.step\(\)"):
+        for _ in range(100):
+            tuner.step()
+    opt.step()
+    engine.detach()
+
+
+def test_a_tuner_that_is_called_before_the_step_says_so(pool2):
+    pool2.run(before_the_step)
+
+
 def compressed(rank, world):
     model, opt = training.build("Mlp", SGD, {})
     engine = dear.attach(model, opt, compressor=compress.ACPSGD())

@@ -271,6 +271,20 @@ def test_what_does_not_fit_is_refused(pool4):
     pool4.run(refused)
 
 
+def frozen_since(rank, world):
+    """A parameter that is frozen behind DDP stays in its buckets."""
+    model = DDP(compressing.Prescribed(SHAPES), bucket_cap_mb=100, find_unused_parameters=True)
+    next(model.parameters()).requires_grad_(False)
+    compress.register(model, compress.SignSGD(), hierarchy=SIZE)
+    return list(backward(model, gradients(rank, 0, SHAPES)).values())
+
+
+def test_a_parameter_may_be_frozen_since(pool4):
+    results = pool4.run(frozen_since)
+    for mine, *theirs in zip(*results, strict=True):
+        assert all(torch.equal(one, mine) for one in theirs)
+
+
 def dies(rank, world):
     model = attach(compress.TopK(density=0.05))
     for step in range(6):

@@ -34,6 +34,35 @@ def test_local_gradients_are_not_mixed_in_shards(pool2, name, how):
     assert outcome.kind == "refused" and part in outcome.text, outcome
 
 
+APART = {
+    "by hand, before the first pass":
+        ("attach()\n\nfor p in params: p.grad = torch.full_like(p, 0.01 * (1 + rank))\n\n"
+         "opt.step(); opt.zero_grad(); train(1)", "The replicas differ after step 1"),
+    "by hand": (f"{WARM}\n\nforward(3).backward()\n\nfor p in params: p.grad = torch.full_like(p, 0.01 * (1 + rank))"
+                "\n\nopt.step()", "set, scaled or clamped"),
+    "scaled": (f"{WARM}\n\nforward(3).backward()\n\nfor p in params: p.grad.mul_(0.5 + rank)\n\nopt.step()",
+               "set, scaled or clamped"),
+    "clamped": (f"{WARM}\n\nforward(3).backward()\n\nfor p in params: p.grad.clamp_(-0.1 * (1 + rank), 0.1)\n\n"
+                "opt.step()", "set, scaled or clamped"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["sharded", "owned"])
+@pytest.mark.parametrize("name", APART)
+def test_what_ranks_do_otherwise_to_gradients_is_told(pool2, name, how):
+    program, part = APART[name]
+    (outcome,) = run(pool2, [Case(how, attach={"check_replicas": 1}, program=pieces(program))])
+    assert outcome.kind == "refused" and part in outcome.text, outcome
+
+
+@pytest.mark.parametrize("how", ["sharded", "owned"])
+def test_what_all_ranks_do_alike_to_gradients_is_not(pool2, how):
+    program = (
+        f"{WARM}\n\nforward(3).backward()\n\nfor p in params: p.grad.mul_(0.5)\n\nclip(0.01, float('inf'))\n\n{TAIL}"
+    )
+    check(pool2, Case(how, attach={"check_replicas": 1}, program=pieces(program)), False)
+
+
 CASES = [
     *silence("by hand", f"{WARM}\n\nforward(3).backward()\n\n{BY_HAND.format(0)}\n\n{TAIL}", EVERY),
     *silence("by hand, not zeroed",
@@ -56,6 +85,9 @@ CASES = [
     *silence("by hand, frozen", f"{WARM}\n\nforward(3).backward()\n\n{BY_HAND.format(2)}\n\n{TAIL}", EVERY, IN_SHARDS,
              model="Frozen"),
     *silence("by hand, before the first pass", f"attach()\n\n{BY_HAND.format(0)}\n\n{TAIL}", EVERY),
+    *silence("one optimizer's are zeroed before both are clipped",
+             f"{WARM}\n\nforward(3).backward()\n\nopt.zero_grad(); clip(0.01, float('inf'))\n\nopt2.step()\n\n"
+             "opt2.zero_grad(); train(9)", ("sharded", "owned"), second=("AdamW", {"lr": 0.01})),
     *silence("past DDP, zeroed", f"{WARM}\n\n{INNER}\n\nopt.zero_grad()\n\nforward(3).backward()\n\n{TAIL}", EVERY),
     *silence("past DDP, and reduced with the next", f"{WARM}\n\n{INNER}\n\ninexact(); forward(3).backward()\n\n{TAIL}",
              EVERY),
