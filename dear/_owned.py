@@ -24,8 +24,8 @@ from dear._update import Request
 from dear._whole import declares_whole, stays_whole, update_cost
 from dear.preconditioning import Team
 
-# Their step is not made of updates of one parameter each.
-_JOINT = {optim.LBFGS}
+# Their step is not made of updates of one parameter each, whatever they declare.
+_JOINT = (optim.LBFGS,)
 
 
 class OwnedUpdate(ShardedUpdate):
@@ -44,7 +44,7 @@ class OwnedUpdate(ShardedUpdate):
                 'update="owned" gathers updated parameters, which a compressor would spoil: leave update out, or use '
                 'update="replicated".'
             )
-        joint = next((optimizer for optimizer in request.optimizers if type(optimizer) in _JOINT), None)
+        joint = next((optimizer for optimizer in request.optimizers if isinstance(optimizer, _JOINT)), None)
         if joint is not None:
             return (
                 f'update="owned" updates each parameter on its own, and {type(joint).__name__} updates all of them '

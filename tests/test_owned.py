@@ -280,6 +280,9 @@ def refused(rank, world):
     model, opt = training.build("Mlp", (optim.LBFGS, {}), {})
     with pytest.raises(ValueError, match='update="owned" updates each parameter on its own, and LBFGS'):
         dear.attach(model, opt, update="owned")
+    opt = type("Mine", (optim.LBFGS,), {"dear_whole": True})(model.parameters())  # which is not so
+    with pytest.raises(ValueError, match='update="owned" updates each parameter on its own, and Mine'):
+        dear.attach(model, opt, update="owned")
     import compress
 
     model, opt = training.build("Mlp", ADAFACTOR, {})
