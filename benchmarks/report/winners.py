@@ -19,6 +19,7 @@ from .evidence import Evidence, origin
 RATES = ("100mbit", "500mbit", "1gbit", "2.5gbit", "10gbit", "unlimited")
 LOST = "#c0392b"
 UNMEASURED: dict[str, Any] = {"facecolor": "#e4e4e4", "edgecolor": "#9a9a9a", "hatch": "////", "linewidth": 0}
+LONGEST_NAME = 16  # characters that fit into a cell; longer ones are smaller
 UNPROVEN = "†"
 
 
@@ -106,16 +107,9 @@ def _one(axes: Axes, column: int, row: int, compared: Compared | None, doubts: S
     if lost:
         inner = (column + 0.045, row + 0.06)
         axes.add_patch(Rectangle(inner, 0.91, 0.88, facecolor="none", edgecolor=LOST, linewidth=2.5))
-    axes.text(
-        middle,
-        row + 0.27,
-        called(compared.winner),
-        ha="center",
-        va="center",
-        fontsize=8.5,
-        color=ink,
-        fontweight="bold",
-    )
+    name = called(compared.winner)
+    size = 8.5 * min(1, LONGEST_NAME / len(name))
+    axes.text(middle, row + 0.27, name, ha="center", va="center", fontsize=size, color=ink, fontweight="bold")
     if compared.ratio is None:
         text = "no rival measured" if compared.rival is None else "none of ours measured"
         axes.text(middle, row + 0.6, text, ha="center", va="center", fontsize=7.5, color=ink)
