@@ -67,14 +67,12 @@ class Compressor(Contract):
         """For copies and pickles, its own and those of a DDP module whose hook it is.
 
         Raises:
-            RuntimeError: it is at work.
+            RuntimeError: always: it has native parts, and error feedback that belongs to one model.
         """
-        if self.binding is not None:
-            raise RuntimeError(
-                "A compressor at work cannot be copied or pickled, nor can the DDP module that it is under: copy "
-                "model.module, or save state_dict() of both."
-            )
-        return super().__reduce_ex__(protocol)
+        raise RuntimeError(
+            "A compressor cannot be copied or pickled, nor can a DDP module that it is under: make another one, and "
+            "copy model.module or save state_dict() of both."
+        )
 
     # --- state and statistics ---
 

@@ -40,6 +40,7 @@ class HookBinding(Binding):
             )
         super().__init__(compressor, device)
         self._model = model
+        self._learns_graph = False  # a static one, in the first pass
         self._names: dict[int, str] = {}
         self._params: dict[str, Tensor] = {}
         me = weakref.ref(self)  # the model's reducer holds the native hook, which must not hold the model
@@ -130,6 +131,10 @@ class HookBinding(Binding):
 
     def _ended(self, nonfinite: bool) -> None:
         """At the end of a backward pass, when every ``.grad`` stands."""
+        if self._learns_graph:
+            assert self._model is not None
+            _ddp.check_learns(self._model, _ddp.reduced_parameters(self._model), "compress.register()")
+            self._learns_graph = False
         self.compare_exact()
         bounds = [bound for bounds in self.bounds.values() for bound in bounds]
         if nonfinite:

@@ -8,6 +8,7 @@ of the averages, so all get the same mixture, which no comparison of parameters 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,22 +17,27 @@ from dear import _C
 
 
 class Changes:
-    """Counts up from the time when the library was put under the model."""
+    """Adds up from the time when the library was put under the model, in whatever order parameters come: in a set it is
+    another one on each rank."""
 
     def __init__(self) -> None:
         self.total = 0
 
     def note(self, *what: Any) -> None:
         """Something was done; ``what`` says it in words and numbers, the same on ranks that do the same."""
-        self.total = zlib.crc32(repr(what).encode(), self.total)
+        self.total = (self.total + zlib.crc32(repr(what).encode())) % (1 << 32)
 
-    def note_gradients(self, grads: list[torch.Tensor]) -> None:
+    def note_at(self, at: Sequence[int], *what: Any) -> None:
+        """The same, done to the gradients of these places."""
+        self.note(len(at), sum(at), sum(index * index for index in at), *what)
+
+    def note_gradients(self, grads: Sequence[torch.Tensor]) -> None:
         """These were put in the place of averages. On a device they are counted alone: nobody waits for it."""
-        self.note(_C.checksums(grads) if all(grad.is_cpu for grad in grads) else len(grads))
+        plain = all(grad.is_cpu and grad.layout == torch.strided for grad in grads)
+        self.note(_C.checksums(grads) if plain else len(grads))
 
 
 def number(value: Any) -> Any:
-    """A factor or a bound as a number; on a device nobody waits for it, so it is not read there."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.item() if value.is_cpu else "on a device"
+    """A factor or a bound. A tensor is not read: on a device nobody waits for it, and one that ranks have computed by
+    themselves, as from a norm, may be rounded otherwise on another processor."""
+    return "a tensor" if isinstance(value, torch.Tensor) else value

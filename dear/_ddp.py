@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -161,6 +161,21 @@ def check_first_pass(model: DDP, passes: int, caller: str) -> None:
         raise RuntimeError(
             f"With static_graph=True the first pass after {caller} must not run under model.no_sync(), where DDP's new "
             "reducer cannot learn the graph: run one ordinary pass first."
+        )
+
+
+def check_learns(model: DDP, params: Iterable[torch.nn.Parameter], caller: str) -> None:
+    """Refuses a first pass of a static graph that has left no gradient: ``torch.autograd.grad()`` ran in it, as for a
+    gradient penalty, at whose end DDP reduces what there is, and takes the pass for learnt.
+
+    Raises:
+        RuntimeError: on every rank, out of that call.
+    """
+    if model.static_graph and all(param.grad is None for param in params):
+        raise RuntimeError(
+            f"With static_graph=True the first pass after {caller} must not call torch.autograd.grad() before "
+            "backward(), since DDP learns the graph from it and would not reduce the gradients: run one ordinary pass "
+            "first."
         )
 
 

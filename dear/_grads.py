@@ -104,15 +104,16 @@ def bypassed(name: str) -> RuntimeError:
     """The error for a gradient of a backward pass whose forward pass DDP did not see."""
     return RuntimeError(
         f"optimizer.step() found a gradient of {name} that was not reduced, since the forward pass that it comes from "
-        "did not go through DistributedDataParallel: call the DDP module itself, and not model.module."
+        "did not go through DistributedDataParallel: call the DDP module itself, and not model.module, or put what you "
+        "have reduced yourself into .grad as another tensor."
     )
 
 
 def of_frozen(name: str) -> RuntimeError:
-    """The error for a gradient that was set by hand, of a parameter that is in no bucket of DDP's."""
+    """The error for a gradient of a parameter that is in no bucket of DDP's, set by hand or left from before."""
     return RuntimeError(
         f"The parameter {name} was frozen when the model was wrapped, or DDP was told to ignore it, and has a gradient "
-        'that was set by hand, which is used with update="replicated" alone.'
+        'all the same, which is used with update="replicated" alone: set its .grad to None.'
     )
 
 

@@ -61,7 +61,9 @@ def part_with_held(attached: Attached, make: Callable[[int], torch.Tensor]) -> N
 
 def _stands(placeholder: torch.Tensor, grad: torch.Tensor | None) -> bool:
     """Whether ``.grad`` is the placeholder, or the plain tensor of the same memory that is shown in its place."""
-    return grad is placeholder or (grad is not None and grad.data_ptr() == placeholder.data_ptr())
+    if grad is None or grad is placeholder or grad.layout != torch.strided:
+        return grad is placeholder
+    return grad.data_ptr() == placeholder.data_ptr()
 
 
 def _move_out(placeholder: torch.Tensor) -> None:

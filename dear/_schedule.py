@@ -99,6 +99,7 @@ class Schedule:
     def _backward_ended(self, layout_is_new: bool) -> None:
         attached = self._attached
         if layout_is_new:
+            _ddp.check_learns(attached.model, attached.params, "dear.attach()")
             with ordinary(StepContext(attached.device, grad=False)):
                 self._adopt_layout()
         attached.preconditioning.backward_ended()

@@ -20,6 +20,7 @@ from dear._flat_parameters import FlatParameters
 from dear._grads import Found, Grads
 from dear._held_gradients import part_with_held
 from dear._layout import Layout, Segment
+from dear._objects import all_gather_object
 from dear._optimizer import ELEMENTWISE, Groups, UserOptimizer
 from dear._own_steps import OwnSteps, has_own_step
 from dear._placeholders import Placeholders
@@ -84,8 +85,11 @@ class ShardedUpdate(Update):
         return set()
 
     def adopt(self, layout: Layout) -> Placeholders:
-        if self.steps_before and self.attached.layout is None:  # from now on each rank's part is handed to all
-            check_replicas(self.attached, self.steps_before)
+        if self.attached.layout is None:  # from now on each rank's part is handed to all
+            lane, device = self.attached.gather_lane, self.attached.device
+            steps = max(all_gather_object(lane, self.steps_before, "the steps before the first backward pass", device))
+            if steps:
+                check_replicas(self.attached, steps)
         self._fused = fused_parameters(user.optimizer for user in self.attached.users)
         former = self._states.take_full(layout)
         self._flat = FlatParameters(layout)
@@ -281,7 +285,8 @@ def _take(attached: Attached, segments: list[Segment], gradients: ShardedGradien
     frozen = own.keys() - set(attached.params)
     if frozen:
         raise _grads.of_frozen(attached.names[frozen.pop()])
-    attached.unused = attached.unused - own.keys()
+    if not attached.unused.isdisjoint(own):
+        attached.unused = attached.unused - own.keys()
     attached.scheduler.synchronize()
     for segment in segments:
         for place in segment.places:

@@ -82,7 +82,7 @@ class ShardedGradients:
         """
         at = self._find(grads)
         if at and what is not None:
-            self._attached.changes.note(what, at[0], at[-1], len(at))
+            self._attached.changes.note_at(at, self._pass, what)
         with ordinary(StepContext(self._attached.device, grad=False)):
             parts = [part for index in at for part in self._parts(index)]
             if parts:

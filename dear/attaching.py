@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -241,11 +241,14 @@ def _check_equal(model: DDP, optimizers: Sequence[Optimizer]) -> None:
         facts: dict[str, Any] = {}
         for optimizer in optimizers:
             for param, state in optimizer.state.items():
+                if param not in names or not isinstance(state, Mapping):  # a state of the optimizer's own
+                    continue
                 for key, value in state.items():
-                    what = f"the optimizer's {key} of {names.get(param)}"
-                    if isinstance(value, torch.Tensor):
-                        tensors[what] = value
-                    elif isinstance(value, (int, float)):
+                    what = f"the optimizer's {key} of {names[param]}"
+                    if type(value) in (torch.Tensor, torch.nn.Parameter):
+                        if value.layout == torch.strided and not value.is_meta and not value.is_quantized:
+                            tensors[what] = value.contiguous()
+                    elif key == "step":  # other numbers may be each rank's own, as LBFGS's last loss
                         facts[what] = value
         return dict(zip(tensors, _C.checksums(list(tensors.values())), strict=True)) | facts
 

@@ -119,6 +119,46 @@ def states_apart(rank, world, update):
     dear.attach(model, opt, update=update, **SMALL).detach()
 
 
+@told
+def odd_states(rank, world, update):
+    """What optimizers keep beside tensors of one parameter is not compared."""
+    model, opt = training.build("Mlp", (torch.optim.AdamW, {"lr": 0.01}), {})
+    training.plain_step(model, opt, rank, 0)
+    state = opt.state[model.module.second.weight]
+    state |= {"last": float("nan"), "own": float(rank), "meta": torch.empty(2, device="meta")}
+    state["sparse"] = torch.zeros(2).to_sparse()
+    opt.state["whole"] = torch.zeros(3)
+    if rank == 1:
+        state["exp_avg"].add_(1e-3)
+    with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on the optimizer's exp_avg of second\.weight"):
+        dear.attach(model, opt, update=update, **SMALL)
+
+
+@pytest.mark.parametrize("update", ["sharded", "owned"])
+def test_odd_states_are_left_alone(pool2, update):
+    check_told(pool2, odd_states, update)
+
+
+@told
+def one_steps_first(rank, world, update):
+    """As a checkpointing library that makes a state on one rank: nobody waits for the other."""
+    model, opt = training.build("Mlp", (torch.optim.AdamW, {"lr": 0.0, "weight_decay": 0.0}), {})
+    engine = dear.attach(model, opt, update=update, check_replicas=0, **SMALL)
+    if rank == 0:
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        opt.step()
+    opt.zero_grad()
+    training.loss_of(model, rank, 0).backward()
+    opt.step()
+    engine.detach()
+
+
+@pytest.mark.parametrize("update", ["sharded", "owned"])
+def test_one_rank_may_step_before_the_first_pass(pool2, update):
+    check_told(pool2, one_steps_first, update)
+
+
 @pytest.mark.parametrize("update", ["sharded", "owned"])
 def test_optimizers_whose_state_differs_are_refused(pool2, update):
     check_told(pool2, states_apart, update)

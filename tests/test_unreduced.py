@@ -58,7 +58,8 @@ def test_what_ranks_do_otherwise_to_gradients_is_told(pool2, name, how):
 @pytest.mark.parametrize("how", ["sharded", "owned"])
 def test_what_all_ranks_do_alike_to_gradients_is_not(pool2, how):
     program = (
-        f"{WARM}\n\nforward(3).backward()\n\nfor p in params: p.grad.mul_(0.5)\n\nclip(0.01, float('inf'))\n\n{TAIL}"
+        f"{WARM}\n\nforward(3).backward()\n\n"
+        f"for p in params[:: 1 - 2 * rank]: p.grad.mul_(0.5)\n\nclip(0.01, float('inf'))\n\n{TAIL}"
     )
     check(pool2, Case(how, attach={"check_replicas": 1}, program=pieces(program)), False)
 

@@ -81,7 +81,8 @@ class Run:
         how = self.case.how
         if how == "register":
             if self.engine is None:
-                compress.register(self.model, COMPRESSOR(**DENSE), **self.case.attach)
+                levels = {name: value for name, value in self.case.attach.items() if name == "hierarchy"}
+                compress.register(self.model, COMPRESSOR(**DENSE), **levels)
             return
         compressor = COMPRESSOR(**DENSE) if how == "compressed" else None
         if update is None or compressor is not None:
