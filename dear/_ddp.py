@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -172,23 +173,42 @@ def check_learns(model: DDP, params: Iterable[torch.nn.Parameter], caller: str) 
         RuntimeError: on every rank, out of that call.
     """
     if model.static_graph and all(param.grad is None for param in params):
-        raise RuntimeError(
-            f"With static_graph=True the first pass after {caller} must not call torch.autograd.grad() before "
-            "backward(), since DDP learns the graph from it and would not reduce the gradients: run one ordinary pass "
-            "first."
-        )
+        raise RuntimeError(_not_learnt(caller))
+
+
+def _not_learnt(caller: str) -> str:
+    return (
+        f"With static_graph=True the first pass after {caller} must not call torch.autograd.grad() before "
+        "backward(), since DDP learns the graph from it and would not reduce the gradients: run one ordinary pass "
+        "first."
+    )
 
 
 class FirstPass:
     """Refuses a first pass that plain DDP's new reducer could not learn a static graph from, and takes itself off."""
 
     def __init__(self, model: DDP) -> None:
-        self._handle = model.register_forward_pre_hook(self)
+        self._handles: list[Any] = [model.register_forward_pre_hook(self)]
 
     def __call__(self, model: DDP, inputs: Any) -> None:
-        if torch.is_grad_enabled():
-            check_first_pass(model, 0, "engine.detach()")
-            self._handle.remove()
+        if not torch.is_grad_enabled():
+            return
+        check_first_pass(model, 0, "engine.detach()")
+        if model._static_graph_delay_allreduce_enqueued:  # a backward pass has run, and no gradient has come
+            raise RuntimeError(_not_learnt("engine.detach()"))
+        if len(self._handles) == 1:
+            reducer = weakref.ref(model)
+
+            def arrived(param: torch.Tensor) -> None:
+                of = reducer()
+                if of is not None and not is_open(of):
+                    raise RuntimeError(_not_learnt("engine.detach()"))
+                for handle in self._handles:
+                    handle.remove()
+                self._handles.clear()
+
+            params = [param for param in model.module.parameters() if param.requires_grad]
+            self._handles += [param.register_post_accumulate_grad_hook(arrived) for param in params]
 
 
 def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:

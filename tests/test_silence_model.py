@@ -143,6 +143,15 @@ def test_a_static_graph_is_not_learnt_from_a_penalty(pool2, how):
     assert outcome.kind == "refused" and "static_graph=True the first pass after" in outcome.text, outcome
 
 
+@pytest.mark.parametrize("how", BOTH)
+def test_a_static_graph_is_not_learnt_from_a_penalty_behind_detach(pool2, how):
+    ordinary = "detach()\n\ntrain(3)\n"
+    for between, kind in (("detach()\n", "refused"), (ordinary, "equal")):
+        program = pieces(f"train(0)\n\nattach()\n\ntrain(1)\n\n{between}{PENALTY}\nopt.step()")
+        (outcome,) = run(pool2, [Case(how, "StaticallyUnused", ddp={"static_graph": True}, program=program)])
+        assert outcome.kind == kind and ("engine.detach() must not" in outcome.text) == (kind == "refused"), outcome
+
+
 @told
 def tensor_parallel(rank, world, how):
     """DDP over one dimension of a mesh, tensor parallel over the other: DDP holds the local parts of DTensors."""
