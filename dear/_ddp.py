@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -188,27 +187,20 @@ class FirstPass:
     """Refuses a first pass that plain DDP's new reducer could not learn a static graph from, and takes itself off."""
 
     def __init__(self, model: DDP) -> None:
-        self._handles: list[Any] = [model.register_forward_pre_hook(self)]
+        self._handle = model.register_forward_pre_hook(self)
+        self._waits: list[Any] | None = None  # for the first gradient that is reduced, from the first pass on
 
     def __call__(self, model: DDP, inputs: Any) -> None:
         if not torch.is_grad_enabled():
             return
+        if self._waits == []:
+            self._handle.remove()
+            return
         check_first_pass(model, 0, "engine.detach()")
         if model._static_graph_delay_allreduce_enqueued:  # a backward pass has run, and no gradient has come
             raise RuntimeError(_not_learnt("engine.detach()"))
-        if len(self._handles) == 1:
-            reducer = weakref.ref(model)
-
-            def arrived(param: torch.Tensor) -> None:
-                of = reducer()
-                if of is not None and not is_open(of):
-                    raise RuntimeError(_not_learnt("engine.detach()"))
-                for handle in self._handles:
-                    handle.remove()
-                self._handles.clear()
-
-            params = [param for param in model.module.parameters() if param.requires_grad]
-            self._handles += [param.register_post_accumulate_grad_hook(arrived) for param in params]
+        if self._waits is None:
+            self._waits = refuse_backward(model, model.module.parameters(), _not_learnt("engine.detach()"))
 
 
 def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:

@@ -98,7 +98,7 @@ def _factor(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
 def _said(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """A change in words and numbers; None for one that changes nothing."""
     numbers = [number(value) for value in (*args, *kwargs.values())]
-    if func in _MULTIPLYING | _DIVIDING and numbers == [1]:
+    if numbers == [1] and (func in _MULTIPLYING or func in _DIVIDING):
         return None
     return getattr(func, "__name__", ""), numbers, list(kwargs)
 

@@ -24,11 +24,21 @@ def is_open(model: DDP) -> bool:
     return bool(_C.expects_gradients(model.reducer))
 
 
-def refuse_backward(model: DDP, params: Iterable[torch.nn.Parameter]) -> None:
-    """Has a backward pass of an earlier forward pass raise, on every rank. To be called when the reducer is new.
+EARLIER = (
+    "The forward pass of this backward pass ran before dear.attach(), engine.detach() or the removal of a "
+    "compressor gave DistributedDataParallel a new reducer, which would not reduce it: call them behind "
+    "optimizer.step(), before the next forward pass."
+)
+
+
+def refuse_backward(model: DDP, params: Iterable[torch.nn.Parameter], sentence: str = EARLIER) -> list[Any]:
+    """Has a backward pass that the reducer does not expect raise, on every rank, as that of an earlier forward pass
+    where the reducer is new. The first one that it expects ends this.
+
+    Returns the handles of the hooks, none once this has ended.
 
     Raises, from ``backward()``:
-        RuntimeError: its forward pass ran before the reducer was replaced.
+        RuntimeError: what ``sentence`` says.
     """
     of = weakref.ref(model)
     handles: list[Any] = []
@@ -41,10 +51,7 @@ def refuse_backward(model: DDP, params: Iterable[torch.nn.Parameter]) -> None:
                 handle.remove()
             handles.clear()
             return
-        raise RuntimeError(
-            "The forward pass of this backward pass ran before dear.attach(), engine.detach() or the removal of a "
-            "compressor gave DistributedDataParallel a new reducer, which would not reduce it: call them behind "
-            "optimizer.step(), before the next forward pass."
-        )
+        raise RuntimeError(sentence)
 
     handles += [param.register_post_accumulate_grad_hook(check) for param in params if param.requires_grad]
+    return handles

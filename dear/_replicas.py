@@ -34,12 +34,13 @@ def check_interval(steps: Any) -> None:
 
 
 def check_replicas(attached: Attached, step: int) -> None:
-    """Compares the parameters of all ranks, after waiting for them, and the options of their optimizers. Collective, at
-    a step boundary.
+    """Compares the parameters of all ranks, after waiting for them, the options of their optimizers, and what was done
+    to gradients in shards. Collective, at a step boundary.
 
     Raises:
         RuntimeError: they are not equal, bit for bit; on every rank. It names the ranks that differ from most of them,
-            or from rank 0 where as many have one value as another, and the first such parameter or option.
+            or from rank 0 where as many have one value as another, and the first such parameter or option. Or their
+            scripts have changed gradients otherwise.
     """
     attached.synchronize()
     options = options_of([user.optimizer for user in attached.users])

@@ -208,6 +208,7 @@ class ShardedUpdate(Update):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         attached.scheduler.synchronize()
         found = attached.look_at_grads()
+        attached.check_own(found.own)
         _take(self.attached, self._states.segments, self._gradients, found.own)
         used = [segment for segment in self._states.segments if segment.is_used(attached.unused)]
         grads = [] if found.nothing else _averages_beside(set(found.missing), used)
@@ -281,7 +282,6 @@ def _take(attached: Attached, segments: list[Segment], gradients: ShardedGradien
     """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
     if not own:
         return
-    attached.check_own(own)
     frozen = own.keys() - set(attached.params)
     if frozen:
         raise _grads.of_frozen(attached.names[frozen.pop()])

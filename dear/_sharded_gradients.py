@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_iter
 
 from dear import _C, _grads
 from dear._attached import Attached, weakly
-from dear._changes import number
 from dear._context import StepContext, ordinary
 from dear._grad_operators import answer
 from dear._grads import Grads
@@ -94,7 +93,7 @@ class ShardedGradients:
         these gradients is not finite. Collective."""
         self.change(
             grads, lambda parts: torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale),
-            inv_scale.clone(), ("unscale", number(inv_scale)),
+            inv_scale.clone(), "unscale",
         )  # fmt: skip
         with ordinary(StepContext(self._attached.device, grad=False)):
             found = self.gather(found_inf.view(1), "the overflow check of the gradients")

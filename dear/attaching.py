@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -239,17 +239,27 @@ def _check_equal(model: DDP, optimizers: Sequence[Optimizer]) -> None:
     def sums() -> dict[str, Any]:
         tensors: dict[str, torch.Tensor] = {f"the values of the parameter {names[param]}": param for param in params}
         facts: dict[str, Any] = {}
-        for optimizer in optimizers:
-            for param, state in optimizer.state.items():
-                if param not in names or not isinstance(state, Mapping):  # a state of the optimizer's own
-                    continue
-                for key, value in state.items():
-                    what = f"the optimizer's {key} of {names[param]}"
-                    if type(value) in (torch.Tensor, torch.nn.Parameter):
-                        if value.layout == torch.strided and not value.is_meta and not value.is_quantized:
-                            tensors[what] = value.contiguous()
-                    elif key == "step":  # other numbers may be each rank's own, as LBFGS's last loss
-                        facts[what] = value
+        for what, value in _states(optimizers, names):
+            if _has_bytes(value):
+                tensors[what] = value.contiguous()
+            elif isinstance(value, (int, float)) and what.startswith("the optimizer's step "):
+                facts[what] = value  # other numbers may be each rank's own, as LBFGS's last loss
         return dict(zip(tensors, _C.checksums(list(tensors.values())), strict=True)) | facts
 
     agree(model.process_group, sums, "give every rank the same before dear.attach()")
+
+
+def _states(optimizers: Sequence[Optimizer], names: Mapping[Any, str]) -> Iterator[tuple[str, Any]]:
+    """What the optimizers have for each parameter, in words; what they keep under other keys is their own."""
+    for optimizer in optimizers:
+        for param, state in optimizer.state.items():
+            if param in names and isinstance(state, Mapping):
+                for key, value in state.items():
+                    yield f"the optimizer's {key} of {names[param]}", value
+
+
+def _has_bytes(value: Any) -> bool:
+    """Whether it is a tensor whose memory has all its values."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return value.layout == torch.strided and not value.is_meta and not value.is_quantized

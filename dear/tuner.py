@@ -99,6 +99,8 @@ class FusionTuner:
         Raises:
             RuntimeError: gradients have waited for ``optimizer.step()`` in too many calls in a row.
         """
+        if not self.tuning and self._due is None:
+            return
         if self._engine._attached.scheduler.has_gradients():
             self._skipped, self._last = self._skipped + 1, self._clock()
             if self._skipped == MOST_SKIPPED:

@@ -40,7 +40,7 @@ CASES = [
     for name, options in OPTIONS.items()
     if KNOWN_HERE.keys() >= options.keys()
     for model in (("Unused",) if "find_unused_parameters" in options else ("Mlp", "Convolution"))
-    for case in silence(f"{name}, {model}", PROGRAM, EVERY, True, model=model, ddp=options)
+    for case in silence(f"{name}, {model}", PROGRAM, EVERY, model=model, ddp=options)
 ]
 
 

@@ -8,33 +8,30 @@ from machine.compare import Rounding, compare, leaves
 from machine.generate import generate
 from machine.search import Search, run, verdict
 from silence import WARM, pieces
+from workers import WorkerPool
 
 SEEDS = range(1, 101)
 
 
-def test_whatever_is_drawn_trains_as_plain_ddp_or_is_refused(pool2):
+def sample(pool: WorkerPool, seeds: range, least: int, **drawn: int) -> None:
+    """Runs these cases: none fails, and more than ``least`` are equal."""
     said: list[str] = []
-    found = Search(pool2, said.append)
-    found.over(SEEDS, generate, shrinks=10)
-    assert found.counts["equal"] > len(SEEDS) / 4, f"most of these programs show nothing: {dict(found.counts)}"
+    found = Search(pool, said.append)
+    found.over(seeds, functools.partial(generate, **drawn), shrinks=10)
+    assert found.counts["equal"] > least, f"most of these programs show nothing: {dict(found.counts)}"
     assert not said, "\n".join(said)
+
+
+def test_whatever_is_drawn_trains_as_plain_ddp_or_is_refused(pool2):
+    sample(pool2, SEEDS, len(SEEDS) // 4)
 
 
 def test_two_optimizers(pool2):
-    said: list[str] = []
-    found = Search(pool2, said.append)
-    found.over(range(1, 31), functools.partial(generate, optimizers=2), shrinks=10)
-    assert found.counts["equal"] > 5, f"most of these programs show nothing: {dict(found.counts)}"
-    assert not said, "\n".join(said)
+    sample(pool2, range(1, 31), 5, optimizers=2)
 
 
 def test_nodes_of_two(pool4):
-    said: list[str] = []
-    found = Search(pool4, said.append)
-    # Parameters that are frozen behind DDP's constructor end compressors of two levels with a KeyError, today.
-    found.over(range(1, 16), functools.partial(generate, workers=4), shrinks=10)
-    assert found.counts["equal"] > 5, f"most of these programs show nothing: {dict(found.counts)}"
-    assert not said, "\n".join(said)
+    sample(pool4, range(1, 16), 5, workers=4)
 
 
 def test_replicas_are_compared_where_plain_ddp_keeps_them_equal():
