@@ -17,6 +17,7 @@ from compress.contract import Contract
 from compress.outcome import keep_unused, treat_nonfinite
 from dear import _C, _ddp
 from dear._compiled import enter, leave, uncompiled
+from dear._first_pass import Watch, check_first_pass, check_learns
 from dear._look_again import Facts
 from dear._own_calls import OwnCalls
 
@@ -91,13 +92,14 @@ class HookBinding(Binding):
         assert model is not None
         _ddp.rebuild_reducer(model, _ddp.reducer_options(model), _ddp.reduced_parameters(model))
         leave(model)
+        Watch(model, "the removal of a compressor")
         self._own_calls.release()
         self.compressor.initial_step, self.compressor.binding = self.steps, None
 
     def _look_again(self) -> None:
         assert self._model is not None and self.calls is not None
         if self._learns_graph and torch.is_grad_enabled():
-            _ddp.check_first_pass(self._model, self.calls.total, "compress.register()")
+            check_first_pass(self._model, self.calls.total, "compress.register()")
         self._own_calls.before_forward(self.steps > self._begun)
         if self._facts.changed():
             self._facts.check()
@@ -133,7 +135,7 @@ class HookBinding(Binding):
         """At the end of a backward pass, when every ``.grad`` stands."""
         if self._learns_graph:
             assert self._model is not None
-            _ddp.check_learns(self._model, _ddp.reduced_parameters(self._model), "compress.register()")
+            check_learns(self._model, _ddp.reduced_parameters(self._model), "compress.register()")
             self._learns_graph = False
         self.compare_exact()
         bounds = [bound for bounds in self.bounds.values() for bound in bounds]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -149,58 +148,6 @@ def rebuild_buckets(model: DDP, hook: _C.Scheduler | _C.CompressedHook) -> None:
     if model.static_graph:  # whose second pass would tell
         model.reducer._push_all_rebuilt_params()
     _C.rebuild_buckets(model.reducer, hook)
-
-
-def check_first_pass(model: DDP, passes: int, caller: str) -> None:
-    """Refuses a first pass that a new reducer could not learn a static graph from; ``passes`` were reduced before.
-
-    Raises:
-        RuntimeError: it runs under ``no_sync()``.
-    """
-    if model.static_graph and passes == 0 and not model.require_backward_grad_sync:
-        raise RuntimeError(
-            f"With static_graph=True the first pass after {caller} must not run under model.no_sync(), where DDP's new "
-            "reducer cannot learn the graph: run one ordinary pass first."
-        )
-
-
-def check_learns(model: DDP, params: Iterable[torch.nn.Parameter], caller: str) -> None:
-    """Refuses a first pass of a static graph that has left no gradient: ``torch.autograd.grad()`` ran in it, as for a
-    gradient penalty, at whose end DDP reduces what there is, and takes the pass for learnt.
-
-    Raises:
-        RuntimeError: on every rank, out of that call.
-    """
-    if model.static_graph and all(param.grad is None for param in params):
-        raise RuntimeError(_not_learnt(caller))
-
-
-def _not_learnt(caller: str) -> str:
-    return (
-        f"With static_graph=True the first pass after {caller} must not call torch.autograd.grad() before "
-        "backward(), since DDP learns the graph from it and would not reduce the gradients: run one ordinary pass "
-        "first."
-    )
-
-
-class FirstPass:
-    """Refuses a first pass that plain DDP's new reducer could not learn a static graph from, and takes itself off."""
-
-    def __init__(self, model: DDP) -> None:
-        self._handle = model.register_forward_pre_hook(self)
-        self._waits: list[Any] | None = None  # for the first gradient that is reduced, from the first pass on
-
-    def __call__(self, model: DDP, inputs: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        if self._waits == []:
-            self._handle.remove()
-            return
-        check_first_pass(model, 0, "engine.detach()")
-        if model._static_graph_delay_allreduce_enqueued:  # a backward pass has run, and no gradient has come
-            raise RuntimeError(_not_learnt("engine.detach()"))
-        if self._waits is None:
-            self._waits = refuse_backward(model, model.module.parameters(), _not_learnt("engine.detach()"))
 
 
 def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:

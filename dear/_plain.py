@@ -15,6 +15,7 @@ import torch
 from dear import _C, _ddp
 from dear._attached import Attached
 from dear._bucket_order import BucketOrder
+from dear._first_pass import FirstPass
 from dear._fusion import MIB
 from dear._grads import Found, Grads
 from dear._layout import Layout
@@ -103,6 +104,7 @@ class PlainSchedule:
         self.watches_forward = attached.world > 1  # another schedule may take its place
         self._facts = Facts(attached.model, attached.names, attached.params)
         self._former_options = _ddp.reducer_options(attached.model)
+        self._first_pass: FirstPass | None = None
         self.bucket_order = BucketOrder(attached)  # that of the last layout, and of the next one
         self.group_bytes = int(bucket_cap_mb * MIB)
 
@@ -116,9 +118,14 @@ class PlainSchedule:
         self._group_bytes = value
         self._rebuild(_ddp.ReducerOptions(value, value, self._former_options.views))
 
-    def _rebuild(self, options: _ddp.ReducerOptions) -> None:
-        if self._attached.world > 1:
-            _ddp.rebuild_reducer(self._attached.model, options, self._attached.params)
+    def _rebuild(self, options: _ddp.ReducerOptions) -> bool:
+        if self._attached.world == 1:
+            return False
+        model = self._attached.model
+        self.release()
+        _ddp.rebuild_reducer(model, options, self._attached.params)
+        self._first_pass = FirstPass(model, "dear.attach()")
+        return True
 
     def look_again(self) -> None:
         """As :meth:`dear._schedule.Schedule.look_again`."""
@@ -126,12 +133,16 @@ class PlainSchedule:
 
     def unclaimed(self) -> None: ...
 
-    def before_forward(self) -> None: ...
+    def before_forward(self) -> None:
+        if self._first_pass is not None and self._first_pass.before_forward(self._attached.model):
+            self._first_pass = None
 
     def after_forward(self, failed: bool) -> None: ...
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        if self._first_pass is not None:
+            self._first_pass.end()
 
-    def restore_reducer(self) -> None:
-        """Gives DDP the reducer it had. Collective."""
-        self._rebuild(self._former_options)
+    def restore_reducer(self) -> bool:
+        """As :meth:`dear._schedule.Schedule.restore_reducer`."""
+        return self._rebuild(self._former_options)

@@ -26,6 +26,7 @@ from dear._attached import Attached, Param
 from dear._bucket_order import BucketOrder
 from dear._compiled import uncompiled
 from dear._context import StepContext, ordinary
+from dear._first_pass import check_first_pass, check_learns
 from dear._fusion import MIB, ddp_bucket_bytes, fuse, gather_order
 from dear._layout import Layout, read_places
 from dear._look_again import Facts, overlapping
@@ -99,7 +100,7 @@ class Schedule:
     def _backward_ended(self, layout_is_new: bool) -> None:
         attached = self._attached
         if layout_is_new:
-            _ddp.check_learns(attached.model, attached.params, "dear.attach()")
+            check_learns(attached.model, attached.params, "dear.attach()")
             with ordinary(StepContext(attached.device, grad=False)):
                 self._adopt_layout()
         attached.preconditioning.backward_ended()
@@ -216,7 +217,7 @@ class Schedule:
             return
         self.look_again()
         reduces = attached.model.require_backward_grad_sync
-        _ddp.check_first_pass(attached.model, attached.scheduler.passes(), "dear.attach()")
+        check_first_pass(attached.model, attached.scheduler.passes(), "dear.attach()")
         wanted = reduces and attached.layout is not None and self.bucket_order.wanted
         if wanted and self.bucket_order.asks_to_leave(attached.known_layout.buckets):
             attached.synchronize()
@@ -266,11 +267,10 @@ class Schedule:
             self._forward.close()
         attached.barrier.give_up()
 
-    def restore_reducer(self) -> None:
-        """Gives DDP the reducer it had. Collective, as building DDP is."""
+    def restore_reducer(self) -> bool:
+        """Gives DDP a reducer as it had. Collective, as building DDP is. Returns whether it is another one."""
         _ddp.rebuild_reducer(self._attached.model, self._former_options, self._attached.params)
-        if self._attached.model.static_graph:
-            _ddp.FirstPass(self._attached.model)
+        return True
 
 
 def adopt_changes(attached: Attached, update: Update, facts: Facts) -> bool:

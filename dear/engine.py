@@ -19,6 +19,7 @@ from dear._attached import Attached
 from dear._context import StepContext, ordinary
 from dear._counters import Counters
 from dear._findings import Findings
+from dear._first_pass import Watch
 from dear._fusion import MIB, check_cap
 from dear._held_gradients import hand_over
 from dear._hooks import Hooks
@@ -305,7 +306,8 @@ class Engine:
             _show_averages(attached, self._update)
             self._update.release()
             self._release()
-            self._schedule.restore_reducer()
+            if self._schedule.restore_reducer():
+                Watch(attached.model, "engine.detach()")
 
     def _replace(self, make: Callable[[], Parts]) -> None:
         """Goes on with other parts, which ``make`` makes, from a step boundary on; the user's handle stays. Collective.

@@ -4,9 +4,7 @@ import time
 
 import pytest
 import torch
-from machine.case import Case
-from machine.search import run
-from silence import BOTH, EVERY, WARM, check, check_told, pieces, silence, told
+from silence import BOTH, EVERY, WARM, check, check_told, silence, told
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -126,30 +124,6 @@ CASES = [
 @pytest.mark.parametrize(("case", "may_refuse"), CASES)
 def test_changes_of_the_model_are_seen(pool2, case, may_refuse):
     check(pool2, case, may_refuse)
-
-
-PENALTY = """
-v = x(74).requires_grad_()
-slope, = torch.autograd.grad(model(v).sum(), v, create_graph=True)
-(F.mse_loss(model(x(74)), y(74)) + slope.pow(2).mean()).backward()
-"""
-
-
-@pytest.mark.parametrize("how", EVERY)
-def test_a_static_graph_is_not_learnt_from_a_penalty(pool2, how):
-    """DDP reduces nothing in such a pass, and plain DDP, which has learnt the graph before, does."""
-    program = pieces(f"train(0)\n\nattach()\n{PENALTY}")
-    (outcome,) = run(pool2, [Case(how, "StaticallyUnused", ddp={"static_graph": True}, program=program)])
-    assert outcome.kind == "refused" and "static_graph=True the first pass after" in outcome.text, outcome
-
-
-@pytest.mark.parametrize("how", BOTH)
-def test_a_static_graph_is_not_learnt_from_a_penalty_behind_detach(pool2, how):
-    ordinary = "detach()\n\ntrain(3)\n"
-    for between, kind in (("detach()\n", "refused"), (ordinary, "equal")):
-        program = pieces(f"train(0)\n\nattach()\n\ntrain(1)\n\n{between}{PENALTY}\nopt.step()")
-        (outcome,) = run(pool2, [Case(how, "StaticallyUnused", ddp={"static_graph": True}, program=program)])
-        assert outcome.kind == kind and ("engine.detach() must not" in outcome.text) == (kind == "refused"), outcome
 
 
 @told
