@@ -17,7 +17,7 @@ from compress.contract import Contract
 from compress.outcome import keep_unused, treat_nonfinite
 from dear import _C, _ddp
 from dear._compiled import enter, leave, uncompiled
-from dear._first_pass import Watch, check_first_pass, check_learns
+from dear._first_pass import Watch, check_begins, check_learns
 from dear._look_again import Facts
 from dear._own_calls import OwnCalls
 
@@ -98,8 +98,8 @@ class HookBinding(Binding):
 
     def _look_again(self) -> None:
         assert self._model is not None and self.calls is not None
-        if self._learns_graph and torch.is_grad_enabled():
-            check_first_pass(self._model, self.calls.total, "compress.register()")
+        if self._learns_graph and self.calls.total == 0 and torch.is_grad_enabled():
+            check_begins(self._model, "compress.register()")
         self._own_calls.before_forward(self.steps > self._begun)
         if self._facts.changed():
             self._facts.check()

@@ -17,13 +17,13 @@ from dear._compiled import uncompiled
 from dear._open_pass import refuse_backward
 
 
-def check_first_pass(model: DDP, passes: int, caller: str) -> None:
-    """Refuses a first pass that a new reducer could not learn a static graph from; ``passes`` were reduced before.
+def check_begins(model: DDP, caller: str) -> None:
+    """Refuses a first pass that begins so that a new reducer could not learn a static graph from it.
 
     Raises:
         RuntimeError: it runs under ``no_sync()``.
     """
-    if model.static_graph and passes == 0 and not model.require_backward_grad_sync:
+    if model.static_graph and not model.require_backward_grad_sync:
         raise RuntimeError(
             f"With static_graph=True the first pass after {caller} must not run under model.no_sync(), where DDP's new "
             "reducer cannot learn the graph: run one ordinary pass first."
@@ -72,7 +72,7 @@ class FirstPass:
             return True
         if not torch.is_grad_enabled():
             return False
-        check_first_pass(model, 0, self._caller)
+        check_begins(model, self._caller)
         if model._static_graph_delay_allreduce_enqueued:  # a backward pass has run, and no gradient has come
             raise RuntimeError(_not_learnt(self._caller))
         if self._waits is None:

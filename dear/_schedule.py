@@ -26,7 +26,7 @@ from dear._attached import Attached, Param
 from dear._bucket_order import BucketOrder
 from dear._compiled import uncompiled
 from dear._context import StepContext, ordinary
-from dear._first_pass import check_first_pass, check_learns
+from dear._first_pass import check_begins, check_learns
 from dear._fusion import MIB, ddp_bucket_bytes, fuse, gather_order
 from dear._layout import Layout, read_places
 from dear._look_again import Facts, overlapping
@@ -217,7 +217,8 @@ class Schedule:
             return
         self.look_again()
         reduces = attached.model.require_backward_grad_sync
-        check_first_pass(attached.model, attached.scheduler.passes(), "dear.attach()")
+        if attached.scheduler.passes() == 0:
+            check_begins(attached.model, "dear.attach()")
         wanted = reduces and attached.layout is not None and self.bucket_order.wanted
         if wanted and self.bucket_order.asks_to_leave(attached.known_layout.buckets):
             attached.synchronize()
