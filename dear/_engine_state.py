@@ -33,7 +33,7 @@ def save(attached: Attached, schedule: Timetable, *, compressor: bool, gather: b
 def save_optimizers(attached: Attached, update: Update) -> State | list[State]:
     """In full; a list where there are several. Collective where the state is in parts."""
     with update.full_state():
-        states = [user.optimizer.state_dict() for user in attached.users]
+        states = [user.state_of_run() for user in attached.users]
     return states[0] if len(states) == 1 else states
 
 

@@ -20,6 +20,7 @@ from torch import optim
 from torch.optim import optimizer as _all_optimizers
 
 from dear._compiled import uncompiled
+from dear._other_steps import OtherSteps
 
 # Of all optimizers, before and after a step.
 _GLOBAL_HOOKS: Any = (_all_optimizers._global_optimizer_pre_hooks, _all_optimizers._global_optimizer_post_hooks)
@@ -80,11 +81,13 @@ class UserOptimizer:
         self.note_members()
         self._owner: weakref.WeakMethod[Any] | None = None
         self._ours: dict[str, Any] = {}  # methods of the optimizer that are ours
+        self._others: OtherSteps | None = None
         self._former: Any = None  # its own step, where it had one beside its class's
 
     def take_over(self, step: Step) -> None:
         """``optimizer.step`` is this bound method from now on; its owner is not kept alive."""
         self._owner = weakref.WeakMethod(step)  # type: ignore[arg-type]
+        self._others = OtherSteps(self.optimizer)
 
         @uncompiled
         @functools.wraps(self.original_step)
@@ -109,11 +112,23 @@ class UserOptimizer:
     def release(self) -> None:
         """Gives the optimizer's methods back, but for those that somebody has replaced or wrapped since."""
         self._owner = None
+        if self._others is not None:
+            self._others.release()
         for name, method in self._ours.items():
             if self.optimizer.__dict__.get(name) is method:
                 del self.optimizer.__dict__[name]
         if self._former is not None and "step" not in self.optimizer.__dict__:
             self.optimizer.__dict__["step"] = self._former
+
+    def state_of_run(self) -> dict[str, Any]:
+        """Its state, which is that of the run.
+
+        Raises:
+            RuntimeError: another optimizer has taken its place.
+        """
+        if self._others is not None:
+            self._others.check()
+        return self.optimizer.state_dict()
 
     # --- what it manages ---
 
