@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim import Optimizer
 
-from dear import _C
+from dear import _C, _ddp
+from dear._agree import agree
 from dear._attached import Attached
 from dear._context import StepContext, ordinary
 from dear._objects import all_gather_object
 from dear._options import options_of
 from dear.collectives import shard_range
+
+PARTED = "load the same checkpoint on every rank, and look for code that changes parameters on some ranks only"
 
 
 def check_interval(steps: Any) -> None:
@@ -61,7 +66,7 @@ def check_replicas(attached: Attached, step: int) -> None:
     who = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(map(str, others))} have"
     raise RuntimeError(
         f"The replicas differ after step {step}: {who} another {attached.names[differing[0]]}{more} than the "
-        "rest; load the same checkpoint on every rank, and look for code that changes parameters on some ranks only."
+        f"rest; {PARTED}."
     )
 
 
@@ -97,3 +102,42 @@ def _gather(attached: Attached, sums: list[int]) -> list[tuple[int, ...]]:
     full[begin:end] = torch.tensor(sums, dtype=torch.int64)
     lane.submit(_C.Phase.all_gather, _C.Reduction.sum, [(full, full[begin:end])], "the replica check").wait()
     return [tuple(row) for row in full.view(attached.world, count).tolist()]
+
+
+def check_equal(model: DDP, optimizers: Sequence[Optimizer], remedy: str) -> None:
+    """Refuses replicas that differ, in parameters or in the optimizers' state, before each rank's part is handed to
+    all. Collective, with nothing in flight.
+
+    Raises:
+        ValueError: names a parameter, and the first rank whose values are not rank 0's; on every rank.
+    """
+    names: dict[Any, str] = dict(_ddp.parameter_names(model))
+    params = _ddp.reduced_parameters(model)
+
+    def sums() -> dict[str, Any]:
+        tensors: dict[str, torch.Tensor] = {f"the values of the parameter {names[param]}": param for param in params}
+        facts: dict[str, Any] = {}
+        for what, value in _states(optimizers, names):
+            if _has_bytes(value):
+                tensors[what] = value.contiguous()
+            elif isinstance(value, (int, float)) and what.startswith("the optimizer's step "):
+                facts[what] = value  # other numbers may be each rank's own, as LBFGS's last loss
+        return dict(zip(tensors, _C.checksums(list(tensors.values())), strict=True)) | facts
+
+    agree(model.process_group, sums, remedy)
+
+
+def _states(optimizers: Sequence[Optimizer], names: Mapping[Any, str]) -> Iterator[tuple[str, Any]]:
+    """What the optimizers have for each parameter, in words; what they keep under other keys is their own."""
+    for optimizer in optimizers:
+        for param, state in optimizer.state.items():
+            if param in names and isinstance(state, Mapping):
+                for key, value in state.items():
+                    yield f"the optimizer's {key} of {names[param]}", value
+
+
+def _has_bytes(value: Any) -> bool:
+    """Whether it is a tensor whose memory has all its values."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return value.layout == torch.strided and not value.is_meta and not value.is_quantized

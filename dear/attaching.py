@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
-from dear import _C, _ddp, _refusals, preconditioning
+from dear import _ddp, _refusals, preconditioning
 from dear._agree import agree
 from dear._assembly import STRATEGIES, Ground, Setting, choose_strategy, usual_cap
 from dear._context import StepContext, ordinary
@@ -21,7 +20,7 @@ from dear._look_again import overlapping
 from dear._nodes import check_hierarchy, find_nodes
 from dear._optimizer import UserOptimizer, unwrapped
 from dear._options import options_of
-from dear._replicas import check_interval
+from dear._replicas import check_equal, check_interval
 from dear._replicated import ReplicatedUpdate
 from dear._update import Request, Update
 from dear.choosing import Chooser, Steering, auto, is_chooser
@@ -116,7 +115,7 @@ def attach(
     with ordinary(StepContext(ground.device, grad=False)):
         # Each rank's part of the parameters is handed to all, or may be one day, and made with its part of the state.
         if steering is not None or setting.update != ReplicatedUpdate.kind:
-            _check_equal(model, optimizers)
+            check_equal(model, optimizers, "give every rank the same before dear.attach()")
         engine = Engine(ground.assemble(setting), overlap_forward=overlap_forward, check_replicas=check_replicas)
         if steering is not None:
             steering.ground = ground
@@ -225,41 +224,3 @@ class _Asked:
             return strategy, self.bucket_cap_mb
         ratio = 1.0 if compressor is None else compressor.usual_ratio
         return strategy, usual_cap(strategy, request, self.model, world, ratio)
-
-
-def _check_equal(model: DDP, optimizers: Sequence[Optimizer]) -> None:
-    """Refuses replicas that differ, in parameters or in the optimizers' state. Collective.
-
-    Raises:
-        ValueError: names a parameter, and the first rank whose values are not rank 0's; on every rank.
-    """
-    names: dict[Any, str] = dict(_ddp.parameter_names(model))
-    params = _ddp.reduced_parameters(model)
-
-    def sums() -> dict[str, Any]:
-        tensors: dict[str, torch.Tensor] = {f"the values of the parameter {names[param]}": param for param in params}
-        facts: dict[str, Any] = {}
-        for what, value in _states(optimizers, names):
-            if _has_bytes(value):
-                tensors[what] = value.contiguous()
-            elif isinstance(value, (int, float)) and what.startswith("the optimizer's step "):
-                facts[what] = value  # other numbers may be each rank's own, as LBFGS's last loss
-        return dict(zip(tensors, _C.checksums(list(tensors.values())), strict=True)) | facts
-
-    agree(model.process_group, sums, "give every rank the same before dear.attach()")
-
-
-def _states(optimizers: Sequence[Optimizer], names: Mapping[Any, str]) -> Iterator[tuple[str, Any]]:
-    """What the optimizers have for each parameter, in words; what they keep under other keys is their own."""
-    for optimizer in optimizers:
-        for param, state in optimizer.state.items():
-            if param in names and isinstance(state, Mapping):
-                for key, value in state.items():
-                    yield f"the optimizer's {key} of {names[param]}", value
-
-
-def _has_bytes(value: Any) -> bool:
-    """Whether it is a tensor whose memory has all its values."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    return value.layout == torch.strided and not value.is_meta and not value.is_quantized

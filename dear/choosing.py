@@ -22,6 +22,7 @@ from dear._findings import AUTO
 from dear._look_again import overlapping
 from dear._objects import all_gather_object, broadcast_object
 from dear._plain import PlainUpdate
+from dear._replicas import PARTED, check_equal
 from dear._update import Request
 from dear.engine import Engine
 
@@ -176,7 +177,8 @@ class Steering:
         compressor's error feedback ends with it. Collective.
 
         Raises:
-            ValueError: a compressor cannot serve this model; nothing has been changed.
+            ValueError: a compressor cannot serve this model, or replicas that each rank has updated whole differ;
+                nothing has been changed.
         """
         now, engine = self.setting, self.engine
         if setting == now:
@@ -186,6 +188,10 @@ class Steering:
         if now.compressor is None and (setting.update, setting.compressor) == (now.update, None):
             engine.bucket_cap_mb = setting.bucket_cap_mb
         else:
+            if _in_parts(setting) and not _in_parts(now):
+                engine.synchronize()
+                with ordinary(StepContext.here(self.ground.device)), torch.no_grad():
+                    check_equal(self.ground.model, self.optimizers, PARTED)
             engine._replace(lambda: self.ground.assemble(setting))
         self.setting = setting
 
@@ -200,3 +206,8 @@ class Steering:
     def everyones(self, value: Any, label: str) -> list[Any]:
         """What every rank passes, by rank. Collective."""
         return all_gather_object(self.engine._attached.gather_lane, value, label, self.ground.device)
+
+
+def _in_parts(setting: Setting) -> bool:
+    """Whether each rank updates a part, and what it has made of that is handed to all."""
+    return setting.update in STRATEGIES and not STRATEGIES[setting.update].gathers_gradients

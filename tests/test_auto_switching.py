@@ -9,6 +9,7 @@ import pytest
 import test_owned_lists as owned_lists
 import torch
 import training
+from silence import check_told, told
 from torch import optim
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -106,6 +107,25 @@ def test_every_strategy_into_every_other(pool2, how):
 @pytest.mark.parametrize("ddp", [{"find_unused_parameters": True}, {"static_graph": True}])
 def test_graphs_that_ddp_watches(pool2, ddp):
     pool2.run(switched, ["sharded", "ddp", "replicated", "sharded"], training.SGD, "plain", ddp)
+
+
+@told
+def parted(rank, world, begin):
+    """A step on each rank's own gradients parts replicas, as under plain DDP, and no part of one is handed to all."""
+    model, opt = training.build("Mlp", training.SGD, {})
+    dear.attach(model, opt, compressor=Scripted({0: Setting(begin, SMALL), 2: Setting("sharded", SMALL)}))
+    training.plain_step(model, opt, rank, 0)
+    training.plain_step(model.module, opt, rank, 1)
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(ValueError, match=r"Ranks 0 and 1 disagree on the values of the parameter .*: load the same"):
+        training.plain_step(model, opt, rank, 2)
+    for one, other in zip(before, model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("begin", ["ddp", "replicated"])
+def test_replicas_that_have_parted_are_not_mixed(pool2, begin):
+    check_told(pool2, parted, begin)
 
 
 def with_schedule(rank, world):

@@ -13,7 +13,7 @@ from workers import WorkerPool
 SEEDS = range(1, 101)
 
 
-def sample(pool: WorkerPool, seeds: range, least: int, **drawn: int) -> None:
+def sample(pool: WorkerPool, seeds: range, least: int, **drawn: int | str) -> None:
     """Runs these cases: none fails, and more than ``least`` are equal."""
     said: list[str] = []
     found = Search(pool, said.append)
@@ -28,6 +28,10 @@ def test_whatever_is_drawn_trains_as_plain_ddp_or_is_refused(pool2):
 
 def test_two_optimizers(pool2):
     sample(pool2, range(1, 31), 5, optimizers=2)
+
+
+def test_another_setting_in_every_step(pool2):
+    sample(pool2, range(1, 31), 10, how="switching")
 
 
 def test_nodes_of_two(pool4):

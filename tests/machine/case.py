@@ -6,9 +6,10 @@ import dataclasses
 from typing import Any, NamedTuple
 
 #: How the library is put under the model. "compressed" and "register" use a compressor that stays dense. There is
-#: "owned", too, with an optimizer that wants parameters whole, and "auto", which leaves the choice to the library.
+#: "owned", too, with an optimizer that wants parameters whole, "auto", which leaves the choice to the library, and
+#: "switching", which takes another setting in every step.
 HOWS = ("sharded", "replicated", "compressed", "register")
-ALL_HOWS = (*HOWS, "owned", "auto")
+ALL_HOWS = (*HOWS, "owned", "auto", "switching")
 
 
 @dataclasses.dataclass(frozen=True)

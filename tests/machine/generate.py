@@ -135,8 +135,8 @@ def generate(
     optimizers: one or two; None leaves that to the seed.
     """
     rng = random.Random(seed)
-    two = optimizers == 2 or (optimizers is None and how in (None, *WAYS_OF_TWO) and rng.random() < 0.2)
-    how = how or rng.choice(WAYS_OF_TWO if two else (*HOWS, *HOWS, "auto"))
+    two = optimizers == 2 or (optimizers is None and how in (None, *WAYS_OF_TWO, "switching") and rng.random() < 0.2)
+    how = how or rng.choice((*WAYS_OF_TWO, "switching") if two else (*HOWS, *HOWS, "auto", "switching"))
     model = rng.choice(list(MODELS))
     ddp = rng.choice(MODELS[model])
     if "static_graph" in without and "static_graph" in ddp:

@@ -31,12 +31,16 @@ from machine import ahead, more_models
 from machine.case import Case
 from machine.compare import leaves
 from machine.modes import counting, counting_functions
+from machine.switching import Switching
 
 PATIENCE = 15.0  # seconds for a forked child to answer
-COMPRESSOR = compress.ACPSGD
 OPEN = {"eval with grad", "forward alone"}  # labels of forward passes without a backward pass
-DENSE = {"rank": 2, "start_step": 10**6}
-IN_PARTS = ("sharded", "owned", "auto")  # updates under which averages are, or may be, on one rank each
+IN_PARTS = ("sharded", "owned", "auto", "switching")  # updates under which averages are, or may be, on one rank each
+
+
+def stays_dense() -> compress.Compressor:
+    """A compressor that has not begun."""
+    return compress.ACPSGD(rank=2, start_step=10**6)
 
 
 class Raised(Exception):
@@ -82,11 +86,11 @@ class Run:
         if how == "register":
             if self.engine is None:
                 levels = {name: value for name, value in self.case.attach.items() if name == "hierarchy"}
-                compress.register(self.model, COMPRESSOR(**DENSE), **levels)
+                compress.register(self.model, stays_dense(), **levels)
             return
-        compressor = COMPRESSOR(**DENSE) if how == "compressed" else None
-        if update is None or compressor is not None:
-            update = "replicated" if how == "compressed" else how
+        compressor = {"compressed": stays_dense, "switching": lambda: Switching(stays_dense)}.get(how, lambda: None)()
+        if update is None or how == "compressed":
+            update = {"compressed": "replicated", "switching": "auto"}.get(how, how)
         self.in_parts = self.in_parts or update in IN_PARTS
         options = {"bucket_cap_mb": 0.002, **self.case.attach}
         opts = self.opts if len(self.opts) > 1 else self.opt
