@@ -3,11 +3,12 @@
 import re
 import socket
 import struct
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from wire import HEADER, HELLO, Watched, changing, flip, in_ranks, lane_of, overwrite, peers, unchanged
+from wire import HEADER, HELLO, Watched, changing, flip, hanging_up, in_ranks, lane_of, overwrite, peers, unchanged
 
 from dear import _C
 
@@ -17,6 +18,7 @@ KINDS = {
     "all-to-all": (_C.MeshLane, _C.Phase.all_to_all),
 }
 NUMEL = 600_000
+PATIENCE = 5.0  # seconds, of a listener with who does not say who it is
 
 
 def crc32c(data: bytes) -> int:
@@ -152,6 +154,36 @@ def test_silent_strangers_keep_nobody_waiting(kind):
     outcomes = in_ranks(3, lambda rank: lane_of(kind, store, "lane", 30, peers(rank, 3)).rank)
     assert outcomes == [0, 1, 2], outcomes
     assert len(silent) == 60
+
+
+@pytest.mark.parametrize("kind", [_C.RingLane, _C.MeshLane])
+def test_a_caller_that_is_hung_up_on_calls_again(kind):
+    """A listener hangs up on the oldest of many strangers, whoever that is."""
+    store = hanging_up(2)
+    outcomes = in_ranks(3, lambda rank: lane_of(kind, store, "lane", 30, peers(rank, 3)).rank)
+    assert outcomes == [0, 1, 2], outcomes
+
+
+def test_who_always_hangs_up_is_not_recognised():
+    store = hanging_up(1000)
+    outcomes = in_ranks(2, lambda rank: lane_of(_C.RingLane, store, "lane", 30, peers(rank, 2)))
+    for outcome in outcomes:
+        assert isinstance(outcome, RuntimeError) and "did not recognise each other" in str(outcome), outcome
+
+
+def test_a_caller_that_is_late_calls_again():
+    """As where a machine is so busy that a rank stands still for longer than strangers are listened to."""
+    late = {"calls": 0}
+
+    def change(at, data):
+        if at == 0:
+            late["calls"] += 1
+            time.sleep(PATIENCE + 1 if late["calls"] == 1 else 0)
+
+    store = changing(1, change)
+    outcomes = in_ranks(2, lambda rank: lane_of(_C.RingLane, store, "lane", 60, peers(rank, 2)).rank)
+    assert outcomes == [0, 1], outcomes
+    assert late["calls"] == 2
 
 
 def test_who_repeats_a_hello_takes_nobodys_place():

@@ -48,14 +48,19 @@ class Between:
 
     @staticmethod
     def _pass(source: socket.socket, sink: socket.socket, change: Change) -> None:
+        """Until one end hangs up, or ``change`` raises OSError: then both are."""
         at = 0
-        with contextlib.suppress(OSError):
+        try:
             while data := bytearray(source.recv(1 << 16)):
                 size = len(data)
                 change(at, data)
                 at += size
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            for end in (source, sink):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
 
 def unchanged(at: int, data: bytearray) -> None:
@@ -107,6 +112,22 @@ def changing(victim: int, change: Change) -> dist.Store:
 
     def seen(rank: int, host: str, port: int) -> int:
         return Between((host, port), change).port if rank == victim else port
+
+    return Watched(dist.HashStore(), seen)
+
+
+def hanging_up(times: int) -> dist.Store:
+    """A store that puts somebody before every rank who hangs up on the first so many callers."""
+
+    def seen(rank: int, host: str, port: int) -> int:
+        left = [times]
+
+        def change(at: int, data: bytearray) -> None:
+            if at == 0 and left[0] > 0:
+                left[0] -= 1
+                raise OSError
+
+        return Between((host, port), change).port
 
     return Watched(dist.HashStore(), seen)
 

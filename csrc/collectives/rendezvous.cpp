@@ -26,6 +26,7 @@ using std::chrono::milliseconds;
 
 constexpr auto kPatience = std::chrono::seconds(5);  // with a caller that does not say who it is
 constexpr size_t kMostStrangers = 64;                // at a time; the oldest gives way
+constexpr int kMostHangUps = 3;                      // by a listener whose patience had not run out
 
 // A connection on which one message of a fixed size is awaited.
 struct Talk {
@@ -57,6 +58,8 @@ struct Callee : Talk {
   Stage stage = Stage::kAbsent;
   Nonce nonce{};
   Nonce challenge{};
+  Clock::time_point called;
+  int hang_ups = 0;
 };
 
 struct Caller : Talk {
@@ -224,7 +227,10 @@ class Rendezvous {
     };
     std::vector<Caller> staying;
     for (Caller& caller : callers_) {
-      if (heard(caller) ? hear(caller) : Clock::now() < caller.deadline) staying.push_back(std::move(caller));
+      // Where this rank itself was late, what it has not looked at may have come in time.
+      const bool late = Clock::now() >= caller.deadline;
+      const bool stays = heard(caller) || late ? hear(caller) : true;
+      if (stays && !late) staying.push_back(std::move(caller));
     }
     callers_ = std::move(staying);
     if (entries[0].revents != 0) accept();
@@ -240,6 +246,7 @@ class Rendezvous {
                  " has none: set the same one on every rank, or none.");
     Address address = parse_address(peer.host, peer.port);
     callee.nonce = peer.nonce;
+    callee.called = Clock::now();
     callee.socket =
         Socket(::socket(address.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     callee.stage = Callee::Stage::kConnecting;
@@ -272,14 +279,27 @@ class Rendezvous {
                                  tag("hello", callee.nonce, theirs.challenge, peers_.rank())});
       callee.stage = Callee::Stage::kGreeted;
     } else if (callee.stage == Callee::Stage::kGreeted && callee.read(&welcome, &alive)) {
-      alive = welcome.tag == tag("welcome", callee.nonce, callee.challenge, callee.rank);
+      if (welcome.tag != tag("welcome", callee.nonce, callee.challenge, callee.rank)) unknown(callee.rank);
       callee.stage = Callee::Stage::kDone;
       made_.called[static_cast<size_t>(callee.rank)] = std::move(callee.socket);
     }
-    DEAR_REQUIRE(alive, "Rank ", callee.rank, " and rank ", peers_.rank(),
-                 " did not recognise each other for ", "communication lane ", lane_,
-                 ": check that DEAR_SHARED_KEY is the same on every rank, and that no process answers in its "
-                 "place.");
+    if (!alive) call_again(callee);
+  }
+
+  // The listener has hung up. So it does on whom it does not recognise, at once; on who has not said in time
+  // who it is, as this rank where the machine was busy; and on the oldest of many strangers.
+  void call_again(Callee& callee) {
+    const bool late = Clock::now() - callee.called >= kPatience;
+    if (!late && ++callee.hang_ups >= kMostHangUps) unknown(callee.rank);
+    callee.came.clear();
+    callee.stage = Callee::Stage::kAbsent;
+  }
+
+  [[noreturn]] void unknown(int rank) const {
+    throw std::runtime_error(c10::str(
+        "Rank ", rank, " and rank ", peers_.rank(), " did not recognise each other for communication lane ",
+        lane_,
+        ": check that DEAR_SHARED_KEY is the same on every rank, and that no process answers in its place."));
   }
 
   uint64_t tag(const char* role, const Nonce& nonce, const Nonce& challenge, int rank) const {

@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any, NamedTuple
 
 #: How the library is put under the model. "compressed" and "register" use a compressor that stays dense. There is
-#: "owned", too, with an optimizer that wants parameters whole, "auto", which leaves the choice to the library, and
-#: "switching", which takes another setting in every step.
+#: "owned", too, with an optimizer that wants parameters whole, "auto", which leaves the choice to the library,
+#: "switching", which takes another setting in every step, and preconditioners, which plain DDP has, too.
 HOWS = ("sharded", "replicated", "compressed", "register")
-ALL_HOWS = (*HOWS, "owned", "auto", "switching")
+ALL_HOWS = (*HOWS, "owned", "auto", "switching", "eva", "kfac")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from machine.case import Case, Result
 from machine.compare import Rounding, compare, digest
+from machine.preconditioned import KINDS
 from machine.running import Run
 
 PATIENCE = timedelta(seconds=60)  # for a peer to end the same case
@@ -38,7 +39,8 @@ class Plain:
 def under_plain_ddp(case: Case, rank: int) -> Plain:
     """The program under plain DDP, which is the same however the library is put under it: cases that differ in nothing
     else follow one another. All ranks remember alike, since they have played the same cases."""
-    key = repr(dataclasses.replace(case, how="owned" if case.how == "owned" else "", attach={}, delay=0.0))
+    own = case.how if case.how in ("owned", *KINDS) else ""
+    key = repr(dataclasses.replace(case, how=own, attach={}, delay=0.0))
     if key not in _remembered:
         while len(_remembered) >= REMEMBERED:
             del _remembered[next(iter(_remembered))]

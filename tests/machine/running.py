@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import compress
 import dear
-from machine import ahead, more_models
+from machine import ahead, more_models, preconditioned
 from machine.case import Case
 from machine.compare import leaves
 from machine.modes import counting, counting_functions
@@ -35,7 +35,16 @@ from machine.switching import Switching
 
 PATIENCE = 15.0  # seconds for a forked child to answer
 OPEN = {"eval with grad", "forward alone"}  # labels of forward passes without a backward pass
-IN_PARTS = ("sharded", "owned", "auto", "switching")  # updates under which averages are, or may be, on one rank each
+IN_PARTS = (
+    "sharded",
+    "owned",
+    "auto",
+    "switching",
+    *preconditioned.KINDS,
+)  # updates under which averages are, or may be, on one rank each
+
+#: Where it is not the name of an update.
+UPDATES = {"compressed": "replicated", "switching": "auto", **dict.fromkeys(preconditioned.KINDS, "auto")}
 
 
 def stays_dense() -> compress.Compressor:
@@ -51,6 +60,7 @@ class Run:
     """One model in training, plain or under the library, and what its program noted."""
 
     def __init__(self, case: Case, rank: int, plain: bool, number: int = 0, double: bool = False) -> None:
+        self.by_hand: preconditioned.ByHand | None = None
         self.number = number  # of the case in its process group
         torch.manual_seed(0)
         net = getattr(models, case.model, None) or getattr(more_models, case.model)
@@ -80,24 +90,34 @@ class Run:
         labels = [piece.label for piece in self.case.program]
         if OPEN.intersection(labels[: self.piece]) and "no_sync" in labels[self.piece :]:
             self.exact, self.may_round = False, True
-        if self.plain:
-            return
         how = self.case.how
+        if how in preconditioned.KINDS:
+            self.inexact()
+        if self.plain:
+            if how in preconditioned.KINDS and self.by_hand is None:
+                self.by_hand = preconditioned.ByHand(how, self.model, self.opts)
+            return
         if how == "register":
             if self.engine is None:
                 levels = {name: value for name, value in self.case.attach.items() if name == "hierarchy"}
                 compress.register(self.model, stays_dense(), **levels)
             return
+        preconditioner = preconditioned.KINDS[how]() if how in preconditioned.KINDS else None
         compressor = {"compressed": stays_dense, "switching": lambda: Switching(stays_dense)}.get(how, lambda: None)()
-        if update is None or how == "compressed":
-            update = {"compressed": "replicated", "switching": "auto"}.get(how, how)
+        if preconditioner is not None or how == "compressed" or update is None:
+            update = UPDATES.get(how, how)
         self.in_parts = self.in_parts or update in IN_PARTS
         options = {"bucket_cap_mb": 0.002, **self.case.attach}
         opts = self.opts if len(self.opts) > 1 else self.opt
-        self.engine = dear.attach(self.model, opts, compressor=compressor, update=update, **options)
+        self.engine = dear.attach(
+            self.model, opts, compressor=compressor, preconditioner=preconditioner, update=update, **options
+        )
 
     def detach(self) -> None:
         """Back to plain DDP."""
+        if self.by_hand is not None:
+            self.by_hand.release()
+            self.by_hand = None
         if self.engine is not None:
             self.engine.detach()
             self.engine = None
@@ -186,13 +206,16 @@ class Run:
         if self.engine is not None:
             return self.engine.state_dict()
         states = [opt.state_dict() for opt in self.opts]
-        return {"optimizer": states if len(states) > 1 else states[0]}
+        found: dict[str, Any] = {"optimizer": states if len(states) > 1 else states[0]}
+        return found if self.by_hand is None else found | {"preconditioner": self.by_hand.preconditioner.state_dict()}
 
     def load_engine(self, state: dict[str, Any]) -> None:
         """Takes what :meth:`engine_state` gave, with the library or without it."""
         if self.engine is not None:
             self.engine.load_state_dict(state)
             return
+        if self.by_hand is not None and "preconditioner" in state:
+            self.by_hand.preconditioner.load_state_dict(state["preconditioner"])
         states = state["optimizer"]
         for opt, each in zip(self.opts, states if isinstance(states, list) else [states], strict=True):
             opt.load_state_dict(each)
