@@ -80,8 +80,8 @@ class Compressor(Contract):
         """What must be saved to go on: the step, the error feedback by parameter name, and the subclass's state.
 
         Error feedback differs by rank. Without ``gather`` this is the state of this rank alone, and each rank must
-        save its own. With ``gather`` every rank must call it, and gets the states of all, ``{"ranks": [...]}``. Both
-        between two steps. Tensors are copies, flat in memory order.
+        save its own. With ``gather`` every rank must call it, and gets the states of all, ``{"ranks": [...]}``, on the
+        host. Both between two steps. Tensors are copies, flat in memory order.
         """
         return saved.save(self, gather)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from compress.contract import Contract
 from compress.feedback import Feedback
@@ -44,6 +45,8 @@ def save(compressor: Contract, gather: bool) -> State:
     }
     if not gather:
         return state
+    # A tensor comes to the device that it was on: all ranks' to all of their GPUs.
+    state = tree_map_only(Tensor, Tensor.cpu, state)
     if compressor.binding is not None:
         return {"ranks": compressor.binding.everyones(state)}
     return {"ranks": everyones(ranks, state, "the compressor's state")}

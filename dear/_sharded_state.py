@@ -43,7 +43,7 @@ class SegmentStates:
 
     def take_full(self, layout: Layout) -> _state.FullState:
         """The state that a new layout begins with, as far as this rank needs it. Collective."""
-        full = self.full() if self._loaded is None else self._loaded.spread(layout, self._attached.gather_lane)
+        full = self.full() if self._loaded is None else self._spread(self._loaded, layout)
         self._loaded = None
         return full
 
@@ -98,7 +98,7 @@ class SegmentStates:
     def take_loaded(self) -> None:
         """What was loaded before there was a layout becomes every rank's full state. Collective where there is any."""
         if self._loaded is not None:
-            loaded, self._loaded = self._loaded.whole(self._attached.gather_lane), None
+            loaded, self._loaded = self._placed(self._loaded.whole(self._attached.gather_lane)), None
             for user in self._attached.users:
                 user.optimizer.state.update({param: loaded[param] for param in user.params if param in loaded})
 
@@ -178,8 +178,17 @@ class SegmentStates:
             self._loaded = loaded
             return
         with ordinary(StepContext(self._attached.device)):
-            self.cut(layout, loaded.spread(layout, self._attached.gather_lane))
+            self.cut(layout, self._spread(loaded, layout))
         self.regroup()
+
+    def _spread(self, loaded: LoadedState, layout: Layout) -> _state.FullState:
+        return self._placed(loaded.spread(layout, self._attached.gather_lane))
+
+    def _placed(self, full: _state.FullState) -> _state.FullState:
+        for group in (group for user in self._attached.users for group in user.optimizer.param_groups):
+            known = [param for param in group["params"] if param in full]
+            full.update({param: _state.placed(param, full[param], group) for param in known})
+        return full
 
     def nbytes(self) -> int:
         """Of this rank's part, or of all, before there is a layout."""

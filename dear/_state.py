@@ -48,6 +48,16 @@ def scatter(full: FullState, segments: list[Segment]) -> dict[torch.Tensor, dict
     return sharded
 
 
+def placed(param: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state that was read on the host, where torch's own loading puts it: beside the parameter, but for
+    the number of steps, which stays unless the update reads it on a GPU."""
+    counts_there = group.get("fused") or group.get("capturable")
+    return {
+        key: value.to(param.device) if isinstance(value, torch.Tensor) and (key != "step" or counts_there) else value
+        for key, value in state.items()
+    }
+
+
 def _fact(key: str, value: Any, owner: torch.Tensor) -> tuple[str, Any]:
     """What the other ranks are told of a state: the values themselves travel flat if there is one for each element."""
     if is_elementwise(key, value, owner):

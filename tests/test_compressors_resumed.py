@@ -37,6 +37,31 @@ def test_the_factors_that_count_are_saved(pool2, kind, which):
     pool2.run(resumed, kind, which)
 
 
+class OnAGPU(torch.Tensor):
+    """Stands for a tensor of a GPU's: only what leaves it is a plain one."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs)
+        return result.as_subclass(torch.Tensor) if func is torch.Tensor.cpu else result
+
+
+def gathered(rank: int, world: int) -> None:
+    compressor = compress.Dense(torch.int3, scale="element")
+    kept = torch.ones(3).as_subclass(OnAGPU)
+    compressor.feedback.errors["w"], compressor.feedback.owned["w"] = kept, (0, kept)
+    compressor.squares.load({"w": kept})
+    own = compressor.state_dict()
+    for state in compressor.state_dict(gather=True)["ranks"]:
+        for one, plain in ((own, False), (state, True)):
+            tensors = one["errors"]["w"], one["owned"]["w"][1], one["named"]["w"]
+            assert all((type(tensor) is torch.Tensor) == plain for tensor in tensors)
+
+
+def test_what_all_ranks_gather_is_on_the_host(pool2):
+    pool2.run(gathered)
+
+
 def resumed_early(rank: int, world: int, kind: str, static: bool) -> None:
     """Owners of elements, and so their error feedback, are the same before and after the first state is saved."""
     ddp = {"static_graph": True} if static else {}

@@ -46,6 +46,19 @@ def start(rank, mode, steps, model="Mlp"):
     return wrapped, optimizers, opt, engine
 
 
+@pytest.mark.parametrize(("option", "moves"), [("foreach", False), ("fused", True), ("capturable", True)])
+def test_what_was_read_on_the_host_goes_where_torch_puts_it(option, moves):
+    """Of a parameter that is elsewhere: a fused update on a GPU reads the number of steps there."""
+    param, group = nn.Parameter(torch.empty(3, device="meta")), {option: True}
+    found = _state.placed(param, {"step": torch.ones(()), "eta": torch.ones(()), "name": "x"}, group)
+    assert found["eta"].is_meta and found["name"] == "x" and found["step"].is_meta == moves
+    optimizer = torch.optim.SGD([param], lr=0.1)  # which loads whatever state it is given
+    optimizer.param_groups[0].update(group)
+    state = {"state": {0: {"step": torch.ones(()), "eta": torch.ones(())}}}
+    optimizer.load_state_dict(optimizer.state_dict() | state)
+    assert all(optimizer.state[param][key].device == found[key].device for key in ("step", "eta"))
+
+
 @pytest.mark.parametrize("size", [(), (7,), (3, 4), (2, 3, 4), (5, 1, 2)], ids=str)
 def test_boxes_cover_a_run_once(size):
     """Every run of every tensor, laid out in every order of its dimensions."""

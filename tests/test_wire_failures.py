@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from interrupting import interrupted
-from wire import Links, in_ranks, lane_of, peers
+from wire import HELLO, Between, Links, Watched, in_ranks, lane_of, peers
 from workers import run_workers
 
 from dear import _C
@@ -161,6 +162,28 @@ def test_who_leaves_in_good_order_is_not_missed_by_the_next_lane():
     made["b"] = in_ranks(2, lambda rank: lane_of(_C.RingLane, Slow(store), "b", 20, shared[rank]))
     assert [lane.rank for lane in made["b"]] == [0, 1], made
     in_ranks(2, lambda rank: submit(made["b"][rank]).wait())
+
+
+def test_who_leaves_behind_its_own_part_of_an_exchange_is_not_missed():
+    """The other rank hears of it in the middle of that exchange, of which it has sent everything."""
+    plain, passes = dist.HashStore(), threading.Event()
+
+    def late(at, data):  # what rank 1 sends to rank 0 in an exchange
+        if at >= HELLO:
+            passes.wait()
+
+    store = Watched(plain, lambda rank, host, port: Between((host, port), late).port if rank == 0 else port)
+    shared = [peers(rank, 2) for rank in range(2)]
+    made = in_ranks(2, lambda rank: lane_of(_C.RingLane, store, "a", 20, shared[rank]))
+    first, second = (submit(lane) for lane in made)
+    second.wait()
+    made[1] = None
+    gc.collect()
+    time.sleep(0.2)  # rank 0 hears it
+    passes.set()
+    first.wait()
+    others = in_ranks(2, lambda rank: lane_of(_C.RingLane, Slow(plain), "b", 20, shared[rank]))
+    assert all(isinstance(lane, _C.RingLane) for lane in others), others
 
 
 @pytest.mark.parametrize("kind", KINDS)

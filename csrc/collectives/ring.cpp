@@ -73,7 +73,8 @@ void RingLane::transfer(Exchange& exchange, const TransferContext& context) {
       if (exchange.phase() == Phase::kReduceScatter) copy_chunk(part);
     }
   } else if (!pieces.inbound.empty() || !pieces.outbound.empty()) {
-    run_ring_transfer(exchange, pieces, *links_, scratch_, context);
+    // It may have ended its part, and left, before this rank's part ended: no death is to be seen in that.
+    if (run_ring_transfer(exchange, pieces, *links_, scratch_, context)) next_left_ = true;
   }
   moved.staging().unpack();
 }

@@ -37,7 +37,7 @@ class RingTransfer {
     if (scratch_.checks.size() < pieces.inbound.size()) scratch_.checks.resize(pieces.inbound.size());
   }
 
-  void run() {
+  bool run() {
     context_.host.progress(next_).begin();
     context_.host.progress(prev_).begin();
     try {
@@ -47,6 +47,7 @@ class RingTransfer {
         }
         wait_for_network();
       }
+      return next_left_;
     } catch (const Failure& failure) {
       const Failure news = context_.host.publish(failure);
       tell(news);
@@ -136,7 +137,7 @@ class RingTransfer {
     if (remarked && !word && !hung_up(links_.to_next())) return;
     next_heard_ = true;
     if (word && word->type == FrameType::kFailure) throw Failure(word->text, {word->blamed});
-    if (sent_ == pieces_.outbound.size()) return;
+    if (next_left_ = word.has_value(); sent_ == pieces_.outbound.size()) return;
     if (word) blame(next_, complaint::left(next_, word->text));
     blame_lost(next_, complaint::closed());
   }
@@ -378,7 +379,7 @@ class RingTransfer {
   size_t sent_ = 0;  // pieces
   OutFrame out_;
   bool send_blocked_ = false;
-  bool next_heard_ = false;  // it has hung up; what it had to say has been read
+  bool next_heard_ = false, next_left_ = false;  // what it had to say has been read; it was that it leaves
 
   size_t received_ = 0;  // pieces
   InFrame in_;
@@ -391,9 +392,9 @@ class RingTransfer {
 
 }  // namespace
 
-void run_ring_transfer(const Exchange& exchange, const RingPieces& pieces, const RingLinks& links,
+bool run_ring_transfer(const Exchange& exchange, const RingPieces& pieces, const RingLinks& links,
                        RingScratch& scratch, const TransferContext& context) {
-  RingTransfer(exchange, pieces, links, scratch, context).run();
+  return RingTransfer(exchange, pieces, links, scratch, context).run();
 }
 
 }  // namespace dear
