@@ -17,6 +17,7 @@ void bind_parameters(py::module_& m) {
   m.def("can_move", &can_move, py::arg("tensor"));
   m.def("move_storage", &move_storage, py::arg("tensor"), py::arg("target"));
   m.def("has_aliases", &has_aliases, py::arg("tensors"));
+  m.def("exchange_grad", &exchange_grad, py::arg("param"), py::arg("expected"), py::arg("value"));
   py::class_<GradientWalk>(m, "GradientWalk")
       .def(py::init<std::vector<std::pair<at::Tensor, at::Tensor>>, std::vector<at::Tensor>>(),
            py::arg("expected"), py::arg("idle"))
@@ -64,13 +65,14 @@ void bind_scheduler(py::module_& m) {
            [](Scheduler& self, py::function callback, bool always) {
              // Steady state never enters Python: only a new layout does, unless the caller wants every pass.
              const auto held = hold(std::move(callback));
-             self.set_backward_ended([held, always](bool layout_is_new) {
-               if (!layout_is_new && !always) return;
+             self.set_backward_ended([held, always](bool layout_is_new, bool asked) {
+               if (!layout_is_new && !always && !asked) return;
                py::gil_scoped_acquire acquire;
                (*held)(layout_is_new);
              });
              self.set_meets(always);
            })
+      .def("ask_for_backward_end", &Scheduler::ask_for_backward_end)
       .def("clear_backward_ended", [](Scheduler& self) { self.set_backward_ended(nullptr); })
       .def("incoming", &Scheduler::incoming)
       .def("adopt_layout", &Scheduler::adopt_layout, py::arg("buffers"), py::arg("exchanges"),

@@ -6,6 +6,7 @@ refused by the placeholder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from numbers import Number
 from typing import Any, Protocol
@@ -92,7 +93,10 @@ def _factor(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     factor = args[0].clone() if isinstance(args[0], torch.Tensor) else args[0]
     if func in _MULTIPLYING:
         return factor
-    return 1 / factor if func in _DIVIDING else None
+    if func not in _DIVIDING:
+        return None
+    # As torch divides, where Python refuses 0. A tensor is not asked whether it is one: that would wait for a GPU.
+    return 1 / factor if isinstance(factor, torch.Tensor) or factor else math.copysign(math.inf, factor)
 
 
 def _said(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -134,6 +134,15 @@ def missed(name: str) -> RuntimeError:
     )
 
 
+def kept(name: str) -> RuntimeError:
+    """The error for a tensor in ``.grad`` that somebody keeps, to find the average in it."""
+    return RuntimeError(
+        f"The tensor that stands in the .grad of {name}, or what it is a view of, is kept elsewhere, where plain DDP "
+        'would write the average into it, and with update="sharded" or "owned" the average exists only in shards: let '
+        'go of it before the forward pass, or use dear.attach(..., update="replicated").'
+    )
+
+
 def dropped(name: str) -> RuntimeError:
     """The error for a gradient that was set to None where only shards of it count."""
     return RuntimeError(

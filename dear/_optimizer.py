@@ -28,7 +28,6 @@ _GLOBAL_HOOKS: Any = (_all_optimizers._global_optimizer_pre_hooks, _all_optimize
 Groups = list[dict[str, Any]]
 Step = Callable[[Callable[[], Any] | None], Any]
 
-_ABSENT = object()
 # What an update exchanges for its time, and methods.
 _EXCHANGED = {
     "param_groups", "state", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "step", "zero_grad",
@@ -175,20 +174,16 @@ class UserOptimizer:
         """What else stands in the optimizer: GradScaler leaves something there for one step alone."""
         return {name: value for name, value in vars(self.optimizer).items() if name not in _EXCHANGED}
 
-    @contextlib.contextmanager
-    def with_attributes(self, noted: dict[str, Any]) -> Iterator[None]:
-        """Inside, the optimizer has these, as they were noted."""
-        now = self.attributes()
-        other = {name for name in now.keys() | noted.keys() if now.get(name, _ABSENT) is not noted.get(name, _ABSENT)}
-        if not other:
-            yield
-            return
-        own = vars(self.optimizer)
-        _put(own, other, noted)
-        try:
-            yield
-        finally:
-            _put(own, other, now)
+    def run_aside(self, groups: Groups, state: Any, attributes: dict[str, Any]) -> None:
+        """One step on these groups with this state and these :meth:`attributes`, without hooks, of an optimizer of
+        torch's: on an object of its own, since the user may read and change this one on another thread meanwhile."""
+        kind = type(self.optimizer)
+        aside = kind.__new__(kind)
+        vars(aside).update(attributes)
+        aside.param_groups, aside.state = groups, state
+        aside._optimizer_step_pre_hooks, aside._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        with _no_global_hooks():
+            aside.step()
 
     def run(self, groups: Groups, state: Any, closure: Callable[[], Any] | None = None) -> None:
         """One step on these groups with this state, without the user's hooks.
@@ -211,17 +206,13 @@ class UserOptimizer:
     def run_all(self, closure: Callable[[], Any] | None) -> Any:
         """One step on everything, without the user's hooks."""
         own = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
-        everyones = [(hooks, dict(hooks)) for hooks in _GLOBAL_HOOKS]
         self.optimizer._optimizer_step_pre_hooks = OrderedDict()
         self.optimizer._optimizer_step_post_hooks = OrderedDict()
-        for hooks, _ in everyones:
-            hooks.clear()
         try:
-            return self.original_step(closure)  # type: ignore[call-overload]
+            with _no_global_hooks():
+                return self.original_step(closure)  # type: ignore[call-overload]
         finally:
             self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks = own
-            for hooks, content in everyones:
-                hooks.update(content)
 
     def with_hooks(self, step: Step, closure: Callable[[], Any] | None, finish: Callable[[], None]) -> Any:
         """``step(closure)`` between the user's hooks before and after a step, as torch calls them; those after it find
@@ -242,11 +233,16 @@ class UserOptimizer:
         return result
 
 
-def _put(attributes: dict[str, Any], names: set[str], values: dict[str, Any]) -> None:
-    for name in names:
-        attributes.pop(name, None)
-        if name in values:
-            attributes[name] = values[name]
+@contextlib.contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    everyones = [(hooks, dict(hooks)) for hooks in _GLOBAL_HOOKS]
+    for hooks, _ in everyones:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, content in everyones:
+            hooks.update(content)
 
 
 def generators(device: torch.device) -> list[torch.Tensor]:

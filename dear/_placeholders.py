@@ -6,6 +6,7 @@ and code that reads or writes one which is still on its way waits for it, also w
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +34,7 @@ _HARMLESS = {
     torch.Tensor.is_floating_point,
     torch.Tensor.is_complex,
     torch.Tensor.data_ptr,
-    torch.Tensor.untyped_storage,
     torch.Tensor.storage_offset,
-    torch.Tensor.as_subclass,
     torch.Tensor.is_inference,
     torch.Tensor.is_conj,
     torch.Tensor.is_neg,
@@ -56,7 +55,14 @@ def _called(func: Any) -> str:
     return str(func.__self__.__name__ if name in ("__get__", "__set__", "__delete__") else name)
 
 
-class LocalGrad(torch.Tensor):
+class Placeholder(torch.Tensor):
+    """What both have in common: methods of torch's that ask no class."""
+
+    def as_subclass(self, cls: type[Any]) -> Any:
+        return self.__torch_function__(torch.Tensor.as_subclass, (type(self),), (self, cls))
+
+
+class LocalGrad(Placeholder):
     """This worker's own gradient, under ``update="sharded"`` or ``"owned"``: the average exists only in shards, and
     answers there what it can (:mod:`dear._grad_operators`)."""
 
@@ -109,7 +115,7 @@ class LocalGrad(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
-class PendingGrad(torch.Tensor):
+class PendingGrad(Placeholder):
     """An averaged gradient that may still be on its way, under ``update="replicated"``; touching it waits for it.
 
     Autograd adds to gradients, and DDP copies them, below Python: their operators come to ``__torch_dispatch__``.
@@ -117,6 +123,7 @@ class PendingGrad(torch.Tensor):
 
     settle: Callable[[], None]
     plain: torch.Tensor  # the same memory
+    of: weakref.ref[torch.nn.Parameter]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -134,10 +141,16 @@ class PendingGrad(torch.Tensor):
 
 
 def _settled(value: Any) -> Any:
-    if isinstance(value, PendingGrad):
-        value.settle()
-        return value.plain
-    return value
+    """In the place of a placeholder the tensor that is shown in its place now: it may be given other memory."""
+    if not isinstance(value, PendingGrad):
+        return value
+    value.settle()
+    with torch._C.DisableTorchFunctionSubclass():
+        param = value.of()
+        grad = param.grad if param is not None else None
+        if grad is None or type(grad) is not torch.Tensor or grad.layout != torch.strided:
+            return value.plain
+        return grad if grad.data_ptr() == value.plain.data_ptr() else value.plain
 
 
 def local_grad(
@@ -156,8 +169,8 @@ def local_grad(
     return grad
 
 
-def pending_grad(view: torch.Tensor, settle: Callable[[], None]) -> PendingGrad:
-    """``view`` as a gradient that calls ``settle`` before its values are read or written."""
+def pending_grad(view: torch.Tensor, param: torch.nn.Parameter, settle: Callable[[], None]) -> PendingGrad:
+    """``view`` as a gradient of ``param`` that calls ``settle`` before its values are read or written."""
     grad = torch.Tensor._make_subclass(PendingGrad, view)
-    grad.settle, grad.plain = settle, view
+    grad.settle, grad.plain, grad.of = settle, view, weakref.ref(param)
     return grad

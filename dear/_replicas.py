@@ -25,8 +25,6 @@ from dear._objects import all_gather_object
 from dear._options import options_of
 from dear.collectives import shard_range
 
-PARTED = "load the same checkpoint on every rank, and look for code that changes parameters on some ranks only"
-
 
 def check_interval(steps: Any) -> None:
     """Refuses what is no interval.
@@ -66,7 +64,7 @@ def check_replicas(attached: Attached, step: int) -> None:
     who = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(map(str, others))} have"
     raise RuntimeError(
         f"The replicas differ after step {step}: {who} another {attached.names[differing[0]]}{more} than the "
-        f"rest; {PARTED}."
+        "rest; load the same checkpoint on every rank, and look for code that changes parameters on some ranks only."
     )
 
 

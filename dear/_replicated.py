@@ -77,7 +77,7 @@ class ReplicatedUpdate(Update):
             update._settle_gradients(update.attached.known_layout.group_of_bucket[bucket])
 
         # The native scheduler keeps placeholders, where the garbage collector sees no cycle.
-        return pending_grad(place.view(layout.full[bucket]), weakly(self, settle))
+        return pending_grad(place.view(layout.full[bucket]), place.param, weakly(self, settle))
 
     def before_forward(self, reduces: bool) -> None:
         """DDP and autograd touch gradients below Python: those that were kept are finished. And a pass under no_sync()
@@ -125,7 +125,7 @@ class ReplicatedUpdate(Update):
         counts = found.own or found.plain or found.missing
         if counts or attached.user.is_first_update or attached.layout is None:
             if attached.layout is not None:
-                self._finish_gradients()
+                self.finish_gradients()
             attached.user.run_all(None)
             attached.user.is_first_update = False
             return
@@ -149,7 +149,7 @@ class ReplicatedUpdate(Update):
             self.attached.check_reduced(0)
             if scheduler.has_gradients():
                 self._check_untouched()
-                self._finish_gradients()
+                self.finish_gradients()
                 scheduler.gradients_used()
 
         def finished() -> Any:
@@ -195,15 +195,14 @@ class ReplicatedUpdate(Update):
                 memory.grad = grads[param]
                 if param in view:
                     state[memory] = view[param]
-            with user.with_attributes(self._attributes):
-                user.run(groups, state)
+            user.run_aside(groups, state, self._attributes)
             for param, memory in updated:
                 if memory in state:
                     view[param] = state[memory]
         with torch._C.DisableTorchFunctionSubclass():  # .grad is asked of parameters that are pending yet
             for param, _ in updated:
-                if isinstance(param.grad, PendingGrad):
-                    self._show(param, grads[param])
+                if isinstance(standing := param.grad, PendingGrad):
+                    self._show(param, standing, grads[param])
 
     # --- gradients ---
 
@@ -225,17 +224,16 @@ class ReplicatedUpdate(Update):
             if not isinstance(standing, PendingGrad):
                 continue
             if standing.plain.data_ptr() == grad.data_ptr():
-                self._show(param, grad)
+                self._show(param, standing, grad)
             else:  # the user has put another parameter's there
                 self.attached.scheduler.synchronize()
                 param.grad = standing.plain
 
-    def _show(self, param: Param, grad: torch.Tensor) -> None:
-        param.grad = grad
-        self._shown.append((param, weakref.ref(grad)))
+    def _show(self, param: Param, standing: PendingGrad, grad: torch.Tensor) -> None:
+        if _C.exchange_grad(param, standing, grad):
+            self._shown.append((param, weakref.ref(grad)))
 
-    def _finish_gradients(self) -> None:
-        """``.grad`` of every used parameter is the averaged gradient, as a plain tensor."""
+    def finish_gradients(self) -> None:
         attached = self.attached
         attached.compression.validate()
         attached.scheduler.synchronize()
@@ -244,7 +242,7 @@ class ReplicatedUpdate(Update):
             self._show_plain(group)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
-        self._finish_gradients()
+        self.finish_gradients()
         return torch.nn.utils.clip_grad_norm_(self.attached.user.params, max_norm, norm_type, error_if_nonfinite)
 
     def averaged_gradients(self) -> Grads:

@@ -20,8 +20,9 @@ from __future__ import annotations
 import weakref
 
 import torch
+from torch.autograd import Variable
 
-from dear import _C, _ddp
+from dear import _C, _ddp, _grads
 from dear._attached import Attached, Param
 from dear._bucket_order import BucketOrder
 from dear._compiled import uncompiled
@@ -34,6 +35,7 @@ from dear._objects import broadcast_object
 from dear._observe import ForwardOrder
 from dear._own_calls import OwnCalls
 from dear._placeholders import Placeholders
+from dear._standing import Standing, kept_elsewhere, put_back
 from dear._update import Request, Update
 
 
@@ -46,6 +48,7 @@ class Schedule:
         self._group_bytes = int(bucket_cap_mb * MIB)
         self._forward: ForwardOrder | None = None  # None until there is a pass to watch
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
+        self._standing: Standing = []  # kept by somebody, and to be put back at the end of the pass
         self._kept: Placeholders = []  # that stood in .grad when a forward pass began, whose step is still to come
         self._facts = Facts(attached.model, attached.names, attached.params)
         self.bucket_order = BucketOrder(attached)
@@ -72,7 +75,10 @@ class Schedule:
         self._options = _ddp.ReducerOptions(cap, min(former.first, cap), views=True)
         # See Note [One layout].
         order = _ddp.in_reducer_order(model, attached.params)[::-1] if model.static_graph else None
+        stood = [] if former.views else [(param, param.grad) for param in attached.params]
         self._rebuild_reducer(order)
+        for param, grad in stood:  # the new reducer has put views of its buckets there, and somebody may keep these
+            param.grad = grad
         self._own_calls = OwnCalls(model, attached.gather_lane, attached.device)
 
     def _rebuild_reducer(self, order: list[Param] | None) -> None:
@@ -103,6 +109,8 @@ class Schedule:
             check_learns(attached.model, attached.params, "dear.attach()")
             with ordinary(StepContext(attached.device, grad=False)):
                 self._adopt_layout()
+        if self._standing:
+            Variable._execution_engine.queue_callback(self._put_back)
         attached.preconditioning.backward_ended()
         used = _ddp.used_parameters(attached.model, self._reducer_order)
         if used is None:
@@ -230,6 +238,8 @@ class Schedule:
         else:
             attached.passes_before_local = attached.scheduler.passes()
         self._update.before_forward(reduces)
+        if reduces:
+            self._look_for_kept()
         # DDP rebuilds its buckets now, and then puts views of the new ones, with local gradients, into .grad.
         kept = attached.placeholders if attached.scheduler.has_gradients() else []
         self._kept = [(param, placeholder) for param, placeholder in kept if param.grad is placeholder]
@@ -237,6 +247,28 @@ class Schedule:
             attached.synchronize()
             self._forward = ForwardOrder(attached.params)
         self._own_calls.before_forward(delivered=attached.scheduler.passes() > 0)
+
+    def _look_for_kept(self) -> None:
+        """Notes the tensors in ``.grad`` that somebody keeps, before a pass that is reduced.
+
+        Raises:
+            RuntimeError: gradients are reduced in shards, so nothing could be put back.
+        """
+        attached, layout = self._attached, self._attached.layout
+        self._standing = []
+        if layout is None or _has_others(attached.look_at_all_grads()):
+            buckets = [] if layout is None else layout.full
+            self._standing = kept_elsewhere(attached.params, buckets, views=self._former_options.views)
+        if self._standing and not self._update.gathers_gradients:
+            raise _grads.kept(attached.names[self._standing[0][0]])
+        if self._standing:
+            attached.scheduler.ask_for_backward_end()
+
+    def _put_back(self) -> None:
+        """At the end of a backward pass, when the native scheduler has put placeholders into ``.grad``."""
+        with ordinary(StepContext(self._attached.device, grad=False)):
+            self._update.finish_gradients()
+            put_back(self._attached, self._standing)
 
     def after_forward(self, failed: bool) -> None:
         """Called after every forward of the DDP module, also after one that ``failed``."""
@@ -272,6 +304,11 @@ class Schedule:
         """Gives DDP a reducer as it had. Collective, as building DDP is. Returns whether it is another one."""
         _ddp.rebuild_reducer(self._attached.model, self._former_options, self._attached.params)
         return True
+
+
+def _has_others(found: _grads.Found) -> bool:
+    """Whether other tensors than placeholders stand in ``.grad``."""
+    return bool(found.own) or found.plain
 
 
 def adopt_changes(attached: Attached, update: Update, facts: Facts) -> bool:

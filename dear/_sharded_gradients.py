@@ -159,7 +159,7 @@ class ShardedGradients:
                         'before the next backward pass, which update="sharded" or "owned" cannot add to: call '
                         'optimizer.zero_grad(), or use dear.attach(..., update="replicated").'
                     )
-                plain = grad.as_subclass(torch.Tensor)
+                plain = torch.Tensor.as_subclass(grad, torch.Tensor)
                 with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(plain):
                     plain.mul_(self._factors[index])
         self._factors.clear()

@@ -141,6 +141,10 @@ class Update(ABC):
 
     # --- gradients ---
 
+    def finish_gradients(self) -> None:
+        """``.grad`` of every used parameter is the averaged gradient, as a plain tensor; where those are gathered."""
+        raise NotImplementedError("Averages are in shards here.")
+
     @abstractmethod
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
         """As :meth:`dear.Engine.clip_grad_norm_`."""

@@ -22,13 +22,14 @@ from dear._findings import AUTO
 from dear._look_again import overlapping
 from dear._objects import all_gather_object, broadcast_object
 from dear._plain import PlainUpdate
-from dear._replicas import PARTED, check_equal
+from dear._replicas import check_equal
 from dear._update import Request
 from dear.engine import Engine
 
 __all__ = ["Chooser", "Setting", "Steering", "auto", "is_chooser"]
 
 GROUP, NAME = "dear.chooser", "auto"
+PARTED = "load the same checkpoint on every rank, and look for code that changes parameters on some ranks only"
 #: Where no entry point is installed, as in a checkout: the planner's own module, under either name of its package.
 FALLBACK = ("dear_planner.auto", "planner.auto")
 

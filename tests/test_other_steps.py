@@ -1,5 +1,5 @@
-"""An optimizer that takes the attached one's place trains as under plain DDP; the engine's state is not its, and says
-so."""
+"""Optimizers and the attached one beside each other: one that takes its place trains as under plain DDP, and the
+engine's state, which is not its, says so; and what is updated late changes nothing of the user's object."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from silence import check_told, told
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import dear
+from dear import _C
+from dear._optimizer import UserOptimizer
 
 SENTENCE = r"The last \d steps were those of AdamW, which is not attached"
 
@@ -126,3 +128,32 @@ def dropped(rank, world):
 
 def test_an_engine_that_is_dropped_looks_no_longer(pool2):
     check_told(pool2, dropped)
+
+
+def test_an_update_that_is_late_leaves_the_users_optimizer_alone():
+    """It may run on a thread that reads a parameter, while another one changes the learning rate."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([param], lr=0.5, momentum=0.9)
+    user = UserOptimizer(optimizer)
+    groups, state = optimizer.param_groups, optimizer.state
+    seen = []
+
+    class Watching(dict):
+        def __missing__(self, key):
+            seen.append((optimizer.param_groups is groups, optimizer.state is state))
+            return self.setdefault(key, {})
+
+    memory = param.detach().clone()
+    memory.grad = torch.ones(3)
+    user.run_aside([{**groups[0], "params": [memory], "lr": 1.0}], Watching(), user.attributes())
+    assert torch.equal(memory, torch.zeros(3)) and torch.equal(param, torch.ones(3))
+    assert seen and all(map(all, seen)), seen
+
+
+def test_a_gradient_is_put_where_another_stands_and_nowhere_else():
+    param, one, other = torch.nn.Parameter(torch.ones(3)), torch.ones(3), torch.zeros(3)
+    param.grad = one
+    assert _C.exchange_grad(param, one, other) and param.grad is other
+    assert not _C.exchange_grad(param, one, one) and param.grad is other
+    param.grad = None  # as another thread may have done meanwhile
+    assert not _C.exchange_grad(param, other, one) and param.grad is None

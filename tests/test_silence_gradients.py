@@ -52,6 +52,9 @@ USES = {
     "sign": "for p in params: p.grad = p.grad.sign()",
     "centralized": "with torch.no_grad(): [p.grad.sub_(p.grad.mean(0, keepdim=True)) for p in params]",
     "reduced again": "for p in params: dist.all_reduce(p.grad); p.grad.div_(2)",
+    "other memory by .data": "params[0].grad.data = torch.ones_like(params[0])",
+    "other memory by set_": "params[0].grad.set_(torch.ones_like(params[0]))",
+    "as its class": "note([p.grad.as_subclass(torch.Tensor).clone() for p in params])",
     "shapes only": "note([(p.grad.shape, p.grad.dtype, p.grad.is_contiguous()) for p in params])",
 }
 # Of these uses, those that train right in shards, too.
@@ -66,6 +69,7 @@ CASES = [
         for test in silence(f"gradient {name}", f"{BACK}\n\n{code}\n\n{STEP}{TAIL}", EVERY,
                             name not in SERVED and IN_SHARDS)
     ],
+    *silence("gradient divided by nothing", f"{BACK}\n\nparams[0].grad.div_(0.0)\n\n{STEP}{TAIL}"),
     *silence("clipped by the engine", f"{BACK}\n\nclip(0.01, float('inf'))\n\n{STEP}{TAIL}", EVERY),
     *silence("clipped, then zeroed in place", f"{BACK}\n\nclip(0.01, float('inf'))\n\nopt.step()\n\n"
              f"opt.zero_grad(set_to_none=False){TAIL}", EVERY),

@@ -82,6 +82,13 @@ bool has_aliases(const std::vector<at::Tensor>& tensors) {
   });
 }
 
+bool exchange_grad(const at::Tensor& param, const at::Tensor& expected, const at::Tensor& value) {
+  at::Tensor& grad = param.mutable_grad();  // Python code changes it under its lock, which the caller has
+  if (!grad.is_same(expected)) return false;
+  grad = value;
+  return true;
+}
+
 void set_python_dispatch(const std::vector<at::Tensor>& tensors, bool on) {
   for (const at::Tensor& tensor : tensors) tensor.unsafeGetTensorImpl()->set_python_dispatch(on);
 }

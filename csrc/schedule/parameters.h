@@ -31,6 +31,10 @@ void move_storage(const at::Tensor& tensor, const at::Tensor& target);
 // Whether anybody but the tensor itself holds the storage of one of them: a view or an alias.
 bool has_aliases(const std::vector<at::Tensor>& tensors);
 
+// Puts `value` into .grad where `expected` stands, in one: another thread may set it to None meanwhile. Says
+// whether it stood there.
+bool exchange_grad(const at::Tensor& param, const at::Tensor& expected, const at::Tensor& value);
+
 // Sends every operator that meets one of the tensors to the __torch_dispatch__ of its Python class, or no
 // longer.
 void set_python_dispatch(const std::vector<at::Tensor>& tensors, bool on);

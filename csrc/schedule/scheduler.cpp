@@ -82,7 +82,7 @@ void Scheduler::meet(const at::Device& device) {
 
 void Scheduler::finish_backward() {
   home_.note(buckets_.empty() ? incoming_ : buckets_);  // backward() has its caller's streams current again
-  if (ended_) ended_(layout_is_new_);
+  if (ended_) ended_(layout_is_new_, std::exchange(asked_, false));
   layout_is_new_ = false;
   for (auto& [param, placeholder] : placeholders_) param.mutable_grad() = placeholder;
 }

@@ -64,7 +64,11 @@ class Scheduler {
   void on_bucket(size_t index, Bucket bucket, bool last);
   // Called once when gradients have been delivered and DDP has finished with them; `layout_is_new` tells that
   // the buckets differ from those of adopt_layout() and nothing has been submitted.
-  void set_backward_ended(std::function<void(bool layout_is_new)> callback) { ended_ = std::move(callback); }
+  void set_backward_ended(std::function<void(bool layout_is_new, bool asked)> callback) {
+    ended_ = std::move(callback);
+  }
+  // The callback is told that somebody has asked for the end of the next backward pass.
+  void ask_for_backward_end() { asked_ = true; }
   // DDP waits for all ranks at the end of a backward pass, as where parameters may go unused, and would not
   // say who is missing: an exchange of ours comes first.
   void set_meets(bool meets) { meets_ = meets; }
@@ -165,7 +169,8 @@ class Scheduler {
   std::shared_ptr<Lane> reduce_lane_;
   std::shared_ptr<Lane> gather_lane_;
   const bool gather_gradients_;
-  std::function<void(bool)> ended_;
+  std::function<void(bool, bool)> ended_;
+  bool asked_ = false;
   bool meets_ = false;
   bool released_ = false;
   std::shared_ptr<Exchange> meeting_;

@@ -1,0 +1,44 @@
+"""Gradients that a script keeps: plain DDP writes the averages into what stands in ``.grad``, and so it is here, or one
+sentence."""
+
+import pytest
+from silence import EVERY, IN_SHARDS, WARM, check, silence
+
+FLAT = """
+flat = torch.zeros(sum(p.numel() for p in params)); at = 0
+for p in params: p.grad = flat[at:at + p.numel()].view_as(p); at += p.numel()
+"""
+STEPS = "\n\nfor step in range(3, 6):\n    flat.zero_()\n    forward(step).backward()\n    opt.step()"
+LISTED = "\n\nforward(4).backward(); opt.step()\n\nforward(5).backward()\n\nnote(kept)\n\nopt.step()"
+KEEP = "kept = [p.grad for p in params]"
+PLAIN = f"\n\nforward(3).backward()\n\nnn.utils.clip_grad_norm_(params, 1e9); {KEEP}\n\nopt.step()"
+CASES = [
+    *silence("a flat buffer", f"attach()\n{FLAT}{STEPS}", EVERY, IN_SHARDS),
+    *silence("a flat buffer before", f"{FLAT}\n\nattach(){STEPS}", EVERY, IN_SHARDS),
+    *silence("a flat buffer later", f"{WARM}\n{FLAT}{STEPS}\n\nnote(flat)", EVERY, IN_SHARDS),
+    *silence("a flat buffer that is read", f"attach()\n{FLAT}\n\nforward(3).backward()\n\nnote(flat)\n\nopt.step()",
+             EVERY, IN_SHARDS),
+    *silence("a flat buffer, scaled", f"attach()\n{FLAT}\n\nforward(3).backward()\n\nflat *= 0.5\n\nopt.step()",
+             EVERY, IN_SHARDS),
+    *silence("a flat buffer in DDP's own", f"attach()\n{FLAT}{STEPS}\n\nnote(flat)", EVERY,
+             ddp={"gradient_as_bucket_view": True}),
+    *silence("own tensors", f"{WARM}\n\nkept = [torch.zeros_like(p) for p in params]\nfor p, g in zip(params, kept): "
+             f"p.grad = g{LISTED}", EVERY, IN_SHARDS),
+    *silence("own tensors that nobody keeps", f"{WARM}\n\nfor p in params: p.grad = torch.zeros_like(p)\n\ndel p\n\n"
+             "forward(3).backward(); opt.step()", EVERY),
+    *silence("a list behind no_sync", f"{WARM}\n\nwith model.no_sync(): forward(3).backward()\n\n"
+             f"{KEEP}\n\nforward(4).backward()\n\nnote(kept); torch._foreach_mul_(kept, 0.5)\n\nopt.step()", EVERY,
+             IN_SHARDS),
+    *silence("plain averages, zeroed", f"attach(){PLAIN}\n\ntorch._foreach_zero_(kept)\n\n"
+             "forward(4).backward(); opt.step(); torch._foreach_zero_(kept)\n\nforward(5).backward(); opt.step()",
+             EVERY, True),
+    *silence("plain averages, read", f"attach(){PLAIN}\n\nopt.zero_grad(set_to_none=False){LISTED}", EVERY, IN_SHARDS),
+    *silence("plain averages, scaled behind the step", f"attach(){PLAIN}\n\nopt.zero_grad(set_to_none=False)\n\n"
+             "forward(4).backward(); opt.step(); torch._foreach_mul_(kept, 0.5)\n\nforward(5).backward(); opt.step()",
+             EVERY, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "may_refuse"), CASES)
+def test_what_is_kept_has_the_averages(pool2, case, may_refuse):
+    check(pool2, case, may_refuse)
