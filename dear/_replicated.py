@@ -25,6 +25,7 @@ from dear._optimizer import Groups
 from dear._own_steps import has_own_step
 from dear._pending import unguarded
 from dear._placeholders import PendingGrad, Placeholders, pending_grad
+from dear._standing import Standing
 from dear._state_views import PendingState
 from dear._update import Request, Update, bytes_of
 from dear.collectives import shard_range
@@ -125,7 +126,7 @@ class ReplicatedUpdate(Update):
         counts = found.own or found.plain or found.missing
         if counts or attached.user.is_first_update or attached.layout is None:
             if attached.layout is not None:
-                self.finish_gradients()
+                self._finish_gradients()
             attached.user.run_all(None)
             attached.user.is_first_update = False
             return
@@ -149,7 +150,7 @@ class ReplicatedUpdate(Update):
             self.attached.check_reduced(0)
             if scheduler.has_gradients():
                 self._check_untouched()
-                self.finish_gradients()
+                self._finish_gradients()
                 scheduler.gradients_used()
 
         def finished() -> Any:
@@ -233,7 +234,20 @@ class ReplicatedUpdate(Update):
         if _C.exchange_grad(param, standing, grad):
             self._shown.append((param, weakref.ref(grad)))
 
-    def finish_gradients(self) -> None:
+    def put_back(self, standing: Standing) -> None:
+        self._finish_gradients()
+        for param, kept in standing:
+            average = param.grad
+            if average is None or average is kept or param in self.attached.unused:
+                continue
+            if average.data_ptr() != kept.data_ptr():
+                kept.copy_(average)
+            else:  # it is in the bucket
+                self._shown.append((param, weakref.ref(kept)))
+            param.grad = kept
+
+    def _finish_gradients(self) -> None:
+        """``.grad`` of every used parameter is the averaged gradient, as a plain tensor."""
         attached = self.attached
         attached.compression.validate()
         attached.scheduler.synchronize()
@@ -242,7 +256,7 @@ class ReplicatedUpdate(Update):
             self._show_plain(group)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
-        self.finish_gradients()
+        self._finish_gradients()
         return torch.nn.utils.clip_grad_norm_(self.attached.user.params, max_norm, norm_type, error_if_nonfinite)
 
     def averaged_gradients(self) -> Grads:

@@ -35,7 +35,7 @@ from dear._objects import broadcast_object
 from dear._observe import ForwardOrder
 from dear._own_calls import OwnCalls
 from dear._placeholders import Placeholders
-from dear._standing import Standing, kept_elsewhere, put_back
+from dear._standing import Standing, kept_elsewhere
 from dear._update import Request, Update
 
 
@@ -267,8 +267,7 @@ class Schedule:
     def _put_back(self) -> None:
         """At the end of a backward pass, when the native scheduler has put placeholders into ``.grad``."""
         with ordinary(StepContext(self._attached.device, grad=False)):
-            self._update.finish_gradients()
-            put_back(self._attached, self._standing)
+            self._update.put_back(self._standing)
 
     def after_forward(self, failed: bool) -> None:
         """Called after every forward of the DDP module, also after one that ``failed``."""

@@ -28,6 +28,7 @@ from dear._preconditioned import Preconditioning
 from dear._replicas import check_replicas
 from dear._sharded_gradients import ShardedGradients
 from dear._sharded_state import SegmentStates
+from dear._standing import Taken, first_kept, held_weakly
 from dear._state_parts import LoadedState, StateParts
 from dear._update import Request, Update
 
@@ -43,6 +44,7 @@ class ShardedUpdate(Update):
         self._flat: FlatParameters | None = None
         self._states = SegmentStates(attached, self.whole)
         self._gradients = ShardedGradients(attached)
+        self._taken: Taken = []  # in the last step
         self._changes = ChangedGradients(attached, self._gradients)
         self._preconditioning = Preconditioning(attached, self._gradients)
         self._own_steps = OwnSteps(attached.users, attached.names)
@@ -100,6 +102,10 @@ class ShardedUpdate(Update):
         layout = self.attached.layout
         if layout is not None:
             part_with_held(self.attached, partial(self._gradients.placeholder, layout))
+            if reduces and self._taken:
+                taken, self._taken = self._taken, []
+                if (kept := first_kept(taken)) is not None:
+                    raise _grads.kept(self.attached.names[kept])
 
     def regroup(self) -> None:
         self._states.regroup()
@@ -144,7 +150,9 @@ class ShardedUpdate(Update):
         attached.barrier.settle(pending)  # the last step's, if this one follows without a backward pass
         assert self._flat is not None
         self._flat.copy_in()
-        _take(self.attached, self._states.segments, self._gradients, found.own)
+        if found.own:
+            _take(self.attached, self._states.segments, self._gradients, found.own)
+            self._taken = held_weakly(found.own)
         self._preconditioning.run(self._states.by_group)
         self._update_as_reduced(optimizer)
         attached.barrier.close(pending)
@@ -209,7 +217,9 @@ class ShardedUpdate(Update):
         attached.scheduler.synchronize()
         found = attached.look_at_grads()
         attached.check_own(found.own)
-        _take(self.attached, self._states.segments, self._gradients, found.own)
+        if found.own:
+            _take(self.attached, self._states.segments, self._gradients, found.own)
+            self._taken = held_weakly(found.own)
         used = [segment for segment in self._states.segments if segment.is_used(attached.unused)]
         grads = [] if found.nothing else _averages_beside(set(found.missing), used)
         each = torch._foreach_norm(grads, norm_type) if grads else [torch.zeros((), device=attached.device)]
@@ -226,6 +236,8 @@ class ShardedUpdate(Update):
             coefficient = torch.clamp(max_norm / (total + 1e-6), max=1.0)
             if grads:
                 torch._foreach_mul_(grads, coefficient)
+            for grad in found.own.values():  # which the script may keep
+                grad.mul_(coefficient)
             scaled = {param for user in attached.users for param in user.params}.difference(found.missing)
             self._gradients.scaled(scaled, coefficient)
         return total
@@ -278,10 +290,8 @@ def _groups_of(
     return work
 
 
-def _take(attached: Attached, segments: list[Segment], gradients: ShardedGradients, own: Grads) -> None:
+def _take(attached: Attached, segments: list[Segment], gradients: ShardedGradients, taken: Taken, own: Grads) -> None:
     """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
-    if not own:
-        return
     frozen = own.keys() - set(attached.params)
     if frozen:
         raise _grads.of_frozen(attached.names[frozen.pop()])

@@ -8,14 +8,17 @@ their places, and a bucket's memory is used again; so what is kept is put back w
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
+import weakref
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from dear._attached import Attached, Param
+from dear._attached import Param
 from dear._placeholders import LocalGrad, PendingGrad
 
 Standing = list[tuple[Param, torch.Tensor]]
+#: Of which an update in shards has taken its parts, out of ``.grad``, where placeholders follow them.
+Taken = list[tuple[Param, "weakref.ref[torch.Tensor]"]]
 
 
 def _uses(tensor: torch.Tensor) -> int:
@@ -55,12 +58,13 @@ def kept_elsewhere(params: Iterable[Param], buckets: Collection[torch.Tensor], *
     return found
 
 
-def put_back(attached: Attached, standing: Standing) -> None:
-    """What stood in ``.grad`` stands there again, with the finished average that stands there now."""
-    for param, kept in standing:
-        average = param.grad
-        if average is None or average is kept or param in attached.unused:
-            continue
-        if average.data_ptr() != kept.data_ptr():
-            kept.copy_(average)
-        param.grad = kept
+def held_weakly(grads: Mapping[Param, torch.Tensor]) -> Taken:
+    """These tensors, or what they are views of."""
+    found = ((param, grad if grad._base is None else grad._base) for param, grad in grads.items())
+    return [(param, weakref.ref(tensor)) for param, tensor in found]
+
+
+def first_kept(taken: Taken) -> Param | None:
+    """Before a pass: a parameter that still has a gradient, and whose tensor somebody keeps."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return next((param for param, held in taken if held() is not None and param.grad is not None), None)

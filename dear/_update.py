@@ -30,6 +30,7 @@ from dear._fusion import default_group_bytes
 from dear._grads import Found, Grads
 from dear._layout import Layout
 from dear._placeholders import Placeholders
+from dear._standing import Standing
 from dear.preconditioning import Team
 
 
@@ -141,8 +142,9 @@ class Update(ABC):
 
     # --- gradients ---
 
-    def finish_gradients(self) -> None:
-        """``.grad`` of every used parameter is the averaged gradient, as a plain tensor; where those are gathered."""
+    def put_back(self, standing: Standing) -> None:
+        """At the end of a backward pass: what stood in ``.grad`` before it stands there again, with the average; where
+        gradients are gathered."""
         raise NotImplementedError("Averages are in shards here.")
 
     @abstractmethod

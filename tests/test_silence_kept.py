@@ -24,6 +24,11 @@ CASES = [
              ddp={"gradient_as_bucket_view": True}),
     *silence("own tensors", f"{WARM}\n\nkept = [torch.zeros_like(p) for p in params]\nfor p, g in zip(params, kept): "
              f"p.grad = g{LISTED}", EVERY, IN_SHARDS),
+    *silence("own tensors of a step", f"{WARM}\n\nforward(3).backward()\n{FLAT}\n\nclip(0.01, float('inf')); note(flat)"
+             "\n\nopt.step()\n\nflat.zero_(); forward(4).backward(); note(flat)\n\nopt.step()", EVERY, IN_SHARDS),
+    *silence("own tensors of a step that are let go", f"{WARM}\n\nforward(3).backward()\n\n"
+             "kept = [torch.ones_like(p) for p in params]\nfor p, g in zip(params, kept): p.grad = g\n\nopt.step()\n\n"
+             "opt.zero_grad()\n\nforward(4).backward(); opt.step()", EVERY),
     *silence("own tensors that nobody keeps", f"{WARM}\n\nfor p in params: p.grad = torch.zeros_like(p)\n\ndel p\n\n"
              "forward(3).backward(); opt.step()", EVERY),
     *silence("a list behind no_sync", f"{WARM}\n\nwith model.no_sync(): forward(3).backward()\n\n"

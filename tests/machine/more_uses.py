@@ -96,3 +96,15 @@ ANEW = {
     "detach(); load(saved_run); attach({way!r})": "load under another update",
     "saved_run = save(); detach(); train(40); attach({way!r}); load(saved_run)": "resume under another update",
 }
+KEPT = {  # of gradients: what plain DDP writes into
+    "kept = [p.grad for p in params if p.grad is not None]": "keep grads",
+    "note(kept)": "keep grads",
+    "for grad in kept: grad.zero_()": "keep grads",
+    "for grad in kept: grad.mul_(0.5)": "keep grads",
+    "{p}.grad = own = torch.zeros_like({p}); kept = [own]": "keep grads",
+    "flat = [torch.zeros(2, *p.shape, dtype=p.dtype) for p in params if p.requires_grad]\n"
+    "for p, buffer in zip([p for p in params if p.requires_grad], flat, strict=True): p.grad = buffer[0]": "keep grads",
+    "note(flat)": "keep grads",
+    "for buffer in flat: buffer.zero_()": "keep grads",
+    "for buffer in flat: buffer.mul_(0.5)": "keep grads",
+}

@@ -280,6 +280,7 @@ class Run:
             "x": lambda step: self.data(step)[0],
             "y": lambda step: self.data(step)[1],
             "opts": self.opts, **({"opt2": self.opts[1]} if len(self.opts) > 1 else {}), "saved_run": None,
+            "kept": [], "flat": [],
             "run": self, "torch": torch, "nn": nn, "F": F, "dist": dist, "copy": copy, "io": io, "pickle": pickle,
             "contextlib": contextlib, "functional_call": functional_call, "AveragedModel": AveragedModel,
             "parameters_to_vector": parameters_to_vector, "vector_to_parameters": vector_to_parameters,

@@ -125,8 +125,6 @@ MORE_GRADS = {
     "for p in params: p.grad is None or dist.all_reduce(p.grad)": "reduce grads",
     "{p}.grad = torch.full_like({p}, 0.01)": "set grad",
     "inexact(); note(torch.nn.utils.clip_grad_norm_(params, 0.01).round(decimals=4))": "torch clips",
-    "kept = [p.grad for p in params]": "keep grads",
-    "note([grad for grad in kept if grad is not None])": "keep grads",
 }
 STRUCTURE = {
     "net.share_memory()": "share_memory",
