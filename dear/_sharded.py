@@ -44,7 +44,7 @@ class ShardedUpdate(Update):
         self._flat: FlatParameters | None = None
         self._states = SegmentStates(attached, self.whole)
         self._gradients = ShardedGradients(attached)
-        self._taken: Taken = []  # in the last step
+        self._taken: Taken = []  # since the last pass
         self._changes = ChangedGradients(attached, self._gradients)
         self._preconditioning = Preconditioning(attached, self._gradients)
         self._own_steps = OwnSteps(attached.users, attached.names)
@@ -152,7 +152,7 @@ class ShardedUpdate(Update):
         self._flat.copy_in()
         if found.own:
             _take(self.attached, self._states.segments, self._gradients, found.own)
-            self._taken = held_weakly(found.own)
+            self._taken = held_weakly(found.own, self._taken)
         self._preconditioning.run(self._states.by_group)
         self._update_as_reduced(optimizer)
         attached.barrier.close(pending)
@@ -219,7 +219,7 @@ class ShardedUpdate(Update):
         attached.check_own(found.own)
         if found.own:
             _take(self.attached, self._states.segments, self._gradients, found.own)
-            self._taken = held_weakly(found.own)
+            self._taken = held_weakly(found.own, self._taken)
         used = [segment for segment in self._states.segments if segment.is_used(attached.unused)]
         grads = [] if found.nothing else _averages_beside(set(found.missing), used)
         each = torch._foreach_norm(grads, norm_type) if grads else [torch.zeros((), device=attached.device)]
@@ -290,7 +290,7 @@ def _groups_of(
     return work
 
 
-def _take(attached: Attached, segments: list[Segment], gradients: ShardedGradients, taken: Taken, own: Grads) -> None:
+def _take(attached: Attached, segments: list[Segment], gradients: ShardedGradients, own: Grads) -> None:
     """Takes this rank's part of gradients that the user has put into ``.grad``, in place of the averages."""
     frozen = own.keys() - set(attached.params)
     if frozen:

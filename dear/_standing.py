@@ -58,10 +58,10 @@ def kept_elsewhere(params: Iterable[Param], buckets: Collection[torch.Tensor], *
     return found
 
 
-def held_weakly(grads: Mapping[Param, torch.Tensor]) -> Taken:
-    """These tensors, or what they are views of."""
+def held_weakly(grads: Mapping[Param, torch.Tensor], taken: Taken) -> Taken:
+    """These tensors, or what they are views of, and those of ``taken`` that are still there."""
     found = ((param, grad if grad._base is None else grad._base) for param, grad in grads.items())
-    return [(param, weakref.ref(tensor)) for param, tensor in found]
+    return [one for one in taken if one[1]() is not None] + [(param, weakref.ref(tensor)) for param, tensor in found]
 
 
 def first_kept(taken: Taken) -> Param | None:
