@@ -19,6 +19,7 @@ from dear._layout import Layout
 from dear._optimizer import UserOptimizer
 from dear._pending import Barrier
 from dear._placeholders import Placeholders
+from dear._standing import Arrivals
 from dear.compression import Binding
 from dear.preconditioning import Binding as PreconditionerBinding
 from dear.preconditioning import Unpreconditioned
@@ -59,6 +60,8 @@ class Attached:
     passes_before_forward: int | None = None
     forward_passes: int = 0  # since then, of those
     passes_before_local: int | None = None
+
+    arrivals: Arrivals = field(default_factory=Arrivals)  # of gradients, in the next backward pass
 
     _members: defaultdict[int, Watcher] = field(default_factory=lambda: defaultdict(Watcher))  # by optimizer
     _everyone: Watcher = field(default_factory=Watcher)

@@ -138,8 +138,8 @@ def kept(name: str) -> RuntimeError:
     """The error for a tensor in ``.grad`` that somebody keeps, to find the average in it."""
     return RuntimeError(
         f"The tensor that stands in the .grad of {name}, or what it is a view of, is kept elsewhere, where plain DDP "
-        'would write the average into it, and with update="sharded" or "owned" the average exists only in shards: let '
-        'go of it before the forward pass, or use dear.attach(..., update="replicated").'
+        'would write the average into it, and with update="sharded" or "owned" the average exists only in shards: set '
+        '.grad to None before backward(), as zero_grad() does, or use dear.attach(..., update="replicated").'
     )
 
 

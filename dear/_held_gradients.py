@@ -34,21 +34,26 @@ def _found_alone() -> int:
 _ALONE = _found_alone()
 
 
-def part_with_held(attached: Attached, make: Callable[[int], torch.Tensor]) -> None:
+def part_with_held(attached: Attached, make: Callable[[int], torch.Tensor], *, late: bool = False) -> None:
     """Whoever keeps the placeholder of an earlier pass keeps that one, with its values where it has any; the parameter
     gets another.
 
     make: makes the placeholder of a place of the layout.
+    late: the forward pass has run, and the backward pass has begun.
     """
     counts = _references(attached.placeholders)
     if max(counts, default=0) <= _ALONE:
         return
     changed = False
     placeholders = list(attached.placeholders)
+    standing: list[Param] = []
     for index, count in enumerate(counts):
+        if count <= _ALONE:
+            continue
         param, placeholder = placeholders[index]
         with torch._C.DisableTorchFunctionSubclass():
-            if count <= _ALONE or _stands(placeholder, param.grad):
+            if _stands(placeholder, param.grad):
+                standing.append(param)
                 continue
         _move_out(placeholder)
         placeholders[index] = (param, make(index))
@@ -57,6 +62,23 @@ def part_with_held(attached: Attached, make: Callable[[int], torch.Tensor]) -> N
         attached.placeholders = placeholders
         if not _ddp.tracks_unused(attached.model):
             attached.scheduler.replace_placeholders(placeholders)
+    if standing and not late:
+        _part_as_the_first_comes(attached, make, standing)
+
+
+def _part_as_the_first_comes(attached: Attached, make: Callable[[int], torch.Tensor], params: list[Param]) -> None:
+    """``.grad`` may be set to None between the forward and the backward pass, which writes to nothing of a parameter
+    before its gradient comes."""
+    begun = False
+
+    def come() -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            part_with_held(attached, make, late=True)
+
+    for param in params:
+        attached.arrivals.at(param, come)
 
 
 def _stands(placeholder: torch.Tensor, grad: torch.Tensor | None) -> bool:

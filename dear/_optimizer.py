@@ -151,8 +151,8 @@ class UserOptimizer:
 
     @property
     def updates_one_by_one(self) -> bool:
-        """Whether its step may be made on some parameters at a time."""
-        return type(self.optimizer) in PER_PARAMETER
+        """Whether its step may be made on some parameters at a time, by its class."""
+        return type(self.optimizer) in PER_PARAMETER and not _is_compiled(self.original_step)
 
     # --- the step ---
 
@@ -181,9 +181,9 @@ class UserOptimizer:
         aside = kind.__new__(kind)
         vars(aside).update(attributes)
         aside.param_groups, aside.state = groups, state
-        aside._optimizer_step_pre_hooks, aside._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-        with _no_global_hooks():
-            aside.step()
+        # As torch's own wrapper of step() does, but for the hooks: taking those away would be seen by other threads.
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{kind.__name__}.step"):
+            kind.step.__wrapped__(aside)  # type: ignore[attr-defined]
 
     def run(self, groups: Groups, state: Any, closure: Callable[[], Any] | None = None) -> None:
         """One step on these groups with this state, without the user's hooks.
@@ -231,6 +231,15 @@ class UserOptimizer:
         for hook in after:
             hook(self.optimizer, arguments, options)
         return result
+
+
+def _is_compiled(step: Any) -> bool:
+    """Whether it is what ``torch.compile()`` returned, or wraps that, as schedules of the learning rate do."""
+    while step is not None:
+        if hasattr(step, "_torchdynamo_orig_callable") and not getattr(step, "_torchdynamo_disable", False):
+            return True
+        step = getattr(step, "__func__", None) or getattr(step, "__wrapped__", None)
+    return False
 
 
 @contextlib.contextmanager

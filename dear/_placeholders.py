@@ -34,6 +34,7 @@ _HARMLESS = {
     torch.Tensor.is_floating_point,
     torch.Tensor.is_complex,
     torch.Tensor.data_ptr,
+    torch.Tensor.untyped_storage,  # whose size memory reports ask
     torch.Tensor.storage_offset,
     torch.Tensor.is_inference,
     torch.Tensor.is_conj,
@@ -128,7 +129,7 @@ class PendingGrad(Placeholder):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _HARMLESS and func not in _ZERO:
+        if func in _HARMLESS and func not in _ZERO and func is not torch.Tensor.untyped_storage:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return func(*tree_map(_settled, args), **tree_map(_settled, kwargs))
@@ -150,7 +151,8 @@ def _settled(value: Any) -> Any:
         grad = param.grad if param is not None else None
         if grad is None or type(grad) is not torch.Tensor or grad.layout != torch.strided:
             return value.plain
-        return grad if grad.data_ptr() == value.plain.data_ptr() else value.plain
+        same = (grad.data_ptr(), grad.shape, grad.stride()) == (value.plain.data_ptr(), value.shape, value.stride())
+        return grad if same else value.plain
 
 
 def local_grad(

@@ -235,10 +235,15 @@ class ReplicatedUpdate(Update):
             self._shown.append((param, weakref.ref(grad)))
 
     def put_back(self, standing: Standing) -> None:
-        self._finish_gradients()
+        attached = self.attached
+        attached.scheduler.synchronize()
+        if attached.compression.compressor is not None and attached.scheduler.any_dropped():
+            return  # what becomes of this step is decided in step(), by all ranks together
+        for group in attached.order:
+            self._show_plain(group)
         for param, kept in standing:
             average = param.grad
-            if average is None or average is kept or param in self.attached.unused:
+            if average is None or average is kept or param in attached.unused:
                 continue
             if average.data_ptr() != kept.data_ptr():
                 kept.copy_(average)

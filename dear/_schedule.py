@@ -18,6 +18,7 @@ resuming takes another branch of the model. With a static graph DDP would note t
 from __future__ import annotations
 
 import weakref
+from functools import partial
 
 import torch
 from torch.autograd import Variable
@@ -35,7 +36,7 @@ from dear._objects import broadcast_object
 from dear._observe import ForwardOrder
 from dear._own_calls import OwnCalls
 from dear._placeholders import Placeholders
-from dear._standing import Standing, kept_elsewhere
+from dear._standing import Standing, kept_elsewhere, lies_in
 from dear._update import Request, Update
 
 
@@ -48,7 +49,7 @@ class Schedule:
         self._group_bytes = int(bucket_cap_mb * MIB)
         self._forward: ForwardOrder | None = None  # None until there is a pass to watch
         self._position: dict[Param, int] = {}  # in the forward pass, as rank 0 saw it
-        self._standing: Standing = []  # kept by somebody, and to be put back at the end of the pass
+        self._standing: Standing = []  # kept by somebody, and to be put back at the end of the backward pass
         self._kept: Placeholders = []  # that stood in .grad when a forward pass began, whose step is still to come
         self._facts = Facts(attached.model, attached.names, attached.params)
         self.bucket_order = BucketOrder(attached)
@@ -75,9 +76,9 @@ class Schedule:
         self._options = _ddp.ReducerOptions(cap, min(former.first, cap), views=True)
         # See Note [One layout].
         order = _ddp.in_reducer_order(model, attached.params)[::-1] if model.static_graph else None
-        stood = [] if former.views else [(param, param.grad) for param in attached.params]
+        kept = kept_elsewhere(attached.params, [], views=former.views)
         self._rebuild_reducer(order)
-        for param, grad in stood:  # the new reducer has put views of its buckets there, and somebody may keep these
+        for param, grad in kept:  # the new reducer has put views of its buckets there
             param.grad = grad
         self._own_calls = OwnCalls(model, attached.gather_lane, attached.device)
 
@@ -237,6 +238,8 @@ class Schedule:
             attached.passes_before_forward = attached.scheduler.passes()
         else:
             attached.passes_before_local = attached.scheduler.passes()
+        if attached.arrivals.handles:
+            attached.arrivals.clear()
         self._update.before_forward(reduces)
         if reduces:
             self._look_for_kept()
@@ -249,25 +252,39 @@ class Schedule:
         self._own_calls.before_forward(delivered=attached.scheduler.passes() > 0)
 
     def _look_for_kept(self) -> None:
-        """Notes the tensors in ``.grad`` that somebody keeps, before a pass that is reduced.
-
-        Raises:
-            RuntimeError: gradients are reduced in shards, so nothing could be put back.
-        """
+        """Looks for tensors in ``.grad`` that somebody keeps, before a pass that is reduced."""
         attached, layout = self._attached, self._attached.layout
         self._standing = []
-        if layout is None or _has_others(attached.look_at_all_grads()):
-            buckets = [] if layout is None else layout.full
-            self._standing = kept_elsewhere(attached.params, buckets, views=self._former_options.views)
-        if self._standing and not self._update.gathers_gradients:
-            raise _grads.kept(attached.names[self._standing[0][0]])
-        if self._standing:
+        if layout is not None and not _has_others(attached.look_at_all_grads()):
+            return
+        buckets = [] if layout is None else layout.full
+        found = kept_elsewhere(attached.params, buckets, views=self._former_options.views)
+        for param, kept in found:
+            attached.arrivals.at(param, partial(self._came, param, kept))
+        if found and self._update.gathers_gradients:
             attached.scheduler.ask_for_backward_end()
+
+    def _came(self, param: Param, kept: torch.Tensor) -> None:
+        """A gradient comes for a parameter whose ``.grad`` was kept by somebody as the forward pass began.
+
+        Raises:
+            RuntimeError: it stands there still, and gradients are reduced in shards, so nothing could be put back.
+        """
+        attached = self._attached
+        with torch._C.DisableTorchFunctionSubclass():
+            stands = param.grad is kept
+        if stands:
+            if not self._update.gathers_gradients:
+                raise _grads.kept(attached.names[param])
+            self._standing.append((param, kept))
+        elif attached.layout is not None and lies_in(kept, attached.layout.full):
+            kept.data = kept.clone()  # the pass writes to the bucket
 
     def _put_back(self) -> None:
         """At the end of a backward pass, when the native scheduler has put placeholders into ``.grad``."""
+        standing, self._standing = self._standing, []
         with ordinary(StepContext(self._attached.device, grad=False)):
-            self._update.put_back(self._standing)
+            self._update.put_back(standing)
 
     def after_forward(self, failed: bool) -> None:
         """Called after every forward of the DDP module, also after one that ``failed``."""

@@ -5,6 +5,7 @@ The optimizer's state and work are divided by the world size (ZeRO, stage 1); th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -28,7 +29,7 @@ from dear._preconditioned import Preconditioning
 from dear._replicas import check_replicas
 from dear._sharded_gradients import ShardedGradients
 from dear._sharded_state import SegmentStates
-from dear._standing import Taken, first_kept, held_weakly
+from dear._standing import Taken, held_weakly, still_kept
 from dear._state_parts import LoadedState, StateParts
 from dear._update import Request, Update
 
@@ -103,9 +104,9 @@ class ShardedUpdate(Update):
         if layout is not None:
             part_with_held(self.attached, partial(self._gradients.placeholder, layout))
             if reduces and self._taken:
-                taken, self._taken = self._taken, []
-                if (kept := first_kept(taken)) is not None:
-                    raise _grads.kept(self.attached.names[kept])
+                taken, self._taken = still_kept(self._taken), []
+                for one in taken:
+                    self.attached.arrivals.at(one[0], partial(_check_let_go, self.attached, one))
 
     def regroup(self) -> None:
         self._states.regroup()
@@ -288,6 +289,12 @@ def _groups_of(
                 check_fused(options, fused)
             work.append({**options, "params": chosen})
     return work
+
+
+def _check_let_go(attached: Attached, taken: tuple[Param, weakref.ref[torch.Tensor]]) -> None:
+    """A gradient comes for a parameter whose part was taken from a tensor that somebody kept."""
+    if still_kept([taken]):
+        raise _grads.kept(attached.names[taken[0]])
 
 
 def _take(attached: Attached, segments: list[Segment], gradients: ShardedGradients, own: Grads) -> None:

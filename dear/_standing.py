@@ -2,20 +2,26 @@
 
 Plain DDP writes the average into the very tensor that stands there, so whoever holds it, or the buffer that all
 gradients are views of, finds the averages in it, and sets them to zero or scales them by it. Here other tensors take
-their places, and a bucket's memory is used again; so what is kept is put back with its average behind the pass.
+their places, and a bucket's memory is used again; so what is kept is put back with its average behind the pass. And
+where ``.grad`` is set to None between the forward and the backward pass, what is kept stays as it is.
+
+Which of both it is shows in the backward pass, when a parameter's gradient comes: so hooks are hung on these
+parameters, and on no others.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 
-from dear._attached import Param
+from dear import _C
 from dear._placeholders import LocalGrad, PendingGrad
 
+Param = torch.nn.Parameter
 Standing = list[tuple[Param, torch.Tensor]]
 #: Of which an update in shards has taken its parts, out of ``.grad``, where placeholders follow them.
 Taken = list[tuple[Param, "weakref.ref[torch.Tensor]"]]
@@ -39,7 +45,7 @@ _ALONE = _found_alone()
 def kept_elsewhere(params: Iterable[Param], buckets: Collection[torch.Tensor], *, views: bool) -> Standing:
     """The parameters whose ``.grad`` is a plain tensor that Python code holds, or a view of one, as of a flat buffer.
 
-    buckets: of the layout; their memory is ours.
+    buckets: of the layout; their memory is ours, and views of it are not found.
     views: DDP was built with ``gradient_as_bucket_view=True``, and puts tensors of its own in the place of others.
     """
     memory = {bucket.untyped_storage().data_ptr() for bucket in buckets}
@@ -53,9 +59,40 @@ def kept_elsewhere(params: Iterable[Param], buckets: Collection[torch.Tensor], *
             if views and not in_bucket:
                 continue
             base = None if in_bucket else grad._base
-            if _uses(grad) > _ALONE or (base is not None and _uses(base) > _ALONE):
+            shared = not in_bucket and (_C.has_aliases([grad]) if base is None else _uses(base) > _ALONE)
+            if shared or _uses(grad) > _ALONE:
                 found.append((param, grad))
     return found
+
+
+def lies_in(tensor: torch.Tensor, buckets: Iterable[torch.Tensor]) -> bool:
+    """Whether it is a view of one of them."""
+    memory = tensor.untyped_storage().data_ptr()
+    return any(bucket.untyped_storage().data_ptr() == memory for bucket in buckets)
+
+
+class Arrivals:
+    """Calls back when gradients of some parameters come in the next backward pass, before ``.grad`` is written to."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []  # of hooks
+
+    def clear(self) -> None:
+        """Forgets all of them, as a forward pass begins."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def at(self, param: Param, call: Callable[[], None]) -> None:
+        """Calls once."""
+
+        def come(grad: torch.Tensor) -> None:
+            handle.remove()
+            call()
+
+        with torch._C.DisableTorchFunctionSubclass():
+            handle = param.register_hook(come)
+        self.handles.append(handle)
 
 
 def held_weakly(grads: Mapping[Param, torch.Tensor], taken: Taken) -> Taken:
@@ -64,7 +101,7 @@ def held_weakly(grads: Mapping[Param, torch.Tensor], taken: Taken) -> Taken:
     return [one for one in taken if one[1]() is not None] + [(param, weakref.ref(tensor)) for param, tensor in found]
 
 
-def first_kept(taken: Taken) -> Param | None:
-    """Before a pass: a parameter that still has a gradient, and whose tensor somebody keeps."""
+def still_kept(taken: Taken) -> Taken:
+    """Of these, those whose placeholders still stand, and whose tensors somebody keeps."""
     with torch._C.DisableTorchFunctionSubclass():
-        return next((param for param, held in taken if held() is not None and param.grad is not None), None)
+        return [one for one in taken if one[1]() is not None and isinstance(one[0].grad, LocalGrad)]

@@ -29,6 +29,14 @@ CASES = [
     *silence("own tensors of a step that are let go", f"{WARM}\n\nforward(3).backward()\n\n"
              "kept = [torch.ones_like(p) for p in params]\nfor p, g in zip(params, kept): p.grad = g\n\nopt.step()\n\n"
              "opt.zero_grad()\n\nforward(4).backward(); opt.step()", EVERY),
+    *silence("let go before no_sync", f"{WARM}\n\nforward(3).backward()\n{FLAT}\n\nopt.step()\n\n"
+             "opt.zero_grad()\n\nwith model.no_sync(): forward(4).backward()\n\nforward(5).backward(); opt.step()",
+             EVERY),
+    *silence("gradients, zeroed late", f"{WARM}\n\nforward(3).backward(); opt.step()\n\n{KEEP}\n\n"
+             "loss = forward(4)\n\nopt.zero_grad()\n\nloss.backward()\n\nnote(kept)\n\nopt.step()", EVERY, IN_SHARDS),
+    *silence("plain gradients, zeroed late", f"train(0)\n\nforward(1).backward()\n\n{KEEP}\n\nopt.step()"
+             "\n\nattach()\n\nloss = forward(4)\n\nopt.zero_grad()\n\nloss.backward()\n\nnote(kept)\n\nopt.step()",
+             EVERY),
     *silence("own tensors that nobody keeps", f"{WARM}\n\nfor p in params: p.grad = torch.zeros_like(p)\n\ndel p\n\n"
              "forward(3).backward(); opt.step()", EVERY),
     *silence("a list behind no_sync", f"{WARM}\n\nwith model.no_sync(): forward(3).backward()\n\n"
