@@ -84,7 +84,9 @@ class Arrivals:
         self.handles = []
 
     def at(self, param: Param, call: Callable[[], None]) -> None:
-        """Calls once."""
+        """Calls once; never for one that is frozen."""
+        if not param.requires_grad:
+            return
 
         def come(grad: torch.Tensor) -> None:
             handle.remove()

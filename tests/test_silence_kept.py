@@ -37,6 +37,9 @@ CASES = [
     *silence("plain gradients, zeroed late", f"train(0)\n\nforward(1).backward()\n\n{KEEP}\n\nopt.step()"
              "\n\nattach()\n\nloss = forward(4)\n\nopt.zero_grad()\n\nloss.backward()\n\nnote(kept)\n\nopt.step()",
              EVERY),
+    *silence("gradients of a frozen parameter", f"{WARM}\n\nforward(3).backward(); opt.step()\n\n{KEEP}; "
+             "params[0].requires_grad_(False)\n\nforward(4).backward()\n\nopt.step()", EVERY,
+             True, model="Unused", ddp={"find_unused_parameters": True}),
     *silence("own tensors that nobody keeps", f"{WARM}\n\nfor p in params: p.grad = torch.zeros_like(p)\n\ndel p\n\n"
              "forward(3).backward(); opt.step()", EVERY),
     *silence("a list behind no_sync", f"{WARM}\n\nwith model.no_sync(): forward(3).backward()\n\n"
