@@ -310,6 +310,7 @@ class Schedule:
         """Takes the hook off the model, which is plain DDP's again."""
         attached = self._attached
         attached.scheduler.clear_backward_ended()
+        attached.arrivals.clear()
         attached.unreduced = None
         self._own_calls.release()
         if self._forward is not None:

@@ -40,6 +40,8 @@ CASES = [
     *silence("gradients of a frozen parameter", f"{WARM}\n\nforward(3).backward(); opt.step()\n\n{KEEP}; "
              "params[0].requires_grad_(False)\n\nforward(4).backward()\n\nopt.step()", EVERY,
              True, model="Unused", ddp={"find_unused_parameters": True}),
+    *silence("own tensors, and detached", f"{WARM}\n\nkept = [torch.ones_like(p) for p in params]\n"
+             "for p, g in zip(params, kept): p.grad = g\n\nforward(3)\n\ndetach()\n\ntrain(4)\n\nnote(kept)"),
     *silence("own tensors that nobody keeps", f"{WARM}\n\nfor p in params: p.grad = torch.zeros_like(p)\n\ndel p\n\n"
              "forward(3).backward(); opt.step()", EVERY),
     *silence("a list behind no_sync", f"{WARM}\n\nwith model.no_sync(): forward(3).backward()\n\n"
