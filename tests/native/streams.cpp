@@ -177,7 +177,7 @@ struct Schedule {
   explicit Schedule(bool gathers_gradients)
       : scheduler(make_lane("reduce"), make_lane("gather"), gathers_gradients) {
     const at::Tensor full = gathers_gradients ? buffer.variable_data() : zeros(kNumel);
-    scheduler.set_backward_ended([this, full](bool layout_is_new) {
+    scheduler.set_backward_ended([this, full](bool layout_is_new, bool) {
       if (layout_is_new)
         scheduler.adopt_layout({{full.narrow(0, 0, kNumel / 2), full, nullptr, {}}}, {}, {}, {1}, {0});
     });
@@ -356,7 +356,7 @@ void training_follows_who_waits_elsewhere_for_what_is_compressed() {
   Compression all;
   dear::Scheduler scheduler(make_lane("reduce"), make_lane("gather"), /*gather_gradients=*/true);
   scheduler.set_pipeline(all.pipeline);
-  scheduler.set_backward_ended([&](bool layout_is_new) {
+  scheduler.set_backward_ended([&](bool layout_is_new, bool) {
     const at::Tensor full = all.bucket.variable_data();
     if (layout_is_new)
       scheduler.adopt_layout({{full.narrow(0, 0, kNumel), full, nullptr, {}}}, {all.groups}, {}, {1}, {0});
