@@ -76,6 +76,7 @@ class UserOptimizer:
     def __init__(self, optimizer: optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.original_step = optimizer.step
+        self._compiled = _is_compiled(self.original_step)
         self.is_first_update = True  # it has not made its state yet: see Note [The first update] in _update.py
         self.note_members()
         self._owner: weakref.WeakMethod[Any] | None = None
@@ -151,8 +152,8 @@ class UserOptimizer:
 
     @property
     def updates_one_by_one(self) -> bool:
-        """Whether its step may be made on some parameters at a time, by its class."""
-        return type(self.optimizer) in PER_PARAMETER and not _is_compiled(self.original_step)
+        """Whether its step may be made on some parameters at a time, by its class, which a compiled step is not of."""
+        return type(self.optimizer) in PER_PARAMETER and not self._compiled
 
     # --- the step ---
 

@@ -35,14 +35,8 @@ from machine.switching import Switching
 
 PATIENCE = 15.0  # seconds for a forked child to answer
 OPEN = {"eval with grad", "forward alone"}  # labels of forward passes without a backward pass
-IN_PARTS = (
-    "sharded",
-    "owned",
-    "auto",
-    "switching",
-    *preconditioned.KINDS,
-)  # updates under which averages are, or may be, on one rank each
-
+#: Updates under which averages are, or may be, on one rank each.
+IN_PARTS = ("sharded", "owned", "auto", "switching", *preconditioned.KINDS)
 #: Where it is not the name of an update.
 UPDATES = {"compressed": "replicated", "switching": "auto", **dict.fromkeys(preconditioned.KINDS, "auto")}
 
