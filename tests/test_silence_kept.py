@@ -2,7 +2,13 @@
 sentence."""
 
 import pytest
-from silence import EVERY, IN_SHARDS, WARM, check, silence
+import torch
+import torch.distributed as dist
+import training
+from silence import EVERY, IN_SHARDS, WARM, check, check_told, silence, told
+
+import compress
+import dear
 
 FLAT = """
 flat = torch.zeros(sum(p.numel() for p in params)); at = 0
@@ -42,6 +48,8 @@ CASES = [
              True, model="Unused", ddp={"find_unused_parameters": True}),
     *silence("own tensors, and detached", f"{WARM}\n\nkept = [torch.ones_like(p) for p in params]\n"
              "for p, g in zip(params, kept): p.grad = g\n\nforward(3)\n\ndetach()\n\ntrain(4)\n\nnote(kept)"),
+    *silence("a gradient that is transposed", f"{WARM}\n\nforward(3).backward()\n\n{KEEP}\n\n"
+             "params[2].grad = params[2].grad.t()\n\nnote(kept)\n\nopt.step()", EVERY, IN_SHARDS),
     *silence("own tensors that nobody keeps", f"{WARM}\n\nfor p in params: p.grad = torch.zeros_like(p)\n\ndel p\n\n"
              "forward(3).backward(); opt.step()", EVERY),
     *silence("a list behind no_sync", f"{WARM}\n\nwith model.no_sync(): forward(3).backward()\n\n"
@@ -60,3 +68,29 @@ CASES = [
 @pytest.mark.parametrize(("case", "may_refuse"), CASES)
 def test_what_is_kept_has_the_averages(pool2, case, may_refuse):
     check(pool2, case, may_refuse)
+
+
+@told
+def on_one_rank(rank, world):
+    """It waits for gradients at the end of backward() alone: what all ranks decide together stays in step()."""
+    model, opt = training.build("Mlp", training.SGD, {})
+    engine = dear.attach(model, opt, compressor=compress.ACPSGD(rank=2, start_step="warmup"), **training.SMALL)
+    schedule = torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=50)
+    kept = []
+    for step in range(4):
+        loss = training.loss_of(model, rank, step)
+        loss.backward()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        opt.step()
+        schedule.step()
+        if rank == 0:
+            sum(param.grad.norm().item() for param in model.parameters())
+            kept = [param.grad for param in model.parameters()]
+        opt.zero_grad(set_to_none=False)
+    assert rank > 0 or kept
+    engine.detach()
+
+
+def test_what_one_rank_keeps_does_not_hold_up_the_others(pool2):
+    check_told(pool2, on_one_rank)

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from silence import BOTH, EVERY, IN_SHARDS, WARM, check, silence
+import training
+from silence import BOTH, EVERY, IN_SHARDS, WARM, check, check_told, silence, told
+
+import dear
 
 TAIL = "\n\nopt.zero_grad()\n\nfor step in range(4, 7): train(step)"
 ADAM = {"optimizer": ("AdamW", {"lr": 0.01})}
@@ -128,9 +131,41 @@ CASES = [
     *silence("cleared with state of what is frozen", "opt.state[params[2]]['momentum_buffer'] = torch.ones_like("
              f"params[2])\n\n{WARM}\n\nopt.state.clear(){TAIL}", BOTH, model="Frozen",
              optimizer=("SGD", {"lr": 0.05, "momentum": 0.9})),
+    *silence("a hook of all optimizers that reads",
+             "hook = torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: note(params[0]))\n"
+             f"other = nn.Parameter(torch.zeros(3)); second = torch.optim.SGD([other], lr=0.1)\n\n{WARM}\n\n"
+             f"ahead(3)\n\nother.grad = torch.ones(3); second.step(); hook.remove(); opt.zero_grad(){TAIL}",
+             BOTH, **ADAM),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("case", "may_refuse"), CASES)
 def test_the_optimizer_is_that_of_plain_ddp(pool2, case, may_refuse):
     check(pool2, case, may_refuse)
+
+
+@told
+def compiled(rank, world):
+    """A step that was compiled is what updates every step, and not its class's."""
+    calls = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            calls.append(1)
+            return graph(*args)
+
+        return run
+
+    model, opt = training.build("Mlp", (torch.optim.AdamW, {"lr": 0.01}), {})
+    opt.step = torch.compile(opt.step, backend=backend)
+    engine = dear.attach(model, opt, update="replicated", **training.SMALL)
+    for step in range(4):
+        before = len(calls)
+        training.plain_step(model, opt, rank, step)
+        engine.synchronize()
+        assert len(calls) > before, step
+    engine.detach()
+
+
+def test_a_compiled_step_is_used(pool2):
+    check_told(pool2, compiled)
