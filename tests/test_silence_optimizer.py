@@ -132,7 +132,8 @@ CASES = [
              f"params[2])\n\n{WARM}\n\nopt.state.clear(){TAIL}", BOTH, model="Frozen",
              optimizer=("SGD", {"lr": 0.05, "momentum": 0.9})),
     *silence("a hook of all optimizers that reads",
-             "hook = torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: note(params[0]))\n"
+             "from torch.optim.optimizer import register_optimizer_step_pre_hook as register\n"
+             "hook = register(lambda *_: note(params[0]))\n"
              f"other = nn.Parameter(torch.zeros(3)); second = torch.optim.SGD([other], lr=0.1)\n\n{WARM}\n\n"
              f"ahead(3)\n\nother.grad = torch.ones(3); second.step(); hook.remove(); opt.zero_grad(){TAIL}",
              BOTH, **ADAM),
