@@ -3,6 +3,7 @@
 import re
 import socket
 import struct
+import threading
 import time
 
 import pytest
@@ -169,6 +170,30 @@ def test_who_always_hangs_up_is_not_recognised():
     outcomes = in_ranks(2, lambda rank: lane_of(_C.RingLane, store, "lane", 30, peers(rank, 2)))
     for outcome in outcomes:
         assert isinstance(outcome, RuntimeError) and "did not recognise each other" in str(outcome), outcome
+
+
+def test_who_has_failed_is_heard_before_its_listener_is_found_closed():
+    """A rank that gives up says why, hangs up, and listens no longer: who calls it again learns why it gave up."""
+    words = "Rank 1 gave up, for a reason of its own."
+    inner = dist.HashStore()
+
+    def seen(rank, host, port):
+        if rank == 0:
+            return port
+        failing = socket.create_server(("127.0.0.1", 0))
+
+        def fail():
+            caller, _ = failing.accept()
+            inner.set("dear/lane/lane/failed/0", words)
+            failing.close()
+            caller.close()
+
+        threading.Thread(target=fail, daemon=True).start()
+        return failing.getsockname()[1]
+
+    store = Watched(inner, seen)
+    outcomes = in_ranks(2, lambda rank: lane_of(_C.RingLane, store, "lane", 20, peers(rank, 2)))
+    assert [str(outcome) for outcome in outcomes] == [words, words], outcomes
 
 
 def test_a_caller_that_is_late_calls_again():

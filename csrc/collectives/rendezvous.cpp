@@ -184,8 +184,10 @@ class Rendezvous {
                            peers_.rank());
       }
     }
-    if (const auto news = peers_.investigate("set-up", "communication lane " + lane_, milliseconds(0)))
+    if (const auto news = peers_.investigate("set-up", "communication lane " + lane_, milliseconds(0))) {
+      heed();  // its lanes end behind its words, too
       throw Failure(*news);
+    }
   }
 
   // --- connections ---
@@ -254,7 +256,8 @@ class Rendezvous {
       unreachable(callee.rank, errno);
   }
 
-  [[noreturn]] void unreachable(int rank, int error) const {
+  [[noreturn]] void unreachable(int rank, int error) {
+    heed();  // who has failed closes its listener behind its words
     throw std::runtime_error(c10::str("Rank ", peers_.rank(), " could not connect to rank ", rank, " (",
                                       std::strerror(error), ") for communication lane ", lane_,
                                       ": check that it is alive, and that GLOO_SOCKET_IFNAME names an "
@@ -295,7 +298,8 @@ class Rendezvous {
     callee.stage = Callee::Stage::kAbsent;
   }
 
-  [[noreturn]] void unknown(int rank) const {
+  [[noreturn]] void unknown(int rank) {
+    heed();
     throw std::runtime_error(c10::str(
         "Rank ", rank, " and rank ", peers_.rank(), " did not recognise each other for communication lane ",
         lane_,
