@@ -23,7 +23,7 @@ from compress.compressor import Compressor
 from compress.hook_binding import HookBinding
 from compress.two_levels import TwoLevels
 from dear import _refusals
-from dear._agree import agree
+from dear._agree import agree, meet_on
 from dear._nodes import Hierarchy, check_hierarchy, find_nodes
 from dear.compression import check_kind
 
@@ -41,8 +41,10 @@ def comm_hook(state: Compressor, bucket: dist.GradBucket) -> Future[Tensor]:
     """
     check_kind(state, "compress.comm_hook")
     if state.binding is None:
+        device = bucket.buffer().device
+        meet_on(state.ranks(), device)
         agree(state.ranks(), lambda: facts(state), REMEDY)
-        state.binding = HookBinding(state, bucket.buffer().device)
+        state.binding = HookBinding(state, device)
     future = state.binding.native.on_bucket(bucket)
     if bucket.is_last():
         state.binding.check_names()
@@ -99,6 +101,7 @@ def register(model: DDP, compressor: Compressor, *, hierarchy: Hierarchy = None)
         check_hierarchy(hierarchy)
         return known | {"hierarchy": hierarchy}
 
+    meet_on(model.process_group, model.device)
     agree(model.process_group, look, REMEDY)
     compressor.process_group = model.process_group
     compressor.levels = TwoLevels.between(find_nodes(model.process_group, hierarchy), model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,6 +21,16 @@ _KINDS = (TypeError, ValueError, RuntimeError)
 Refusal = tuple[type[Exception], str]
 _HOST = torch.device("cpu")
 _numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = weakref.WeakKeyDictionary()
+_devices: weakref.WeakKeyDictionary[dist.ProcessGroup, torch.device] = weakref.WeakKeyDictionary()
+
+
+def meet_on(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Where a group has no host tensors, its ranks exchange what they say by this device, the model's.
+
+    torch's own object collectives take the current device. That is the first one on every rank where a script names
+    devices and never calls ``torch.cuda.set_device()``, as plain DDP allows; and NCCL refuses two ranks on one GPU.
+    """
+    _devices[group] = device
 
 
 def agree(
@@ -92,8 +103,10 @@ def _exchange_by_backend(group: dist.ProcessGroup, mine: Any, label: str) -> lis
     number = next(_numbers.setdefault(group, itertools.count()))
     store.set(f"dear/agreement/{number}/{group.rank()}", "")
     everyone: list[Any] = [None] * group.size()
+    device = _devices.get(group, _HOST)
     try:
-        dist.all_gather_object(everyone, mine, group=group)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            dist.all_gather_object(everyone, mine, group=group)
     except RuntimeError as error:
         ranks = range(group.size())
         missing = [str(rank) for rank in ranks if not store.check([f"dear/agreement/{number}/{rank}"])]

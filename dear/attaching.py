@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear import _ddp, _refusals, preconditioning
-from dear._agree import agree
+from dear._agree import agree, meet_on
 from dear._assembly import STRATEGIES, Ground, Setting, choose_strategy, usual_cap
 from dear._context import StepContext, ordinary
 from dear._fusion import check_cap
@@ -108,6 +108,7 @@ def attach(
         decided = asked.decide()
         return decided.facts
 
+    meet_on(model.process_group, model.device)
     agree(model.process_group, look, "every rank must call dear.attach() with the same arguments")
     assert decided is not None
     ground, setting, steering = decided.ground, decided.setting, decided.steering

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from dear import _ddp, _refusals, preconditioning
-from dear._agree import agree
+from dear._agree import agree, meet_on
 from dear._compiled import uncompiled
 from dear._optimizer import unwrapped
 from dear.collectives import choose_algorithm, group_timeout, make_lane
@@ -147,6 +147,7 @@ def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditio
         preconditioning.check_free(model)
         return preconditioner.check_new(model, optimizers, caller)
 
+    meet_on(model.process_group, model.device)
     agree(model.process_group, look, "every rank must call precondition.register() with the same arguments")
     params, group = _ddp.reduced_parameters(model), model.process_group
     device = params[0].device
