@@ -44,6 +44,7 @@ class HookBinding(Binding):
         self._learns_graph = False  # a static one, in the first pass
         self._names: dict[int, str] = {}
         self._params: dict[str, Tensor] = {}
+        self._slots: dict[str, Tensor] = {}  # in DDP's buckets, by name
         me = weakref.ref(self)  # the model's reducer holds the native hook, which must not hold the model
 
         @uncompiled
@@ -128,6 +129,7 @@ class HookBinding(Binding):
                 self._names.setdefault(id(param), f"parameter {len(self._names)} {list(param.shape)}")
         names = [self._names.get(id(param), "") for param in bucket.params]
         self._params.update(zip(names, bucket.params, strict=True))
+        self._slots.update(zip(names, bucket.grads, strict=True))
         buffer = bucket.buffer.view(-1) if bucket.buffer.layout == torch.strided else bucket.buffer
         return self.bind(index, names, bucket.params, bucket.grads, buffer, buffer)
 
@@ -144,8 +146,19 @@ class HookBinding(Binding):
         elif self._model is not None and _ddp.tracks_unused(self._model):
             # DDP drops the results for parameters that no rank has used.
             used = {self._names[id(param)] for param in _ddp.used_parameters(self._model, self._order) or ()}
-            keep_unused(bounds, lambda name: name not in used, self.compressor.feedback.errors)
+            keep_unused(bounds, lambda name: name not in used, self.compressor.feedback.errors, self._put_back)
         self._lay_buckets()
+
+    def _put_back(self, name: str) -> bool:
+        """What stood in ``.grad`` of an unused parameter was in the bucket, and stays for the optimizer."""
+        grad, slot = self._params[name].grad, self._slots[name]
+        if grad is None:
+            return False
+        if grad.untyped_storage().data_ptr() == slot.untyped_storage().data_ptr():
+            slot.zero_()  # gradient_as_bucket_view: the result has overwritten it, and would be applied; it is owed
+        else:
+            slot.copy_(grad)
+        return True
 
     def _lay_buckets(self) -> None:
         """The layout of the first pass becomes that of all others, before anything is saved: owners have another error

@@ -41,8 +41,17 @@ def treat_nonfinite(
         spoil(bound)
 
 
-def keep_unused(bounds: Iterable[Bound], unused: Callable[[str], bool], errors: dict[str, Tensor]) -> None:
-    """Adds the results for parameters that no rank has used, which nobody applies, to the error feedback."""
+def keep_unused(
+    bounds: Iterable[Bound],
+    unused: Callable[[str], bool],
+    errors: dict[str, Tensor],
+    put_back: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Adds the results for parameters that no rank has used, which nobody applies, to the error feedback.
+
+    put_back: puts what of such a parameter stands in ``.grad``, and was sent although it is none of this pass, where
+    the result lies; False where nothing stands.
+    """
     for bound in bounds:
         if not bound.exchange.compressed():
             continue
@@ -50,3 +59,5 @@ def keep_unused(bounds: Iterable[Bound], unused: Callable[[str], bool], errors: 
             error = errors.get(member.name)
             if error is not None and unused(member.name):
                 error.add_(bound.result(index))
+                if put_back(member.name):
+                    error.sub_(bound.result(index))

@@ -22,9 +22,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 ONE_BUCKET = {"bucket_cap_mb": 100, "find_unused_parameters": True}  # which DDP does not rebuild
 
 
-def conserved(rank: int, world: int, dtype: torch.dtype) -> None:
+def conserved(rank: int, world: int, dtype: torch.dtype, columns: int) -> None:
     """Nothing is lost, and all ranks have the same bits, though their factors differ."""
-    compressor = compress.LocalPowerSGD(rank=3, factor_dtype=dtype, min_compression_ratio=0.1)
+    compressor = compress.LocalPowerSGD(rank=columns, factor_dtype=dtype, min_compression_ratio=0.1)
     model = attach(compressor, net=Prescribed(UNEVEN))
     left = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in UNEVEN.items()}
     for step in range(5):
@@ -42,10 +42,11 @@ def conserved(rank: int, world: int, dtype: torch.dtype) -> None:
     assert world == 1 or not torch.equal(factors[0], factors[1])
 
 
+@pytest.mark.parametrize("columns", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_nothing_is_lost_and_replicas_agree(pool1, pool2, pool3, pool4, world, dtype):
-    [pool1, pool2, pool3, pool4][world - 1].run(conserved, dtype)
+def test_nothing_is_lost_and_replicas_agree(pool1, pool2, pool3, pool4, world, dtype, columns):
+    [pool1, pool2, pool3, pool4][world - 1].run(conserved, dtype, columns)
 
 
 WIDE = {"first": (150, 140), "second": (150, 140), "vector": (40,)}

@@ -50,7 +50,8 @@ at::Tensor GatheredFactors::all(size_t batch) const {
   const at::Tensor by_rank = received_.narrow(1, begins_[batch], own.numel());
   return by_rank.view({world_, count, length, rank})
       .permute({1, 2, 0, 3})
-      .reshape({count, length, world_ * rank});
+      .reshape({count, length, world_ * rank})
+      .contiguous();  // of one matrix at rank 1, what is reshaped is a view still
 }
 
 LocalCodec::LocalCodec(at::Device device, int64_t rank, int64_t world, std::vector<MatrixBatch> batches,
