@@ -21,6 +21,7 @@ from torch.optim import optimizer as _all_optimizers
 
 from dear._compiled import uncompiled
 from dear._other_steps import OtherSteps
+from dear._state import check_listed
 
 # Of all optimizers, before and after a step.
 _GLOBAL_HOOKS: Any = (_all_optimizers._global_optimizer_pre_hooks, _all_optimizers._global_optimizer_post_hooks)
@@ -124,10 +125,11 @@ class UserOptimizer:
         """Its state, which is that of the run.
 
         Raises:
-            RuntimeError: another optimizer has taken its place.
+            RuntimeError: another optimizer has taken its place, or it has state that cannot be saved.
         """
         if self._others is not None:
             self._others.check()
+        check_listed(self.optimizer, self.optimizer.state)
         return self.optimizer.state_dict()
 
     # --- what it manages ---

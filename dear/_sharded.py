@@ -122,7 +122,7 @@ class ShardedUpdate(Update):
             for segment in self._states.segments:
                 segment.tensor.data = segment.view(layout.full[segment.bucket])
         if members:
-            self._states.cut(layout, self._states.full())
+            self._states.cut_all(layout, self._states.full())
         if moved or members:
             attached.scheduler.replace_buffers(layout.buffers(attached.optimizer_of(), len(attached.users)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from dear._state_views import ShardedState
 from dear._update import bytes_of
 
 Whole = Callable[[Attached], set[Param]]  # the parameters that must not be cut
+ByOptimizer = list[_state.FullState]
 
 
 class SegmentStates:
@@ -35,48 +36,57 @@ class SegmentStates:
         self.values: dict[torch.Tensor, dict[str, Any]] = defaultdict(dict)  # by segment
         self.shows_full = False  # in optimizer.state
         self._attached, self._whole = attached, whole
-        self._others: _state.FullState = {}  # of parameters that DDP does not reduce
+        # By optimizer, as it was cut: its parameters; the state of those that DDP does not reduce; and that of
+        # parameters that no group of it lists, which torch keeps for the day when one does again. Both in full.
+        self._members: list[set[Param]] = [set() for _ in attached.users]
+        self._others: ByOptimizer = [{} for _ in attached.users]
+        self._idle: ByOptimizer = [{} for _ in attached.users]
         self._views: list[Any] = [None] * len(attached.users)  # in optimizer.state, while it refuses
         self._loaded: LoadedState | None = None  # before there was a layout
 
     # --- segments ---
 
-    def take_full(self, layout: Layout) -> _state.FullState:
+    def take_full(self, layout: Layout) -> ByOptimizer:
         """The state that a new layout begins with, as far as this rank needs it. Collective."""
         full = self.full() if self._loaded is None else self._spread(self._loaded, layout)
         self._loaded = None
         return full
 
-    def adopt(self, layout: Layout, full: _state.FullState) -> None:
+    def adopt(self, layout: Layout, full: ByOptimizer) -> None:
         """Cuts a new layout, with the state that :meth:`take_full` gave for it."""
         self.segments = []
         self.values.clear()
-        self.cut(layout, full)
+        self.cut_all(layout, full)
 
-    def cut(self, layout: Layout, full: _state.FullState, numbers: Iterable[int] | None = None) -> None:
-        """Makes segments of what this rank owns of these optimizers' parameters, or of all, and takes their part of the
-        full state."""
+    def cut_all(self, layout: Layout, full: ByOptimizer) -> None:
+        """As :meth:`cut`, for every optimizer."""
+        for number, state in enumerate(full):
+            self.cut(layout, state, number)
+
+    def cut(self, layout: Layout, full: _state.FullState, number: int) -> None:
+        """Makes segments of what this rank owns of an optimizer's parameters, and takes their part of its full
+        state."""
         attached = self._attached
         # Where parameters may go unused, each is updated on its own.
         merge = not _ddp.tracks_unused(attached.model)
         whole = self._whole(attached)
         apart = kept_apart(user.optimizer for user in attached.users)
         here = {place.param for place in layout.places}
-        for number in range(len(attached.users)) if numbers is None else numbers:
-            optimizer = attached.users[number].optimizer
-            _forget(self, number)
-            self.segments = [segment for segment in self.segments if segment.optimizer != number]
-            group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-            segments = cut_segments(
-                layout, attached.rank, number, group_of, whole,
-                lambda param: _state.kind(full.get(param, {})) if merge and param not in apart else id(param),
-            )  # fmt: skip
-            self.segments += segments
-            self.values.update(_state.scatter(full, segments))
-            others = {param: full[param] for param in group_of if param in full and param not in here}
-            self._others = {p: state for p, state in self._others.items() if p not in group_of} | others
-            view = ShardedState(weakly(self, functools.partial(_forget, number=number)))
-            optimizer.state = self._views[number] = view
+        optimizer = attached.users[number].optimizer
+        _forget(self, number)
+        self.segments = [segment for segment in self.segments if segment.optimizer != number]
+        group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        segments = cut_segments(
+            layout, attached.rank, number, group_of, whole,
+            lambda param: _state.kind(full.get(param, {})) if merge and param not in apart else id(param),
+        )  # fmt: skip
+        self.segments += segments
+        self.values.update(_state.scatter(full, segments))
+        self._others[number] = {param: full[param] for param in group_of if param in full and param not in here}
+        self._members[number] = set(group_of)
+        self._idle[number] = {param: state for param, state in full.items() if param not in group_of}
+        view = ShardedState(weakly(self, functools.partial(_forget, number=number)))
+        optimizer.state = self._views[number] = view
 
     def regroup(self) -> None:
         """Sorts the segments by the fusion groups of ``attached.layout``."""
@@ -87,13 +97,17 @@ class SegmentStates:
 
     # --- in full ---
 
-    def full(self) -> _state.FullState:
+    def full(self) -> ByOptimizer:
         """The full state, on every rank. Collective where it is in parts."""
         attached = self._attached
         if attached.layout is None:
             self.take_loaded()
-            return {key: value for user in attached.users for key, value in user.optimizer.state.items()}
-        return self._others | _state.gather(self.values, self.segments, attached.layout, attached.gather_lane)
+            return [dict(user.optimizer.state) for user in attached.users]
+        full = _state.gather(self.values, self.segments, attached.layout, attached.gather_lane)
+        return [
+            others | {param: state for param, state in full.items() if param in members} | idle
+            for members, others, idle in zip(self._members, self._others, self._idle, strict=True)
+        ]
 
     def take_loaded(self) -> None:
         """What was loaded before there was a layout becomes every rank's full state. Collective where there is any."""
@@ -126,10 +140,8 @@ class SegmentStates:
         """``optimizer.state`` is the full state until :meth:`hide_full`."""
         if self.shows_full:
             return
-        full = self.full()
-        for user in self._attached.users:
-            mine = set(user.params)
-            user.optimizer.state = defaultdict(dict, {p: state for p, state in full.items() if p in mine})
+        for user, state in zip(self._attached.users, self.full(), strict=True):
+            user.optimizer.state = defaultdict(dict, state)
         self.shows_full = True
 
     def hide_full(self) -> None:
@@ -152,7 +164,7 @@ class SegmentStates:
             self._loaded.forget(self._attached.users[optimizer].params)
         if layout is not None and not self.shows_full:
             with ordinary(StepContext(self._attached.device)):
-                self.cut(layout, dict(self._attached.users[optimizer].optimizer.state), (optimizer,))
+                self.cut(layout, dict(self._attached.users[optimizer].optimizer.state), optimizer)
             self.regroup()
 
     def check_export(self) -> None:
@@ -169,7 +181,10 @@ class SegmentStates:
         """This rank's; None while every rank has all of it in ``optimizer.state``."""
         if self._attached.layout is None:
             return None if self._loaded is None else self._loaded.parts
-        return StateParts.of(self.values, self.segments, self._others)
+        for user, idle in zip(self._attached.users, self._idle, strict=True):
+            _state.check_listed(user.optimizer, idle)
+        others = {param: state for others in self._others for param, state in others.items()}
+        return StateParts.of(self.values, self.segments, others)
 
     def load_parts(self, loaded: LoadedState) -> None:
         """Takes this rank's parts of a state. Collective."""
@@ -178,11 +193,12 @@ class SegmentStates:
             self._loaded = loaded
             return
         with ordinary(StepContext(self._attached.device)):
-            self.cut(layout, self._spread(loaded, layout))
+            self.cut_all(layout, self._spread(loaded, layout))
         self.regroup()
 
-    def _spread(self, loaded: LoadedState, layout: Layout) -> _state.FullState:
-        return self._placed(loaded.spread(layout, self._attached.gather_lane))
+    def _spread(self, loaded: LoadedState, layout: Layout) -> ByOptimizer:
+        full = self._placed(loaded.spread(layout, self._attached.gather_lane))
+        return [{param: full[param] for param in user.params if param in full} for user in self._attached.users]
 
     def _placed(self, full: _state.FullState) -> _state.FullState:
         for group in (group for user in self._attached.users for group in user.optimizer.param_groups):
@@ -206,9 +222,9 @@ class SegmentStates:
 
 
 def _forget(states: SegmentStates, number: int) -> None:
-    """Drops an optimizer's state: this rank's part of it, and that of parameters that DDP does not reduce."""
-    mine = set(states._attached.users[number].params)
-    states._others = {param: state for param, state in states._others.items() if param not in mine}
+    """Drops an optimizer's state: this rank's part of it, and that of parameters that DDP does not reduce, or that no
+    group lists."""
+    states._others[number], states._idle[number] = {}, {}
     for segment in states.segments:
         if segment.optimizer == number:
             states.values.pop(segment.tensor, None)
