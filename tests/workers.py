@@ -44,6 +44,8 @@ from benchmarks.processes import MARK, Processes
 SET_UP = 60.0
 # After a first failure the other ranks get this long (seconds) to report theirs, which often tells more.
 GRACE = 2.0
+# Those that are to die or to stall get this long (seconds) when all others are done.
+LAST = 0.5
 
 
 class WorkerDied(Exception):
@@ -172,7 +174,7 @@ class WorkerPool:
         expected = set(expect_dead or ())
         while pending:
             if expect_dead is not None and all(w.rank in expected for w in pending.values()):
-                deadline = min(deadline, time.monotonic() + 0.5)  # only those left that are to die or to stall
+                deadline = min(deadline, time.monotonic() + LAST)  # only those left that are to die or to stall
             for connection in wait(list(pending), max(0.0, deadline - time.monotonic())):
                 worker = pending.pop(connection)  # type: ignore[call-overload]
                 ok, value = worker.receive()
