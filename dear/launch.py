@@ -7,9 +7,11 @@ What the launchers say about a process is read by `detect`, which looks at nothi
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -23,6 +25,9 @@ from dear._address import listening_address
 from dear._generation import agree_on_generation, store_outlives_us
 
 __all__ = ["Job", "detect", "expand_nodelist", "init_process_group"]
+
+# Below the ports that systems hand out themselves.
+_FIRST_PORT, _PORTS = 12000, 20000
 
 HOW_TO_START = "start it with a launcher, for example: torchrun --nproc_per_node=2 train.py"
 
@@ -197,10 +202,11 @@ def _slurm_size(env: Mapping[str, str]) -> str | None:
 
 
 def _slurm_port(env: Mapping[str, str]) -> int:
-    """The same on every task, another for every job and step, and below the ports that systems hand out themselves."""
+    """The same on every task, and another for every job and step."""
     if "SLURM_JOB_ID" not in env:
         raise RuntimeError("SLURM_JOB_ID is not set, so no port can be derived from it: set MASTER_PORT to a free port")
-    return 12000 + (_number(env, "SLURM_JOB_ID") * 31 + (_optional(env, "SLURM_STEP_ID") or 0)) % 20000
+    number = _number(env, "SLURM_JOB_ID") * 31 + (_optional(env, "SLURM_STEP_ID") or 0)
+    return _FIRST_PORT + number % _PORTS
 
 
 _RANGES = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
@@ -294,9 +300,14 @@ def _own_address(single_node: bool) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """Below those that systems hand out themselves, wherever one is free: of those another socket may get it before
+    rank 0 listens there."""
+    draw = random.SystemRandom()  # ranks may have been seeded alike
+    for port in [*(_FIRST_PORT + draw.randrange(_PORTS) for _ in range(100)), 0]:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    raise RuntimeError("no port is free on the host of rank 0: close some of its sockets, or set MASTER_PORT")
 
 
 def _device_index(job: Job, devices: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-import time
+from datetime import timedelta
 
 import auto_instruments
 import pytest
@@ -199,12 +199,17 @@ def test_what_cannot_be_measured_leaves_training_as_it_was(pool2, more, why):
 
 
 class Stalling(Prescribed):
-    """Rank 1 stalls in the probe for longer than the backend waits."""
+    """Rank 1 stalls in the probe until the backend of rank 0 has waited for it in vain."""
 
     def network(self, group, device, phases, lanes):
+        store = dist.distributed_c10d._get_default_store()
         if group.rank() == 1:
-            time.sleep(8)
-        dist.all_reduce(torch.zeros(4), group=group)
+            store.wait(["in vain"], timedelta(seconds=100))
+        try:
+            dist.all_reduce(torch.zeros(4), group=group)
+        except RuntimeError:
+            store.set("in vain", "")
+            raise
         raise AssertionError("the backend has waited")
 
 
@@ -220,10 +225,10 @@ def stalled(rank, world):
 
 
 def test_a_rank_that_stalls_in_the_probe_ends_training_by_a_sentence():
-    waited, _ = run_workers(stalled, 2, group_timeout=3, timeout=60)
+    waited, _ = run_workers(stalled, 2, group_timeout=5, timeout=200)
     assert re.fullmatch(
         r"A collective of the backend failed while the network was measured on rank 0, and no peer is known to have "
-        r"ended: look for one that has stalled \(.*Timed out waiting 3000ms.*\)\.", waited
+        r"ended: look for one that has stalled \(.*Timed out waiting 5000ms.*\)\.", waited
     ), waited  # fmt: skip
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import test_auto_switching as switching
 import training
+from threads import threads
 from torch import optim
 
 import compress
@@ -22,10 +23,12 @@ SMALL = 0.002  # MiB: several groups in a small model
 def census():
     """This process's threads of ours by name, and its sockets."""
     gc.collect()
-    threads = Counter(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
-    links = (os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
-    ours = {name: count for name, count in threads.items() if name.startswith("dear ")}
-    return ours, sum(link.startswith("socket:") for link in links)
+    ours = {name: count for name, count in threads().items() if name.startswith("dear ")}
+    sockets = 0
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            sockets += os.readlink(path).startswith("socket:")
+    return ours, sockets
 
 
 def switches(rank, world, algorithm, settings):

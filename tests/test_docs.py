@@ -8,7 +8,6 @@ import io
 import os
 import re
 import runpy
-import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from workers import WorkerPool
 import compress
 import dear
 import precondition
+from benchmarks.network.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -136,10 +136,7 @@ def run_script(rank: int, world: int, script: str, port: int) -> str:
 
 def run_two(pool: WorkerPool, script: Path) -> str:
     """What rank 0 of two prints."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return pool.run(run_script, str(script), port, backend=None)[0]
+    return pool.run(run_script, str(script), free_port(), backend=None)[0]
 
 
 def test_readmes_script_runs(pool2, tmp_path):

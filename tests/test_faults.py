@@ -3,7 +3,6 @@
 `run_workers` itself demands that survivors exit by themselves, with exit code 0.
 """
 
-import contextlib
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training
+from threads import threads
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from workers import WorkerDied, run_workers
@@ -316,19 +316,14 @@ def dropped(rank, world):
     """Engines that nobody holds any more leave no thread behind."""
     import gc
 
-    def threads():
-        """This library's, by name: those of gloo's groups come and go as earlier tests' groups end."""
-        names = []
-        for task in os.listdir("/proc/self/task"):
-            with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/comm") as name:
-                names.append(name.read())
-        return sum(name.startswith("dear") for name in names)
+    def ours():
+        return sum(count for name, count in threads().items() if name.startswith("dear"))
 
     # What an earlier test left in cycles, or torch keeps of the last DDP module until there is another. Something may
     # stay all the same, and end later.
     training.plain_step(*training.build("Mlp", training.SGD, {}), rank, 0)
     gc.collect()
-    before = threads()
+    before = ours()
     for update in ("sharded", "replicated"):
         model, opt = training.build("Mlp", training.SGD, {})
         engine = dear.attach(model, opt, update=update, bucket_cap_mb=0.002)
@@ -336,11 +331,11 @@ def dropped(rank, world):
             training.plain_step(model, opt, rank, step)
         engine.synchronize()
         torch.distributed.barrier()
-        assert threads() >= 2
+        assert ours() >= 2
         del model, opt, engine
         gc.collect()
         torch.distributed.barrier()
-        assert threads() <= before, f"{update}: a lane's thread was left behind"
+        assert ours() <= before, f"{update}: a lane's thread was left behind"
 
 
 def test_a_dropped_engine_leaves_no_thread(pool2):

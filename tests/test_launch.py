@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.network.ports import free_port
 from dear import launch
 from dear.launch import Job, detect, expand_nodelist, init_process_group
 
@@ -141,7 +142,7 @@ def test_mpirun_without_mpi4py(script: str, mpirun: tuple[list[str], dict[str, s
     command, env = mpirun
     done = run([*command, "-n", "2", sys.executable, script], env)
     assert "mpirun started this process, but mpi4py is not installed: pip install mpi4py" in done
-    with_address = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch._free_port())}
+    with_address = env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = run([*command, "-n", "2", sys.executable, script], with_address)
     assert joined(done), done
 
@@ -305,7 +306,7 @@ def test_without_a_launcher(environment: pytest.MonkeyPatch) -> None:
 
 def test_joining_twice_and_again(environment: pytest.MonkeyPatch) -> None:
     alone = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost"}
-    for name, value in (SRUN | alone | {"MASTER_PORT": str(launch._free_port())}).items():
+    for name, value in (SRUN | alone | {"MASTER_PORT": str(free_port())}).items():
         environment.setenv(name, value)
     for _ in range(2):  # the second time by the variables that the first has set
         init_process_group(timeout=10)

@@ -125,8 +125,8 @@ def test_an_interrupt_ends_the_benchmark_once_and_says_how_to_go_on(sent: signal
         f"""
         import os, pathlib, time
         notes = pathlib.Path({str(tmp_path)!r})
-        (notes / "started").write_text(str(os.getpid()))
         try:
+            (notes / "started").write_text(str(os.getpid()))  # from here on it may be interrupted
             time.sleep(60)
         except KeyboardInterrupt:
             time.sleep(0.5)  # a second one would cut this short

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import re
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import training
+from threads import threads
 from torch import optim
 from torch.profiler import ProfilerActivity, profile
 
@@ -117,10 +116,6 @@ def unprofiled(rank, world):
             training.plain_step(model, opt, rank, 3)
             training.plain_step(model, opt, rank, 4)
         return without - before, threads() - without
-
-
-def threads():
-    return Counter(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
 
 
 def test_without_a_profiler_there_are_no_rows(pool2):

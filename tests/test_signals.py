@@ -1,7 +1,7 @@
 """A signal's handler that reads the model while training waits for the network, as one before a preemption does."""
 
 import signal
-import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from refusing import SMALL, final, same
 import compress
 import dear
 from dear._pending import Barrier, unguarded
+
+PATIENCE = timedelta(seconds=100)  # of who waits for the signal; reached where none comes
 
 
 def saved_while_waiting(rank, world, update, algorithm, compresses=False):
@@ -22,8 +24,11 @@ def saved_while_waiting(rank, world, update, algorithm, compresses=False):
     want = training.train(rank, "Mlp", steps=6, attach={**attach, **compressor()} if compresses else None)[1]
     model, opt = training.build("Mlp", training.SGD, {})
     saved = []
+    store = torch.distributed.distributed_c10d._get_default_store()
+    begun = f"the handler of {update} {algorithm} {compresses} has begun"
 
     def save(*_):
+        store.set(begun, "")
         saved.append(final(model))
 
     former = signal.signal(signal.SIGALRM, save)
@@ -35,14 +40,13 @@ def saved_while_waiting(rank, world, update, algorithm, compresses=False):
                 if step == 3 and rank == 0:
                     signal.setitimer(signal.ITIMER_REAL, 0.3)
                 if late and update == "replicated":
-                    time.sleep(1.5)
+                    store.wait([begun], PATIENCE)
                 loss.backward()
                 if late:
-                    time.sleep(1.5)
+                    store.wait([begun], PATIENCE)
                 opt.step()
                 opt.zero_grad()
             model.module.state_dict()
-            time.sleep(0.1 if saved or rank else 1)
             same(final(model), want)
     finally:
         signal.signal(signal.SIGALRM, former)

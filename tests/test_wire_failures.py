@@ -205,6 +205,26 @@ def test_who_is_aborted_says_why(kind):
     assert failure_of(exchange).startswith("Rank 1 left the engine's context with KeyError during the ")
 
 
+def test_who_leaves_in_the_middle_is_heard_behind_what_is_still_on_its_way():
+    """The other rank takes it slowly, and has itself sent what the leaving one never reads: a connection that is closed
+    so ends at once."""
+
+    def slowly(at, data):
+        if at >= HELLO:
+            time.sleep(0.05)
+
+    def seen(rank, host, port):
+        return Between((host, port), slowly).port if rank == 1 else port
+
+    store = Watched(dist.HashStore(), seen)
+    made = in_ranks(2, lambda rank: lane_of(_C.MeshLane, store, "lane", 60, peers(rank, 2)))
+    exchanges = [submit(lane, 16_000_000) for lane in made]
+    made[0].abort("Rank 0 has had enough.")
+    assert failure_of(exchanges.pop(0)).startswith("Rank 0 has had enough")
+    made[0] = None  # at once
+    assert failure_of(exchanges[0]).startswith("Rank 0 has had enough during the all-to-all"), failure_of(exchanges[0])
+
+
 @pytest.mark.parametrize("numel", [1000, 4_000_000])  # less than sockets hold, and more
 @pytest.mark.parametrize("world", [2, 3])
 def test_who_is_late_hears_the_cause(world, numel):

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+import workers
 from workers import RemoteTraceback, WorkerDied, WorkerPool, WorkerTimeout, alive, run_workers
 
 
@@ -127,7 +128,8 @@ def test_expected_death_collects_what_survivors_raised(number: int) -> None:
     assert dead.stalled == (number == signal.SIGSTOP)
 
 
-def test_expected_death_that_does_not_come() -> None:
+def test_expected_death_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "LAST", 60.0)  # its answer may come late where the machine is busy
     with pytest.raises(AssertionError, match="worker 1 was to die"):
         run_workers(pid, 2, expect_dead={1})
 

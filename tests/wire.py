@@ -48,14 +48,18 @@ class Between:
 
     @staticmethod
     def _pass(source: socket.socket, sink: socket.socket, change: Change) -> None:
-        """Until one end hangs up, or ``change`` raises OSError: then both are."""
+        """Until one end hangs up, or ``change`` raises OSError: then both are. What a sink has sent before it hung up
+        is passed all the same."""
         at = 0
         try:
             while data := bytearray(source.recv(1 << 16)):
                 size = len(data)
                 change(at, data)
                 at += size
-                sink.sendall(data)
+                try:
+                    sink.sendall(data)
+                except OSError:
+                    return
             sink.shutdown(socket.SHUT_WR)
         except OSError:
             for end in (source, sink):

@@ -44,6 +44,10 @@ from benchmarks.processes import MARK, Processes
 SET_UP = 60.0
 # After a first failure the other ranks get this long (seconds) to report theirs, which often tells more.
 GRACE = 2.0
+# Those that are to die or to stall get this long (seconds) when all others are done.
+LAST = 0.5
+# A process that hangs gets this long (seconds) to begin to say where; one that is stopped says nothing.
+STACKS = 10.0
 
 
 class WorkerDied(Exception):
@@ -172,7 +176,7 @@ class WorkerPool:
         expected = set(expect_dead or ())
         while pending:
             if expect_dead is not None and all(w.rank in expected for w in pending.values()):
-                deadline = min(deadline, time.monotonic() + 0.5)  # only those left that are to die or to stall
+                deadline = min(deadline, time.monotonic() + LAST)  # only those left that are to die or to stall
             for connection in wait(list(pending), max(0.0, deadline - time.monotonic())):
                 worker = pending.pop(connection)  # type: ignore[call-overload]
                 ok, value = worker.receive()
@@ -275,14 +279,19 @@ class _Worker:
         return ok, payload
 
     def output(self, limit: int = 4000) -> str:
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - limit))
-        return self._log.read().decode(errors="replace")
+        return os.pread(self._log.fileno(), limit, max(0, self._written() - limit)).decode(errors="replace")
+
+    def _written(self) -> int:
+        """Bytes. Nobody seeks: it would move where the worker writes, with whom the file's offset is shared."""
+        return os.fstat(self._log.fileno()).st_size
 
     def hung(self) -> str:
         """What a worker that does not answer was doing."""
+        before, deadline = self._written(), time.monotonic() + STACKS
         self.process.send_signal(signal.SIGUSR1)  # faulthandler writes the stacks
-        time.sleep(0.3)
+        while self._written() == before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)  # the rest of them
         return f"worker {self.rank} had not finished in time{_quoted(self.output(12000))}"
 
     def stalled(self) -> WorkerDied:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..processes import Child, OnLine, Processes, end_all, python_path, tail
+from .ports import free_port
 
 # How else than one by one the ranks are started: from what each is to run, the one command that starts them all, and
 # what to add to its environment.
@@ -133,9 +133,8 @@ class Ranks(Processes):
             return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(self.workers)]
 
     def _free_port(self) -> int:
-        with self.place(0), socket.socket() as probe:
-            probe.bind((self.address(0), 0))
-            return int(probe.getsockname()[1])
+        with self.place(0):
+            return free_port(self.address(0))
 
 
 def name_of(fn: Callable[..., Any]) -> str:

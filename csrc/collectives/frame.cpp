@@ -1,12 +1,15 @@
 #include "collectives/frame.h"
 
+#include <linux/sockios.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <thread>
 
 #include "collectives/checksum.h"
 #include "collectives/failure.h"
@@ -260,6 +263,26 @@ bool hung_up(int fd) {
 bool still_open(int fd) {
   pollfd entry{fd, POLLRDHUP, 0};
   return ::poll(&entry, 1, 0) == 0;
+}
+
+void await_delivery(const std::vector<int>& fds) {
+  constexpr milliseconds kQuiet{1000};    // with one that takes nothing
+  constexpr milliseconds kWhole{10'000};  // with one that takes little
+  const auto begun = Clock::now();
+  auto moved = begun;
+  int before = 0;
+  while (true) {
+    int left = 0;
+    for (const int fd : fds) {
+      int bytes = 0;
+      if (still_open(fd) && ::ioctl(fd, SIOCOUTQ, &bytes) == 0) left += bytes;
+    }
+    const auto now = Clock::now();
+    if (left != before) moved = now;
+    before = left;
+    if (left == 0 || now - moved >= kQuiet || now - begun >= kWhole) return;
+    std::this_thread::sleep_for(milliseconds(2));
+  }
 }
 
 void set_low_water(int fd, size_t bytes) {

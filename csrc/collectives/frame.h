@@ -153,6 +153,11 @@ bool hung_up(int fd);
 // Whether the other side may still send something. Disturbs nobody who reads.
 bool still_open(int fd);
 
+// Waits until the other sides' kernels have all that was sent on these connections, for as long as they take
+// more of it. One that is closed while something on it is unread ends at once, and takes along what is still
+// to be sent: the news of a failure behind data, say.
+void await_delivery(const std::vector<int>& fds);
+
 // Sets how many bytes must have arrived before poll() reports the socket readable (a hang-up it reports at
 // once).
 void set_low_water(int fd, size_t bytes);

@@ -65,6 +65,7 @@ void HostLane::join() {
   }
   shared_->work.notify_all();
   shared_->thread.join();
+  if (cut_short_) await_delivery(connections());
 }
 
 void HostLane::submit(const std::shared_ptr<Exchange>& exchange) {
@@ -180,6 +181,7 @@ void HostLane::move(Exchange& exchange) {
     transfer(moved, {members_, peers_->world(), timeout_, sequence_, wake_, peers_->check(), *this});
   } catch (const Failure&) {
     told_ = true;
+    cut_short_ = true;
     throw;
   }
 }

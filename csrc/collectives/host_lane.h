@@ -59,6 +59,7 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   virtual bool open_to(int peer) const = 0;
   // No connection stands, and nothing that came is unread.
   virtual bool all_hung_up() const = 0;
+  virtual std::vector<int> connections() const = 0;  // descriptors
 
   const std::shared_ptr<Peers> peers_;
   const Members members_;
@@ -113,7 +114,8 @@ class HostLane : public Lane, private Peers::Member, private TransferHost {
   HomeProcess home_;
   HomeOnly<Shared> shared_;
   uint32_t sequence_ = 0;
-  int wake_ = -1;  // an eventfd: written to end a poll at once
+  bool cut_short_ = false;  // a transfer was: what its peers sent for it may be unread
+  int wake_ = -1;           // an eventfd: written to end a poll at once
   std::atomic<bool> told_{false};
   std::vector<PeerProgress> progress_;  // by rank
   std::optional<AtExit> at_exit_;

@@ -67,4 +67,12 @@ bool MeshLane::all_hung_up() const {
   });
 }
 
+std::vector<int> MeshLane::connections() const {
+  std::vector<int> all;
+  for (const int peer : members_.ranks()) {
+    if (links_ && peer != members_.rank()) all.push_back(links_->to(peer));
+  }
+  return all;
+}
+
 }  // namespace dear

@@ -25,6 +25,7 @@ class MeshLane : public HostLane {
   std::vector<int> find_gone() const override;
   bool open_to(int peer) const override;
   bool all_hung_up() const override;
+  std::vector<int> connections() const override;
 
  private:
   std::unique_ptr<MeshLinks> links_;  // null where the rank is alone

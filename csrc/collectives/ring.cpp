@@ -123,4 +123,8 @@ bool RingLane::all_hung_up() const {
   return !links_ || (hung_up(links_->to_next()) && hung_up(links_->from_prev()));
 }
 
+std::vector<int> RingLane::connections() const {
+  return links_ ? std::vector<int>{links_->to_next(), links_->from_prev()} : std::vector<int>{};
+}
+
 }  // namespace dear

@@ -26,6 +26,7 @@ class RingLane : public HostLane {
   std::vector<int> find_gone() const override;
   bool open_to(int peer) const override;
   bool all_hung_up() const override;
+  std::vector<int> connections() const override;
 
  private:
   std::unique_ptr<RingLinks> links_;
