@@ -337,8 +337,9 @@ class Rendezvous {
     return false;
   }
 
-  [[noreturn]] void give_up() {
+  void give_up() {
     heed();
+    if (all("ready")) return;  // this rank itself was late
     std::string absent;
     int count = 0;
     for (const int rank : members_.ranks()) {

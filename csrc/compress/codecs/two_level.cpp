@@ -1,5 +1,6 @@
 #include "compress/codecs/two_level.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "compress/layout.h"
@@ -104,6 +105,12 @@ std::optional<Message> TwoLevelCodec::advance(int64_t step, size_t stage) {
     show_results(step);
   }
   return std::nullopt;
+}
+
+bool TwoLevelCodec::compresses(int64_t step) const {
+  return inner_->compresses(step) ||
+         std::any_of(readers_.begin(), readers_.end(),
+                     [step](const auto& reader) { return reader && reader->compresses(step); });
 }
 
 // To readers that follow a dense step.

@@ -32,7 +32,7 @@ class TwoLevelCodec : public Codec {
   }
   std::optional<Message> advance(int64_t step, size_t stage) override;
   void bind(at::Tensor gradient, at::Tensor result) override;
-  bool compresses(int64_t step) const override { return inner_->compresses(step); }
+  bool compresses(int64_t step) const override;  // also where this place owns nothing: its readers learn
   void settle() override { inner_->settle(); }
   void forget() override { inner_->forget(); }
 
