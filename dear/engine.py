@@ -187,6 +187,7 @@ class Engine:
         Raises:
             RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set (no gradient has been changed).
         """
+        self._schedule.look_again()  # at which parameters the optimizer has
         return self._update.clip_grad_norm_(max_norm, float(norm_type), error_if_nonfinite)
 
     # --- state ---

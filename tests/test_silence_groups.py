@@ -33,6 +33,12 @@ CASES = [
     *silence("a group out, its state cleared, and back",
              f"{WARM}\n\n{OUT}\n\ntrain(3)\n\nopt.state.clear()\n\ntrain(4)\n\n{BACK}{TAIL}", EVERY, IN_SHARDS,
              groups=2, **ADAM),
+    *silence("a parameter out behind backward, and clipped", f"{WARM}\n\nforward(3).backward()\n\n"
+             f"q = opt.param_groups[0]['params'].pop()\n\nclip(0.01, float('inf'))\n\nopt.step(){TAIL}",
+             (*EVERY, "owned", "switching"), **ADAM),
+    *silence("a parameter out before forward, and clipped", "attach()\n\nq = opt.param_groups[0]['params'].pop()\n\n"
+             f"forward(2).backward()\n\nclip(0.01, float('inf'))\n\nopt.step(){TAIL}",
+             (*EVERY, "owned", "switching"), **ADAM),
     *silence("parameters whole, a group out and back", f"{WARM}\n\n{OUT}\n\ntrain(3); train(4)\n\n{BACK}{TAIL}",
              ("owned",), groups=2, optimizer=("Adafactor", {"lr": 0.01})),
 ]  # fmt: skip

@@ -66,7 +66,7 @@ WAYS_OF_TWO = ("sharded", "owned", "auto")  # of two optimizers; the others take
 EXTRAS = [  # how often, relative to each other
     (READS, 8), (WRITES, 6), (STATE, 5), (AVERAGES, 5), (FORWARDS, 5), (HYPER, 3), (ENGINE, 2), (FREEZING, 1),
     (LAYOUT, 1), (HOOKS, 2), (STRUCTURE, 4), (OWN_OPTIMIZER, 3), (WHOLE, 6), (more_uses.SAVES, 4), (more_uses.ANEW, 3),
-    (more_uses.KEPT, 5),
+    (more_uses.KEPT, 5), (more_uses.OUT_AND_BACK, 4),
 ]  # fmt: skip
 EXTRAS_OF_TWO = [(more_uses.TWO, 6), (more_uses.WHOLE, 8)]
 STEPS = {

@@ -34,6 +34,12 @@ ZEROS = {
     "opt2.zero_grad()": (2, "one is zeroed"),
     "inexact()": (1, "no zero_grad"),
 }
+# torch keeps the state of a parameter that no group lists.
+OUT_AND_BACK = {
+    "out.append((opt, opt.param_groups[0]['params'].pop()))": "out of its group",
+    "out.append((opt, opt.param_groups[-1]['params'].pop(0)))": "out of its group",
+    "while out: each, param = out.pop(); each.param_groups[0]['params'].append(param)": "back in its group",
+}
 TWO = {
     "opt2.param_groups[0]['lr'] *= 0.5": "lr",
     "scheduler = torch.optim.lr_scheduler.StepLR(opt2, 1, 0.5)": "scheduler",
@@ -46,6 +52,7 @@ TWO = {
     "opt2.add_param_group({{'params': params[-1:]}})": "add_param_group",
     "opt2.param_groups[0]['params'].append(opt.param_groups[0]['params'].pop())": "move to the other",
     "opt.param_groups[0]['params'].pop()": "drop from optimizer",
+    "opt2.param_groups[0]['params'].extend(opt.param_groups.pop(0)['params'])": "move to the other",
     "opt2.register_step_pre_hook(lambda opt, args, kwargs: note(params[0]))": "step hook",
     "opt2.register_step_post_hook(lambda opt, args, kwargs: note(params[-1]))": "step hook",
 }

@@ -65,6 +65,7 @@ class Run:
         self.params = list(self.net.parameters())
         self.opts = make_optimizers(case, self.params)
         self.opt = self.opts[0]
+        self.first_held = [_held(opt) for opt in self.opts]
         self.in_parts = case.how in IN_PARTS
         # More than two ranks' gradients are added in another order, which shows whether or not the library is there.
         self.exact = case.workers <= 2
@@ -274,7 +275,7 @@ class Run:
             "x": lambda step: self.data(step)[0],
             "y": lambda step: self.data(step)[1],
             "opts": self.opts, **({"opt2": self.opts[1]} if len(self.opts) > 1 else {}), "saved_run": None,
-            "kept": [], "flat": [],
+            "kept": [], "flat": [], "out": [],
             "run": self, "torch": torch, "nn": nn, "F": F, "dist": dist, "copy": copy, "io": io, "pickle": pickle,
             "contextlib": contextlib, "functional_call": functional_call, "AveragedModel": AveragedModel,
             "parameters_to_vector": parameters_to_vector, "vector_to_parameters": vector_to_parameters,
@@ -297,9 +298,14 @@ class Run:
         return None
 
     def _finish(self) -> None:
-        state = copy.deepcopy(self.optimizer_state()["state"])
-        self.note_all(state)
+        # torch cannot save the state of a parameter that no group of its optimizer lists.
+        if all(first <= _held(opt) for first, opt in zip(self.first_held, self.opts, strict=True)):
+            self.note_all(copy.deepcopy(self.optimizer_state()["state"]))
         self.detach()
+        for opt in self.opts:
+            for param in self.params:
+                if param in opt.state and param not in _held(opt):
+                    self.note(sorted(opt.state.pop(param).items()))
         self.note_all(self.optimizer_state()["state"])
         for opt in self.opts:  # and plain DDP trains on
             opt.zero_grad()
@@ -319,6 +325,11 @@ class Run:
         self.note([param.detach() for param in self.params])
         self.note([buffer for _, buffer in sorted(self.net.named_buffers())])
         self.note([[key, value] for index in sorted(state) for key, value in sorted(state[index].items())])
+
+
+def _held(opt: optim.Optimizer) -> set[torch.Tensor]:
+    """The parameters in its groups."""
+    return {param for group in opt.param_groups for param in group["params"]}
 
 
 def make_optimizers(case: Case, params: list[nn.Parameter]) -> list[optim.Optimizer]:
