@@ -129,9 +129,10 @@ class HookBinding(Binding):
                 self._names.setdefault(id(param), f"parameter {len(self._names)} {list(param.shape)}")
         names = [self._names.get(id(param), "") for param in bucket.params]
         self._params.update(zip(names, bucket.params, strict=True))
-        self._slots.update(zip(names, bucket.grads, strict=True))
         buffer = bucket.buffer.view(-1) if bucket.buffer.layout == torch.strided else bucket.buffer
-        return self.bind(index, names, bucket.params, bucket.grads, buffer, buffer)
+        exchanges = self.bind(index, names, bucket.params, bucket.grads, buffer, buffer)
+        self._slots.update(zip(names, bucket.grads, strict=True))
+        return exchanges
 
     def _ended(self, nonfinite: bool) -> None:
         """At the end of a backward pass, when every ``.grad`` stands."""
