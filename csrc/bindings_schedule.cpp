@@ -135,11 +135,13 @@ void bind_scheduler(py::module_& m) {
       .def("has", &Unreduced::has, py::arg("index"));
   m.def("expects_gradients",
         [](const std::shared_ptr<c10d::Reducer>& reducer) { return expects_gradients(*reducer); });
-  m.def("register_scheduler", [](const std::shared_ptr<c10d::Reducer>& reducer,
-                                 std::shared_ptr<Scheduler> scheduler, std::shared_ptr<HookCalls> calls) {
-    register_scheduler(*reducer, std::move(scheduler), std::move(calls),
-                       [] { return PyGILState_Check() != 0; });
-  });
+  m.def("register_scheduler",
+        [](const std::shared_ptr<c10d::Reducer>& reducer, std::shared_ptr<Scheduler> scheduler,
+           std::shared_ptr<HookCalls> calls, bool learns_graph) {
+          register_scheduler(
+              *reducer, std::move(scheduler), std::move(calls), [] { return PyGILState_Check() != 0; },
+              learns_graph);
+        });
 }
 
 CompressedHook::Callbacks make_callbacks(py::function bind, py::function measure, py::function ended) {

@@ -151,9 +151,9 @@ def rebuild_buckets(model: DDP, hook: _C.Scheduler | _C.CompressedHook) -> None:
 
 
 def register(model: DDP, scheduler: _C.Scheduler) -> _C.HookCalls:
-    """Makes ``scheduler`` the module's communication hook."""
+    """Makes ``scheduler`` the communication hook of the module, whose reducer is new."""
     calls = _C.HookCalls()
-    _C.register_scheduler(model.reducer, scheduler, calls)
+    _C.register_scheduler(model.reducer, scheduler, calls, model.static_graph)
     assert model.logger is not None
     model.logger._set_comm_hook_name(HOOK_NAME)
     return calls

@@ -160,3 +160,41 @@ def copied(rank, world, between):
 @pytest.mark.parametrize("between", [False, True])
 def test_a_copy_is_not_watched(pool2, between):
     check_told(pool2, copied, between)
+
+
+def of_two_types(rank, how, steps=5):
+    """Trains a model of two types; DDP has a bucket for each, and hands both out at the end of the first pass."""
+    model, opt = training.build("MixedTypes", training.SGD, STATIC)
+    compressor = compress.PowerSGD(rank=1, min_compression_ratio=0.1)
+    engine = None
+    if how in ("sharded", "owned", "replicated"):
+        engine = dear.attach(model, opt, update=how)
+    elif how == "compressed":
+        engine = dear.attach(model, opt, compressor=compressor)
+    elif how == "register":
+        compress.register(model, compressor)
+    elif how == "hook":
+        model.register_comm_hook(compressor, compress.comm_hook)
+    for step in range(steps):
+        training.plain_step(model, opt, rank, step)
+    if engine is not None:
+        engine.detach()
+    return [param.detach() for param in model.parameters()], compressor.step
+
+
+@told
+def of_two_types_alike(rank, world, how):
+    have, steps = of_two_types(rank, how)
+    everyone = [None] * world
+    torch.distributed.all_gather_object(everyone, have)
+    for other in everyone:
+        assert all(map(torch.equal, other, have)), "replicas differ"
+    if how in ("sharded", "owned", "replicated"):
+        assert all(map(torch.equal, have, of_two_types(rank, None)[0])), "not plain DDP's training"
+    else:
+        assert steps == 5, steps
+
+
+@pytest.mark.parametrize("how", ["sharded", "owned", "replicated", "compressed", "register", "hook"])
+def test_the_first_pass_may_have_several_buckets(pool2, how):
+    check_told(pool2, of_two_types_alike, how)

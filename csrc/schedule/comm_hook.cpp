@@ -76,12 +76,34 @@ std::vector<Bucket> buckets_of(c10d::Reducer& reducer) {
   return buckets;
 }
 
+// Note [The first pass of a static graph]
+// DDP learns a static graph from a reducer's first pass, at whose end it hands out all buckets, and says of
+// each that it is the first one. There are several where parameters are of several dtypes.
+class Places {
+ public:
+  // `first`: buckets that the first pass hands out so; 0 where it does not.
+  explicit Places(size_t first) : first_(first) {}
+
+  // A bucket's number, and whether it is the last of the pass.
+  std::pair<size_t, bool> of(const c10d::GradBucket& bucket) {
+    if (handed_out_ == first_) return {bucket.getIndex(), bucket.isLast()};
+    const size_t index = handed_out_++;
+    return {index, handed_out_ == first_};
+  }
+
+ private:
+  size_t first_;
+  size_t handed_out_ = 0;
+};
+
 }  // namespace
 
 void register_scheduler(c10d::Reducer& reducer, std::shared_ptr<Scheduler> scheduler,
-                        std::shared_ptr<HookCalls> calls, HoldsGil holds_gil) {
-  const auto on_bucket = [scheduler = std::move(scheduler)](c10d::GradBucket& bucket) {
-    scheduler->on_bucket(bucket.getIndex(), copy_out(bucket), bucket.isLast());
+                        std::shared_ptr<HookCalls> calls, HoldsGil holds_gil, bool learns_graph) {
+  const auto places = std::make_shared<Places>(learns_graph ? buckets_of(reducer).size() : 0);
+  const auto on_bucket = [scheduler = std::move(scheduler), places](c10d::GradBucket& bucket) {
+    const auto [index, last] = places->of(bucket);
+    scheduler->on_bucket(index, copy_out(bucket), last);
     // Complete at once: nobody waits for communication inside backward().
     Future future = make_future(bucket.getBuffer());
     future->markCompleted(c10::IValue(bucket.getBuffer()));

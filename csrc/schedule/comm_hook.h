@@ -19,9 +19,9 @@ struct HookCalls {
 using HoldsGil = std::function<bool()>;
 
 // Registers the scheduler as the one communication hook of a DDP reducer, and tells the reducer to leave
-// .grad alone afterwards.
+// .grad alone afterwards. `learns_graph`: the reducer is new, and learns a static graph from its first pass.
 void register_scheduler(c10d::Reducer& reducer, std::shared_ptr<Scheduler> scheduler,
-                        std::shared_ptr<HookCalls> calls, HoldsGil holds_gil);
+                        std::shared_ptr<HookCalls> calls, HoldsGil holds_gil, bool learns_graph);
 
 // Makes the reducer rebuild its buckets now, at the end of its first backward pass, and not before the next
 // forward pass: the scheduler's incoming gradients move into the new buckets. Collective. Nothing happens

@@ -10,7 +10,12 @@ using Future = c10::intrusive_ptr<c10::ivalue::Future>;
 
 Future CompressedHook::on_bucket(size_t index, Bucket bucket) {
   Future future = make_future(bucket.buffer);
-  if (index == 0) begin();
+  if (index == 0 && open_ && bucket.buffer.unsafeGetTensorImpl() != first_) {
+    index = delivered_;  // Note [The first pass of a static graph]
+  } else if (index == 0) {
+    first_ = bucket.buffer.unsafeGetTensorImpl();
+    begin();
+  }
   ++delivered_;
   bool failed;
   {
@@ -34,6 +39,7 @@ Future CompressedHook::on_bucket(size_t index, Bucket bucket) {
 void CompressedHook::begin() {
   pipeline_->begin_step();
   delivered_ = 0;
+  open_ = true;
   bound_ = false;
   measuring_ = std::exchange(measure_next_, false);
   {
@@ -109,6 +115,7 @@ void CompressedHook::arrive() {
 }
 
 void CompressedHook::end() {
+  open_ = false;
   exposed_ns_ = now_ns() - last_bucket_ns_;
   std::exception_ptr error;
   {

@@ -63,7 +63,9 @@ class CompressedHook {
   const std::shared_ptr<Pipeline> pipeline_;
   const Callbacks callbacks_;
   std::vector<Known> buckets_;
-  size_t delivered_ = 0;  // buckets, in this backward pass
+  size_t delivered_ = 0;         // buckets, in this backward pass
+  bool open_ = false;            // buckets of it have come, and it has not ended
+  const void* first_ = nullptr;  // of these, the first one's buffer
   bool always_ended_ = false;
   bool bound_ = false;  // a bucket, in this backward pass
   bool measure_next_ = false;
