@@ -76,17 +76,19 @@ class Statistics:
         self._sums = {layer: sums for layer, sums in self._sums.items() if layer in kept}
 
     def take(self, layers: Iterable[Layer], grad_scale: Tensor | None) -> dict[Layer, tuple[Tensor, Tensor, Tensor]]:
-        """Of the layers that ran, A, G and a number: 1 where both are finite; else 0, and both are zeros. Sums start
-        anew."""
+        """Of the layers that ran, A, G and a number: 1 where both are finite, and of some samples; else 0, and both are
+        zeros. Sums start anew."""
         taken = {}
         for layer in layers:
             if layer in self._sums:
+                some = self._sums[layer].samples > 0
                 inputs, outputs = self._sums[layer].factors(grad_scale)
                 finite = inputs.sum().isfinite() & outputs.sum().isfinite()
                 missed = (~finite).int()
                 self.dropped = missed if self.dropped is None else self.dropped + missed
                 taken[layer] = (
-                    torch.where(finite, inputs, 0.0), torch.where(finite, outputs, 0.0), finite.to(inputs.dtype),
+                    torch.where(finite, inputs, 0.0), torch.where(finite, outputs, 0.0),
+                    finite.to(inputs.dtype) * some,
                 )  # fmt: skip
         self._sums.clear()
         return taken

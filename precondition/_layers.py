@@ -187,7 +187,8 @@ class ConvLayer(Layer):
     def output_rows(self, grad: Tensor) -> Tensor:
         if not self._is_batch(grad):
             grad = grad[None]
-        return grad.reshape(grad.shape[0], self.blocks, self.out_size, -1).permute(1, 0, 3, 2).flatten(1, 2)
+        places = math.prod(grad.shape[2:])  # not -1, which no batch of 0 samples could tell
+        return grad.reshape(grad.shape[0], self.blocks, self.out_size, places).permute(1, 0, 3, 2).flatten(1, 2)
 
 
 class EmbeddingLayer(Layer):
