@@ -330,6 +330,7 @@ def rehearse(folder: Path, *more: str, mark: str = "") -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # two calls, of which each may take 200 s on a busy machine
 def test_the_rehearsal_is_interrupted_and_goes_on_to_the_end(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     first = rehearse(tmp_path, mark=mark)
