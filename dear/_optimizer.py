@@ -12,7 +12,7 @@ import operator
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch.optim import optimizer as _all_optimizers
 
 from dear._compiled import uncompiled
 from dear._other_steps import OtherSteps
-from dear._state import check_listed
 
 # Of all optimizers, before and after a step.
 _GLOBAL_HOOKS: Any = (_all_optimizers._global_optimizer_pre_hooks, _all_optimizers._global_optimizer_post_hooks)
@@ -129,8 +128,21 @@ class UserOptimizer:
         """
         if self._others is not None:
             self._others.check()
-        check_listed(self.optimizer, self.optimizer.state)
+        self.check_listed(self.optimizer.state)
         return self.optimizer.state_dict()
+
+    def check_listed(self, state: Iterable[Any]) -> None:
+        """Before its state, of which these are the keys, is saved.
+
+        Raises:
+            RuntimeError: it has the state of parameters that no group lists, by whose places state is saved.
+        """
+        listed = set(self.listed())
+        if any(isinstance(key, torch.Tensor) and key not in listed for key in state):
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} has the state of parameters that none of its groups lists, which a "
+                "saved state cannot name: put them back into param_groups before the state is saved, or delete it."
+            )
 
     # --- what it manages ---
 

@@ -182,7 +182,7 @@ class SegmentStates:
         if self._attached.layout is None:
             return None if self._loaded is None else self._loaded.parts
         for user, idle in zip(self._attached.users, self._idle, strict=True):
-            _state.check_listed(user.optimizer, idle)
+            user.check_listed(idle)
         others = {param: state for others in self._others for param, state in others.items()}
         return StateParts.of(self.values, self.segments, others)
 

@@ -3,7 +3,7 @@ it)."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -46,20 +46,6 @@ def scatter(full: FullState, segments: list[Segment]) -> dict[torch.Tensor, dict
             state[key] = parts[0].clone() if segment.whole else torch.cat(parts)
         sharded[segment.tensor] = state
     return sharded
-
-
-def check_listed(optimizer: torch.optim.Optimizer, state: Iterable[Any]) -> None:
-    """Before an optimizer's state, of which these are the keys, is saved.
-
-    Raises:
-        RuntimeError: it has the state of parameters that no group lists, by whose places state is saved.
-    """
-    listed = {param for group in optimizer.param_groups for param in group["params"]}
-    if any(isinstance(key, torch.Tensor) and key not in listed for key in state):
-        raise RuntimeError(
-            f"{type(optimizer).__name__} has the state of parameters that none of its groups lists, which a saved "
-            "state cannot name: put them back into param_groups before the state is saved, or delete it."
-        )
 
 
 def placed(param: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:

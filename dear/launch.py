@@ -7,11 +7,8 @@ What the launchers say about a process is read by `detect`, which looks at nothi
 from __future__ import annotations
 
 import os
-import random
 import re
-import socket
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -21,13 +18,11 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
+from dear import _ports
 from dear._address import listening_address
 from dear._generation import agree_on_generation, store_outlives_us
 
 __all__ = ["Job", "detect", "expand_nodelist", "init_process_group"]
-
-# Below the ports that systems hand out themselves.
-_FIRST_PORT, _PORTS = 12000, 20000
 
 HOW_TO_START = "start it with a launcher, for example: torchrun --nproc_per_node=2 train.py"
 
@@ -206,7 +201,7 @@ def _slurm_port(env: Mapping[str, str]) -> int:
     if "SLURM_JOB_ID" not in env:
         raise RuntimeError("SLURM_JOB_ID is not set, so no port can be derived from it: set MASTER_PORT to a free port")
     number = _number(env, "SLURM_JOB_ID") * 31 + (_optional(env, "SLURM_STEP_ID") or 0)
-    return _FIRST_PORT + number % _PORTS
+    return _ports.FIRST + number % _ports.COUNT
 
 
 _RANGES = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
@@ -284,7 +279,7 @@ def _agree_through_mpi(job: Job) -> Job:
         node.Free()
         mine = None
         if world.rank == 0:  # whose own MASTER_ADDR and MASTER_PORT count, since others may not have been given them
-            mine = job.address or _own_address(alone), job.port or _free_port()
+            mine = job.address or _own_address(alone), job.port or _ports.free_port()
         address, port = world.bcast(mine)
         return replace(job, world_size=world.size, local_rank=local_rank, address=address, port=port)
     finally:
@@ -297,17 +292,6 @@ def _own_address(single_node: bool) -> str:
     if single_node:
         return "127.0.0.1"
     return listening_address({})
-
-
-def _free_port() -> int:
-    """Below those that systems hand out themselves, wherever one is free: of those another socket may get it before
-    rank 0 listens there."""
-    draw = random.SystemRandom()  # ranks may have been seeded alike
-    for port in [*(_FIRST_PORT + draw.randrange(_PORTS) for _ in range(100)), 0]:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return int(probe.getsockname()[1])
-    raise RuntimeError("no port is free on the host of rank 0: close some of its sockets, or set MASTER_PORT")
 
 
 def _device_index(job: Job, devices: int) -> int:

@@ -17,7 +17,7 @@ from workers import WorkerPool
 import compress
 import dear
 import precondition
-from benchmarks.network.ports import free_port
+from dear._ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

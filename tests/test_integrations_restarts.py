@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from restarts import attempt, equal, run
 
-from benchmarks.network.ports import free_port
 from dear._generation import agree_on_generation
+from dear._ports import free_port
 
 KILLS = ["1:13:forward", "0:13:backward", "1:14:save", "0:14:write", "1:0:start", "0:0:start"]
 KILLS.append("1:7:backward,0:21:forward")

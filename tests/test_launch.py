@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.network.ports import free_port
 from dear import launch
+from dear._ports import free_port
 from dear.launch import Job, detect, expand_nodelist, init_process_group
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -162,7 +162,7 @@ def test_a_copy_is_not_watched(pool2, between):
     check_told(pool2, copied, between)
 
 
-def of_two_types(rank, how, steps=5):
+def of_two_types(rank, how):
     """Trains a model of two types; DDP has a bucket for each, and hands both out at the end of the first pass."""
     model, opt = training.build("MixedTypes", training.SGD, STATIC)
     compressor = compress.PowerSGD(rank=1, min_compression_ratio=0.1)
@@ -175,7 +175,7 @@ def of_two_types(rank, how, steps=5):
         compress.register(model, compressor)
     elif how == "hook":
         model.register_comm_hook(compressor, compress.comm_hook)
-    for step in range(steps):
+    for step in range(5):
         training.plain_step(model, opt, rank, step)
     if engine is not None:
         engine.detach()

@@ -19,6 +19,7 @@ KINDS = {
     "all-to-all": (_C.MeshLane, _C.Phase.all_to_all),
 }
 NUMEL = 600_000
+LANE_SECONDS = 2.0
 PATIENCE = 5.0  # seconds, of a listener with who does not say who it is
 
 
@@ -240,6 +241,25 @@ def test_who_repeats_a_hello_takes_nobodys_place():
     challenge, answer = impostors[0]
     assert len(challenge) == 24
     assert answer == b"", "the impostor was welcomed"
+
+
+def test_who_is_late_itself_does_not_give_up_what_stands():
+    """A rank that stood still until its time was over, while the lane became ready."""
+    inner = dist.HashStore()
+
+    class Late(Watched):
+        stood_still = False
+
+        def check(self, keys):
+            if not self.stood_still and any("/ready/" in key for key in keys):
+                self.stood_still = True
+                time.sleep(LANE_SECONDS + 0.5)
+                return False
+            return super().check(keys)
+
+    stores = [inner, Late(inner, lambda rank, host, port: port)]
+    outcomes = in_ranks(2, lambda rank: lane_of(_C.RingLane, stores[rank], "lane", LANE_SECONDS, peers(rank, 2)).rank)
+    assert outcomes == [0, 1], outcomes
 
 
 @pytest.mark.parametrize("kind", [_C.RingLane, _C.MeshLane])

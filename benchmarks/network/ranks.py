@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from dear._ports import free_port
+
 from ..processes import Child, OnLine, Processes, end_all, python_path, tail
-from .ports import free_port
 
 # How else than one by one the ranks are started: from what each is to run, the one command that starts them all, and
 # what to add to its environment.
