@@ -105,6 +105,11 @@ class Contract(Stateful, ReadOnce):
             group.owner_error = self.feedback.allocate_owned(group.members, begin, end, group.device)
             group.feedback.append(group.owner_error)
 
+    def prepare_reader(self, group: Group) -> None:
+        """Called in its place for a group that another place of the node compresses and this one only reads."""
+        if self.error_feedback:
+            self.feedback.begun.update(group.names)
+
     def encode(self, group: Group) -> Tensor:
         """The payload of ``group.gradient``; ``group.error``, if there is one, becomes what it does not say.
 

@@ -26,6 +26,9 @@ class Feedback:
 
     def __init__(self) -> None:
         self.errors: dict[str, Tensor] = {}
+        #: The parameters that have errors, here or at another place of the node: what was compressed once goes on so,
+        #: also where an option that was assigned makes it less worth it, since nobody would send what it is owed else.
+        self.begun: set[str] = set()
         self.owned: dict[str, tuple[int, Tensor]] = {}  # by name: first element of the parameter, values
         self.world = 1  # whose mean the owners' errors are in
 
@@ -38,6 +41,7 @@ class Feedback:
             if member.name in self.errors:
                 view.copy_(self.errors[member.name])
             self.errors[member.name] = view
+            self.begun.add(member.name)
             start += member.numel
         return flat
 
@@ -69,12 +73,14 @@ class Feedback:
         return {
             "errors": {name: error.clone() for name, error in self.errors.items()},
             "owned": {name: (first, values.clone()) for name, (first, values) in self.owned.items()},
+            "begun": sorted(self.begun),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes one rank's :meth:`state`; buffers come with the groups."""
         self.errors = {name: error.clone() for name, error in state["errors"].items()}
         self.owned = {name: (first, values.clone()) for name, (first, values) in state["owned"].items()}
+        self.begun = {*self.errors, *state.get("begun", ())}
 
     def absorb(self, state: dict[str, Any], world: int) -> None:
         """Adds another rank's :meth:`state`, saved at that world size, to this rank's own error."""

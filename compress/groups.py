@@ -61,11 +61,10 @@ def _give_codec(compressor: Contract, group: Group) -> None:
 
 
 def _is_compressed(compressor: Contract, group: Group) -> bool:
-    """What has error feedback goes on as it began, also where an option that was assigned makes it less worth it: else
-    nobody would send what it is owed."""
+    """Equal on every rank, also on one that only reads the group."""
     if compressor.exempted.issuperset(group.names):
         return False
-    return compressor.compresses(group) or not compressor.feedback.errors.keys().isdisjoint(group.names)
+    return compressor.compresses(group) or not compressor.feedback.begun.isdisjoint(group.names)
 
 
 def _reader_of(compressor: Contract, group: Group) -> _C.Codec | None:
@@ -73,6 +72,7 @@ def _reader_of(compressor: Contract, group: Group) -> _C.Codec | None:
     of shards send, or all gather, says all there is to know, a sum of factors does not."""
     if compressor.exchange == "sum" or not _is_compressed(compressor, group):
         return None
+    compressor.prepare_reader(group)
     codecs = compressor.natives(group)
     first = compressor.before_start(group)
     return _C.StagedCodec(group.device, compressor.start.native, first, codecs) if codecs else None

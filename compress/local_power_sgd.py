@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from compress.group import Group, Member
 from compress.low_rank import Batch, LowRank, checked_factors, make_factors
-from compress.ranks import Rank
 from dear import _C
 
 
@@ -49,10 +47,6 @@ class LocalPowerSGD(LowRank):
     exchange: ClassVar[Literal["sum", "owners", "gather"]] = "gather"
     auto: ClassVar[float] = 1 / 8
 
-    def __init__(self, rank: Rank | Sequence[tuple[int, Rank]] = 4, **options: Any) -> None:
-        super().__init__(rank, **options)
-        self._compressed: set[str] = set()  # with error feedback, here or at another place of the node
-
     def cost(self, rows: int, columns: int, rank: int) -> float:
         return (rows + columns) * rank * self._world / 2  # an all-reduce sends each element 2 (P - 1) / P times
 
@@ -69,25 +63,13 @@ class LocalPowerSGD(LowRank):
         return group.numel / ((self._words(rows, 1) + self._words(columns, 1) + dense) * group.world / 2)
 
     def compresses(self, group: Group) -> bool:
-        begun = any(self._has_begun(member.name) for member in group.members)
+        begun = not self.feedback.begun.isdisjoint(group.names)
         return super().compresses(group) and (begun or self.ratio(group) >= min(1.0, self.min_compression_ratio))
 
-    def _has_begun(self, name: str) -> bool:
-        return super()._has_begun(name) or name in self._compressed
-
-    def prepare(self, group: Group) -> None:
-        super().prepare(group)
-        self._note_compressed(group)
-
-    def natives(self, group: Group) -> list[tuple[int, _C.Codec]]:
-        if group.private is None:  # to be read only: another place of the node has its factors and error feedback
-            group.private = self._lay_out(group, _without_feedback)
-            self._note_compressed(group)
-        return super().natives(group)
-
-    def _note_compressed(self, group: Group) -> None:
+    def prepare_reader(self, group: Group) -> None:
+        group.private = self._lay_out(group, _without_feedback)
         if self.error_feedback:
-            self._compressed.update(member.name for batch in group.private.batches for member in batch.members)
+            self.feedback.begun.update(member.name for batch in group.private.batches for member in batch.members)
 
     def codec(self, arguments: dict[str, Any]) -> _C.Codec:
         return _C.LocalCodec(**arguments)
@@ -101,21 +83,18 @@ class LocalPowerSGD(LowRank):
         pass
 
     def own_state(self) -> dict[str, Any]:
-        return {"factors": super().named_state(), "compressed": sorted(self._compressed)}
+        return {"factors": super().named_state()}
 
     def load_own_state(self, state: Any) -> None:
-        parts = state if isinstance(state, dict) else {}
-        factors, compressed = parts.get("factors"), parts.get("compressed")
-        if not isinstance(factors, dict) or not isinstance(compressed, list):
+        factors = state.get("factors") if isinstance(state, dict) else None
+        if not isinstance(factors, dict):
             raise ValueError(
-                'The compressor\'s state is damaged: "own" must have factors by name and a list of names; load what '
-                "state_dict() returned."
+                'The compressor\'s state is damaged: "own" must have factors by name; load what state_dict() returned.'
             )
-        self._factors, self._compressed = checked_factors(factors), set(compressed)
+        self._factors = checked_factors(factors)
 
     def forget_own_state(self) -> None:
         self._factors.clear()
-        self._compressed.clear()
 
 
 def _without_feedback(group: Group, members: list[Member], ranks: tuple[int, ...]) -> Batch:

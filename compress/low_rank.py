@@ -130,12 +130,8 @@ class LowRank(Compressor):
         each = self.cost(member.rows, member.columns, 1)
         ranks = tuple(rank_for(rank, member.rows, member.columns, self.auto, each) for rank in wanted)
         worth = member.numel >= self.min_compression_ratio * self._sent(member, max(ranks))
-        kept = worth or self._has_begun(member.name)
+        kept = worth or member.name in self.feedback.begun
         return ranks if member.columns > 1 and member.name not in self.exempted and kept else ()
-
-    def _has_begun(self, name: str) -> bool:
-        """Whether a parameter was compressed, and is owed what was not sent yet."""
-        return name in self.feedback.errors
 
     def _sent(self, member: Member, rank: int) -> float:
         """The same in words of 32 bits."""

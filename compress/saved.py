@@ -240,7 +240,6 @@ def merge_states(states: list[State], rank: int, world: int) -> tuple[State, Fee
         return mine, feedback
     for index in range(rank, old, world):
         feedback.absorb(states[index], old)
-    for state in states:  # what is owed on one rank is compressed on all, so all have an error, if only of zeros
-        for name, error in state["errors"].items():
-            feedback.errors.setdefault(name, torch.zeros_like(error))
+    for state in states:  # what is owed on one rank is compressed on all
+        feedback.begun.update(state["errors"])
     return states[0], feedback

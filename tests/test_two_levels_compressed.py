@@ -123,6 +123,38 @@ def test_against_the_golden_model(pool4, kind):
     pool4.run(as_said, kind, MATRICES)
 
 
+LESS_WORTH = {
+    "topk": lambda values, **options: compress.TopK(density=values, **options),
+    "local": lambda values, **options: compress.LocalPowerSGD(rank=values, **options),
+}
+VALUES = {"topk": (0.02, 0.9), "local": (3, 80)}
+OPTION = {"topk": "density", "local": "rank"}
+ONE = {"matrix": (150, 200)}  # of the other place there is nothing
+
+
+def less_worth(rank, world, kind, shapes):
+    """What was compressed once goes on so: the ranks of another place know that, too, who owe nothing of it."""
+    make, (before, behind) = LESS_WORTH[kind], VALUES[kind]
+    planned = make([(0, before), (2, behind)], min_compression_ratio=0.01)
+    changed, resumed = make(before), make(before)
+    one, two = attach(planned, shapes), attach(changed, shapes)
+    for step in range(STEPS):
+        if step == 2:
+            setattr(changed, OPTION[kind], behind)
+        if step == 4:
+            state = changed.state_dict()
+            two = attach(resumed, shapes)
+            resumed.load_state_dict(state)
+        want, have = (backward(model, gradients(rank, step, shapes)) for model in (one, two))
+        assert all(torch.equal(have[name], want[name]) for name in shapes), step
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, ONE], ids=["both places", "one place"])
+@pytest.mark.parametrize("kind", LESS_WORTH)
+def test_what_was_compressed_goes_on_so_in_all_places(pool4, kind, shapes):
+    pool4.run(less_worth, kind, shapes)
+
+
 def told_inside(rank, world):
     """Where results can be made of what was sent between nodes, that is what the ranks of a node tell each other."""
     sent = {}
