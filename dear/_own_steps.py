@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import optim
 from torch.distributed import distributed_c10d as c10d
+from torch.utils._pytree import tree_leaves
 
 from dear import _ddp, _joint_steps
 from dear._layout import Segment
@@ -64,9 +65,18 @@ def _adds_no_code(kind: type) -> bool:
 def refusal_of_own_step(optimizer: optim.Optimizer) -> str | None:
     """Why an optimizer's step cannot be called on some parameters at a time, as far as can be seen before; None where
     nothing is."""
+    if not has_own_step(optimizer):
+        return None
     attached = getattr(optimizer, _ddp.ENGINE, None) is not None  # its state is this library's then
-    if not attached and has_own_step(optimizer) and any(not isinstance(key, torch.Tensor) for key in optimizer.state):
+    if not attached and any(not isinstance(key, torch.Tensor) for key in optimizer.state):
         return _sentence(optimizer, "keeps state of something else than its parameters, and it is called ")
+    for name, value in _attributes(optimizer).items():
+        parts = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+        if any(isinstance(part, optim.Optimizer) for part in parts):
+            return _sentence(
+                optimizer,
+                f"may call the optimizer in its attribute {name}, which has all parameters, and it is called ",
+            )
     return None
 
 
@@ -134,23 +144,29 @@ class OwnStep:
         device = tensors[0].device
         known = {id(tensor) for tensor in tensors} | {id(key) for key in state}
         options = [_facts({key: value for key, value in group.items() if key != "params"}) for group in groups]
-        kept, drawn, calls = _facts(self._attributes()), generators(device), _collectives()
+        kept, drawn, calls = _facts(_attributes(self._optimizer), but=known), generators(device), _collectives()
+        others = [param for param in self._params() if id(param) not in known]
+        versions, memory = _versions(others), {_memory(each.grad) for each in tensors if each.grad is not None} - {0}
         asked = _Asked(tensors)
         yield asked if closure else None
         if closure and not asked.was_called_first_and_once:
             raise self._error("calls its closure other than once, before it updates anything, and it is called ")
         if options != [_facts({key: value for key, value in group.items() if key != "params"}) for group in groups]:
             raise self._error("changes options of its parameter groups, and it is called ")
-        if kept != _facts(self._attributes()):
+        if versions != _versions(others):
+            raise self._error("changes parameters that it was not given, and it is called ")
+        if kept != _facts(_attributes(self._optimizer), but=known):
             raise self._error("keeps something in the optimizer beside its state, and it is called ")
         if any(id(key) not in known for key in state):
             raise self._error("keeps state of something else than its parameters, and it is called ")
+        if not memory.isdisjoint(map(_memory, filter(torch.is_tensor, tree_leaves(list(state.values()))))):
+            raise self._error("keeps a gradient itself in its state, whose memory is used again, and it is called ")
         if calls != _collectives():
             raise self._error("communicates with other ranks, which do not make the same calls, since it is called ")
         check_draws(self._optimizer, drawn, device)
 
-    def _attributes(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self._optimizer).items() if name not in _OF_TORCH}
+    def _params(self) -> list[torch.Tensor]:
+        return [param for group in self._optimizer.param_groups for param in group["params"]]
 
     def _error(self, what: str) -> RuntimeError:
         return RuntimeError(_sentence(self._optimizer, what))
@@ -228,6 +244,20 @@ for _name in (
 _LOSS = _Loss()
 
 
+def _attributes(optimizer: optim.Optimizer) -> dict[str, Any]:
+    return {name: value for name, value in vars(optimizer).items() if name not in _OF_TORCH}
+
+
+def _versions(params: Sequence[torch.Tensor]) -> list[int]:
+    with torch._C.DisableTorchFunctionSubclass():
+        return [param._version for param in params]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.untyped_storage().data_ptr()
+
+
 def _collectives() -> list[int]:
     """How many collectives every process group has begun."""
     counts = []
@@ -249,14 +279,17 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _facts(value: Any, depth: int = 3) -> Any:
-    """What can be compared later to see whether a value, or something inside it, was changed."""
+def _facts(value: Any, depth: int = 3, but: Collection[int] = ()) -> Any:
+    """What can be compared later to see whether a value, or something inside it, was changed.
+
+    but: by their ids, tensors whose values may change.
+    """
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return type(value), value
     if isinstance(value, torch.Tensor):
-        return _Same(value), value._version
+        return _Same(value), None if id(value) in but else _versions([value])
     if depth and isinstance(value, dict):
-        return [(_facts(key, 0), _facts(each, depth - 1)) for key, each in value.items()]
+        return [(_facts(key, 0, but), _facts(each, depth - 1, but)) for key, each in value.items()]
     if depth and isinstance(value, (list, tuple)):
-        return [_facts(each, depth - 1) for each in value]
+        return [_facts(each, depth - 1, but) for each in value]
     return _Same(value)

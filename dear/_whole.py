@@ -24,6 +24,7 @@ import torch
 from torch import optim
 
 from dear._optimizer import ELEMENTWISE
+from dear._own_steps import has_own_step
 
 #: Exact types of torch's own: a subclass may override step().
 WHOLE: set[type] = {getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)}
@@ -40,7 +41,7 @@ def stays_whole(optimizer: optim.Optimizer, group: dict[str, Any]) -> bool:
     said = getattr(optimizer, "dear_whole", True)
     if callable(said):
         return bool(said(group))
-    return bool(said) and type(optimizer) not in ELEMENTWISE
+    return bool(said) and (type(optimizer) not in ELEMENTWISE or has_own_step(optimizer))
 
 
 def update_cost(optimizer: optim.Optimizer) -> Callable[[torch.nn.Parameter], float]:

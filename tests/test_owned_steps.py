@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import training
@@ -120,6 +119,21 @@ class Dropping(Own):
                     param.grad = None
 
 
+class KeepingGradients(Own):
+    """Plain DDP makes others after zero_grad()."""
+
+    def change(self, param: Any, group: Any) -> None:
+        self.state[param]["before"] = [param.grad[:1]]
+
+
+class Straying(Own):
+    """Has the parameters from somewhere else."""
+
+    def change(self, param: Any, group: Any) -> None:
+        self.all[0].mul_(0.99)
+        self.all[-1].mul_(0.99)
+
+
 class Searching(Own):
     """Asks its closure again, where it is given one."""
 
@@ -231,12 +245,15 @@ MISDEEDS = {
     Drawing: "draws random numbers",
     Asking: "communicates with other ranks",
     Dropping: "has set the .grad of a parameter to None",
+    KeepingGradients: "keeps a gradient itself in its state",
+    Straying: "changes parameters that it was not given",
 }
 
 
 def misdeed(rank: int, world: int, kind: type, sentence: str) -> None:
     model, opt = training.build("Mlp", (kind, {}), {})
     opt.alone = [dist.new_group([each]) for each in range(world)][rank]
+    opt.all = list(model.parameters())
     engine = dear.attach(model, opt, **SMALL)
     for step in range(FROM):
         training.plain_step(model, opt, rank, step)
@@ -285,40 +302,6 @@ def test_closures_that_are_passed_sometimes(pool2):
     pool2.run(with_closures, Own, None)
     pool2.run(with_closures, Searching, "calls its closure other than once")
     pool2.run(with_closures, OfTheLoss, "uses the loss that its closure returns")
-
-
-def put_in_place(rank: int, world: int) -> None:
-    """A step that somebody has put into an optimizer of torch's is not torch's."""
-
-    def clipped(optimizer: Any) -> None:
-        own = optimizer.step
-
-        def step(closure: Any = None) -> Any:
-            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.01)
-            return own(closure)
-
-        optimizer.step = step
-
-    model, opt = training.build("Mlp", training.SGD, {})
-    clipped(opt)
-    with pytest.raises(ValueError, match="SGD is not known to update each element on its own"):
-        dear.attach(model, opt, update="sharded")
-    values = []
-    for attach in (None, {"bucket_cap_mb": 0.002}):
-        model, opt = training.build("Mlp", training.SGD, {})
-        clipped(opt)
-        engine = dear.attach(model, opt, **attach) if attach else None
-        assert engine is None or engine.update == "replicated"
-        for step in range(4):
-            training.plain_step(model, opt, rank, step)
-        if engine:
-            engine.detach()
-        values.append([param.detach().clone() for param in model.parameters()])
-    assert all(map(torch.equal, *values))
-
-
-def test_a_step_that_was_put_into_an_optimizer(pool2):
-    pool2.run(put_in_place)
 
 
 class Subclass(optim.AdamW):

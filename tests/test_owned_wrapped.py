@@ -1,0 +1,103 @@
+"""A step that was put into an optimizer of torch's, and an optimizer around another one, under update="owned"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import training
+from refusing import refused
+from torch import nn, optim
+
+import dear
+
+SMALL = {"bucket_cap_mb": 0.002, "update": "owned"}
+
+
+def put_in_place(rank: int, world: int) -> None:
+    """A step that somebody has put into an optimizer of torch's is not torch's."""
+
+    def clipped(optimizer: Any) -> None:
+        own = optimizer.step
+
+        def step(closure: Any = None) -> Any:
+            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.01)
+            return own(closure)
+
+        optimizer.step = step
+
+    model, opt = training.build("Mlp", training.SGD, {})
+    clipped(opt)
+    with pytest.raises(ValueError, match="SGD is not known to update each element on its own"):
+        dear.attach(model, opt, update="sharded")
+    values = []
+    for attach in (None, {"bucket_cap_mb": 0.002}):
+        model, opt = training.build("Mlp", training.SGD, {})
+        clipped(opt)
+        engine = dear.attach(model, opt, **attach) if attach else None
+        assert engine is None or engine.update == "replicated"
+        for step in range(4):
+            training.plain_step(model, opt, rank, step)
+        if engine:
+            engine.detach()
+        values.append([param.detach().clone() for param in model.parameters()])
+    assert all(map(torch.equal, *values))
+
+
+def test_a_step_that_was_put_into_an_optimizer(pool2):
+    pool2.run(put_in_place)
+
+
+def put_in_place_owned(rank: int, world: int) -> None:
+    """It gets each parameter in its own shape, as a class of the user's does, and not several in one flat tensor."""
+
+    def centred(optimizer: Any) -> None:
+        own = optimizer.step
+
+        def step(closure: Any = None) -> Any:
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        param.grad.sub_(param.grad.mean(-1, keepdim=True))
+            return own(closure)
+
+        optimizer.step = step
+
+    values = []
+    for attach in (None, SMALL):
+        model, opt = training.build("Mlp", training.SGD, {})
+        centred(opt)
+        engine = dear.attach(model, opt, **attach) if attach else None
+        for step in range(4):
+            training.plain_step(model, opt, rank, step)
+        if engine:
+            engine.detach()
+        values.append([param.detach().clone() for param in model.parameters()])
+    assert all(map(torch.equal, *values))
+
+
+def test_a_step_that_was_put_into_an_optimizer_and_owned_updates(pool2):
+    pool2.run(put_in_place_owned)
+
+
+class Around(optim.Optimizer):
+    """As sharpness-aware minimisation and lookahead are written: around another optimizer of the same groups."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.05})
+        self.base = optim.SGD(self.param_groups, lr=0.05)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+
+def around(rank: int, world: int) -> None:
+    model, opt = training.build("Mlp", (Around, {}), {})
+    with refused(ValueError, "may call the optimizer in its attribute base"):
+        dear.attach(model, opt, **SMALL)
+
+
+def test_an_optimizer_around_another_one(pool2):
+    pool2.run(around)
