@@ -7,7 +7,9 @@ too, in units of the mean. Conserved is
     sum of all gradients = world * (sum of the results + owners' errors) + sum of the ranks' errors,
 
 so an owner's error e can always become ``world * e`` of its rank's own error, without communication. That is what
-happens when the shards move: at DDP's bucket rebuild, and on resuming at another world size.
+happens when the shards move: at DDP's bucket rebuild, and on resuming at another world size. Parameters move by results,
+which are means: what they are still owed is the sum of the ranks' errors divided by the world size, owners' errors
+included. So at another world size errors are multiplied by new / old.
 """
 
 from __future__ import annotations
@@ -83,9 +85,11 @@ class Feedback:
         self.begun = {*self.errors, *state.get("begun", ())}
 
     def absorb(self, state: dict[str, Any], world: int) -> None:
-        """Adds another rank's :meth:`state`, saved at that world size, to this rank's own error."""
+        """Adds another rank's :meth:`state`, saved at that world size, to this rank's own error: see Note [Two
+        errors]."""
         for name, error in state["errors"].items():
             total = error.clone()
             first, values = state["owned"].get(name, (0, total[:0]))
             total[first : first + values.numel()].add_(values, alpha=world)
+            total.mul_(self.world / world)
             self.errors[name] = self.errors[name] + total if name in self.errors else total

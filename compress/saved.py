@@ -86,6 +86,10 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
 
 def change(compressor: Contract, apply: Callable[[], None]) -> None:
     """Changes options by ``apply`` between two steps: what the compressor has learned and owes goes on."""
+    if not hasattr(compressor, "stages"):  # it is being made
+        apply()
+        return
+    compressor.made_with = compressor.made_with or options_of(compressor)
     if compressor.binding is None and not compressor.groups and compressor.loaded is None:  # nothing yet
         apply()
         return

@@ -371,6 +371,19 @@ def test_the_same_script_goes_on_with_what_was_assigned(pool2, kind, use):
     pool2.run(resumed, kind, use)
 
 
+def assigned_at_once(rank, world, kind):
+    """As under DDP's own call, where a compressor is at work from the first backward pass on."""
+    saved, again = make(kind, VALUES[kind][0]), make(kind, VALUES[kind][0])
+    setattr(saved, OPTION[kind], VALUES[kind][2])
+    again.load_state_dict(saved.state_dict())
+    assert getattr(again, OPTION[kind]) == VALUES[kind][2]
+
+
+def test_what_was_assigned_before_the_first_step_is_taken_as_well(pool1):
+    for kind in ("power", "topk"):
+        pool1.run(assigned_at_once, kind)
+
+
 def assigned_on_one_rank(rank, world):
     compressor = compress.PowerSGD(rank=2)
     under_the_hook(compressor)(rank, 0)
