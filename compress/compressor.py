@@ -91,7 +91,7 @@ class Compressor(Contract):
 
         At the world size it was saved at, training goes on bit for bit: each rank takes its own. At another, which
         needs all ranks' states, old rank i's error feedback, its owner's error included, is added to new rank
-        ``i % world_size``, times new / old world size: so the mean gradients still owed to the parameters stay the same.
+        ``i % world_size``, times new / old world size: so parameters are still owed the same mean gradients.
 
         Raises:
             ValueError: it is not a state of such a compressor, or not enough of it; nothing has been changed. That

@@ -7,9 +7,9 @@ too, in units of the mean. Conserved is
     sum of all gradients = world * (sum of the results + owners' errors) + sum of the ranks' errors,
 
 so an owner's error e can always become ``world * e`` of its rank's own error, without communication. That is what
-happens when the shards move: at DDP's bucket rebuild, and on resuming at another world size. Parameters move by results,
-which are means: what they are still owed is the sum of the ranks' errors divided by the world size, owners' errors
-included. So at another world size errors are multiplied by new / old.
+happens when the shards move: at DDP's bucket rebuild, and on resuming at another world size. Parameters move by
+results, which are means: what they are still owed is the sum of the ranks' errors divided by the world size, owners'
+errors included. So at another world size errors are multiplied by new / old.
 """
 
 from __future__ import annotations
