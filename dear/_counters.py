@@ -37,6 +37,10 @@ class Counters:
         self._ended = 0.0  # when the last step did; 0 before there was one
         self._sent_before = 0  # bytes, by parts that others have taken the place of
 
+    def is_multiple(self, of: int, more: int = 0) -> bool:
+        """Whether the number of steps, and so many more, is one of ``of``; never of 0."""
+        return of > 0 and (self.totals.steps + more) % of == 0
+
     def stepped(self, attached: Attached) -> None:
         """A step has ended."""
         before, now = self.totals, time.perf_counter()

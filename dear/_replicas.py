@@ -53,6 +53,20 @@ def check_replicas(attached: Attached, step: int) -> None:
         if len({row[-2] for row in rows}) > 1:
             _raise_other_options(attached, options, step)
         _check_changes([row[-1] for row in rows], step)
+    _check_rows(attached, rows, step)
+
+
+def check_parameters(attached: Attached, step: int) -> None:
+    """As :func:`check_replicas`, of the parameters alone, as another step is about to update them. For updates that
+    hand each rank's part of the parameters to all: what one rank has changed is everybody's behind it, or nobody's."""
+    attached.synchronize()
+    with ordinary(StepContext(attached.device, grad=False)):
+        rows = _gather(attached, _C.checksums(attached.params))
+    _check_rows(attached, rows, step)
+
+
+def _check_rows(attached: Attached, rows: Sequence[tuple[int, ...]], step: int) -> None:
+    """Refuses ranks whose parameters' checksums differ."""
     common = Counter(rows).most_common(1)[0][0]  # the first of those that are as common
     others = [rank for rank, row in enumerate(rows) if row != common]
     if not others:

@@ -23,7 +23,7 @@ from dear._first_pass import Watch
 from dear._fusion import MIB, check_cap
 from dear._held_gradients import hand_over
 from dear._hooks import Hooks
-from dear._replicas import check_replicas
+from dear._replicas import check_parameters, check_replicas
 from dear._summary import Summary
 from dear._update import Update
 from dear.collectives import begin_anew
@@ -143,7 +143,7 @@ class Engine:
         counters = self._counters
         counters.stepped(self._attached)
         self._summary.stepped(self._attached)
-        if self._check_replicas and counters.totals.steps % self._check_replicas == 0:
+        if counters.is_multiple(self._check_replicas):
             check_replicas(self._attached, counters.totals.steps)
         return loss
 
@@ -163,6 +163,8 @@ class Engine:
                 scheduler.gradients_used()
             return False
         attached.check_reduced(number)
+        if number == 0 and not self._update.gathers_gradients and self._counters.is_multiple(self._check_replicas, 1):
+            check_parameters(attached, self._counters.totals.steps)
         self._update.step(found, number)
         scheduler.gradients_used()
         if not self._overlap:

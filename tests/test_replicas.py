@@ -3,6 +3,7 @@
 import pytest
 import torch
 import training
+from refusing import refused
 from training import SMALL
 
 import dear
@@ -35,6 +36,29 @@ def test_replicas_that_differ_are_named(pool4, on, who):
         return
     assert {step for step, _ in found} == {5} and len(set(found)) == 1
     assert f"The replicas differ after step 6: {who} another second.bias" in found[0][1]
+
+
+@pytest.mark.parametrize("update", ["sharded", "owned"])
+def test_code_that_changes_parameters_on_one_rank_is_named(pool2, update):
+    """Each rank's part of the parameters becomes everybody's, so behind the update all have the same."""
+    pool2.run(clamped, update)
+
+
+def clamped(rank, world, update):
+    model, opt = training.build("Mlp", training.SGD, {})
+    engine = dear.attach(model, opt, update=update, check_replicas=3, **SMALL)
+    for step in range(3):
+        if rank == 1:
+            with torch.no_grad():
+                model.module.second.bias.add_(1e-3)
+        if step == 2:
+            with refused(
+                RuntimeError, "The replicas differ after step 2: rank 1 has another second.bias than the rest"
+            ):
+                training.plain_step(model, opt, rank, step)
+        else:
+            training.plain_step(model, opt, rank, step)
+    engine.detach()
 
 
 def by_own_loss(rank, world, update):
