@@ -19,7 +19,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from dear import _C
 from dear._address import listening_address
-from dear._nccl import lane_options
+from dear._native_groups import new_lane_group
 
 Algorithm = Literal["ring", "native"]
 _REDUCTIONS = {"sum": _C.Reduction.sum, "avg": _C.Reduction.average}
@@ -37,8 +37,7 @@ _shared_lanes: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, _C.Lane]] 
 
 
 class _LaneNames:
-    """Names of lanes over our own connections, which the ranks draw alike: who lags behind in a failure must not meet
-    those who begin anew."""
+    """Names of lanes, which the ranks draw alike: who lags behind in a failure must not meet those who begin anew."""
 
     def __init__(self) -> None:
         self._beginning = 0
@@ -116,14 +115,9 @@ def make_lane(
     With ``all_to_all`` a lane for all-to-alls, which are not for a ring: instead of it, connections to every rank. With
     ``ranks`` a lane over these alone, which this rank is one of; every rank of the group makes the call with its own.
     """
-    if algorithm == "native":
-        members, backend = dist.get_process_group_ranks(group), _backend_of(group)
-        own: Any = dist.new_group(  # this rank is in it, which torch 2.15's types leave open
-            [members[rank] for rank in ranks] if ranks else members, backend=backend, timeout=timeout,
-            pg_options=lane_options(group, backend, timeout), use_local_synchronization=True, group_desc=f"dear {name}",
-        )  # fmt: skip
-        return _C.NativeLane(own)
     key = _lane_names.setdefault(group, _LaneNames()).draw(name)
+    if algorithm == "native":
+        return _C.NativeLane(new_lane_group(group, key, ranks, timeout))
     store = c10d._get_process_group_store(group)
     make = _C.MeshLane if all_to_all else _C.RingLane
     return make(_peers_of(group), store, key, timeout, list(ranks))
@@ -154,12 +148,6 @@ def _peers_of(group: dist.ProcessGroup) -> _C.Peers:
             recorder=os.environ.get("DEAR_FLIGHT_RECORDER", ""),
         )
     return peers
-
-
-def _backend_of(group: dist.ProcessGroup) -> str:
-    """What makes another group of the same kind; left out, `new_group` would take the default group's."""
-    name = dist.get_backend(group)
-    return dist.get_backend_config(group) if name == dist.Backend.UNDEFINED else name
 
 
 def _lane(

@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
-from dear import collectives
+from dear import _native_groups, collectives
 from dear._nccl import lane_options
 
 UNDEFINED = -(2**31)  # as NCCL marks what nobody has set
@@ -144,15 +145,15 @@ def test_torchs_own_objects() -> None:
 def new_lane(rank: int, world: int) -> None:
     """A lane's group is made with them."""
     group, given = dist.group.WORLD, []
-    new_group = dist.new_group
+    make = c10d._new_process_group_helper
 
-    def noted(*args: Any, pg_options: Any, **kwargs: Any) -> Any:
-        given.append(pg_options)
-        return new_group(*args, **kwargs)
+    def noted(*args: Any, backend_options: Any, **kwargs: Any) -> Any:
+        given.append(backend_options)
+        return make(*args, **kwargs)
 
     with (
-        mock.patch.object(collectives, "lane_options", lambda *args: args),
-        mock.patch.object(dist, "new_group", noted),
+        mock.patch.object(_native_groups, "lane_options", lambda *args: args),
+        mock.patch.object(c10d, "_new_process_group_helper", noted),
     ):
         collectives.make_lane(group, "test", "native", TIMEOUT)
     assert given == [(group, "gloo", TIMEOUT)]
