@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from compress.choices import check_matched
 from compress.contract import Contract
+from compress.model_group import check_loaded_for
 from compress.saved import check_parameters
 from dear import compression
 from dear._names import named_parameters
@@ -25,7 +26,7 @@ def check_new(compressor: Any, model: DDP, caller: str) -> dict[str, Any]:
     Raises:
         TypeError: it is no compressor.
         RuntimeError: it serves a model already.
-        ValueError: it has loaded the state of another model.
+        ValueError: it has loaded the state of another model, or for other ranks.
     """
     compression.check_kind(compressor, caller)
     if compressor.binding is not None:
@@ -35,6 +36,7 @@ def check_new(compressor: Any, model: DDP, caller: str) -> dict[str, Any]:
     sizes = {name: param.numel() for name, param in params.items() if param.requires_grad}
     compressor.choose({name: params[name] for name in sizes})
     check_parameters(compressor, sizes)
+    check_loaded_for(compressor, model.process_group)
     return facts(compressor)
 
 

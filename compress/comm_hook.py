@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from compress.checks import REMEDY, check_new, facts
 from compress.compressor import Compressor
 from compress.hook_binding import HookBinding
+from compress.model_group import group_of_hook
 from compress.two_levels import TwoLevels
 from dear import _refusals
 from dear._agree import agree, meet_on
@@ -31,19 +32,23 @@ from dear.compression import check_kind
 def comm_hook(state: Compressor, bucket: dist.GradBucket) -> Future[Tensor]:
     """A DDP communication hook: ``model.register_comm_hook(compress.ACPSGD(rank=4), compress.comm_hook)``.
 
-    The model's process group must be the default one, or be given to the compressor as ``process_group``. Encoding
-    happens at once, on the autograd thread; exchanges and decoding go on while backward does.
+    The ranks of the module's process group take part, unless the compressor was given another as ``process_group``: see
+    Note [Whose hook this is] in :mod:`compress.model_group`. Encoding happens at once, on the autograd thread;
+    exchanges and decoding go on while backward does.
 
     Raises, from ``backward()``:
         TypeError: the state is not a compressor.
-        ValueError: ranks are not configured alike, or something cannot be compressed; the same on every rank.
+        ValueError: ranks are not configured alike, or something cannot be compressed; the same on every rank. Or the
+            module's process group cannot be known.
         RuntimeError: a peer has died or stalled; or a gradient is not finite, with ``nonfinite="raise"``.
     """
     check_kind(state, "compress.comm_hook")
     if state.binding is None:
         device = bucket.buffer().device
-        meet_on(state.ranks(), device)
-        agree(state.ranks(), lambda: facts(state), REMEDY)
+        group = group_of_hook(state, bucket.parameters())
+        meet_on(group, device)
+        agree(group, lambda: facts(state), REMEDY)
+        state.process_group = group
         state.binding = HookBinding(state, device)
     future = state.binding.native.on_bucket(bucket)
     if bucket.is_last():

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from compress import checks, saved
 from compress.contract import Contract
 from compress.group import settle_errors
+from compress.model_group import take_group
 from compress.read_once import described
 from compress.schedule_binding import ScheduleBinding
 from dear.compression import Site
@@ -53,7 +54,8 @@ class Compressor(Contract):
             ``backward()`` (at ``step()``), so the optimizer's step changes nothing. ``"propagate"``: the gradients of
             that bucket become NaN, which a GradScaler sees, and skips the step. The last two keep a copy of the error
             feedback and put it back. In no case does anything non-finite get into the error feedback.
-        process_group: whose ranks take part; the default group when None. :func:`compress.register` sets it.
+        process_group: whose ranks take part; when None those of the DDP module that it comes to serve, and the default
+            group's without one.
 
     Gradients of other types than float32, float16 and bfloat16 (that is, float64) travel dense. Not thread-safe.
     One compressor serves one model.
@@ -83,6 +85,7 @@ class Compressor(Contract):
         save its own. With ``gather`` every rank must call it, and gets the states of all, ``{"ranks": [...]}``, on the
         host. Both between two steps. Tensors are copies, flat in memory order.
         """
+        take_group(self)
         return saved.save(self, gather)
 
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
@@ -102,6 +105,7 @@ class Compressor(Contract):
                 "This is an engine's state, of which the compressor's is a part: pass state[\"compressor\"], or use "
                 "engine.load_state_dict()."
             )
+        take_group(self)
         saved.load(self, state)
 
     def measure(self) -> None:
