@@ -129,10 +129,13 @@ def _owns(layout: Layout, rank: int, place: Place) -> bool:
 
 
 def _switches(group: dict[str, Any]) -> dict[str, Any]:
-    """The group's options by which an optimizer may choose another way to update: a number counts as zero or not."""
+    """The group's options by which an optimizer may choose another way to update: a number counts as zero or not, and
+    one in a tensor, which may be on a GPU, as another."""
 
     def switch(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return True
         return value if value is None or isinstance(value, (bool, str)) else bool(value)
 
-    plain = (bool, str, int, float, type(None))
+    plain = (bool, str, int, float, type(None), torch.Tensor)
     return {name: switch(value) for name, value in group.items() if name != "params" and isinstance(value, plain)}
