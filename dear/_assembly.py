@@ -16,7 +16,8 @@ from dear._bucket_order import BucketOrder
 from dear._fusion import MIB
 from dear._nodes import Nodes, make_lane_by_levels
 from dear._optimizer import UserOptimizer
-from dear._owned import OwnedUpdate
+from dear._own_steps import has_own_step
+from dear._owned import OwnedUpdate, is_known
 from dear._pending import Barrier
 from dear._plain import NoScheduler, PlainSchedule, PlainUpdate
 from dear._replicated import ReplicatedUpdate
@@ -171,6 +172,13 @@ def choose_strategy(request: Request, update: str, served: Sequence[str] = tuple
     """
     if update == "auto":
         found = next((name for name in served if STRATEGIES[name].suits(request)), None)
+        if found is None and ReplicatedUpdate.kind not in served and not request.compresses:
+            what, remedy = _why_replicated(request, served)
+            raise ValueError(
+                f'update="auto" is "replicated" with {what}, and a preconditioner changes gradients where their owners '
+                f"are: {remedy}leave preconditioner out of dear.attach(), call precondition.register(), and "
+                "preconditioner.step() between backward() and optimizer.step()."
+            )
         update = found if found is not None else ReplicatedUpdate.kind
     if update not in STRATEGIES:
         names = ", ".join(f'"{name}"' for name in STRATEGIES)
@@ -185,6 +193,19 @@ def choose_strategy(request: Request, update: str, served: Sequence[str] = tuple
     if refusal is not None:
         raise ValueError(refusal)
     return STRATEGIES[update]
+
+
+def _why_replicated(request: Request, served: Sequence[str]) -> tuple[str, str]:
+    """With what no strategy that has owners is chosen by itself, and what else may help, as parts of a sentence."""
+    if request.shared is not None:
+        first, second = request.shared
+        return f"the parameters {first} and {second}, which share memory", "make them one parameter, or "
+    optimizer = next((each for each in request.optimizers if not is_known(each)), request.optimizers[0])
+    kind = type(optimizer).__name__
+    what = f"{kind}, whose step() is not torch's own" if has_own_step(optimizer) else kind
+    if OwnedUpdate.kind not in served or OwnedUpdate.refusal(request) is not None:
+        return what, ""
+    return what, 'use update="owned" if the optimizer updates each parameter on its own, or '
 
 
 def usual_cap(strategy: type[Update], request: Request, model: DDP, world: int, ratio: float) -> float:

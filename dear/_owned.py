@@ -55,7 +55,7 @@ class OwnedUpdate(ShardedUpdate):
 
     @classmethod
     def suits(cls, request: Request) -> bool:
-        return all(map(_is_known, request.optimizers)) and super().suits(request)
+        return all(map(is_known, request.optimizers)) and super().suits(request)
 
     @classmethod
     def usual_group_bytes(cls, request: Request, params: Sequence[Param], world: int, ratio: float) -> int:
@@ -93,7 +93,8 @@ class OwnedUpdate(ShardedUpdate):
         return super().stats() | {"update_balance": max(costs) * len(costs) / total if total else 1.0}
 
 
-def _is_known(optimizer: optim.Optimizer) -> bool:
+def is_known(optimizer: optim.Optimizer) -> bool:
+    """Whether its step is known to update each parameter on its own."""
     return declares_whole(optimizer) or (type(optimizer) in ELEMENTWISE and not has_own_step(optimizer))
 
 

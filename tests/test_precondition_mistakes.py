@@ -93,3 +93,39 @@ def test_a_model_takes_one_preconditioner(pool2):
 def test_a_keyword_that_is_no_option_is_named_with_those_that_are(kind):
     with refused(TypeError, f"{kind.__name__} has no option dampening: it takes damping, factor_decay,"):
         kind(dampening=0.1)
+
+
+class Mine(torch.optim.SGD):
+    """Of a class of the user's."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def without_owners(rank, world):
+    """Nobody has given an update or a compressor, so the sentence speaks of what was given."""
+
+    def patched(params):
+        optimizer = torch.optim.SGD(params, lr=0.01)
+        step = optimizer.step
+        optimizer.step = lambda closure=None: step(closure)
+        return optimizer
+
+    def tried(make, reason):
+        model = DDP(preconditioning.build().to(place()))
+        optimizer = make(model.parameters())
+        for kind in KINDS:
+            with refused(ValueError, f'update="auto" is "replicated" with {reason}'):
+                dear.attach(model, optimizer, preconditioner=getattr(precondition, kind)())
+        return model, optimizer
+
+    by_step = r"whose step\(\) is not torch's own, and a .*owners are: use update=\"owned\" if the .* or leave"
+    tried(lambda params: Mine(params, lr=0.01), f"Mine, {by_step}")
+    model, optimizer = tried(patched, f"SGD, {by_step}")
+    dear.attach(model, optimizer, preconditioner=precondition.DPKFAC(), update="owned").detach()
+    tried(torch.optim.LBFGS, "LBFGS, and a .* owners are: leave preconditioner out")
+
+
+def test_an_optimizer_that_leaves_no_owners_is_named(pool2):
+    pool2.run(without_owners)
