@@ -72,6 +72,9 @@ class Binding(Protocol):
         """A backward pass that is reduced has ended on this rank, also one that no step will use. Collective; what is
         submitted to a lane here goes behind the gradients."""
 
+    def dropped(self) -> None:
+        """No step will use the backward passes since the last one: what was learnt of them is forgotten."""
+
     def begin(self) -> None:
         """A step begins. Its gradients may still be on their way. Collective."""
 
@@ -121,6 +124,8 @@ class Unpreconditioned:
     def assigned(self, owner: dict[Param, int]) -> None: ...
 
     def backward_ended(self) -> None: ...
+
+    def dropped(self) -> None: ...
 
     def begin(self) -> None: ...
 

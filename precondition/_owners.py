@@ -106,6 +106,9 @@ class OwnersBinding:
 
     def backward_ended(self) -> None: ...
 
+    def dropped(self) -> None:
+        self._statistics.keep(())
+
     def begin(self) -> None:
         method = self._method
         if method.steps % method.update_every == 0:

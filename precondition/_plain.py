@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
@@ -16,7 +17,8 @@ from dear._agree import agree, meet_on
 from dear._compiled import uncompiled
 from dear._optimizer import unwrapped
 from dear.collectives import choose_algorithm, group_timeout, make_lane
-from dear.preconditioning import Binding, Preconditioner, Run, Site
+from dear.preconditioning import Binding, Param, Preconditioner, Run, Site
+from precondition._loss_scale import check_unscaled
 
 PLAIN = "plain"  # what Site.update says here
 PATIENCE = 20  # backward passes without a step() before somebody is told
@@ -26,6 +28,7 @@ class Registered:
     """What every preconditioner has in common: :meth:`step` on plain DDP."""
 
     plain: Plain | None = None
+    _scaler: Any = None  # what multiplies the loss, if anything does and it was told
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
@@ -36,17 +39,18 @@ class Registered:
 
     def step(self) -> None:
         """Preconditions ``.grad``, on plain DDP: call it on every rank between ``backward()`` and ``optimizer.step()``,
-        after gradients were unscaled and clipped. Nothing happens where no parameter has a gradient.
+        after gradients were unscaled and clipped. Nothing happens where no parameter has a gradient, and nothing is
+        learnt where no optimizer's gradients are finite, since GradScaler skips such a step.
 
         Raises:
-            RuntimeError: :func:`precondition.register` was not called.
+            RuntimeError: :func:`precondition.register` was not called, or ``grad_scaler`` has not unscaled gradients.
         """
         if self.plain is None:
             raise RuntimeError(
                 "preconditioner.step() needs a model: call precondition.register(model, optimizer, preconditioner) "
                 "first; under dear.attach(..., preconditioner=) optimizer.step() does its work."
             )
-        self.plain.step()
+        self.plain.step(self._scaler)
 
     def release(self) -> None:
         """Takes the preconditioner off the model it was registered for; what it has learnt stays in it."""
@@ -58,8 +62,11 @@ class Registered:
 class Plain:
     """A registered preconditioner at work."""
 
-    def __init__(self, model: DDP, params: Sequence[torch.nn.Parameter], binding: Binding) -> None:
-        self._model, self._params, self.binding = model, params, binding
+    def __init__(
+        self, model: DDP, params: Sequence[Param], optimizers: Sequence[Sequence[Any]], binding: Binding
+    ) -> None:
+        """``optimizers``: each by torch's object, and by the one that the user gave, which may be a wrapper."""
+        self._model, self._params, self._optimizers, self.binding = model, params, optimizers, binding
         self._reminder = Reminder(model)
         setattr(model, preconditioning.REGISTERED, type(binding.preconditioner).__name__)
 
@@ -70,11 +77,18 @@ class Plain:
         self.binding.release()
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, scaler: Any = None) -> None:
         """See :meth:`Registered.step`."""
         self._reminder.end()
         used = [param for param in self._params if param.grad is not None]
         if not used:
+            return
+        grads = self._by_optimizer(used)
+        check_unscaled(scaler, [self._optimizers[number] for number in grads])
+        # As under dear.attach(), where a step that GradScaler skips is never asked for. Averaged gradients are equal on
+        # all ranks, and so is the answer.
+        if grads and not _any_finite(list(grads.values())):
+            self.binding.dropped()
             return
         self.binding.backward_ended()
         self.binding.begin()
@@ -90,6 +104,31 @@ class Plain:
         self.binding.end()
         for given, grad in other:
             given.copy_(grad)
+
+    def _by_optimizer(self, used: Sequence[Param]) -> dict[int, list[Tensor]]:
+        """The gradients that each optimizer will use, by its number, of those that will use any."""
+        grads = {param: param.grad for param in used if param.grad is not None}
+        found = {}
+        for number, (optimizer, *_) in enumerate(self._optimizers):
+            mine = [grads[each] for group in optimizer.param_groups for each in group["params"] if each in grads]
+            if mine:
+                found[number] = mine
+        return found
+
+
+def _any_finite(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether any of these lists has finite elements alone. The device is asked once."""
+    flags = []
+    for tensors in lists:
+        batches: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for each in tensors:
+            if each.numel():
+                batches.setdefault((each.dtype, each.device), []).append(each)
+        # Of the largest element, which does not overflow as a sum would.
+        largest = [torch.stack(torch._foreach_norm(batch, float("inf"))) for batch in batches.values()]
+        finite = [each.isfinite().all().to(lists[0][0].device) for each in largest]
+        flags.append(torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool))
+    return bool(torch.stack([each.to(flags[0].device) for each in flags]).any())
 
 
 class Reminder:
@@ -138,7 +177,8 @@ def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditio
     """
     caller = "precondition.register()"
     _refusals.check_kind(model, caller)
-    optimizers = [unwrapped(one) for one in (optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,))]
+    given = optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,)
+    optimizers = [unwrapped(one) for one in given]
 
     def look() -> dict[str, Any]:
         for one in optimizers:
@@ -155,4 +195,6 @@ def register(model: DDP, optimizer: Optimizer | Sequence[Optimizer], preconditio
     timeout = group_timeout(group, device)
     reduce, gather = (make_lane(group, f"preconditioner {name}", algorithm, timeout) for name in ("reduce", "gather"))
     site = Site(model.module, params, optimizers, group, device, PLAIN, reduce, gather, algorithm)
-    preconditioner.plain = Plain(model, params, preconditioner.bind_to_schedule(site))  # type: ignore[attr-defined]
+    known_as = list(zip(optimizers, given, strict=True))
+    binding = preconditioner.bind_to_schedule(site)
+    preconditioner.plain = Plain(model, params, known_as, binding)  # type: ignore[attr-defined]

@@ -56,6 +56,11 @@ class RankOneBinding:
             self._exchanges.wait(self._message)
         self._message = self._exchanges.average(self._means.message())
 
+    def dropped(self) -> None:
+        """What was captured is forgotten."""
+        if self._means is not None:
+            self._means.forget()
+
     def begin(self) -> None:
         """The mean vectors are waited for."""
         if self._means is not None and self._message is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dear import _C
 from precondition._capture import outside_of_graphs
 from precondition._layers import ConvLayer, Layer
+from precondition._loss_scale import loss_scale
 from precondition.eva_means import Means, memory_order
 from precondition.eva_parts import Vectors
 
@@ -56,7 +57,8 @@ class HostMeans(Means):
         self._native.forget()
 
     def message(self) -> Tensor:
-        return self._native.message(1.0 if self._scaler is None else float(self._scaler.scale(torch.ones(()))))
+        scale = loss_scale(self._scaler, torch.empty(0))
+        return self._native.message(1.0 if scale is None else float(scale))
 
 
 def _sides(layer: Layer) -> list[Side]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dear import _C
 from precondition._capture import Capture
 from precondition._layers import Layer
+from precondition._loss_scale import loss_scale
 from precondition.eva_parts import Matrix, Vectors, to_device
 
 
@@ -126,8 +127,8 @@ class Means:
                 self._outputs[layer] if layer in self._outputs else vectors.zeros(each.groups * each.rows)
                 for layer, each in zip(layers, matrices, strict=True)
             ]
-        if sums and self._scaler is not None:
-            scale = self._scaler.scale(sums[0].new_ones(()))
+        scale = loss_scale(self._scaler, sums[0]) if sums else None
+        if scale is not None:
             sums = [each / scale for each in sums]
         if torch.device(vectors.device).type == "cpu":
             return _C.finite_message(flags, [*means, *sums])

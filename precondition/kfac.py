@@ -16,6 +16,7 @@ from dear.preconditioning import Site, Team
 from precondition import _checks
 from precondition._factors import message_size, pack, unpack, widest
 from precondition._layers import Layer, find_layers, name_left_out
+from precondition._loss_scale import loss_scale
 from precondition._owners import Factors, OwnersBinding, States
 from precondition._plain import Registered
 from precondition._ranks import Ranks
@@ -121,10 +122,9 @@ class KroneckerFactored(Registered):
 
     def grad_scale(self) -> Tensor | None:
         """What the loss was multiplied by, without asking the device."""
-        if self._scaler is None or self._binding is None:
-            return None
-        found = self._scaler.scale(torch.ones((), device=self._layers[0].weight.device))
-        return found if isinstance(found, Tensor) else None
+        # In single precision, whatever the weights': a scale may be more than half precision holds.
+        like = torch.empty(0, device=self._layers[0].weight.device) if self._binding is not None else None
+        return None if like is None else loss_scale(self._scaler, like)
 
     # --- state ---
 

@@ -107,7 +107,11 @@ def unused(rank, world):
     torch.testing.assert_close(known["first"]["a"], torch.full((1, 4), 3.0))
     torch.testing.assert_close(known["second"]["a"], torch.full((1, 4), 4.0))
     torch.testing.assert_close(known["second"]["b"], torch.full((3,), 2.0 / world))  # as the averaged gradient
-    after = learn(False, torch.full((2, 4), torch.inf if rank else 5.0, device=place()))
+    infinite = torch.full((2, 4), torch.inf if rank else 5.0, device=place())
+    after = learn(False, infinite)
+    torch.testing.assert_close(after["first"]["a"], known["first"]["a"])  # such a step is skipped
+    with model.module.first.weight.register_hook(torch.zeros_like):
+        after = learn(False, infinite)
     torch.testing.assert_close(after["first"]["a"], torch.full((1, 4), 5.0))
     torch.testing.assert_close(after["second"]["a"], known["second"]["a"])
     after = learn(False, torch.full((2, 4), torch.nan, device=place()))

@@ -15,7 +15,7 @@ SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 STEPS = 8
 
 
-def trained(rank, world, kind, attach, options, steps=STEPS, step=None):
+def trained(rank, world, kind, attach, options, steps=STEPS, step=None, scaler=None):
     """Parameters, and who owned which layer."""
     model = DDP(preconditioning.build().to(place()))
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
@@ -28,9 +28,13 @@ def trained(rank, world, kind, attach, options, steps=STEPS, step=None):
     for number in range(steps):
         x, y = (each.to(place()) for each in preconditioning.batch(rank, number))
         (step or plain_backward)(model, x, y)
+        if scaler:
+            scaler.unscale_(optimizer)
         if attach is None:
             method.step()
         optimizer.step()
+        if scaler:
+            scaler.update()
         optimizer.zero_grad()
     owner = {layer.name: of for layer, of in method._binding._owner.items()}
     found = {name: value.clone() for name, value in model.module.state_dict().items()}
@@ -104,12 +108,9 @@ def scaled(rank, world, scaler):
     def backward(model, x, y):
         loss = torch.nn.functional.mse_loss(model(x), y)
         (scaler.scale(loss) if scaler else loss).backward()
-        if scaler:
-            for param in model.parameters():
-                param.grad /= scaler.get_scale()
 
     options = {**OPTIONS, "grad_scaler": scaler}
-    return trained(rank, world, "KFAC", None, options, step=backward)[0]
+    return trained(rank, world, "KFAC", None, options, step=backward, scaler=scaler)[0]
 
 
 def test_a_scaled_loss(pool1):

@@ -221,8 +221,8 @@ def test_factors_are_on_their_owners_alone(pool2):
     assert sorted(held) == sorted(preconditioning.layers_of(preconditioning.build()))
 
 
-def non_finite(rank, world, attach):
-    """A batch of nonsense, whose optimizer.step() is skipped, as GradScaler does."""
+def non_finite(rank, world, attach, factor):
+    """A batch that is multiplied; optimizer.step() is skipped where that makes nonsense of it, as GradScaler does."""
     model = DDP(preconditioning.build().to(place()))
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     method = precondition.KFAC(inverse_every=1)
@@ -231,10 +231,10 @@ def non_finite(rank, world, attach):
         precondition.register(model, optimizer, method)
     for number in range(4):
         x, y = (each.to(place()) for each in preconditioning.batch(rank, number))
-        plain_backward(model, x * float("nan") if number == 1 else x, y)
+        plain_backward(model, x * factor if number == 1 else x, y)
         if engine is None:
             method.step()
-        if number != 1:
+        if number != 1 or factor == factor:
             optimizer.step()
         optimizer.zero_grad()
     stats = engine.stats() if engine else method._binding.stats()
@@ -244,9 +244,9 @@ def non_finite(rank, world, attach):
 
 
 def test_non_finite_statistics_are_dropped_and_counted(pool2):
-    layers = len(preconditioning.layers_of(preconditioning.build()))
-    assert pool2.run(non_finite, None) == [layers, layers]
-    assert pool2.run(non_finite, OWNED) == [0, 0]  # no step has asked for them
+    for attach in (None, OWNED):
+        assert pool2.run(non_finite, attach, 1e200) == [1, 1]  # the squares of the first layer's inputs
+        assert pool2.run(non_finite, attach, float("nan")) == [0, 0]  # no step is to use these gradients
 
 
 def by_hand(rank, world, compressed):
