@@ -27,7 +27,7 @@ class Preconditioning:
         """Preconditions this rank's gradients, by fusion group. Collective."""
         attached, binding = self._attached, self._attached.preconditioning
         passes = attached.scheduler.passes()
-        if binding.preconditioner is None or passes == self._pass:
+        if binding.preconditioner is None or passes == self._pass or self._is_skipped():
             return
         self._pass = passes
         with ordinary(StepContext(attached.device, grad=False)):
@@ -37,6 +37,24 @@ class Preconditioning:
                 binding.precondition(list(_runs(segments, attached)))
             changed = binding.end()
         self._gradients.changed_otherwise(changed)
+
+    def _is_skipped(self) -> bool:
+        """Whether the step that was called is one that GradScaler skips. It calls that of a fused optimizer all the
+        same, with its verdict, which is every rank's, beside the scale where gradients are still multiplied by it.
+
+        Raises:
+            RuntimeError: they are.
+        """
+        optimizers = [user.optimizer for user in self._attached.users]
+        for optimizer in optimizers:
+            if getattr(optimizer, "grad_scale", None) is not None:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} is fused and divides gradients by GradScaler's scale itself, behind "
+                    "the preconditioner: call scaler.unscale_(optimizer) between backward() and "
+                    "scaler.step(optimizer), or leave fused=True out."
+                )
+        verdicts = [getattr(optimizer, "found_inf", None) for optimizer in optimizers]
+        return any(bool(each) for each in verdicts if each is not None)
 
 
 def _runs(segments: Sequence[Segment], attached: Attached) -> Iterator[Run]:

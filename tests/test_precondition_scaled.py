@@ -107,6 +107,34 @@ def test_a_scaler_that_scales_nothing_has_nothing_to_unscale(pool2, kind, make_s
         assert torch.equal(a, b)
 
 
+def fused(rank, world, kind):
+    """It unscales in its own kernel, behind the preconditioner, and is called where others' steps are skipped."""
+    found = []
+    for fuses in (False, True):
+        model, scaler = DDP(small()), new_scaler()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=fuses)
+        with dear.attach(model, optimizer, preconditioner=make(kind, scaler)):
+            for step in range(6):
+                loss = model(batch(rank, step)).square().mean()
+                scaler.scale(loss * INF if step == 3 and rank else loss).backward()
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        found.append([param.detach() for param in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9)
+    with dear.attach(model, optimizer, preconditioner=make(kind, scaler)):
+        scaler.scale(model(batch(rank, 0)).square().mean()).backward()
+        with refused(RuntimeError, r"SGD is fused and divides gradients .*: call scaler\.unscale_\(optimizer\)"):
+            scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fused_optimizer_does_not_unscale_behind_the_preconditioner(pool2, kind):
+    pool2.run(fused, kind)
+
+
 # --- steps that are skipped ------------------------------------------------------------------------------------------
 
 
