@@ -104,8 +104,8 @@ def bypassed(name: str) -> RuntimeError:
     """The error for a gradient of a backward pass whose forward pass DDP did not see."""
     return RuntimeError(
         f"optimizer.step() found a gradient of {name} that was not reduced, since the forward pass that it comes from "
-        "did not go through DistributedDataParallel: call the DDP module itself, and not model.module, or put what you "
-        "have reduced yourself into .grad as another tensor."
+        "did not go through the DistributedDataParallel module that is attached: call that one, and not model.module "
+        "or another one around it, or put what you have reduced yourself into .grad as another tensor."
     )
 
 
