@@ -95,7 +95,7 @@ class LowRank(Compressor):
         def apply() -> None:
             self._rank, self.stages = rank, stages
 
-        saved.change(self, apply)
+        saved.change(self, "rank", apply)
 
     def options(self) -> dict[str, Any]:
         said = {"rank": self.stages.said, "rank_of": self.rank_of.by_pattern}

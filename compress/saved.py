@@ -30,7 +30,7 @@ def save(compressor: Contract, gather: bool) -> State:
     state = {
         "compressor": type(compressor).__name__,
         "options": options_of(compressor),
-        "made_with": compressor.made_with or options_of(compressor),
+        "made_with": made_with(compressor),
         "step": compressor.step,
         "start": compressor.start.state(),
         "seed": compressor.seed,
@@ -61,7 +61,7 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
     if compressor.binding is not None:
         compressor.binding.finish_step(raises=False)  # the state may be why it is loaded
     mine, feedback = merge_states(states, ranks.rank(), ranks.size())
-    before, made_with = options_of(compressor), compressor.made_with
+    before, made = options_of(compressor), compressor.made_with
     take_assigned(compressor, states[0]["options"])
     try:
         compressor.load_named_state(mine["named"])  # which may refuse it
@@ -71,7 +71,7 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
             compressor.forget_own_state()
     except ValueError:
         take_assigned(compressor, before)
-        compressor.made_with = made_with
+        compressor.made_with = made
         raise
     compressor.made_with = states[0].get("made_with")
     compressor.feedback = feedback
@@ -84,12 +84,13 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
     compressor.loaded = mine
 
 
-def change(compressor: Contract, apply: Callable[[], None]) -> None:
-    """Changes options by ``apply`` between two steps: what the compressor has learned and owes goes on."""
+def change(compressor: Any, option: str, apply: Callable[[], None]) -> None:
+    """Changes an option by ``apply`` between two steps: what the compressor has learned and owes goes on."""
     if not hasattr(compressor, "stages"):  # it is being made
         apply()
         return
-    compressor.made_with = compressor.made_with or options_of(compressor)
+    if compressor.made_with is None:
+        compressor.assigned.setdefault(option, compressor.stages.said)
     if compressor.binding is None and not compressor.groups and compressor.loaded is None:  # nothing yet
         apply()
         return
@@ -105,6 +106,11 @@ def change(compressor: Contract, apply: Callable[[], None]) -> None:
 def options_of(compressor: Contract) -> dict[str, Any]:
     """What must be as it was where a state is loaded."""
     return compressor.options() | {"error_feedback": compressor.error_feedback}
+
+
+def made_with(compressor: Contract) -> dict[str, Any]:
+    """The options before any of them was assigned."""
+    return compressor.made_with or options_of(compressor) | compressor.assigned
 
 
 def take_assigned(compressor: Contract, options: dict[str, Any]) -> None:
@@ -149,7 +155,7 @@ def check_loaded(compressor: Contract, state: State | Sequence[State], rank: int
     if not states or not all(isinstance(one, dict) and "compressor" in one for one in states):
         raise ValueError("This is not a compressor's state: pass what its state_dict() returned.")
     options = options_of(compressor)
-    made_with = compressor.made_with or options
+    made = made_with(compressor)
     for one in states:
         check_form(one)
         if one["compressor"] != kind:
@@ -162,7 +168,7 @@ def check_loaded(compressor: Contract, state: State | Sequence[State], rank: int
                 f"The ranks of this state were saved with other options ({states[0]['options']} and {one['options']}): "
                 "assign them on every rank alike before saving."
             )
-        if one["options"] != options and one.get("made_with", one["options"]) != made_with:
+        if one["options"] != options and one.get("made_with", one["options"]) != made:
             raise ValueError(f"This state was saved with the options {one['options']}, not {options}: use the same.")
     old = states[0]["world_size"]
     if len(states) == 1 and old != 1:
@@ -186,9 +192,11 @@ def check_form(state: State) -> None:
     """
     kinds = {
         "options": dict, "step": int, "start": dict, "seed": int, "rank": int, "world_size": int, "layout": list,
-        "exempt": list, "errors": dict, "owned": dict, "named": dict,
+        "exempt": list, "errors": dict, "owned": dict, "named": dict, "begun": list,
     }  # fmt: skip
     for part, kind in kinds.items():
+        if part == "begun" and part not in state:  # of before there were any: then who has errors has begun
+            continue
         if not isinstance(state.get(part), kind):
             found = f"a {type(state[part]).__name__}" if part in state else "missing"
             raise ValueError(

@@ -72,7 +72,7 @@ class TopK(Compressor):
         def apply() -> None:
             self._density, self.stages = density, stages
 
-        saved.change(self, apply)
+        saved.change(self, "density", apply)
         self._thresholds.clear()  # they were found for other densities
 
     def options(self) -> dict[str, Any]:

@@ -35,11 +35,19 @@ class Counters:
         self.totals = Totals()
         self.last = Totals()  # of the last step
         self._ended = 0.0  # when the last step did; 0 before there was one
+        self._said = -1  # of which pass
         self._sent_before = 0  # bytes, by parts that others have taken the place of
 
-    def is_multiple(self, of: int, more: int = 0) -> bool:
-        """Whether the number of steps, and so many more, is one of ``of``; never of 0."""
-        return of > 0 and (self.totals.steps + more) % of == 0
+    def is_due(self, every: int) -> bool:
+        """Whether the last step was one of so many; never of 0."""
+        return every > 0 and self.totals.steps % every == 0
+
+    def is_next_due(self, every: int, passes: int) -> bool:
+        """Whether the step about to be made is; said once for each backward pass, to the optimizer that steps first."""
+        due = every > 0 and (self.totals.steps + 1) % every == 0 and passes != self._said
+        if due:
+            self._said = passes
+        return due
 
     def stepped(self, attached: Attached) -> None:
         """A step has ended."""

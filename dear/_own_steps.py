@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from dear import _ddp, _joint_steps
 from dear._layout import Segment
-from dear._optimizer import Groups, UserOptimizer, check_draws, generators
+from dear._optimizer import PER_PARAMETER, Groups, UserOptimizer, check_draws, generators
 from dear._own_parameters import State, lent
 
 _KNOWN = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__))
@@ -65,10 +65,11 @@ def _adds_no_code(kind: type) -> bool:
 def refusal_of_own_step(optimizer: optim.Optimizer) -> str | None:
     """Why an optimizer's step cannot be called on some parameters at a time, as far as can be seen before; None where
     nothing is."""
-    if not has_own_step(optimizer):
+    own = has_own_step(optimizer)
+    if not own and type(optimizer) in PER_PARAMETER:
         return None
     attached = getattr(optimizer, _ddp.ENGINE, None) is not None  # its state is this library's then
-    if not attached and any(not isinstance(key, torch.Tensor) for key in optimizer.state):
+    if own and not attached and any(not isinstance(key, torch.Tensor) for key in optimizer.state):
         return _sentence(optimizer, "keeps state of something else than its parameters, and it is called ")
     for name, value in _attributes(optimizer).items():
         parts = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
@@ -93,6 +94,7 @@ class OwnStep:
     def __init__(self, user: UserOptimizer, names: Mapping[Any, str]) -> None:
         self._user, self._optimizer, self._names = user, user.optimizer, names
         self._begun = 0  # steps
+        self._params: list[torch.Tensor] = []  # of the optimizer, in this step
 
     def begin(self) -> None:
         """A step begins, of several calls.
@@ -102,6 +104,7 @@ class OwnStep:
                 parameters.
         """
         self._begun += 1
+        self._params = [param for group in self._optimizer.param_groups for param in group["params"]]
         for group in self._optimizer.param_groups:
             size = len(group["params"])
             for key, value in group.items():
@@ -145,7 +148,7 @@ class OwnStep:
         known = {id(tensor) for tensor in tensors} | {id(key) for key in state}
         options = [_facts({key: value for key, value in group.items() if key != "params"}) for group in groups]
         kept, drawn, calls = _facts(_attributes(self._optimizer), but=known), generators(device), _collectives()
-        others = [param for param in self._params() if id(param) not in known]
+        others = [param for param in self._params if id(param) not in known]
         versions, memory = _versions(others), {_memory(each.grad) for each in tensors if each.grad is not None} - {0}
         asked = _Asked(tensors)
         yield asked if closure else None
@@ -153,7 +156,7 @@ class OwnStep:
             raise self._error("calls its closure other than once, before it updates anything, and it is called ")
         if options != [_facts({key: value for key, value in group.items() if key != "params"}) for group in groups]:
             raise self._error("changes options of its parameter groups, and it is called ")
-        if versions != _versions(others):
+        if versions != _versions(others) and _written(others, versions, tensors):
             raise self._error("changes parameters that it was not given, and it is called ")
         if kept != _facts(_attributes(self._optimizer), but=known):
             raise self._error("keeps something in the optimizer beside its state, and it is called ")
@@ -164,9 +167,6 @@ class OwnStep:
         if calls != _collectives():
             raise self._error("communicates with other ranks, which do not make the same calls, since it is called ")
         check_draws(self._optimizer, drawn, device)
-
-    def _params(self) -> list[torch.Tensor]:
-        return [param for group in self._optimizer.param_groups for param in group["params"]]
 
     def _error(self, what: str) -> RuntimeError:
         return RuntimeError(_sentence(self._optimizer, what))
@@ -253,9 +253,22 @@ def _versions(params: Sequence[torch.Tensor]) -> list[int]:
         return [param._version for param in params]
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def _written(others: Sequence[torch.Tensor], before: Sequence[int], given: Sequence[torch.Tensor]) -> bool:
+    """Whether any of these was written to since it had that version. Parameters that were made of one tensor's slices
+    have one version among them, which then says nothing."""
+    suspects = [param for param, then, now in zip(others, before, _versions(others), strict=True) if now != then]
+    versions = _versions(suspects)
     with torch._C.DisableTorchFunctionSubclass():
+        for tensor in given:
+            torch.autograd.graph.increment_version(tensor)
+    return any(then == now for then, now in zip(versions, _versions(suspects), strict=True))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where it begins; 0 for a tensor that has none of its own, as one of several parts or a sparse one."""
+    with torch._C.DisableTorchFunctionSubclass(), contextlib.suppress(RuntimeError):
         return tensor.untyped_storage().data_ptr()
+    return 0
 
 
 def _collectives() -> list[int]:

@@ -143,7 +143,7 @@ class Engine:
         counters = self._counters
         counters.stepped(self._attached)
         self._summary.stepped(self._attached)
-        if counters.is_multiple(self._check_replicas):
+        if counters.is_due(self._check_replicas):
             check_replicas(self._attached, counters.totals.steps)
         return loss
 
@@ -163,7 +163,7 @@ class Engine:
                 scheduler.gradients_used()
             return False
         attached.check_reduced(number)
-        if number == 0 and not self._update.gathers_gradients and self._counters.is_multiple(self._check_replicas, 1):
+        if not self._update.gathers_gradients and self._counters.is_next_due(self._check_replicas, scheduler.passes()):
             check_parameters(attached, self._counters.totals.steps)
         self._update.step(found, number)
         scheduler.gradients_used()

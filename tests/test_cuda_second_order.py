@@ -36,7 +36,7 @@ CASES: list[on_gpu.Case] = [
     (test_eva_state.unused, ()),
     (test_eva_state.dropped, ()),
     (test_precondition_steps.accumulated, (OWNED,)),
-    (test_precondition_steps.non_finite, (None,)),
+    (test_precondition_steps.non_finite, (None, float("nan"))),
     (test_precondition_steps.by_hand, (False,)),
     (test_precondition_steps.partly_optimized, ()),
 ]

@@ -35,7 +35,7 @@ OF_KINDS = {
     "local": {
         "own": lambda state: state.update(own=3),
         "no factors": lambda state: state["own"].update(factors=None),
-        "names": lambda state: state["own"].update(compressed="P"),
+        "names": lambda state: state.update(begun="P"),
         "factor": lambda state: state["own"].update(factors={n: (p, 3) for n, (p, _) in of_own(state).items()}),
     },
     "threshold": {

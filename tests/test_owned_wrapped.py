@@ -93,9 +93,87 @@ class Around(optim.Optimizer):
         return self.base.step(closure)
 
 
+class Slices(nn.Module):
+    """Its parameters are slices of one tensor, and so have one version among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        start = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
+        self.layers = nn.ParameterList([nn.Parameter(each) for each in start])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(x @ layer)
+        return x
+
+
+class Kept(torch.Tensor):
+    """A tensor of parts, as those of quantised optimizer state are: it has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, part: torch.Tensor) -> Kept:
+        return torch.Tensor._make_wrapper_subclass(cls, part.shape)
+
+    def __init__(self, part: torch.Tensor) -> None:
+        self.part = part
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*(each.part if isinstance(each, Kept) else each for each in args), **(kwargs or {}))
+        aten = torch.ops.aten
+        return Kept(made) if func in (aten.clone.default, aten.detach.default) else made
+
+
+class Heavy(optim.Optimizer):
+    """Momentum in tensors of parts."""
+
+    dear_whole = True
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                if "momentum" not in state:
+                    state["momentum"] = Kept(torch.zeros_like(param))
+                state["momentum"].part.mul_(0.9).add_(param.grad)
+                param.sub_(state["momentum"].part, alpha=group["lr"])
+
+
+def not_refused(rank: int, world: int) -> None:
+    values = []
+    for attach in (None, SMALL | {"bucket_cap_mb": 0.0002}):  # a fusion group for each
+        model = nn.parallel.DistributedDataParallel(Slices())
+        opt = Heavy(model.parameters())
+        engine = dear.attach(model, opt, **attach) if attach else None
+        for step in range(4):
+            x = torch.randn(5, 8, generator=torch.Generator().manual_seed(10 * step + rank))
+            model(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        if engine:
+            engine.detach()
+        values.append([param.detach().clone() for param in model.parameters()])
+    assert all(map(torch.equal, *values))
+
+
+def test_parameters_of_one_tensor_and_state_without_memory(pool2):
+    pool2.run(not_refused)
+
+
 def around(rank: int, world: int) -> None:
     model, opt = training.build("Mlp", (Around, {}), {})
     with refused(ValueError, "may call the optimizer in its attribute base"):
+        dear.attach(model, opt, **SMALL)
+
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which imports much, with warnings
+
+    model, _ = training.build("Mlp", training.SGD, {})
+    opt = ZeroRedundancyOptimizer(model.parameters(), optim.SGD, lr=0.05)
+    with refused(ValueError, "may call the optimizer in its attribute optim"):
         dear.attach(model, opt, **SMALL)
 
 

@@ -61,6 +61,34 @@ def clamped(rank, world, update):
     engine.detach()
 
 
+def clamped_of_the_second(rank, world):
+    """The optimizer that was listed last steps first."""
+    model, _ = training.build("Mlp", training.SGD, {})
+    first, last = model.module.first.parameters(), [*model.module.second.parameters(), *model.module.last.parameters()]
+    a, b = torch.optim.SGD(first, lr=0.05), torch.optim.SGD(last, lr=0.05)
+    engine = dear.attach(model, [a, b], update="sharded", check_replicas=1, **SMALL)
+    for step in range(3):
+        if step == 2 and rank == 1:
+            with torch.no_grad():
+                model.module.second.bias.add_(1e-3)
+        training.loss_of(model, rank, step).backward()
+        if step == 2:
+            with refused(
+                RuntimeError, "The replicas differ after step 2: rank 1 has another second.bias than the rest"
+            ):
+                b.step()
+            break
+        b.step()
+        a.step()
+        a.zero_grad()
+        b.zero_grad()
+    engine.__exit__(RuntimeError, None, None)
+
+
+def test_code_that_changes_a_parameter_of_the_optimizer_that_steps_first(pool2):
+    pool2.run(clamped_of_the_second)
+
+
 def by_own_loss(rank, world, update):
     """A schedule that follows each rank's own loss. Sharded, replicas stay equal, each part at a rate of its own."""
     model, opt = training.build("Mlp", training.SGD, {})
