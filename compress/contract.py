@@ -74,8 +74,7 @@ class Contract(Stateful, ReadOnce):
         self.measure_first = False  # measure() was called before there was a binding
         self.initial_step = 0  # without a binding, which counts them
         self.loaded: dict[str, Any] | None = None  # what load_state_dict() was given and no group has taken yet
-        self.made_with: dict[str, Any] | None = None  # of a state: the options before any of them was assigned
-        self.assigned: dict[str, Any] = {}  # of options that have been, what they were at first
+        self.assigned: dict[str, Any] = {}  # what options were before they were assigned, here or in a state's run
 
     # --- the contract: what a subclass says ---
 

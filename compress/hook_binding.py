@@ -20,6 +20,7 @@ from dear._compiled import enter, leave, uncompiled
 from dear._first_pass import Watch, check_begins, check_learns
 from dear._look_again import Facts
 from dear._own_calls import OwnCalls
+from dear._standing import lies_in
 
 
 class HookBinding(Binding):
@@ -155,7 +156,7 @@ class HookBinding(Binding):
         grad, slot = self._params[name].grad, self._slots[name]
         if grad is None:
             return False
-        if grad.untyped_storage().data_ptr() == slot.untyped_storage().data_ptr():
+        if lies_in(grad, [slot]):
             slot.zero_()  # gradient_as_bucket_view: the result has overwritten it, and would be applied; it is owed
         else:
             slot.copy_(grad)

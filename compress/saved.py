@@ -61,7 +61,7 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
     if compressor.binding is not None:
         compressor.binding.finish_step(raises=False)  # the state may be why it is loaded
     mine, feedback = merge_states(states, ranks.rank(), ranks.size())
-    before, made = options_of(compressor), compressor.made_with
+    before, assigned = options_of(compressor), compressor.assigned
     take_assigned(compressor, states[0]["options"])
     try:
         compressor.load_named_state(mine["named"])  # which may refuse it
@@ -71,9 +71,11 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
             compressor.forget_own_state()
     except ValueError:
         take_assigned(compressor, before)
-        compressor.made_with = made
+        compressor.assigned = assigned
         raise
-    compressor.made_with = states[0].get("made_with")
+    options = options_of(compressor)
+    made = states[0].get("made_with", options)
+    compressor.assigned = {name: value for name, value in made.items() if value != options[name]}
     compressor.feedback = feedback
     compressor.seed = mine["seed"]
     compressor.start.load(mine["start"])
@@ -89,8 +91,7 @@ def change(compressor: Any, option: str, apply: Callable[[], None]) -> None:
     if not hasattr(compressor, "stages"):  # it is being made
         apply()
         return
-    if compressor.made_with is None:
-        compressor.assigned.setdefault(option, compressor.stages.said)
+    compressor.assigned = {option: compressor.stages.said} | compressor.assigned
     if compressor.binding is None and not compressor.groups and compressor.loaded is None:  # nothing yet
         apply()
         return
@@ -110,7 +111,7 @@ def options_of(compressor: Contract) -> dict[str, Any]:
 
 def made_with(compressor: Contract) -> dict[str, Any]:
     """The options before any of them was assigned."""
-    return compressor.made_with or options_of(compressor) | compressor.assigned
+    return options_of(compressor) | compressor.assigned
 
 
 def take_assigned(compressor: Contract, options: dict[str, Any]) -> None:

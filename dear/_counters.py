@@ -35,7 +35,7 @@ class Counters:
         self.totals = Totals()
         self.last = Totals()  # of the last step
         self._ended = 0.0  # when the last step did; 0 before there was one
-        self._said = -1  # of which pass
+        self._answered = -1  # by is_next_due(): for which pass
         self._sent_before = 0  # bytes, by parts that others have taken the place of
 
     def is_due(self, every: int) -> bool:
@@ -44,9 +44,9 @@ class Counters:
 
     def is_next_due(self, every: int, passes: int) -> bool:
         """Whether the step about to be made is; said once for each backward pass, to the optimizer that steps first."""
-        due = every > 0 and (self.totals.steps + 1) % every == 0 and passes != self._said
+        due = every > 0 and (self.totals.steps + 1) % every == 0 and passes != self._answered
         if due:
-            self._said = passes
+            self._answered = passes
         return due
 
     def stepped(self, attached: Attached) -> None:

@@ -26,9 +26,11 @@ from dear import _ddp, _joint_steps
 from dear._layout import Segment
 from dear._optimizer import PER_PARAMETER, Groups, UserOptimizer, check_draws, generators
 from dear._own_parameters import State, lent
+from dear._standing import memory_of
 
 _KNOWN = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__))
 _found: weakref.WeakKeyDictionary[optim.Optimizer, bool] = weakref.WeakKeyDictionary()
+_STRAYS = "changes parameters that it was not given, and it is called "
 _REMEDY = 'once for each fusion group with update="owned": use update="replicated".'
 
 
@@ -130,10 +132,21 @@ class OwnStep:
                 self._check_apart(groups, state, closure)
 
     def _check_apart(self, groups: Groups, state: State, closure: bool) -> None:
+        lent = [tensor for group in groups for tensor in group["params"]]
+        strays = False
+
         def run(some: Groups, states: State) -> None:
-            self._user.run(some, states, _Asked(some[0]["params"]) if closure else None)
+            nonlocal strays
+            given = some[0]["params"]
+            others = self._others({id(tensor) for tensor in given})
+            versions = _versions(others)
+            with _without_gradients(lent, but=given):  # a step that has them from somewhere else leaves those out
+                self._user.run(some, states, _Asked(given) if closure else None)
+            strays |= _written(others, versions, given)
 
         joint = _joint_steps.find_joint(run, groups, state)
+        if strays:
+            raise self._error(_STRAYS)
         if joint is not None:
             name = self._names.get(joint, "a parameter")
             raise self._error(f"lets the update of {name} depend on the parameters beside it, and it is called ")
@@ -148,25 +161,29 @@ class OwnStep:
         known = {id(tensor) for tensor in tensors} | {id(key) for key in state}
         options = [_facts({key: value for key, value in group.items() if key != "params"}) for group in groups]
         kept, drawn, calls = _facts(_attributes(self._optimizer), but=known), generators(device), _collectives()
-        others = [param for param in self._params if id(param) not in known]
-        versions, memory = _versions(others), {_memory(each.grad) for each in tensors if each.grad is not None} - {0}
+        others = self._others(known)
+        versions, memory = _versions(others), {memory_of(each.grad) for each in tensors if each.grad is not None} - {0}
         asked = _Asked(tensors)
         yield asked if closure else None
         if closure and not asked.was_called_first_and_once:
             raise self._error("calls its closure other than once, before it updates anything, and it is called ")
         if options != [_facts({key: value for key, value in group.items() if key != "params"}) for group in groups]:
             raise self._error("changes options of its parameter groups, and it is called ")
-        if versions != _versions(others) and _written(others, versions, tensors):
-            raise self._error("changes parameters that it was not given, and it is called ")
+        if _written(others, versions, tensors):
+            raise self._error(_STRAYS)
         if kept != _facts(_attributes(self._optimizer), but=known):
             raise self._error("keeps something in the optimizer beside its state, and it is called ")
         if any(id(key) not in known for key in state):
             raise self._error("keeps state of something else than its parameters, and it is called ")
-        if not memory.isdisjoint(map(_memory, filter(torch.is_tensor, tree_leaves(list(state.values()))))):
+        if not memory.isdisjoint(map(memory_of, filter(torch.is_tensor, tree_leaves(list(state.values()))))):
             raise self._error("keeps a gradient itself in its state, whose memory is used again, and it is called ")
         if calls != _collectives():
             raise self._error("communicates with other ranks, which do not make the same calls, since it is called ")
         check_draws(self._optimizer, drawn, device)
+
+    def _others(self, given: Collection[int]) -> list[torch.Tensor]:
+        """The optimizer's parameters but those of these ids."""
+        return [param for param in self._params if id(param) not in given]
 
     def _error(self, what: str) -> RuntimeError:
         return RuntimeError(_sentence(self._optimizer, what))
@@ -253,10 +270,13 @@ def _versions(params: Sequence[torch.Tensor]) -> list[int]:
         return [param._version for param in params]
 
 
-def _written(others: Sequence[torch.Tensor], before: Sequence[int], given: Sequence[torch.Tensor]) -> bool:
+def _written(others: Sequence[torch.Tensor], before: list[int], given: Sequence[torch.Tensor]) -> bool:
     """Whether any of these was written to since it had that version. Parameters that were made of one tensor's slices
     have one version among them, which then says nothing."""
-    suspects = [param for param, then, now in zip(others, before, _versions(others), strict=True) if now != then]
+    after = _versions(others)
+    if after == before:
+        return False
+    suspects = [param for param, then, now in zip(others, before, after, strict=True) if now != then]
     versions = _versions(suspects)
     with torch._C.DisableTorchFunctionSubclass():
         for tensor in given:
@@ -264,11 +284,18 @@ def _written(others: Sequence[torch.Tensor], before: Sequence[int], given: Seque
     return any(then == now for then, now in zip(versions, _versions(suspects), strict=True))
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    """Where it begins; 0 for a tensor that has none of its own, as one of several parts or a sparse one."""
-    with torch._C.DisableTorchFunctionSubclass(), contextlib.suppress(RuntimeError):
-        return tensor.untyped_storage().data_ptr()
-    return 0
+@contextlib.contextmanager
+def _without_gradients(tensors: Sequence[torch.Tensor], but: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, ``.grad`` of these is None, but for some."""
+    shown = {id(tensor) for tensor in but}
+    hidden = [(tensor, tensor.grad) for tensor in tensors if id(tensor) not in shown]
+    for tensor, _ in hidden:
+        tensor.grad = None
+    try:
+        yield
+    finally:
+        for tensor, grad in hidden:
+            tensor.grad = grad
 
 
 def _collectives() -> list[int]:

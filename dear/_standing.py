@@ -48,14 +48,14 @@ def kept_elsewhere(params: Iterable[Param], buckets: Collection[torch.Tensor], *
     buckets: of the layout; their memory is ours, and views of it are not found.
     views: DDP was built with ``gradient_as_bucket_view=True``, and puts tensors of its own in the place of others.
     """
-    memory = {bucket.untyped_storage().data_ptr() for bucket in buckets}
+    memory = set(map(memory_of, buckets))
     found: Standing = []
     with torch._C.DisableTorchFunctionSubclass():
         for param in params:
             grad = param.grad
             if grad is None or isinstance(grad, (LocalGrad, PendingGrad)) or grad.layout != torch.strided:
                 continue
-            in_bucket = grad.untyped_storage().data_ptr() in memory
+            in_bucket = memory_of(grad) in memory
             if views and not in_bucket:
                 continue
             base = None if in_bucket else grad._base
@@ -67,8 +67,16 @@ def kept_elsewhere(params: Iterable[Param], buckets: Collection[torch.Tensor], *
 
 def lies_in(tensor: torch.Tensor, buckets: Iterable[torch.Tensor]) -> bool:
     """Whether it is a view of one of them."""
-    memory = tensor.untyped_storage().data_ptr()
-    return any(bucket.untyped_storage().data_ptr() == memory for bucket in buckets)
+    return memory_of(tensor) in map(memory_of, buckets)
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Where its memory begins; 0 for a tensor that has none of its own, as one of several parts or a sparse one."""
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
 
 
 class Arrivals:

@@ -44,7 +44,7 @@ class Summary:
         if not self._every:
             return
         self.finish()
-        if self._counters.totals.steps % self._every == 0:
+        if self._counters.is_due(self._every):
             own, self._before = self._counters.totals.since(self._before), self._counters.totals
             self._send(attached, own)
 

@@ -78,7 +78,7 @@ def attach(
         check_replicas: every so many steps, ``step()`` waits until all parameters stand and compares their checksums
             with those of the other ranks, 8 bytes a parameter tensor and rank, the optimizers' options, and what was
             done to gradients in shards; where they differ, it raises RuntimeError on every rank, which names the ranks
-            and a parameter. 0: never.
+            and a parameter. Sharded and owned updates compare parameters before that step's update, too. 0: never.
         hierarchy: ``"node"`` moves in two levels, inside each node and then between nodes, among ranks of equal place:
             a node's network port carries each element once, however many ranks the node has. The ranks of a node are
             found from LOCAL_RANK and LOCAL_WORLD_SIZE, or from the hosts' names; a number says how many consecutive

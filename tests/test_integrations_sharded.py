@@ -30,8 +30,9 @@ OPTIMIZERS = {
     "adafactor": (torch.optim.Adafactor, {"lr": 0.01}),
     "factored": (owning.Factored, {"lr": 0.01}),
     "several": (owning.muon_and_adamw, {}),
+    "stateless": (torch.optim.SGD, {"lr": 0.01}),
 }
-STRATEGY = {"adafactor": "owned", "factored": "owned", "several": "owned"}
+STRATEGY = {"adafactor": "owned", "factored": "owned", "several": "owned", "stateless": "replicated"}
 
 
 def start(rank, mode, steps, model="Mlp"):
@@ -82,7 +83,7 @@ def final(model):
     return {name: param.detach().clone() for name, param in model.module.named_parameters()}
 
 
-MODES = ["sharded", "replicated", "adafactor", "factored", "several", "power", "topk"]
+MODES = ["sharded", "replicated", "adafactor", "factored", "several", "stateless", "power", "topk"]
 
 
 def written(rank, world, mode, folder, model):
@@ -165,7 +166,7 @@ def to_and_from_plain(rank, world, mode, folder):
         engine.detach()
 
 
-@pytest.mark.parametrize("mode", ["sharded", "adafactor", "several"])
+@pytest.mark.parametrize("mode", ["sharded", "adafactor", "several", "stateless"])
 @pytest.mark.slow
 def test_plain_ddp_reads_it_and_is_read(pool2, mode, tmp_path):
     pool2.run(to_and_from_plain, mode, str(tmp_path))

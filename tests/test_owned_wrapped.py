@@ -15,6 +15,19 @@ import dear
 SMALL = {"bucket_cap_mb": 0.002, "update": "owned"}
 
 
+def trained(rank: int, kind: Any, change: Any, attach: dict[str, Any] | None) -> list[torch.Tensor]:
+    """The parameters after four steps; ``change`` is made to the optimizer before."""
+    model, opt = training.build("Mlp", kind, {})
+    change(opt)
+    engine = dear.attach(model, opt, **attach) if attach else None
+    for step in range(4):
+        training.plain_step(model, opt, rank, step)
+    if engine:
+        assert engine.update == attach.get("update", "replicated")
+        engine.detach()
+    return [param.detach().clone() for param in model.parameters()]
+
+
 def put_in_place(rank: int, world: int) -> None:
     """A step that somebody has put into an optimizer of torch's is not torch's."""
 
@@ -31,17 +44,7 @@ def put_in_place(rank: int, world: int) -> None:
     clipped(opt)
     with pytest.raises(ValueError, match="SGD is not known to update each element on its own"):
         dear.attach(model, opt, update="sharded")
-    values = []
-    for attach in (None, {"bucket_cap_mb": 0.002}):
-        model, opt = training.build("Mlp", training.SGD, {})
-        clipped(opt)
-        engine = dear.attach(model, opt, **attach) if attach else None
-        assert engine is None or engine.update == "replicated"
-        for step in range(4):
-            training.plain_step(model, opt, rank, step)
-        if engine:
-            engine.detach()
-        values.append([param.detach().clone() for param in model.parameters()])
+    values = [trained(rank, training.SGD, clipped, attach) for attach in (None, {"bucket_cap_mb": 0.002})]
     assert all(map(torch.equal, *values))
 
 
@@ -64,33 +67,12 @@ def put_in_place_owned(rank: int, world: int) -> None:
 
         optimizer.step = step
 
-    values = []
-    for attach in (None, SMALL):
-        model, opt = training.build("Mlp", training.SGD, {})
-        centred(opt)
-        engine = dear.attach(model, opt, **attach) if attach else None
-        for step in range(4):
-            training.plain_step(model, opt, rank, step)
-        if engine:
-            engine.detach()
-        values.append([param.detach().clone() for param in model.parameters()])
+    values = [trained(rank, training.SGD, centred, attach) for attach in (None, SMALL)]
     assert all(map(torch.equal, *values))
 
 
 def test_a_step_that_was_put_into_an_optimizer_and_owned_updates(pool2):
     pool2.run(put_in_place_owned)
-
-
-class Around(optim.Optimizer):
-    """As sharpness-aware minimisation and lookahead are written: around another optimizer of the same groups."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.05})
-        self.base = optim.SGD(self.param_groups, lr=0.05)
-        self.param_groups = self.base.param_groups
-
-    def step(self, closure: Any = None) -> Any:
-        return self.base.step(closure)
 
 
 class Slices(nn.Module):
@@ -164,6 +146,18 @@ def test_parameters_of_one_tensor_and_state_without_memory(pool2):
     pool2.run(not_refused)
 
 
+class Around(optim.Optimizer):
+    """As sharpness-aware minimisation and lookahead are written: around another optimizer of the same groups."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.05})
+        self.base = optim.SGD(self.param_groups, lr=0.05)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+
 def around(rank: int, world: int) -> None:
     model, opt = training.build("Mlp", (Around, {}), {})
     with refused(ValueError, "may call the optimizer in its attribute base"):
@@ -179,3 +173,44 @@ def around(rank: int, world: int) -> None:
 
 def test_an_optimizer_around_another_one(pool2):
     pool2.run(around)
+
+
+class ByList(optim.Optimizer):
+    """Goes over parameters that it keeps in an attribute."""
+
+    def __init__(self, params: Any, decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": 0.05})
+        self.all, self.decay = [param for group in self.param_groups for param in group["params"]], decay
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for param in self.all:
+            if param.grad is not None:
+                param.sub_(param.grad, alpha=0.05)
+            elif self.decay:
+                param.mul_(1 - self.decay)
+
+
+def by_list(rank: int, world: int) -> None:
+    """What is tried out of such a step moves nothing."""
+    kind = (ByList, {})
+    values = [trained(rank, kind, lambda opt: None, attach) for attach in (None, {"update": "owned"})]
+    assert all(map(torch.equal, *values))
+
+
+def strays(rank: int, world: int) -> str | None:
+    model, opt = training.build("Mlp", (ByList, {"decay": 0.01}), {})
+    engine = dear.attach(model, opt, update="owned")
+    try:
+        training.plain_step(model, opt, rank, 0)
+        engine.synchronize()
+    except RuntimeError as error:
+        engine.__exit__(RuntimeError, error, None)  # so that the other ranks hear of it
+        return str(error)
+    return None
+
+
+def test_a_step_over_parameters_of_an_attribute(pool2):
+    pool2.run(by_list)
+    found = pool2.run(strays)
+    assert all(found) and any("changes parameters that it was not given" in each for each in found), found

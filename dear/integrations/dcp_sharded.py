@@ -196,7 +196,7 @@ def _whole_state(metadata: Metadata) -> dict[str, Any]:
 
 def _nested(wanted: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
     paths = _paths(metadata)
-    return unflatten_state_dict({key: wanted[key] for key in paths}, paths)
+    return {"state": {}} | unflatten_state_dict({key: wanted[key] for key in paths}, paths)  # none leaves no entry
 
 
 class _Template:
