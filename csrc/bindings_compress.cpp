@@ -89,6 +89,7 @@ void bind_codecs(py::module_& m) {
 
   py::class_<Codec, std::shared_ptr<Codec>>(m, "Codec")
       .def("stages", &Codec::stages, NoGil())
+      .def("first_stages", &Codec::first_stages, NoGil())
       .def("advance", &Codec::advance, py::arg("step"), py::arg("stage"), NoGil())
       .def("bind", &Codec::bind, py::arg("gradient"), py::arg("result"), NoGil())
       .def("compresses", &Codec::compresses, NoGil())

@@ -248,6 +248,21 @@ def test_a_resumed_run_is_the_run_that_would_have_been(pool4, kind):
     pool4.run(scheduled, kind)
 
 
+def halves(rank, world):
+    """The last exchange between nodes may wait for the next forward pass, as it may in one level."""
+    for kind, make in KINDS.items():
+        compressor = make()
+        backward(attach(compressor), gradients(rank, 0, SHAPES))
+        (group,) = compressor.groups.values()
+        inner, stages = group.inner.codec, group.codec.stages(0)
+        assert inner.first_stages(0) == inner.stages(0) - 1, kind
+        assert group.codec.first_stages(0) == 1 + inner.first_stages(0) <= stages - 2, kind
+
+
+def test_both_halves_move_between_nodes(pool4):
+    pool4.run(halves)
+
+
 def not_finite(rank, world, kind, shapes):
     """Each rank raises, also where the gradient that is not finite is of another node and place."""
     compressor = compressing.KINDS[kind]()

@@ -32,6 +32,8 @@ class Codec {
  public:
   virtual ~Codec() = default;
   virtual size_t stages(int64_t step) const = 0;
+  // How many of them go under the backward pass: those behind them may wait for the next forward pass.
+  virtual size_t first_stages(int64_t step) const { return stages(step) - 1; }
   virtual std::optional<Message> advance(int64_t step, size_t stage) = 0;
 
   // Whether that message is an all-to-all; others are for the ring. Of the first one only a codec around this
@@ -118,6 +120,7 @@ class StagedCodec : public Codec {
   StagedCodec(at::Device device, std::shared_ptr<const StartStep> start, std::shared_ptr<Codec> dense,
               std::vector<CodecStage> compressed);
   size_t stages(int64_t step) const override { return at(step)->stages(step); }
+  size_t first_stages(int64_t step) const override { return at(step)->first_stages(step); }
   bool all_to_all(int64_t step, size_t stage) const override { return at(step)->all_to_all(step, stage); }
   std::optional<Message> advance(int64_t step, size_t stage) override;
   void bind(at::Tensor gradient, at::Tensor result) override;

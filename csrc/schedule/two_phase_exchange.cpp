@@ -106,6 +106,7 @@ void TwoPhaseExchange::start() {
   const ProfiledSpan span("encode, ", label_);
   step_ = pipeline_->steps() - 1;
   stages_ = codec_->stages(step_);
+  firsts_ = codec_->first_stages(step_);
   std::fill(queued_.begin(), queued_.end(), nullptr);
   {
     std::lock_guard<std::mutex> lock(sync_->mutex);
@@ -125,17 +126,21 @@ void TwoPhaseExchange::start() {
     if (stream_) encoded_->record(*stream_);
     TORCH_CHECK(message, "A compressor sent nothing for ", label_, ".");
     auto exchange = exchange_for(0, *message);
-    if (stages_ == 1) {
+    if (firsts_ == 0) {
       pending_ = std::move(exchange);
       return;
     }
     submit(0, exchange);
-    for (size_t stage = 1; stage + 1 < stages_; ++stage) submit(stage, deferred(stage));
+    for (size_t stage = 1; stage < firsts_; ++stage) submit(stage, deferred(stage));
   });
 }
 
 void TwoPhaseExchange::start_last() {
-  on_stream([this] { submit(stages_ - 1, stages_ == 1 ? std::move(pending_) : deferred(stages_ - 1)); });
+  on_stream([this] {
+    for (size_t stage = firsts_; stage < stages_; ++stage) {
+      submit(stage, stage == 0 ? std::move(pending_) : deferred(stage));
+    }
+  });
 }
 
 void TwoPhaseExchange::start_decoding(std::function<void(std::exception_ptr)> done) {
@@ -248,11 +253,12 @@ void TwoPhaseExchange::submit(size_t stage, const std::shared_ptr<Exchange>& exc
 }
 
 void TwoPhaseExchange::wait_first() {
-  if (stages_ > 1 && queued(stages_ - 2)) queued(stages_ - 2)->wait();
+  if (const auto exchange = end_of_first()) exchange->wait();
 }
 
 bool TwoPhaseExchange::first_done() {
-  return stages_ < 2 || !queued(stages_ - 2) || queued(stages_ - 2)->done();
+  const auto exchange = end_of_first();
+  return !exchange || exchange->done();
 }
 
 void TwoPhaseExchange::wait() {

@@ -18,7 +18,8 @@ struct Run {
 
 // One group's way through a step: encoded, exchanged, decoded. Made once for a group in a bucket.
 //
-// The first phase is everything before the last exchange, the second phase that exchange and the decoding.
+// The first phase is as many exchanges as the codec says, commonly all but the last one; the second phase the
+// others and the decoding.
 //
 // Threads: start(), start_last(), start_decoding() and the waits as Pipeline says; `done` is called on the
 // decoding thread.
@@ -45,7 +46,7 @@ class TwoPhaseExchange {
 
   // Encodes and queues the first phase.
   void start();
-  // Queue the second phase: its exchange, and then the decoding. `done` hears of its end, and of what went
+  // Queue the second phase: its exchanges, and then the decoding. `done` hears of its end, and of what went
   // wrong; it may be empty. Of groups whose second phases are queued together all exchanges come first, since
   // what a stream is to decode holds up what is queued there behind it.
   void start_last();
@@ -79,12 +80,10 @@ class TwoPhaseExchange {
   // Makes the error feedback what it was before the step.
   void roll_back();
   const std::string& label() const { return label_; }
-  // Of the last step's first and last exchange; nanoseconds, 0 when not known.
+  // When the last step's exchanges of either phase moved; nanoseconds, 0 when not known.
   int64_t first_start_ns() const { return queued(0) ? queued(0)->start_ns() : 0; }
-  int64_t first_end_ns() const {
-    return stages_ > 1 && queued(stages_ - 2) ? queued(stages_ - 2)->end_ns() : 0;
-  }
-  int64_t last_start_ns() const { return last() ? last()->start_ns() : 0; }
+  int64_t first_end_ns() const { return end_of_first() ? end_of_first()->end_ns() : 0; }
+  int64_t last_start_ns() const { return queued(firsts_) ? queued(firsts_)->start_ns() : 0; }
   int64_t last_end_ns() const { return last() ? last()->end_ns() : 0; }
   // Of the last step's decoding, on the host, once it was waited for.
   int64_t decode_start_ns() const { return decode_start_ns_; }
@@ -100,6 +99,8 @@ class TwoPhaseExchange {
 
   const std::shared_ptr<Exchange>& queued(size_t stage) const { return queued_[stage]; }
   const std::shared_ptr<Exchange>& last() const { return queued_[stages_ > 0 ? stages_ - 1 : 0]; }
+  // Null where the first phase has none, or none is queued.
+  std::shared_ptr<Exchange> end_of_first() const { return firsts_ > 0 ? queued(firsts_ - 1) : nullptr; }
   // Asks the codec for its message, and counts the time.
   std::optional<compress::Message> advance(size_t stage);
   std::shared_ptr<Exchange> exchange_for(size_t stage, const compress::Message& message);
@@ -129,12 +130,13 @@ class TwoPhaseExchange {
 
   int64_t step_ = 0;
   size_t stages_ = 0;
+  size_t firsts_ = 0;  // of them, in the first phase
   int64_t decode_start_ns_ = 0;
   int64_t decode_end_ns_ = 0;
   std::vector<std::vector<Known>> known_;            // by stage
   std::vector<std::shared_ptr<Exchange>> deferred_;  // by stage; null at 0
   std::vector<std::shared_ptr<Exchange>> queued_;    // of this step, by stage; null where none is yet
-  std::shared_ptr<Exchange> pending_;                // the only exchange, until start_last()
+  std::shared_ptr<Exchange> pending_;                // the first exchange, where start_last() queues it
 
   // On a GPU, with what orders it behind the caller, and the caller behind it.
   std::optional<c10::Stream> stream_;

@@ -257,6 +257,18 @@ class Codec : public dear::compress::Codec {
   const at::Tensor shard_ = zeros(kNumel / 2);
 };
 
+// As a codec of two levels is: two exchanges in either phase.
+class LongCodec : public Codec {
+ public:
+  using Codec::Codec;
+  size_t stages(int64_t) const override { return 4; }
+  size_t first_stages(int64_t) const override { return 2; }
+  std::optional<dear::compress::Message> advance(int64_t step, size_t stage) override {
+    if (stage == 0 || stage == 4) return Codec::advance(step, stage / 2);
+    return Codec::advance(step, 1);
+  }
+};
+
 // Two groups of a bucket. Each is exchanged in the order of its making, so the works of group i in step s are
 // "first 2s+i" and "last 2s+i".
 struct Compression {
@@ -325,6 +337,32 @@ void compresses_beside_the_caller() {
   }
 }
 
+// What a codec leaves for the second phase is queued there and in no other, all of it.
+void a_phase_has_as_many_exchanges_as_the_codec_says() {
+  reset();
+  std::vector<std::shared_ptr<Lane>> lanes;
+  for (const std::string name : {"one", "two", "three", "four"}) lanes.push_back(make_lane(name));
+  const auto pipeline =
+      std::make_shared<dear::Pipeline>(lanes, std::vector<std::shared_ptr<Lane>>{}, kDevice, 0);
+  dear::TwoPhaseExchange group(pipeline, std::make_shared<LongCodec>("0"), "0", {}, false);
+  const at::Tensor bucket = zeros(kNumel);
+  group.bind(bucket, bucket, 0, kNumel, {});
+  for (const std::string step : {"0", "1"}) {
+    pipeline->begin_step();
+    group.start();
+    require(has_run("two " + step) && !has_run("three " + step),
+            "the first phase is not what the codec says");
+    on(kReader, [&] { group.wait_first(); });
+    require(waits_for(kReader, "two " + step),
+            "who waits for the first phase is not behind its last exchange");
+    group.start_last();
+    require(came_behind("four " + step, "three " + step), "an exchange of the second phase came too early");
+    group.start_decoding({});
+    group.wait();
+    require(came_behind("0 decode " + step, "four " + step), "a group was decoded before its last exchange");
+  }
+}
+
 // A bucket's future, which DDP waits for, is behind all of its groups, on whatever streams they were decoded.
 void a_future_stands_for_all_groups() {
   reset();
@@ -389,6 +427,7 @@ int main() {
   training_follows_who_waits_elsewhere();
   training_is_where_parameters_were_updated();
   compresses_beside_the_caller();
+  a_phase_has_as_many_exchanges_as_the_codec_says();
   a_future_stands_for_all_groups();
   training_follows_who_waits_elsewhere_for_what_is_compressed();
   std::puts("ok");

@@ -27,6 +27,9 @@ class TwoLevelCodec : public Codec {
   TwoLevelCodec(at::Device device, std::shared_ptr<Codec> inner, std::shared_ptr<const Ownership> owners,
                 int64_t place, std::vector<std::shared_ptr<Codec>> readers, int64_t between);
   size_t stages(int64_t) const override { return between_ + 2; }
+  // All but `inner`'s last one and what is behind it. Ranks of other places may count otherwise: with them
+  // this one shares the first and the last lane alone.
+  size_t first_stages(int64_t step) const override { return inner_->first_stages(step) + 1; }
   bool all_to_all(int64_t step, size_t stage) const override {
     return stage > 0 && stage <= inner_->stages(step) && inner_->all_to_all(step, stage - 1);
   }
