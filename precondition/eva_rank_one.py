@@ -86,17 +86,21 @@ class RankOneStep(ABC):
         """ν: min(1, √(κ / Σ lr² ⟨pre, G⟩)), or without κ √(Σ ‖G‖² / Σ ‖pre‖²).
 
         Of pre = (G - w aᵀ) / γ both sums follow from what is known: γ ⟨pre, G⟩ = ‖G‖² - ⟨w aᵀ, G⟩ and
-        γ² ‖pre‖² = ‖G‖² - 2 ⟨w aᵀ, G⟩ + ‖w aᵀ‖². Rounding must not make them negative.
+        γ² ‖pre‖² = ‖G‖² - 2 ⟨w aᵀ, G⟩ + ‖w aᵀ‖². Rounding must not make them negative. A layer that is not finite does
+        not count: GradScaler skips the step of its optimizer alone.
         """
         settings, vectors = self.settings, self.vectors
         tiny = torch.finfo(vectors.dtype).tiny
+        removed = vectors.sum_blocks(correction.inner)
+        change = correction.squares - removed
+        counts = change.isfinite()
         if settings.kl_clip is None:
-            before = correction.squares.sum()
-            after = before - 2 * correction.inner.sum() + correction.outer.sum()
+            after = change - removed + vectors.sum_blocks(correction.outer)
+            before, after = (torch.where(counts, each, 0).sum() for each in (correction.squares, after))
             return settings.damping * (before / after.clamp_(min=tiny)).sqrt_()
+        change = torch.where(counts, change, 0)
         if len(set(learning_rates)) == 1:
-            size = (correction.squares.sum() - correction.inner.sum()) * learning_rates[0] ** 2
+            size = change.sum() * learning_rates[0] ** 2
         else:
-            change = correction.squares - vectors.sum_blocks(correction.inner)
             size = change.dot(to_device([lr**2 for lr in learning_rates], change.dtype, change.device))
         return (settings.kl_clip * settings.damping / size.clamp_(min=tiny)).sqrt_().clamp_(max=1.0)

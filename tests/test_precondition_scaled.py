@@ -190,7 +190,7 @@ def test_a_skipped_step_is_not_learnt_from_on_plain_ddp_either(pool2, kind, infi
     pool2.run(skipped, kind, infinite, False)
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_that_one_of_two_optimizers_makes_is_learnt_from(pool2, kind):
     pool2.run(skipped, kind, (1,), True)
 

@@ -166,7 +166,12 @@ def case(code, how):
     return Case(how, program=pieces(program), optimizer=("AdamW", {"lr": 0.01}))
 
 
-@pytest.mark.parametrize("kinds", [KINDS, MORE], ids=["kinds", "more"])
+PART = 24  # as many kinds as are tried well within a test's time, on a machine that is busy, too
+ALL = list((KINDS | MORE).items())
+PARTS = [dict(ALL[at : at + PART]) for at in range(0, len(ALL), PART)]
+
+
+@pytest.mark.parametrize("kinds", PARTS, ids=lambda part: f"from {next(iter(part))}")
 def test_unforeseen_use_changes_nothing(pool2, kinds):
     """Many cases in a few process groups: each by itself would cost more than it does."""
     cases = {(name, how): case(code, how) for name, code in kinds.items() for how in BOTH}

@@ -272,7 +272,7 @@ Eva eva_correction(const EvaTerms& terms) {
     std::vector<double> scale(blocks);
     double before = 0, removed = 0, outer = 0, change = 0;
     for (size_t layer = 0; layer < layers; ++layer) {
-      double own = 0;  // ⟨w aᵀ, G⟩
+      double own = 0, of_w = 0;  // ⟨w aᵀ, G⟩, ‖w aᵀ‖²
       for (auto block = static_cast<size_t>(terms.first_block[layer]);
            block < static_cast<size_t>(terms.first_block[layer + 1]); ++block) {
         const int64_t column = terms.first_column[block], row = terms.first_row[block];
@@ -284,13 +284,15 @@ Eva eva_correction(const EvaTerms& terms) {
             sums_of_row<scalar_t, scalar_t>(b + row, b + row, terms.first_row[block + 1] - row).square;
         scale[block] = inner[block] / (of_a * of_b + terms.damping);
         own += scale[block] * inner[block];
-        outer += scale[block] * scale[block] * of_a * of_b;
+        of_w += scale[block] * scale[block] * of_a * of_b;
       }
+      if (!std::isfinite(squares[layer] - own))
+        continue;  // GradScaler skips its optimizer's step, no other's
+      outer += of_w;
       before += squares[layer];
       removed += own;
       change += terms.learning_rates[layer] * terms.learning_rates[layer] * (squares[layer] - own);
     }
-    // A NaN stays one, so that comparisons have this order.
     constexpr double tiny = std::numeric_limits<scalar_t>::min();
     if (terms.kl_clip) {
       const double ratio = std::sqrt(*terms.kl_clip * terms.damping / (change < tiny ? tiny : change));
