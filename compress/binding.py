@@ -118,7 +118,7 @@ class Binding:
         def look() -> dict[str, Any]:
             check_bucket(names, params, source)
             chosen = compressor.choose(dict(zip(names, params, strict=True)))
-            check_nodes(compressor)
+            check_nodes(compressor, compressor.loaded)
             check_parameters(compressor, sizes)
             return facts(compressor) | chosen | {"the parameters of a bucket": sizes, "seed": compressor.seed}
 

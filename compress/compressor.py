@@ -94,7 +94,8 @@ class Compressor(Contract):
 
         At the world size it was saved at, training goes on bit for bit: each rank takes its own. At another, which
         needs all ranks' states, old rank i's error feedback, its owner's error included, is added to new rank
-        ``i % world_size``, times new / old world size: so parameters are still owed the same mean gradients.
+        ``i % world_size``, times new / old world size: so parameters are still owed the same mean gradients. In two
+        levels it is of each node's mean, and fits the same nodes alone.
 
         Raises:
             ValueError: it is not a state of such a compressor, or not enough of it; nothing has been changed. That

@@ -127,17 +127,22 @@ def nodes_of(compressor: Contract) -> list[list[int]] | None:
     return None if compressor.levels is None else [list(node) for node in compressor.levels.nodes.ranks]
 
 
-def check_nodes(compressor: Contract) -> None:
-    """Refuses a loaded state whose error feedback is of other nodes' means.
+def check_nodes(compressor: Contract, state: State | None) -> None:
+    """Refuses a state whose error feedback is of other nodes' means, or of ranks where it is to be of nodes.
 
     Raises:
         ValueError: one sentence says which nodes it was saved with.
     """
-    if compressor.loaded and compressor.loaded.get("nodes") != nodes_of(compressor):
-        raise ValueError(
-            f"The state loaded was saved with the nodes {compressor.loaded.get('nodes')}, not {nodes_of(compressor)}: "
-            "give hierarchy as it was when the state was saved."
-        )
+    if state is None or state.get("nodes") == nodes_of(compressor):
+        return
+    before, now = (
+        "one level" if nodes is None else f"two levels of the nodes {nodes}"
+        for nodes in (state.get("nodes"), nodes_of(compressor))
+    )
+    raise ValueError(
+        f"The compressor's state was saved in {before}, and these are {now}: start as many ranks with the hierarchy of "
+        'then, or leave "compressor" out of an engine\'s state to start anew.'
+    )
 
 
 def loaded_names(compressor: Contract) -> set[str]:
@@ -182,6 +187,8 @@ def check_loaded(compressor: Contract, state: State | Sequence[State], rank: int
             raise ValueError(f"This is the state of rank {states[0]['rank']} and this is rank {rank}: load its own.")
     elif [one["rank"] for one in states] != list(range(old)):
         raise ValueError(f"These are not the states of all {old} ranks in order: pass every rank's, rank 0 first.")
+    if compressor.binding is not None:  # else the first bucket shows
+        check_nodes(compressor, states[0])
     return states
 
 

@@ -84,6 +84,7 @@ void bind_scheduler(py::module_& m) {
       .def("set_pipeline", &Scheduler::set_pipeline, py::arg("pipeline"))
       .def("any_dropped", &Scheduler::any_dropped, NoGil())
       .def("passes", &Scheduler::passes)
+      .def("awaited_bucket", &Scheduler::awaited_bucket)
       .def("has_gradients", &Scheduler::has_gradients)
       .def("untouched", py::overload_cast<>(&Scheduler::untouched, py::const_))
       .def("gradients_used", &Scheduler::gradients_used)

@@ -103,12 +103,16 @@ class Attached:
         Raises:
             RuntimeError: names a parameter that has such a gradient, or that was missed.
         """
-        if self.scheduler.has_gradients():
+        awaited = self.scheduler.awaited_bucket()
+        if self.scheduler.has_gradients() and awaited is None:
             return
         with torch._C.DisableTorchFunctionSubclass():
             users = self.users if optimizer is None else [self.users[optimizer]]
             having = [param for user in users for param in user.params if param.grad is not None]
             missed = [param for param in self.params if param.grad is None]
+        if awaited is not None:  # of other buckets there are averages, and this one's are the last pass's, or none
+            bucket = [] if self.layout is None else [place.param for place in self.layout.in_bucket(awaited)]
+            raise _grads.missed(self.names[(missed or bucket or self.params)[0]])
         if having and self.passes_before_local == self.scheduler.passes():
             raise _grads.unreduced(self.names[having[0]])
         reduced = self.passes_before_forward is not None and self.passes_before_forward < self.scheduler.passes()

@@ -38,6 +38,27 @@ def test_local_gradients_are_never_applied(pool2, update, deferred):
     pool2.run(wrong_order, update, deferred)
 
 
+def frozen(rank, world, update, part, in_place):
+    """DDP waits for the buckets of what was frozen in mid-training, and has sent the others, or none."""
+    for steps in (3, 0):  # at first there is no layout yet
+        model, opt, engine = warm(rank, update, steps)
+        opt.zero_grad(set_to_none=not in_place)
+        getattr(model.module, part).requires_grad_(False)
+        before = final(model)
+        training.loss_of(model, rank, 8).backward()
+        with refused(RuntimeError, f"The parameter {part}.* got no gradient in the last backward pass"):
+            opt.step()
+        same(final(model), before)
+        engine.detach()
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["none", "zeros"])
+@pytest.mark.parametrize("part", ["first", "last"])
+@pytest.mark.parametrize("update", ["sharded", "owned", "replicated"])
+def test_a_bucket_that_ddp_waits_for(pool2, update, part, in_place):
+    pool2.run(frozen, update, part, in_place)
+
+
 def twice(rank, world, update):
     def two_steps(model, optimizer, rank, number):
         """Without zero_grad() between them, the second step uses the same gradients again."""

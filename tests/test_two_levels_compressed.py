@@ -1,6 +1,7 @@
 """Compressors between nodes alone: two nodes of two ranks each, against what one level does with the nodes' means."""
 
 import os
+import re
 import signal
 from unittest import mock
 
@@ -310,8 +311,14 @@ def refused(rank, world):
     other.load_state_dict(compressor.state_dict())
     model = DDP(compressing.Prescribed(SHAPES))
     compress.register(model, other)
-    with pytest.raises(ValueError, match="was saved with the nodes"):
+    before, now = "two levels of the nodes [[0, 1], [2, 3]]", "one level"
+    with pytest.raises(ValueError, match=re.escape(f"was saved in {before}, and these are {now}: start as many ranks")):
         backward(model, gradients(rank, 1, SHAPES))
+    at_work = compress.TopK(density=0.05)
+    backward(attach(at_work), gradients(rank, 0, SHAPES))
+    state = compressor.state_dict() | {"nodes": None}
+    with pytest.raises(ValueError, match=re.escape(f"was saved in {now}, and these are {before}: start as many ranks")):
+        at_work.load_state_dict(state)
 
 
 def test_what_does_not_fit_is_refused(pool4):

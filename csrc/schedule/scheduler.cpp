@@ -58,6 +58,7 @@ void Scheduler::on_bucket(size_t index, Bucket bucket, bool last) {
     if (index == 0) incoming_.clear();
     incoming_.push_back(std::move(bucket));
   }
+  awaited_ = last ? std::nullopt : std::optional(index + 1);
   if (last) {
     ++passes_;
     if (meets_) meet(device);

@@ -109,6 +109,8 @@ class Scheduler {
 
   // Backward passes that have been reduced.
   int64_t passes() const { return passes_; }
+  // Of a backward pass that has not delivered all of its buckets, the one that DDP waits for.
+  std::optional<size_t> awaited_bucket() const { return awaited_; }
   // The last one has delivered gradients that no step has used.
   bool has_gradients() const { return has_gradients_; }
   // Nobody has written to gradients after the backward pass that sent them.
@@ -185,6 +187,7 @@ class Scheduler {
   bool layout_is_new_ = false;
   bool forgotten_ = false;  // the layout, until there is another one
   bool has_gradients_ = false;
+  std::optional<size_t> awaited_;
   int64_t passes_ = 0;
   int gathering_ = 0;
 
