@@ -31,6 +31,9 @@ class NoScheduler:
     def passes(self) -> int:
         return 0
 
+    def awaited_bucket(self) -> int | None:
+        return None
+
     def has_gradients(self) -> bool:
         return False
 
