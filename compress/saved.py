@@ -73,9 +73,9 @@ def load(compressor: Contract, state: State | Sequence[State]) -> None:
         take_assigned(compressor, before)
         compressor.assigned = assigned
         raise
-    options = options_of(compressor)
-    made = states[0].get("made_with", options)
-    compressor.assigned = {name: value for name, value in made.items() if value != options[name]}
+    made = states[0].get("made_with", {})
+    options = options_of(compressor).items()
+    compressor.assigned = {name: made[name] for name, value in options if made.get(name, value) != value}
     compressor.feedback = feedback
     compressor.seed = mine["seed"]
     compressor.start.load(mine["start"])
@@ -201,9 +201,10 @@ def check_form(state: State) -> None:
     kinds = {
         "options": dict, "step": int, "start": dict, "seed": int, "rank": int, "world_size": int, "layout": list,
         "exempt": list, "errors": dict, "owned": dict, "named": dict, "begun": list,
+        "made_with": dict,
     }  # fmt: skip
     for part, kind in kinds.items():
-        if part == "begun" and part not in state:  # of before there were any: then who has errors has begun
+        if part in ("begun", "made_with") and part not in state:  # of before there were any
             continue
         if not isinstance(state.get(part), kind):
             found = f"a {type(state[part]).__name__}" if part in state else "missing"

@@ -98,7 +98,7 @@ class Attached:
 
     def check_reduced(self, optimizer: int | None = None) -> None:
         """Refuses gradients of one optimizer's parameters, or of all optimizers', that are still local: of passes under
-        no_sync() that no other pass has reduced since, or of one that DDP did not reduce, since it missed a parameter.
+        no_sync() that no other pass has reduced since, or of one that DDP has not ended, since it missed a parameter.
 
         Raises:
             RuntimeError: names a parameter that has such a gradient, or that was missed.
@@ -111,8 +111,9 @@ class Attached:
             having = [param for user in users for param in user.params if param.grad is not None]
             missed = [param for param in self.params if param.grad is None]
         if awaited is not None:  # of other buckets there are averages, and this one's are the last pass's, or none
-            bucket = [] if self.layout is None else [place.param for place in self.layout.in_bucket(awaited)]
-            raise _grads.missed(self.names[(missed or bucket or self.params)[0]])
+            bucket = self.params if self.layout is None else [each.param for each in self.layout.in_bucket(awaited)]
+            lacking = set(missed)
+            raise _grads.missed(self.names[next((param for param in bucket if param in lacking), bucket[0])])
         if having and self.passes_before_local == self.scheduler.passes():
             raise _grads.unreduced(self.names[having[0]])
         reduced = self.passes_before_forward is not None and self.passes_before_forward < self.scheduler.passes()

@@ -129,8 +129,8 @@ def second(name: str) -> RuntimeError:
 def missed(name: str) -> RuntimeError:
     """The error for a parameter that a backward pass did not reach, so that DDP waits for it and reduces nothing."""
     return RuntimeError(
-        f"The parameter {name} got no gradient in the last backward pass, so DDP has reduced none: wrap the model with "
-        "find_unused_parameters=True, or after requires_grad=False is set."
+        f"The parameter {name} got no gradient in the last backward pass, so DDP still waits for it: wrap the model "
+        "with find_unused_parameters=True, or after requires_grad=False is set."
     )
 
 

@@ -132,7 +132,7 @@ class OwnStep:
                 self._check_apart(groups, state, closure)
 
     def _check_apart(self, groups: Groups, state: State, closure: bool) -> None:
-        lent = [tensor for group in groups for tensor in group["params"]]
+        tensors = [tensor for group in groups for tensor in group["params"]]
         strays = False
 
         def run(some: Groups, states: State) -> None:
@@ -140,7 +140,7 @@ class OwnStep:
             given = some[0]["params"]
             others = self._others({id(tensor) for tensor in given})
             versions = _versions(others)
-            with _without_gradients(lent, but=given):  # a step that has them from somewhere else leaves those out
+            with _without_gradients(tensors, but=given):  # a step that has them from somewhere else leaves those out
                 self._user.run(some, states, _Asked(given) if closure else None)
             strays |= _written(others, versions, given)
 

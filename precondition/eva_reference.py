@@ -105,10 +105,8 @@ def foof_closed(gradient: Tensor, a: Tensor, damping: float) -> Tensor:
 def kl_factor(pairs: Sequence[tuple[Tensor, Tensor, float]], kl_clip: float | None) -> Tensor:
     """By what all preconditioned gradients are multiplied: of (preconditioned, gradient, learning rate) of every layer.
 
-    min(1, √(κ / Σ lr² ⟨preconditioned, gradient⟩)); without κ √(Σ ‖gradient‖² / Σ ‖preconditioned‖²). Gradients that
-    are not finite do not count.
+    min(1, √(κ / Σ lr² ⟨preconditioned, gradient⟩)); without κ √(Σ ‖gradient‖² / Σ ‖preconditioned‖²).
     """
-    pairs = [each for each in pairs if each[1].isfinite().all()]
     if kl_clip is None:
         before = torch.stack([gradient.square().sum() for _, gradient, _ in pairs]).sum()
         after = torch.stack([preconditioned.square().sum() for preconditioned, _, _ in pairs]).sum()

@@ -17,6 +17,7 @@ DAMAGE = {
     "exempt": lambda state: state.update(exempt="all"),
     "missing": lambda state: state.pop("named"),
     "step": lambda state: state.update(step="3"),
+    "made with": lambda state: state.update(made_with="P"),
     "layout": lambda state: state.update(layout=None),
     "errors": lambda state: state["errors"].update({n: e.long() for n, e in state["errors"].items()}),
     "no own": lambda state: state.pop("own"),

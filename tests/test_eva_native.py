@@ -44,6 +44,34 @@ def test_a_correction_is_that_of_torchs_operators(kl_clip, rates):
             torch.testing.assert_close(native, plain)
 
 
+@pytest.mark.parametrize("kl_clip", [None, 0.01])
+@pytest.mark.parametrize("finish", [EvaStep.finish, RankOneStep.finish], ids=["native", "torch"])
+@pytest.mark.parametrize("rates", [[0.1] * 5, [0.1, 0.0, 0.3, 0.2, 0.4]], ids=["equal", "other"])
+def test_a_layer_that_is_not_finite_does_not_count_in_the_bound(kl_clip, finish, rates):
+    """The others' gradients become what they become where it has none; its own stay what they are."""
+    results = []
+    for value in (0.0, torch.inf, torch.nan):
+        vectors, weights, biases, rows, columns = draw(LAYERS, 0)
+        weights[1].fill_(0.0).view(-1)[0] = value
+        if biases[1] is not None:
+            biases[1].zero_()
+        running = Running([Described(str(i), each) for i, each in enumerate(LAYERS)], True, torch.device("cpu"))
+        running.rows.copy_(rows)
+        running.columns.copy_(columns)
+        step = EvaStep(running, Settings(0.03, 0.05, kl_clip))
+        (parts,) = shared_out(vectors, weights, biases, 1, 0)
+        step.take(parts)
+        finish(step, rates, lambda values: values)
+        results.append((weights, biases))
+    (want, biases), *others = results
+    for have, of_these in others:
+        assert not have[1].isfinite().all()
+        for index in (0, 2, 3, 4):
+            torch.testing.assert_close(have[index], want[index])
+            if biases[index] is not None:
+                torch.testing.assert_close(of_these[index], biases[index])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_products_and_corrections_of_every_type(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -167,7 +167,7 @@ def case(code, how):
 
 
 PART = 24  # as many kinds as are tried well within a test's time, on a machine that is busy, too
-ALL = list((KINDS | MORE).items())
+ALL = [*KINDS.items(), *MORE.items()]
 PARTS = [dict(ALL[at : at + PART]) for at in range(0, len(ALL), PART)]
 
 

@@ -17,10 +17,10 @@ namespace dear {
 // Note [One lane for each stage]
 // The first exchange of every group goes through lane 0, the second through lane 1, and so on; in each lane
 // groups follow each other in an order on which all ranks agree: that in which DDP delivers buckets, or, for
-// the last exchange under DeAR, that in which the next forward pass wants them. No lane's order depends on
-// when something happened to be ready, whatever the number of buckets - which is what goes wrong when
-// collectives are started inside future callbacks. What is computed between two exchanges is computed on
-// the thread of the second one's lane, when the lane reaches it (Note [Deferred exchanges]).
+// the exchanges of the second phase under DeAR, that in which the next forward pass wants them. No lane's
+// order depends on when something happened to be ready, whatever the number of buckets - which is what goes
+// wrong when collectives are started inside future callbacks. What is computed between two exchanges is
+// computed on the thread of the second one's lane, when the lane reaches it (Note [Deferred exchanges]).
 //
 // On a GPU nothing waits: everything is queued, in order, on streams of the pipeline's own.
 //
