@@ -114,8 +114,9 @@ def size(text: str) -> int:
 
 
 def show_size(count: float) -> str:
-    """Bytes for people: 4 KiB, 16 MiB, 41.6 MiB."""
+    """Bytes for people: 4 KiB, 16 MiB, 41.6 MiB, 1020 KiB."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
-            return f"{count / scale:.3g} {unit}"
+            shown = count / scale
+            return f"{shown:.0f} {unit}" if shown >= 100 else f"{shown:.3g} {unit}"
     return f"{count:.0f} B"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from dear import _C, _ddp, preconditioning
-from dear._attached import Attached, weakly
+from dear._attached import AnyScheduler, Attached, weakly
 from dear._bucket_order import BucketOrder
 from dear._fusion import MIB
 from dear._nodes import Nodes, make_lane_by_levels
@@ -96,7 +96,7 @@ class Ground:
         return self._plain(setting) if leaves_ddp_alone else self._scheduled(setting)
 
     def _plain(self, setting: Setting) -> Parts:
-        attached = self._attached(setting, NoScheduler(), self._lane(GATHERS))  # type: ignore[arg-type] # it has what is asked of one
+        attached = self._attached(setting, NoScheduler(), self._lane(GATHERS))
         update = PlainUpdate(attached)
         return Parts(attached, PlainSchedule(attached, update, setting.bucket_cap_mb), update)
 
@@ -123,7 +123,7 @@ class Ground:
         attached.barrier.arrive, attached.barrier.finish = update.arrive, update.finish
         return Parts(attached, Schedule(attached, update, setting.bucket_cap_mb), update)
 
-    def _attached(self, setting: Setting, scheduler: _C.Scheduler, gather_lane: _C.Lane) -> Attached:
+    def _attached(self, setting: Setting, scheduler: AnyScheduler, gather_lane: _C.Lane) -> Attached:
         return Attached(
             model=self.model,
             users=list(self.users),

@@ -6,7 +6,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,32 @@ Owner = TypeVar("Owner")
 _NONE: set[Param] = set()
 
 
+class AnyScheduler(Protocol):
+    """What is asked of a scheduler whether it is the native one or DDP is left alone."""
+
+    def passes(self) -> int: ...
+
+    def awaited_bucket(self) -> int | None: ...
+
+    def has_gradients(self) -> bool: ...
+
+    def gradients_used(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def take_wait_times(self) -> tuple[int, int]: ...
+
+    def bytes_sent(self) -> int: ...
+
+    def start_trace(self) -> None: ...
+
+    def stop_trace(self) -> list[_C.TraceEvent]: ...
+
+    def abort(self, reason: str, /) -> None: ...
+
+    def release(self) -> None: ...
+
+
 @dataclass(eq=False)
 class Attached:
     """A model and its optimizer under the schedule. Everybody reads it; each field says who writes it."""
@@ -41,7 +67,7 @@ class Attached:
     params: list[Param]  # those that DDP's reducer knows, in the model's order
     names: dict[Param, str]  # of all parameters of the model
     update: str  # which strategy, by the name that the setting has for it
-    scheduler: _C.Scheduler
+    scheduler: AnyScheduler
     gather_lane: _C.Lane
     barrier: Barrier
     compression: Binding
@@ -78,6 +104,12 @@ class Attached:
     @property
     def world(self) -> int:
         return self.group.size()
+
+    @property
+    def native(self) -> _C.Scheduler:
+        """The scheduler, for what runs under a schedule of our own."""
+        assert isinstance(self.scheduler, _C.Scheduler)
+        return self.scheduler
 
     @property
     def known_layout(self) -> Layout:

@@ -61,7 +61,7 @@ def part_with_held(attached: Attached, make: Callable[[int], torch.Tensor], *, l
     if changed:
         attached.placeholders = placeholders
         if not _ddp.tracks_unused(attached.model):
-            attached.scheduler.replace_placeholders(placeholders)
+            attached.native.replace_placeholders(placeholders)
     if standing and not late:
         _part_as_the_first_comes(attached, make, standing)
 

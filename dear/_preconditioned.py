@@ -33,7 +33,7 @@ class Preconditioning:
         with ordinary(StepContext(attached.device, grad=False)):
             binding.begin()
             for group, segments in enumerate(by_group):
-                attached.scheduler.wait_reduced(group)
+                attached.native.wait_reduced(group)
                 binding.precondition(list(_runs(segments, attached)))
             changed = binding.end()
         self._gradients.changed_otherwise(changed)

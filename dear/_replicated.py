@@ -99,7 +99,7 @@ class ReplicatedUpdate(Update):
             self._versions = [flat._version for flat in attached.layout.full]
 
     def _check_untouched(self) -> None:
-        _grads.check_untouched(self.attached.scheduler)
+        _grads.check_untouched(self.attached.native)
         if self._versions not in (None, [flat._version for flat in self.attached.known_layout.full]):
             raise RuntimeError(_grads.WRITTEN_LATE)
 
@@ -168,7 +168,7 @@ class ReplicatedUpdate(Update):
         if group not in self._to_update:
             return
         self._to_update.remove(group)  # never twice, also if the optimizer fails
-        with attached.scheduler.updating(group), ordinary(self._context):
+        with attached.native.updating(group), ordinary(self._context):
             attached.compression.arrived(group)
             self._run(self._averages(group))
 
@@ -216,7 +216,7 @@ class ReplicatedUpdate(Update):
         attached = self.attached
         attached.barrier.settle((group,))
         attached.compression.validate()
-        attached.scheduler.wait_gathered(group)
+        attached.native.wait_gathered(group)
         self._show_plain(group)
 
     def _show_plain(self, group: int) -> None:
@@ -237,7 +237,7 @@ class ReplicatedUpdate(Update):
     def put_back(self, standing: Standing) -> None:
         attached = self.attached
         attached.scheduler.synchronize()
-        if attached.compression.compressor is not None and attached.scheduler.any_dropped():
+        if attached.compression.compressor is not None and attached.native.any_dropped():
             return  # what becomes of this step is decided in step(), by all ranks together
         for group in attached.order:
             self._show_plain(group)

@@ -58,7 +58,7 @@ class Schedule:
     def _take_over(self) -> None:
         """Puts the hook into a reducer of its own. Collective."""
         attached = self._attached
-        model, scheduler = attached.model, attached.scheduler
+        model, scheduler = attached.model, attached.native
         # The scheduler must not keep the engine alive: it is owned by the reducer, the reducer by the model.
         me = weakref.ref(self)
 
@@ -84,7 +84,7 @@ class Schedule:
 
     def _rebuild_reducer(self, order: list[Param] | None) -> None:
         attached = self._attached
-        model, scheduler = attached.model, attached.scheduler
+        model, scheduler = attached.model, attached.native
         attached.unreduced = None
         self._reducer_order = _ddp.rebuild_reducer(model, self._options, attached.params, order)
         self.hook_calls = _ddp.register(model, scheduler)
@@ -128,9 +128,9 @@ class Schedule:
         attached, update = self._attached, self._update
         attached.synchronize()
         with self._own_calls.rebuild():
-            _ddp.rebuild_buckets(attached.model, attached.scheduler)
+            _ddp.rebuild_buckets(attached.model, attached.native)
         self._agree_on_order()
-        buckets = attached.scheduler.incoming()
+        buckets = attached.native.incoming()
         full = [self._flat_of(bucket) for bucket in buckets]
         layout = Layout(buckets, read_places(buckets, attached.params), full)
         layout.fuse(self._sizes(layout))
@@ -143,7 +143,7 @@ class Schedule:
         # Where parameters may go unused, DDP tells which after the pass, and the others get theirs then.
         placeholders = [] if _ddp.tracks_unused(attached.model) else attached.placeholders
         buffers = layout.buffers(attached.optimizer_of(), len(attached.users))
-        attached.scheduler.adopt_layout(buffers, exchanges, placeholders, sizes, attached.order)
+        attached.native.adopt_layout(buffers, exchanges, placeholders, sizes, attached.order)
         update.regroup()
         self._facts.note()
 
@@ -164,10 +164,10 @@ class Schedule:
         found = broadcast_object(attached.gather_lane, known, "the order of the forward pass", attached.device)
         seen, self.bucket_order.wanted = found
         self._position = {attached.params[i]: place for place, i in enumerate(seen)}
-        order = self.bucket_order.take(attached.scheduler.incoming())
+        order = self.bucket_order.take(attached.native.incoming())
         if order is not None:
             self._rebuild_reducer(order)
-            _C.take_buckets(attached.model.reducer, attached.scheduler)
+            _C.take_buckets(attached.model.reducer, attached.native)
 
     def _fuse(self) -> list[int]:
         """Makes fusion groups of the layout's buckets; returns how many buckets are in each."""
@@ -189,7 +189,7 @@ class Schedule:
     def regroup(self) -> None:
         """Makes the fusion groups anew. Nothing may be pending."""
         sizes = self._fuse()
-        self._attached.scheduler.regroup(sizes, self._attached.order)
+        self._attached.native.regroup(sizes, self._attached.order)
         self._update.regroup()
 
     # --- step boundaries ---
@@ -231,7 +231,7 @@ class Schedule:
         wanted = reduces and attached.layout is not None and self.bucket_order.wanted
         if wanted and self.bucket_order.asks_to_leave(attached.known_layout.buckets):
             attached.synchronize()
-            attached.scheduler.forget_layout()
+            attached.native.forget_layout()
         if reduces:
             again = attached.passes_before_forward == attached.scheduler.passes()
             attached.forward_passes = attached.forward_passes + 1 if again else 1
@@ -262,7 +262,7 @@ class Schedule:
         for param, kept in found:
             attached.arrivals.at(param, partial(self._came, param, kept))
         if found and self._update.gathers_gradients:
-            attached.scheduler.ask_for_backward_end()
+            attached.native.ask_for_backward_end()
 
     def _came(self, param: Param, kept: torch.Tensor) -> None:
         """A gradient comes for a parameter whose ``.grad`` was kept by somebody as the forward pass began.
@@ -301,7 +301,7 @@ class Schedule:
             if failed and attached.layout is None:
                 self._forward = None  # the next one shall tell
         # Groups that no module has asked for in this pass (a branch not taken): backward may write to their buckets.
-        if not failed and (attached.barrier.pending or attached.scheduler.gathering()):
+        if not failed and (attached.barrier.pending or attached.native.gathering()):
             attached.synchronize()
 
     # --- the end ---
@@ -309,7 +309,7 @@ class Schedule:
     def release(self) -> None:
         """Takes the hook off the model, which is plain DDP's again."""
         attached = self._attached
-        attached.scheduler.clear_backward_ended()
+        attached.native.clear_backward_ended()
         attached.arrivals.clear()
         attached.unreduced = None
         self._own_calls.release()

@@ -124,7 +124,7 @@ class ShardedUpdate(Update):
         if members:
             self._states.cut_all(layout, self._states.full())
         if moved or members:
-            attached.scheduler.replace_buffers(layout.buffers(attached.optimizer_of(), len(attached.users)))
+            attached.native.replace_buffers(layout.buffers(attached.optimizer_of(), len(attached.users)))
 
     # --- the step ---
 
@@ -146,7 +146,7 @@ class ShardedUpdate(Update):
         if found.missing:
             raise _grads.dropped(attached.names[found.missing[0]])
         if attached.scheduler.has_gradients():
-            _grads.check_untouched(attached.scheduler)
+            _grads.check_untouched(attached.native)
         pending = attached.pending_groups(optimizer)
         attached.barrier.settle(pending)  # the last step's, if this one follows without a backward pass
         assert self._flat is not None
@@ -163,7 +163,7 @@ class ShardedUpdate(Update):
 
     def _update_as_reduced(self, optimizer: int) -> None:
         """Each fusion group is updated once its gradients have been reduced, and gathered in the forward's order."""
-        attached, scheduler = self.attached, self.attached.scheduler
+        attached, scheduler = self.attached, self.attached.native
         updated: set[int] = set()
         if attached.users[optimizer].is_first_update:
             for index in attached.order:
@@ -192,7 +192,7 @@ class ShardedUpdate(Update):
     def _run(self, optimizer: int, group: int | None) -> None:
         """One update of an optimizer's segments in a fusion group, or in all, with the hyper-parameters as they
         stand."""
-        with self.attached.scheduler.updating(group):
+        with self.attached.native.updating(group):
             segments = [
                 segment
                 for index in (self.attached.order if group is None else (group,))

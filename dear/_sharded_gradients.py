@@ -202,7 +202,7 @@ class ShardedGradients:
         Raises:
             RuntimeError: the last one was not reduced, or gradients were written to since.
         """
-        attached, scheduler = self._attached, self._attached.scheduler
+        attached, scheduler = self._attached, self._attached.native
         attached.check_reduced()
         if scheduler.has_gradients():
             _grads.check_untouched(scheduler)

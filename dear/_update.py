@@ -133,7 +133,7 @@ class Update(ABC):
     def arrive(self, group: int) -> None:
         """Waits for what one of the barrier's groups needs to be finished."""
         index, optimizer = divmod(group, len(self.attached.users))
-        self.attached.scheduler.wait_gathered(index, optimizer)
+        self.attached.native.wait_gathered(index, optimizer)
 
     @abstractmethod
     def finish(self, group: int) -> None:

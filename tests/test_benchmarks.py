@@ -261,6 +261,7 @@ def test_payload_counts_what_a_ring_sends() -> None:
 def test_sizes() -> None:
     assert [size(text) for text in ("4096", "64K", "16m", "1G")] == [4096, 65536, 2**24, 2**30]
     assert [show_size(count) for count in (10, 2048, 2**24, 2**30)] == ["10 B", "2 KiB", "16 MiB", "1 GiB"]
+    assert [show_size(2**10 * kib) for kib in (41.63, 512, 1020.4)] == ["41.6 KiB", "512 KiB", "1020 KiB"]
 
 
 @pytest.mark.parametrize(

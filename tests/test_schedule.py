@@ -307,7 +307,7 @@ def zero_grad_of_the_model(rank, world):
     model.module.zero_grad()
     assert all(param.grad is None for param in engine._attached.params)
     if rank == 0:
-        assert engine._attached.scheduler.gathering()
+        assert engine._attached.native.gathering()
         release("zero_grad")
     engine.detach()
 
