@@ -6,6 +6,7 @@ and code that reads or writes one which is still on its way waits for it, also w
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,8 @@ _HARMLESS = {
 # What a conversion of the whole model calls, which most often changes nothing.
 _CONVERSIONS = {getattr(torch.Tensor, name) for name in ("to", "cpu", "cuda", "float", "double", "half", "bfloat16")}
 _ZERO = (torch.Tensor.zero_, torch._foreach_zero_)
+_ZERO_OPERATORS = (torch.ops.aten.zero_.default, torch.ops.aten._foreach_zero_.default)
+_NO_GRAPH = -1  # what torch calls the backward pass of a thread that runs none
 
 
 def _called(func: Any) -> str:
@@ -96,24 +99,34 @@ class LocalGrad(Placeholder):
         answer = grad.answer(func, args, kwargs or {})
         if answer is not NotImplemented:
             return answer
-        raise RuntimeError(
-            f"{_called(func)} was called on a .grad that is this worker's own, because with "
-            'update="sharded" or "owned" the average exists only in shards: give dear.attach() every optimizer that '
-            'steps, ask for norms, scale or clamp in place, use dear.attach(..., update="replicated"), or call '
-            "zero_grad() before the model is converted or moved."
-        )
+        raise _refused(_called(func))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Only where the tensor carries the dispatch key: before autograd adds to it."""
+        """What comes from below Python, where the tensor carries the dispatch key: autograd, which adds to it, scripted
+        functions, torch.vmap(). It carries it until it is set to zero or added to."""
+        adds = torch._C._current_graph_task_id() != _NO_GRAPH
+        if not adds and func not in _ZERO_OPERATORS:
+            refused = _refused(func._schema.name.split("::")[-1])
+            warnings.warn(str(refused), RuntimeWarning, stacklevel=2)  # TorchScript drops the words of an error
+            raise refused
         for value in tree_iter((args, kwargs)):
             if isinstance(value, LocalGrad):
-                value.follow()
+                (value.follow if adds else value.settle)()
                 _C.set_python_dispatch([value], False)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+
+def _refused(called: str) -> RuntimeError:
+    return RuntimeError(
+        f"{called} was called on a .grad that is this worker's own, because with "
+        'update="sharded" or "owned" the average exists only in shards: give dear.attach() every optimizer that '
+        'steps, ask for norms, scale or clamp in place, use dear.attach(..., update="replicated"), or call '
+        "zero_grad() before the model is converted or moved."
+    )
 
 
 class PendingGrad(Placeholder):
@@ -164,10 +177,9 @@ def local_grad(
 ) -> LocalGrad:
     """``view`` of a bucket as a gradient that nobody may read; ``settle`` is called before it is set to zero, and
     ``answer`` is asked about everything else: it takes a function and its arguments. ``follow`` is called before
-    autograd adds to it, where it is given the dispatch key."""
+    autograd adds to it."""
     grad = view.as_subclass(LocalGrad)
     grad.settle, grad.follow, grad.place, grad.answer = settle, follow, place, answer
-    _C.set_python_dispatch([grad], False)
     return grad
 
 

@@ -119,9 +119,10 @@ class Schedule:
         # One that has a gradient of an earlier pass is sent with the others, and has its average again.
         used |= {param for param in attached.params if param.grad is not None}
         attached.unused = set(attached.params) - used
-        for param, placeholder in attached.placeholders:
-            if param in used:
-                param.grad = placeholder
+        shown = [(param, placeholder) for param, placeholder in attached.placeholders if param in used]
+        _C.set_python_dispatch([placeholder for _, placeholder in shown], True)
+        for param, placeholder in shown:
+            param.grad = placeholder
         attached.compression.note_unused(attached.unused)
 
     def _adopt_layout(self) -> None:

@@ -7,7 +7,8 @@ asked by every rank, and those that follow cost nothing. What changes each eleme
 parts alone. GradScaler's check is both, and its verdict is every rank's. The local gradients, which autograd adds to if
 they are not zeroed, follow when the next backward pass begins: many zero them between the two passes. A hook on the
 outputs of the model tells; where it cannot (a loss of what is hidden beside other outputs, a compiled DDP module), the
-first gradient that is added to is refused, since it carries the dispatch key meanwhile.
+first gradient that is added to is refused. Placeholders carry the dispatch key from the end of a backward pass on: so
+what runs below Python is seen, too, such as a scripted function.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class ShardedGradients:
         self._changed.clear()
 
     def _refuse_add(self) -> None:
-        """Autograd adds to a gradient that has not followed its average."""
+        """Autograd adds to gradients, which were not zeroed."""
         self._forget_earlier()
         if self._factors or self._changed:
             raise RuntimeError(
@@ -174,6 +175,7 @@ class ShardedGradients:
                 "without the outputs of the model, as under torch.compile(model): call optimizer.zero_grad() before "
                 'backward(), or use dear.attach(..., update="replicated").'
             )
+        self._watch(range(len(self._attached.placeholders)), False)  # those of the others would tell nothing new
 
     def averages(self) -> Grads:
         """Copies of the averaged gradients, whole, on every rank. Collective."""
@@ -216,7 +218,6 @@ class ShardedGradients:
         if passes == self._pass:
             return
         self._pass = passes
-        self._watch(self._factors.keys() | self._changed, False)
         self._norms.clear()
         self._factors.clear()
         self._changed.clear()
@@ -251,8 +252,7 @@ class ShardedGradients:
             self._factors[index] = self._factors.get(index, 1.0) * factor
 
     def _watch(self, at: Iterable[int], on: bool) -> None:
-        """Whether :meth:`before_add` is called for these places: by the dispatch key, which operators below Python see,
-        too."""
+        """Whether these places tell what happens to them below Python: by the dispatch key."""
         placeholders = self._attached.placeholders
         _C.set_python_dispatch([placeholders[index][1] for index in at], on)
 

@@ -6,6 +6,8 @@ import training
 from refusing import SMALL, both_modes, final, refused, same, trains_on_like_plain, warm
 from torch import nn, optim
 
+import dear
+
 
 def wrong_order(rank, world, update, deferred):
     model, opt, engine = warm(rank, update)
@@ -105,6 +107,45 @@ def zeroed(rank, world, update):
 @both_modes
 def test_gradients_thrown_away_in_place(pool2, update):
     pool2.run(zeroed, update)
+
+
+def norm_of(grads: list[torch.Tensor]):
+    return torch.stack([grad.norm() for grad in grads]).norm()
+
+
+def read_below_python(rank, world, update, ddp):
+    """Scripted functions and torch.vmap() reach a gradient past its class."""
+    model, opt = training.build("Mlp", training.SGD, ddp)
+    engine = dear.attach(model, opt, update=update, **SMALL)
+    for step in range(2):
+        training.plain_step(model, opt, rank, step)
+    scripted = torch.jit.script(norm_of)
+    readers = {
+        "norm": lambda grad: scripted([grad]),
+        "linalg_vector_norm": torch.vmap(torch.linalg.vector_norm),
+        "mul_": lambda grad: torch.vmap(lambda row: row.mul_(2.0))(grad),
+    }
+    for name, read in readers.items():
+        before = final(model)
+        training.loss_of(model, rank, 2).backward()
+        says = f"{name} was called on a .grad that is this worker's own"
+        with pytest.warns(RuntimeWarning, match=says), pytest.raises(RuntimeError):
+            read(model.module.first.weight.grad)
+        opt.zero_grad()
+        same(final(model), before)
+    # What is zero on every rank may be read, and what was read before is added to as in plain DDP.
+    training.loss_of(model, rank, 2).backward()
+    opt.zero_grad(set_to_none=False)
+    assert scripted([param.grad for param in model.parameters()]) == 0
+    opt.zero_grad()
+    trains_on_like_plain(rank, model, opt, 2)
+    engine.detach()
+
+
+@pytest.mark.parametrize("update", ["sharded", "owned"])
+@pytest.mark.parametrize("ddp", [{}, {"find_unused_parameters": True}], ids=["", "finds unused"])
+def test_gradients_in_shards_are_read_by_nobody(pool2, update, ddp):
+    pool2.run(read_below_python, update, ddp)
 
 
 def replaced(rank, world):

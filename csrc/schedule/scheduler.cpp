@@ -85,7 +85,10 @@ void Scheduler::finish_backward() {
   home_.note(buckets_.empty() ? incoming_ : buckets_);  // backward() has its caller's streams current again
   if (ended_) ended_(layout_is_new_, std::exchange(asked_, false));
   layout_is_new_ = false;
-  for (auto& [param, placeholder] : placeholders_) param.mutable_grad() = placeholder;
+  for (auto& [param, placeholder] : placeholders_) {
+    placeholder.unsafeGetTensorImpl()->set_python_dispatch(true);  // off where it was zeroed or added to
+    param.mutable_grad() = placeholder;
+  }
 }
 
 void Scheduler::replace_incoming(std::vector<Bucket> buckets) {
