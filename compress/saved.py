@@ -140,8 +140,8 @@ def check_nodes(compressor: Contract, state: State | None) -> None:
         for nodes in (state.get("nodes"), nodes_of(compressor))
     )
     raise ValueError(
-        f"The compressor's state was saved in {before}, and these are {now}: start as many ranks with the hierarchy of "
-        'then, or leave "compressor" out of an engine\'s state to start anew.'
+        f"The compressor's state was saved in {before}, and training runs in {now}: start as many ranks with the "
+        'hierarchy of then, or leave "compressor" out of an engine\'s state to start anew.'
     )
 
 

@@ -10,6 +10,8 @@ from compress.reference import Sparse
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
+MANY = (512 * 300, 512 * 300 + 259)  # whole stretches of those that a sample is taken of, and a rest
+
 
 def workspace(n: int, device: str) -> Tensor:
     return torch.full((ops.topk_workspace_numel(n),), -1, dtype=torch.int32, device=device)
@@ -102,12 +104,18 @@ def test_adversarial(kind: str, dtype: torch.dtype, device: str) -> None:
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", VALUES)
-@pytest.mark.parametrize("n", [512 * 1000, 1_000_003])
+@pytest.mark.parametrize("n", MANY)
 def test_exact_selection_out_of_many(n: int, kind: str, dtype: torch.dtype, device: str) -> None:
     """So many that a CPU looks at a sample first: where it says enough (normal, few), and where it does not."""
     grad, error = gradient(kind, n, dtype), gradient("normal" if kind == "normal" else "few", n, seed=1)
     for k in (1, n // 1000, n // 100, n // 3):
         check_select(grad, error, device, k=k, owners=2, capacity=k)
+
+
+@on_devices
+@pytest.mark.parametrize("n", MANY)
+def test_exact_selection_out_of_much_error(n: int, device: str) -> None:
+    for k in (1, n // 1000, n // 100, n // 3):
         check_select(None, torch.randn(n), device, k=k, owners=2, capacity=k)
 
 

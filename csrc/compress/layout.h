@@ -35,6 +35,16 @@ constexpr int64_t sign_payload_numel(int64_t numel) { return block_count(numel) 
 constexpr int64_t kSlotHeader = 1;
 DEAR_HOST_DEVICE constexpr int64_t slot_words(int64_t capacity) { return kSlotHeader + 2 * capacity; }
 
+// The slots of a sparse payload, one behind the other. Each owner but the last has `shard_numel` elements.
+struct Slots {
+  int32_t* words;
+  int64_t owners;
+  int64_t capacity;
+  int64_t shard_numel;
+
+  int32_t* of(int64_t owner) const { return words + owner * slot_words(capacity); }
+};
+
 // Workspace of the top-k kernels, in int32: one bit per element, two counts per block; and for the CUDA
 // kernels a histogram per radix digit, and the state of the selection.
 constexpr int64_t kHistogramBins = 2048;
@@ -137,6 +147,14 @@ struct Segment {
 
 // The gradient types. Error feedback and arithmetic are float32 always.
 enum class GradType : int { kFloat32, kFloat16, kBFloat16 };
+
+// A flat gradient, null where there is none, and the error feedback of as many elements that takes it in.
+struct Correction {
+  const void* grad;
+  GradType type;
+  float* error;
+  int64_t numel;
+};
 
 constexpr int64_t grad_bytes(GradType type) { return type == GradType::kFloat32 ? 4 : 2; }
 

@@ -20,6 +20,14 @@ int64_t slack_of(double tolerance, int64_t k) {
 
 int64_t capacity_of(const Tensor& slots) { return (slots.size(1) - kSlotHeader) / 2; }
 
+Slots slots_of(const Tensor& payload, int64_t shard_numel) {
+  return {words(payload), payload.size(0), capacity_of(payload), shard_numel};
+}
+
+Correction correction(const OptionalTensor& grad, const Tensor& error) {
+  return {data_or_null(grad), type_or_float(grad), floats(error), error.numel()};
+}
+
 void check_slots(const Tensor& payloads) {
   check_flat(payloads, at::kInt, "a sparse payload");
   TORCH_CHECK_VALUE(payloads.dim() == 2 && payloads.size(0) >= 1 && payloads.size(1) >= slot_words(1) &&
@@ -124,10 +132,10 @@ struct TopKSelect {
                   const OptionalTensor& ties, int64_t shard_numel, const Tensor& payload, const Tensor& stats,
                   const Tensor& workspace) {
     int32_t* masks = words(workspace);
-    const auto counts = cpu::topk_select(
-        data_or_null(grad), type_or_float(grad), floats(error), error.numel(),
-        *threshold.const_data_ptr<float>(), ties ? *ties->const_data_ptr<int32_t>() : -1, shard_numel,
-        payload.size(0), capacity_of(payload), words(payload), masks, masks + topk_mask_words(error.numel()));
+    const auto counts =
+        cpu::topk_select(correction(grad, error), *threshold.const_data_ptr<float>(),
+                         ties ? *ties->const_data_ptr<int32_t>() : -1, slots_of(payload, shard_numel), masks,
+                         masks + topk_mask_words(error.numel()));
     words(stats)[0] += static_cast<int32_t>(counts.found);
     words(stats)[1] += static_cast<int32_t>(counts.dropped);
   }
@@ -136,10 +144,9 @@ struct TopKSelect {
                    const OptionalTensor& ties, int64_t shard_numel, const Tensor& payload,
                    const Tensor& stats, const Tensor& workspace) {
     const Launch launch(error);
-    cuda::topk_select(data_or_null(grad), type_or_float(grad), floats(error), error.numel(),
-                      threshold.const_data_ptr<float>(), ties ? ties->const_data_ptr<int32_t>() : nullptr,
-                      shard_numel, payload.size(0), capacity_of(payload), words(payload), words(stats),
-                      words(workspace), launch.stream());
+    cuda::topk_select(correction(grad, error), threshold.const_data_ptr<float>(),
+                      ties ? ties->const_data_ptr<int32_t>() : nullptr, slots_of(payload, shard_numel),
+                      words(stats), words(workspace), launch.stream());
     launch.check();
   }
 #endif

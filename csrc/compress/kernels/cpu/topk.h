@@ -31,11 +31,10 @@ struct SelectCounts {
 };
 
 // error += grad; elements with |error| >= threshold move into the owners' slots, and leave a zero behind.
-// Of elements equal to the threshold at most `ties` are taken; negative means all. `payload` is [owners,
-// slot_words(capacity)], `masks` is kBlockWords words and `counts` two words for each block.
-SelectCounts topk_select(const void* grad, GradType type, float* error, int64_t n, float threshold,
-                         int32_t ties, int64_t shard_numel, int64_t owners, int64_t capacity,
-                         int32_t* payload, int32_t* masks, int32_t* counts);
+// Of elements equal to the threshold at most `ties` are taken; negative means all. `masks` is kBlockWords
+// words and `counts` two words for each block.
+SelectCounts topk_select(const Correction& values, float threshold, int32_t ties, const Slots& slots,
+                         int32_t* masks, int32_t* counts);
 
 // dense[index] += alpha * value for every entry of `lists` slots over the same shard, in list order. Where
 // the sum is not finite the entry is dropped. Returns how many were.

@@ -33,8 +33,7 @@ void topk_refresh(const void* grad, GradType type, const float* error, int64_t n
 
 // `threshold` and `ties` (null: all) are read on the device. stats[0] is raised by the number of elements
 // selected before capacities, stats[1] by the number that were not finite.
-void topk_select(const void* grad, GradType type, float* error, int64_t n, const float* threshold,
-                 const int32_t* ties, int64_t shard_numel, int64_t owners, int64_t capacity, int32_t* payload,
+void topk_select(const Correction& values, const float* threshold, const int32_t* ties, const Slots& slots,
                  int32_t* stats, int32_t* workspace, cudaStream_t stream);
 
 void topk_accumulate(const int32_t* payloads, int64_t lists, int64_t capacity, float alpha, float* dense,

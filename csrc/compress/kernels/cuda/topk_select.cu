@@ -155,26 +155,26 @@ constexpr int64_t kMostThreadBlocks = 2048;
 
 }  // namespace
 
-void topk_select(const void* grad, GradType type, float* error, int64_t n, const float* threshold,
-                 const int32_t* ties, int64_t shard_numel, int64_t owners, int64_t capacity, int32_t* payload,
+void topk_select(const Correction& values, const float* threshold, const int32_t* ties, const Slots& slots,
                  int32_t* stats, int32_t* workspace, cudaStream_t stream) {
-  const int64_t blocks = block_count(n);
+  const int64_t blocks = block_count(values.numel);
   if (blocks == 0) {
-    const auto between = static_cast<size_t>(slot_words(capacity)) * sizeof(int32_t);
-    cudaMemset2DAsync(payload, between, 0, sizeof(int32_t), static_cast<size_t>(owners), stream);
+    const auto between = static_cast<size_t>(slot_words(slots.capacity)) * sizeof(int32_t);
+    cudaMemset2DAsync(slots.words, between, 0, sizeof(int32_t), static_cast<size_t>(slots.owners), stream);
     return;
   }
-  const TopkWorkspace space(workspace, n);
-  dispatch(type, [&](auto* tag) {
+  const TopkWorkspace space(workspace, values.numel);
+  dispatch(values.type, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     mark_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-        static_cast<const T*>(grad), error, n, threshold, ties, space.masks, space.counts, stats);
+        static_cast<const T*>(values.grad), values.error, values.numel, threshold, ties, space.masks,
+        space.counts, stats);
   });
-  const int64_t shard_blocks = owners == 1 ? blocks : shard_numel / kBlock;
+  const int64_t shard_blocks = slots.owners == 1 ? blocks : slots.shard_numel / kBlock;
   const int64_t share = ceil_div(blocks, kMostThreadBlocks);
   move_kernel<<<static_cast<unsigned>(ceil_div(blocks, share)), static_cast<unsigned>(kBlockWords), 0,
-                stream>>>(error, blocks, share, threshold, ties, shard_blocks, owners, capacity, space.masks,
-                          space.counts, payload, stats);
+                stream>>>(values.error, blocks, share, threshold, ties, shard_blocks, slots.owners,
+                          slots.capacity, space.masks, space.counts, slots.words, stats);
 }
 
 }  // namespace dear::compress::cuda
