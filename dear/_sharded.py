@@ -155,26 +155,43 @@ class ShardedUpdate(Update):
             _take(self.attached, self._states.segments, self._gradients, found.own)
             self._taken = held_weakly(found.own, self._taken)
         self._preconditioning.run(self._states.by_group)
-        self._update_as_reduced(optimizer)
+        failed = self._update_as_reduced(optimizer)
         attached.barrier.close(pending)
         if self._flat.has_aliases:
             self.alias_waits += 1
             attached.synchronize()
+        if failed is not None:
+            raise failed
 
-    def _update_as_reduced(self, optimizer: int) -> None:
-        """Each fusion group is updated once its gradients have been reduced, and gathered in the forward's order."""
+    def _update_as_reduced(self, optimizer: int) -> BaseException | None:
+        """Each fusion group is updated once its gradients have been reduced, and gathered in the forward's order.
+
+        Returns what the optimizer has raised. The rest is not updated then, but it is gathered: other ranks, which may
+        have nothing to update where it failed, wait for it, and a script may go on with its next batch.
+        """
         attached, scheduler = self.attached, self.attached.native
+        user = attached.users[optimizer]
         updated: set[int] = set()
-        if attached.users[optimizer].is_first_update:
+        failed: BaseException | None = None
+
+        def run(group: int | None) -> None:
+            nonlocal failed
+            try:
+                self._run(optimizer, group)
+            except BaseException as error:
+                failed = error
+
+        if user.is_first_update:
             for index in attached.order:
                 scheduler.wait_reduced(index)
-            self._run(optimizer, None)
+            run(None)
             updated.update(attached.order)
-            attached.users[optimizer].is_first_update = False
+            user.is_first_update = failed is not None
 
         def update(group: int) -> None:
             scheduler.wait_reduced(group)
-            self._run(optimizer, group)
+            if failed is None:
+                run(group)
             updated.add(group)
 
         for index in attached.order:
@@ -188,6 +205,7 @@ class ShardedUpdate(Update):
                 update(index)
             scheduler.submit_gather(index, optimizer)
         self._changes.conclude(optimizer, self._states.segments)
+        return failed
 
     def _run(self, optimizer: int, group: int | None) -> None:
         """One update of an optimizer's segments in a fusion group, or in all, with the hyper-parameters as they
