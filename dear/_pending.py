@@ -189,14 +189,18 @@ class Barrier:
     def close(self, groups: Iterable[int]) -> None:
         """From here on the parameters of these groups are pending."""
         for group in groups:
-            self.pending.add(group)
-            mark = (self, group)
-            if any(type(param) is not kind for param, kind, _ in self._members[group]):  # given another class since
-                self._members[group] = _with_classes(param for param, _, _ in self._members[group])
-            for param, _, pending in self._members[group]:
-                param._dear_pending = mark  # type: ignore[attr-defined]
-                param.__class__ = pending
-            _C.set_python_dispatch([param for param, _, _ in self._members[group]], True)
+            with self._lock:  # another thread may look for what is pending
+                self._close(group)
+
+    def _close(self, group: int) -> None:
+        self.pending.add(group)
+        mark = (self, group)
+        if any(type(param) is not kind for param, kind, _ in self._members[group]):  # given another class since
+            self._members[group] = _with_classes(param for param, _, _ in self._members[group])
+        for param, _, pending in self._members[group]:
+            param._dear_pending = mark  # type: ignore[attr-defined]
+            param.__class__ = pending
+        _C.set_python_dispatch([param for param, _, _ in self._members[group]], True)
 
     def settle(self, groups: Iterable[int]) -> None:
         """Finishes those of the groups that are pending.

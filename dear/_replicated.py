@@ -30,6 +30,8 @@ from dear._state_views import PendingState
 from dear._update import Request, Update, bytes_of
 from dear.collectives import shard_range
 
+_LATE = 'It was raised by an update of the last optimizer.step(): update="replicated" makes it when it is needed.'
+
 
 class ReplicatedUpdate(Update):
     """See the module."""
@@ -170,7 +172,12 @@ class ReplicatedUpdate(Update):
         self._to_update.remove(group)  # never twice, also if the optimizer fails
         with attached.native.updating(group), ordinary(self._context):
             attached.compression.arrived(group)
-            self._run(self._averages(group))
+            try:
+                self._run(self._averages(group))
+            except Exception as error:
+                if hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note(_LATE)
+                raise
 
     def _run(self, grads: dict[Param, torch.Tensor]) -> None:
         """One update of these parameters with these gradients and the hyper-parameters of the step.

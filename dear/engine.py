@@ -43,7 +43,7 @@ class Steered(Protocol):
 
 
 class Engine:
-    """The schedule at work. Made by :func:`dear.attach`. Not thread-safe: use it from the training thread."""
+    """The schedule at work. Made by :func:`dear.attach`. For the training thread; others may wait, too."""
 
     def __init__(self, parts: Parts, *, overlap_forward: bool, check_replicas: int) -> None:
         self._attached, self._schedule, self._update = parts.attached, parts.schedule, parts.update

@@ -1,10 +1,13 @@
 """Steps that raise: what they have left, and that no rank waits for what another one does not do."""
 
 import contextlib
+import sys
 
 import pytest
 import torch
 import training
+
+import dear
 
 
 def batches_that_fail(rank, world, update, failing):
@@ -33,3 +36,24 @@ def batches_that_fail(rank, world, update, failing):
 def test_a_step_that_fails_leaves_no_rank_waiting(pool2, update, failing):
     """Whether or not a rank has anything to update where it fails."""
     pool2.run(batches_that_fail, update, failing)
+
+
+def told_late(rank, world):
+    model, opt = training.build("Mlp", (torch.optim.AdamW, {"lr": 0.01}), {})
+    with dear.attach(model, opt, update="replicated", **training.SMALL) as engine:
+        for step in range(3):
+            training.plain_step(model, opt, rank, step)
+        training.loss_of(model, rank, 3).backward()
+        opt.param_groups[0]["betas"] = None
+        opt.step()
+        with pytest.raises(TypeError) as raised:
+            training.loss_of(model, rank, 4)
+        if sys.version_info >= (3, 11):
+            assert raised.value.__notes__[0].startswith("It was raised by an update of the last optimizer.step()")
+        for _ in engine._attached.order:  # the other groups' updates
+            with contextlib.suppress(TypeError):
+                engine.synchronize()
+
+
+def test_an_error_of_a_late_update_says_whose_it_is(pool2):
+    pool2.run(told_late)

@@ -10,6 +10,7 @@ from refusing import SMALL, final, same
 
 import compress
 import dear
+from dear._own_calls import _is_of_backend
 from dear._pending import Barrier, unguarded
 
 PATIENCE = timedelta(seconds=100)  # of who waits for the signal; reached where none comes
@@ -95,3 +96,18 @@ def test_who_reads_in_the_middle_of_an_update_is_told():
     barrier_of(param, lambda group: None, lambda group: param.sum())
     with pytest.raises(RuntimeError, match=r"while its own update was under way.*: let the handler set a flag"):
         param.sum()
+
+
+def test_a_handler_in_ddps_broadcast_is_not_its_failure():
+    param = torch.nn.Parameter(torch.zeros(3))
+    barrier_of(param, lambda group: None, lambda group: param.sum())
+
+    def _sync_buffers(call):  # as DDP calls it
+        call()
+
+    with pytest.raises(RuntimeError) as ours:
+        _sync_buffers(param.sum)
+    assert not _is_of_backend(ours.value)
+    with pytest.raises(RuntimeError) as another:
+        _sync_buffers(lambda: torch.zeros(2) + torch.zeros(3))
+    assert _is_of_backend(another.value)

@@ -275,9 +275,9 @@ void Scheduler::submit_reduce(size_t index) {
   Group& group = groups_[index];
   group.versions.clear();
   for (size_t i = group.first; i < group.last; ++i) group.versions.push_back(buckets_[i].buffer._version());
-  group.reducing = true;
   bytes_sent_ += group.reduce->bytes_sent();
   group.reduce->start();
+  group.reducing.begin();  // now, since what has not started has nothing to wait for
 }
 
 void Scheduler::submit_gathers_in_order() {
@@ -291,13 +291,13 @@ void Scheduler::submit_gathers_in_order() {
 void Scheduler::submit_gather(size_t index, size_t portion) {
   Gather& gather = groups_.at(index).gathers.at(portion);
   if (!gather.phase) return;
-  if (gather.moving) wait_gathered(index, portion);
+  if (gather.moving.turn() != 0) wait_gathered(index, portion);
   const ProfiledSpan span("submit, all-gather of ", kGroup, index);
-  gather.moving = true;
-  ++gathering_;
   bytes_sent_ += gather.phase->bytes_sent();
   if (!gather_gradients_) home_.note(buckets_);  // the optimizer's step
   gather.phase->start();
+  ++gathering_;
+  gather.moving.begin();
 }
 
 template <typename Wait>
@@ -327,12 +327,13 @@ void Scheduler::note_lane(const std::string& lane, const std::string& name, int6
 
 void Scheduler::wait_reduced(size_t index) {
   Group& group = groups_.at(index);
-  if (!group.reducing) return;
+  const int64_t turn = group.reducing.turn();
+  if (turn == 0) return;
   timed_wait(*group.reduce, index, &waits_.reduce_scatter_ns, [&] { group.reduce->wait(); });
-  if (!group.reducing) return;  // see Note [Ctrl-C]
-  group.reducing = false;
+  bool clean = true;
+  group.reducing.end(turn, ending_, [&] { clean = untouched(group); });
   TORCH_CHECK(
-      untouched(group), "Gradients of fusion group ", index,
+      clean, "Gradients of fusion group ", index,
       " were written to by a backward pass that DDP does not reduce, while it reduced them: sum the losses "
       "and call backward() once, or give each backward pass a forward pass of its own.");
 }
@@ -351,15 +352,16 @@ bool Scheduler::untouched() const {
 void Scheduler::wait_gathered(size_t index, size_t portion) {
   if (groups_.empty()) return;  // the layout was forgotten, after everything had ended
   Gather& gather = groups_.at(index).gathers.at(portion);
-  if (!gather.moving) return;
+  const int64_t turn = gather.moving.turn();
+  if (turn == 0) return;
   if (gather_gradients_) wait_reduced(index);
   timed_wait(*gather.phase, index, &waits_.all_gather_ns, [&] { gather.phase->wait(); });
-  if (!gather.moving) return;  // see Note [Ctrl-C]
-  gather.moving = false;
-  --gathering_;
-  if (gather_gradients_) return;
-  // Parameters changed under autograd's eyes: whoever saved one of them too early is told so in backward().
-  for (const at::Tensor& param : gather.params) param.unsafeGetTensorImpl()->bump_version();
+  gather.moving.end(turn, ending_, [&] {
+    --gathering_;
+    if (gather_gradients_) return;
+    // Parameters changed under autograd's eyes: whoever saved one of them too early is told so in backward().
+    for (const at::Tensor& param : gather.params) param.unsafeGetTensorImpl()->bump_version();
+  });
 }
 
 void Scheduler::synchronize() {

@@ -2,8 +2,10 @@
 
 #include <ATen/ATen.h>
 
+#include <atomic>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -13,6 +15,7 @@
 #include "schedule/bucket.h"
 #include "schedule/group_phase.h"
 #include "schedule/home_stream.h"
+#include "schedule/in_flight.h"
 #include "schedule/profiled.h"
 #include "schedule/trace.h"
 
@@ -42,7 +45,7 @@ using Placeholders = std::vector<std::pair<at::Tensor, at::Tensor>>;
 // shows in the bucket's version counter, which no exchange touches.
 //
 // Threads: all calls come from the training thread, or from the autograd thread while the training thread
-// waits in backward(). None takes or needs the GIL.
+// waits in backward(); but any thread may wait. None takes or needs the GIL.
 class Scheduler {
  public:
   // `gather_gradients`: the all-gather is of gradients, and follows the reduce-scatter without being asked
@@ -138,7 +141,7 @@ class Scheduler {
  private:
   struct Gather {                       // of one portion
     std::unique_ptr<GroupPhase> phase;  // null where the group has nothing of it
-    bool moving = false;
+    InFlight moving;
     std::vector<at::Tensor> params;  // those whose values change
   };
   struct Group {
@@ -147,7 +150,7 @@ class Scheduler {
     std::unique_ptr<GroupPhase> reduce;
     std::vector<Gather> gathers;  // by portion
     TwoPhaseExchanges exchanges;  // where there is a compressor
-    bool reducing = false;
+    InFlight reducing;
     std::vector<uint32_t> versions;  // of the buckets' buffers when they were submitted
   };
 
@@ -189,7 +192,8 @@ class Scheduler {
   bool has_gradients_ = false;
   std::optional<size_t> awaited_;
   int64_t passes_ = 0;
-  int gathering_ = 0;
+  std::atomic<int> gathering_{0};
+  std::mutex ending_;  // of what is on its way: see Note [Ctrl-C]
 
   std::shared_ptr<Pipeline> pipeline_;        // null: dense
   std::vector<TwoPhaseExchanges> exchanges_;  // by bucket
