@@ -133,7 +133,7 @@ class ShardedGradients:
 
     def before_add(self) -> Callable[[], None]:
         """What a placeholder calls before autograd adds to it. It keeps nothing alive."""
-        return weakly(self, ShardedGradients._refuse_add)
+        return weakly(self, ShardedGradients._before_add)
 
     def release(self) -> None:
         """Takes the hook off the model."""
@@ -166,7 +166,7 @@ class ShardedGradients:
         self._factors.clear()
         self._changed.clear()
 
-    def _refuse_add(self) -> None:
+    def _before_add(self) -> None:
         """Autograd adds to gradients, which were not zeroed."""
         self._forget_earlier()
         if self._factors or self._changed:

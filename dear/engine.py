@@ -43,7 +43,7 @@ class Steered(Protocol):
 
 
 class Engine:
-    """The schedule at work. Made by :func:`dear.attach`. For the training thread; others may wait, too."""
+    """The schedule at work. Made by :func:`dear.attach`. For the training thread; others may synchronize(), too."""
 
     def __init__(self, parts: Parts, *, overlap_forward: bool, check_replicas: int) -> None:
         self._attached, self._schedule, self._update = parts.attached, parts.schedule, parts.update

@@ -11,7 +11,7 @@ import dear
 
 
 def batches_that_fail(rank, world, update, failing):
-    """The optimizer raises before it has changed anything, on every rank, and the script goes on with the next one."""
+    """The optimizer raises before it has changed anything, on every rank, and the script skips the batch."""
 
     def step(model, optimizer, rank, number):
         loss = training.loss_of(model, rank, number)
@@ -26,9 +26,7 @@ def batches_that_fail(rank, world, update, failing):
 
     for options in ({}, {"foreach": False}):
         kind = (torch.optim.AdamW, {"lr": 0.01, **options})
-        training.compare(
-            rank, world, "Mlp", kind, attach={**training.SMALL, "update": update}, step=step, steps=7, exact=world == 2
-        )
+        training.compare(rank, world, "Mlp", kind, attach={**training.SMALL, "update": update}, step=step, steps=7)
 
 
 @pytest.mark.parametrize("failing", [{0}, {1}, {4}, {2, 3}], ids=str)

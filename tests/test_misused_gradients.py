@@ -133,7 +133,7 @@ def read_below_python(rank, world, update, ddp):
             read(model.module.first.weight.grad)
         opt.zero_grad()
         same(final(model), before)
-    # What is zero on every rank may be read, and what was read before is added to as in plain DDP.
+    # What is zero on every rank may be read.
     training.loss_of(model, rank, 2).backward()
     opt.zero_grad(set_to_none=False)
     assert scripted([param.grad for param in model.parameters()]) == 0

@@ -19,8 +19,6 @@ namespace dear::compress::cpu {
 
 namespace {
 
-constexpr int64_t kGrainBlocks = 8;
-
 // The sample that narrows an exact selection: a cache line of gradient out of every 32 of them.
 constexpr int64_t kSampleRun = 16;
 constexpr int64_t kSampleStride = 32;

@@ -8,6 +8,8 @@
 
 namespace dear::compress::cpu {
 
+constexpr int64_t kGrainBlocks = 8;  // that a thread takes at a time, at least
+
 inline uint32_t magnitude_bits(float value) { return float_bits(value) & ~kSignBit; }
 
 // Of grad + error; of error alone where that is not finite.

@@ -6,13 +6,11 @@
 
 #include "compress/kernels/cpu/streamed.h"
 #include "compress/kernels/cpu/topk.h"
-#include "float_bits.h"
+#include "compress/kernels/cpu/topk_loops.h"
 
 namespace dear::compress::cpu {
 
 namespace {
-
-constexpr int64_t kGrainBlocks = 8;
 
 // One slot of a payload, wherever it lies.
 struct Slot {

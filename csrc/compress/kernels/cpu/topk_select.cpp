@@ -13,8 +13,6 @@ namespace dear::compress::cpu {
 
 namespace {
 
-constexpr int64_t kGrainBlocks = 8;
-
 // What one step leaves to the next, two words for each block. Behind the first: how many elements reach the
 // threshold, and how many of those are equal to it, counted where not all of them are taken. Behind the
 // second: where in its owner's slot the block's entries begin (negative: it has none), and how many of the
