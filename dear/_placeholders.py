@@ -124,8 +124,8 @@ def _refused(called: str) -> RuntimeError:
     return RuntimeError(
         f"{called} was called on a .grad that is this worker's own, because with "
         'update="sharded" or "owned" the average exists only in shards: give dear.attach() every optimizer that '
-        'steps, ask for norms, scale or clamp in place, use dear.attach(..., update="replicated"), or call '
-        "zero_grad() before the model is converted or moved."
+        "steps, ask for norms (p.grad.norm(math.inf) is not finite where an element is not), scale or clamp in place, "
+        'use dear.attach(..., update="replicated"), or call zero_grad() before the model is converted or moved.'
     )
 
 

@@ -1,5 +1,7 @@
 """Gradients that were never reduced, used twice, replaced, or not finite: right, or refused with a sentence."""
 
+import math
+
 import pytest
 import torch
 import training
@@ -198,7 +200,7 @@ def read_gradients(rank, world):
         lambda: float(grad.flatten()[0]),
         lambda: torch.isfinite(grad),
     ):
-        with refused(RuntimeError, "this worker's own.*ask for norms, scale or clamp in place"):
+        with refused(RuntimeError, r"this worker's own.*ask for norms \(p.grad.norm\(math.inf\) is not finite"):
             read()
     assert "this worker's own gradient" in repr(grad)
     assert grad.shape == params[0].shape and grad.dtype == torch.float32
@@ -210,6 +212,23 @@ def read_gradients(rank, world):
 
 def test_one_workers_own_gradient_is_not_taken_for_the_average(pool2):
     pool2.run(read_gradients)
+
+
+def looked_for_nan(rank, world, update):
+    """The remedy of who wants to know whether a gradient is finite, as plain DDP would say it."""
+    model, _ = training.build("Mlp", training.SGD, {})
+    opt = torch.optim.SGD(model.parameters(), lr=0.0)
+    with dear.attach(model, opt, update=update, **training.SMALL):
+        for value, finite in ((1e30, True), (float("nan"), False), (float("inf"), False), (1.0, True)):
+            (model(torch.ones(2, 16)).sum() * (value if rank == 1 else 1.0)).backward()
+            for param in model.parameters():
+                assert param.grad.norm(math.inf).isfinite().item() is finite, value
+            opt.zero_grad()
+
+
+@pytest.mark.parametrize("update", ["sharded", "owned", "replicated"])
+def test_a_norm_says_whether_a_gradient_is_finite(pool2, update):
+    pool2.run(looked_for_nan, update)
 
 
 def pending_gradients(rank, world):
