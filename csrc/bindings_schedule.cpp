@@ -96,12 +96,12 @@ void bind_scheduler(py::module_& m) {
       .def("synchronize", &Scheduler::synchronize, NoGil())
       .def("take_wait_times",
            [](Scheduler& self) {
-             const WaitTimes times = self.take_wait_times();
+             const WaitTimes times = self.timeline().take_waits();
              return std::make_pair(times.reduce_scatter_ns, times.all_gather_ns);
            })
       .def("bytes_sent", &Scheduler::bytes_sent)
-      .def("start_trace", &Scheduler::start_trace)
-      .def("stop_trace", &Scheduler::stop_trace)
+      .def("start_trace", [](Scheduler& self) { self.timeline().start(); })
+      .def("stop_trace", [](Scheduler& self) { return self.timeline().stop(); })
       .def(
           "updating",
           [](std::shared_ptr<Scheduler> self, std::optional<size_t> group) {

@@ -50,6 +50,7 @@ _HARMLESS = {
 _CONVERSIONS = {getattr(torch.Tensor, name) for name in ("to", "cpu", "cuda", "float", "double", "half", "bfloat16")}
 _ZERO = (torch.Tensor.zero_, torch._foreach_zero_)
 _ZERO_OPERATORS = (torch.ops.aten.zero_.default, torch.ops.aten._foreach_zero_.default)
+_SHOWN = "<this worker's own gradient; the average is held in shards>"
 _NO_GRAPH = -1  # what torch calls the backward pass of a thread that runs none
 
 
@@ -94,7 +95,9 @@ class LocalGrad(Placeholder):
         if func == torch.Tensor.data.__set__ and args[0] is args[1]:  # type: ignore[attr-defined]
             return None
         if func is torch.Tensor.__repr__:
-            return "<this worker's own gradient; the average is held in shards>"
+            return _SHOWN
+        if func is torch.Tensor.__format__:
+            return format(_SHOWN, *args[1:])
         grad = next(value for value in tree_iter((args, kwargs)) if isinstance(value, LocalGrad))
         answer = grad.answer(func, args, kwargs or {})
         if answer is not NotImplemented:
@@ -124,8 +127,9 @@ def _refused(called: str) -> RuntimeError:
     return RuntimeError(
         f"{called} was called on a .grad that is this worker's own, because with "
         'update="sharded" or "owned" the average exists only in shards: give dear.attach() every optimizer that '
-        "steps, ask for norms (p.grad.norm(math.inf) is not finite where an element is not), scale or clamp in place, "
-        'use dear.attach(..., update="replicated"), or call zero_grad() before the model is converted or moved.'
+        "steps, ask for norms of whole gradients (p.grad.norm(math.inf) is not finite where an element is not), "
+        'scale or clamp in place, use dear.attach(..., update="replicated"), or call zero_grad() before the model is '
+        "converted or moved."
     )
 
 

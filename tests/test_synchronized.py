@@ -16,6 +16,7 @@ def watched(rank, world, update):
     want = training.train(rank, "Mlp", steps=STEPS)[1]
     model, opt = training.build("Mlp", training.SGD, {})
     engine = dear.attach(model, opt, update=update, **SMALL)
+    engine.start_trace()
     ended = threading.Event()
     raised = []
 
@@ -39,6 +40,8 @@ def watched(rank, world, update):
             thread.join()
     assert not raised, raised
     same(final(model), want)
+    events = engine.stop_trace()  # noted by all three threads
+    assert len(events) > STEPS and all(event["lane"] and event["end"] >= event["start"] > 0 for event in events)
     engine.detach()
 
 

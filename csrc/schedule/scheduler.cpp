@@ -260,8 +260,8 @@ bool Scheduler::any_dropped() {
   const int64_t start = now_ns();
   tell_dropped_->wait();
   const int64_t end = now_ns();
-  waits_.all_gather_ns += end - start;
-  if (end - start > kShownWait) trace("wait", "finiteness check", start, end);
+  timeline_.waited(&WaitTimes::all_gather_ns, end - start);
+  if (end - start > kShownWait) timeline_.note("wait", "finiteness check", start, end);
   return dropped_.ne(0).any().item<bool>();
 }
 
@@ -301,26 +301,26 @@ void Scheduler::submit_gather(size_t index, size_t portion) {
 }
 
 template <typename Wait>
-void Scheduler::timed_wait(const GroupPhase& half, size_t group, int64_t* total, Wait wait) {
+void Scheduler::timed_wait(const GroupPhase& half, size_t group, int64_t WaitTimes::* total, Wait wait) {
   const int64_t start = now_ns();
   {
     const ProfiledSpan span("wait, ", phase_name(half.phase()), " of ", kGroup, group);
     home_.wait_with(wait);
   }
   const int64_t end = now_ns();
-  *total += end - start;
-  if (!tracing_ && !profiled()) return;
+  timeline_.waited(total, end - start);
+  if (!timeline_.tracing() && !profiled()) return;
   const std::string name = group_label(group);
   const std::string phase = phase_name(half.phase());
   note_lane(phase, name, half.start_ns(), half.end_ns());
   const auto [from, until] = half.decoding();
   if (from > 0) note_lane("decode", name, from, until);
-  if (end - start > kShownWait) trace("wait", phase + " of " + name, start, end);
+  if (end - start > kShownWait) timeline_.note("wait", phase + " of " + name, start, end);
 }
 
 void Scheduler::note_lane(const std::string& lane, const std::string& name, int64_t start_ns,
                           int64_t end_ns) {
-  trace(lane, name, start_ns, end_ns);
+  timeline_.note(lane, name, start_ns, end_ns);
   // Of device tensors the profiler shows what the device did.
   if (profiled() && buckets_.front().buffer.is_cpu()) rows_.report(lane, name, start_ns, end_ns);
 }
@@ -329,7 +329,7 @@ void Scheduler::wait_reduced(size_t index) {
   Group& group = groups_.at(index);
   const int64_t turn = group.reducing.turn();
   if (turn == 0) return;
-  timed_wait(*group.reduce, index, &waits_.reduce_scatter_ns, [&] { group.reduce->wait(); });
+  timed_wait(*group.reduce, index, &WaitTimes::reduce_scatter_ns, [&] { group.reduce->wait(); });
   bool clean = true;
   group.reducing.end(turn, ending_, [&] { clean = untouched(group); });
   TORCH_CHECK(
@@ -355,7 +355,7 @@ void Scheduler::wait_gathered(size_t index, size_t portion) {
   const int64_t turn = gather.moving.turn();
   if (turn == 0) return;
   if (gather_gradients_) wait_reduced(index);
-  timed_wait(*gather.phase, index, &waits_.all_gather_ns, [&] { gather.phase->wait(); });
+  timed_wait(*gather.phase, index, &WaitTimes::all_gather_ns, [&] { gather.phase->wait(); });
   gather.moving.end(turn, ending_, [&] {
     --gathering_;
     if (gather_gradients_) return;
@@ -371,15 +371,6 @@ void Scheduler::synchronize() {
     for (size_t portion = 0; portion < groups_.at(group).gathers.size(); ++portion)
       wait_gathered(group, portion);
   }
-}
-
-std::vector<TraceEvent> Scheduler::stop_trace() {
-  tracing_ = false;
-  return std::exchange(events_, {});
-}
-
-void Scheduler::trace(const std::string& lane, const std::string& name, int64_t start_ns, int64_t end_ns) {
-  if (tracing_) events_.push_back({lane, name, start_ns, end_ns});
 }
 
 void Scheduler::abort(const std::string& reason) {

@@ -129,12 +129,8 @@ class Scheduler {
 
   // --- looking on ---
 
-  WaitTimes take_wait_times() { return std::exchange(waits_, WaitTimes{}); }
   int64_t bytes_sent() const { return bytes_sent_ + (pipeline_ ? pipeline_->bytes_sent.load() : 0); }
-  void start_trace() { tracing_ = true; }
-  std::vector<TraceEvent> stop_trace();
-  bool tracing() const { return tracing_; }
-  void trace(const std::string& lane, const std::string& name, int64_t start_ns, int64_t end_ns);
+  Timeline& timeline() { return timeline_; }
   // Makes both lanes fail with `reason`, so that no peer waits for us longer than it must.
   void abort(const std::string& reason);
 
@@ -166,7 +162,7 @@ class Scheduler {
   void submit_gathers_in_order();
   void finish_backward();
   template <typename Wait>
-  void timed_wait(const GroupPhase& half, size_t group, int64_t* total, Wait wait);
+  void timed_wait(const GroupPhase& half, size_t group, int64_t WaitTimes::* total, Wait wait);
   void note_lane(const std::string& lane, const std::string& name, int64_t start_ns, int64_t end_ns);
   void make_finiteness_check();
   void submit_dropped();
@@ -202,10 +198,8 @@ class Scheduler {
 
   HomeStream home_;
 
-  WaitTimes waits_;
   int64_t bytes_sent_ = 0;
-  bool tracing_ = false;
-  std::vector<TraceEvent> events_;
+  Timeline timeline_;
   ProfilerRows rows_;
 };
 

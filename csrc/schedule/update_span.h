@@ -17,7 +17,7 @@ class UpdateSpan {
       : scheduler_(std::move(scheduler)), group_(group) {}
 
   void begin() {
-    if (!scheduler_->tracing() && !profiled()) return;
+    if (!scheduler_->timeline().tracing() && !profiled()) return;
     name_ = group_ ? "fusion group " + std::to_string(*group_) : "all fusion groups";
     start_ns_ = now_ns();
     span_.emplace("update, ", name_);
@@ -25,7 +25,7 @@ class UpdateSpan {
   void end() {
     if (name_.empty()) return;
     span_.reset();
-    scheduler_->trace("update", name_, start_ns_, now_ns());
+    scheduler_->timeline().note("update", name_, start_ns_, now_ns());
   }
 
  private:
