@@ -15,7 +15,7 @@ Param = torch.nn.Parameter
 Grads = dict[Param, torch.Tensor]
 
 WRITTEN_LATE = (
-    "Gradients were written to after the backward pass that reduced them, by another backward pass or in place, as "
+    "Gradients were written to after they had been sent, by another backward pass or in place, as "
     ".grad.zero_() does: the last backward pass before optimizer.step() must be the one that DDP reduces, which has a "
     'forward pass of its own, and changes like that one need update="replicated".'
 )

@@ -218,6 +218,27 @@ def test_one_workers_own_gradient_is_not_taken_for_the_average(pool2):
     pool2.run(read_gradients)
 
 
+def written_inside(rank, world, update):
+    """A hook of the first layer changes the gradient of the last one, which is on its way. Plain DDP ignores it."""
+    model, opt, engine = warm(rank, update)
+    first, last = model.module.first.weight, model.module.last.weight
+
+    def write(_):
+        last.grad.mul_(2)
+
+    handle = first.register_post_accumulate_grad_hook(write)
+    with refused(RuntimeError, "Gradients .*written to"):
+        training.plain_step(model, opt, rank, 3)
+        engine.synchronize()
+    handle.remove()
+    engine.__exit__(RuntimeError, None, None)
+
+
+@both_modes
+def test_a_hook_that_writes_to_gradients_on_their_way(pool2, update):
+    pool2.run(written_inside, update)
+
+
 def looked_for_nan(rank, world, update):
     """The remedy of who wants to know whether a gradient is finite, as plain DDP would say it."""
     model, _ = training.build("Mlp", training.SGD, {})
