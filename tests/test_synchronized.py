@@ -42,6 +42,8 @@ def watched(rank, world, update):
     same(final(model), want)
     events = engine.stop_trace()  # noted by all three threads
     assert len(events) > STEPS and all(event["lane"] and event["end"] >= event["start"] > 0 for event in events)
+    moved = [(event["lane"], event["name"], event["start"]) for event in events if event["lane"] != "wait"]
+    assert len(set(moved)) == len(moved), "one waiter notes what was moved"
     engine.detach()
 
 

@@ -309,13 +309,18 @@ void Scheduler::timed_wait(const GroupPhase& half, size_t group, int64_t WaitTim
   }
   const int64_t end = now_ns();
   timeline_.waited(total, end - start);
+  if (timeline_.tracing() && end - start > kShownWait) {
+    timeline_.note("wait", std::string(phase_name(half.phase())) + " of " + group_label(group), start, end);
+  }
+}
+
+// Of what has ended, by the one waiter that ends it: the next one may begin at once behind it.
+void Scheduler::note_moved(const GroupPhase& half, size_t group) {
   if (!timeline_.tracing() && !profiled()) return;
   const std::string name = group_label(group);
-  const std::string phase = phase_name(half.phase());
-  note_lane(phase, name, half.start_ns(), half.end_ns());
+  note_lane(phase_name(half.phase()), name, half.start_ns(), half.end_ns());
   const auto [from, until] = half.decoding();
   if (from > 0) note_lane("decode", name, from, until);
-  if (end - start > kShownWait) timeline_.note("wait", phase + " of " + name, start, end);
 }
 
 void Scheduler::note_lane(const std::string& lane, const std::string& name, int64_t start_ns,
@@ -331,7 +336,10 @@ void Scheduler::wait_reduced(size_t index) {
   if (turn == 0) return;
   timed_wait(*group.reduce, index, &WaitTimes::reduce_scatter_ns, [&] { group.reduce->wait(); });
   bool clean = true;
-  group.reducing.end(turn, ending_, [&] { clean = untouched(group); });
+  group.reducing.end(turn, ending_, [&] {
+    note_moved(*group.reduce, index);
+    clean = untouched(group);
+  });
   TORCH_CHECK(
       clean, "Gradients of fusion group ", index,
       " were written to by a backward pass that DDP does not reduce, while it reduced them: sum the losses "
@@ -357,6 +365,7 @@ void Scheduler::wait_gathered(size_t index, size_t portion) {
   if (gather_gradients_) wait_reduced(index);
   timed_wait(*gather.phase, index, &WaitTimes::all_gather_ns, [&] { gather.phase->wait(); });
   gather.moving.end(turn, ending_, [&] {
+    note_moved(*gather.phase, index);
     --gathering_;
     if (gather_gradients_) return;
     // Parameters changed under autograd's eyes: whoever saved one of them too early is told so in backward().

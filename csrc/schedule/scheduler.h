@@ -163,6 +163,7 @@ class Scheduler {
   void finish_backward();
   template <typename Wait>
   void timed_wait(const GroupPhase& half, size_t group, int64_t WaitTimes::* total, Wait wait);
+  void note_moved(const GroupPhase& half, size_t group);
   void note_lane(const std::string& lane, const std::string& name, int64_t start_ns, int64_t end_ns);
   void make_finiteness_check();
   void submit_dropped();
