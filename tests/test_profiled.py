@@ -106,6 +106,8 @@ def test_a_profiler_may_stop_while_exchanges_move(pool2):
 def unprofiled(rank, world):
     """The threads that come with an engine, and with its first profiled steps."""
     model, opt = training.build("Mlp", SGD, {})
+    with profile(activities=[ProfilerActivity.CPU]):  # torch's own threads come with a process's first one
+        training.plain_step(model, opt, rank, 0)
     gc.collect()
     before = threads()
     with dear.attach(model, opt, bucket_cap_mb=SMALL):
